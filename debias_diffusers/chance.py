@@ -1,0 +1,29 @@
+"""Chance as a function of (seed, purpose, position), never of what happened before.
+
+Two runs that draw for the same position draw the same, whichever process or worker does it and however often the run
+was interrupted. So no random state is ever saved.
+"""
+
+import hashlib
+
+import torch
+
+
+def mixed(seed: int, purpose: str, position: int) -> int:
+    """64 well-mixed bits of the three.
+
+    A torch CPU generator uses the low 32 bits of its seed only, so neighbouring seeds and positions must not be added
+    but hashed.
+    """
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def uniform(seed: int, purpose: str, position: int) -> float:
+    """A number in [0, 1), with all 53 bits of a double."""
+    return (mixed(seed, purpose, position) >> 11) / 2**53
+
+
+def generator(seed: int, purpose: str, position: int) -> torch.Generator:
+    """A CPU generator for longer draws."""
+    return torch.Generator().manual_seed(mixed(seed, purpose, position) % 2**32)

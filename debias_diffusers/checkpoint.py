@@ -1,0 +1,197 @@
+"""Checkpoints: folders of files with a manifest of their sizes and hashes. Bytes and JSON; torch is not needed here.
+
+    checkpoints/step-00001000/{NAME.safetensors, ..., state.json, manifest.json}
+
+A checkpoint is drafted aside, synced, and renamed into place; only then is an older one removed. It counts only when
+every file matches the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, NoUsableCheckpointError
+from .files import DRAFT, said_if_not_writable, sync_folder, write_durably
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class DamagedError(Exception):
+    """A file of a checkpoint is missing or is not what was written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on the disk whose files matched its manifest."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]  # state.json
+
+    def read(self, name: str) -> bytes:
+        """One file's bytes, checked against the manifest.
+
+        Raises:
+            NoUsableCheckpointError: the file changed after the checkpoint was chosen.
+        """
+        try:
+            return _read_checked(self.path / name, _read_manifest(self.path)[name])
+        except (DamagedError, KeyError) as error:
+            raise NoUsableCheckpointError(f"checkpoint {self.path}: {error}") from error
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def write(folder: Path, step: int, files: Iterable[tuple[str, bytes]], state: dict[str, Any], keep: int) -> Path:
+    """Writes the checkpoint of a step and then removes the oldest beyond `keep`.
+
+    Args:
+        folder: the folder of all checkpoints.
+        files: names and contents; may be a generator, so that only one content is in memory at a time.
+        state: goes into state.json.
+        keep: how many checkpoints stay.
+
+    Raises:
+        CannotWriteError: the draft is removed, older checkpoints stay.
+    """
+    final = folder / name_of(step)
+    draft = folder / (DRAFT + final.name)
+    with said_if_not_writable(final):
+        try:
+            _draft(draft, step, files, state)
+            if final.exists():  # it did not verify, or we would have resumed from it
+                shutil.rmtree(final)
+            os.rename(draft, final)
+        except OSError:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        sync_folder(folder)
+    prune(folder, keep)
+    return final
+
+
+def _draft(draft: Path, step: int, files: Iterable[tuple[str, bytes]], state: dict[str, Any]) -> None:
+    if draft.exists():
+        shutil.rmtree(draft)
+    draft.mkdir(parents=True)
+    manifest = {}
+    for name, content in _with_state(files, state):
+        write_durably(draft / name, content)
+        manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_durably(draft / MANIFEST, _json({"format": FORMAT, "step": step, "files": manifest}))
+    sync_folder(draft)
+
+
+def _with_state(files: Iterable[tuple[str, bytes]], state: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+    yield from files
+    yield STATE, _json(state)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Removes the oldest checkpoints beyond `keep`."""
+    for path in checkpoints(folder)[:-keep]:
+        with said_if_not_writable(path):
+            shutil.rmtree(path)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Removes what an interrupted write left. Only for the process that holds the run."""
+    for path in folder.glob(DRAFT + "*"):
+        with said_if_not_writable(path):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Folders that are named like checkpoints, oldest first. Other names, files and links are left alone."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def latest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose every file matches its manifest, and what is wrong with each newer one.
+
+    Raises:
+        NoUsableCheckpointError: there are checkpoints, but all are damaged.
+        InputError: a newer version of this package wrote the checkpoint.
+    """
+    damaged: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            return verified(path), damaged
+        except DamagedError as error:
+            damaged.append(f"checkpoint {path}: {error}")
+    if damaged:
+        raise NoUsableCheckpointError(
+            "every checkpoint is damaged, nothing was changed; move them away to start over\n" + "\n".join(f"  - {d}" for d in damaged)
+        )
+    return None, damaged
+
+
+def verified(path: Path) -> Checkpoint:
+    """A checkpoint after reading and hashing every file.
+
+    Raises:
+        DamagedError: names the file that is not as it was written.
+        InputError: a newer version of this package wrote it.
+    """
+    files = _read_manifest(path)
+    if STATE not in files:
+        raise DamagedError(f"{MANIFEST} does not list {STATE}")
+    contents = {name: _read_checked(path / name, entry) for name, entry in files.items() if name == STATE}
+    for name, entry in files.items():
+        if name != STATE:
+            _read_checked(path / name, entry)
+    return Checkpoint(path, int(path.name.removeprefix("step-")), json.loads(contents[STATE]))
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = (path / MANIFEST).read_bytes()
+        manifest = json.loads(content)
+        if manifest["format"] > FORMAT:
+            raise InputError(f"checkpoint {path} has format {manifest['format']}, but this version reads {FORMAT}; install a newer one")
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        sound = manifest["format"] == FORMAT and name_of(manifest["step"]) == path.name and content == _json(manifest)
+        if not sound or any(Path(name).name != name or set(entry) != {"size", "sha256"} for name, entry in files.items()):
+            raise DamagedError(f"{MANIFEST} is damaged")
+    except OSError as error:
+        raise DamagedError(f"{MANIFEST}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{MANIFEST} is damaged") from error
+    return files
+
+
+def _read_checked(path: Path, entry: dict[str, Any]) -> bytes:
+    try:
+        # The size first: a file that grew without bounds is not read.
+        size = path.stat().st_size
+        content = path.read_bytes() if size == entry["size"] else b""
+    except OSError as error:
+        raise DamagedError(f"{path.name}: {error.strerror}") from error
+    if size != entry["size"]:
+        raise DamagedError(f"{path.name} has {size} bytes instead of {entry['size']}")
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise DamagedError(f"{path.name} does not match its sha256")
+    return content

@@ -1,0 +1,158 @@
+"""The command line: flags to configurations, errors to one sentence and an exit code. torch is imported when it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from . import config as configuration
+from .config import DIGITS, SampleConfig, TrainConfig
+from .errors import DebiasError, InputError
+
+T = TypeVar("T")
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """`python train.py`, `accelerate launch train.py`, `debias-train`: returns the exit code."""
+    return _said(_train, argv)
+
+
+def sample(argv: Sequence[str] | None = None) -> int:
+    """`python sample.py`, `debias-sample`: returns the exit code."""
+    return _said(_sample, argv)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """`python eval.py`, `debias-eval`: returns the exit code."""
+    return _said(_evaluate, argv)
+
+
+def _train(argv: list[str]) -> None:
+    config = train_config(argv, os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    configuration.raise_all(configuration.train_problems(config, num_processes))
+    if config.run.dry_run:
+        from .training import dry_run
+
+        return dry_run(config)
+
+    from .run import open_run, say, stop_with_launcher
+
+    stop_with_launcher()
+    run = open_run(config) if _first_process() else None
+    if run and run.resume and run.resume.step == config.optimization.max_steps and num_processes == 1:
+        say(f"{run.folder} is finished at step {run.resume.step}; raise --max_steps to go on")
+        return None
+
+    from . import training
+
+    training.train(config, run)
+
+
+TRAIN_HELP = f"""Train a diffusion model with the debiased loss (arXiv 2310.08442).
+
+--config NAME|FILE takes the values of a packaged configuration ({", ".join(configuration.packaged_configs())}) or of a YAML
+or JSON file; flags win over it. Without --config and --dataset the embedded digits are trained. The same command resumes."""
+
+
+def train_config(argv: list[str], launcher_precision: str | None) -> TrainConfig:
+    """Flags over `--config` over the digits' configuration (for the digits) over field defaults."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--dataset")
+    with contextlib.redirect_stderr(io.StringIO()):  # an incomplete flag is said by the real parser
+        try:
+            early, _ = first.parse_known_args(argv)
+        except SystemExit:
+            early = argparse.Namespace(config=None, dataset=None)
+    chosen = configuration.read_config(early.config) if early.config else {}
+    dataset = early.dataset or chosen.get("dataset") or (None if early.config else DIGITS)
+    layers = [configuration.read_config(DIGITS)] if dataset == DIGITS else []
+    defaults = configuration.layered(*layers, chosen)
+    flags = _without_config(argv)
+    if any(flag.split("=")[0].replace("-", "_") == "__model_config" for flag in flags):
+        defaults = configuration.layered(configuration.flatten(defaults), {"model_config": "given by a flag"})
+    config = _parse(TrainConfig, flags, defaults, "train.py", TRAIN_HELP)
+    return configuration.resolved(config, launcher_precision)
+
+
+def _without_config(argv: list[str]) -> list[str]:
+    """`--config` chooses the defaults of all other flags, so it is taken out before they are read."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    return first.parse_known_args(argv)[1]
+
+
+def _sample(argv: list[str]) -> None:
+    config = _parse(SampleConfig, argv, None, "sample.py", "Draw images with a trained model.")
+    configuration.raise_all(configuration.sample_problems(config))
+    from . import sampling
+
+    sampling.sample(config)
+
+
+EVAL_HELP = """usage: eval.py {score,stats,compare,bpd} ...
+
+Evaluate diffusion models. Subcommands that are planned, none of which is there yet:
+
+  score    FID, sFID, IS, KID, precision and recall of models or images against a reference
+  stats    statistics of a reference, to score against
+  compare  runs side by side
+  bpd      variational bound in bits per dimension"""
+
+
+def _evaluate(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        return print(EVAL_HELP)
+    raise InputError(f"eval.py {argv[0]} is not there yet; --help lists what is planned")
+
+
+def _parse(kind: type[T], argv: list[str], default: T | None, program: str, description: str) -> T:
+    """Flags to a dataclass. What tyro says of a wrong flag becomes one sentence.
+
+    Raises:
+        InputError: an unknown flag (with the nearest known one) or a malformed value.
+    """
+    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)
+    box = io.StringIO()
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, args=argv, prog=program, description=description, use_underscores=True, config=markers, **options)
+    except SystemExit as error:
+        if error.code:
+            raise InputError(f"{_sentence(box.getvalue())}; {program} --help lists all flags") from None
+        raise
+
+
+def _sentence(box: str) -> str:
+    """The first section of tyro's box as one line, and the flag that it thinks was meant."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines() if line[:1] == "│"]
+    sections = " ".join("\0" if line.startswith("─") else line for line in lines).split("\0")
+    near = re.search(r"Perhaps you meant:.*?(--\w+)", " ".join(sections[1:]))
+    return sections[0].strip() + (f"; did you mean {near[1]}?" if near else "")
+
+
+def _first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _said(main: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
+    """Runs a command; an error of ours is printed as the last line, by the first process only."""
+    try:
+        main(list(sys.argv[1:] if argv is None else argv))
+    except DebiasError as error:
+        if _first_process():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except SystemExit as done:  # --help
+        return int(done.code or 0)
+    return 0

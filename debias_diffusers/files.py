@@ -1,0 +1,66 @@
+"""Writing so that a file is whole or absent, whatever happens in between."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import CannotWriteError
+
+DRAFT = ".draft-"  # whatever begins so was being written when the process ended; nobody reads it
+
+
+@contextmanager
+def said_if_not_writable(path: Path) -> Iterator[None]:
+    """Turns what the system says into a sentence that names the path and the space left.
+
+    Raises:
+        CannotWriteError: in place of any OSError within.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CannotWriteError(f"{path} cannot be written: {error.strerror or error} ({_free(path)})") from error
+
+
+def _free(path: Path) -> str:
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return f"{shutil.disk_usage(there).free / 1e6:.0f} MB free"
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file aside and renames it into place; a power cut leaves the old file, the new one, or none.
+
+    Raises:
+        CannotWriteError: the draft is removed, what stood at `path` stays.
+    """
+    with said_if_not_writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(DRAFT + path.name)
+        try:
+            write_durably(draft, data)
+            os.replace(draft, path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes a file in place and waits until it is on the disk: without that, a rename can outlive its file's bytes."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

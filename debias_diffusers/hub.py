@@ -1,0 +1,46 @@
+"""What a run says of itself to others: the model card in its directory."""
+
+from __future__ import annotations
+
+import yaml
+
+from .config import TrainConfig, stored
+
+
+def model_card(config: TrainConfig, step: int, num_classes: int) -> str:
+    """README.md of a run: what was trained, how to draw with it, and every field of the configuration."""
+    objective = config.objective
+    front = yaml.safe_dump({"library_name": "diffusers", "tags": ["debias_diffusers", objective.weighting, objective.prediction_type]})
+    how = (
+        "from debias_diffusers import PixelPipeline\n\n"
+        'pipeline = PixelPipeline.from_pretrained("PATH")\n'
+        f"image = pipeline(class_labels=[0]).images[0]  # labels 0 to {num_classes - 1}"
+        if num_classes
+        else "from diffusers import DDPMPipeline\n\n"
+        'pipeline = DDPMPipeline.from_pretrained("PATH")\n'
+        "image = pipeline(num_inference_steps=1000).images[0]"
+    )
+    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in stored(config).items())
+    return f"""---
+{front}---
+
+# A diffusion model trained with debias_diffusers
+
+Step {step} of {config.optimization.max_steps}; the weights are averaged at the rate {config.optimization.ema_decay[0]}. The squared
+error of the network's {objective.prediction_type} is weighted with `{objective.weighting}`, a weight defined on the error of the
+noise and converted to what the network predicts. `debiased` is 1/sqrt(SNR), from arXiv 2310.08442.
+
+```python
+{how}
+```
+
+## Configuration
+
+| field | value |
+|---|---|
+{rows}
+"""
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,89 @@
+"""Bytes to pixels and back: what is accepted, how it is brought to size, and grids to look at."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .errors import InputError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+# What Pillow raises for damaged or hostile files; DecompressionBombError is no OSError.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I", "F"}
+
+
+def decode(data: bytes, where: str) -> Image.Image:
+    """An image file's bytes as grey ("L") or colour ("RGB").
+
+    Rotated as its EXIF tag says; transparent parts lie on white; 16-bit grey is scaled to 8 bits; of an animation, the
+    first picture.
+
+    Raises:
+        InputError: not an image, damaged, or of more pixels than Pillow's limit; names `where`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return _flat(ImageOps.exif_transpose(image))
+    except _DAMAGED as error:
+        raise InputError(f"image {where} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    grey = image.mode in _GREY
+    if image.mode in {"I", "F"}:
+        raise ValueError(f"mode {image.mode} has no stated range; convert it to 8 or 16 bits")
+    if image.mode.startswith("I;16"):  # convert("L") would cut every value above 255 to white
+        return Image.fromarray((np.asarray(image, dtype=np.uint16) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if grey else "RGB")
+
+
+def fit(image: Image.Image, resolution: int) -> Image.Image:
+    """Resized (bicubic, antialiased) so that the shorter side has `resolution` pixels, and the centre cut out."""
+    if image.size == (resolution, resolution):
+        return image
+    return ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """(C, H, W) uint8."""
+    array = np.array(image)  # a copy that may be written to, as torch wants it
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy()
+
+
+def from_array(array: np.ndarray) -> Image.Image:
+    """A (C, H, W) uint8 array of one or three channels as an image."""
+    return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
+
+
+def grid(images: Sequence[Image.Image], smallest: int = 48) -> Image.Image:
+    """Images of one size in a nearly square grid with margins; small ones are enlarged without smoothing."""
+    width, height = images[0].size
+    scale = max(1, math.ceil(smallest / min(width, height)))
+    margin = max(2, scale)
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    cell_w, cell_h = scale * width + margin, scale * height + margin
+    sheet = Image.new(images[0].mode, (columns * cell_w + margin, rows * cell_h + margin), "white")
+    for k, image in enumerate(images):
+        enlarged = image.resize((scale * width, scale * height), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (margin + k % columns * cell_w, margin + k // columns * cell_h))
+    return sheet
+
+
+def png(image: Image.Image) -> bytes:
+    """The image as a PNG file's bytes."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

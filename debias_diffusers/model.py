@@ -1,0 +1,83 @@
+"""The only room that builds networks: a few numbers, or a configuration file, to a UNet2DModel."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DModel
+
+from .config import ModelConfig
+from .errors import InputError
+
+
+def unet_config(config: ModelConfig, resolution: int, channels: int, num_classes: int) -> dict[str, Any]:
+    """Arguments of UNet2DModel.
+
+    Args:
+        config: either numbers in the paper's terms, or `model_config`, a file.
+        resolution: pixels a side.
+        channels: of the images.
+        num_classes: 0 without labels; otherwise the network has one label more, for "no label".
+
+    Raises:
+        InputError: the file cannot be read, has unknown keys, or contradicts the data.
+    """
+    fixed = {
+        "sample_size": resolution,
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_class_embeds": num_classes + 1 if num_classes else None,
+    }
+    if config.model_config:
+        return _from_file(config.model_config, fixed)
+    widths = [config.model_channels * mult for mult in config.channel_mult]
+    attends = [resolution // 2**level in config.attention_resolutions for level in range(len(widths))]
+    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if config.resblock_updown else ("DownBlock2D", "UpBlock2D")
+    resize = "resnet" if config.resblock_updown else "conv"
+    groups = math.gcd(32, *widths)  # 32 as in the paper's networks, fewer where a width is no multiple of it
+    return fixed | {
+        "block_out_channels": widths,
+        "down_block_types": ["AttnDownBlock2D" if attention else plain[0] for attention in attends],
+        "up_block_types": ["AttnUpBlock2D" if attention else plain[1] for attention in reversed(attends)],
+        "layers_per_block": config.layers_per_block,
+        "downsample_type": resize,
+        "upsample_type": resize,
+        "attention_head_dim": config.attention_head_dim,
+        "norm_num_groups": groups,
+        "attn_norm_num_groups": groups,  # left out, the middle attention has no norm under scale_shift
+        "resnet_time_scale_shift": config.resnet_time_scale_shift,
+        "dropout": config.dropout,
+    }
+
+
+def _from_file(path: str, fixed: dict[str, Any]) -> dict[str, Any]:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"model_config {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"model_config {path} holds no JSON object")
+    values = {name: value for name, value in values.items() if not name.startswith("_")}
+    known = inspect.signature(UNet2DModel.__init__).parameters
+    if unknown := sorted(set(values) - set(known)):
+        raise InputError(f"model_config {path} has keys that UNet2DModel does not know: {', '.join(unknown)}")
+    for name, value in fixed.items():
+        if name in values and values[name] != value:
+            raise InputError(f"model_config {path} has {name} {values[name]}, but the data ask for {value}; leave it out")
+    return values | fixed
+
+
+def build_unet(arguments: dict[str, Any]) -> UNet2DModel:
+    """A network with fresh weights from torch's global generator.
+
+    Raises:
+        InputError: UNet2DModel refuses the arguments.
+    """
+    try:
+        return UNet2DModel(**arguments)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the network cannot be built: {' '.join(str(error).split())}") from error

@@ -1,0 +1,176 @@
+"""The run directory: its lock, its metrics, where to resume, and the signals that ask a run to stop. No torch."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import math
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from . import checkpoint
+from .checkpoint import Checkpoint
+from .config import TrainConfig, differences, raise_all, stored, to_json
+from .errors import InputError, RunInUseError
+from .files import said_if_not_writable, write_file
+
+CHECKPOINTS = "checkpoints"
+SAMPLES = "samples"
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+LOCK = ".lock"
+
+
+def say(message: str) -> None:
+    """A line for the person in front of the screen; stderr, as the progress bar."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Run:
+    """A run directory that this process holds until it ends."""
+
+    def __init__(self, folder: Path, lock: IO[str], resume: Checkpoint | None) -> None:
+        self.folder = folder
+        self.resume = resume
+        self._lock = lock  # the kernel gives it back when the process ends, however it ends
+        self.metrics = Metrics(folder / METRICS)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / CHECKPOINTS
+
+    def begin(self, config: TrainConfig) -> None:
+        """Makes the directory ready to train from where it stands: configuration written, leftovers and later metrics gone."""
+        checkpoint.remove_drafts(self.checkpoints)
+        checkpoint.remove_drafts(self.folder)
+        write_file(self.folder / CONFIG, to_json(config).encode())
+        self.metrics.begin_after(self.resume.step if self.resume else 0)
+
+
+def open_run(config: TrainConfig) -> Run:
+    """Takes the run directory and finds where to resume, without changing anything in it but its lock.
+
+    Raises:
+        RunInUseError: another process holds it.
+        CannotWriteError: it cannot be made or written to.
+        InputError: it holds other files, or a run with another configuration.
+        NoUsableCheckpointError: all its checkpoints are damaged.
+    """
+    folder = Path(config.run.output_dir or "")
+    _refuse_foreign(folder)
+    with said_if_not_writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a+")
+    _take(lock, folder)
+    resume, damaged = checkpoint.latest_valid(folder / CHECKPOINTS)
+    for sentence in damaged:
+        say(f"{sentence}; an older checkpoint is used")
+    if resume:
+        _check_same(config, resume)
+    return Run(folder, lock, resume)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A run writes README.md, unet/ and more into its directory: never into one that holds somebody's other files."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file; name a new or empty folder, such as runs/first")
+    ours = {CONFIG, LOCK, CHECKPOINTS}
+    if folder.is_dir() and (names := set(os.listdir(folder))) and not names & ours:
+        raise InputError(
+            f"output_dir {folder} is no run directory and holds other files, such as {min(names)}; "
+            f"name a new or empty folder, such as {folder / 'run'}"
+        )
+
+
+def _take(lock: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise RunInUseError(f"run directory {folder} is in use by {lock.read().strip() or 'another process'}") from None
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    with said_if_not_writable(folder / LOCK):
+        lock.truncate(0)
+        lock.write(holder)
+        lock.flush()
+
+
+def _check_same(config: TrainConfig, resume: Checkpoint) -> None:
+    now = json.loads(json.dumps(stored(config)))  # tuples as JSON has them
+    changed = differences(resume.state["config"], now)
+    if changed:
+        changed.append("continue with the old values, or name another --output_dir")
+    if config.optimization.max_steps < resume.step:
+        changed.append(f"max_steps is {config.optimization.max_steps}, but the run is at step {resume.step}; take at least that")
+    raise_all(changed, f"run directory {config.run.output_dir} holds another run")
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, each step once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin_after(self, step: int) -> None:
+        """Drops the lines of later steps, which will be trained again, and a last line that was cut off."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        if kept != lines:
+            write_file(self.path, b"".join(kept))
+
+    def append(self, values: dict[str, Any]) -> None:
+        with said_if_not_writable(self.path), open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def sync(self) -> None:
+        """Waits until all lines are on the disk: a checkpoint must not outlive the metrics of its steps."""
+        if self.path.exists():
+            with said_if_not_writable(self.path), open(self.path, "a") as file:
+                os.fsync(file.fileno())
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics; infinite where the line was cut off or torn."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGINT asked the run to stop, so that it stops after the step at hand, saved.
+
+    A second SIGINT ends the process at once; the last checkpoint is whole, as always.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, _: FrameType | None) -> None:
+        if signum == signal.SIGINT and self.signum == signal.SIGINT:
+            os.write(2, b"\nstopped at once; the last checkpoint is untouched\n")
+            os._exit(128 + signum)
+        self.signum = signum
+
+
+def stop_with_launcher() -> None:
+    """Under `accelerate launch` or torchrun: when the launcher dies, be told as by SIGTERM (Linux).
+
+    A launcher that is terminated does not pass the signal on, and its training would go on unseen. Not without a launcher:
+    a shell that ends must not end the training that was started from it.
+    """
+    launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
+    if launched and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before we asked
+            os.kill(os.getpid(), signal.SIGTERM)

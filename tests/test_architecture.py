@@ -1,0 +1,82 @@
+"""The rooms import each other in one direction only, and third parties enter by few doors."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "debias_diffusers"
+
+# Lower rooms first; a room may import rooms of lower rows only.
+ORDER = [
+    {"errors"},
+    {"config", "files", "chance"},
+    {"schedule", "images", "checkpoint", "ema", "timesteps"},
+    {"weighting", "data", "model", "run", "schedulers", "hub"},
+    {"loss", "pipeline"},
+    {"pixels", "sampling"},
+    {"training"},
+    {"cli"},
+]
+
+DOORS = {
+    "datasets": {"data"},
+    "diffusers": {"model", "schedulers", "pipeline", "pixels", "training"},
+    "accelerate": {"training"},
+    "tyro": {"cli"},
+    "yaml": {"config", "hub"},
+    "PIL": {"images", "sampling"},
+}
+
+WITHOUT_TORCH = {"errors", "config", "files", "checkpoint", "run", "hub", "cli"}
+
+
+def imports(path, everywhere=True):
+    """(module, names) of each import; `everywhere` also within functions."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[0], 0, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0], node.level, [alias.name for alias in node.names]
+
+
+def rooms():
+    return {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+
+
+def neighbours(path, everywhere=True):
+    for module, level, names in imports(path, everywhere):
+        if level:
+            yield from ({module} if module else set(names)) & set(rooms())
+
+
+def test_every_room_has_its_place():
+    assert set(rooms()) == set().union(*ORDER)
+
+
+@pytest.mark.parametrize("room", sorted(set().union(*ORDER)))
+def test_a_room_imports_only_rooms_below_it(room):
+    level = next(k for k, row in enumerate(ORDER) if room in row)
+    below = set().union(*ORDER[:level])
+    assert set(neighbours(rooms()[room])) <= below
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_library_enters_by_its_doors(library):
+    users = {room for room, path in rooms().items() if library in {module for module, level, _ in imports(path) if not level}}
+    assert users == DOORS[library]
+
+
+@pytest.mark.parametrize("room", sorted(WITHOUT_TORCH))
+def test_configuration_and_run_directory_need_no_torch(room):
+    path = rooms()[room]
+    assert "torch" not in {module for module, _, _ in imports(path, everywhere=False)}
+    assert set(neighbours(path, everywhere=False)) <= WITHOUT_TORCH
+
+
+def test_nothing_in_the_package_runs_foreign_code():
+    words = ("pickle", "eval(", "exec(", "yaml.load(", "weights_only=False", "shell=True", "extractall", "trust_remote_code")
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert not [word for word in words if word in text.replace("allow_pickle", "").replace(".eval()", "")], path

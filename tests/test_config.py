@@ -1,0 +1,229 @@
+"""A configuration is checked as a whole, at once, without torch; flags, files and defaults are layered as documented."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from typing import get_args
+
+import pytest
+import yaml
+from conftest import ROOT, TINY, run
+
+from debias_diffusers import config as configuration
+from debias_diffusers.cli import train_config
+from debias_diffusers.config import TrainConfig, flatten, layered, read_config, resolved, train_problems, update
+from debias_diffusers.errors import InputError
+from debias_diffusers.schedulers import SCHEDULERS
+from debias_diffusers.weighting import WEIGHTINGS
+
+GOOD = resolved(layered(read_config("digits"), {"output_dir": "runs/x"}), None)
+
+
+def test_the_packaged_configuration_is_sound():
+    assert train_problems(GOOD) == []
+    assert "digits" in configuration.packaged_configs()
+
+
+def test_names_of_choices_are_those_of_the_functions_behind_them():
+    assert set(get_args(configuration.Weighting)) == set(WEIGHTINGS)
+    assert set(get_args(configuration.SchedulerName)) == set(SCHEDULERS)
+
+
+def test_field_names_are_unique_over_the_sections():
+    fields = [f.name for section in dataclasses.fields(TrainConfig) for f in dataclasses.fields(getattr(GOOD, section.name))]
+    assert len(fields) == len(set(fields))
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"resolution": 0}, ["resolution is 0", "64"]),
+        ({"resolution": 9}, ["resolution is 9", "channel_mult", "take"]),
+        ({"channels": 2}, ["channels is 2", "3"]),
+        ({"label_dropout": 1.0, "class_conditional": True}, ["label_dropout is 1.0", "0.1"]),
+        ({"label_dropout": 0.2}, ["label_dropout is 0.2", "class_conditional"]),
+        ({"label_column": "digit"}, ["label_column is digit", "class_conditional"]),
+        ({"num_workers": -1}, ["num_workers is -1", "2"]),
+        ({"model_channels": 0}, ["model_channels is 0", "128"]),
+        ({"channel_mult": (1, 0)}, ["channel_mult is [1, 0]", "1 2 2"]),
+        ({"channel_mult": ()}, ["channel_mult is missing", "resolution 8"]),
+        ({"layers_per_block": 0}, ["layers_per_block is 0", "2"]),
+        ({"attention_resolutions": (16,)}, ["attention_resolutions names 16", "[8, 4]"]),
+        ({"attention_head_dim": 48}, ["attention_head_dim is 48", "64", "16 does"]),
+        ({"dropout": 1.5}, ["dropout is 1.5", "0.1"]),
+        ({"model_config": "unet.json"}, ["model_channels is 32", "model_config unet.json"]),
+        ({"snr_gamma": 3.0}, ["snr_gamma is 3.0", "weighting is debiased", "--weighting min_snr"]),
+        ({"weighting": "p2", "p2_k": 0.0}, ["p2_k is 0.0", "such as 1"]),
+        ({"snr_floor": -1.0}, ["snr_floor is -1.0", "1e-3"]),
+        ({"noise_schedule": "cosine"}, ["weighting debiased", "noise_schedule cosine", "--snr_floor 1e-3"]),
+        ({"num_train_timesteps": 10}, ["num_train_timesteps is 10", "noise_schedule linear", "at least 21"]),
+        ({"schedule_shift": 0.0}, ["schedule_shift is 0.0", "1"]),
+        ({"batch_size": 0}, ["batch_size is 0", "64"]),
+        ({"micro_batch_size": 0}, ["micro_batch_size is 0", "8"]),
+        ({"max_steps": 0, "warmup_steps": 0}, ["max_steps is 0", "100000"]),
+        ({"max_hours": float("nan")}, ["max_hours is nan", "12"]),
+        ({"learning_rate": float("inf")}, ["learning_rate is inf", "1e-4"]),
+        ({"warmup_steps": 5000}, ["warmup_steps is 5000", "max_steps is only 2500", "250"]),
+        ({"weight_decay": -0.1}, ["weight_decay is -0.1", "0.01"]),
+        ({"max_grad_norm": -1.0}, ["max_grad_norm is -1.0", "such as 1"]),
+        ({"ema_decay": (0.9, 0.9)}, ["ema_decay is [0.9, 0.9]", "0.9999"]),
+        ({"ema_decay": (1.0,)}, ["ema_decay is [1.0]", "0.9999"]),
+        ({"num_threads": 0}, ["num_threads is 0", "2"]),
+        ({"seed": -1}, ["seed is -1", "0"]),
+        ({"checkpoint_every": -1}, ["checkpoint_every is -1", "1000"]),
+        ({"keep_checkpoints": 0}, ["keep_checkpoints is 0", "2"]),
+        ({"sample_every": -1}, ["sample_every is -1", "1000"]),
+        ({"log_every": -1}, ["log_every is -1", "10"]),
+        ({"output_dir": None}, ["output_dir is missing", "runs/first"]),
+        ({"dataset": None}, ["dataset is missing", "Hub id"]),
+    ],
+)
+def test_a_wrong_value_is_named_with_one_that_works(change, named):
+    problems = train_problems(update(GOOD, change))
+    assert len(problems) == 1, problems
+    assert all(text in problems[0] for text in named), problems[0]
+
+
+def test_a_batch_is_shared_evenly():
+    (problem,) = train_problems(GOOD, num_processes=3)
+    assert "batch_size is 64" in problem and "take 63" in problem
+
+
+def test_the_floor_makes_debiased_on_the_cosine_schedule_usable():
+    assert train_problems(update(GOOD, {"noise_schedule": "cosine", "snr_floor": 1e-3})) == []
+    assert train_problems(update(GOOD, {"noise_schedule": "cosine", "prediction_type": "v_prediction"})) == []
+
+
+WITHOUT_TORCH = """
+import sys
+class NoTorch:
+    def find_spec(name, *_):
+        assert name.split(".")[0] not in ("torch", "diffusers", "accelerate", "datasets"), name
+sys.meta_path.insert(0, NoTorch)
+from debias_diffusers import cli
+"""
+
+
+def test_three_mistakes_are_answered_together_at_once_without_torch():
+    flags = ["--batch_size", "0", "--learning_rate=-1", "--snr-gamma", "3"]
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH + "sys.exit(cli.train())", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert time.monotonic() - began < 2  # a cold start; warm it takes 0.3 s
+    assert done.returncode == 2
+    assert "3 problems" in done.stderr and "Traceback" not in done.stderr
+    assert all(name in done.stderr for name in ("batch_size is 0", "learning_rate is -1", "snr_gamma is 3"))
+
+
+@pytest.mark.parametrize("entry", ["train", "sample", "evaluate"])
+def test_help_needs_no_torch(entry):
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH + f"sys.exit(cli.{entry}(['--help']))"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert time.monotonic() - began < 2
+    assert done.returncode == 0 and "usage:" in done.stdout
+
+
+def test_eval_says_what_is_not_there_yet():
+    code, _, err = run("eval.py", "score", "runs/digits")
+    assert code == 2 and err.strip().splitlines()[-1].startswith("error: eval.py score is not there yet")
+
+
+@pytest.mark.parametrize("flag, near", [("--weightng", "--weighting"), ("--batchsize", "--batch_size")])
+def test_a_misspelt_flag_suggests_the_right_one(flag, near):
+    with pytest.raises(InputError, match=f"did you mean {near}"):
+        train_config([flag, "3"], None)
+
+
+def test_a_malformed_value_is_one_sentence():
+    with pytest.raises(InputError) as error:
+        train_config(["--batch_size", "many"], None)
+    assert "--batch_size" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("dataset: faces\nbatch_size: 16\nlearning_rate: 1e-3\nema_decay: 0.9\nmixed_precision: no\n")
+    config = train_config(["--config", str(file), "--batch-size", "32"], "bf16")
+    assert config.optimization.batch_size == 32
+    assert config.optimization.learning_rate == 1e-3
+    assert config.optimization.ema_decay == (0.9,)
+    assert config.optimization.mixed_precision == "no"
+    assert config.objective.schedule_shift == 1  # not the digits'
+
+
+def test_the_digits_configuration_is_taken_for_the_digits(tmp_path):
+    for flags in ([], ["--dataset", "digits"], ["--config", "digits"]):
+        assert train_config(flags, None).objective.schedule_shift == 64
+    assert train_config(["--dataset", "faces"], None).objective.schedule_shift == 1
+    assert train_config(["--dataset=digits", "--config", str(TINY)], None).objective.schedule_shift == 64
+
+
+def test_what_the_launcher_says_of_precision_is_taken_when_the_command_does_not():
+    assert train_config([], "bf16").optimization.mixed_precision == "bf16"
+    assert train_config(["--mixed_precision", "no"], "bf16").optimization.mixed_precision == "no"
+    assert train_config([], None).optimization.mixed_precision == "no"
+    with pytest.raises(InputError, match="mixed_precision is 'fp8'"):
+        train_config([], "fp8")
+
+
+def test_multipliers_follow_the_resolution_when_left_out():
+    assert train_config(["--dataset", "faces", "--resolution", "64"], None).model.channel_mult == (1, 2, 3, 4)
+
+
+def test_a_network_file_replaces_the_numbers_of_the_configuration_below_it():
+    config = train_config(["--model_config", "unet.json", "--output_dir", "x"], None)
+    assert train_problems(config) == []
+    config = train_config(["--model_config", "unet.json", "--model_channels", "64"], None)
+    assert any("model_channels is 64" in problem for problem in train_problems(config))
+
+
+def test_all_mistakes_of_a_file_are_named_together(tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text("batch_size: many\nwieghting: p2\nprediction_type: noise\nmax_steps: 1.5\n")
+    with pytest.raises(InputError) as error:
+        read_config(str(file))
+    for text in ("batch_size is 'many'", "did you mean weighting?", "one of epsilon, sample", "max_steps is 1.5"):
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, content):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(content)
+    with pytest.raises(InputError, match=r"wrong\.yaml"):
+        read_config(str(file))
+
+
+def test_an_unknown_configuration_lists_the_known():
+    with pytest.raises(InputError, match="digits"):
+        read_config("digit")
+
+
+def test_config_json_reads_back_as_the_same_configuration(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(configuration.to_json(GOOD))
+    assert update(layered(read_config(str(file))), {"output_dir": "runs/x"}) == GOOD
+
+
+def test_every_field_is_written_down_but_the_place():
+    written = json.loads(configuration.to_json(GOOD))
+    assert set(flatten(GOOD)) - set(written) == {"output_dir"}
+
+
+def test_a_resumed_run_is_compared_field_by_field():
+    before = json.loads(configuration.to_json(GOOD))
+    now = json.loads(configuration.to_json(update(GOOD, {"max_steps": 9, "weighting": "p2", "seed": 3})))
+    lines = configuration.differences(before, now)
+    assert [line.split(":")[0] for line in lines] == ["seed", "weighting"]
+    assert "debiased" in lines[1] and "p2" in lines[1]
+
+
+def test_the_yaml_loader_is_the_safe_one(tmp_path):
+    file = tmp_path / "hostile.yaml"
+    file.write_text("seed: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(InputError, match="not valid YAML"):
+        read_config(str(file))
+    assert yaml.safe_load(TINY.read_text())["dataset"] == "digits"

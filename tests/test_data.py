@@ -1,0 +1,186 @@
+"""Which images there are, and that what stands at a position follows from seed and position alone."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from debias_diffusers import chance
+from debias_diffusers.config import DataConfig
+from debias_diffusers.data import PositionBatches, TrainingData, batches, open_source
+from debias_diffusers.errors import InputError
+
+DIGITS = DataConfig(dataset="digits", resolution=8, num_workers=0)
+
+
+def picture(value, size=(8, 8), mode="RGB"):
+    return Image.new(mode, size, (value,) * 3 if mode == "RGB" else value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for k, name in enumerate(["cat/a.png", "cat/b.jpg", "dog/c.png"]):
+        path = tmp_path / "pets" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(k * 40).save(path)
+    (tmp_path / "pets" / "notes.txt").write_text("no image")
+    return tmp_path / "pets"
+
+
+def test_the_digits_are_the_1797_of_the_collection():
+    data = TrainingData(open_source(DataConfig(dataset="digits", resolution=8, class_conditional=True)), DIGITS, seed=0)
+    assert len(data.source) == 1797 and data.channels == 1
+    assert data.source.class_names == [str(k) for k in range(10)]
+    counts = torch.bincount(torch.tensor([data.source.read(k)[1] for k in range(1797)]))
+    assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # as the collection's description says
+
+
+def test_every_epoch_shows_every_image_once_in_another_order():
+    data = TrainingData(open_source(DIGITS), DIGITS, seed=5)
+    first, second = ([data.index(p) for p in range(e * 1797, (e + 1) * 1797)] for e in range(2))
+    assert sorted(first) == sorted(second) == list(range(1797))
+    assert first != second
+    assert TrainingData(open_source(DIGITS), DIGITS, seed=6).index(0) != first[0] or first[1] != data.index(1)
+
+
+def test_a_sample_does_not_depend_on_history():
+    config = DataConfig(dataset="digits", resolution=8, class_conditional=True, random_flip=True)
+    one, other = (TrainingData(open_source(config), config, seed=1) for _ in range(2))
+    for position in (5000, 3, 1797):
+        one[position + 1]
+        for name, value in one[position].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[position][name])), name
+
+
+def test_draws_of_neighbouring_seeds_and_positions_share_nothing():
+    draws = {chance.mixed(seed, purpose, p) for seed in range(20) for purpose in ("a", "b") for p in range(500)}
+    assert len(draws) == 20 * 2 * 500
+    u = torch.tensor([chance.uniform(0, "timestep", p) for p in range(20_000)], dtype=torch.float64)
+    assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.002 and u.min() >= 0 and u.max() < 1
+
+
+def test_noise_is_standard_normal():
+    data = TrainingData(open_source(DIGITS), DIGITS, seed=0)
+    noise = torch.stack([data[p]["noise"] for p in range(500)])
+    assert abs(noise.mean()) < 0.02 and abs(noise.var() - 1) < 0.02
+
+
+def test_half_of_the_images_are_flipped_and_a_tenth_of_the_labels_dropped():
+    config = DataConfig(dataset="digits", resolution=8, class_conditional=True, random_flip=True)
+    source = open_source(config)
+    data = TrainingData(source, config, seed=0)
+    plain = TrainingData(source, DataConfig(dataset="digits", resolution=8), seed=0)
+    samples = [data[p] for p in range(1000)]
+    flipped = [torch.equal(s["image"], plain[p]["image"].flip(-1)) for p, s in enumerate(samples)]
+    same = [torch.equal(s["image"], plain[p]["image"]) for p, s in enumerate(samples)]
+    assert all(a or b for a, b in zip(flipped, same)) and 430 < sum(flipped) < 570
+    assert 70 < sum(s["label"] == 10 for s in samples) < 130
+
+
+@pytest.mark.parametrize("processes, micro, workers", [(1, 64, 0), (2, 5, 0), (4, 16, 2)])
+def test_positions_are_the_same_however_they_are_split(processes, micro, workers):
+    config = DataConfig(dataset="digits", resolution=8, num_workers=workers)
+    data = TrainingData(open_source(config), config, seed=3)
+    parts = []
+    for rank in range(processes):
+        positions = PositionBatches(64, micro, rank, processes, range(4, 6))
+        share = list(batches(data, positions, pin_memory=False))
+        assert len(share) == len(positions)
+        parts.append({k: torch.cat([batch[k] for batch in share]).chunk(2) for k in share[0]})
+    for name in ("image", "u", "noise"):
+        together = torch.cat([part[name][step] for step in range(2) for part in parts])
+        assert torch.equal(together, torch.stack([torch.as_tensor(data[p][name], dtype=together.dtype) for p in range(256, 384)]))
+
+
+def test_a_folder_gives_labels_from_its_sub_folders(folder):
+    source = open_source(DataConfig(dataset=str(folder), resolution=8, class_conditional=True))
+    assert source.class_names == ["cat", "dog"]
+    assert [source.read(k)[1] for k in range(3)] == [0, 0, 1]
+    assert len(open_source(DataConfig(dataset=str(folder)))) == 3
+
+
+def test_a_folder_gives_labels_from_file_names_as_the_reference_does(tmp_path):
+    for name in ("cat_1.png", "dog_1.png", "cat_2.png"):
+        picture(0).save(tmp_path / name)
+    source = open_source(DataConfig(dataset=str(tmp_path), class_conditional=True))
+    assert source.class_names == ["cat", "dog"] and [source.read(k)[1] for k in range(3)] == [0, 0, 1]
+    picture(0).save(tmp_path / "bird.png")
+    with pytest.raises(InputError, match=r"bird\.png has no label"):
+        open_source(DataConfig(dataset=str(tmp_path), class_conditional=True))
+
+
+def test_tables_are_read_from_parquet_and_from_saved_datasets(tmp_path):
+    rows = {"picture": [picture(k, mode="L") for k in range(4)], "kind": [0, 1, 1, 0], "id": list(range(4))}
+    features = datasets.Features(
+        {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y"]), "id": datasets.Value("int64")}
+    )
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.to_parquet(tmp_path / "table.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "splits")
+    for name, split, images in (("table.parquet", "train", 4), ("saved", "train", 4), ("splits", "test", 1)):
+        config = DataConfig(dataset=str(tmp_path / name), split=split, resolution=8, class_conditional=True, label_dropout=0.0)
+        data = TrainingData(open_source(config), config, seed=0)
+        assert len(data.source) == images and data.channels == 1 and data.num_classes == 2
+    with pytest.raises(InputError, match="split is valid, but dataset .* has only: train, test"):
+        open_source(DataConfig(dataset=str(tmp_path / "splits"), split="valid"))
+    with pytest.raises(InputError, match="split valid cannot be loaded"):
+        open_source(DataConfig(dataset=str(tmp_path / "table.parquet"), split="valid"))
+    with pytest.raises(InputError, match="image_column is image, but the dataset has only: picture, kind, id"):
+        open_source(DataConfig(dataset=str(tmp_path / "saved"), image_column="image"))
+    labels = open_source(DataConfig(dataset=str(tmp_path / "saved"), class_conditional=True, label_column="id"))
+    assert labels.class_names == ["0", "1", "2", "3"]
+
+
+def test_a_hub_id_that_cannot_be_reached_is_a_sentence():
+    with pytest.raises(InputError, match="dataset nobody/nothing with split train cannot be loaded"):
+        open_source(DataConfig(dataset="nobody/nothing"))
+
+
+@pytest.mark.parametrize("name", ["missing.parquet", "./missing", "/no/where", "a/b/c"])
+def test_data_that_is_not_there_is_named(name):
+    with pytest.raises(InputError, match=name):
+        open_source(DataConfig(dataset=name))
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no images"):
+        open_source(DataConfig(dataset=str(tmp_path)))
+
+
+def test_a_broken_image_stops_with_its_name_also_from_a_worker(folder):
+    (folder / "cat" / "b.jpg").write_bytes(b"broken")
+    config = DataConfig(dataset=str(folder), resolution=8, num_workers=1)
+    data = TrainingData(open_source(config), config, seed=0)
+    with pytest.raises(InputError, match=r"cat/b\.jpg cannot be read") as error:
+        list(batches(data, PositionBatches(3, 3, 0, 1, range(1)), pin_memory=False))
+    assert "\n" not in str(error.value)
+
+
+def test_colour_in_a_grey_data_set_is_refused_and_grey_in_a_coloured_one_is_taken(tmp_path):
+    picture(1, mode="L").save(tmp_path / "a.png")
+    picture(2).save(tmp_path / "b.png")
+    config = DataConfig(dataset=str(tmp_path), resolution=8)
+    data = TrainingData(open_source(config), config, seed=0)
+    assert data.channels == 1
+    refused = [data[p] for p in range(2) if isinstance(data[p], InputError)]
+    assert len(refused) == 1 and "--channels 3" in str(refused[0])
+    config = DataConfig(dataset=str(tmp_path), resolution=8, channels=3)
+    data = TrainingData(open_source(config), config, seed=0)
+    assert {tuple(data[p]["image"].shape) for p in range(2)} == {(3, 8, 8)}
+
+
+def test_a_changed_folder_has_another_fingerprint(folder):
+    before = open_source(DataConfig(dataset=str(folder))).fingerprint()
+    assert open_source(DataConfig(dataset=str(folder))).fingerprint() == before
+    picture(3, size=(9, 9)).save(folder / "cat" / "a.png")
+    after = open_source(DataConfig(dataset=str(folder))).fingerprint()
+    assert after != before and after["images"] == 3
+
+
+def test_pixels_arrive_unchanged_at_their_own_resolution(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    config = DataConfig(dataset=str(tmp_path), resolution=8)
+    assert (TrainingData(open_source(config), config, seed=0)[0]["image"].numpy() == array.transpose(2, 0, 1)).all()
