@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import tyro
 
 from . import config as configuration
+from . import rules
 from .config import DIGITS, SampleConfig, TrainConfig
-from .errors import DebiasError, InputError
+from .errors import DebiasError, InputError, raise_all
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 def _train(argv: list[str]) -> None:
     config = train_config(argv, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    configuration.raise_all(configuration.train_problems(config, num_processes))
+    raise_all(rules.train_problems(config, num_processes))
     if config.run.dry_run:
         from .training import dry_run
 
@@ -93,7 +94,7 @@ def _without_config(argv: list[str]) -> list[str]:
 
 def _sample(argv: list[str]) -> None:
     config = _parse(SampleConfig, argv, None, "sample.py", "Draw images with a trained model.")
-    configuration.raise_all(configuration.sample_problems(config))
+    raise_all(rules.sample_problems(config))
     from . import sampling
 
     sampling.sample(config)
@@ -126,7 +127,8 @@ def _parse(kind: type[T], argv: list[str], default: T | None, program: str, desc
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=argv, prog=program, description=description, use_underscores=True, config=markers, **options)
+            parsed: T = tyro.cli(kind, args=argv, prog=program, description=description, use_underscores=True, config=markers, **options)
+            return parsed
     except SystemExit as error:
         if error.code:
             raise InputError(f"{_sentence(box.getvalue())}; {program} --help lists all flags") from None

@@ -128,7 +128,7 @@ class Table:
 
 
 def _only_column(table: Any, kind: type, role: str) -> str:
-    found = [name for name, feature in table.features.items() if isinstance(feature, kind)]
+    found: list[str] = [name for name, feature in table.features.items() if isinstance(feature, kind)]
     if not found and role in table.column_names:
         found = [role]
     if len(found) != 1:

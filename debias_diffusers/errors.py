@@ -1,5 +1,7 @@
 """What can go wrong, as few kinds of error, each with the exit code that the command line returns for it."""
 
+from collections.abc import Iterable
+
 
 class DebiasError(Exception):
     """Base of all errors that are said in a sentence instead of a traceback."""
@@ -43,3 +45,12 @@ class StoppedError(DebiasError):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def raise_all(problems: Iterable[str], where: str = "configuration") -> None:
+    """Raises one InputError that lists all problems; does nothing where there are none."""
+    problems = list(problems)
+    if len(problems) == 1:
+        raise InputError(f"{where}: {problems[0]}")
+    if problems:
+        raise InputError(f"{where}: {len(problems)} problems\n" + "\n".join(f"  - {problem}" for problem in problems))

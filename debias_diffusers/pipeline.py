@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 from torch import Tensor
@@ -128,8 +129,9 @@ def load_pipeline(model: str) -> PixelPipeline:
         raise InputError(f"{model} holds no model (no model_index.json); train one, or name another folder")
     if not folder.exists() and (model.count("/") != 1 or model.startswith((".", "~", "/"))):
         raise InputError(f"{model} does not exist; name a run directory, a pipeline folder or a Hub id such as user/name")
+    logging.disable_progress_bar()  # of loading two components
     try:
-        pipeline = PixelPipeline.from_pretrained(model, use_safetensors=True)
+        pipeline: PixelPipeline = PixelPipeline.from_pretrained(model, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"model {model} cannot be loaded: {reason}") from error

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 from . import checkpoint
 from .checkpoint import Checkpoint
-from .config import TrainConfig, differences, raise_all, stored, to_json
-from .errors import InputError, RunInUseError
+from .config import TrainConfig, differences, stored, to_json
+from .errors import InputError, RunInUseError, raise_all
 from .files import said_if_not_writable, write_file
 
 CHECKPOINTS = "checkpoints"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import safetensors.torch
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -39,7 +39,7 @@ def draw(
 ) -> list[Image.Image]:
     """The images of some indices, in one batch. `labels` are repeated over all indices."""
     own = [labels[k % len(labels)] for k in indices] if labels else None
-    output = pipeline(
+    output: Any = pipeline(
         batch_size=len(indices),
         class_labels=own,
         guidance_scale=guidance_scale,

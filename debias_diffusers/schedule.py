@@ -97,6 +97,7 @@ _LINEAR_BETAS = {"linear": _linear, "scaled_linear": _scaled_linear}
 def make_schedule(config: ObjectiveConfig) -> Schedule:
     """The schedule of a configuration: a named one, its SNR multiplied by `schedule_shift`."""
     T = config.num_train_timesteps
+    named: dict[str, Any]
     if config.noise_schedule == "cosine":
         betas, named = _cosine(T), {"beta_schedule": "squaredcos_cap_v2"}
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -65,8 +66,10 @@ class DDIM(DDIMScheduler):
         else:
             x_0 = model_output
         if self.config.thresholding:
-            return self._threshold_sample(x_0)
-        return x_0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range) if self.config.clip_sample else x_0
+            x_0 = self._threshold_sample(x_0)
+        elif self.config.clip_sample:
+            x_0 = x_0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return x_0
 
 
 # name: the class, and what it needs beside the model's own scheduler configuration
@@ -113,7 +116,9 @@ def make_scheduler(name: SchedulerName, own: Any, spacing: Spacing, steps: int) 
             f"steps is 1, but scheduler {name} with spacing {spacing} would start from t = 0; take 2 steps or --spacing trailing"
         )
     kind, overrides = SCHEDULERS[name]
-    scheduler = kind.from_config(own.config, timestep_spacing=spacing, **overrides)  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # that "dpmsolver" will go in diffusers 1.0
+        scheduler = kind.from_config(own.config, timestep_spacing=spacing, **overrides)  # type: ignore[attr-defined]
     try:
         scheduler.set_timesteps(steps)
     except (ValueError, IndexError) as error:

@@ -8,44 +8,29 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import platform
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import diffusers
-import safetensors.torch
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from tqdm import tqdm
 
-from . import __version__, chance, checkpoint, data, hub, images, sampling, timesteps
+from . import chance, checkpoint, data, hub, images, machine, sampling, snapshot, timesteps
 from .checkpoint import Checkpoint
-from .config import TrainConfig, to_json
+from .config import OptimizationConfig, TrainConfig, to_json
 from .ema import EMA
 from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError
 from .files import DRAFT, said_if_not_writable, write_file
 from .loss import make_objective
 from .pixels import PixelTask
+from .progress import Progress, due
 from .run import SAMPLES, Run, StopSignal, say
 from .schedulers import make_scheduler
 
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 SKIPS_IN_A_ROW = 20  # fp16 steps with overflowing gradients that are taken for a search of the loss scale
 GRID_IMAGES, GRID_STEPS = 64, 20
 
@@ -64,20 +49,16 @@ def train(config: TrainConfig, run: Run | None) -> None:
     trainer = Trainer(config, run)
     try:
         trainer.train(stop)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+    except RuntimeError as error:
+        if not machine.is_out_of_memory(error):
             raise
-        smaller = max(1, trainer.micro_batch_size // 2)
+        micro = trainer.micro_batch_size
         raise InputError(
-            f"out of memory with {trainer.micro_batch_size} images per forward; add --micro_batch_size {smaller}, "
+            f"out of memory with {micro} images per forward; add --micro_batch_size {max(1, micro // 2)}, "
             f"which trains the same in less memory"
         ) from error
     finally:
-        trainer.end()
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        trainer.accelerator.end_training()
 
 
 class Trainer:
@@ -86,96 +67,99 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: Run | None) -> None:
         self.config, self.run = config, run
         self.optim = config.optimization
-        self.num_threads = set_threads(self.optim.num_threads)
-        self.accelerator = start_accelerator(config)
+        self.num_threads = machine.set_threads(self.optim.num_threads)
+        self.accelerator = machine.start_accelerator(config)
         self.device = self.accelerator.device
-        share = self.optim.batch_size // self.accelerator.num_processes
-        self.micro_batch_size = min(share, self.optim.micro_batch_size or share)
+        self.share = self.optim.batch_size // self.accelerator.num_processes  # samples of a step in this process
+        self.micro_batch_size = min(self.share, self.optim.micro_batch_size or self.share)
 
         self.task = PixelTask(config)
         self.objective = make_objective(config.objective)
         torch.manual_seed(chance.mixed(self.optim.seed, "weights", 0))
-        self.bare = self.task.build().to(self.device).train()
-        self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
-        self.ema = EMA(dict(self.bare.named_parameters()), self.optim.ema_decay)
+        network = self.task.build().to(self.device).train()
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.ema = EMA(dict(network.named_parameters()), self.optim.ema_decay)
         self.adamw = torch.optim.AdamW(
             self.parameters,
             lr=self.optim.learning_rate,
             weight_decay=self.optim.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.model, self.optimizer = self.accelerator.prepare(self.bare, self.adamw)
+        self.model, self.optimizer = self.accelerator.prepare(network, self.adamw)
+        self.averaged = self.task.build().to(self.device).eval()  # holds averaged weights to draw with and to export
 
         self.step = 0  # optimizer steps that are done
-        self.saved_step = -1
+        self.saved_step = 0
         self.skips = 0
-        self.resume(self._agree_on_checkpoint())
-        self.averaged = self.task.build().to(self.device).eval()  # holds EMA weights to draw and to export
+        self._resume(self._agree_on_checkpoint())
         if run:
             run.begin(config)
-            warn_of_little_space(run.folder, sum(p.numel() for p in self.parameters), len(self.optim.ema_decay))
+            machine.warn_of_little_space(run.folder, sum(p.numel() for p in self.parameters), len(self.optim.ema_decay))
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def train(self, stop: StopSignal) -> None:
-        """All steps that are left."""
-        config, began = self.config.run, time.monotonic()
-        micro_batches = self.micro_batches()
-        self.settle_ddp()
-        with Progress(self) as progress:
-            while self.step < self.optim.max_steps:
-                loss, grad_norm, signum, late = self.gradients(micro_batches, stop, began)
-                self.update(loss, grad_norm)
-                progress.record(loss, grad_norm)
-                if due(self.step, config.sample_every):
-                    self.draw_grid()
-                if due(self.step, config.checkpoint_every):
-                    self.save(final=False)
-                if signum or late:
-                    break
-            self.save(final=True)
-        self.say_end(signum=signum if self.step < self.optim.max_steps else 0)
+        """All steps that are left, or until a signal or `max_hours`."""
+        every = self.config.run
+        deadline = time.monotonic() + self.optim.max_hours * 3600 if self.optim.max_hours else math.inf
+        self._settle_ddp()
+        micro_batches = self._micro_batches()
+        signum = late = 0
+        with Progress(self.config, self.run, self.accelerator, self.step) as progress:
+            while self.step < self.optim.max_steps and not signum and not late:
+                loss, grad_norm = self._gradients(micro_batches)
+                loss, signum, late = self._agree(loss, stop.signum, time.monotonic() > deadline)
+                learning_rate = self._update(loss, grad_norm)
+                progress.record(self.step, loss, learning_rate, grad_norm)
+                if due(self.step, every.sample_every):
+                    self._draw_grid()
+                if due(self.step, every.checkpoint_every):
+                    self._save()
+            self._save(final=True)
+        self._say_end(signum)
 
-    def gradients(self, micro_batches: Iterator[dict[str, Tensor]], stop: StopSignal, began: float) -> tuple[float, float, int, bool]:
-        """One step's gradients; the loss over all processes, the gradient norm, and whether to stop after this step."""
+    def _gradients(self, micro_batches: Iterator[dict[str, Tensor]]) -> tuple[float, float]:
+        """One step's gradients; returns this process's mean loss and the norm of the gradient of all processes."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        share = self.optim.batch_size // self.accelerator.num_processes
-        pieces = -(-share // self.micro_batch_size)
-        first = self.step * self.optim.batch_size + self.accelerator.process_index * share
-        for piece in range(pieces):
+        first = self.step * self.optim.batch_size + self.accelerator.process_index * self.share
+        starts = range(first, first + self.share, self.micro_batch_size)
+        for start in starts:
             batch = next(micro_batches)
-            # Dropout follows the position too.
-            torch.manual_seed(chance.mixed(self.optim.seed, "dropout", first + piece * self.micro_batch_size))
-            with self.accelerator.no_sync(self.model) if piece < pieces - 1 else contextlib.nullcontext():
-                loss = self.losses(batch).sum() / share
+            torch.manual_seed(chance.mixed(self.optim.seed, "dropout", start))  # after the loader, which draws when it starts
+            # Only the last piece exchanges gradients between processes.
+            synchronised = contextlib.nullcontext() if start == starts[-1] else self.accelerator.no_sync(self.model)
+            with synchronised:
+                loss = self._losses(batch).sum() / self.share
                 self.accelerator.backward(loss)
             total += loss.detach()
         self.accelerator.unscale_gradients()
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        late = self.optim.max_hours > 0 and time.monotonic() - began > self.optim.max_hours * 3600
-        mean, signum, late = self._agree(total.item(), stop.signum, late)
-        return mean, grad_norm.item(), signum, late
+        return total.item(), torch.nn.utils.get_total_norm(self._grads()).item()
 
-    def losses(self, batch: dict[str, Tensor]) -> Tensor:
+    def _losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Weighted loss of each sample of a micro-batch, (B,)."""
         x_0 = self.task.clean(batch, self.device)
         noise = batch["noise"].to(self.device, non_blocking=True)
         t = timesteps.uniform(batch["u"], len(self.objective.schedule))
         return self.objective(self.task.network(self.model, batch, self.device), x_0, noise, t)
 
-    def update(self, loss: float, grad_norm: float) -> None:
-        """Clips, steps the optimizer and the averages; refuses to where something is not finite."""
-        self.require_finite(loss, grad_norm)
+    def _update(self, loss: float, grad_norm: float) -> float:
+        """Clips, steps the optimizer and the averages, returns the learning rate; refuses where something is not finite."""
+        self._require_finite(loss, grad_norm)
         if 0 < self.optim.max_grad_norm < grad_norm < math.inf:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], self.optim.max_grad_norm / grad_norm)
+            torch._foreach_mul_(self._grads(), self.optim.max_grad_norm / grad_norm)
+        rate = learning_rate(self.optim, self.step)
         for group in self.adamw.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
+            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update()
         self.step += 1
+        return rate
 
-    def require_finite(self, loss: float, grad_norm: float) -> None:
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def _require_finite(self, loss: float, grad_norm: float) -> None:
         """Raises NotFiniteError before the update would spoil the weights. fp16 may overflow while it finds its scale."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.skips = 0
@@ -190,7 +174,15 @@ class Trainer:
             f"untouched; try a smaller --learning_rate, --max_grad_norm 1 or --mixed_precision no"
         )
 
-    def micro_batches(self) -> Iterator[dict[str, Tensor]]:
+    def _agree(self, loss: float, signum: int, late: bool) -> tuple[float, int, int]:
+        """The mean loss of all processes, and one answer of all of them to "stop?"."""
+        if self.accelerator.num_processes == 1:
+            return loss, signum, late
+        mine = torch.tensor([[loss, signum, late]], dtype=torch.float64, device=self.device)
+        everyone = self.accelerator.gather(mine)
+        return everyone[:, 0].mean().item(), int(everyone[:, 1].max()), int(everyone[:, 2].max())
+
+    def _micro_batches(self) -> Iterator[dict[str, Tensor]]:
         """This process's share of the steps that are left, in pieces."""
         positions = data.PositionBatches(
             self.optim.batch_size,
@@ -201,11 +193,11 @@ class Trainer:
         )
         return data.batches(self.task.data, positions, pin_memory=self.device.type == "cuda")
 
-    def settle_ddp(self) -> None:
+    def _settle_ddp(self) -> None:
         """One backward that is thrown away.
 
-        DDP orders its sums anew after its first backward; without this the first step after a resume would round differently
-        from the same step of a run that was not interrupted (from three processes on).
+        DDP orders its sums anew after its first backward; without this, the first step after a resume would round otherwise
+        than the same step of a run that was not interrupted (from three processes on).
         """
         if self.accelerator.num_processes > 1:
             shape = self.task.data.shape
@@ -214,13 +206,16 @@ class Trainer:
             network(self.task.clean(batch, self.device), torch.zeros(1, dtype=torch.long, device=self.device)).sum().backward()
             self.optimizer.zero_grad()
 
-    def _agree(self, loss: float, signum: int, late: bool) -> tuple[float, int, bool]:
-        """The mean loss, and one answer of all processes to "stop?"."""
-        if self.accelerator.num_processes == 1:
-            return loss, signum, late
-        everyone = torch.tensor([[loss, signum, late]], dtype=torch.float64, device=self.device)
-        everyone = self.accelerator.gather(everyone)
-        return everyone[:, 0].mean().item(), int(everyone[:, 1].max()), bool(everyone[:, 2].any())
+    def _say_end(self, signum: int) -> None:
+        at = f"at step {self.step} of {self.optim.max_steps}, saved; the same command continues"
+        if self.step == self.optim.max_steps:
+            sentence = f"finished at step {self.step}; the model is in {self.config.run.output_dir}"
+        elif signum:
+            raise StoppedError(f"stopped by {signal.Signals(signum).name} {at}", signum)
+        else:
+            sentence = f"stopped after max_hours {self.optim.max_hours} {at}"
+        if self.run:
+            say(sentence)
 
     # ---- what is kept ------------------------------------------------------------------------------------------------
 
@@ -231,27 +226,32 @@ class Trainer:
             broadcast_object_list(chosen)
         return chosen[0]
 
-    def resume(self, found: Checkpoint | None) -> None:
+    def _resume(self, found: Checkpoint | None) -> None:
         """Puts everything back as it was after the checkpoint's step."""
         if found is None:
             return
-        state = found.state
         if self.run:
-            require_same_data(state["data"], self.task.data.source.fingerprint(), self.config)
-            say_what_changed(state, self.state())
+            self._require_same_data(found.state["data"])
+            machine.say_what_changed(found.state, self._state())
             say(f"resuming {self.run.folder} at step {found.step} of {self.optim.max_steps}")
-        optimizer = unflatten(safetensors.torch.load(found.read("optimizer.safetensors")))
-        hyper = {name: value for name, value in self.adamw.param_groups[0].items() if name != "params"}
-        groups = [{**hyper, "params": list(optimizer)}]
-        set_optimizer_state_dict(self.model, self.adamw, {"state": optimizer, "param_groups": groups}, options=FULL)
-        set_model_state_dict(self.model, safetensors.torch.load(found.read("model.safetensors")), options=FULL)
-        for rate in self.ema.averages:
-            self.ema.load(rate, safetensors.torch.load(found.read(ema_file(rate))))
+        snapshot.restore(found, self.model, self.adamw, self.ema)
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.accelerator.scaler.load_state_dict(found.state["scaler"])
         self.step = self.saved_step = found.step
 
-    def state(self) -> dict[str, Any]:
+    def _require_same_data(self, before: dict[str, Any]) -> None:
+        now = self.task.data.source.fingerprint()
+        if before == now:
+            return
+        change = (
+            f"dataset {self.config.data.dataset} is not the one this run began with "
+            f"({before['images']} images then, {now['images']} now)"
+        )
+        if not self.config.run.accept_changed_data:
+            raise InputError(f"{change}; put it back, or go on with --accept_changed_data")
+        say(f"warning: {change}; positions of the run now mean other images")
+
+    def _state(self) -> dict[str, Any]:
         """What state.json says beside the tensors."""
         scaler = self.accelerator.scaler
         return {
@@ -259,45 +259,38 @@ class Trainer:
             "position": self.step * self.optim.batch_size,
             "num_processes": self.accelerator.num_processes,
             "num_threads": self.num_threads,
-            "versions": versions(),
-            "device": str(self.device.type),
+            "device": self.device.type,
+            "versions": machine.versions(),
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "data": self.task.data.source.fingerprint() if self.run else None,
+            "data": self.task.data.source.fingerprint(),
             "config": json.loads(to_json(self.config)),
         }
 
-    def save(self, final: bool) -> None:
-        """Exports the pipeline, then writes the checkpoint; with the checkpoint the step counts as saved.
+    def _save(self, final: bool = False) -> None:
+        """Exports the pipeline, then writes the checkpoint, with which the step counts as saved.
 
         A save that fails is said and tried again at the next interval; the last one must succeed.
         """
         if self.step == self.saved_step:
             return
-        # Gathered in every process: a sharded model needs them all.
-        model = get_model_state_dict(self.model, options=FULL)
-        optimizer = get_optimizer_state_dict(self.model, self.adamw, options=FULL)["state"]
-        self.saved_step = self.step
+        tensors = snapshot.gather(self.model, self.adamw, self.ema)
         if self.run is None:
+            self.saved_step = self.step
             return
-        files = {
-            "model.safetensors": model,
-            **{ema_file(rate): average for rate, average in self.ema.averages.items()},
-            "optimizer.safetensors": flatten(optimizer),
-        }
-        contents = ((name, safetensors.torch.save(contiguous(tensors))) for name, tensors in files.items())
         try:
             self.run.metrics.sync()
-            self.export(self.run.folder)
-            checkpoint.write(self.run.checkpoints, self.step, contents, self.state(), self.config.run.keep_checkpoints)
+            self._export(self.run.folder)
+            keep = self.config.run.keep_checkpoints
+            checkpoint.write(self.run.checkpoints, self.step, snapshot.contents(tensors), self._state(), keep)
+            self.saved_step = self.step
         except CannotWriteError as error:
-            self.saved_step = -1
             if final:
                 raise
             say(f"step {self.step} was not saved: {error}; training goes on")
 
-    def export(self, folder: Path) -> None:
-        """Makes the run directory a pipeline folder with the EMA weights of the first rate."""
-        self.load_averaged()
+    def _export(self, folder: Path) -> None:
+        """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
+        self._load_averaged()
         draft = folder / (DRAFT + "export")
         with said_if_not_writable(folder):
             self.task.pipeline(self.averaged).save_pretrained(draft, safe_serialization=True)
@@ -307,17 +300,17 @@ class Trainer:
             shutil.rmtree(draft)
         write_file(folder / "README.md", hub.model_card(self.config, self.step, self.task.data.num_classes).encode())
 
-    def load_averaged(self) -> None:
-        average = next(iter(self.ema.averages.values()))
-        with torch.no_grad():
-            for name, parameter in self.averaged.named_parameters():
-                parameter.copy_(average[name])
+    @torch.no_grad()
+    def _load_averaged(self) -> None:
+        average = self.ema.averages[self.optim.ema_decay[0]]
+        for name, parameter in self.averaged.named_parameters():
+            parameter.copy_(average[name])
 
-    def draw_grid(self) -> None:
+    def _draw_grid(self) -> None:
         """Samples of the averaged weights, always from the same seeds, as one picture."""
         if self.run is None:
             return
-        self.load_averaged()
+        self._load_averaged()
         pipeline, labels = self.task.preview(self.averaged)
         steps = min(GRID_STEPS, len(self.objective.schedule) // 2)
         pipeline.scheduler = make_scheduler("unipc", pipeline.scheduler, "linspace", steps)
@@ -327,196 +320,29 @@ class Trainer:
         except CannotWriteError as error:
             say(f"no sample grid at step {self.step}: {error}")
 
-    def say_end(self, signum: int) -> None:
-        folder = self.config.run.output_dir
-        if signum:
-            raise StoppedError(
-                f"stopped by {signal.Signals(signum).name} at step {self.step} of {self.optim.max_steps}, saved; "
-                f"the same command continues",
-                signum,
-            )
-        if self.run and self.step < self.optim.max_steps:
-            say(
-                f"stopped after max_hours {self.optim.max_hours} at step {self.step} of {self.optim.max_steps}, saved; the same command continues"
-            )
-        elif self.run:
-            say(f"finished at step {self.step}; the model is in {folder}")
 
-    def end(self) -> None:
-        """Closes trackers and leaves the group of processes."""
-        self.accelerator.end_training()
-
-
-class Progress:
-    """The progress bar, metrics.jsonl and the tracker."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.smooth = math.nan
-        self.since, self.images = time.monotonic(), 0
-        accelerator = trainer.accelerator
-        self.bar = tqdm(
-            total=trainer.optim.max_steps,
-            initial=trainer.step,
-            unit="step",
-            disable=trainer.run is None,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
-        )
-        if trainer.config.run.report_to != "none":
-            values = json.loads(to_json(trainer.config)).items()
-            accelerator.init_trackers("", {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values})
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.close()
-
-    def record(self, loss: float, grad_norm: float) -> None:
-        """Tells of the step that was just made."""
-        trainer = self.trainer
-        self.images += trainer.optim.batch_size
-        self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
-        rate = self.images / max(time.monotonic() - self.since, 1e-9)
-        self.bar.set_postfix_str(f"loss {self.smooth:.3f}, {rate:.0f} images/s", refresh=False)
-        self.bar.update()
-        if due(trainer.step, trainer.config.run.log_every):
-            values = {
-                "step": trainer.step,
-                "loss": loss,
-                "learning_rate": learning_rate(trainer.config, trainer.step - 1),
-                "grad_norm": grad_norm,
-                "images_per_second": rate,
-            }
-            if trainer.run:
-                trainer.run.metrics.append(values)
-            trainer.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=trainer.step)
-            self.since, self.images = time.monotonic(), 0
-
-
-# ---- small things ----------------------------------------------------------------------------------------------------
-
-
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: OptimizationConfig, step: int) -> float:
     """The learning rate of the update from `step` to `step + 1`: a function of the step, so that nothing needs saving."""
-    optim = config.optimization
-    if step < optim.warmup_steps:
-        return optim.learning_rate * (step + 1) / optim.warmup_steps
-    done = (step - optim.warmup_steps) / max(1, optim.max_steps - optim.warmup_steps)
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return optim.learning_rate * shape[optim.lr_schedule]
-
-
-def set_threads(asked: int | None) -> int:
-    """Sets and returns the CPU threads of this process.
-
-    `accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise, which would leave all cores but one idle.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = asked or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    torch.set_num_threads(threads)
-    return threads
-
-
-def start_accelerator(config: TrainConfig) -> Accelerator:
-    """accelerate's handle on devices and processes, after checking the configuration against the machine.
-
-    Raises:
-        InputError: the machine cannot do what the configuration asks for.
-    """
-    report_to, precision = config.run.report_to, config.optimization.mixed_precision
-    available = {"tensorboard": accelerate.utils.is_tensorboard_available, "wandb": accelerate.utils.is_wandb_available}
-    if report_to != "none" and not available[report_to]():
-        raise InputError(f"report_to is {report_to}, but it is not installed; run pip install {report_to}")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            log_with=None if report_to == "none" else report_to,
-            project_dir=str(Path(config.run.output_dir or "") / "logs"),
-        )
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"mixed_precision is {precision}, but this machine refuses: {' '.join(str(error).split())}") from error
-    if accelerator.num_processes != world_size:
-        raise InputError(
-            f"the launcher started {world_size} processes, but accelerate sees {accelerator.num_processes}; "
-            f"on a CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu"
-        )
-    if precision == "fp16" and accelerator.device.type == "cpu":
-        raise InputError("mixed_precision is fp16, but a CPU cannot train in it; take bf16 or no")
-    return accelerator
-
-
-def warn_of_little_space(folder: Path, parameters: int, rates: int) -> None:
-    """Says when the disk holds less than 2.5 checkpoints: an old one stays until the new one is whole."""
-    needed = 2.5 * 4 * parameters * (3 + rates)  # float32 weights, two moments, averages
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        say(f"warning: {folder} has {free / 1e6:.0f} MB free, but checkpoints need about {needed / 1e6:.0f} MB")
-
-
-def require_same_data(before: dict[str, Any], now: dict[str, Any], config: TrainConfig) -> None:
-    if before == now:
-        return
-    change = f"dataset {config.data.dataset} is not the one this run began with ({before['images']} images then, {now['images']} now)"
-    if not config.run.accept_changed_data:
-        raise InputError(f"{change}; put it back, or go on with --accept_changed_data")
-    say(f"warning: {change}; positions of the run now mean other images")
-
-
-def say_what_changed(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """What may change on a resume, but ends the promise of equal bits."""
-    pairs = [(name, before[name], now[name]) for name in ("num_processes", "num_threads", "device")]
-    pairs += [(f"the version of {name}", old, now["versions"].get(name)) for name, old in before["versions"].items()]
-    for name, old, new in pairs:
-        if old != new:
-            say(f"warning: {name} was {old}, now it is {new}; the run goes on, but not bit for bit as before")
-
-
-def versions() -> dict[str, str]:
-    return {
-        "debias_diffusers": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "accelerate": accelerate.__version__,
-    }
-
-
-def ema_file(rate: float) -> str:
-    return f"ema_{rate}.safetensors"
-
-
-def flatten(state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Optimizer state by parameter and name as one level, "PARAMETER/NAME"."""
-    return {f"{parameter}/{name}": value for parameter, values in state.items() for name, value in values.items()}
-
-
-def unflatten(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    state: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        parameter, name = key.rsplit("/", 1)
-        state.setdefault(parameter, {})[name] = value
-    return state
-
-
-def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return config.learning_rate * shape[config.lr_schedule]
 
 
 def dry_run(config: TrainConfig) -> None:
-    """Says what would be trained: the configuration, the network's size, an epoch's length, a picture of the first batch."""
+    """Shows what would be trained: configuration, size of the network, length of an epoch, picture of the first batch."""
     print(to_json(config), end="")
-    task = PixelTask(config)
-    network = task.build()
-    size, steps = len(task.data.source), len(task.data.source) / config.optimization.batch_size
-    print(f"parameters: {sum(p.numel() for p in network.parameters())}")
-    print(f"images: {size}, {task.data.channels} channel(s), {task.data.num_classes} classes; steps per epoch: {steps:.1f}")
-    batch = [task.data[p] for p in range(min(config.optimization.batch_size, GRID_IMAGES))]
+    try:
+        task = PixelTask(config)
+    except InputError as error:
+        return print(f"parameters, steps per epoch and first batch: unknown, because the data cannot be seen ({error})")
+    source, batch_size = task.data.source, config.optimization.batch_size
+    print(f"parameters: {sum(p.numel() for p in task.build().parameters())}")
+    print(f"images: {len(source)}, {task.data.channels} channel(s), {task.data.num_classes} classes")
+    print(f"steps per epoch: {len(source) / batch_size:.1f}")
+    first = data.PositionBatches(min(batch_size, GRID_IMAGES), batch_size, 0, 1, range(1))
+    (batch,) = data.batches(task.data, first, pin_memory=False)
     picture = Path(f"{config.run.output_dir}-first-batch.png")
-    write_file(picture, images.png(images.grid([images.from_array(sample["image"].numpy()) for sample in batch])))
+    write_file(picture, images.png(images.grid([images.from_array(image.numpy()) for image in batch["image"]])))
     print(f"first batch: {picture}")

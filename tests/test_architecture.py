@@ -9,26 +9,26 @@ PACKAGE = ROOT / "debias_diffusers"
 
 # Lower rooms first; a room may import rooms of lower rows only.
 ORDER = [
-    {"errors"},
-    {"config", "files", "chance"},
-    {"schedule", "images", "checkpoint", "ema", "timesteps"},
-    {"weighting", "data", "model", "run", "schedulers", "hub"},
-    {"loss", "pipeline"},
-    {"pixels", "sampling"},
+    {"errors", "chance", "ema", "timesteps"},
+    {"config", "files", "images"},
+    {"rules", "schedule", "checkpoint", "model", "data", "hub"},
+    {"weighting", "run", "schedulers", "snapshot", "pipeline"},
+    {"loss", "sampling", "machine", "progress"},
+    {"pixels"},
     {"training"},
     {"cli"},
 ]
 
 DOORS = {
     "datasets": {"data"},
-    "diffusers": {"model", "schedulers", "pipeline", "pixels", "training"},
-    "accelerate": {"training"},
+    "diffusers": {"model", "schedulers", "pipeline", "pixels", "machine"},
+    "accelerate": {"machine", "progress", "training"},
     "tyro": {"cli"},
     "yaml": {"config", "hub"},
     "PIL": {"images", "sampling"},
 }
 
-WITHOUT_TORCH = {"errors", "config", "files", "checkpoint", "run", "hub", "cli"}
+WITHOUT_TORCH = {"errors", "config", "rules", "files", "checkpoint", "run", "hub", "cli"}
 
 
 def imports(path, everywhere=True):

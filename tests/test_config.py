@@ -13,8 +13,9 @@ from conftest import ROOT, TINY, run
 
 from debias_diffusers import config as configuration
 from debias_diffusers.cli import train_config
-from debias_diffusers.config import TrainConfig, flatten, layered, read_config, resolved, train_problems, update
+from debias_diffusers.config import TrainConfig, flatten, layered, read_config, resolved, update
 from debias_diffusers.errors import InputError
+from debias_diffusers.rules import train_problems
 from debias_diffusers.schedulers import SCHEDULERS
 from debias_diffusers.weighting import WEIGHTINGS
 

@@ -1,0 +1,92 @@
+"""The machine under a training: threads, devices, precision, memory, and what must be said when they change."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import torch
+from accelerate import Accelerator
+
+from . import __version__
+from .config import TrainConfig
+from .errors import InputError
+from .run import say
+
+
+def set_threads(asked: int | None) -> int:
+    """Sets and returns the CPU threads of this process.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise, which would leave all cores but one idle.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = asked or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(threads)
+    return threads
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """accelerate's handle on devices and processes, after checking the configuration against the machine.
+
+    Raises:
+        InputError: the machine cannot do what the configuration asks for.
+    """
+    report_to, precision = config.run.report_to, config.optimization.mixed_precision
+    available = {"tensorboard": accelerate.utils.is_tensorboard_available, "wandb": accelerate.utils.is_wandb_available}
+    if report_to != "none" and not available[report_to]():
+        raise InputError(f"report_to is {report_to}, but it is not installed; run pip install {report_to}")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with=None if report_to == "none" else report_to,
+            project_dir=str(Path(config.run.output_dir or "") / "logs"),
+        )
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"mixed_precision is {precision}, but this machine refuses: {' '.join(str(error).split())}") from error
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != world_size:
+        raise InputError(
+            f"the launcher started {world_size} processes, but accelerate sees {accelerator.num_processes}; "
+            f"on a CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu"
+        )
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("mixed_precision is fp16, but a CPU cannot train in it; take bf16 or no")
+    return accelerator
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a device, or of the main memory (where torch raises a plain RuntimeError)."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def warn_of_little_space(folder: Path, parameters: int, rates: int) -> None:
+    """Says when the disk holds less than 2.5 checkpoints: an old one stays until the new one is whole."""
+    needed = 2.5 * 4 * parameters * (3 + rates)  # float32 weights, two moments, averages
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        say(f"warning: {folder} has {free / 1e6:.0f} MB free, but checkpoints need about {needed / 1e6:.0f} MB")
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide how numbers are rounded."""
+    return {
+        "debias_diffusers": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def say_what_changed(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """What may change on a resume, but ends the promise of equal bits. Both are contents of state.json."""
+    pairs = [(name, before[name], now[name]) for name in ("num_processes", "num_threads", "device")]
+    pairs += [(f"the version of {name}", old, now["versions"].get(name)) for name, old in before["versions"].items()]
+    for name, old, new in pairs:
+        if old != new:
+            say(f"warning: {name} was {old}, now it is {new}; the run goes on, but not bit for bit as before")

@@ -1,0 +1,60 @@
+"""What a training tells while it runs: the progress bar, metrics.jsonl, and the tracker."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from .config import TrainConfig, to_json
+from .run import Run
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens at this one; an interval of 0 is never."""
+    return every > 0 and step % every == 0
+
+
+class Progress:
+    """Tells of each step. In all processes but the first, `run` is None and nothing is shown."""
+
+    def __init__(self, config: TrainConfig, run: Run | None, accelerator: Accelerator, step: int) -> None:
+        self.config, self.run, self.accelerator = config, run, accelerator
+        self.smooth = math.nan
+        self.began, self.images = time.monotonic(), 0
+        self.bar = tqdm(
+            total=config.optimization.max_steps,
+            initial=step,
+            unit="step",
+            disable=run is None,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )
+        if config.run.report_to != "none":
+            values = json.loads(to_json(config)).items()
+            accelerator.init_trackers("", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values})
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+
+    def record(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Tells of the step that was just made: its mean weighted loss over the global batch, and the rest."""
+        self.images += self.config.optimization.batch_size
+        self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
+        rate = self.images / max(time.monotonic() - self.began, 1e-9)
+        self.bar.set_postfix_str(f"loss {self.smooth:.3f}, {rate:.0f} images/s", refresh=False)
+        self.bar.update()
+        if not due(step, self.config.run.log_every):
+            return
+        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, "images_per_second": rate}
+        if self.run:
+            self.run.metrics.append({"step": step, **values})
+        self.accelerator.log(values, step=step)
+        self.began, self.images = time.monotonic(), 0

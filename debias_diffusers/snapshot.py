@@ -1,0 +1,68 @@
+"""The tensors of a training, out of their objects and back: network, optimizer, averages.
+
+Gathered with torch.distributed.checkpoint, which gives the same names and shapes for one process, DDP and sharded models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from .checkpoint import Checkpoint
+from .ema import EMA
+
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def ema_file(rate: float) -> str:
+    """The file of a checkpoint that holds the average at a rate."""
+    return f"ema_{rate}.safetensors"
+
+
+def gather(model: nn.Module, optimizer: Optimizer, ema: EMA) -> dict[str, Mapping[str, Tensor]]:
+    """Tensors by file name. Every process must call it, after at least one step of the optimizer.
+
+    (Before its first step, get_optimizer_state_dict would make one and change the training.)
+    """
+    weights: Any = get_model_state_dict(model, options=_FULL)
+    state: Any = get_optimizer_state_dict(model, optimizer, options=_FULL)["state"]
+    return {
+        MODEL: weights,
+        **{ema_file(rate): average for rate, average in ema.averages.items()},
+        OPTIMIZER: {f"{parameter}/{name}": value for parameter, values in state.items() for name, value in values.items()},
+    }
+
+
+def contents(tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, bytes]]:
+    """File names and their bytes, one at a time."""
+    for name, values in tensors.items():
+        yield name, safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in values.items()})
+
+
+def restore(found: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: EMA) -> None:
+    """Puts the tensors of a checkpoint back. Names and shapes are those of the same configuration."""
+    state: dict[str, Any] = {}
+    for key, value in safetensors.torch.load(found.read(OPTIMIZER)).items():
+        parameter, name = key.rsplit("/", 1)
+        state.setdefault(parameter, {})[name] = value
+    # Learning rate, decay and the like come from the configuration, so only the tensors are kept.
+    hyper = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    groups = [{**hyper, "params": list(state)}]
+    # The optimizer first: setting its state makes an empty step.
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_FULL)
+    weights: dict[str, Any] = safetensors.torch.load(found.read(MODEL))
+    set_model_state_dict(model, weights, options=_FULL)
+    for rate in ema.averages:
+        ema.load(rate, safetensors.torch.load(found.read(ema_file(rate))))

@@ -1,0 +1,309 @@
+"""The promises of a run, with real processes: resume, stop, lock, several processes, export."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, metrics, run, tensors, train_args
+from PIL import Image
+from safetensors.torch import load
+
+from debias_diffusers.config import OptimizationConfig
+from debias_diffusers.ema import EMA
+from debias_diffusers.training import learning_rate
+
+
+def same(one, other, step):
+    """Every tensor of network, averages and optimizer bit-equal, and the metrics equal."""
+    assert metrics(one) == metrics(other)
+    left, right = tensors(one, step), tensors(other, step)
+    assert set(left) == {"model.safetensors", "ema_0.9.safetensors", "ema_0.99.safetensors", "optimizer.safetensors"}
+    assert left == right
+
+
+def newest_step(folder):
+    return max((int(p.name[5:]) for p in (folder / "checkpoints").glob("step-*")), default=0)
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.002)
+
+
+def test_killed_three_times_the_run_ends_with_the_same_bits(tmp_path):
+    flags = ["--max_steps", 400, "--checkpoint_every", 20]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(*train_args(whole, *flags))[0] == 0
+    steps = []
+    for goal in (40, 140, 240):
+        process = command(*train_args(killed, *flags))
+        wait_for(lambda goal=goal: newest_step(killed) >= goal or process.poll() is not None)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        process.communicate()
+        steps.append(newest_step(killed))
+    assert 40 <= steps[0] < steps[1] < steps[2] < 400
+    code, _, err = run(*train_args(killed, *flags))
+    assert code == 0 and f"resuming {killed} at step" in err
+    same(whole, killed, 400)
+    for name in ("unet/diffusion_pytorch_model.safetensors", "model_index.json", "README.md", "config.json"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    assert not list(killed.rglob(".draft*"))
+
+
+def test_a_finished_run_is_left_as_it_is(trained):
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in trained.rglob("*") if p.is_file() and p.name != ".lock"}
+    began = time.monotonic()
+    code, _, err = run(*train_args(trained))
+    assert code == 0 and "is finished at step 24" in err and time.monotonic() - began < 5
+    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in trained.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.mark.parametrize("flags", [["--micro_batch_size", 3], ["--num_workers", 2]])
+def test_pieces_and_workers_change_no_sample(trained, tmp_path, flags):
+    """With workers the bits are the same; in pieces the sums round differently."""
+    assert run(*train_args(tmp_path / "run", "--dropout", 0, *flags))[0] == 0
+    reference = tmp_path / "plain"
+    assert run(*train_args(reference, "--dropout", 0))[0] == 0
+    if "--num_workers" in flags:
+        same(reference, tmp_path / "run", 24)
+    for one, other in zip(metrics(reference), metrics(tmp_path / "run")):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+def launch(processes, *args, **env):
+    """`accelerate launch` on the CPU."""
+    many = ["--multi_gpu"] if processes > 1 else []
+    options = ["--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return command("-m", "accelerate.commands.launch", *many, *options, "--main_process_port", 0, *args, **env)
+
+
+def test_two_processes_train_what_one_trains_and_resume_with_the_same_bits(tmp_path):
+    one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
+    assert run(*train_args(one, "--dropout", 0))[0] == 0
+    for folder, flags in ((two, []), (resumed, ["--max_steps", 6]), (resumed, [])):
+        process = launch(2, *train_args(folder, "--dropout", 0, "--lr_schedule", "constant", *flags))
+        assert process.wait(timeout=200) == 0, process.communicate()[1]
+        process.communicate()
+    same(two, resumed, 24)
+    state = json.loads((two / "checkpoints" / "step-00000024" / "state.json").read_text())
+    assert state["num_processes"] == 2 and state["position"] == 24 * 8
+    constant = tmp_path / "constant"
+    assert run(*train_args(constant, "--dropout", 0, "--lr_schedule", "constant"))[0] == 0
+    for left, right in zip(metrics(constant), metrics(two)):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-4)
+
+
+def test_a_second_process_on_the_same_run_directory_leaves(tmp_path):
+    folder = tmp_path / "run"
+    first = command(*train_args(folder, "--max_steps", 100_000))
+    wait_for(lambda: (folder / "metrics.jsonl").exists())
+    began = time.monotonic()
+    code, _, err = run(*train_args(folder, "--max_steps", 100_000))
+    assert code == 3 and f"process {first.pid} on" in err and time.monotonic() - began < 2
+    first.kill()
+    first.communicate()
+    assert run(*train_args(folder, "--max_steps", newest_step(folder) + 30))[0] == 0
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_continues(tmp_path, signum, code):
+    flags = ["--max_steps", 400, "--checkpoint_every", 0]
+    folder = tmp_path / "run"
+    process = command(*train_args(folder, *flags))
+    wait_for(lambda: (folder / "metrics.jsonl").exists())
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == code
+    step = newest_step(folder)
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"error: stopped by {signal.Signals(signum).name} at step {step} of 400, saved")
+    assert metrics(folder)[-1]["step"] == step
+    assert run(*train_args(folder, *flags))[0] == 0
+    whole = tmp_path / "whole"
+    assert run(*train_args(whole, *flags))[0] == 0
+    same(whole, folder, 400)
+
+
+def test_when_the_launcher_dies_the_training_saves_and_stops(tmp_path):
+    folder = tmp_path / "run"
+    launcher = launch(1, *train_args(folder, "--max_steps", 100_000, "--checkpoint_every", 0))
+    wait_for(lambda: (folder / "metrics.jsonl").exists())
+    pid = int((folder / ".lock").read_text().split()[1])
+    assert pid != launcher.pid
+    launcher.terminate()
+    wait_for(lambda: not os.path.exists(f"/proc/{pid}"), seconds=10)
+    launcher.communicate()
+    assert newest_step(folder) > 0
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    folder = tmp_path / "run"
+    code, _, err = run(*train_args(folder, "--learning_rate", 1e30, "--checkpoint_every", 1, "--keep_checkpoints", 9))
+    last = err.strip().splitlines()[-1]
+    assert code == 5 and last.startswith("error: loss") and "Traceback" not in err
+    step = newest_step(folder)
+    assert f"in step {step + 1} (positions {step * 8} to {step * 8 + 7}" in last
+    weights = load(tensors(folder, step)["model.safetensors"])
+    assert all(torch.isfinite(w).all() for w in weights.values())
+    assert metrics(folder)[-1]["step"] == step
+
+
+def test_another_configuration_is_not_resumed_and_the_difference_is_said(trained):
+    before = tensors(trained, 24)
+    code, _, err = run(*train_args(trained, "--max_steps", 30, "--weighting", "p2", "--seed", 5))
+    assert code == 2 and "weighting: the run has debiased, this command says p2" in err and "seed: the run has 0" in err
+    code, _, err = run(*train_args(trained, "--max_steps", 12))
+    assert code == 2 and "max_steps is 12, but the run is at step 24" in err
+    assert tensors(trained, 24) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_an_older_one_resumed(tmp_path):
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    for target in (folder, whole):
+        assert run(*train_args(target))[0] == 0
+    file = folder / "checkpoints" / "step-00000024" / "ema_0.9.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    code, _, err = run(*train_args(folder))
+    assert code == 0 and "ema_0.9.safetensors does not match its sha256" in err and "resuming" in err and "at step 18" in err
+    same(whole, folder, 24)
+    for path in (folder / "checkpoints").glob("*/model.safetensors"):
+        path.write_bytes(b"")
+    code, _, err = run(*train_args(folder))
+    assert code == 6 and "Traceback" not in err and len(list((folder / "checkpoints").iterdir())) == 2
+
+
+def test_changed_data_stop_a_resume_unless_accepted(tmp_path):
+    for k in range(8):
+        path = tmp_path / "images" / f"{k}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 20 * k).save(path)
+    flags = ["--dataset", tmp_path / "images"]
+    assert run(*train_args(tmp_path / "run", *flags, "--max_steps", 6))[0] == 0
+    Image.new("L", (8, 8)).save(tmp_path / "images" / "9.png")
+    code, _, err = run(*train_args(tmp_path / "run", *flags, "--max_steps", 7))
+    assert code == 2 and "8 images then, 9 now" in err
+    code, _, err = run(*train_args(tmp_path / "run", *flags, "--max_steps", 7, "--accept_changed_data"))
+    assert code == 0 and "warning: dataset" in err
+
+
+def test_a_folder_with_other_files_is_not_made_a_run_directory(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    code, _, err = run(*train_args(tmp_path))
+    assert code == 2 and "holds other files, such as README.md" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+
+
+STOCK = """
+import sys
+sys.modules["debias_diffusers"] = None  # as if it were not installed
+import numpy as np, torch
+from diffusers import DDPMPipeline
+pipeline = DDPMPipeline.from_pretrained(sys.argv[1])
+generators = [torch.Generator().manual_seed(5 + k) for k in range(6)]
+images = pipeline(batch_size=6, generator=generators, num_inference_steps=15).images
+np.save(sys.argv[2], np.stack([np.asarray(image) for image in images]))
+"""
+
+
+def test_stock_diffusers_loads_the_run_and_draws_the_same_images(trained, tmp_path):
+    flags = ["--scheduler", "ddpm", "--steps", 15, "--num_images", 6, "--seed", 5, "--output_dir", tmp_path / "ours"]
+    assert run("sample.py", trained, *flags)[0] == 0
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, str(trained), str(tmp_path / "stock.npy")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    stock = np.load(tmp_path / "stock.npy")
+    for k in range(6):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "ours" / f"{k:06d}.png")), stock[k])
+
+
+def test_the_run_directory_is_laid_out_as_documented(trained):
+    there = {p.relative_to(trained).as_posix() for p in trained.rglob("*") if p.is_file()}
+    pipeline = {"model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    files = ("model.safetensors", "ema_0.9.safetensors", "ema_0.99.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+    kept = {f"checkpoints/step-{step:08d}/{name}" for step in (18, 24) for name in files}
+    drawn = {path for path in there if path.startswith("samples/")}
+    assert there - drawn == {".lock", "config.json", "metrics.jsonl", "README.md"} | pipeline | kept
+    assert json.loads((trained / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"
+    line = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
+    assert set(line) == {"step", "loss", "learning_rate", "grad_norm", "images_per_second"}
+    config = json.loads((trained / "config.json").read_text())
+    card = (trained / "README.md").read_text()
+    assert all(f"| {name} | " in card for name in config)
+    exported = load((trained / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
+    averaged = load(tensors(trained, 24)["ema_0.9.safetensors"])
+    assert all(torch.equal(exported[name], averaged[name]) for name in exported)
+    assert set(load(tensors(trained, 24)["model.safetensors"])) == set(exported)
+
+
+def test_a_dry_run_shows_everything_and_makes_no_run(tmp_path):
+    code, out, _ = run(*train_args(tmp_path / "run", "--dry_run"))
+    assert code == 0 and "steps per epoch: 224.6" in out and '"weighting": "debiased"' in out and "parameters: " in out
+    assert [p.name for p in tmp_path.iterdir()] == ["run-first-batch.png"]
+    code, out, _ = run(*train_args(tmp_path / "run", "--dry_run", "--dataset", tmp_path / "missing.parquet"))
+    assert code == 0 and "unknown, because" in out and "missing.parquet" in out
+
+
+def test_sample_grids_and_the_tracker_are_written_when_asked(tmp_path):
+    flags = ["--sample_every", 12, "--report_to", "tensorboard", "--max_grad_norm", 0.1, "--mixed_precision", "bf16"]
+    assert run(*train_args(tmp_path / "run", *flags))[0] == 0
+    assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == ["step-00000012.png", "step-00000024.png"]
+    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
+    assert metrics(tmp_path / "run") != [] and json.loads((tmp_path / "run" / "config.json").read_text())["mixed_precision"] == "bf16"
+
+
+def test_max_hours_stops_with_a_checkpoint(tmp_path):
+    code, _, err = run(*train_args(tmp_path / "run", "--max_steps", 100_000, "--max_hours", 1e-4, "--checkpoint_every", 0))
+    assert code == 0 and "stopped after max_hours" in err
+    assert newest_step(tmp_path / "run") == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_fp16_on_a_cpu_and_a_bad_tracker_are_refused(tmp_path):
+    code, _, err = run(*train_args(tmp_path / "run", "--mixed_precision", "fp16"))
+    assert code == 2 and "bf16" in err.splitlines()[-1]
+
+
+def test_clipping_shortens_the_gradient_that_is_applied(tmp_path):
+    """With a clip far below every gradient, AdamW's first moment has the clipped length."""
+    assert run(*train_args(tmp_path / "run", "--max_grad_norm", 1e-3, "--max_steps", 1, "--warmup_steps", 1))[0] == 0
+    state = load(tensors(tmp_path / "run", 1)["optimizer.safetensors"])
+    moments = torch.cat([value.flatten() for name, value in state.items() if name.endswith("/exp_avg")])
+    assert moments.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)  # exp_avg = (1 - beta_1) gradient
+    assert metrics(tmp_path / "run")[0]["grad_norm"] > 1e-2
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    config = OptimizationConfig(learning_rate=2.0, warmup_steps=4, max_steps=12, lr_schedule="linear")
+    assert [learning_rate(config, step) for step in (0, 3, 4, 8)] == [0.5, 2.0, 2.0, 1.0]
+    cosine = OptimizationConfig(learning_rate=2.0, max_steps=10, lr_schedule="cosine")
+    assert learning_rate(cosine, 5) == pytest.approx(1.0) and learning_rate(cosine, 0) == 2.0
+    assert learning_rate(OptimizationConfig(learning_rate=2.0), 99_999) == 2.0
+
+
+def test_averages_follow_their_closed_form():
+    weight = torch.zeros(3)
+    ema = EMA({"w": weight}, (0.9, 0.0))
+    values = [1.0, -2.0, 5.0]
+    for value in values:
+        weight.fill_(value)
+        ema.update()
+    expected = sum(0.1 * 0.9 ** (2 - k) * value for k, value in enumerate(values))
+    torch.testing.assert_close(ema.averages[0.9]["w"], torch.full((3,), expected))
+    assert ema.averages[0.0]["w"].tolist() == [5.0] * 3
+
+
+def test_the_readme_commands_exist():
+    assert {"train.py", "sample.py", "eval.py", "Makefile", "pyproject.toml"} <= {p.name for p in ROOT.iterdir()}
+    assert math.isfinite(OptimizationConfig().learning_rate)
