@@ -194,7 +194,7 @@ def sample_problems(config: SampleConfig) -> list[str]:
     found = range_problems(dataclasses.asdict(config))
     if config.batch_size < 1:
         found.append(f"batch_size is {config.batch_size}, but must be at least 1, such as 64")
-    if not 0 <= config.seed < 2**32:
+    if config.seed >= 2**32:
         found.append(f"seed is {config.seed}, but must be at least 0 and below 2^32, such as 0")
     if config.weights not in ("ema", "raw") and not _is_rate(config.weights):
         found.append(f"weights is {config.weights!r}, but must be ema, raw, or an EMA rate such as 0.999")

@@ -32,12 +32,12 @@ def ema_file(rate: float) -> str:
 
 
 def gather(model: nn.Module, optimizer: Optimizer, ema: EMA) -> dict[str, Mapping[str, Tensor]]:
-    """Tensors by file name. Every process must call it, after at least one step of the optimizer.
+    """Tensors by file name, whole in the first process. Every process must call it, after a step of the optimizer.
 
     (Before its first step, get_optimizer_state_dict would make one and change the training.)
     """
     weights: Any = get_model_state_dict(model, options=_FULL)
-    state: Any = get_optimizer_state_dict(model, optimizer, options=_FULL)["state"]
+    state: Any = get_optimizer_state_dict(model, optimizer, options=_FULL).get("state", {})
     return {
         MODEL: weights,
         **{ema_file(rate): average for rate, average in ema.averages.items()},

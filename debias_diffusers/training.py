@@ -244,8 +244,7 @@ class Trainer:
         if before == now:
             return
         change = (
-            f"dataset {self.config.data.dataset} is not the one this run began with "
-            f"({before['images']} images then, {now['images']} now)"
+            f"dataset {self.config.data.dataset} is not the one this run began with ({before['images']} images then, {now['images']} now)"
         )
         if not self.config.run.accept_changed_data:
             raise InputError(f"{change}; put it back, or go on with --accept_changed_data")

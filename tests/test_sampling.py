@@ -146,7 +146,7 @@ def test_image_k_does_not_depend_on_its_batch(name):
     for indices in (range(3, 10), range(11, 12)):
         for k, image in zip(indices, draw(pipeline, indices, seed=7, steps=5)):
             assert np.abs(np.asarray(image, int) - np.asarray(together[k], int)).max() <= 1
-    moved = draw(pipeline, range(0, 2), seed=8, steps=5)
+    moved = draw(pipeline, range(2), seed=8, steps=5)
     assert np.abs(np.asarray(moved[0], int) - np.asarray(together[1], int)).max() <= 1
     assert not np.array_equal(together[0], together[1])
 

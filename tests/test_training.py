@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, metrics, run, tensors, train_args
+from conftest import ROOT, Forked, command, metrics, run, tensors, train_args
 from PIL import Image
 from safetensors.torch import load
 
@@ -45,11 +45,10 @@ def test_killed_three_times_the_run_ends_with_the_same_bits(tmp_path):
     assert run(*train_args(whole, *flags))[0] == 0
     steps = []
     for goal in (40, 140, 240):
-        process = command(*train_args(killed, *flags))
-        wait_for(lambda goal=goal: newest_step(killed) >= goal or process.poll() is not None)
-        process.kill()
+        process = Forked(*train_args(killed, *flags))
+        wait_for(lambda goal=goal: newest_step(killed) >= goal)
+        process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        process.communicate()
         steps.append(newest_step(killed))
     assert 40 <= steps[0] < steps[1] < steps[2] < 400
     code, _, err = run(*train_args(killed, *flags))
@@ -81,11 +80,11 @@ def test_pieces_and_workers_change_no_sample(trained, tmp_path, flags):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
 
 
-def launch(processes, *args, **env):
+def launch(processes, *args):
     """`accelerate launch` on the CPU."""
     many = ["--multi_gpu"] if processes > 1 else []
     options = ["--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return command("-m", "accelerate.commands.launch", *many, *options, "--main_process_port", 0, *args, **env)
+    return command("-m", "accelerate.commands.launch", *many, *options, "--main_process_port", 0, *args)
 
 
 def test_two_processes_train_what_one_trains_and_resume_with_the_same_bits(tmp_path):
@@ -107,13 +106,13 @@ def test_two_processes_train_what_one_trains_and_resume_with_the_same_bits(tmp_p
 
 def test_a_second_process_on_the_same_run_directory_leaves(tmp_path):
     folder = tmp_path / "run"
-    first = command(*train_args(folder, "--max_steps", 100_000))
+    first = Forked(*train_args(folder, "--max_steps", 100_000))
     wait_for(lambda: (folder / "metrics.jsonl").exists())
     began = time.monotonic()
     code, _, err = run(*train_args(folder, "--max_steps", 100_000))
     assert code == 3 and f"process {first.pid} on" in err and time.monotonic() - began < 2
-    first.kill()
-    first.communicate()
+    first.send_signal(signal.SIGKILL)
+    first.wait()
     assert run(*train_args(folder, "--max_steps", newest_step(folder) + 30))[0] == 0
 
 
@@ -121,11 +120,11 @@ def test_a_second_process_on_the_same_run_directory_leaves(tmp_path):
 def test_a_signal_saves_and_the_same_command_continues(tmp_path, signum, code):
     flags = ["--max_steps", 400, "--checkpoint_every", 0]
     folder = tmp_path / "run"
-    process = command(*train_args(folder, *flags))
+    process = Forked(*train_args(folder, *flags))
     wait_for(lambda: (folder / "metrics.jsonl").exists())
     process.send_signal(signum)
-    _, err = process.communicate(timeout=10)
-    assert process.returncode == code
+    ended, _, err = process.result(timeout=10)
+    assert ended == code
     step = newest_step(folder)
     last = err.strip().splitlines()[-1]
     assert last.startswith(f"error: stopped by {signal.Signals(signum).name} at step {step} of 400, saved")
