@@ -1,22 +1,22 @@
-# `make demo` and `make test` do all the set-up themselves. VENV=DIR takes another place for the environment.
+# `make demo` and `make test` do all the set-up themselves. VENV=DIR puts the environment elsewhere.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint nightly
+.PHONY: demo test nightly lint
 
 demo: $(VENV)/.installed
-	$(BIN)/accelerate launch --num_processes 1 --mixed_precision no --dynamo_backend no --num_machines 1 train.py
+	$(BIN)/accelerate launch train.py
 	$(BIN)/python sample.py runs/digits --scheduler unipc --steps 20
 	@echo
-	@echo "Pictures drawn while training:  runs/digits/samples/step-*.png"
-	@echo "Samples of the trained model:   runs/digits/samples/unipc-20/preview/grid.png"
+	@echo "Digits drawn while it was training:  runs/digits/samples/step-*.png"
+	@echo "Digits drawn by the trained model:   runs/digits/samples/unipc-20/preview/grid.png"
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest
 
 nightly: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m nightly
+	$(BIN)/python -m pytest -m nightly
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

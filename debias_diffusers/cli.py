@@ -43,7 +43,8 @@ def _train(argv: list[str]) -> None:
     if config.run.dry_run:
         from .training import dry_run
 
-        return dry_run(config)
+        dry_run(config)
+        return
 
     from .run import open_run, say, stop_with_launcher
 
@@ -51,7 +52,7 @@ def _train(argv: list[str]) -> None:
     run = open_run(config) if _first_process() else None
     if run and run.resume and run.resume.step == config.optimization.max_steps and num_processes == 1:
         say(f"{run.folder} is finished at step {run.resume.step}; raise --max_steps to go on")
-        return None
+        return
 
     from . import training
 
@@ -112,7 +113,8 @@ Evaluate diffusion models. Subcommands that are planned, none of which is there 
 
 def _evaluate(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
-        return print(EVAL_HELP)
+        print(EVAL_HELP)
+        return
     raise InputError(f"eval.py {argv[0]} is not there yet; --help lists what is planned")
 
 

@@ -66,7 +66,7 @@ def open_run(config: TrainConfig) -> Run:
     _refuse_foreign(folder)
     with said_if_not_writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a+")
+        lock = open(folder / LOCK, "a+")  # noqa: SIM115 - held until the process ends
     _take(lock, folder)
     resume, damaged = checkpoint.latest_valid(folder / CHECKPOINTS)
     for sentence in damaged:

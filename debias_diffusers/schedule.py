@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def _scaled_linear(beta_start: float, beta_end: float, T: int) -> Tensor:
 def _cosine(T: int) -> Tensor:
     """Improved DDPM, arXiv 2102.09672, equation 17, with its bound of 0.999 on beta."""
     f = [math.cos((i / T + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(T + 1)]
-    return torch.tensor([min(1 - after / before, 0.999) for before, after in zip(f, f[1:])], dtype=torch.float64)
+    return torch.tensor([min(1 - after / before, 0.999) for before, after in pairwise(f)], dtype=torch.float64)
 
 
 # Ends of the betas at T = 1000; for other T they scale by 1000 / T, which keeps the noise of the last level about the same.

@@ -335,7 +335,8 @@ def dry_run(config: TrainConfig) -> None:
     try:
         task = PixelTask(config)
     except InputError as error:
-        return print(f"parameters, steps per epoch and first batch: unknown, because the data cannot be seen ({error})")
+        print(f"parameters, steps per epoch and first batch: unknown, because the data cannot be seen ({error})")
+        return
     source, batch_size = task.data.source, config.optimization.batch_size
     print(f"parameters: {sum(p.numel() for p in task.build().parameters())}")
     print(f"images: {len(source)}, {task.data.channels} channel(s), {task.data.num_classes} classes")

@@ -159,7 +159,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_draft(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_durably", full)
-    with pytest.raises(CannotWriteError, match="No space left on device .*MB free"):
+    with pytest.raises(CannotWriteError, match=r"No space left on device .*MB free"):
         write(tmp_path, 20)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000010"]
 

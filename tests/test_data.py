@@ -123,7 +123,7 @@ def test_tables_are_read_from_parquet_and_from_saved_datasets(tmp_path):
         config = DataConfig(dataset=str(tmp_path / name), split=split, resolution=8, class_conditional=True, label_dropout=0.0)
         data = TrainingData(open_source(config), config, seed=0)
         assert len(data.source) == images and data.channels == 1 and data.num_classes == 2
-    with pytest.raises(InputError, match="split is valid, but dataset .* has only: train, test"):
+    with pytest.raises(InputError, match=r"split is valid, but dataset .* has only: train, test"):
         open_source(DataConfig(dataset=str(tmp_path / "splits"), split="valid"))
     with pytest.raises(InputError, match="split valid cannot be loaded"):
         open_source(DataConfig(dataset=str(tmp_path / "table.parquet"), split="valid"))

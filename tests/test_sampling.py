@@ -120,18 +120,18 @@ def test_impossible_steps_are_refused(name, steps, named):
 def small_pipeline(classes=0):
     torch.manual_seed(0)
     unet = build_unet(
-        dict(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=[8, 16],
-            norm_num_groups=8,
-            layers_per_block=1,
-            down_block_types=["DownBlock2D", "AttnDownBlock2D"],
-            up_block_types=["AttnUpBlock2D", "UpBlock2D"],
-            attention_head_dim=8,
-            num_class_embeds=classes + 1 if classes else None,
-        )
+        {
+            "sample_size": 8,
+            "in_channels": 1,
+            "out_channels": 1,
+            "block_out_channels": [8, 16],
+            "norm_num_groups": 8,
+            "layers_per_block": 1,
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+            "attention_head_dim": 8,
+            "num_class_embeds": classes + 1 if classes else None,
+        }
     )
     pipeline = PixelPipeline(unet, exported_scheduler(ObjectiveConfig(schedule_shift=64.0)), null_label=classes or None)
     pipeline.set_progress_bar_config(disable=True)

@@ -1,8 +1,8 @@
 """The promises of a run, with real processes: resume, stop, lock, several processes, export."""
 
 import json
-import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,12 +11,16 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Forked, command, metrics, run, tensors, train_args
+from conftest import TINY, Forked, command, metrics, run, tensors, train_args
 from PIL import Image
 from safetensors.torch import load
 
+from debias_diffusers import training
+from debias_diffusers.cli import train_config
 from debias_diffusers.config import OptimizationConfig
 from debias_diffusers.ema import EMA
+from debias_diffusers.errors import InputError
+from debias_diffusers.run import open_run
 from debias_diffusers.training import learning_rate
 
 
@@ -303,6 +307,41 @@ def test_averages_follow_their_closed_form():
     assert ema.averages[0.0]["w"].tolist() == [5.0] * 3
 
 
-def test_the_readme_commands_exist():
-    assert {"train.py", "sample.py", "eval.py", "Makefile", "pyproject.toml"} <= {p.name for p in ROOT.iterdir()}
-    assert math.isfinite(OptimizationConfig().learning_rate)
+def test_out_of_memory_proposes_a_smaller_micro_batch(tmp_path, monkeypatch):
+    config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path / "run")], None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
+    monkeypatch.setattr(training.Trainer, "_losses", lambda *_: torch.empty(2**60))
+    with pytest.raises(InputError, match="8 images per forward; add --micro_batch_size 4"):
+        training.train(config, open_run(config))
+
+
+@pytest.mark.nightly
+def test_killed_at_twenty_random_moments_the_run_ends_with_the_same_bits(tmp_path):
+    flags = ["--max_steps", 400, "--checkpoint_every", 5]
+    whole = tmp_path / "whole"
+    assert run(*train_args(whole, *flags))[0] == 0
+    moments = random.Random(0)
+    for trial in range(4):
+        killed, kills = tmp_path / f"killed-{trial}", 0
+        while kills < 5:
+            process = Forked(*train_args(killed, *flags))
+            time.sleep(moments.uniform(0, 4))
+            process.send_signal(signal.SIGKILL)
+            if process.wait() == -signal.SIGKILL:
+                kills += 1
+            else:
+                break  # it was done before
+        assert run(*train_args(killed, *flags))[0] == 0
+        same(whole, killed, 400)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("processes, flags", [(3, []), (3, ["--dropout", 0.1]), (2, ["--micro_batch_size", 5])])
+def test_a_resume_over_several_processes_has_the_same_bits(tmp_path, processes, flags):
+    flags = ["--batch_size", 24, "--lr_schedule", "constant", *flags]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for folder, steps in ((whole, 12), (resumed, 6), (resumed, 12)):
+        process = launch(processes, *train_args(folder, *flags, "--max_steps", steps))
+        assert process.wait(timeout=300) == 0, process.communicate()[1]
+        process.communicate()
+    same(whole, resumed, 12)
