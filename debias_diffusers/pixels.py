@@ -8,11 +8,12 @@ from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from torch import Tensor, nn
 
 from .config import TrainConfig
-from .data import TrainingData, open_source
+from .data import TrainingData
 from .loss import Network
 from .model import build_unet, unet_config
 from .pipeline import PixelPipeline
 from .schedulers import exported_scheduler
+from .sources import open_source
 
 
 class PixelTask:

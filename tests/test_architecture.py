@@ -11,8 +11,8 @@ PACKAGE = ROOT / "debias_diffusers"
 ORDER = [
     {"errors", "chance", "ema", "timesteps"},
     {"config", "files", "images"},
-    {"rules", "schedule", "checkpoint", "model", "data", "hub"},
-    {"weighting", "run", "schedulers", "snapshot", "pipeline"},
+    {"rules", "schedule", "checkpoint", "model", "sources", "hub"},
+    {"weighting", "data", "run", "schedulers", "snapshot", "pipeline"},
     {"loss", "sampling", "machine", "progress"},
     {"pixels"},
     {"training"},
@@ -20,7 +20,7 @@ ORDER = [
 ]
 
 DOORS = {
-    "datasets": {"data"},
+    "datasets": {"sources"},
     "diffusers": {"model", "schedulers", "pipeline", "pixels", "machine"},
     "accelerate": {"machine", "progress", "training"},
     "tyro": {"cli"},

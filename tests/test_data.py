@@ -8,8 +8,9 @@ from PIL import Image
 
 from debias_diffusers import chance
 from debias_diffusers.config import DataConfig
-from debias_diffusers.data import PositionBatches, TrainingData, batches, open_source
+from debias_diffusers.data import PositionBatches, TrainingData, batches
 from debias_diffusers.errors import InputError
+from debias_diffusers.sources import open_source
 
 DIGITS = DataConfig(dataset="digits", resolution=8, num_workers=0)
 

@@ -1,0 +1,188 @@
+"""Where images come from: the embedded digits, a folder, a parquet file, a saved dataset, the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+from . import images
+from .config import DIGITS, DataConfig
+from .errors import InputError
+
+
+class Source(Protocol):
+    """Images in a fixed order."""
+
+    class_names: list[str] | None  # None where the images have no labels
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[bytes, int, str]:
+        """The image file's bytes, its label (0 without labels), and its name for messages."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the data between runs: the number of images, and a hash of their names and sizes."""
+
+
+class Folder:
+    """A folder of image files, in the order of their paths.
+
+    Labels are the first-level sub-folders; without sub-folders, what stands before the first "_" of the file name.
+    """
+
+    def __init__(self, root: Path, with_labels: bool) -> None:
+        self.root = root
+        names = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix.lower() in images.EXTENSIONS)
+        self.names = sorted(names)
+        if not self.names:
+            raise InputError(f"dataset {root} holds no images ({', '.join(images.EXTENSIONS)})")
+        self.class_names: list[str] | None = None
+        if with_labels:
+            self.labels = [self._label(name) for name in self.names]
+            self.class_names = sorted(set(self.labels))
+            self._index = {name: k for k, name in enumerate(self.class_names)}
+
+    def _label(self, name: str) -> str:
+        if "/" in name:
+            return name.split("/")[0]
+        if "_" in name:
+            return name.split("_")[0]
+        raise InputError(
+            f"image {self.root / name} has no label; put it in a sub-folder named after its class, "
+            f"name it CLASS_{name}, or leave --class_conditional out"
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> tuple[bytes, int, str]:
+        path = self.root / self.names[index]
+        label = self._index[self.labels[index]] if self.class_names else 0
+        return read_file(path), label, str(path)
+
+    def fingerprint(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for name in self.names:
+            digest.update(f"{name}\0{(self.root / name).stat().st_size}\n".encode())
+        return {"images": len(self), "sha256": digest.hexdigest()}
+
+
+def read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"image {path} cannot be read: {error.strerror}") from error
+
+
+class Table:
+    """A dataset of the `datasets` library with a column of images."""
+
+    def __init__(self, table: Any, config: DataConfig) -> None:
+        import datasets
+
+        self.name = config.dataset
+        self.image_column = config.image_column or _only_column(table, datasets.Image, "image")
+        _check_column(table, self.image_column, "image_column")
+        self.label_column: str | None = None
+        self.class_names = None
+        if config.class_conditional:
+            self.label_column = config.label_column or _only_column(table, datasets.ClassLabel, "label")
+            _check_column(table, self.label_column, "label_column")
+            self.class_names = _class_names(table, self.label_column)
+        self.table = table.select_columns([c for c in (self.image_column, self.label_column) if c])
+        # Undecoded: decoding, with its limits and refusals, is the business of images.py.
+        self.table = self.table.cast_column(self.image_column, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def read(self, index: int) -> tuple[bytes, int, str]:
+        row = self.table[index]
+        cell = row[self.image_column]
+        where = f"{index} of dataset {self.name}"
+        if cell is None:
+            raise InputError(f"image {where} is missing")
+        data = cell["bytes"] if cell["bytes"] is not None else read_file(Path(cell["path"]))
+        return data, row[self.label_column] if self.label_column else 0, where
+
+    def fingerprint(self) -> dict[str, Any]:
+        columns = sorted(self.table.column_names)
+        digest = hashlib.sha256(f"{columns} {len(self)} {self.table.data.nbytes}".encode())
+        return {"images": len(self), "sha256": digest.hexdigest()}
+
+
+def _only_column(table: Any, kind: type, role: str) -> str:
+    found: list[str] = [name for name, feature in table.features.items() if isinstance(feature, kind)]
+    if not found and role in table.column_names:
+        found = [role]
+    if len(found) != 1:
+        which = (
+            f"several columns of {role}s: {', '.join(found)}" if found else f"no column of {role}s among {', '.join(table.column_names)}"
+        )
+        raise InputError(f"the dataset has {which}; name one with --{role}_column")
+    return found[0]
+
+
+def _check_column(table: Any, column: str, field: str) -> None:
+    if column not in table.column_names:
+        raise InputError(f"{field} is {column}, but the dataset has only: {', '.join(table.column_names)}")
+
+
+def _class_names(table: Any, column: str) -> list[str]:
+    feature = table.features[column]
+    if hasattr(feature, "names"):
+        return list(feature.names)
+    labels = table.unique(column)
+    if not all(isinstance(label, int) and label >= 0 for label in labels):
+        raise InputError(f"label_column {column} holds other things than whole numbers from 0, such as {labels[0]!r}")
+    return [str(k) for k in range(max(labels) + 1)]
+
+
+def open_source(config: DataConfig) -> Source:
+    """Opens what `config.dataset` names.
+
+    Raises:
+        InputError: it does not exist, is empty, or lacks the split or columns asked for.
+    """
+    assert config.dataset is not None
+    if config.dataset == DIGITS:
+        return Table(_load("parquet", config, data_files=str(resources.files(__package__).joinpath("digits.parquet"))), config)
+    path = Path(config.dataset).expanduser()
+    if path.suffix == ".parquet":
+        if not path.is_file():
+            raise InputError(f"dataset {path} does not exist")
+        return Table(_load("parquet", config, data_files=str(path)), config)
+    if path.is_dir():
+        saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+        return Table(_load_saved(path, config), config) if saved else Folder(path, config.class_conditional)
+    if path.exists() or config.dataset.count("/") > 1 or config.dataset.startswith((".", "/", "~")):
+        raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id")
+    return Table(_load(config.dataset, config), config)
+
+
+def _load(path: str, config: DataConfig, **kwargs: Any) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(path, split=config.split, **kwargs)
+    # load_dataset raises whatever its builders, the Hub client and the network raise.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"dataset {config.dataset} with split {config.split} cannot be loaded: {reason}") from error
+
+
+def _load_saved(path: Path, config: DataConfig) -> Any:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"dataset {path} cannot be loaded: {' '.join(str(error).split())}") from error
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if config.split not in saved:
+        raise InputError(f"split is {config.split}, but dataset {path} has only: {', '.join(saved)}")
+    return saved[config.split]
