@@ -177,7 +177,7 @@ def stored(config: TrainConfig) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each field that a resumed run may not change but does. Both are flat and read from JSON."""
+    """One line for each name whose value differs, but for those that a resumed run may change. Both as read from JSON."""
     names = sorted((before.keys() | now.keys()) - CHANGEABLE)
     absent = "(not there)"
     return [

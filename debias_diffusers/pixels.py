@@ -28,11 +28,11 @@ class PixelTask:
         self.config = config
         self.data = TrainingData(open_source(config.data), config.data, config.optimization.seed)
         resolution = self.data.resolution
-        self._arguments = unet_config(config.model, resolution, self.data.channels, self.data.num_classes)
+        self.arguments = unet_config(config.model, resolution, self.data.channels, self.data.num_classes)
 
     def build(self) -> UNet2DModel:
         """A network with fresh weights."""
-        return build_unet(self._arguments)
+        return build_unet(self.arguments)
 
     def clean(self, batch: dict[str, Tensor], device: Any) -> Tensor:
         """x_0 (B, C, H, W) float32 in [-1, 1]; the bytes travel to the device and become numbers there."""

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from . import chance, checkpoint, data, hub, images, machine, sampling, snapshot, timesteps
 from .checkpoint import Checkpoint
-from .config import OptimizationConfig, TrainConfig, to_json
+from .config import OptimizationConfig, TrainConfig, differences, to_json
 from .ema import EMA
-from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError
+from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
 from .files import DRAFT, said_if_not_writable, write_file
 from .loss import make_objective
 from .pixels import PixelTask
@@ -232,7 +232,10 @@ class Trainer:
             return
         if self.run:
             self._require_same_data(found.state["data"])
-            machine.say_what_changed(found.state, self._state())
+            now = self._state()
+            # The file behind --model_config may have changed, though its name has not.
+            raise_all(differences(found.state["network"], now["network"]), f"run directory {self.run.folder} holds another network")
+            machine.say_what_changed(found.state, now)
             say(f"resuming {self.run.folder} at step {found.step} of {self.optim.max_steps}")
         snapshot.restore(found, self.model, self.adamw, self.ema)
         if self.accelerator.scaler is not None:
@@ -262,6 +265,7 @@ class Trainer:
             "versions": machine.versions(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "data": self.task.data.source.fingerprint(),
+            "network": self.task.arguments,
             "config": json.loads(to_json(self.config)),
         }
 

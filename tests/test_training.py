@@ -201,6 +201,20 @@ def test_changed_data_stop_a_resume_unless_accepted(tmp_path):
     assert code == 0 and "warning: dataset" in err
 
 
+def test_a_network_file_that_changed_is_not_resumed(tmp_path):
+    network = tmp_path / "unet.json"
+    values = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "norm_num_groups": 8}
+    flags = ["--model_config", network, "--max_steps", 4, "--dropout", 0]
+    network.write_text(json.dumps({**values, "layers_per_block": 1}))
+    assert run(*train_args(tmp_path / "run", *flags))[0] == 0
+    network.write_text(json.dumps({**values, "layers_per_block": 2}))
+    code, _, err = run(*train_args(tmp_path / "run", *flags, "--max_steps", 5))
+    assert code == 2 and "layers_per_block: the run has 1, this command says 2" in err
+    network.write_text(json.dumps({**values, "layer_per_block": 2}))
+    code, _, err = run(*train_args(tmp_path / "other", *flags))
+    assert code == 2 and "UNet2DModel does not know: layer_per_block" in err
+
+
 def test_a_folder_with_other_files_is_not_made_a_run_directory(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     code, _, err = run(*train_args(tmp_path))
