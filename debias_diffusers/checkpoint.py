@@ -79,7 +79,7 @@ def write(folder: Path, step: int, files: Iterable[tuple[str, bytes]], state: di
             shutil.rmtree(draft, ignore_errors=True)
             raise
         sync_folder(folder)
-    prune(folder, keep)
+    prune(folder, step, keep)
     return final
 
 
@@ -104,21 +104,14 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes the oldest checkpoints beyond `keep`."""
-    for path in checkpoints(folder)[:-keep]:
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Removes the oldest checkpoints beyond `keep`, counted from `step` back.
+
+    Later ones, which did not verify or we would have resumed from them, do not count: the sound ones must not go for them.
+    """
+    for path in [p for p in checkpoints(folder) if _step(p) <= step][:-keep]:
         with said_if_not_writable(path):
             shutil.rmtree(path)
-
-
-def remove_drafts(folder: Path) -> None:
-    """Removes what an interrupted write left. Only for the process that holds the run."""
-    for path in folder.glob(DRAFT + "*"):
-        with said_if_not_writable(path):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -126,7 +119,11 @@ def checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def latest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -163,7 +160,7 @@ def verified(path: Path) -> Checkpoint:
     for name, entry in files.items():
         if name != STATE:
             _read_checked(path / name, entry)
-    return Checkpoint(path, int(path.name.removeprefix("step-")), json.loads(contents[STATE]))
+    return Checkpoint(path, _step(path), json.loads(contents[STATE]))
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -46,7 +47,7 @@ def _train(argv: list[str]) -> None:
         dry_run(config)
         return
 
-    from .run import open_run, say, stop_with_launcher
+    from .run import StopSignal, open_run, say, stop_with_launcher
 
     stop_with_launcher()
     run = open_run(config) if _first_process() else None
@@ -54,9 +55,10 @@ def _train(argv: list[str]) -> None:
         say(f"{run.folder} is finished at step {run.resume.step}; raise --max_steps to go on")
         return
 
+    stop = StopSignal()  # before torch, which takes seconds to import
     from . import training
 
-    training.train(config, run)
+    training.train(config, run, stop)
 
 
 TRAIN_HELP = f"""Train a diffusion model with the debiased loss (arXiv 2310.08442).
@@ -67,30 +69,29 @@ or JSON file; flags win over it. Without --config and --dataset the embedded dig
 
 def train_config(argv: list[str], launcher_precision: str | None) -> TrainConfig:
     """Flags over `--config` over the digits' configuration (for the digits) over field defaults."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--dataset")
-    with contextlib.redirect_stderr(io.StringIO()):  # an incomplete flag is said by the real parser
-        try:
-            early, _ = first.parse_known_args(argv)
-        except SystemExit:
-            early = argparse.Namespace(config=None, dataset=None)
-    chosen = configuration.read_config(early.config) if early.config else {}
-    dataset = early.dataset or chosen.get("dataset") or (None if early.config else DIGITS)
-    layers = [configuration.read_config(DIGITS)] if dataset == DIGITS else []
+    file, flags = _take_flag("config", argv)
+    dataset, _ = _take_flag("dataset", flags)
+    chosen = configuration.read_config(file) if file else {}
+    layers = [configuration.read_config(DIGITS)] if (dataset or chosen.get("dataset") or (not file and DIGITS)) == DIGITS else []
     defaults = configuration.layered(*layers, chosen)
-    flags = _without_config(argv)
-    if any(flag.split("=")[0].replace("-", "_") == "__model_config" for flag in flags):
+    given = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    if "model_config" in given:
+        if twice := sorted(given & set(configuration.MODEL_NUMBERS)):
+            raise InputError(f"model_config describes the whole network; leave out {', '.join(twice)}")
         defaults = configuration.layered(configuration.flatten(defaults), {"model_config": "given by a flag"})
     config = _parse(TrainConfig, flags, defaults, "train.py", TRAIN_HELP)
     return configuration.resolved(config, launcher_precision)
 
 
-def _without_config(argv: list[str]) -> list[str]:
-    """`--config` chooses the defaults of all other flags, so it is taken out before they are read."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    return first.parse_known_args(argv)[1]
+def _take_flag(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
+    """The value of one flag, if it is given, and the other arguments: these two decide the defaults of all others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(f"--{name}")
+    try:
+        found, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise InputError(f"--{name} needs a value ({error.message})") from None
+    return getattr(found, name), rest
 
 
 def _sample(argv: list[str]) -> None:
@@ -150,13 +151,22 @@ def _first_process() -> bool:
 
 
 def _said(main: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
-    """Runs a command; an error of ours is printed as the last line, by the first process only."""
+    """Runs a command; an error of ours is printed as the last line.
+
+    What all processes find in the configuration is said by the first alone, what one meets later by that one.
+    """
     try:
         main(list(sys.argv[1:] if argv is None else argv))
     except DebiasError as error:
-        if _first_process():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        sentence, code = str(error), error.exit_code
+    except OSError as error:  # of a path that is too long or not permitted, met before any more telling error
+        sentence, code = f"{error.filename or 'a file'}: {error.strerror or error}", InputError.exit_code
+    except KeyboardInterrupt:
+        sentence, code = "interrupted", 128 + signal.SIGINT
     except SystemExit as done:  # --help
         return int(done.code or 0)
-    return 0
+    else:
+        return 0
+    if _first_process() or "torch" in sys.modules:
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    return code

@@ -207,11 +207,11 @@ def read_config(name_or_file: str) -> dict[str, Any]:
             raise InputError(
                 f"config {name_or_file!r} is neither a file ending in .yaml or .json nor one of: {', '.join(packaged_configs())}"
             )
-        values = yaml.safe_load(text)
+        values = json.loads(text) if name_or_file.endswith(".json") else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"config {name_or_file!r} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"config {name_or_file!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of JSON, and of YAML's dates that do not exist
+        raise InputError(f"config {name_or_file!r} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -234,7 +234,7 @@ def checked_values(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
             continue
         try:
             result[name] = _convert(value, hints[name])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             problems.append(f"{name} is {value!r}, but must be {_describe(hints[name])}")
     raise_all(problems, where)
     return result

@@ -27,18 +27,17 @@ KEEP_BYTES = 2**26  # a data set whose decoded pixels take no more is decoded on
 class TrainingData(Dataset):
     """The samples of a run by position: 0, 1, 2, ... through all epochs.
 
-    Each is a dict: `image` (C, H, W) uint8, `label` int64, `u` float64 in [0, 1), `noise` (C, H, W) float32. A label of
-    `num_classes` means that it was dropped. An image that cannot be read is returned as the error that says so, because a
+    Each is a dict: `image` (C, H, W) uint8, `label` int64, `u` float64 in [0, 1), `noise` (C, H, W) float32. A dropped
+    label is `null_label`, one after the last class. An image that cannot be read is returned as the error that says so, because a
     loader's worker would turn a raised one into a traceback.
     """
 
     def __init__(self, source: Source, config: DataConfig, seed: int) -> None:
         assert config.resolution is not None
-        if len(source) == 0:
-            raise InputError(f"dataset {config.dataset} is empty")
         self.source, self.config, self.seed = source, config, seed
         self.resolution = config.resolution
         self.num_classes = len(source.class_names) if source.class_names else 0
+        self.null_label = self.num_classes if self.num_classes and config.label_dropout > 0 else None
         self.channels = config.channels or self._channels_of_the_first()
         self.shape = (self.channels, self.resolution, self.resolution)
         self._kept: dict[int, tuple[Tensor, int]] = {}
@@ -67,8 +66,8 @@ class TrainingData(Dataset):
         pixels, label = self._decoded(self.index(position))
         if self.config.random_flip and chance.uniform(self.seed, "flip", position) < 0.5:
             pixels = pixels.flip(-1)
-        if self.num_classes and chance.uniform(self.seed, "label", position) < self.config.label_dropout:
-            label = self.num_classes
+        if self.null_label is not None and chance.uniform(self.seed, "label", position) < self.config.label_dropout:
+            label = self.null_label
         return {
             "image": pixels,
             "label": label,
@@ -148,6 +147,6 @@ def batches(data: TrainingData, positions: PositionBatches, pin_memory: bool) ->
 
 
 def _prepare_worker(_: int) -> None:
-    """A worker leaves stopping to the process that trains: Ctrl-C reaches it too, but must not end it before the save."""
+    """A worker leaves stopping to the process that trains: a signal to the whole group must not end it before the save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -12,9 +12,9 @@ class EMA:
     """For each rate r and each weight w: average <- r average + (1 - r) w, after every step, beginning with w itself."""
 
     def __init__(self, weights: Mapping[str, Tensor], rates: Iterable[float]) -> None:
-        """`weights` are the trained tensors by name; they are read again at each update."""
-        self.weights = {name: w.detach() for name, w in weights.items()}
-        self.averages = {rate: {name: w.clone() for name, w in self.weights.items()} for rate in rates}
+        """`weights` are the trained parameters by name; they are read again at each update."""
+        self.weights = dict(weights)  # not detached: DistributedDataParallel may give a parameter other storage
+        self.averages = {rate: {name: w.detach().clone() for name, w in weights.items()} for rate in rates}
 
     @torch.no_grad()
     def update(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import CannotWriteError
+from .errors import CannotWriteError, InputError
 
 DRAFT = ".draft-"  # whatever begins so was being written when the process ended; nobody reads it
 
@@ -64,3 +64,25 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Removes what an interrupted write left. Only for the process that has the folder to itself."""
+    for path in folder.glob(DRAFT + "*"):
+        with said_if_not_writable(path):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def read_file(path: Path) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        InputError: it cannot be read; names it.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error

@@ -64,6 +64,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether an exchange failed because the process at the other end is gone (gloo, NCCL)."""
+    return any(words in str(error) for words in ("closed by peer", "Connection reset", "remote process exited"))
+
+
 def warn_of_little_space(folder: Path, parameters: int, rates: int) -> None:
     """Says when the disk holds less than 2.5 checkpoints: an old one stays until the new one is whole."""
     needed = 2.5 * 4 * parameters * (3 + rates)  # float32 weights, two moments, averages
@@ -86,6 +91,7 @@ def versions() -> dict[str, str]:
 def say_what_changed(before: dict[str, Any], now: dict[str, Any]) -> None:
     """What may change on a resume, but ends the promise of equal bits. Both are contents of state.json."""
     pairs = [(name, before[name], now[name]) for name in ("num_processes", "num_threads", "device")]
+    pairs += [("micro_batch_size", before["config"]["micro_batch_size"], now["config"]["micro_batch_size"])]
     pairs += [(f"the version of {name}", old, now["versions"].get(name)) for name, old in before["versions"].items()]
     for name, old, new in pairs:
         if old != new:

@@ -8,20 +8,21 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import UNet2DModel
 
 from .config import ModelConfig
 from .errors import InputError
 
 
-def unet_config(config: ModelConfig, resolution: int, channels: int, num_classes: int) -> dict[str, Any]:
+def unet_config(config: ModelConfig, resolution: int, channels: int, num_labels: int) -> dict[str, Any]:
     """Arguments of UNet2DModel.
 
     Args:
         config: either numbers in the paper's terms, or `model_config`, a file.
         resolution: pixels a side.
         channels: of the images.
-        num_classes: 0 without labels; otherwise the network has one label more, for "no label".
+        num_labels: classes, and one more where labels are dropped in training; 0 without labels.
 
     Raises:
         InputError: the file cannot be read, has unknown keys, or contradicts the data.
@@ -30,10 +31,12 @@ def unet_config(config: ModelConfig, resolution: int, channels: int, num_classes
         "sample_size": resolution,
         "in_channels": channels,
         "out_channels": channels,
-        "num_class_embeds": num_classes + 1 if num_classes else None,
+        "num_class_embeds": num_labels or None,
     }
     if config.model_config:
-        return _from_file(config.model_config, fixed)
+        arguments = _from_file(config.model_config, fixed)
+        _try_out(arguments, config.model_config)
+        return arguments
     widths = [config.model_channels * mult for mult in config.channel_mult]
     attends = [resolution // 2**level in config.attention_resolutions for level in range(len(widths))]
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if config.resblock_updown else ("DownBlock2D", "UpBlock2D")
@@ -72,12 +75,22 @@ def _from_file(path: str, fixed: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_unet(arguments: dict[str, Any]) -> UNet2DModel:
-    """A network with fresh weights from torch's global generator.
+    """A network with fresh weights from torch's global generator."""
+    return UNet2DModel(**arguments)
+
+
+def _try_out(arguments: dict[str, Any], path: str) -> None:
+    """Builds the network of a file and calls it once, without memory or computing (device "meta").
 
     Raises:
-        InputError: UNet2DModel refuses the arguments.
+        InputError: UNet2DModel refuses the arguments, or they do not fit the images.
     """
+    side, channels = arguments["sample_size"], arguments["in_channels"]
     try:
-        return UNet2DModel(**arguments)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"the network cannot be built: {' '.join(str(error).split())}") from error
+        with torch.device("meta"):
+            labels = torch.zeros(1, dtype=torch.long) if arguments["num_class_embeds"] else None
+            shape = build_unet(arguments)(torch.zeros(1, channels, side, side), torch.zeros(1), labels).sample.shape
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError, AttributeError) as error:
+        raise InputError(f"model_config {path} gives no network for {side}x{side} images: {' '.join(str(error).split())}") from error
+    if shape != (1, channels, side, side):
+        raise InputError(f"model_config {path} gives a network from {side}x{side} images to {tuple(shape[2:])}; take other levels")

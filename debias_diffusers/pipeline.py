@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, NotFiniteError
 
 
 class PixelPipeline(DiffusionPipeline):
@@ -62,6 +63,7 @@ class PixelPipeline(DiffusionPipeline):
 
         Raises:
             InputError: labels or guidance that the model does not have.
+            NotFiniteError: the network or the solver gave NaN or infinity.
         """
         labels = self._labels(batch_size, class_labels, guidance_scale)
         size = self.unet.config.sample_size
@@ -71,10 +73,12 @@ class PixelPipeline(DiffusionPipeline):
         x_t = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         x_t = x_t * self.scheduler.init_noise_sigma
         # Solvers of ODEs draw nothing and have no such argument.
-        chance = {"generator": generator} if "generator" in self.scheduler.step.__code__.co_varnames else {}
+        chance = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         for t in self.progress_bar(self.scheduler.timesteps):
             prediction = self._predict(self.scheduler.scale_model_input(x_t, t), t, labels, guidance_scale)
             x_t = self.scheduler.step(prediction, t, x_t, **chance).prev_sample
+        if not x_t.isfinite().all():
+            raise NotFiniteError(f"{type(self.scheduler).__name__} with {num_inference_steps} steps drew images that are not finite")
         images = (x_t / 2 + 0.5).clamp(0, 1)
         self.maybe_free_model_hooks()
         if output_type != "pt":
@@ -125,8 +129,8 @@ def load_pipeline(model: str) -> PixelPipeline:
         InputError: there is no model, or a file of it is damaged; names it.
     """
     folder = Path(model)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise InputError(f"{model} holds no model (no model_index.json); train one, or name another folder")
+    if not model or (folder.exists() and not (folder / "model_index.json").is_file()):
+        raise InputError(f"{model or 'an empty name'} holds no model (no model_index.json); train one, or name another folder")
     if not folder.exists() and (model.count("/") != 1 or model.startswith((".", "~", "/"))):
         raise InputError(f"{model} does not exist; name a run directory, a pipeline folder or a Hub id such as user/name")
     logging.disable_progress_bar()  # of loading two components
@@ -135,5 +139,7 @@ def load_pipeline(model: str) -> PixelPipeline:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"model {model} cannot be loaded: {reason}") from error
+    if missing := [name for name, parameter in pipeline.unet.named_parameters() if parameter.is_meta]:
+        raise InputError(f"model {model} cannot be loaded: its weight file lacks {missing[0]}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

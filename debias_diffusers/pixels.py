@@ -13,22 +13,22 @@ from .loss import Network
 from .model import build_unet, unet_config
 from .pipeline import PixelPipeline
 from .schedulers import exported_scheduler
-from .sources import open_source
+from .sources import Source
 
 
 class PixelTask:
     """Clean images in [-1, 1] and their labels, and UNets that learn them."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        """Opens the data.
+    def __init__(self, config: TrainConfig, source: Source) -> None:
+        """Fits a network to the data.
 
         Raises:
-            InputError: the data cannot be used, or the network does not fit them.
+            InputError: the first image cannot be read, or the network does not fit.
         """
         self.config = config
-        self.data = TrainingData(open_source(config.data), config.data, config.optimization.seed)
-        resolution = self.data.resolution
-        self.arguments = unet_config(config.model, resolution, self.data.channels, self.data.num_classes)
+        self.data = TrainingData(source, config.data, config.optimization.seed)
+        num_labels = self.data.num_classes + (self.data.null_label is not None)
+        self.arguments = unet_config(config.model, self.data.resolution, self.data.channels, num_labels)
 
     def build(self) -> UNet2DModel:
         """A network with fresh weights."""
@@ -47,12 +47,12 @@ class PixelTask:
         """What is exported. Without labels it is diffusers' own, so that nobody needs this package to use it."""
         scheduler = exported_scheduler(self.config.objective)
         if self.data.num_classes:
-            return PixelPipeline(unet, scheduler, null_label=self.data.num_classes)
+            return PixelPipeline(unet, scheduler, null_label=self.data.null_label)
         return DDPMPipeline(unet, scheduler)
 
     def preview(self, unet: UNet2DModel) -> tuple[PixelPipeline, list[int] | None]:
         """A pipeline to draw samples with while training, and all classes in turn as labels."""
         classes = self.data.num_classes
-        pipeline = PixelPipeline(unet, exported_scheduler(self.config.objective), null_label=classes or None)
+        pipeline = PixelPipeline(unet, exported_scheduler(self.config.objective), null_label=self.data.null_label)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline, list(range(classes)) or None

@@ -95,7 +95,7 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
 
 def _data_problems(config: TrainConfig) -> list[str]:
     data, found = config.data, []
-    if data.dataset is None:
+    if not data.dataset:
         found.append("dataset is missing: name digits, a folder of images, a .parquet file or a Hub id")
     if data.resolution is None:
         found.append("resolution is missing: name the pixels a side, such as --resolution 64")
@@ -157,6 +157,13 @@ def _objective_problems(objective: ObjectiveConfig) -> list[str]:
             for name in names
             if objective.weighting != weighting and getattr(objective, name) != getattr(ObjectiveConfig(), name)
         ]
+    # Of these weightings the value at the floor is the value at any SNR below it.
+    flat = objective.weighting == "constant" or (objective.weighting == "min_snr" and objective.snr_floor <= objective.snr_gamma)
+    if objective.snr_floor > 0 and flat:
+        found.append(
+            f"snr_floor is {objective.snr_floor}, but changes nothing in weighting {objective.weighting}; leave it out or take "
+            f"--weighting debiased"
+        )
     beta_end = {"linear": 0.02, "scaled_linear": 0.012}.get(objective.noise_schedule, 0.0)
     if objective.num_train_timesteps >= 2 and beta_end * 1000 / objective.num_train_timesteps >= 1:
         found.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -17,8 +18,8 @@ from typing import IO, Any
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .config import TrainConfig, differences, stored, to_json
-from .errors import InputError, RunInUseError, raise_all
-from .files import said_if_not_writable, write_file
+from .errors import CannotWriteError, InputError, RunInUseError, raise_all
+from .files import remove_drafts, said_if_not_writable, write_file
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -39,6 +40,7 @@ class Run:
         self.folder = folder
         self.resume = resume
         self._lock = lock  # the kernel gives it back when the process ends, however it ends
+        os.register_at_fork(after_in_child=lock.close)  # and not when the last of its loader's workers has ended
         self.metrics = Metrics(folder / METRICS)
 
     @property
@@ -47,8 +49,8 @@ class Run:
 
     def begin(self, config: TrainConfig) -> None:
         """Makes the directory ready to train from where it stands: configuration written, leftovers and later metrics gone."""
-        checkpoint.remove_drafts(self.checkpoints)
-        checkpoint.remove_drafts(self.folder)
+        remove_drafts(self.checkpoints)
+        remove_drafts(self.folder)
         write_file(self.folder / CONFIG, to_json(config).encode())
         self.metrics.begin_after(self.resume.step if self.resume else 0)
 
@@ -80,7 +82,7 @@ def _refuse_foreign(folder: Path) -> None:
     """A run writes README.md, unet/ and more into its directory: never into one that holds somebody's other files."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file; name a new or empty folder, such as runs/first")
-    ours = {CONFIG, LOCK, CHECKPOINTS}
+    ours = {LOCK, CHECKPOINTS}
     if folder.is_dir() and (names := set(os.listdir(folder))) and not names & ours:
         raise InputError(
             f"output_dir {folder} is no run directory and holds other files, such as {min(names)}; "
@@ -116,6 +118,7 @@ class Metrics:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._unwritten = b""
 
     def begin_after(self, step: int) -> None:
         """Drops the lines of later steps, which will be trained again, and a last line that was cut off."""
@@ -125,14 +128,27 @@ class Metrics:
             write_file(self.path, b"".join(kept))
 
     def append(self, values: dict[str, Any]) -> None:
-        with said_if_not_writable(self.path), open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        """Writes a line. One that cannot be written is kept and written with the next, or refused by `sync`."""
+        self._unwritten += (json.dumps(values) + "\n").encode()
+        with contextlib.suppress(CannotWriteError):
+            self._write()
+
+    def _write(self) -> None:
+        with said_if_not_writable(self.path), open(self.path, "ab") as file:
+            end = file.tell()
+            try:
+                file.write(self._unwritten)
+                file.flush()
+                self._unwritten = b""
+            except OSError:
+                file.truncate(end)  # half a line
+                raise
 
     def sync(self) -> None:
         """Waits until all lines are on the disk: a checkpoint must not outlive the metrics of its steps."""
-        if self.path.exists():
-            with said_if_not_writable(self.path), open(self.path, "a") as file:
-                os.fsync(file.fileno())
+        self._write()
+        with said_if_not_writable(self.path), open(self.path, "ab") as file:
+            os.fsync(file.fileno())
 
 
 def _step_of(line: bytes) -> float:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from . import checkpoint, images
 from .config import SampleConfig
 from .errors import InputError
-from .files import said_if_not_writable, write_file
+from .files import read_file, remove_drafts, said_if_not_writable, write_file
 from .pipeline import PixelPipeline, check_labels, load_pipeline
 from .run import CHECKPOINTS, SAMPLES, say
 from .schedulers import make_scheduler
@@ -116,11 +116,12 @@ def _name(k: int) -> str:
 def _prepare(folder: Path, config: SampleConfig, pipeline: PixelPipeline) -> list[int]:
     """Makes the folder this command's own and returns the indices that have no image yet."""
     settings = _settings(config, pipeline)
-    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     with said_if_not_writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    remove_drafts(folder)
+    there = sorted(p.name for p in folder.iterdir())
     if SETTINGS in there:
-        before = json.loads((folder / SETTINGS).read_text())
+        before = _read_settings(folder / SETTINGS)
         changed = [f"{name} was {before.get(name)}, now {value}" for name, value in settings.items() if before.get(name) != value]
         if changed:
             raise InputError(f"output_dir {folder} holds images of other settings ({'; '.join(changed)}); name another --output_dir")
@@ -132,6 +133,14 @@ def _prepare(folder: Path, config: SampleConfig, pipeline: PixelPipeline) -> lis
     if beyond:
         raise InputError(f"output_dir {folder} holds more than {config.num_images} images, such as {beyond[0]}; name another --output_dir")
     return [k for k in range(config.num_images) if _name(k) not in there]
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged; remove its folder, or name another --output_dir") from error
+    return settings
 
 
 def _settings(config: SampleConfig, pipeline: PixelPipeline) -> dict[str, Any]:
@@ -149,9 +158,7 @@ def _finish(folder: Path, config: SampleConfig, labels: list[int] | None) -> Non
         for k in range(config.num_images)
     ]
     write_file(folder / METADATA, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    first = []
-    for k in range(min(config.num_images, GRID_IMAGES)):
-        with Image.open(folder / _name(k)) as image:
-            first.append(image.copy())
+    paths = [folder / _name(k) for k in range(min(config.num_images, GRID_IMAGES))]
+    first = [images.decode(read_file(path), str(path)) for path in paths]
     write_file(folder / GRID, images.png(images.grid(first)))
     say(f"{config.num_images} images in {folder}, a picture of them in {folder / GRID}")

@@ -112,22 +112,26 @@ def make_schedule(config: ObjectiveConfig) -> Schedule:
     return Schedule(snr, {"num_train_timesteps": T, **named})
 
 
-def from_scheduler(scheduler: Any) -> Schedule:
-    """The schedule of a diffusers scheduler, in float64 from the definition of its betas.
+def snr_of_scheduler(scheduler: Any) -> Tensor:
+    """(T,) SNR of a diffusers scheduler, in float64 from the definition of its betas where it has one.
 
     Raises:
-        InputError: the scheduler has no betas (flow matching, Karras sigmas only).
+        InputError: the scheduler has no discrete noise schedule (flow matching, for example).
     """
-    if not hasattr(scheduler, "betas"):
-        raise InputError(f"{type(scheduler).__name__} has no betas; take a scheduler with a discrete noise schedule, such as DDPMScheduler")
+    if not hasattr(scheduler, "alphas_cumprod"):
+        name = type(scheduler).__name__
+        raise InputError(f"{name} has no alphas_cumprod; take a scheduler with a discrete noise schedule, such as DDPMScheduler")
     config = scheduler.config
-    T = config.num_train_timesteps
-    # The scheduler's own float32 betas are exact enough (1e-5) for schedules that have no formula here.
+    # Its own float32 betas are exact enough (1e-5) for schedules that have no formula here.
     betas = scheduler.betas.double().cpu()
-    named = config.get("trained_betas") is None and not config.get("rescale_betas_zero_snr", False)
-    if named and config.beta_schedule in _LINEAR_BETAS:
-        betas = _LINEAR_BETAS[config.beta_schedule](config.beta_start, config.beta_end, T)
-    elif named and config.beta_schedule == "squaredcos_cap_v2":
-        betas = _cosine(T)
-    kept = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
-    return Schedule(snr_of_betas(betas), {"num_train_timesteps": T, **{k: config[k] for k in kept if k in config}})
+    if config.get("trained_betas") is not None:
+        betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
+    elif config.get("beta_schedule") in _LINEAR_BETAS:
+        betas = _LINEAR_BETAS[config.beta_schedule](config.beta_start, config.beta_end, config.num_train_timesteps)
+    elif config.get("beta_schedule") == "squaredcos_cap_v2":
+        betas = _cosine(config.num_train_timesteps)
+    snr = snr_of_betas(betas)
+    own = scheduler.alphas_cumprod.double().cpu()
+    if (own - snr / (1 + snr)).abs().max() > 1e-4:  # it rescaled its betas or its alphas_cumprod
+        snr = own / (1 - own)
+    return snr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +12,9 @@ from typing import Any, Protocol
 from . import images
 from .config import DIGITS, DataConfig
 from .errors import InputError
+from .files import read_file
+
+MOST_CLASSES = 100_000
 
 
 class Source(Protocol):
@@ -32,14 +37,17 @@ class Folder:
     Labels are the first-level sub-folders; without sub-folders, what stands before the first "_" of the file name.
     """
 
-    def __init__(self, root: Path, with_labels: bool) -> None:
+    def __init__(self, root: Path, config: DataConfig) -> None:
+        default = DataConfig()
+        for name in ("split", "image_column", "label_column"):
+            if getattr(config, name) != getattr(default, name):
+                raise InputError(f"{name} is {getattr(config, name)}, but dataset {root} is a folder of images; leave {name} out")
         self.root = root
-        names = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix.lower() in images.EXTENSIONS)
-        self.names = sorted(names)
+        self.names = sorted(_image_files(root))
         if not self.names:
             raise InputError(f"dataset {root} holds no images ({', '.join(images.EXTENSIONS)})")
         self.class_names: list[str] | None = None
-        if with_labels:
+        if config.class_conditional:
             self.labels = [self._label(name) for name in self.names]
             self.class_names = sorted(set(self.labels))
             self._index = {name: k for k, name in enumerate(self.class_names)}
@@ -65,15 +73,28 @@ class Folder:
     def fingerprint(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for name in self.names:
-            digest.update(f"{name}\0{(self.root / name).stat().st_size}\n".encode())
+            digest.update(os.fsencode(f"{name}\0{(self.root / name).stat().st_size}\n"))
         return {"images": len(self), "sha256": digest.hexdigest()}
 
 
-def read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"image {path} cannot be read: {error.strerror}") from error
+def _image_files(root: Path) -> Iterator[str]:
+    """Paths of image files below a folder, relative to it; links are followed, hidden names are not looked at."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"dataset {root}: {error.filename} cannot be read: {error.strerror}")
+
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        seen.add(os.path.realpath(folder))
+        # A folder that sample.py wrote keeps a picture of all its images in preview/.
+        hidden = {"preview"} if "metadata.jsonl" in names else set()
+        folders[:] = [
+            f for f in folders if not f.startswith(".") and f not in hidden and os.path.realpath(os.path.join(folder, f)) not in seen
+        ]
+        for name in names:
+            path = Path(folder, name)
+            if path.suffix.lower() in images.EXTENSIONS and not name.startswith("."):
+                yield path.relative_to(root).as_posix()
 
 
 class Table:
@@ -91,9 +112,7 @@ class Table:
             self.label_column = config.label_column or _only_column(table, datasets.ClassLabel, "label")
             _check_column(table, self.label_column, "label_column")
             self.class_names = _class_names(table, self.label_column)
-        self.table = table.select_columns([c for c in (self.image_column, self.label_column) if c])
-        # Undecoded: decoding, with its limits and refusals, is the business of images.py.
-        self.table = self.table.cast_column(self.image_column, datasets.Image(decode=False))
+        self.table = _undecoded(table.select_columns([c for c in (self.image_column, self.label_column) if c]), self.image_column)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -104,8 +123,10 @@ class Table:
         where = f"{index} of dataset {self.name}"
         if cell is None:
             raise InputError(f"image {where} is missing")
-        data = cell["bytes"] if cell["bytes"] is not None else read_file(Path(cell["path"]))
-        return data, row[self.label_column] if self.label_column else 0, where
+        label = row[self.label_column] if self.label_column else 0
+        if label is None:
+            raise InputError(f"image {where} has no label in column {self.label_column}")
+        return cell["bytes"] if cell["bytes"] is not None else read_file(Path(cell["path"])), label, where
 
     def fingerprint(self) -> dict[str, Any]:
         columns = sorted(self.table.column_names)
@@ -117,12 +138,11 @@ def _only_column(table: Any, kind: type, role: str) -> str:
     found: list[str] = [name for name, feature in table.features.items() if isinstance(feature, kind)]
     if not found and role in table.column_names:
         found = [role]
-    if len(found) != 1:
-        which = (
-            f"several columns of {role}s: {', '.join(found)}" if found else f"no column of {role}s among {', '.join(table.column_names)}"
-        )
-        raise InputError(f"the dataset has {which}; name one with --{role}_column")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    several = f"several columns of {role}s: {', '.join(found)}"
+    which = several if found else f"no column of {role}s among {', '.join(table.column_names)}"
+    raise InputError(f"the dataset has {which}; name one with --{role}_column")
 
 
 def _check_column(table: Any, column: str, field: str) -> None:
@@ -130,13 +150,25 @@ def _check_column(table: Any, column: str, field: str) -> None:
         raise InputError(f"{field} is {column}, but the dataset has only: {', '.join(table.column_names)}")
 
 
+def _undecoded(table: Any, column: str) -> Any:
+    """The table with its images as bytes: decoding, with its limits and refusals, is the business of images.py."""
+    import datasets
+
+    try:
+        return table.cast_column(column, datasets.Image(decode=False))
+    except (ValueError, TypeError, NotImplementedError) as error:  # of pyarrow
+        raise InputError(f"image_column {column} holds {table.features[column]} and no images; name another") from error
+
+
 def _class_names(table: Any, column: str) -> list[str]:
     feature = table.features[column]
     if hasattr(feature, "names"):
         return list(feature.names)
-    labels = table.unique(column)
-    if not all(isinstance(label, int) and label >= 0 for label in labels):
-        raise InputError(f"label_column {column} holds other things than whole numbers from 0, such as {labels[0]!r}")
+    if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+        raise InputError(f"label_column {column} holds {feature} and no whole numbers; name another")
+    labels = [label for label in table.unique(column) if label is not None]
+    if not labels or min(labels) < 0 or max(labels) >= MOST_CLASSES:
+        raise InputError(f"label_column {column} must hold classes from 0, fewer than {MOST_CLASSES}, but holds {labels[:5]}")
     return [str(k) for k in range(max(labels) + 1)]
 
 
@@ -144,19 +176,31 @@ def open_source(config: DataConfig) -> Source:
     """Opens what `config.dataset` names.
 
     Raises:
-        InputError: it does not exist, is empty, or lacks the split or columns asked for.
+        InputError: it does not exist, is empty, or lacks the split, columns or labels asked for.
     """
+    source = _open(config)
+    if len(source) == 0:
+        raise InputError(f"dataset {config.dataset} is empty")
+    if source.class_names and len(source.class_names) == 1:
+        raise InputError(
+            f"class_conditional is on, but dataset {config.dataset} has a single class, {source.class_names[0]}; "
+            f"name the folder that holds one folder for each class, or leave --class_conditional out"
+        )
+    return source
+
+
+def _open(config: DataConfig) -> Source:
     assert config.dataset is not None
-    if config.dataset == DIGITS:
-        return Table(_load("parquet", config, data_files=str(resources.files(__package__).joinpath("digits.parquet"))), config)
     path = Path(config.dataset).expanduser()
+    if config.dataset == DIGITS:
+        path = Path(str(resources.files(__package__).joinpath("digits.parquet")))
     if path.suffix == ".parquet":
         if not path.is_file():
             raise InputError(f"dataset {path} does not exist")
         return Table(_load("parquet", config, data_files=str(path)), config)
     if path.is_dir():
         saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-        return Table(_load_saved(path, config), config) if saved else Folder(path, config.class_conditional)
+        return Table(_load_saved(path, config), config) if saved else Folder(path, config)
     if path.exists() or config.dataset.count("/") > 1 or config.dataset.startswith((".", "/", "~")):
         raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id")
     return Table(_load(config.dataset, config), config)
@@ -182,6 +226,8 @@ def _load_saved(path: Path, config: DataConfig) -> Any:
     except (OSError, ValueError) as error:
         raise InputError(f"dataset {path} cannot be loaded: {' '.join(str(error).split())}") from error
     if not isinstance(saved, datasets.DatasetDict):
+        if config.split != DataConfig().split:
+            raise InputError(f"split is {config.split}, but dataset {path} has no splits; leave split out")
         return saved
     if config.split not in saved:
         raise InputError(f"split is {config.split}, but dataset {path} has only: {', '.join(saved)}")

@@ -11,69 +11,72 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import Tensor
 
 from . import chance, checkpoint, data, hub, images, machine, sampling, snapshot, timesteps
 from .checkpoint import Checkpoint
 from .config import OptimizationConfig, TrainConfig, differences, to_json
 from .ema import EMA
-from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
+from .errors import CannotWriteError, DebiasError, InputError, NotFiniteError, StoppedError, raise_all
 from .files import DRAFT, said_if_not_writable, write_file
 from .loss import make_objective
 from .pixels import PixelTask
 from .progress import Progress, due
 from .run import SAMPLES, Run, StopSignal, say
 from .schedulers import make_scheduler
+from .sources import open_source
 
 SKIPS_IN_A_ROW = 20  # fp16 steps with overflowing gradients that are taken for a search of the loss scale
 GRID_IMAGES, GRID_STEPS = 64, 20
 
 
-def train(config: TrainConfig, run: Run | None) -> None:
+def train(config: TrainConfig, run: Run | None, stop: StopSignal) -> None:
     """Trains to `max_steps`, resuming where the run directory stands.
 
     Args:
         config: checked and resolved.
         run: the run directory; None in all processes but the first.
+        stop: remembers signals, already since before torch was imported.
 
     Raises:
         DebiasError: of the kind that tells what stopped it; StoppedError after a signal, saved.
     """
-    stop = StopSignal()
-    trainer = Trainer(config, run)
+    accelerator = machine.start_accelerator(config)
+    micro_batch_size = config.optimization.micro_batch_size or config.optimization.batch_size // accelerator.num_processes
     try:
-        trainer.train(stop)
+        Trainer(config, run, accelerator).train(stop)
     except RuntimeError as error:
-        if not machine.is_out_of_memory(error):
-            raise
-        micro = trainer.micro_batch_size
-        raise InputError(
-            f"out of memory with {micro} images per forward; add --micro_batch_size {max(1, micro // 2)}, "
-            f"which trains the same in less memory"
-        ) from error
+        if machine.is_out_of_memory(error):
+            smaller = f"add --micro_batch_size {micro_batch_size // 2}, which trains the same in less memory"
+            advice = smaller if micro_batch_size > 1 else "take a smaller network or --resolution"
+            raise InputError(f"out of memory with {micro_batch_size} images per forward; {advice}") from error
+        if machine.is_lost_process(error):
+            raise DebiasError("another process of this training has ended; the reason is what it said last") from error
+        raise
     finally:
-        trainer.accelerator.end_training()
+        accelerator.end_training()
 
 
 class Trainer:
     """Everything a training step needs, and the step."""
 
-    def __init__(self, config: TrainConfig, run: Run | None) -> None:
-        self.config, self.run = config, run
+    def __init__(self, config: TrainConfig, run: Run | None, accelerator: Accelerator) -> None:
+        self.config, self.run, self.accelerator = config, run, accelerator
         self.optim = config.optimization
         self.num_threads = machine.set_threads(self.optim.num_threads)
-        self.accelerator = machine.start_accelerator(config)
-        self.device = self.accelerator.device
+        self.device = accelerator.device
         self.share = self.optim.batch_size // self.accelerator.num_processes  # samples of a step in this process
         self.micro_batch_size = min(self.share, self.optim.micro_batch_size or self.share)
 
-        self.task = PixelTask(config)
+        self.task = PixelTask(config, open_source(config.data))
         self.objective = make_objective(config.objective)
         torch.manual_seed(chance.mixed(self.optim.seed, "weights", 0))
         network = self.task.build().to(self.device).train()
@@ -236,6 +239,8 @@ class Trainer:
             # The file behind --model_config may have changed, though its name has not.
             raise_all(differences(found.state["network"], now["network"]), f"run directory {self.run.folder} holds another network")
             machine.say_what_changed(found.state, now)
+            if (before := found.state["config"]["max_steps"]) != self.optim.max_steps and self.optim.lr_schedule != "constant":
+                say(f"warning: max_steps was {before}, now it is {self.optim.max_steps}: the learning rate falls to 0 there")
             say(f"resuming {self.run.folder} at step {found.step} of {self.optim.max_steps}")
         snapshot.restore(found, self.model, self.adamw, self.ema)
         if self.accelerator.scaler is not None:
@@ -277,30 +282,41 @@ class Trainer:
         if self.step == self.saved_step:
             return
         tensors = snapshot.gather(self.model, self.adamw, self.ema)
-        if self.run is None:
+        problem = [self._write(self.run, tensors) if self.run else None]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(problem)  # of the first process: all must know whether to gather again
+        if problem[0] is None:
             self.saved_step = self.step
-            return
+        elif final:
+            raise CannotWriteError(problem[0])
+        elif self.run:
+            say(f"step {self.step} was not saved: {problem[0]}; training goes on")
+
+    def _write(self, run: Run, tensors: dict[str, Mapping[str, Tensor]]) -> str | None:
+        """Export and checkpoint; what went wrong, if something did."""
         try:
-            self.run.metrics.sync()
-            self._export(self.run.folder)
+            run.metrics.sync()
+            self._export(run.folder)
             keep = self.config.run.keep_checkpoints
-            checkpoint.write(self.run.checkpoints, self.step, snapshot.contents(tensors), self._state(), keep)
-            self.saved_step = self.step
+            checkpoint.write(run.checkpoints, self.step, snapshot.contents(tensors), self._state(), keep)
         except CannotWriteError as error:
-            if final:
-                raise
-            say(f"step {self.step} was not saved: {error}; training goes on")
+            return str(error)
+        return None
 
     def _export(self, folder: Path) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
         self._load_averaged()
         draft = folder / (DRAFT + "export")
-        with said_if_not_writable(folder):
-            self.task.pipeline(self.averaged).save_pretrained(draft, safe_serialization=True)
-            # File by file, each whole or absent; only the weights differ from one export to the next.
-            for path in sorted(p for p in draft.rglob("*") if p.is_file()):
-                write_file(folder / path.relative_to(draft), path.read_bytes())
-            shutil.rmtree(draft)
+        try:
+            with said_if_not_writable(folder):
+                self.task.pipeline(self.averaged).save_pretrained(draft, safe_serialization=True)
+                # File by file, each whole or absent; only the weights differ from one export to the next.
+                for path in sorted(p for p in draft.rglob("*") if p.is_file()):
+                    write_file(folder / path.relative_to(draft), path.read_bytes())
+        except SafetensorError as error:  # of a full disk, among others
+            raise CannotWriteError(f"{folder} cannot be written: {error}") from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
         write_file(folder / "README.md", hub.model_card(self.config, self.step, self.task.data.num_classes).encode())
 
     @torch.no_grad()
@@ -317,10 +333,13 @@ class Trainer:
         pipeline, labels = self.task.preview(self.averaged)
         steps = min(GRID_STEPS, len(self.objective.schedule) // 2)
         pipeline.scheduler = make_scheduler("unipc", pipeline.scheduler, "linspace", steps)
-        drawn = sampling.draw(pipeline, range(GRID_IMAGES), seed=0, steps=steps, labels=labels)
+        drawn = []
         try:
+            for first in range(0, GRID_IMAGES, self.micro_batch_size):  # no more at once than the training has memory for
+                indices = range(first, min(first + self.micro_batch_size, GRID_IMAGES))
+                drawn += sampling.draw(pipeline, indices, seed=0, steps=steps, labels=labels)
             write_file(self.run.folder / SAMPLES / f"{checkpoint.name_of(self.step)}.png", images.png(images.grid(drawn)))
-        except CannotWriteError as error:
+        except (CannotWriteError, NotFiniteError) as error:
             say(f"no sample grid at step {self.step}: {error}")
 
 
@@ -337,16 +356,16 @@ def dry_run(config: TrainConfig) -> None:
     """Shows what would be trained: configuration, size of the network, length of an epoch, picture of the first batch."""
     print(to_json(config), end="")
     try:
-        task = PixelTask(config)
+        source = open_source(config.data)
     except InputError as error:
         print(f"parameters, steps per epoch and first batch: unknown, because the data cannot be seen ({error})")
         return
-    source, batch_size = task.data.source, config.optimization.batch_size
+    task, batch_size = PixelTask(config, source), config.optimization.batch_size
     print(f"parameters: {sum(p.numel() for p in task.build().parameters())}")
     print(f"images: {len(source)}, {task.data.channels} channel(s), {task.data.num_classes} classes")
     print(f"steps per epoch: {len(source) / batch_size:.1f}")
     first = data.PositionBatches(min(batch_size, GRID_IMAGES), batch_size, 0, 1, range(1))
     (batch,) = data.batches(task.data, first, pin_memory=False)
-    picture = Path(f"{config.run.output_dir}-first-batch.png")
+    picture = Path(f"{Path(config.run.output_dir or '')}-first-batch.png")
     write_file(picture, images.png(images.grid([images.from_array(image.numpy()) for image in batch["image"]])))
     print(f"first batch: {picture}")

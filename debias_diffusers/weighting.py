@@ -11,15 +11,16 @@ and a weight w on the noise error is the same objective as SNR w on x_0 and SNR 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from .config import PredictionType, Weighting
-from .errors import InputError
-from .schedule import from_scheduler
+from .config import WEIGHTING_PARAMETERS, PredictionType, Weighting
+from .errors import InputError, raise_all
+from .rules import range_problems
+from .schedule import snr_of_scheduler
 
 
 def constant(snr: Tensor) -> Tensor:
@@ -92,28 +93,36 @@ def loss_weight(
         timesteps: (B,) the timesteps of the batch.
         weighting: one of `WEIGHTINGS`.
         prediction_type: the space of the error; the scheduler's own if left out.
-        parameters: `snr_gamma` (5), `p2_k` (1), `p2_gamma` (1), `snr_floor` (0).
+        parameters: those of the weighting, named like the flags: `snr_gamma` (5) of min_snr, `p2_k` (1) and `p2_gamma` (1)
+            of p2, `snr_floor` (0) of all.
 
     Returns:
         (B,) float32, on the device of `timesteps`.
 
     Raises:
-        InputError: an unknown name or parameter, or a weight that is not finite.
+        InputError: an unknown name, a parameter the weighting does not have or that is out of range, timesteps that the
+            scheduler does not have, or a weight that is not finite.
     """
+    snr = snr_of_scheduler(scheduler)
     prediction_type = prediction_type or scheduler.config.prediction_type
-    for name, value, known in (
-        ("weighting", weighting, tuple(WEIGHTINGS)),
-        ("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction")),
-        *(("parameter", name, ("snr_gamma", "p2_k", "p2_gamma", "snr_floor")) for name in parameters),
-    ):
-        if value not in known:
-            raise InputError(f"{name} {value!r} is not known; take one of: {', '.join(known)}")
-    table = weight(from_scheduler(scheduler).snr, weighting, prediction_type, **parameters)
-    weights = table[timesteps.cpu()]
+    _require_known("weighting", weighting, WEIGHTINGS)
+    _require_known("prediction_type", prediction_type, get_args(PredictionType))
+    for name in parameters:
+        _require_known("parameter", name, (*WEIGHTING_PARAMETERS.get(weighting, ()), "snr_floor"))
+    raise_all(range_problems(parameters), "loss_weight")
+    table = weight(snr, weighting, prediction_type, **parameters)
+    t = timesteps.cpu()
+    if t.is_floating_point() or not ((t >= 0) & (t < len(table))).all():
+        raise InputError(f"timesteps must be whole numbers from 0 to {len(table) - 1}, but are {t.tolist()}")
+    weights = table[t]
     if not weights.isfinite().all():
-        bad = timesteps.cpu()[~weights.isfinite()].tolist()
         raise InputError(
-            f"weighting {weighting} on {prediction_type} is not finite at timesteps {bad}, where the SNR is 0; "
-            f"add snr_floor=1e-3, or predict v"
+            f"weighting {weighting} on {prediction_type} is not finite at timesteps {t[~weights.isfinite()].tolist()}, "
+            f"where the SNR is 0; add snr_floor=1e-3, or predict v"
         )
     return weights.to(timesteps.device, torch.float32)
+
+
+def _require_known(what: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise InputError(f"{what} {value!r} is not known here; take one of: {', '.join(known)}")

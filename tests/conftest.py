@@ -19,9 +19,10 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CP
 os.environ.update(OFFLINE)
 
 
-def command(*args):
+def command(*args, **options):
     """Starts `python ARGS` in the repository's root, as a user would."""
-    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, **pipes, **options)
 
 
 # Most commands run in processes forked from one that has imported torch and diffusers: seconds less for each.
@@ -37,10 +38,8 @@ def _command(name, args, out, err):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     from debias_diffusers import cli
 
-    code = getattr(cli, COMMANDS[name])(args)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    multiprocessing.set_start_method("fork", force=True)  # loaders start their workers as in a process of their own
+    sys.exit(getattr(cli, COMMANDS[name])(args))
 
 
 class Forked:

@@ -33,6 +33,18 @@ def test_only_the_newest_are_kept(tmp_path):
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000015", "step-100000000"]
 
 
+def test_damaged_newer_checkpoints_do_not_push_out_sound_ones(tmp_path):
+    for step in (10, 20, 30):
+        write(tmp_path, step, keep=3)
+    for step in (20, 30):
+        (tmp_path / f"step-000000{step}" / "model.safetensors").write_bytes(b"")
+    write(tmp_path, 11, keep=1)
+    assert checkpoint.latest_valid(tmp_path)[0].step == 11
+    for step in (20, 30):  # trained again, the damaged are replaced
+        write(tmp_path, step, keep=2)
+    assert checkpoint.latest_valid(tmp_path)[0].step == 30 and len(checkpoint.checkpoints(tmp_path)) == 2
+
+
 DAMAGES = {
     "deleted": lambda p: p.unlink(),
     "empty": lambda p: p.write_bytes(b""),
@@ -82,7 +94,7 @@ def test_other_names_files_and_links_are_no_checkpoints(tmp_path):
     (folder / "step-00000099").write_text("a file")
     (folder / "step-00000030").symlink_to(real)
     assert checkpoint.latest_valid(folder)[0].step == 10
-    checkpoint.remove_drafts(folder)
+    files.remove_drafts(folder)
     assert not (folder / ".draft-step-00000040").exists() and (folder / "step-5-bak").exists()
 
 
@@ -124,8 +136,8 @@ def test_killed_at_any_operation_the_old_or_the_new_checkpoint_is_whole(tmp_path
         found, damaged = checkpoint.latest_valid(folder) if not before or finished else _older_at_least(folder, before[-1])
         assert found is None or found.step in (*before[-1:], 30)
         assert all("step-00000010" in d for d in damaged)  # only one that was being pruned
-        checkpoint.remove_drafts(folder)
-        write(folder, 30) if found is None or found.step != 30 else checkpoint.prune(folder, 2)
+        files.remove_drafts(folder)
+        write(folder, 30) if found is None or found.step != 30 else checkpoint.prune(folder, 30, 2)
         assert [p.name for p in checkpoint.checkpoints(folder)] == [checkpoint.name_of(s) for s in [*before, 30][-2:]]
         assert not list(folder.glob(".draft*"))
         if finished:
@@ -187,6 +199,19 @@ def test_metrics_drop_a_cut_line_and_the_steps_that_will_come_again(tmp_path):
     untouched = metrics.path.stat().st_mtime_ns
     metrics.begin_after(4)
     assert metrics.path.stat().st_mtime_ns == untouched
+
+
+def test_metrics_that_cannot_be_written_wait_and_hold_up_the_checkpoint(tmp_path, monkeypatch):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.append({"step": 1})
+    with monkeypatch.context() as broken:
+        broken.setattr(metrics, "path", tmp_path / "no" / "where.jsonl")
+        metrics.append({"step": 2})  # is kept
+        with pytest.raises(CannotWriteError):
+            metrics.sync()
+    metrics.append({"step": 3})
+    metrics.sync()
+    assert [json.loads(line)["step"] for line in metrics.path.read_text().splitlines()] == [1, 2, 3]
 
 
 def test_a_moved_folder_is_still_a_checkpoint(tmp_path):

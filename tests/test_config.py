@@ -58,6 +58,7 @@ def test_field_names_are_unique_over_the_sections():
         ({"snr_gamma": 3.0}, ["snr_gamma is 3.0", "weighting is debiased", "--weighting min_snr"]),
         ({"weighting": "p2", "p2_k": 0.0}, ["p2_k is 0.0", "such as 1"]),
         ({"snr_floor": -1.0}, ["snr_floor is -1.0", "1e-3"]),
+        ({"weighting": "constant", "snr_floor": 1e-3}, ["snr_floor is 0.001", "changes nothing in weighting constant"]),
         ({"noise_schedule": "cosine"}, ["weighting debiased", "noise_schedule cosine", "--snr_floor 1e-3"]),
         ({"num_train_timesteps": 10}, ["num_train_timesteps is 10", "noise_schedule linear", "at least 21"]),
         ({"schedule_shift": 0.0}, ["schedule_shift is 0.0", "1"]),
@@ -107,11 +108,19 @@ from debias_diffusers import cli
 """
 
 
+def at_once(call, *flags):
+    """Calls the command line where torch cannot be imported; it must answer in a second, warm (two, cold)."""
+    seconds = []
+    while not seconds or (seconds[-1] >= 1 and len(seconds) < 4):
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH + call, *flags], cwd=ROOT, capture_output=True, text=True)
+        seconds.append(time.monotonic() - began)
+    assert seconds[0] < 2 and seconds[-1] < 1, seconds
+    return done
+
+
 def test_three_mistakes_are_answered_together_at_once_without_torch():
-    flags = ["--batch_size", "0", "--learning_rate=-1", "--snr-gamma", "3"]
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH + "sys.exit(cli.train())", *flags], cwd=ROOT, capture_output=True, text=True)
-    assert time.monotonic() - began < 2  # a cold start; warm it takes 0.3 s
+    done = at_once("sys.exit(cli.train())", "--batch_size", "0", "--learning_rate=-1", "--snr-gamma", "3")
     assert done.returncode == 2
     assert "3 problems" in done.stderr and "Traceback" not in done.stderr
     assert all(name in done.stderr for name in ("batch_size is 0", "learning_rate is -1", "snr_gamma is 3"))
@@ -119,11 +128,7 @@ def test_three_mistakes_are_answered_together_at_once_without_torch():
 
 @pytest.mark.parametrize("entry", ["train", "sample", "evaluate"])
 def test_help_needs_no_torch(entry):
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH + f"sys.exit(cli.{entry}(['--help']))"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert time.monotonic() - began < 2
+    done = at_once(f"sys.exit(cli.{entry}(['--help']))")
     assert done.returncode == 0 and "usage:" in done.stdout
 
 
@@ -177,8 +182,13 @@ def test_multipliers_follow_the_resolution_when_left_out():
 def test_a_network_file_replaces_the_numbers_of_the_configuration_below_it():
     config = train_config(["--model_config", "unet.json", "--output_dir", "x"], None)
     assert train_problems(config) == []
-    config = train_config(["--model_config", "unet.json", "--model_channels", "64"], None)
-    assert any("model_channels is 64" in problem for problem in train_problems(config))
+    with pytest.raises(InputError, match="leave out dropout, model_channels"):
+        train_config(["--model_config", "unet.json", "--model-channels=128", "--dropout", "0"], None)
+
+
+def test_a_flag_without_its_value_is_said():
+    with pytest.raises(InputError, match="--config needs a value"):
+        train_config(["--config"], None)
 
 
 def test_all_mistakes_of_a_file_are_named_together(tmp_path):
@@ -190,7 +200,7 @@ def test_all_mistakes_of_a_file_are_named_together(tmp_path):
         assert text in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00"])
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00", "seed: 2020-13-45", "learning_rate: " + "9" * 400])
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, content):
     file = tmp_path / "wrong.yaml"
     file.write_text(content)

@@ -1,5 +1,7 @@
 """Which images there are, and that what stands at a position follows from seed and position alone."""
 
+import os
+
 import datasets
 import numpy as np
 import pytest
@@ -42,7 +44,8 @@ def test_every_epoch_shows_every_image_once_in_another_order():
     first, second = ([data.index(p) for p in range(e * 1797, (e + 1) * 1797)] for e in range(2))
     assert sorted(first) == sorted(second) == list(range(1797))
     assert first != second
-    assert TrainingData(open_source(DIGITS), DIGITS, seed=6).index(0) != first[0] or first[1] != data.index(1)
+    other = TrainingData(open_source(DIGITS), DIGITS, seed=6)
+    assert [other.index(p) for p in range(1797)] != first
 
 
 def test_a_sample_does_not_depend_on_history():
@@ -109,6 +112,65 @@ def test_a_folder_gives_labels_from_file_names_as_the_reference_does(tmp_path):
     picture(0).save(tmp_path / "bird.png")
     with pytest.raises(InputError, match=r"bird\.png has no label"):
         open_source(DataConfig(dataset=str(tmp_path), class_conditional=True))
+
+
+def test_linked_classes_count_and_hidden_files_and_previews_do_not(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    picture(9).save(tmp_path / "elsewhere" / "d.png")
+    (folder / "bird").symlink_to(tmp_path / "elsewhere")
+    (folder / "dog" / "loop").symlink_to(folder)
+    (folder / ".thumbs").mkdir()
+    picture(1).save(folder / ".thumbs" / "t.png")
+    (folder / "preview").mkdir()
+    picture(1).save(folder / "preview" / "grid.png")
+    (folder / "metadata.jsonl").write_text("")
+    (folder / "cat" / "folder.png").mkdir()
+    source = open_source(DataConfig(dataset=str(folder), class_conditional=True))
+    assert source.names == ["bird/d.png", "cat/a.png", "cat/b.jpg", "dog/c.png"]
+
+
+def test_names_that_are_no_text_are_read_like_others(folder):
+    os.rename(folder / "cat" / "a.png", os.fsencode(folder / "cat") + b"/\xff\xfe.png")
+    source = open_source(DataConfig(dataset=str(folder)))
+    assert len(source) == 3 and source.fingerprint()["images"] == 3
+
+
+@pytest.mark.parametrize("name, value", [("split", "test"), ("image_column", "image"), ("label_column", "label")])
+def test_what_a_folder_does_not_have_is_refused(folder, name, value):
+    with pytest.raises(InputError, match=f"{name} is {value}, but dataset .* is a folder"):
+        open_source(DataConfig(dataset=str(folder), class_conditional=True, **{name: value}))
+
+
+def test_a_single_class_is_refused(folder):
+    with pytest.raises(InputError, match="a single class, pets"):
+        open_source(DataConfig(dataset=str(folder.parent), class_conditional=True))
+
+
+def test_columns_of_other_kinds_are_refused(tmp_path):
+    for name, options, named in (
+        ("digits", {"image_column": "label"}, "image_column label holds .* no images"),
+        ("digits", {"class_conditional": True, "label_column": "image"}, "label_column image holds .* no whole numbers"),
+    ):
+        with pytest.raises(InputError, match=named):
+            open_source(DataConfig(dataset=name, **options))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
+    table = datasets.Dataset.from_dict({"image": [picture(0)] * 2, "label": [0, None]}, features=features)
+    table.to_parquet(tmp_path / "null.parquet")
+    config = DataConfig(dataset=str(tmp_path / "null.parquet"), resolution=8, class_conditional=True)
+    data = TrainingData(open_source(config), config, seed=0)
+    (error,) = [data[p] for p in range(2) if isinstance(data[p], InputError)]
+    assert "has no label in column label" in str(error)
+    wide = datasets.Dataset.from_dict(
+        {"image": [picture(0)], "label": [10**9]}, features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    )
+    wide.to_parquet(tmp_path / "wide.parquet")
+    with pytest.raises(InputError, match="fewer than 100000"):
+        open_source(DataConfig(dataset=str(tmp_path / "wide.parquet"), class_conditional=True, label_column="label"))
+
+
+def test_without_dropped_labels_there_is_no_null_label():
+    config = DataConfig(dataset="digits", resolution=8, class_conditional=True, label_dropout=0.0)
+    assert TrainingData(open_source(config), config, seed=0).null_label is None
 
 
 def test_tables_are_read_from_parquet_and_from_saved_datasets(tmp_path):

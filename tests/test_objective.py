@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 from conftest import GOLDEN
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, IPNDMScheduler
 from safetensors.torch import load_file
 
 from debias_diffusers import loss_weight
 from debias_diffusers.config import ObjectiveConfig
 from debias_diffusers.errors import InputError
 from debias_diffusers.loss import make_objective
-from debias_diffusers.schedule import betas_of_snr, from_scheduler, make_schedule, snr_of_betas
+from debias_diffusers.schedule import betas_of_snr, make_schedule, snr_of_betas, snr_of_scheduler
 from debias_diffusers.schedulers import exported_scheduler
 from debias_diffusers.timesteps import uniform
 from debias_diffusers.weighting import WEIGHTINGS, weight
@@ -118,8 +118,7 @@ def test_diffusers_draws_over_the_schedule_that_was_trained(name, shift, T):
     schedule = make_schedule(config)
     exported = exported_scheduler(config)
     assert (exported.alphas_cumprod.double() - schedule.alphas_cumprod).abs().max() < 1e-6
-    back = from_scheduler(exported)
-    torch.testing.assert_close(back.snr, schedule.snr, rtol=1e-4 if shift != 1 else 1e-12, atol=0)
+    torch.testing.assert_close(snr_of_scheduler(exported), schedule.snr, rtol=1e-8, atol=0)
 
 
 def test_a_shift_multiplies_the_snr():
@@ -157,8 +156,28 @@ def test_loss_weight_refuses_what_has_no_finite_weight():
     assert loss_weight(scheduler, torch.tensor([10, 999]), prediction_type="v_prediction")[1] == 0
     with pytest.raises(InputError, match="weighting 'debias' is not known"):
         loss_weight(scheduler, torch.tensor([10]), weighting="debias")
-    with pytest.raises(InputError, match="parameter 'gamma' is not known"):
-        loss_weight(scheduler, torch.tensor([10]), weighting="min_snr", gamma=3)
+    t = torch.tensor([10])
+    for options, named in (
+        ({"weighting": "min_snr", "gamma": 3}, "parameter 'gamma' is not known"),
+        ({"weighting": "debiased", "p2_k": 1}, "parameter 'p2_k' is not known here; take one of: snr_floor"),
+        ({"weighting": "min_snr", "snr_gamma": -1}, "snr_gamma is -1"),
+        ({"snr_floor": -1}, "snr_floor is -1"),
+    ):
+        with pytest.raises(InputError, match=named):
+            loss_weight(scheduler, t, **options)
+    for wrong in (torch.tensor([-1]), torch.tensor([1000]), torch.tensor([1.5])):
+        with pytest.raises(InputError, match="whole numbers from 0 to 999"):
+            loss_weight(scheduler, wrong)
+    for without in (FlowMatchEulerDiscreteScheduler(), IPNDMScheduler()):
+        with pytest.raises(InputError, match="has no alphas_cumprod"):
+            loss_weight(without, t)
+
+
+def test_loss_weight_follows_a_scheduler_that_changes_its_table_itself():
+    scheduler = CogVideoXDDIMScheduler(snr_shift_scale=3.0, rescale_betas_zero_snr=False)
+    t = torch.tensor([100, 500, 900])
+    acp = scheduler.alphas_cumprod[t].double()
+    torch.testing.assert_close(loss_weight(scheduler, t, prediction_type="epsilon").double(), ((1 - acp) / acp).sqrt(), rtol=1e-4, atol=0)
 
 
 def test_every_timestep_is_drawn_equally_often():

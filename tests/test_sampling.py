@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import run
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from debias_diffusers import PixelPipeline
 from debias_diffusers.config import ObjectiveConfig, SampleConfig
-from debias_diffusers.errors import InputError
+from debias_diffusers.errors import InputError, NotFiniteError
 from debias_diffusers.model import build_unet
 from debias_diffusers.pipeline import load_pipeline
 from debias_diffusers.sampling import draw, sample
@@ -212,6 +213,10 @@ def test_a_folder_is_completed_and_never_mixed(trained, tmp_path):
     sample(config_for(trained, folder))
     assert {p.name: p.read_bytes() for p in folder.glob("*.png")} == whole
     assert (folder / "000005.png").stat().st_mtime_ns == untouched  # its batch was whole
+    (folder / "000002.png").unlink()
+    (folder / ".draft-000002.png").write_bytes(b"half")  # as a kill leaves it
+    sample(config_for(trained, folder))
+    assert {p.name: p.read_bytes() for p in folder.glob("*.png")} == whole and not list(folder.glob(".draft*"))
     with pytest.raises(InputError, match="seed was 0, now 1"):
         sample(config_for(trained, folder, seed=1))
     with pytest.raises(InputError, match="more than 5 images"):
@@ -273,6 +278,23 @@ def test_a_broken_weight_file_is_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(InputError, match=r"diffusion_pytorch_model\.safetensors"):
         load_pipeline(str(tmp_path))
+
+
+def test_a_weight_file_that_lacks_a_tensor_is_named(tmp_path):
+    small_pipeline().save_pretrained(tmp_path)
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["conv_in.bias"]
+    save_file(tensors, path)
+    with pytest.raises(InputError, match=r"conv_in\.bias"):
+        load_pipeline(str(tmp_path))
+
+
+def test_images_that_are_not_finite_are_not_written():
+    pipeline = small_pipeline()
+    torch.nn.init.constant_(pipeline.unet.conv_out.bias, torch.nan)
+    with pytest.raises(NotFiniteError, match="not finite"):
+        draw(pipeline, range(1), seed=0, steps=2)
 
 
 def test_weights_are_read_from_safetensors_only(tmp_path):

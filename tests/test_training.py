@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,13 @@ from safetensors.torch import load
 
 from debias_diffusers import training
 from debias_diffusers.cli import train_config
-from debias_diffusers.config import OptimizationConfig
+from debias_diffusers.config import DataConfig, OptimizationConfig
+from debias_diffusers.data import TrainingData
 from debias_diffusers.ema import EMA
 from debias_diffusers.errors import InputError
+from debias_diffusers.pipeline import load_pipeline
 from debias_diffusers.run import open_run
+from debias_diffusers.sources import open_source
 from debias_diffusers.training import learning_rate
 
 
@@ -91,21 +95,44 @@ def launch(processes, *args):
     return command("-m", "accelerate.commands.launch", *many, *options, "--main_process_port", 0, *args)
 
 
+def launched(processes, *args):
+    """The launcher's exit code and what was said."""
+    process = launch(processes, *args)
+    _, err = process.communicate(timeout=300)
+    return process.returncode, err
+
+
 def test_two_processes_train_what_one_trains_and_resume_with_the_same_bits(tmp_path):
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
-    assert run(*train_args(one, "--dropout", 0))[0] == 0
-    for folder, flags in ((two, []), (resumed, ["--max_steps", 6]), (resumed, [])):
-        process = launch(2, *train_args(folder, "--dropout", 0, "--lr_schedule", "constant", *flags))
-        assert process.wait(timeout=200) == 0, process.communicate()[1]
-        process.communicate()
+    flags = ["--dropout", 0, "--lr_schedule", "constant"]
+    assert run(*train_args(one, *flags))[0] == 0
+    for folder, more in ((two, []), (resumed, ["--max_steps", 6]), (resumed, [])):
+        code, err = launched(2, *train_args(folder, *flags, *more))
+        assert code == 0, err
     same(two, resumed, 24)
     state = json.loads((two / "checkpoints" / "step-00000024" / "state.json").read_text())
     assert state["num_processes"] == 2 and state["position"] == 24 * 8
-    constant = tmp_path / "constant"
-    assert run(*train_args(constant, "--dropout", 0, "--lr_schedule", "constant"))[0] == 0
-    for left, right in zip(metrics(constant), metrics(two)):
+    for left, right in zip(metrics(one), metrics(two)):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
-        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-4)
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-5)
+    # The exported network, so the averages of the weights are in this too.
+    x_t, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 300, 700, 999])
+    with torch.no_grad():
+        outputs = [load_pipeline(str(folder)).unet(x_t, t).sample for folder in (one, two)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+
+
+def test_what_only_the_second_process_meets_is_said(tmp_path):
+    for k in range(8):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 20 * k).save(tmp_path / "images" / f"{k}.png")
+    config = DataConfig(dataset=str(tmp_path / "images"), resolution=8)
+    data = TrainingData(open_source(config), config, seed=0)
+    bad = data.index(6)  # of positions 0..7 the second process has 4..7
+    (tmp_path / "images" / f"{bad}.png").write_bytes(b"broken")
+    code, err = launched(2, *train_args(tmp_path / "run", "--dataset", tmp_path / "images", "--channels", 1))
+    assert code == 1 and f"images/{bad}.png cannot be read" in err
+    assert "error: another process of this training has ended" in err or "Traceback" not in err.split("ChildFailedError")[0]
 
 
 def test_a_second_process_on_the_same_run_directory_leaves(tmp_path):
@@ -137,6 +164,47 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path, signum, code):
     whole = tmp_path / "whole"
     assert run(*train_args(whole, *flags))[0] == 0
     same(whole, folder, 400)
+
+
+def test_a_signal_to_the_whole_group_saves_too_when_workers_read(tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--max_steps", 100_000, "--checkpoint_every", 0, "--num_workers", 2]
+    process = command(*train_args(folder, *flags), start_new_session=True)
+    wait_for(lambda: (folder / "metrics.jsonl").exists())
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 143 and "Traceback" not in err and newest_step(folder) > 0
+
+
+def test_killed_with_workers_the_run_directory_is_free_at_once(tmp_path):
+    folder = tmp_path / "run"
+    process = command(*train_args(folder, "--max_steps", 100_000, "--checkpoint_every", 0, "--num_workers", 2))
+    wait_for(lambda: (folder / "metrics.jsonl").exists())
+    process.kill()
+    process.communicate()
+    assert run(*train_args(folder, "--max_steps", 5))[0] == 0
+
+
+@pytest.mark.parametrize("seconds", (0.15, 1.5))
+def test_interrupted_while_it_starts_it_says_so(tmp_path, seconds):
+    process = command(*train_args(tmp_path / "run", "--max_steps", 100_000))
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)  # the latter before Python has read our first line
+    if process.returncode == 130:
+        assert "Traceback" not in err and err.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_full_disk_is_said_and_nothing_is_left_half_written(tmp_path):
+    """No file may grow beyond 20 kB, which the weights do: as on a full disk."""
+    folder = tmp_path / "run"
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); from debias_diffusers.cli import train; "
+    process = command("-c", limited + "sys.exit(train())", *train_args(folder)[1:])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 4 and "Traceback" not in err
+    assert all(f"step {step} was not saved" in err for step in (6, 12, 18)) and "training goes on" in err
+    assert not list(folder.rglob(".draft*")) and not list(folder.glob("checkpoints/step-*"))
 
 
 def test_when_the_launcher_dies_the_training_saves_and_stops(tmp_path):
@@ -204,7 +272,7 @@ def test_changed_data_stop_a_resume_unless_accepted(tmp_path):
 def test_a_network_file_that_changed_is_not_resumed(tmp_path):
     network = tmp_path / "unet.json"
     values = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "norm_num_groups": 8}
-    flags = ["--model_config", network, "--max_steps", 4, "--dropout", 0]
+    flags = ["--model_config", network, "--max_steps", 4]
     network.write_text(json.dumps({**values, "layers_per_block": 1}))
     assert run(*train_args(tmp_path / "run", *flags))[0] == 0
     network.write_text(json.dumps({**values, "layers_per_block": 2}))
@@ -216,10 +284,11 @@ def test_a_network_file_that_changed_is_not_resumed(tmp_path):
 
 
 def test_a_folder_with_other_files_is_not_made_a_run_directory(tmp_path):
-    (tmp_path / "README.md").write_text("mine")
+    for name in ("README.md", "config.json"):  # as a model of somebody else has
+        (tmp_path / name).write_text("mine")
     code, _, err = run(*train_args(tmp_path))
     assert code == 2 and "holds other files, such as README.md" in err
-    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+    assert {p.read_text() for p in tmp_path.iterdir()} == {"mine"}
 
 
 STOCK = """
@@ -269,6 +338,7 @@ def test_a_dry_run_shows_everything_and_makes_no_run(tmp_path):
     code, out, _ = run(*train_args(tmp_path / "run", "--dry_run"))
     assert code == 0 and "steps per epoch: 224.6" in out and '"weighting": "debiased"' in out and "parameters: " in out
     assert [p.name for p in tmp_path.iterdir()] == ["run-first-batch.png"]
+    assert run(*train_args(f"{tmp_path}/run/", "--dry_run"))[0] == 0 and not (tmp_path / "run").exists()
     code, out, _ = run(*train_args(tmp_path / "run", "--dry_run", "--dataset", tmp_path / "missing.parquet"))
     assert code == 0 and "unknown, because" in out and "missing.parquet" in out
 
@@ -287,7 +357,7 @@ def test_max_hours_stops_with_a_checkpoint(tmp_path):
     assert newest_step(tmp_path / "run") == metrics(tmp_path / "run")[-1]["step"]
 
 
-def test_fp16_on_a_cpu_and_a_bad_tracker_are_refused(tmp_path):
+def test_fp16_on_a_cpu_is_refused(tmp_path):
     code, _, err = run(*train_args(tmp_path / "run", "--mixed_precision", "fp16"))
     assert code == 2 and "bf16" in err.splitlines()[-1]
 
@@ -323,10 +393,9 @@ def test_averages_follow_their_closed_form():
 
 def test_out_of_memory_proposes_a_smaller_micro_batch(tmp_path, monkeypatch):
     config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path / "run")], None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
     monkeypatch.setattr(training.Trainer, "_losses", lambda *_: torch.empty(2**60))
     with pytest.raises(InputError, match="8 images per forward; add --micro_batch_size 4"):
-        training.train(config, open_run(config))
+        training.train(config, open_run(config), SimpleNamespace(signum=0))
 
 
 @pytest.mark.nightly
