@@ -16,15 +16,19 @@ from debias_diffusers.run import Metrics
 CONTENT = {"model.safetensors": bytes(range(256)) * 40, "optimizer.safetensors": b"moments" * 300}
 
 
+def content(step):
+    return {name: data + b"%d" % step for name, data in CONTENT.items()}
+
+
 def write(folder, step, keep=2):
-    return checkpoint.write(folder, step, CONTENT.items(), {"step": step, "config": {}}, keep)
+    return checkpoint.write(folder, step, content(step).items(), {"step": step, "config": {}}, keep)
 
 
 def test_what_was_written_is_read_back(tmp_path):
     write(tmp_path, 10)
     found, damaged = checkpoint.latest_valid(tmp_path)
     assert (found.step, found.state["step"], damaged) == (10, 10, [])
-    assert {name: found.read(name) for name in CONTENT} == CONTENT
+    assert {name: found.read(name) for name in CONTENT} == content(10)
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -53,7 +57,7 @@ DAMAGES = {
     "a byte more": lambda p: p.write_bytes(p.read_bytes() + b"x"),
     "zeros": lambda p: p.write_bytes(bytes(p.stat().st_size)),
     "a flipped bit": lambda p: p.write_bytes(bytes([p.read_bytes()[0] ^ 4]) + p.read_bytes()[1:]),
-    "another step's": lambda p: p.write_bytes((p.parent.parent / "step-00000010" / p.name).read_bytes() + b""),
+    "another step's": lambda p: p.write_bytes((p.parent.parent / "step-00000010" / p.name).read_bytes()),
 }
 
 
@@ -61,8 +65,6 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_named_and_an_older_checkpoint_used(tmp_path, name, damage):
     write(tmp_path, 10)
-    if damage == "another step's" and name in CONTENT:
-        pytest.skip("these files are the same at both steps here")
     newest = write(tmp_path, 20)
     DAMAGES[damage](newest / name)
     found, damaged = checkpoint.latest_valid(tmp_path)
