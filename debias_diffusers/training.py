@@ -123,7 +123,7 @@ class Trainer:
 
     def _gradients(self, micro_batches: Iterator[dict[str, Tensor]]) -> tuple[float, float]:
         """One step's gradients; returns this process's mean loss and the norm of the gradient of all processes."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.zeros((), device=self.device)
         first = self.step * self.optim.batch_size + self.accelerator.process_index * self.share
         starts = range(first, first + self.share, self.micro_batch_size)
         for start in starts:
