@@ -58,6 +58,10 @@ def train(config: TrainConfig, run: Run | None, stop: StopSignal) -> None:
             smaller = f"add --micro_batch_size {micro_batch_size // 2}, which trains the same in less memory"
             advice = smaller if micro_batch_size > 1 else "take a smaller network or --resolution"
             raise InputError(f"out of memory with {micro_batch_size} images per forward; {advice}") from error
+        if "DataLoader worker" in str(error):
+            raise DebiasError(
+                "a process that reads images was killed, perhaps for lack of memory; take fewer --num_workers; the same command continues"
+            ) from error
         if machine.is_lost_process(error):
             raise DebiasError("another process of this training has ended; the reason is what it said last") from error
         raise

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -183,6 +184,17 @@ def test_killed_with_workers_the_run_directory_is_free_at_once(tmp_path):
     process.kill()
     process.communicate()
     assert run(*train_args(folder, "--max_steps", 5))[0] == 0
+
+
+def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
+    folder = tmp_path / "run"
+    process = command(*train_args(folder, "--max_steps", 100_000, "--num_workers", 1))
+    wait_for(lambda: (folder / "metrics.jsonl").exists())
+    (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1:]
+    os.kill(int(worker), signal.SIGKILL)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert "error: a process that reads images was killed" in err
 
 
 @pytest.mark.parametrize("seconds", (0.15, 1.5))
