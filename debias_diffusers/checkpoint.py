@@ -156,11 +156,12 @@ def verified(path: Path) -> Checkpoint:
     files = _read_manifest(path)
     if STATE not in files:
         raise DamagedError(f"{MANIFEST} does not list {STATE}")
-    contents = {name: _read_checked(path / name, entry) for name, entry in files.items() if name == STATE}
+    state = b""
     for name, entry in files.items():
-        if name != STATE:
-            _read_checked(path / name, entry)
-    return Checkpoint(path, _step(path), json.loads(contents[STATE]))
+        content = _read_checked(path / name, entry)
+        if name == STATE:
+            state = content
+    return Checkpoint(path, _step(path), json.loads(state))
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:

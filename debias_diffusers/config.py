@@ -172,8 +172,9 @@ def update(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
 
 
 def stored(config: TrainConfig) -> dict[str, Any]:
-    """The flat fields as they stand in a run's config.json."""
-    return {name: value for name, value in flatten(config).items() if name not in NOT_STORED}
+    """The flat fields as they stand in a run's config.json: lists in place of tuples."""
+    values = {name: value for name, value in flatten(config).items() if name not in NOT_STORED}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -107,11 +107,15 @@ class PositionBatches(Sampler[list[int]]):
         self.share = batch_size // num_processes
         self.offset = rank * self.share
 
+    def pieces(self, step: int) -> list[range]:
+        """The positions of one step in this process, a range for each forward."""
+        start = step * self.batch_size + self.offset
+        end = start + self.share
+        return [range(first, min(first + self.micro_batch_size, end)) for first in range(start, end, self.micro_batch_size)]
+
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
-            start = step * self.batch_size + self.offset
-            for first in range(start, start + self.share, self.micro_batch_size):
-                yield list(range(first, min(first + self.micro_batch_size, start + self.share)))
+            yield from map(list, self.pieces(step))
 
     def __len__(self) -> int:
         return len(self.steps) * -(-self.share // self.micro_batch_size)

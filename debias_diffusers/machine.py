@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from . import __version__
 from .config import TrainConfig
-from .errors import InputError
+from .errors import DebiasError, InputError
 from .run import say
 
 
@@ -59,14 +59,22 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of a device, or of the main memory (where torch raises a plain RuntimeError)."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def is_lost_process(error: RuntimeError) -> bool:
-    """Whether an exchange failed because the process at the other end is gone (gloo, NCCL)."""
-    return any(words in str(error) for words in ("closed by peer", "Connection reset", "remote process exited"))
+def explained(error: RuntimeError, micro_batch_size: int) -> DebiasError | None:
+    """What stopped a training, in a sentence, where torch has only a RuntimeError for it; None where we do not know better."""
+    said = str(error)
+    # Of a device, or of the main memory.
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
+        smaller = f"add --micro_batch_size {micro_batch_size // 2}, which trains the same in less memory"
+        advice = smaller if micro_batch_size > 1 else "take a smaller network or --resolution"
+        return InputError(f"out of memory with {micro_batch_size} images per forward; {advice}")
+    if "DataLoader worker" in said:
+        return DebiasError(
+            "a process that reads images was killed, perhaps for lack of memory; take fewer --num_workers; the same command continues"
+        )
+    # Of gloo or NCCL: the process at the other end of an exchange is gone.
+    if any(words in said for words in ("closed by peer", "Connection reset", "remote process exited")):
+        return DebiasError("another process of this training has ended; the reason is what it said last")
+    return None
 
 
 def warn_of_little_space(folder: Path, parameters: int, rates: int) -> None:

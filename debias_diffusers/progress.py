@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .config import TrainConfig, to_json
+from .config import TrainConfig, stored
 from .run import Run
 
 
@@ -35,7 +34,7 @@ class Progress:
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
         if config.run.report_to != "none":
-            values = json.loads(to_json(config)).items()
+            values = stored(config).items()
             accelerator.init_trackers("", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values})
 
     def __enter__(self) -> Progress:

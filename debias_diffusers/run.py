@@ -104,8 +104,7 @@ def _take(lock: IO[str], folder: Path) -> None:
 
 
 def _check_same(config: TrainConfig, resume: Checkpoint) -> None:
-    now = json.loads(json.dumps(stored(config)))  # tuples as JSON has them
-    changed = differences(resume.state["config"], now)
+    changed = differences(resume.state["config"], stored(config))
     if changed:
         changed.append("continue with the old values, or name another --output_dir")
     if config.optimization.max_steps < resume.step:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import checkpoint, images
+from . import checkpoint, images, snapshot
 from .config import SampleConfig
 from .errors import InputError
 from .files import read_file, remove_drafts, said_if_not_writable, write_file
@@ -92,7 +92,7 @@ def _load_weights(pipeline: PixelPipeline, run: Path, weights: str) -> None:
     found, _ = checkpoint.latest_valid(run / CHECKPOINTS)
     if found is None:
         raise InputError(f"weights is {weights}, but {run} has no checkpoints; take --weights ema")
-    name = "model.safetensors" if weights == "raw" else f"ema_{float(weights)}.safetensors"
+    name = snapshot.MODEL if weights == "raw" else snapshot.ema_file(float(weights))
     if not (found.path / name).is_file():
         raise InputError(
             f"weights is {weights}, but the run averages at {found.state['config']['ema_decay']} only; take one of these, ema or raw"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -28,17 +29,17 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.snr)
 
-    @property
+    @cached_property
     def alphas_cumprod(self) -> Tensor:
         """(T,) a^2, the share of the image in the variance."""
         return self.snr / (1 + self.snr)
 
-    @property
+    @cached_property
     def a(self) -> Tensor:
         """(T,) factor of the clean image."""
         return self.alphas_cumprod.sqrt()
 
-    @property
+    @cached_property
     def s(self) -> Tensor:
         """(T,) factor of the noise."""
         return (1 + self.snr).rsqrt()

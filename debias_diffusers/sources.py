@@ -88,8 +88,11 @@ def _image_files(root: Path) -> Iterator[str]:
         seen.add(os.path.realpath(folder))
         # A folder that sample.py wrote keeps a picture of all its images in preview/.
         hidden = {"preview"} if "metadata.jsonl" in names else set()
+        # Sorted: where two links lead to one folder, the same one is followed everywhere.
         folders[:] = [
-            f for f in folders if not f.startswith(".") and f not in hidden and os.path.realpath(os.path.join(folder, f)) not in seen
+            f
+            for f in sorted(folders)
+            if not f.startswith(".") and f not in hidden and os.path.realpath(os.path.join(folder, f)) not in seen
         ]
         for name in names:
             path = Path(folder, name)

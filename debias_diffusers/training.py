@@ -6,12 +6,12 @@ It knows nothing of pixels: a task turns a batch into clean values x_0 and gives
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import chance, checkpoint, data, hub, images, machine, sampling, snapshot, timesteps
 from .checkpoint import Checkpoint
-from .config import OptimizationConfig, TrainConfig, differences, to_json
+from .config import OptimizationConfig, TrainConfig, differences, stored, to_json
 from .ema import EMA
-from .errors import CannotWriteError, DebiasError, InputError, NotFiniteError, StoppedError, raise_all
+from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
 from .files import DRAFT, said_if_not_writable, write_file
 from .loss import make_objective
 from .pixels import PixelTask
@@ -50,20 +50,11 @@ def train(config: TrainConfig, run: Run | None, stop: StopSignal) -> None:
         DebiasError: of the kind that tells what stopped it; StoppedError after a signal, saved.
     """
     accelerator = machine.start_accelerator(config)
-    micro_batch_size = config.optimization.micro_batch_size or config.optimization.batch_size // accelerator.num_processes
     try:
         Trainer(config, run, accelerator).train(stop)
     except RuntimeError as error:
-        if machine.is_out_of_memory(error):
-            smaller = f"add --micro_batch_size {micro_batch_size // 2}, which trains the same in less memory"
-            advice = smaller if micro_batch_size > 1 else "take a smaller network or --resolution"
-            raise InputError(f"out of memory with {micro_batch_size} images per forward; {advice}") from error
-        if "DataLoader worker" in str(error):
-            raise DebiasError(
-                "a process that reads images was killed, perhaps for lack of memory; take fewer --num_workers; the same command continues"
-            ) from error
-        if machine.is_lost_process(error):
-            raise DebiasError("another process of this training has ended; the reason is what it said last") from error
+        if known := machine.explained(error, micro_batch_size(config.optimization, accelerator.num_processes)):
+            raise known from error
         raise
     finally:
         accelerator.end_training()
@@ -77,8 +68,7 @@ class Trainer:
         self.optim = config.optimization
         self.num_threads = machine.set_threads(self.optim.num_threads)
         self.device = accelerator.device
-        self.share = self.optim.batch_size // self.accelerator.num_processes  # samples of a step in this process
-        self.micro_batch_size = min(self.share, self.optim.micro_batch_size or self.share)
+        self.micro_batch_size = micro_batch_size(self.optim, accelerator.num_processes)
 
         self.task = PixelTask(config, open_source(config.data))
         self.objective = make_objective(config.objective)
@@ -93,12 +83,20 @@ class Trainer:
             fused=self.device.type in ("cpu", "cuda"),
         )
         self.model, self.optimizer = self.accelerator.prepare(network, self.adamw)
-        self.averaged = self.task.build().to(self.device).eval()  # holds averaged weights to draw with and to export
+        # Looks at every file of a folder, so it is taken once, and by the process that writes it down.
+        self.fingerprint = self.task.data.source.fingerprint() if run else None
 
         self.step = 0  # optimizer steps that are done
         self.saved_step = 0
         self.skips = 0
         self._resume(self._agree_on_checkpoint())
+        self.positions = data.PositionBatches(
+            self.optim.batch_size,
+            self.micro_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            range(self.step, self.optim.max_steps),
+        )
         if run:
             run.begin(config)
             machine.warn_of_little_space(run.folder, sum(p.numel() for p in self.parameters), len(self.optim.ema_decay))
@@ -110,7 +108,7 @@ class Trainer:
         every = self.config.run
         deadline = time.monotonic() + self.optim.max_hours * 3600 if self.optim.max_hours else math.inf
         self._settle_ddp()
-        micro_batches = self._micro_batches()
+        micro_batches = data.batches(self.task.data, self.positions, pin_memory=self.device.type == "cuda")
         signum = late = 0
         with Progress(self.config, self.run, self.accelerator, self.step) as progress:
             while self.step < self.optim.max_steps and not signum and not late:
@@ -128,15 +126,14 @@ class Trainer:
     def _gradients(self, micro_batches: Iterator[dict[str, Tensor]]) -> tuple[float, float]:
         """One step's gradients; returns this process's mean loss and the norm of the gradient of all processes."""
         total = torch.zeros((), device=self.device)
-        first = self.step * self.optim.batch_size + self.accelerator.process_index * self.share
-        starts = range(first, first + self.share, self.micro_batch_size)
-        for start in starts:
+        pieces = self.positions.pieces(self.step)
+        for piece in pieces:
             batch = next(micro_batches)
-            torch.manual_seed(chance.mixed(self.optim.seed, "dropout", start))  # after the loader, which draws when it starts
+            torch.manual_seed(chance.mixed(self.optim.seed, "dropout", piece.start))  # after the loader, which draws when it starts
             # Only the last piece exchanges gradients between processes.
-            synchronised = contextlib.nullcontext() if start == starts[-1] else self.accelerator.no_sync(self.model)
+            synchronised = contextlib.nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(self.model)
             with synchronised:
-                loss = self._losses(batch).sum() / self.share
+                loss = self._losses(batch).sum() / self.positions.share
                 self.accelerator.backward(loss)
             total += loss.detach()
         self.accelerator.unscale_gradients()
@@ -189,17 +186,6 @@ class Trainer:
         everyone = self.accelerator.gather(mine)
         return everyone[:, 0].mean().item(), int(everyone[:, 1].max()), int(everyone[:, 2].max())
 
-    def _micro_batches(self) -> Iterator[dict[str, Tensor]]:
-        """This process's share of the steps that are left, in pieces."""
-        positions = data.PositionBatches(
-            self.optim.batch_size,
-            self.micro_batch_size,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            range(self.step, self.optim.max_steps),
-        )
-        return data.batches(self.task.data, positions, pin_memory=self.device.type == "cuda")
-
     def _settle_ddp(self) -> None:
         """One backward that is thrown away.
 
@@ -238,8 +224,8 @@ class Trainer:
         if found is None:
             return
         if self.run:
-            self._require_same_data(found.state["data"])
             now = self._state()
+            self._require_same_data(found.state["data"], now["data"])
             # The file behind --model_config may have changed, though its name has not.
             raise_all(differences(found.state["network"], now["network"]), f"run directory {self.run.folder} holds another network")
             machine.say_what_changed(found.state, now)
@@ -251,8 +237,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
         self.step = self.saved_step = found.step
 
-    def _require_same_data(self, before: dict[str, Any]) -> None:
-        now = self.task.data.source.fingerprint()
+    def _require_same_data(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if before == now:
             return
         change = (
@@ -273,9 +258,9 @@ class Trainer:
             "device": self.device.type,
             "versions": machine.versions(),
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "data": self.task.data.source.fingerprint(),
+            "data": self.fingerprint,
             "network": self.task.arguments,
-            "config": json.loads(to_json(self.config)),
+            "config": stored(self.config),
         }
 
     def _save(self, final: bool = False) -> None:
@@ -323,6 +308,11 @@ class Trainer:
             shutil.rmtree(draft, ignore_errors=True)
         write_file(folder / "README.md", hub.model_card(self.config, self.step, self.task.data.num_classes).encode())
 
+    @cached_property
+    def averaged(self) -> nn.Module:
+        """A network that holds averaged weights, to draw with and to export; only the first process ever needs it."""
+        return self.task.build().to(self.device).eval()
+
     @torch.no_grad()
     def _load_averaged(self) -> None:
         average = self.ema.averages[self.optim.ema_decay[0]]
@@ -345,6 +335,12 @@ class Trainer:
             write_file(self.run.folder / SAMPLES / f"{checkpoint.name_of(self.step)}.png", images.png(images.grid(drawn)))
         except (CannotWriteError, NotFiniteError) as error:
             say(f"no sample grid at step {self.step}: {error}")
+
+
+def micro_batch_size(config: OptimizationConfig, num_processes: int) -> int:
+    """Samples of one forward in one process: what is asked for, but no more than its share of a step."""
+    share = config.batch_size // num_processes
+    return min(share, config.micro_batch_size or share)
 
 
 def learning_rate(config: OptimizationConfig, step: int) -> float:
