@@ -311,7 +311,8 @@ class Trainer:
     @cached_property
     def averaged(self) -> nn.Module:
         """A network that holds averaged weights, to draw with and to export; only the first process ever needs it."""
-        return self.task.build().to(self.device).eval()
+        network: nn.Module = self.task.build().to(self.device).eval()
+        return network
 
     @torch.no_grad()
     def _load_averaged(self) -> None:
