@@ -8,17 +8,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .pipeline import PixelPipeline
-    from .weighting import loss_weight
+    from .weighting import loss_weight, register_weighting
 
-__all__ = ["PixelPipeline", "loss_weight"]
+__all__ = ["PixelPipeline", "loss_weight", "register_weighting"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: importing the package alone must not import torch (the command line answers at once).
-    if name == "loss_weight":
-        from .weighting import loss_weight
+    if name in ("loss_weight", "register_weighting"):
+        from . import weighting
 
-        return loss_weight
+        return getattr(weighting, name)
     if name == "PixelPipeline":
         from .pipeline import PixelPipeline
 

@@ -16,7 +16,7 @@ import tyro
 
 from . import config as configuration
 from . import rules
-from .config import DIGITS, SampleConfig, TrainConfig
+from .config import DIGITS, SampleConfig, TrainConfig, WeightsConfig
 from .errors import DebiasError, InputError, raise_all
 
 T = TypeVar("T")
@@ -102,21 +102,33 @@ def _sample(argv: list[str]) -> None:
     sampling.sample(config)
 
 
-EVAL_HELP = """usage: eval.py {score,stats,compare,bpd} ...
+EVAL_HELP = """usage: eval.py {weights,score,stats,compare,bpd} ...
 
-Evaluate diffusion models. Subcommands that are planned, none of which is there yet:
+Evaluate diffusion models and their objectives. eval.py weights --help lists its flags; the others are planned.
 
+  weights  the weights of an objective over t and log SNR in every prediction space, as a picture and as numbers
   score    FID, sFID, IS, KID, precision and recall of models or images against a reference
   stats    statistics of a reference, to score against
   compare  runs side by side
   bpd      variational bound in bits per dimension"""
+
+WEIGHTS_HELP = """Draw the weights of an objective, over t and over log SNR and in every prediction space: weights.png and weights.csv.
+
+The flags are those of train.py. --prediction_type flow takes the noise levels of rectified flow; all spaces are drawn anyhow."""
 
 
 def _evaluate(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(EVAL_HELP)
         return
-    raise InputError(f"eval.py {argv[0]} is not there yet; --help lists what is planned")
+    command, *rest = argv
+    if command != "weights":
+        raise InputError(f"eval.py {command} is not there yet; --help lists what there is")
+    config = _parse(WeightsConfig, rest, None, "eval.py weights", WEIGHTS_HELP)
+    raise_all(rules.weights_problems(config))
+    from . import plots
+
+    plots.draw_weights(config)
 
 
 def _parse(kind: type[T], argv: list[str], default: T | None, program: str, description: str) -> T:

@@ -20,20 +20,39 @@ import yaml
 
 from .errors import InputError, raise_all
 
-Weighting = Literal["constant", "debiased", "inverse_snr", "p2", "min_snr"]
-PredictionType = Literal["epsilon", "sample", "v_prediction"]
-NoiseSchedule = Literal["linear", "cosine", "scaled_linear"]
-SchedulerName = Literal["ddpm", "ddim", "dpmsolver", "dpmsolver++", "unipc"]
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
+NoiseSchedule = Literal["linear", "cosine", "scaled_linear", "sigmoid"]
+VarianceType = Literal["fixed_small", "fixed_large"]
+TimestepSampler = Literal[
+    "uniform", "stratified", "log_normal", "logit_normal", "log_normal_corrected", "logit_normal_corrected", "loss_second_moment"
+]
+SchedulerName = Literal["ddpm", "ddim", "dpmsolver", "dpmsolver++", "unipc", "flow_euler", "flow_heun"]
 Spacing = Literal["linspace", "leading", "trailing"]
 Precision = Literal["no", "fp16", "bf16"]
 
-# The parameters that a weighting has beside the SNR; every other weighting has none.
-WEIGHTING_PARAMETERS: dict[str, tuple[str, ...]] = {"p2": ("p2_k", "p2_gamma"), "min_snr": ("snr_gamma",)}
+# Every weighting, and the parameters that it has beside the SNR. `register_weighting` adds a user's own.
+WEIGHTING_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "debiased": (),
+    "inverse_snr": (),
+    "p2": ("p2_k", "p2_gamma"),
+    "min_snr": ("snr_gamma",),
+    "soft_min_snr": ("snr_gamma",),
+    "truncated_snr": (),
+    "edm": ("sigma_data",),
+    # As other code has them, which is not one objective in every space.
+    "debiased_as_is": (),
+    "debiased_diffengine": (),
+    "debiased_kohya": (),
+    # The variational bound itself: not a function of the SNR alone, so it has no entry among the weights.
+    "variational": (),
+}
 
 # Channel multipliers of the paper's networks by resolution, taken when `channel_mult` is left out.
 CHANNEL_MULT = {256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}
 
 DIGITS = "digits"
+DEFAULT_SCHEDULE: NoiseSchedule = "linear"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +90,28 @@ class ModelConfig:
 class ObjectiveConfig:
     """What the network predicts, under which noise, and how much each noise level counts."""
 
-    prediction_type: PredictionType = "epsilon"  # what the network predicts: noise, clean image, or velocity
-    weighting: Weighting = "debiased"  # weight of a noise level: one objective, whatever the prediction type
-    snr_gamma: float = 5.0  # threshold of min_snr
+    prediction_type: PredictionType = "epsilon"  # what the network predicts: noise, clean image, velocity, or that of rectified flow
+    # Weight of a noise level, one objective whatever the prediction type: constant, debiased, inverse_snr, p2, min_snr,
+    # soft_min_snr, truncated_snr, edm; variational (the bound itself); as other code has it: debiased_as_is,
+    # debiased_diffengine, debiased_kohya; or a name that you registered.
+    weighting: str = "debiased"
+    snr_gamma: float = 5.0  # threshold of min_snr, half-way point of soft_min_snr
     p2_k: float = 1.0  # k of p2
     p2_gamma: float = 1.0  # gamma of p2
-    snr_floor: float = 0.0  # weights are taken at an SNR of at least this
-    noise_schedule: NoiseSchedule = "linear"  # how the noise grows with t
+    sigma_data: float = 0.5  # standard deviation of the data in edm
+    snr_floor: float = 0.0  # the weighting is taken at an SNR of at least this
+    snr_ceiling: float = 0.0  # the weighting is taken at an SNR of at most this; 0 is off
+    terminal_weight_floor: float = 0.0  # weight of x_0's error at zero SNR, where sampling starts, is at least this
+    normalize_weights: bool = False  # divide the weights by their mean
+    noise_schedule: NoiseSchedule | None = None  # how the noise grows with t: linear if left out; flow has its own
     num_train_timesteps: int = 1000  # number of noise levels T
     schedule_shift: float = 1.0  # factor on the SNR of every noise level; above 1 for images that drown in less noise
+    rescale_betas_zero_snr: bool = False  # the last noise level holds nothing of the image
+    learn_sigma: bool = False  # the network also predicts the variance of a sampling step, by the variational bound
+    variance_type: VarianceType | None = None  # of ddpm's steps where it is not learned; fixed_large if left out
+    timestep_sampler: TimestepSampler = "uniform"  # how t is drawn; log_normal and logit_normal change the objective
+    timestep_mean: float = 0.0  # mean of ln(s/a) in log_normal, of ln(t/(1-t)) in logit_normal
+    timestep_std: float = 1.0  # standard deviation of the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +159,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """Draw the weights of an objective over the noise levels and write down their numbers."""
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    against: tuple[str, ...] = ()  # other weightings in the same picture
+    output_dir: str = "weights"  # gets weights.csv and weights.png
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """Draw images with a trained model."""
 
     model: str  # a run directory, a pipeline folder, or a Hub id
-    scheduler: SchedulerName = "unipc"  # the solver
-    steps: int = 20  # calls of the network per image
+    scheduler: SchedulerName | None = None  # the solver; unipc if left out, flow_heun for a model of rectified flow
+    steps: int = 20  # steps of the solver, each a call of the network (flow_heun: two)
     spacing: Spacing = "linspace"  # how the steps are spread over the noise levels
     num_images: int = 64  # how many images
     batch_size: int = 64  # images drawn together
@@ -284,7 +325,7 @@ def layered(*layers: Mapping[str, Any]) -> TrainConfig:
 
 
 def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig:
-    """The configuration with what was left out filled in: channel multipliers, precision.
+    """The configuration with what was left out filled in: channel multipliers, noise schedule, precision.
 
     Raises:
         InputError: the launcher was configured with a precision that is not supported.
@@ -292,6 +333,8 @@ def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig
     values: dict[str, Any] = {}
     if not config.model.channel_mult and not config.model.model_config and config.data.resolution in CHANNEL_MULT:
         values["channel_mult"] = CHANNEL_MULT[config.data.resolution]
+    if config.objective.noise_schedule is None and config.objective.prediction_type != "flow":
+        values["noise_schedule"] = DEFAULT_SCHEDULE
     if config.optimization.mixed_precision is None:
         values["mixed_precision"] = checked_values({"mixed_precision": launcher_precision or "no"}, "launcher")["mixed_precision"]
     return update(config, values)

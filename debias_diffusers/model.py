@@ -15,7 +15,7 @@ from .config import ModelConfig
 from .errors import InputError
 
 
-def unet_config(config: ModelConfig, resolution: int, channels: int, num_labels: int) -> dict[str, Any]:
+def unet_config(config: ModelConfig, resolution: int, channels: int, num_labels: int, learn_sigma: bool = False) -> dict[str, Any]:
     """Arguments of UNet2DModel.
 
     Args:
@@ -23,6 +23,7 @@ def unet_config(config: ModelConfig, resolution: int, channels: int, num_labels:
         resolution: pixels a side.
         channels: of the images.
         num_labels: classes, and one more where labels are dropped in training; 0 without labels.
+        learn_sigma: twice the output channels, the second half for the variance of a sampling step.
 
     Raises:
         InputError: the file cannot be read, has unknown keys, or contradicts the data.
@@ -30,7 +31,7 @@ def unet_config(config: ModelConfig, resolution: int, channels: int, num_labels:
     fixed = {
         "sample_size": resolution,
         "in_channels": channels,
-        "out_channels": channels,
+        "out_channels": 2 * channels if learn_sigma else channels,
         "num_class_embeds": num_labels or None,
     }
     if config.model_config:
@@ -92,5 +93,5 @@ def _try_out(arguments: dict[str, Any], path: str) -> None:
             shape = build_unet(arguments)(torch.zeros(1, channels, side, side), torch.zeros(1), labels).sample.shape
     except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError, AttributeError) as error:
         raise InputError(f"model_config {path} gives no network for {side}x{side} images: {' '.join(str(error).split())}") from error
-    if shape != (1, channels, side, side):
+    if shape[2:] != (side, side):
         raise InputError(f"model_config {path} gives a network from {side}x{side} images to {tuple(shape[2:])}; take other levels")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
@@ -22,7 +22,7 @@ class PixelPipeline(DiffusionPipeline):
 
     Args:
         unet: predicts what the scheduler's `prediction_type` says.
-        scheduler: any diffusers scheduler with a discrete noise schedule.
+        scheduler: any diffusers scheduler, of the kind that the model was trained for.
         null_label: the label that stands for "no label", for guidance; None where the model was trained without one.
     """
 
@@ -71,11 +71,12 @@ class PixelPipeline(DiffusionPipeline):
         shape = (batch_size, self.unet.config.in_channels, height, width)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         x_t = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
-        x_t = x_t * self.scheduler.init_noise_sigma
+        x_t = x_t * getattr(self.scheduler, "init_noise_sigma", 1.0)  # those of flow matching have none, and scale nothing
+        scaled = getattr(self.scheduler, "scale_model_input", lambda x_t, t: x_t)
         # Solvers of ODEs draw nothing and have no such argument.
         chance = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         for t in self.progress_bar(self.scheduler.timesteps):
-            prediction = self._predict(self.scheduler.scale_model_input(x_t, t), t, labels, guidance_scale)
+            prediction = self._predict(scaled(x_t, t), t, labels, guidance_scale)
             x_t = self.scheduler.step(prediction, t, x_t, **chance).prev_sample
         if not x_t.isfinite().all():
             raise NotFiniteError(f"{type(self.scheduler).__name__} with {num_inference_steps} steps drew images that are not finite")
@@ -96,17 +97,21 @@ class PixelPipeline(DiffusionPipeline):
         return labels
 
     def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
+        """What the scheduler takes: the guided prediction, and the values of a learned variance (of the label) if it uses them."""
+        C = self.unet.config.in_channels
         if labels is None or guidance_scale == 1:
-            return self._cut(self.unet(x_t, t, labels).sample)
-        null = torch.full_like(labels, self.config.null_label)
-        both = self._cut(self.unet(x_t.repeat(2, 1, 1, 1), t, torch.cat([labels, null])).sample)
-        with_label, without = both.chunk(2)
-        return without + guidance_scale * (with_label - without)
+            output = self.unet(x_t, t, labels).sample
+            prediction, values = output[:, :C], output[:, C:]
+        else:
+            null = torch.full_like(labels, self.config.null_label)
+            output, without = self.unet(x_t.repeat(2, 1, 1, 1), t, torch.cat([labels, null])).sample.chunk(2)
+            prediction, values = without[:, :C] + guidance_scale * (output[:, :C] - without[:, :C]), output[:, C:]
+        return torch.cat([prediction, values], dim=1) if self._uses_variance else prediction
 
-    def _cut(self, prediction: Tensor) -> Tensor:
-        """Without the channels of a learned variance, unless the scheduler uses them."""
-        learned = str(self.scheduler.config.get("variance_type")).startswith("learned")
-        return prediction if learned else prediction[:, : self.unet.config.in_channels]
+    @property
+    def _uses_variance(self) -> bool:
+        """DDPM alone; the others keep the name of the variance in their configuration, but know nothing of it."""
+        return isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type.startswith("learned")
 
 
 def check_labels(pipeline: PixelPipeline, class_labels: Sequence[int] | Tensor | None, guidance_scale: float) -> None:

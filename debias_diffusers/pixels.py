@@ -28,7 +28,8 @@ class PixelTask:
         self.config = config
         self.data = TrainingData(source, config.data, config.optimization.seed)
         num_labels = self.data.num_classes + (self.data.null_label is not None)
-        self.arguments = unet_config(config.model, self.data.resolution, self.data.channels, num_labels)
+        learn_sigma = config.objective.learn_sigma
+        self.arguments = unet_config(config.model, self.data.resolution, self.data.channels, num_labels, learn_sigma)
 
     def build(self) -> UNet2DModel:
         """A network with fresh weights."""

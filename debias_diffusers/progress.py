@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .config import TrainConfig, stored
 from .run import Run
+from .window import BINS, Window
 
 
 def due(step: int, every: int) -> bool:
@@ -43,7 +44,7 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
 
-    def record(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> None:
+    def record(self, step: int, loss: float, learning_rate: float, grad_norm: float, window: Window) -> None:
         """Tells of the step that was just made: its mean weighted loss over the global batch, and the rest."""
         self.images += self.config.optimization.batch_size
         self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
@@ -52,8 +53,17 @@ class Progress:
         self.bar.update()
         if not due(step, self.config.run.log_every):
             return
-        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, "images_per_second": rate}
+        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **window.close(self.accelerator.gather)}
         if self.run:
-            self.run.metrics.append({"step": step, **values})
-        self.accelerator.log(values, step=step)
+            self.run.metrics.append({"step": step, **values, "images_per_second": rate})
+        self.accelerator.log({**_scalars(values), "images_per_second": rate}, step=step)
         self.began, self.images = time.monotonic(), 0
+
+
+def _scalars(values: dict[str, Any]) -> dict[str, float]:
+    """One number a name, as trackers want it: the parts of a list under their share of the noise levels."""
+    scalars = {}
+    for name, value in values.items():
+        parts = {f"{name}/{k / BINS}-{(k + 1) / BINS}": part for k, part in enumerate(value)} if isinstance(value, list) else {name: value}
+        scalars.update({part: number for part, number in parts.items() if number is not None})
+    return scalars

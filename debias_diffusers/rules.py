@@ -6,6 +6,7 @@ All problems are found before anything is reported, in sentences that name the f
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,8 +19,10 @@ from .config import (
     ModelConfig,
     ObjectiveConfig,
     OptimizationConfig,
+    PredictionType,
     SampleConfig,
     TrainConfig,
+    WeightsConfig,
     flatten,
 )
 
@@ -49,7 +52,12 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "snr_gamma": (_above(0), "above 0, such as 5"),
     "p2_k": (_above(0), "above 0, such as 1"),
     "p2_gamma": (_at_least(0), "0 or more, such as 1"),
+    "sigma_data": (_above(0), "above 0, such as 0.5"),
     "snr_floor": (_at_least(0), "0 or more, such as 1e-3"),
+    "snr_ceiling": (_at_least(0), "0 (off) or more, such as 1000"),
+    "terminal_weight_floor": (_at_least(0), "0 (off) or more, such as 0.5"),
+    "timestep_mean": (math.isfinite, "a finite number, such as 0"),
+    "timestep_std": (_above(0), "above 0, such as 1"),
     "num_train_timesteps": (_at_least(2), "at least 2, such as 1000"),
     "schedule_shift": (_above(0), "above 0, such as 1"),
     "batch_size": (_at_least(1), "at least 1, such as 64"),
@@ -86,7 +94,7 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
     found = range_problems(flatten(config))
     found += _data_problems(config)
     found += _model_problems(config)
-    found += _objective_problems(config.objective)
+    found += objective_problems(config.objective)
     found += _optimization_problems(config.optimization, num_processes)
     if config.run.output_dir is None:
         found.append("output_dir is missing: name the run directory, such as --output_dir runs/first")
@@ -148,35 +156,138 @@ def _level_problems(model: ModelConfig, resolution: int) -> list[str]:
     return found
 
 
-def _objective_problems(objective: ObjectiveConfig) -> list[str]:
+# The spaces that the repeated code knows; our own weightings have a meaning in all.
+SPACES_OF_OTHERS: dict[str, tuple[PredictionType, ...]] = {
+    "debiased_as_is": ("epsilon", "sample", "v_prediction"),
+    "debiased_diffengine": ("epsilon", "v_prediction"),
+    "debiased_kohya": ("epsilon", "v_prediction"),
+}
+
+# Weights of the noise error that grow without bound as the SNR falls to 0.
+UNBOUNDED = {"debiased", "inverse_snr", "truncated_snr", "edm", *SPACES_OF_OTHERS}
+
+
+def objective_problems(objective: ObjectiveConfig) -> list[str]:
+    """Everything that is wrong with an objective: combinations without a meaning, and values that would be ignored."""
+    if unknown := _unknown_weighting(objective.weighting):
+        return [unknown]
+    found = _unused_problems(objective)
+    found += _weighting_problems(objective)
+    found += _schedule_problems(objective)
+    found += _variance_problems(objective)
+    return found
+
+
+def _unknown_weighting(name: str) -> str | None:
+    if name in WEIGHTING_PARAMETERS:
+        return None
+    near = difflib.get_close_matches(name, WEIGHTING_PARAMETERS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"take one of: {', '.join(WEIGHTING_PARAMETERS)}"
+    return f"weighting is {name}, which is not known; {hint}"
+
+
+def _unused_problems(objective: ObjectiveConfig) -> list[str]:
+    """Values that the rest of the objective leaves no use for."""
+    weighting, sampler = objective.weighting, objective.timestep_sampler
+    mine = WEIGHTING_PARAMETERS[weighting]
     found = []
-    for weighting, names in WEIGHTING_PARAMETERS.items():
+    for name in dict.fromkeys(name for names in WEIGHTING_PARAMETERS.values() for name in names):
+        if name not in mine and _changed(objective, name):
+            owners = " or ".join(other for other, names in WEIGHTING_PARAMETERS.items() if name in names)
+            found.append(
+                f"{name} is {getattr(objective, name)}, but weighting is {weighting}, which does not have it; "
+                f"take --weighting {owners} or leave {name} out"
+            )
+    # Of these weightings the value at the bound is the value at any SNR beyond it.
+    flat = weighting in ("constant", "variational")
+    unused = {
+        "snr_floor": flat or (weighting == "min_snr" and objective.snr_floor <= objective.snr_gamma),
+        "snr_ceiling": flat or (weighting == "truncated_snr" and objective.snr_ceiling >= 1),
+        "normalize_weights": weighting == "variational",
+        "terminal_weight_floor": weighting == "variational",
+    }
+    found += [
+        f"{name} is {getattr(objective, name)}, but changes nothing in weighting {weighting}; leave it out or take --weighting debiased"
+        for name, useless in unused.items()
+        if useless and _changed(objective, name)
+    ]
+    if not sampler.startswith(("log_normal", "logit_normal")):
         found += [
-            f"{name} is {getattr(objective, name)}, but weighting is {objective.weighting}, which does not have it; "
-            f"take --weighting {weighting} or leave {name} out"
-            for name in names
-            if objective.weighting != weighting and getattr(objective, name) != getattr(ObjectiveConfig(), name)
+            f"{name} is {getattr(objective, name)}, but timestep_sampler is {sampler}; take --timestep_sampler logit_normal or leave it out"
+            for name in ("timestep_mean", "timestep_std")
+            if _changed(objective, name)
         ]
-    # Of these weightings the value at the floor is the value at any SNR below it.
-    flat = objective.weighting == "constant" or (objective.weighting == "min_snr" and objective.snr_floor <= objective.snr_gamma)
-    if objective.snr_floor > 0 and flat:
+    return found
+
+
+def _changed(objective: ObjectiveConfig, name: str) -> bool:
+    changed: bool = getattr(objective, name) != getattr(ObjectiveConfig(), name)
+    return changed
+
+
+def _weighting_problems(objective: ObjectiveConfig) -> list[str]:
+    """Weights without bound, or without a meaning in the space of the prediction."""
+    weighting, space, found = objective.weighting, objective.prediction_type, []
+    if 0 < objective.snr_ceiling < objective.snr_floor:
+        found.append(f"snr_ceiling is {objective.snr_ceiling}, but snr_floor is {objective.snr_floor}; take a ceiling above the floor")
+    if space not in SPACES_OF_OTHERS.get(weighting, (space,)):
         found.append(
-            f"snr_floor is {objective.snr_floor}, but changes nothing in weighting {objective.weighting}; leave it out or take "
-            f"--weighting debiased"
+            f"weighting {weighting} repeats code that knows {', '.join(SPACES_OF_OTHERS[weighting])} only, but prediction_type is "
+            f"{space}; take --weighting debiased"
         )
-    beta_end = {"linear": 0.02, "scaled_linear": 0.012}.get(objective.noise_schedule, 0.0)
-    if objective.num_train_timesteps >= 2 and beta_end * 1000 / objective.num_train_timesteps >= 1:
+    # The paper's code has the noise's weight in all spaces.
+    unbounded = weighting in UNBOUNDED and (space == "epsilon" or weighting == "debiased_as_is") and objective.snr_floor == 0
+    # The last SNR of the cosine schedule is 2.4e-9: the debiased weights then have an effective sample size of 0.0015.
+    if unbounded and objective.noise_schedule == "cosine":
         found.append(
-            f"num_train_timesteps is {objective.num_train_timesteps}, but the betas of noise_schedule {objective.noise_schedule} "
+            f"weighting {weighting} with noise_schedule cosine and prediction_type {space} lets a few noise levels carry "
+            f"nearly the whole loss; add --snr_floor 1e-3, or take --weighting debiased --prediction_type v_prediction"
+        )
+    elif unbounded and objective.rescale_betas_zero_snr and space != "epsilon":
+        found.append(f"weighting {weighting} is infinite where the SNR is 0; add --snr_floor 1e-3, or take --weighting debiased")
+    return found
+
+
+def _schedule_problems(objective: ObjectiveConfig) -> list[str]:
+    space, T, found = objective.prediction_type, objective.num_train_timesteps, []
+    beta_end = {"linear": 0.02, "scaled_linear": 0.012, "sigmoid": 0.02}.get(objective.noise_schedule or "", 0.0)
+    if T >= 2 and beta_end * 1000 / T >= 1:
+        found.append(
+            f"num_train_timesteps is {T}, but the betas of noise_schedule {objective.noise_schedule} "
             f"scale by 1000/T and must stay below 1; take at least {int(beta_end * 1000) + 1}, or --noise_schedule cosine"
         )
-    # The last SNR of the cosine schedule is 2.4e-9: the debiased weights then have an effective sample size of 0.0015.
-    unbounded = objective.weighting in ("debiased", "inverse_snr") and objective.noise_schedule == "cosine"
-    if unbounded and objective.prediction_type == "epsilon" and objective.snr_floor == 0:
+    if space == "flow" and objective.noise_schedule is not None:
         found.append(
-            f"weighting {objective.weighting} with noise_schedule cosine and prediction_type epsilon lets a few noise levels carry "
-            f"nearly the whole loss; add --snr_floor 1e-3, or take --prediction_type v_prediction"
+            f"noise_schedule is {objective.noise_schedule}, but prediction_type flow has its own, a = 1 - t and s = t; leave it out"
         )
+    if space == "flow" and objective.rescale_betas_zero_snr:
+        found.append("rescale_betas_zero_snr is on, but prediction_type flow ends at zero SNR as it is; leave it out")
+    if space == "epsilon" and objective.rescale_betas_zero_snr:
+        found.append(
+            "rescale_betas_zero_snr is on, but prediction_type is epsilon, and where the SNR is 0 the noise is all there is to see: "
+            "nothing of the image can be predicted by it; take --prediction_type v_prediction"
+        )
+    if objective.terminal_weight_floor > 0 and space != "flow" and not objective.rescale_betas_zero_snr:
+        found.append(
+            f"terminal_weight_floor is {objective.terminal_weight_floor}, but the last SNR of this schedule is not 0; "
+            f"add --rescale_betas_zero_snr or take --prediction_type flow"
+        )
+    return found
+
+
+def _variance_problems(objective: ObjectiveConfig) -> list[str]:
+    space, found = objective.prediction_type, []
+    if objective.weighting == "variational" and not objective.learn_sigma:
+        found.append("weighting variational is the bound with a learned variance, but learn_sigma is off; add --learn_sigma")
+    if space == "flow":
+        found += [
+            f"{name} is {getattr(objective, name)}, but prediction_type flow is sampled without random steps, which have no variance; "
+            f"leave it out or take --prediction_type v_prediction"
+            for name in ("learn_sigma", "variance_type")
+            if _changed(objective, name)
+        ]
+    elif objective.learn_sigma and objective.variance_type:
+        found.append(f"variance_type is {objective.variance_type}, but learn_sigma makes the network predict it; give one of the two")
     return found
 
 
@@ -194,6 +305,29 @@ def _optimization_problems(optimization: OptimizationConfig, num_processes: int)
             f"take --warmup_steps {optimization.max_steps // 10}"
         )
     return found
+
+
+def weights_problems(config: WeightsConfig) -> list[str]:
+    """Everything that is wrong with a command that draws weights. Objectives that nobody should train are no problem here."""
+    names, objective = (config.objective.weighting, *config.against), config.objective
+    if unknown := [problem for name in names if (problem := _unknown_weighting(name))]:
+        return unknown
+    found = range_problems(dataclasses.asdict(objective))
+    if "variational" in names:
+        found.append("weighting variational is no function of the SNR, so it has no weights to draw; leave it out")
+    used = {parameter for name in names for parameter in WEIGHTING_PARAMETERS[name]}
+    unused = {parameter for parameters in WEIGHTING_PARAMETERS.values() for parameter in parameters} - used
+    unused |= {"learn_sigma", "variance_type"}
+    if not objective.normalize_weights:
+        unused |= {"timestep_sampler", "timestep_mean", "timestep_std"}
+    found += [
+        f"{name} is {getattr(objective, name)}, but changes no weight of {', '.join(names)}; leave it out"
+        for name in sorted(unused)
+        if _changed(objective, name)
+    ]
+    # Of the prediction type only the path matters: all spaces are drawn.
+    path = objective if objective.prediction_type == "flow" else dataclasses.replace(objective, prediction_type="v_prediction")
+    return found + _schedule_problems(path)
 
 
 def sample_problems(config: SampleConfig) -> list[str]:

@@ -21,7 +21,7 @@ from .errors import InputError
 from .files import read_file, remove_drafts, said_if_not_writable, write_file
 from .pipeline import PixelPipeline, check_labels, load_pipeline
 from .run import CHECKPOINTS, SAMPLES, say
-from .schedulers import make_scheduler
+from .schedulers import default_scheduler, make_scheduler
 
 SETTINGS = ".sampling.json"  # what the images of a folder were drawn with
 GRID = "preview/grid.png"
@@ -60,13 +60,16 @@ def sample(config: SampleConfig) -> Path:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("sample.py draws in one process; start it with python, not with a launcher of several")
-    folder = _folder(config)
+    _require_place(config)
     pipeline = load_pipeline(config.model)
+    scheduler = config.scheduler or default_scheduler(pipeline.scheduler)
+    config = dataclasses.replace(config, scheduler=scheduler)
     if config.weights != "ema":
         _load_weights(pipeline, Path(config.model), config.weights)
-    pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler, config.spacing, config.steps)
+    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler, config.spacing, config.steps)
     labels = list(config.class_labels) or list(range(pipeline.num_classes)) or None
     check_labels(pipeline, labels, config.guidance_scale)
+    folder = Path(config.output_dir or Path(config.model) / SAMPLES / f"{scheduler}-{config.steps}")
     missing = _prepare(folder, config, pipeline)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     with tqdm(total=config.num_images, initial=config.num_images - len(missing), unit="image") as progress:
@@ -79,12 +82,9 @@ def sample(config: SampleConfig) -> Path:
     return folder
 
 
-def _folder(config: SampleConfig) -> Path:
-    if config.output_dir:
-        return Path(config.output_dir)
-    if not (Path(config.model) / CHECKPOINTS).is_dir():
+def _require_place(config: SampleConfig) -> None:
+    if not config.output_dir and not (Path(config.model) / CHECKPOINTS).is_dir():
         raise InputError(f"output_dir is missing: {config.model} is no run directory; add --output_dir, such as samples")
-    return Path(config.model) / SAMPLES / f"{config.scheduler}-{config.steps}"
 
 
 def _load_weights(pipeline: PixelPipeline, run: Path, weights: str) -> None:

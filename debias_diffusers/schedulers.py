@@ -6,14 +6,21 @@ import warnings
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .config import ObjectiveConfig, SchedulerName, Spacing
 from .errors import InputError
-from .schedule import make_schedule
+from .schedule import is_flow, make_schedule
 
 
 class DDPM(DDPMScheduler):
@@ -88,15 +95,27 @@ SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     ),
     # arXiv 2302.04867, order 3 and B(h) = h as in the paper's code; this B(h) is infinite for a step to sigma = 0
     "unipc": (UniPCMultistepScheduler, {"solver_order": 3, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}),
+    # Ordinary differential equation of a rectified flow (arXiv 2209.03003), by Euler's and by Heun's method
+    "flow_euler": (FlowMatchEulerDiscreteScheduler, {}),
+    "flow_heun": (FlowMatchHeunDiscreteScheduler, {}),
 }
+FLOW: tuple[SchedulerName, ...] = ("flow_euler", "flow_heun")
 
 
-def exported_scheduler(objective: ObjectiveConfig) -> DDPMScheduler:
-    """The scheduler that is saved with a trained model: ancestral sampling over the schedule it was trained with."""
+def default_scheduler(own: Any) -> SchedulerName:
+    """The solver for a model whose own scheduler is `own`, where none is named."""
+    return "flow_heun" if is_flow(own) else "unipc"
+
+
+def exported_scheduler(objective: ObjectiveConfig) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
+    """The scheduler that is saved with a trained model, over the schedule it was trained with: ancestral sampling, or a flow's."""
+    schedule = make_schedule(objective)
+    if objective.prediction_type == "flow":
+        return FlowMatchEulerDiscreteScheduler(**schedule.diffusers)
     return DDPMScheduler(
-        **make_schedule(objective).diffusers,
+        **schedule.diffusers,
         prediction_type=objective.prediction_type,
-        variance_type="fixed_large",
+        variance_type="learned_range" if objective.learn_sigma else objective.variance_type or "fixed_large",
         clip_sample=True,
         timestep_spacing="linspace",
     )
@@ -106,9 +125,15 @@ def make_scheduler(name: SchedulerName, own: Any, spacing: Spacing, steps: int) 
     """The solver `name` for a model whose own scheduler is `own`, set to `steps` steps.
 
     Raises:
-        InputError: more steps than noise levels, or a single step that would start at the clean end.
+        InputError: a solver or spacing for another kind of model, more steps than noise levels, or a single step that would
+            start at the clean end.
     """
     T = own.config.num_train_timesteps
+    if is_flow(own) != (name in FLOW):
+        model = "a rectified flow" if is_flow(own) else f"no rectified flow (it predicts {own.config.prediction_type})"
+        raise InputError(f"scheduler is {name}, but the model is {model}; take --scheduler {default_scheduler(own)}")
+    if name in FLOW and spacing != "linspace":
+        raise InputError(f"spacing is {spacing}, but scheduler {name} has linspace only; leave it out")
     if steps > T:
         raise InputError(f"steps is {steps}, but the model has {T} noise levels; take at most {T}")
     if steps == 1 and name in ("ddpm", "ddim") and spacing != "trailing":
@@ -118,11 +143,12 @@ def make_scheduler(name: SchedulerName, own: Any, spacing: Spacing, steps: int) 
     kind, overrides = SCHEDULERS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # that "dpmsolver" will go in diffusers 1.0
-        scheduler = kind.from_config(own.config, timestep_spacing=spacing, **overrides)  # type: ignore[attr-defined]
+        changes = overrides if name in FLOW else {"timestep_spacing": spacing, **overrides}
+        scheduler = kind.from_config(own.config, **changes)  # type: ignore[attr-defined]
     try:
         scheduler.set_timesteps(steps)
     except (ValueError, IndexError) as error:
         raise InputError(f"scheduler {name} cannot make {steps} steps with spacing {spacing}: {error}") from error
-    if len(scheduler.timesteps.unique()) < len(scheduler.timesteps) or len(scheduler.timesteps) != steps:
+    if len(scheduler.timesteps.unique()) != steps:
         raise InputError(f"scheduler {name} cannot make {steps} different steps with spacing {spacing}; take fewer")
     return scheduler

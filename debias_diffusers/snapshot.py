@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from .checkpoint import Checkpoint
 from .ema import EMA
 
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampler.safetensors"
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 

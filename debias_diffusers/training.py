@@ -15,24 +15,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from . import chance, checkpoint, data, hub, images, machine, sampling, snapshot, timesteps
+from . import chance, checkpoint, data, hub, images, machine, sampling, snapshot
 from .checkpoint import Checkpoint
 from .config import OptimizationConfig, TrainConfig, differences, stored, to_json
 from .ema import EMA
 from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
 from .files import DRAFT, said_if_not_writable, write_file
-from .loss import make_objective
+from .loss import Terms, make_objective
 from .pixels import PixelTask
 from .progress import Progress, due
 from .run import SAMPLES, Run, StopSignal, say
-from .schedulers import make_scheduler
+from .schedule import at
+from .schedulers import default_scheduler, make_scheduler
 from .sources import open_source
+from .timesteps import make_timestep_sampler
+from .weighting import effective_sample_size
+from .window import Window
 
 SKIPS_IN_A_ROW = 20  # fp16 steps with overflowing gradients that are taken for a search of the loss scale
 GRID_IMAGES, GRID_STEPS = 64, 20
@@ -72,6 +77,8 @@ class Trainer:
 
         self.task = PixelTask(config, open_source(config.data))
         self.objective = make_objective(config.objective)
+        self.sampler = make_timestep_sampler(config.objective, self.objective.schedule, self.optim.batch_size)
+        self.window = Window(len(self.objective.schedule), self.device)
         torch.manual_seed(chance.mixed(self.optim.seed, "weights", 0))
         network = self.task.build().to(self.device).train()
         self.parameters = [p for p in network.parameters() if p.requires_grad]
@@ -115,7 +122,7 @@ class Trainer:
                 loss, grad_norm = self._gradients(micro_batches)
                 loss, signum, late = self._agree(loss, stop.signum, time.monotonic() > deadline)
                 learning_rate = self._update(loss, grad_norm)
-                progress.record(self.step, loss, learning_rate, grad_norm)
+                progress.record(self.step, loss, learning_rate, grad_norm, self.window)
                 if due(self.step, every.sample_every):
                     self._draw_grid()
                 if due(self.step, every.checkpoint_every):
@@ -127,29 +134,41 @@ class Trainer:
         """One step's gradients; returns this process's mean loss and the norm of the gradient of all processes."""
         total = torch.zeros((), device=self.device)
         pieces = self.positions.pieces(self.step)
+        corrections = self.sampler.corrections
+        weights = corrections if self.objective.weights is None else corrections * self.objective.weights
+        drawn = []
         for piece in pieces:
             batch = next(micro_batches)
             torch.manual_seed(chance.mixed(self.optim.seed, "dropout", piece.start))  # after the loader, which draws when it starts
+            t = self.sampler.draw(batch["u"], piece)
             # Only the last piece exchanges gradients between processes.
             synchronised = contextlib.nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(self.model)
             with synchronised:
-                loss = self._losses(batch).sum() / self.positions.share
+                terms = self._terms(batch, t)
+                loss = (at(corrections, t, terms.loss) * terms.loss).sum() / self.positions.share
                 self.accelerator.backward(loss)
             total += loss.detach()
+            self.window.add(t, terms, weights[t])
+            drawn.append(torch.stack([t.to(self.device), terms.loss.detach()]))
+        if self.sampler.learns:
+            # Gathered in the order of the processes, which is that of the positions.
+            t, losses = self.accelerator.gather(torch.cat(drawn, dim=1).T).T.cpu()
+            self.sampler.update(t.long(), losses)
         self.accelerator.unscale_gradients()
         return total.item(), torch.nn.utils.get_total_norm(self._grads()).item()
 
-    def _losses(self, batch: dict[str, Tensor]) -> Tensor:
-        """Weighted loss of each sample of a micro-batch, (B,)."""
+    def _terms(self, batch: dict[str, Tensor], t: Tensor) -> Terms:
+        """What each sample of a micro-batch costs, before any correction for how t is drawn."""
         x_0 = self.task.clean(batch, self.device)
         noise = batch["noise"].to(self.device, non_blocking=True)
-        t = timesteps.uniform(batch["u"], len(self.objective.schedule))
         return self.objective(self.task.network(self.model, batch, self.device), x_0, noise, t)
 
     def _update(self, loss: float, grad_norm: float) -> float:
         """Clips, steps the optimizer and the averages, returns the learning rate; refuses where something is not finite."""
         self._require_finite(loss, grad_norm)
-        if 0 < self.optim.max_grad_norm < grad_norm < math.inf:
+        clipped = 0 < self.optim.max_grad_norm < grad_norm < math.inf
+        self.window.step(clipped)
+        if clipped:
             torch._foreach_mul_(self._grads(), self.optim.max_grad_norm / grad_norm)
         rate = learning_rate(self.optim, self.step)
         for group in self.adamw.param_groups:
@@ -233,6 +252,9 @@ class Trainer:
                 say(f"warning: max_steps was {before}, now it is {self.optim.max_steps}: the learning rate falls to 0 there")
             say(f"resuming {self.run.folder} at step {found.step} of {self.optim.max_steps}")
         snapshot.restore(found, self.model, self.adamw, self.ema)
+        if self.sampler.learns:
+            self.sampler.load(safetensors.torch.load(found.read(snapshot.SAMPLER)))
+        self.window.load(found.state["window"], self.accelerator.is_main_process)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
         self.step = self.saved_step = found.step
@@ -271,7 +293,10 @@ class Trainer:
         if self.step == self.saved_step:
             return
         tensors = snapshot.gather(self.model, self.adamw, self.ema)
-        problem = [self._write(self.run, tensors) if self.run else None]
+        if self.sampler.learns:
+            tensors[snapshot.SAMPLER] = self.sampler.state()
+        window = self.window.state(self.accelerator.gather, self.accelerator.is_main_process)
+        problem = [self._write(self.run, tensors, window) if self.run else None]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(problem)  # of the first process: all must know whether to gather again
         if problem[0] is None:
@@ -281,13 +306,13 @@ class Trainer:
         elif self.run:
             say(f"step {self.step} was not saved: {problem[0]}; training goes on")
 
-    def _write(self, run: Run, tensors: dict[str, Mapping[str, Tensor]]) -> str | None:
+    def _write(self, run: Run, tensors: dict[str, Mapping[str, Tensor]], window: dict[str, Any]) -> str | None:
         """Export and checkpoint; what went wrong, if something did."""
         try:
             run.metrics.sync()
             self._export(run.folder)
             keep = self.config.run.keep_checkpoints
-            checkpoint.write(run.checkpoints, self.step, snapshot.contents(tensors), self._state(), keep)
+            checkpoint.write(run.checkpoints, self.step, snapshot.contents(tensors), {**self._state(), "window": window}, keep)
         except CannotWriteError as error:
             return str(error)
         return None
@@ -327,7 +352,7 @@ class Trainer:
         self._load_averaged()
         pipeline, labels = self.task.preview(self.averaged)
         steps = min(GRID_STEPS, len(self.objective.schedule) // 2)
-        pipeline.scheduler = make_scheduler("unipc", pipeline.scheduler, "linspace", steps)
+        pipeline.scheduler = make_scheduler(default_scheduler(pipeline.scheduler), pipeline.scheduler, "linspace", steps)
         drawn = []
         try:
             for first in range(0, GRID_IMAGES, self.micro_batch_size):  # no more at once than the training has memory for
@@ -361,6 +386,9 @@ def dry_run(config: TrainConfig) -> None:
     except InputError as error:
         print(f"parameters, steps per epoch and first batch: unknown, because the data cannot be seen ({error})")
         return
+    if (weights := make_objective(config.objective).weights) is not None:
+        size = effective_sample_size(weights)
+        print(f"weights: mean {weights.mean():.4g}, largest {weights.max():.4g}, effective sample size {size:.2g}")
     task, batch_size = PixelTask(config, source), config.optimization.batch_size
     print(f"parameters: {sum(p.numel() for p in task.build().parameters())}")
     print(f"images: {len(source)}, {task.data.channels} channel(s), {task.data.num_classes} classes")

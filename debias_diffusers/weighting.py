@@ -3,9 +3,11 @@
 A weighting is defined once, on the squared error of the predicted noise. At fixed x_t every prediction is an affine
 function of the predicted x_0, so squared errors are proportional:
 
-    |d noise|^2 = SNR |d x_0|^2        |d v|^2 = (SNR + 1) |d x_0|^2
+    |d noise|^2 = SNR |d x_0|^2      |d v|^2 = (SNR + 1) |d x_0|^2      |d u|^2 = (sqrt(SNR) + 1)^2 |d x_0|^2
 
-and a weight w on the noise error is the same objective as SNR w on x_0 and SNR / (SNR + 1) w on v: the same gradients.
+(v where a^2 + s^2 = 1; u = noise - x_0 of rectified flow, where a = 1 - t, s = t and so sqrt(SNR) + 1 = 1/t). A weight w on
+the noise error is therefore the same objective, with the same gradients, as SNR w on x_0, SNR / (SNR + 1) w on v, and
+SNR / (sqrt(SNR) + 1)^2 w = (1 - t)^2 w on u.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .config import WEIGHTING_PARAMETERS, PredictionType, Weighting
+from .config import WEIGHTING_PARAMETERS, PredictionType
 from .errors import InputError, raise_all
-from .rules import range_problems
-from .schedule import snr_of_scheduler
+from .rules import SPACES_OF_OTHERS, range_problems
+from .schedule import is_flow, schedule_of_scheduler
 
 
 def constant(snr: Tensor) -> Tensor:
@@ -48,79 +50,172 @@ def min_snr(snr: Tensor, snr_gamma: float = 5.0) -> Tensor:
     return (snr_gamma / snr).clamp(max=1)
 
 
+def soft_min_snr(snr: Tensor, snr_gamma: float = 5.0) -> Tensor:
+    """gamma / (SNR + gamma): Min-SNR without its kink (arXiv 2401.11605)."""
+    return snr_gamma / (snr + snr_gamma)
+
+
+def truncated_snr(snr: Tensor) -> Tensor:
+    """max(SNR, 1) / SNR (progressive distillation, arXiv 2202.00512, section 4)."""
+    return (1 / snr).clamp(min=1)
+
+
+def edm(snr: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """1 + 1 / (SNR sigma_data^2) (EDM, arXiv 2206.00364, table 1: lambda(sigma) on x_0, with sigma^2 = 1 / SNR)."""
+    return 1 + 1 / (snr * sigma_data**2)
+
+
 WEIGHTINGS: dict[str, Callable[..., Tensor]] = {
     "constant": constant,
     "debiased": debiased,
     "inverse_snr": inverse_snr,
     "p2": p2,
     "min_snr": min_snr,
+    "soft_min_snr": soft_min_snr,
+    "truncated_snr": truncated_snr,
+    "edm": edm,
 }
+
+# The debiased weight as other code has it, to repeat its runs: in each space that the code knows, the weight in that space.
+WEIGHTINGS_OF_OTHERS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
+    # The paper's code: the weight of the noise error whatever the target.
+    "debiased_as_is": {"epsilon": debiased, "sample": debiased, "v_prediction": debiased},
+    # diffengine, OneTrainer: too heavy by 1/a on v.
+    "debiased_diffengine": {"epsilon": debiased, "v_prediction": lambda snr: (snr + 1).rsqrt()},
+    # sd-scripts bound the SNR at 1000. On v this is the uniform error of x_0.
+    "debiased_kohya": {"epsilon": lambda snr: snr.clamp(max=1000).rsqrt(), "v_prediction": lambda snr: 1 / (snr.clamp(max=1000) + 1)},
+}
+
+
+def register_weighting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes a function of the SNR a weighting that can be named like any other. To be used as a decorator.
+
+    Args:
+        function: maps the SNR, float64 of any shape, to the weight on the squared error of the noise, of the same shape. Its
+            name becomes the weighting's. It may take parameters named like the flags of weightings (`snr_gamma`, ...).
+
+    Raises:
+        InputError: the name is taken, or a parameter has no flag.
+    """
+    name = function.__name__
+    if name in WEIGHTING_PARAMETERS:
+        raise InputError(f"weighting {name!r} is there already; give your function another name")
+    known = sorted({parameter for names in WEIGHTING_PARAMETERS.values() for parameter in names})
+    parameters = tuple(inspect.signature(function).parameters)[1:]
+    for parameter in parameters:
+        _require_known("parameter", parameter, known)
+    WEIGHTINGS[name] = function
+    WEIGHTING_PARAMETERS[name] = parameters
+    return function
+
 
 # Far below and above any SNR in use, and far from the limits of float64 even when squared.
 _TINY, _HUGE = 1e-150, 1e150
 
 
-def weight(snr: Tensor, weighting: Weighting, prediction_type: PredictionType, *, snr_floor: float = 0.0, **parameters: float) -> Tensor:
+def weight(
+    snr: Tensor,
+    weighting: str,
+    prediction_type: PredictionType,
+    *,
+    snr_floor: float = 0.0,
+    snr_ceiling: float = 0.0,
+    **parameters: float,
+) -> Tensor:
     """The weight of the squared error in the space of `prediction_type`, of the same shape as `snr`, in float64.
 
     Args:
         snr: signal-to-noise ratios.
+        weighting: a name of `WEIGHTINGS` or `WEIGHTINGS_OF_OTHERS`.
+        prediction_type: the space of the error.
         snr_floor: the weighting is evaluated at an SNR of at least this (the conversion between spaces is not).
-        parameters: `snr_gamma`, `p2_k`, `p2_gamma`; each weighting takes its own and leaves the rest.
+        snr_ceiling: and of at most this; 0 is none.
+        parameters: `snr_gamma`, `p2_k`, `p2_gamma`, `sigma_data`; those that the weighting has.
     """
-    on_noise = WEIGHTINGS[weighting]
-    mine = {name: parameters[name] for name in inspect.signature(on_noise).parameters if name in parameters}
+
+    def seen(snr: Tensor) -> Tensor:
+        return snr.clamp(snr_floor, snr_ceiling or None)
+
     snr = snr.double()
+    if weighting in WEIGHTINGS_OF_OTHERS:
+        return WEIGHTINGS_OF_OTHERS[weighting][prediction_type](seen(snr))
+    on_noise = WEIGHTINGS[weighting]
     if prediction_type == "epsilon":
-        return on_noise(snr.clamp(min=snr_floor), **mine)
+        return on_noise(seen(snr), **parameters)
     # In the other spaces the limit at SNR = 0 is finite; a tiny SNR in place of 0 gives it without 0 times infinity.
     snr = snr.clamp(_TINY, _HUGE)
-    on_sample = snr * on_noise(snr.clamp(min=snr_floor), **mine)
-    return on_sample if prediction_type == "sample" else on_sample / (1 + snr)
+    on_sample = snr * on_noise(seen(snr), **parameters)
+    if prediction_type == "sample":
+        return on_sample
+    return on_sample / (1 + snr if prediction_type == "v_prediction" else (1 + snr.sqrt()).square())
+
+
+def effective_sample_size(weights: Tensor) -> float:
+    """(sum w)^2 / (n sum w^2): the share of n samples that would, equally weighted, estimate a mean as well. 1 for equal weights."""
+    return (weights.sum().square() / (len(weights) * weights.square().sum())).item()
 
 
 def loss_weight(
     scheduler: Any,
     timesteps: Tensor,
-    weighting: Weighting = "debiased",
+    weighting: str = "debiased",
     prediction_type: PredictionType | None = None,
     **parameters: float,
 ) -> Tensor:
     """Loss weights for a training loop of your own: multiply the mean square error of each sample.
 
     Args:
-        scheduler: a diffusers scheduler with a discrete noise schedule.
-        timesteps: (B,) the timesteps of the batch.
-        weighting: one of `WEIGHTINGS`.
+        scheduler: a diffusers scheduler with a discrete noise schedule, or one of flow matching.
+        timesteps: (B,) the timesteps of the batch: whole numbers, or for flow matching T times t with t in [0, 1].
+        weighting: one of `WEIGHTINGS` or `WEIGHTINGS_OF_OTHERS`, or a registered one.
         prediction_type: the space of the error; the scheduler's own if left out.
-        parameters: those of the weighting, named like the flags: `snr_gamma` (5) of min_snr, `p2_k` (1) and `p2_gamma` (1)
-            of p2, `snr_floor` (0) of all.
+        parameters: those of the weighting, named like the flags: `snr_gamma` (5) of min_snr and soft_min_snr, `p2_k` (1) and
+            `p2_gamma` (1) of p2, `sigma_data` (0.5) of edm, `snr_floor` (0) and `snr_ceiling` (0, which is none) of all.
 
     Returns:
         (B,) float32, on the device of `timesteps`.
 
     Raises:
-        InputError: an unknown name, a parameter the weighting does not have or that is out of range, timesteps that the
-            scheduler does not have, or a weight that is not finite.
+        InputError: an unknown name, a parameter the weighting does not have or that is out of range, a prediction type that is
+            not the scheduler's kind or not known to the code that the weighting repeats, timesteps that the scheduler does
+            not have, or a weight that is not finite.
     """
-    snr = snr_of_scheduler(scheduler)
-    prediction_type = prediction_type or scheduler.config.prediction_type
-    _require_known("weighting", weighting, WEIGHTINGS)
+    flow = is_flow(scheduler)
+    prediction_type = prediction_type or ("flow" if flow else scheduler.config.prediction_type)
+    _require_known("weighting", weighting, (*WEIGHTINGS, *WEIGHTINGS_OF_OTHERS))
     _require_known("prediction_type", prediction_type, get_args(PredictionType))
+    if (prediction_type == "flow") != flow:
+        raise InputError(f"prediction_type is {prediction_type}, which does not go with {type(scheduler).__name__}; leave it out")
+    if weighting in SPACES_OF_OTHERS:
+        _require_known(f"prediction_type of {weighting}", prediction_type, SPACES_OF_OTHERS[weighting])
     for name in parameters:
-        _require_known("parameter", name, (*WEIGHTING_PARAMETERS.get(weighting, ()), "snr_floor"))
+        _require_known("parameter", name, (*WEIGHTING_PARAMETERS[weighting], "snr_floor", "snr_ceiling"))
     raise_all(range_problems(parameters), "loss_weight")
-    table = weight(snr, weighting, prediction_type, **parameters)
-    t = timesteps.cpu()
-    if t.is_floating_point() or not ((t >= 0) & (t < len(table))).all():
-        raise InputError(f"timesteps must be whole numbers from 0 to {len(table) - 1}, but are {t.tolist()}")
-    weights = table[t]
+    snr = _snr_of_flow(scheduler, timesteps) if flow else _snr_of_levels(scheduler, timesteps)
+    weights = weight(snr, weighting, prediction_type, **parameters)
     if not weights.isfinite().all():
         raise InputError(
-            f"weighting {weighting} on {prediction_type} is not finite at timesteps {t[~weights.isfinite()].tolist()}, "
+            f"weighting {weighting} on {prediction_type} is not finite at timesteps {timesteps.cpu()[~weights.isfinite()].tolist()}, "
             f"where the SNR is 0; add snr_floor=1e-3, or predict v"
         )
     return weights.to(timesteps.device, torch.float32)
+
+
+def _snr_of_levels(scheduler: Any, timesteps: Tensor) -> Tensor:
+    table = schedule_of_scheduler(scheduler).snr
+    t = timesteps.cpu()
+    if t.is_floating_point() or not ((t >= 0) & (t < len(table))).all():
+        raise InputError(f"timesteps must be whole numbers from 0 to {len(table) - 1}, but are {t.tolist()}")
+    return table[t]
+
+
+def _snr_of_flow(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """((1 - t) / t)^2: whatever shift the scheduler has is in its timesteps already."""
+    T: int = scheduler.config.num_train_timesteps
+    t = timesteps.double().cpu() / T
+    if not ((t >= 0) & (t <= 1)).all():
+        raise InputError(f"timesteps must be from 0 to {T}, but are {timesteps.tolist()}")
+    return ((1 - t) / t).square()
 
 
 def _require_known(what: str, value: str, known: Iterable[str]) -> None:

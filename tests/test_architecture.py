@@ -9,12 +9,13 @@ PACKAGE = ROOT / "debias_diffusers"
 
 # Lower rooms first; a room may import rooms of lower rows only.
 ORDER = [
-    {"errors", "chance", "ema", "timesteps"},
+    {"errors", "chance", "ema"},
     {"config", "files", "images"},
     {"rules", "schedule", "checkpoint", "model", "sources", "hub"},
-    {"weighting", "data", "run", "schedulers", "snapshot", "pipeline"},
-    {"loss", "sampling", "machine", "progress"},
-    {"pixels"},
+    {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "pipeline"},
+    {"loss", "sampling", "machine"},
+    {"pixels", "window", "plots"},
+    {"progress"},
     {"training"},
     {"cli"},
 ]
@@ -26,6 +27,7 @@ DOORS = {
     "tyro": {"cli"},
     "yaml": {"config", "hub"},
     "PIL": {"images", "sampling"},
+    "matplotlib": {"plots"},
 }
 
 WITHOUT_TORCH = {"errors", "config", "rules", "files", "checkpoint", "run", "hub", "cli"}

@@ -17,8 +17,8 @@ from debias_diffusers.config import TrainConfig, flatten, layered, read_config, 
 from debias_diffusers.errors import InputError
 from debias_diffusers.rules import train_problems
 from debias_diffusers.schedulers import SCHEDULERS
-from debias_diffusers.weighting import WEIGHTINGS
 
+FLOW = {"prediction_type": "flow", "noise_schedule": None}
 GOOD = resolved(layered(read_config("digits"), {"output_dir": "runs/x"}), None)
 
 
@@ -28,7 +28,6 @@ def test_the_packaged_configuration_is_sound():
 
 
 def test_names_of_choices_are_those_of_the_functions_behind_them():
-    assert set(get_args(configuration.Weighting)) == set(WEIGHTINGS)
     assert set(get_args(configuration.SchedulerName)) == set(SCHEDULERS)
 
 
@@ -55,7 +54,39 @@ def test_field_names_are_unique_over_the_sections():
         ({"attention_head_dim": 48}, ["attention_head_dim is 48", "64", "16 does"]),
         ({"dropout": 1.5}, ["dropout is 1.5", "0.1"]),
         ({"model_config": "unet.json"}, ["model_channels is 32", "model_config unet.json"]),
-        ({"snr_gamma": 3.0}, ["snr_gamma is 3.0", "weighting is debiased", "--weighting min_snr"]),
+        ({"weighting": "debias"}, ["weighting is debias,", "did you mean debiased?"]),
+        ({"weighting": "mine"}, ["weighting is mine,", "constant, debiased"]),
+        ({"snr_gamma": 3.0}, ["snr_gamma is 3.0", "weighting is debiased", "--weighting min_snr or soft_min_snr"]),
+        ({"weighting": "edm", "sigma_data": 0.0}, ["sigma_data is 0.0", "0.5"]),
+        ({"sigma_data": 0.3}, ["sigma_data is 0.3", "--weighting edm"]),
+        ({"snr_ceiling": -1.0}, ["snr_ceiling is -1.0", "1000"]),
+        ({"snr_floor": 2.0, "snr_ceiling": 1.0}, ["snr_ceiling is 1.0", "snr_floor is 2.0"]),
+        ({"weighting": "constant", "snr_ceiling": 9.0}, ["snr_ceiling is 9.0", "changes nothing in weighting constant"]),
+        ({"weighting": "truncated_snr", "snr_ceiling": 9.0}, ["snr_ceiling is 9.0", "changes nothing in weighting truncated_snr"]),
+        ({"weighting": "min_snr", "snr_floor": 1e-3}, ["snr_floor is 0.001", "changes nothing in weighting min_snr"]),
+        ({"terminal_weight_floor": -1.0}, ["terminal_weight_floor is -1.0", "0.5"]),
+        ({"terminal_weight_floor": 0.5}, ["terminal_weight_floor is 0.5", "--rescale_betas_zero_snr", "flow"]),
+        ({"weighting": "debiased_kohya", "prediction_type": "sample"}, ["debiased_kohya", "epsilon, v_prediction only", "sample"]),
+        ({**FLOW, "weighting": "debiased_as_is"}, ["debiased_as_is", "flow", "--weighting debiased"]),
+        (
+            {"weighting": "debiased_as_is", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+            ["debiased_as_is is infinite where the SNR is 0", "--snr_floor 1e-3"],
+        ),
+        ({"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr is on", "epsilon", "--prediction_type v_prediction"]),
+        ({"prediction_type": "flow", "noise_schedule": "linear"}, ["noise_schedule is linear", "flow", "leave it out"]),
+        ({**FLOW, "rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr is on", "flow"]),
+        ({**FLOW, "learn_sigma": True}, ["learn_sigma is True", "flow", "v_prediction"]),
+        ({**FLOW, "variance_type": "fixed_small"}, ["variance_type is fixed_small", "flow"]),
+        ({"learn_sigma": True, "variance_type": "fixed_small"}, ["variance_type is fixed_small", "learn_sigma"]),
+        ({"weighting": "variational"}, ["variational", "--learn_sigma"]),
+        (
+            {"weighting": "variational", "learn_sigma": True, "normalize_weights": True},
+            ["normalize_weights is True", "changes nothing in weighting variational"],
+        ),
+        ({"timestep_std": 0.0, "timestep_sampler": "log_normal"}, ["timestep_std is 0.0", "such as 1"]),
+        ({"timestep_mean": float("nan"), "timestep_sampler": "log_normal"}, ["timestep_mean is nan", "such as 0"]),
+        ({"timestep_mean": 1.0}, ["timestep_mean is 1.0", "timestep_sampler is uniform", "logit_normal"]),
+        ({"noise_schedule": "sigmoid", "num_train_timesteps": 20}, ["num_train_timesteps is 20", "sigmoid", "at least 21"]),
         ({"weighting": "p2", "p2_k": 0.0}, ["p2_k is 0.0", "such as 1"]),
         ({"snr_floor": -1.0}, ["snr_floor is -1.0", "1e-3"]),
         ({"weighting": "constant", "snr_floor": 1e-3}, ["snr_floor is 0.001", "changes nothing in weighting constant"]),
@@ -91,6 +122,20 @@ def test_a_wrong_value_is_named_with_one_that_works(change, named):
 def test_a_batch_is_shared_evenly():
     (problem,) = train_problems(GOOD, num_processes=3)
     assert "batch_size is 64" in problem and "take 63" in problem
+
+
+@pytest.mark.parametrize("weighting", ("debiased", "inverse_snr", "truncated_snr", "edm", "debiased_as_is"))
+def test_weights_without_bound_need_a_floor_on_the_cosine_schedule(weighting):
+    change = {"noise_schedule": "cosine", "weighting": weighting}
+    (problem,) = train_problems(update(GOOD, change))
+    assert f"weighting {weighting}" in problem and "--snr_floor 1e-3" in problem
+    assert train_problems(update(GOOD, {**change, "snr_floor": 1e-3})) == []
+
+
+def test_a_schedule_is_written_down_but_for_the_flow_that_has_its_own():
+    assert train_config([], None).objective.noise_schedule == "linear"
+    assert train_config(["--prediction_type", "flow"], None).objective.noise_schedule is None
+    assert train_problems(train_config(["--prediction_type", "flow", "--output_dir", "x"], None)) == []
 
 
 def test_the_floor_makes_debiased_on_the_cosine_schedule_usable():

@@ -17,24 +17,31 @@ from debias_diffusers.model import build_unet
 from debias_diffusers.pipeline import load_pipeline
 from debias_diffusers.sampling import draw, sample
 from debias_diffusers.schedule import make_schedule
-from debias_diffusers.schedulers import SCHEDULERS, exported_scheduler, make_scheduler
+from debias_diffusers.schedulers import FLOW, SCHEDULERS, default_scheduler, exported_scheduler, make_scheduler
 
 MEAN, STD = 0.3, 0.2
 
 
-def sample_gaussian(objective, scheduler, count=20_000):
+def sample_gaussian(objective, scheduler, count=20_000, values=None):
     """Draws with the exact network of N(MEAN, STD^2): its best prediction of x_0 has a closed form."""
     schedule = make_schedule(objective)
     x_t = torch.randn(count, 1, generator=torch.Generator().manual_seed(0))
-    chance = {"generator": torch.Generator().manual_seed(1)} if "generator" in scheduler.step.__code__.co_varnames else {}
+    stochastic = "generator" in scheduler.step.__code__.co_varnames and objective.prediction_type != "flow"
+    chance = {"generator": torch.Generator().manual_seed(1)} if stochastic else {}
     visited = []
     for t in scheduler.timesteps:
-        a, s = schedule.a[int(t)].item(), schedule.s[int(t)].item()
+        if objective.prediction_type == "flow":
+            s = t.item() / objective.num_train_timesteps
+            a = 1 - s
+        else:
+            a, s = schedule.a[int(t)].item(), schedule.s[int(t)].item()
         x_0 = MEAN + a * STD**2 / (a**2 * STD**2 + s**2) * (x_t - a * MEAN)
         noise = (x_t - a * x_0) / s
-        prediction = {"epsilon": noise, "sample": x_0, "v_prediction": a * noise - s * x_0}[objective.prediction_type]
+        prediction = {"epsilon": noise, "sample": x_0, "v_prediction": a * noise - s * x_0, "flow": noise - x_0}[objective.prediction_type]
+        if values is not None:
+            prediction = torch.cat([prediction, torch.full_like(prediction, values)], dim=1)
         x_t = scheduler.step(prediction, t, x_t, **chance).prev_sample
-        visited.append(int(t))
+        visited.append(float(t))
     return x_t, visited
 
 
@@ -44,7 +51,10 @@ def unclipped(objective):
     return own
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+BETAS = [name for name in SCHEDULERS if name not in FLOW]  # solvers of schedules with betas
+
+
+@pytest.mark.parametrize("name", BETAS)
 @pytest.mark.parametrize("space", ("epsilon", "sample", "v_prediction"))
 @pytest.mark.parametrize("schedule, shift", [("linear", 64.0), ("linear", 1.0), ("cosine", 1.0)])
 def test_every_solver_draws_the_right_distribution_for_every_target(name, space, schedule, shift):
@@ -54,6 +64,55 @@ def test_every_solver_draws_the_right_distribution_for_every_target(name, space,
     # halves with twice the steps; a wrong target or schedule is off by a factor of two and more.
     assert abs(drawn.mean() - MEAN) < 0.01
     assert abs(drawn.std() / STD - 1) < 0.13
+
+
+@pytest.mark.parametrize("name", BETAS)
+@pytest.mark.parametrize("space", ("sample", "v_prediction"))
+@pytest.mark.parametrize("shift", (1.0, 64.0))
+def test_every_solver_starts_from_pure_noise(name, space, shift):
+    objective = ObjectiveConfig(prediction_type=space, rescale_betas_zero_snr=True, schedule_shift=shift)
+    scheduler = make_scheduler(name, unclipped(objective), "linspace", 100)
+    assert scheduler.timesteps[0] == 999
+    drawn, _ = sample_gaussian(objective, scheduler)
+    assert abs(drawn.mean() - MEAN) < 0.01
+    assert abs(drawn.std() / STD - 1) < 0.13
+
+
+@pytest.mark.parametrize("name, steps, close", [("flow_euler", 100, 0.08), ("flow_heun", 30, 0.03)])
+@pytest.mark.parametrize("shift", (1.0, 64.0, 0.1))
+def test_flow_solvers_draw_the_right_distribution(name, steps, close, shift):
+    objective = ObjectiveConfig(prediction_type="flow", schedule_shift=shift)
+    scheduler = make_scheduler(name, exported_scheduler(objective), "linspace", steps)
+    drawn, visited = sample_gaussian(objective, scheduler)
+    assert visited[0] == 1000 and len(visited) == (steps if name == "flow_euler" else 2 * steps - 1)
+    assert abs(drawn.mean() - MEAN) < 0.01
+    assert abs(drawn.std() / STD - 1) < close
+
+
+@pytest.mark.parametrize("values", (-1.0, 0.0, 1.0))
+def test_ddpm_draws_with_a_learned_variance(values):
+    objective = ObjectiveConfig(learn_sigma=True, schedule_shift=64.0)
+    drawn, _ = sample_gaussian(objective, make_scheduler("ddpm", unclipped(objective), "linspace", 1000), count=4000, values=values)
+    assert abs(drawn.mean() - MEAN) < 0.01
+    assert abs(drawn.std() / STD - 1) < 0.05
+
+
+@pytest.mark.parametrize("variance_type", ("fixed_small", "fixed_large"))
+def test_a_fixed_variance_is_exported_as_configured(variance_type):
+    objective = ObjectiveConfig(variance_type=variance_type)
+    assert exported_scheduler(objective).config.variance_type == variance_type
+    assert exported_scheduler(ObjectiveConfig(learn_sigma=True)).config.variance_type == "learned_range"
+
+
+def test_solvers_of_another_kind_of_model_are_refused():
+    flow, plain = (exported_scheduler(ObjectiveConfig(prediction_type=space)) for space in ("flow", "v_prediction"))
+    with pytest.raises(InputError, match="the model is a rectified flow; take --scheduler flow_heun"):
+        make_scheduler("unipc", flow, "linspace", 10)
+    with pytest.raises(InputError, match=r"it predicts v_prediction\); take --scheduler unipc"):
+        make_scheduler("flow_euler", plain, "linspace", 10)
+    with pytest.raises(InputError, match="spacing is trailing, but scheduler flow_heun has linspace only"):
+        make_scheduler("flow_heun", flow, "trailing", 10)
+    assert (default_scheduler(flow), default_scheduler(plain)) == ("flow_heun", "unipc")
 
 
 @pytest.mark.parametrize("name", ("ddim", "dpmsolver++", "unipc"))
@@ -104,7 +163,7 @@ def test_ddpm_adds_no_noise_after_its_last_step():
 def test_solvers_have_the_schedule_of_the_model():
     objective = ObjectiveConfig(schedule_shift=64.0)
     expected = make_schedule(objective).alphas_cumprod
-    for name in SCHEDULERS:
+    for name in BETAS:
         scheduler = make_scheduler(name, exported_scheduler(objective), "linspace", 20)
         assert (scheduler.alphas_cumprod.double() - expected).abs().max() < 1e-6
 
@@ -118,13 +177,13 @@ def test_impossible_steps_are_refused(name, steps, named):
 # ---- a small random model --------------------------------------------------------------------------------------------
 
 
-def small_pipeline(classes=0):
+def small_pipeline(classes=0, **objective):
     torch.manual_seed(0)
     unet = build_unet(
         {
             "sample_size": 8,
             "in_channels": 1,
-            "out_channels": 1,
+            "out_channels": 2 if objective.get("learn_sigma") else 1,
             "block_out_channels": [8, 16],
             "norm_num_groups": 8,
             "layers_per_block": 1,
@@ -134,7 +193,7 @@ def small_pipeline(classes=0):
             "num_class_embeds": classes + 1 if classes else None,
         }
     )
-    pipeline = PixelPipeline(unet, exported_scheduler(ObjectiveConfig(schedule_shift=64.0)), null_label=classes or None)
+    pipeline = PixelPipeline(unet, exported_scheduler(ObjectiveConfig(schedule_shift=64.0, **objective)), null_label=classes or None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -162,6 +221,22 @@ def test_guidance_is_the_formula_and_uses_the_dropped_label():
         guided = pipeline._predict(x_t, t, labels, 3.0)
     torch.testing.assert_close(guided, without + 3 * (with_label - without), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(with_label, without)
+
+
+@pytest.mark.parametrize("name", BETAS)
+def test_the_channels_of_a_learned_variance_reach_ddpm_alone(name):
+    pipeline = small_pipeline(classes=3, learn_sigma=True)
+    pipeline.scheduler = make_scheduler(name, pipeline.scheduler, "linspace", 5)
+    x_t, t, labels = torch.randn(2, 1, 8, 8), torch.tensor(500), torch.tensor([0, 2])
+    with torch.no_grad():
+        output, without = (pipeline.unet(x_t, t, given).sample for given in (labels, torch.tensor([3, 3])))
+        guided = pipeline._predict(x_t, t, labels, 3.0)
+    expected = without[:, :1] + 3 * (output[:, :1] - without[:, :1])
+    torch.testing.assert_close(guided[:, :1], expected, rtol=1e-4, atol=1e-5)
+    assert guided.shape[1] == (2 if name == "ddpm" else 1)
+    if name == "ddpm":  # the variance is not guided
+        torch.testing.assert_close(guided[:, 1:], output[:, 1:])
+    assert len(draw(pipeline, range(2), seed=0, steps=5, labels=[0, 1])) == 2
 
 
 def test_labels_that_the_model_does_not_have_are_refused():

@@ -14,26 +14,29 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, Forked, command, metrics, run, tensors, train_args
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load
 
-from debias_diffusers import training
+from debias_diffusers import chance, training
 from debias_diffusers.cli import train_config
 from debias_diffusers.config import DataConfig, OptimizationConfig
 from debias_diffusers.data import TrainingData
 from debias_diffusers.ema import EMA
 from debias_diffusers.errors import InputError
+from debias_diffusers.loss import make_objective
 from debias_diffusers.pipeline import load_pipeline
 from debias_diffusers.run import open_run
 from debias_diffusers.sources import open_source
 from debias_diffusers.training import learning_rate
+from debias_diffusers.weighting import effective_sample_size
 
 
-def same(one, other, step):
+def same(one, other, step, more=()):
     """Every tensor of network, averages and optimizer bit-equal, and the metrics equal."""
     assert metrics(one) == metrics(other)
     left, right = tensors(one, step), tensors(other, step)
-    assert set(left) == {"model.safetensors", "ema_0.9.safetensors", "ema_0.99.safetensors", "optimizer.safetensors"}
+    assert set(left) == {"model.safetensors", "ema_0.9.safetensors", "ema_0.99.safetensors", "optimizer.safetensors", *more}
     assert left == right
 
 
@@ -66,6 +69,99 @@ def test_killed_three_times_the_run_ends_with_the_same_bits(tmp_path):
     for name in ("unet/diffusion_pytorch_model.safetensors", "model_index.json", "README.md", "config.json"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
     assert not list(killed.rglob(".draft*"))
+
+
+LEARNING = ["--timestep_sampler", "loss_second_moment", "--num_train_timesteps", 8, "--noise_schedule", "cosine", "--snr_floor", 1e-3]
+
+
+@pytest.mark.parametrize(
+    "flags, more",
+    [
+        (LEARNING, {"sampler.safetensors"}),
+        (["--timestep_sampler", "stratified", "--learn_sigma", "--micro_batch_size", 3], set()),
+        (["--prediction_type", "flow", "--timestep_sampler", "logit_normal"], set()),
+    ],
+)
+def test_every_way_to_draw_t_resumes_with_the_same_bits(tmp_path, flags, more):
+    """Checkpoints at steps 6, 12, ...; lines at 4, 8, ...: a resume falls between two lines."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = [*flags, "--log_every", 4, "--lr_schedule", "constant", "--max_grad_norm", 1]
+    for folder, steps in ((whole, 24), (resumed, 6), (resumed, 18), (resumed, 24)):
+        code, _, err = run(*train_args(folder, *flags, "--max_steps", steps))
+        assert code == 0, err
+    same(whole, resumed, 24, more)
+    assert [line["step"] for line in metrics(whole)] == [4, 8, 12, 16, 20, 24]
+
+
+def test_loss_second_moment_learns_from_all_processes(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = [*LEARNING, "--dropout", 0, "--lr_schedule", "constant"]
+    code, _, err = run(*train_args(one, *flags))
+    assert code == 0, err
+    code, err = launched(2, *train_args(two, *flags))
+    assert code == 0, err
+    alone, together = (load(tensors(folder, 24)["sampler.safetensors"]) for folder in (one, two))
+    assert alone["counts"].sum() == 24 * 8 and torch.equal(alone["counts"], together["counts"])
+    torch.testing.assert_close(alone["losses"], together["losses"], rtol=1e-4, atol=0)
+    for left, right in zip(metrics(one), metrics(two)):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+        assert [value or 0 for value in left["loss_by_t"]] == pytest.approx([value or 0 for value in right["loss_by_t"]], rel=1e-4)
+        assert left["effective_sample_size"] == pytest.approx(right["effective_sample_size"], rel=1e-4)
+
+
+def test_a_line_of_metrics_tells_what_every_noise_level_costs(tmp_path):
+    """Of all samples since the line before: with 24 steps of 8 and one line, 192."""
+    code, _, err = run(*train_args(tmp_path / "run", "--log_every", 24, "--learn_sigma", "--max_grad_norm", 3))
+    assert code == 0, err
+    (line,) = metrics(tmp_path / "run")
+    assert all(len(line[name]) == 10 and None not in line[name] for name in ("loss_by_t", "mse_by_t", "bound_by_t"))
+    assert line["loss_by_t"] == sorted(line["loss_by_t"])  # the debiased weight of the noise grows with t
+    assert 0 < line["clip_rate"] < 1
+    weights = make_objective(train_config(["--config", str(TINY)], None).objective).weights
+    u = torch.tensor([chance.uniform(0, "timestep", p) for p in range(192)], dtype=torch.float64)
+    assert line["effective_sample_size"] == pytest.approx(effective_sample_size(weights[(u * 1000).long()]), rel=1e-5)
+
+
+def test_the_mean_over_the_levels_is_the_loss(tmp_path):
+    assert run(*train_args(tmp_path / "run", "--max_steps", 4))[0] == 0
+    for line in metrics(tmp_path / "run"):
+        seen = [value for value in line["loss_by_t"] if value is not None]
+        assert min(seen) <= line["loss"] <= max(seen)
+
+
+def test_the_tracker_gets_a_number_for_each_part_of_the_levels(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(*train_args(tmp_path / "run", "--log_every", 12, "--report_to", "tensorboard"))[0] == 0
+    (events,) = (tmp_path / "run" / "logs").rglob("events.out*.0")
+    tracked = EventAccumulator(str(events))
+    tracked.Reload()
+    lines = metrics(tmp_path / "run")
+    values = [event.value for event in tracked.Scalars("loss_by_t/0.9-1.0")]
+    assert values == pytest.approx([line["loss_by_t"][9] for line in lines])
+    assert {"clip_rate", "effective_sample_size", "grad_norm", "mse_by_t/0.0-0.1"} <= set(tracked.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    "flags, kind",
+    [
+        (["--prediction_type", "flow"], FlowMatchEulerDiscreteScheduler),
+        (["--learn_sigma", "--weighting", "variational"], DDPMScheduler),
+        (["--prediction_type", "v_prediction", "--rescale_betas_zero_snr", "--terminal_weight_floor", 0.5], DDPMScheduler),
+    ],
+)
+def test_stock_diffusers_draws_with_every_kind_of_model(tmp_path, flags, kind):
+    code, _, err = run(*train_args(tmp_path / "run", *flags, "--max_steps", 6, "--sample_every", 6))
+    assert code == 0, err
+    assert (tmp_path / "run" / "samples" / "step-00000006.png").is_file()
+    pipeline = DDPMPipeline.from_pretrained(str(tmp_path / "run"))
+    assert type(pipeline.scheduler) is kind
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(batch_size=2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert drawn.shape == (2, 8, 8, 1) and np.isfinite(drawn).all()
+    code, _, err = run("sample.py", tmp_path / "run", "--num_images", 4, "--steps", 5)
+    solver = "flow_heun" if "flow" in flags else "unipc"
+    assert code == 0 and (tmp_path / "run" / "samples" / f"{solver}-5" / "000003.png").is_file()
 
 
 def test_a_finished_run_is_left_as_it_is(trained):
@@ -336,7 +432,8 @@ def test_the_run_directory_is_laid_out_as_documented(trained):
     assert there - drawn == {".lock", "config.json", "metrics.jsonl", "README.md"} | pipeline | kept
     assert json.loads((trained / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"
     line = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
-    assert set(line) == {"step", "loss", "learning_rate", "grad_norm", "images_per_second"}
+    told = {"loss", "loss_by_t", "mse_by_t", "learning_rate", "grad_norm", "clip_rate", "effective_sample_size"}
+    assert set(line) == {"step", "images_per_second"} | told
     config = json.loads((trained / "config.json").read_text())
     card = (trained / "README.md").read_text()
     assert all(f"| {name} | " in card for name in config)
@@ -405,7 +502,7 @@ def test_averages_follow_their_closed_form():
 
 def test_out_of_memory_proposes_a_smaller_micro_batch(tmp_path, monkeypatch):
     config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path / "run")], None)
-    monkeypatch.setattr(training.Trainer, "_losses", lambda *_: torch.empty(2**60))
+    monkeypatch.setattr(training.Trainer, "_terms", lambda *_: torch.empty(2**60))
     with pytest.raises(InputError, match="8 images per forward; add --micro_batch_size 4"):
         training.train(config, open_run(config), SimpleNamespace(signum=0))
 

@@ -1,0 +1,89 @@
+"""The weights of an objective as a picture and as numbers."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from pathlib import Path
+from typing import get_args
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .config import ObjectiveConfig, PredictionType, WeightsConfig
+from .files import write_file
+from .loss import weight_table
+from .rules import SPACES_OF_OTHERS
+from .run import say
+from .schedule import Schedule, make_schedule
+
+SPACES: tuple[PredictionType, ...] = get_args(PredictionType)
+DECADES = 7  # of weights that a picture shows
+
+Tables = dict[str, dict[PredictionType, Tensor]]  # weighting: space: (T,) weights
+
+
+def draw_weights(config: WeightsConfig) -> None:
+    """Writes `weights.csv` and `weights.png` into the output directory.
+
+    Raises:
+        CannotWriteError: the directory cannot be made or written to.
+    """
+    schedule = make_schedule(config.objective)
+    tables = {name: _table(config.objective, schedule, name) for name in (config.objective.weighting, *config.against)}
+    folder = Path(config.output_dir)
+    write_file(folder / "weights.csv", _csv(schedule, tables).encode())
+    box = io.BytesIO()
+    _figure(schedule, tables).savefig(box, format="png", dpi=110)
+    write_file(folder / "weights.png", box.getvalue())
+    say(f"weights of {len(schedule)} noise levels in {folder / 'weights.csv'}, drawn in {folder / 'weights.png'}")
+
+
+def _table(objective: ObjectiveConfig, schedule: Schedule, name: str) -> dict[PredictionType, Tensor]:
+    """The weights (T,) in each space in which they have a meaning."""
+    config = dataclasses.replace(objective, weighting=name)
+    return {space: weight_table(config, schedule, space) for space in SPACES if space in SPACES_OF_OTHERS.get(name, SPACES)}
+
+
+def _csv(schedule: Schedule, tables: Tables) -> str:
+    """One line for each weighting and level: its t, SNR, log SNR, and the weight in each space (empty without a meaning)."""
+    box = io.StringIO()
+    writer = csv.writer(box)
+    writer.writerow(["weighting", "t", "snr", "log_snr", *SPACES])
+    for name, table in tables.items():
+        columns = [table[space].tolist() if space in table else [""] * len(schedule) for space in SPACES]
+        writer.writerows(
+            [name, t, snr, log_snr, *weights]
+            for t, (snr, log_snr, *weights) in enumerate(zip(schedule.snr.tolist(), schedule.snr.log().tolist(), *columns))
+        )
+    return box.getvalue()
+
+
+def _figure(schedule: Schedule, tables: Tables) -> Figure:
+    """Spaces from left to right; above over t, below over log SNR."""
+    figure = Figure(figsize=(4.2 * len(SPACES), 7), layout="constrained")
+    axes = figure.subplots(2, len(SPACES), squeeze=False)
+    for column, space in enumerate(SPACES):
+        lines = {name: table[space] for name, table in tables.items() if space in table}
+        _draw(axes[0][column], torch.arange(len(schedule)), lines, "t")
+        _draw(axes[1][column], schedule.snr.log(), lines, "log SNR")
+        axes[0][column].set_title(f"weight of the squared error of {space}")
+    axes[0][0].legend(fontsize="small")
+    return figure
+
+
+def _draw(axes: Axes, x: Tensor, lines: dict[str, Tensor], label: str) -> None:
+    top = 0.0
+    for k, (name, weights) in enumerate(lines.items()):
+        seen = x.isfinite() & weights.isfinite() & (weights > 0)
+        # Thinner and thinner, so that lines on top of each other are all seen.
+        axes.plot(x[seen].numpy(), weights[seen].numpy(), label=name, linewidth=1.2 + 0.8 * (len(lines) - 1 - k))
+        top = max(top, weights[seen].max().item())
+    axes.set_yscale("log")
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.3)
+    bottom, _ = axes.get_ylim()
+    axes.set_ylim(max(bottom, top / 10**DECADES), top * 2)

@@ -1,0 +1,143 @@
+"""How t is drawn: the densities, what the correction keeps, what stratification saves, and what is learned."""
+
+import math
+
+import pytest
+import torch
+
+from debias_diffusers import chance
+from debias_diffusers.config import ObjectiveConfig
+from debias_diffusers.schedule import make_schedule
+from debias_diffusers.timesteps import HISTORY, LossSecondMoment, TimestepSampler, make_timestep_sampler
+
+CORRECTED = ("uniform", "stratified", "log_normal_corrected", "logit_normal_corrected", "loss_second_moment")
+
+
+def sampler_of(name, batch_size=16, **options):
+    config = ObjectiveConfig(timestep_sampler=name, **options)
+    return make_timestep_sampler(config, make_schedule(config), batch_size)
+
+
+def uniforms(n):
+    return torch.tensor([chance.uniform(0, "timestep", p) for p in range(n)], dtype=torch.float64)
+
+
+def test_every_timestep_is_drawn_equally_often():
+    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    uniform = sampler_of("uniform")
+    assert torch.bincount(uniform.draw(u, range(10_000))).tolist() == [10] * 1000
+    assert uniform.draw(torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), range(2)).tolist() == [0, 999]
+    assert torch.equal(uniform.corrections, torch.ones(1000, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", (*CORRECTED, "log_normal", "logit_normal"))
+def test_levels_are_drawn_with_their_probabilities(name):
+    sampler = sampler_of(name, batch_size=100, num_train_timesteps=50, timestep_std=0.8, noise_schedule="cosine")
+    t = sampler.draw(uniforms(100_000), range(100_000))
+    assert sampler.probabilities.sum().item() == pytest.approx(1)
+    frequencies = torch.bincount(t, minlength=50) / 100_000
+    assert (frequencies - sampler.probabilities).abs().max() < 0.004
+
+
+@pytest.mark.parametrize("name", CORRECTED)
+def test_a_corrected_sampler_keeps_the_objective(name):
+    """The mean of any corrected loss is that of uniform t."""
+    sampler = sampler_of(name, num_train_timesteps=60, timestep_mean=0.5, noise_schedule="cosine")
+    if sampler.learns:
+        levels = torch.arange(60).repeat(HISTORY)
+        sampler.update(levels, torch.rand(len(levels), generator=torch.Generator().manual_seed(0)) * levels)
+        assert sampler.probabilities.max() > 2 * sampler.probabilities.min()
+    losses = torch.linspace(0, 3, 60, dtype=torch.float64) ** 2
+    assert (sampler.probabilities * sampler.corrections * losses).sum().item() == pytest.approx(losses.mean().item())
+    assert sampler.corrections.max() <= 1000.0
+    t = sampler.draw(uniforms(160_000), range(160_000))
+    assert (sampler.corrections[t] * losses[t]).mean().item() == pytest.approx(losses.mean().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ("log_normal", "logit_normal"))
+def test_what_changes_the_objective_says_so_by_its_density(name):
+    sampler, corrected = sampler_of(name), sampler_of(f"{name}_corrected")
+    assert not sampler.corrected and torch.equal(sampler.corrections, torch.ones(1000, dtype=torch.float64))
+    assert corrected.corrections.max() <= 10
+    torch.testing.assert_close(corrected.probabilities, 0.9 * sampler.probabilities + 1e-4)
+
+
+def test_logit_normal_is_the_logistic_of_a_normal():
+    sampler = sampler_of("logit_normal", timestep_mean=-0.4, timestep_std=1.3, prediction_type="flow")
+    normal = torch.randn(400_000, generator=torch.Generator().manual_seed(0)) * 1.3 - 0.4
+    share = torch.histc(torch.sigmoid(normal), bins=20, min=0, max=1) / 400_000
+    torch.testing.assert_close(sampler.probabilities.view(20, 50).sum(1).float(), share, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("options", [{"noise_schedule": "cosine"}, {"prediction_type": "flow"}, {"schedule_shift": 16.0}])
+def test_log_normal_is_normal_in_the_log_of_the_noise(options):
+    sampler = sampler_of("log_normal", timestep_mean=-1.2, timestep_std=1.2, **options)
+    log_noise = -make_schedule(ObjectiveConfig(**options)).snr.log() / 2
+    for z in (-1.0, 0.0, 1.0):
+        below = sampler.probabilities[log_noise < -1.2 + 1.2 * z].sum().item()
+        assert below == pytest.approx((1 + math.erf(z / math.sqrt(2))) / 2, abs=0.02)
+
+
+def test_log_normal_and_logit_normal_are_one_on_the_straight_path():
+    """ln(s / a) = ln(t / (1 - t)) there, as long as it is not shifted."""
+    one, other = (sampler_of(name, prediction_type="flow").probabilities.cumsum(0) for name in ("log_normal", "logit_normal"))
+    assert (one - other).abs().max() < 1e-3
+
+
+def test_strata_hold_one_sample_of_each_step_and_follow_from_the_position():
+    sampler = sampler_of("stratified", batch_size=20)
+    u = uniforms(60)
+    whole = sampler.draw(u, range(60))
+    for step in range(3):
+        assert (whole[20 * step : 20 * step + 20] // 50).tolist() == list(range(20))
+    # Of several processes, or in pieces, each draws what one would.
+    assert torch.equal(torch.cat([sampler.draw(u[a:b], range(a, b)) for a, b in ((0, 13), (13, 30), (30, 60))]), whole)
+
+
+def test_stratification_lowers_the_variance_of_the_loss():
+    losses = torch.linspace(-3, 3, 1000, dtype=torch.float64).exp()
+    variances = {}
+    for name in ("uniform", "stratified"):
+        t = sampler_of(name, batch_size=64).draw(uniforms(64 * 500), range(64 * 500))
+        variances[name] = losses[t].view(500, 64).mean(1).var().item()
+    assert variances["stratified"] < variances["uniform"] / 50
+
+
+def test_loss_second_moment_is_uniform_until_it_knows_every_level():
+    sampler = LossSecondMoment(5)
+    sampler.update(torch.arange(4).repeat(HISTORY), torch.ones(4 * HISTORY))
+    assert sampler.probabilities.tolist() == [0.2] * 5
+    sampler.update(torch.tensor([4] * HISTORY), torch.full((HISTORY,), 2.0))
+    expected = torch.tensor([1, 1, 1, 1, 2], dtype=torch.float64) / 6 * 0.999 + 0.001 / 5
+    torch.testing.assert_close(sampler.probabilities, expected)
+
+
+def test_loss_second_moment_remembers_the_last_losses_only():
+    sampler = LossSecondMoment(2)
+    losses = torch.cat([torch.full((2 * HISTORY,), 100.0), torch.tensor([3.0, 4.0] * HISTORY)])
+    sampler.update(torch.tensor([0, 1] * (2 * HISTORY)), losses)
+    torch.testing.assert_close(sampler.probabilities, torch.tensor([3, 4], dtype=torch.float64) / 7 * 0.999 + 0.0005)
+
+
+def test_loss_second_moment_has_the_least_variance():
+    """With losses that are known, no other corrected sampler estimates their mean as well."""
+    T = 100
+    losses = torch.linspace(-4, 2, T, dtype=torch.float64).exp()
+    learned = LossSecondMoment(T)
+    learned.update(torch.arange(T).repeat(HISTORY), losses.repeat(HISTORY))
+
+    def variance(sampler: TimestepSampler) -> float:
+        p, c = sampler.probabilities, sampler.corrections
+        return ((p * (c * losses) ** 2).sum() - (p * c * losses).sum() ** 2).item()
+
+    others = [sampler_of(name, num_train_timesteps=T, noise_schedule="cosine") for name in CORRECTED[:-1]]
+    assert variance(learned) < min(map(variance, others)) / 100
+
+
+def test_what_loss_second_moment_learned_comes_back():
+    one, other = LossSecondMoment(3), LossSecondMoment(3)
+    one.update(torch.arange(3).repeat(HISTORY + 3), torch.rand(3 * (HISTORY + 3), generator=torch.Generator().manual_seed(0)))
+    other.load(one.state())
+    for sampler in (one, other):
+        sampler.update(torch.tensor([0, 2]), torch.tensor([5.0, 6.0]))
+    assert torch.equal(one.probabilities, other.probabilities)

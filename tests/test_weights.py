@@ -1,0 +1,51 @@
+"""eval.py weights: the numbers of the tables, in a file and in a picture."""
+
+import csv
+import math
+
+import pytest
+from conftest import run
+from PIL import Image
+
+from debias_diffusers.config import ObjectiveConfig
+from debias_diffusers.loss import make_objective
+
+
+def rows(folder):
+    with open(folder / "weights.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("options", [{}, {"noise_schedule": "cosine"}, {"prediction_type": "flow", "terminal_weight_floor": 0.5}])
+def test_the_numbers_are_those_of_the_objective(tmp_path, options):
+    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+    code, _, err = run("eval.py", "weights", *flags, "--against", "min_snr", "debiased_kohya", "--output_dir", tmp_path / "w")
+    assert code == 0, err
+    found = rows(tmp_path / "w")
+    assert len(found) == 3000 and {row["weighting"] for row in found} == {"debiased", "min_snr", "debiased_kohya"}
+    space = options.get("prediction_type", "epsilon")
+    objective = make_objective(ObjectiveConfig(**options))
+    for t in (0, 500, 999):
+        row = found[t]
+        assert float(row["t"]) == t and float(row["snr"]) == objective.schedule.snr[t].item()
+        assert float(row["log_snr"]) == pytest.approx(math.log(row_snr) if (row_snr := float(row["snr"])) else -math.inf)
+        assert float(row[space]) == objective.weights[t].item()
+    assert found[2000]["sample"] == "" and found[2000]["v_prediction"] != ""  # kohya's code knows no prediction of x_0
+    assert Image.open(tmp_path / "w" / "weights.png").size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--weighting", "debias"], "did you mean debiased"),
+        (["--against", "variational"], "no weights to draw"),
+        (["--snr_gamma", "3"], "snr_gamma is 3.0, but changes no weight of debiased"),
+        (["--learn_sigma"], "learn_sigma is True, but changes no weight"),
+        (["--timestep_sampler", "logit_normal"], "timestep_sampler is logit_normal, but changes no weight"),
+        (["--prediction_type", "flow", "--noise_schedule", "linear"], "noise_schedule is linear"),
+        (["--snr_floor=-1"], "snr_floor is -1"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(tmp_path, flags, named):
+    code, _, err = run("eval.py", "weights", *flags, "--output_dir", tmp_path / "w")
+    assert code == 2 and named in err and not (tmp_path / "w").exists()
