@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import yaml
 
-from .config import TrainConfig, stored
+from .config import ObjectiveConfig, TrainConfig, stored
+from .rules import SPACES_OF_OTHERS
 
 
 def model_card(config: TrainConfig, step: int, num_classes: int) -> str:
@@ -26,9 +27,8 @@ def model_card(config: TrainConfig, step: int, num_classes: int) -> str:
 
 # A diffusion model trained with debias_diffusers
 
-Step {step} of {config.optimization.max_steps}; the weights are averaged at the rate {config.optimization.ema_decay[0]}. The squared
-error of the network's {objective.prediction_type} is weighted with `{objective.weighting}`, a weight defined on the error of the
-noise and converted to what the network predicts. `debiased` is 1/sqrt(SNR), from arXiv 2310.08442.
+Step {step} of {config.optimization.max_steps}; the weights are averaged at the rate {config.optimization.ema_decay[0]}.
+{_objective(objective)}
 
 ```python
 {how}
@@ -40,6 +40,26 @@ noise and converted to what the network predicts. `debiased` is 1/sqrt(SNR), fro
 |---|---|
 {rows}
 """
+
+
+def _objective(objective: ObjectiveConfig) -> str:
+    """What was minimised, in sentences: the weighting, and all else that decides it."""
+    if objective.weighting == "variational":
+        return f"The network predicts {objective.prediction_type} and a variance; the variational bound was minimised, without weights."
+    ours = "a weight defined on the error of the noise and converted to what the network predicts"
+    meaning = "as other code has it" if objective.weighting in SPACES_OF_OTHERS else ours
+    sentences = [
+        f"The squared error of the network's {objective.prediction_type} is weighted with `{objective.weighting}`, {meaning}.",
+        "`debiased` is 1/sqrt(SNR), from arXiv 2310.08442.",
+    ]
+    if objective.timestep_sampler in ("log_normal", "logit_normal"):
+        sentences.append(
+            f"t was drawn with the density `{objective.timestep_sampler}` (mean {objective.timestep_mean}, standard deviation "
+            f"{objective.timestep_std}) without correction, so the objective is the weighting times this density."
+        )
+    if objective.learn_sigma:
+        sentences.append("The variance of a sampling step is learned by the variational bound.")
+    return "\n".join(sentences)
 
 
 def _cell(value: object) -> str:

@@ -37,7 +37,7 @@ def draw_weights(config: WeightsConfig) -> None:
     folder = Path(config.output_dir)
     write_file(folder / "weights.csv", _csv(schedule, tables).encode())
     box = io.BytesIO()
-    _figure(schedule, tables).savefig(box, format="png", dpi=110)
+    _figure(schedule, tables).savefig(box, format="png", dpi=90)
     write_file(folder / "weights.png", box.getvalue())
     say(f"weights of {len(schedule)} noise levels in {folder / 'weights.csv'}, drawn in {folder / 'weights.png'}")
 
@@ -80,7 +80,7 @@ def _draw(axes: Axes, x: Tensor, lines: dict[str, Tensor], label: str) -> None:
     for k, (name, weights) in enumerate(lines.items()):
         seen = x.isfinite() & weights.isfinite() & (weights > 0)
         # Thinner and thinner, so that lines on top of each other are all seen.
-        axes.plot(x[seen].numpy(), weights[seen].numpy(), label=name, linewidth=1.2 + 0.8 * (len(lines) - 1 - k))
+        axes.plot(x[seen].numpy(), weights[seen].numpy(), label=name, linewidth=1.2 + 0.5 * (len(lines) - 1 - k))
         top = max(top, weights[seen].max().item())
     axes.set_yscale("log")
     axes.set_xlabel(label)

@@ -11,8 +11,8 @@ PACKAGE = ROOT / "debias_diffusers"
 ORDER = [
     {"errors", "chance", "ema"},
     {"config", "files", "images"},
-    {"rules", "schedule", "checkpoint", "model", "sources", "hub"},
-    {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "pipeline"},
+    {"rules", "schedule", "checkpoint", "model", "sources"},
+    {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "pipeline", "hub"},
     {"loss", "sampling", "machine"},
     {"pixels", "window", "plots"},
     {"progress"},

@@ -20,10 +20,11 @@ from safetensors.torch import load
 
 from debias_diffusers import chance, training
 from debias_diffusers.cli import train_config
-from debias_diffusers.config import DataConfig, OptimizationConfig
+from debias_diffusers.config import DataConfig, OptimizationConfig, update
 from debias_diffusers.data import TrainingData
 from debias_diffusers.ema import EMA
 from debias_diffusers.errors import InputError
+from debias_diffusers.hub import model_card
 from debias_diffusers.loss import make_objective
 from debias_diffusers.pipeline import load_pipeline
 from debias_diffusers.run import open_run
@@ -91,6 +92,34 @@ def test_every_way_to_draw_t_resumes_with_the_same_bits(tmp_path, flags, more):
         assert code == 0, err
     same(whole, resumed, 24, more)
     assert [line["step"] for line in metrics(whole)] == [4, 8, 12, 16, 20, 24]
+
+
+OWN_WEIGHTING = """
+from debias_diffusers import cli, register_weighting
+
+@register_weighting
+def fourth_root(snr):
+    return snr**-0.25
+
+if __name__ == "__main__":
+    raise SystemExit(cli.train())
+"""
+
+
+def test_a_script_with_a_weighting_of_its_own_is_launched(tmp_path):
+    script = tmp_path / "my_train.py"
+    script.write_text(OWN_WEIGHTING)
+    flags = ["--config", TINY, "--output_dir", tmp_path / "run", "--weighting", "fourth_root"]
+    code, err = launched(1, script, *flags, "--max_steps", 4)
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["weighting"] == "fourth_root"
+    (line, *_) = metrics(tmp_path / "run")
+    u = torch.tensor([chance.uniform(0, "timestep", p) for p in range(8)], dtype=torch.float64)
+    schedule = make_objective(train_config(["--config", str(TINY)], None).objective).schedule
+    expected = effective_sample_size(schedule.snr[(u * 1000).long()] ** -0.25)
+    assert line["effective_sample_size"] == pytest.approx(expected, rel=1e-5)
+    code, _, err = run("train.py", *flags, "--max_steps", 6)
+    assert code == 2 and "weighting is fourth_root, which is not known" in err
 
 
 def test_loss_second_moment_learns_from_all_processes(tmp_path):
@@ -441,6 +470,21 @@ def test_the_run_directory_is_laid_out_as_documented(trained):
     averaged = load(tensors(trained, 24)["ema_0.9.safetensors"])
     assert all(torch.equal(exported[name], averaged[name]) for name in exported)
     assert set(load(tensors(trained, 24)["model.safetensors"])) == set(exported)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({}, "epsilon is weighted with `debiased`, a weight defined on the error of the noise"),
+        ({"weighting": "debiased_kohya"}, "`debiased_kohya`, as other code has it"),
+        ({"timestep_sampler": "logit_normal"}, "density `logit_normal` (mean 0.0, standard deviation 1.0) without correction"),
+        ({"learn_sigma": True}, "The variance of a sampling step is learned"),
+        ({"learn_sigma": True, "weighting": "variational"}, "the variational bound was minimised, without weights"),
+    ],
+)
+def test_the_model_card_says_what_was_minimised(change, named):
+    config = update(train_config(["--config", str(TINY)], None), change)
+    assert named in model_card(config, 1, 0)
 
 
 def test_a_dry_run_shows_everything_and_makes_no_run(tmp_path):
