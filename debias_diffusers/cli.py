@@ -114,7 +114,8 @@ Evaluate diffusion models and their objectives. eval.py weights --help lists its
 
 WEIGHTS_HELP = """Draw the weights of an objective, over t and over log SNR and in every prediction space: weights.png and weights.csv.
 
-The flags are those of train.py. --prediction_type flow takes the noise levels of rectified flow; all spaces are drawn anyhow."""
+The flags of the objective are those of train.py. --prediction_type flow takes the noise levels of rectified flow; all spaces are
+drawn anyhow."""
 
 
 def _evaluate(argv: list[str]) -> None:

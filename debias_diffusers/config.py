@@ -54,6 +54,9 @@ CHANNEL_MULT = {256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4),
 DIGITS = "digits"
 DEFAULT_SCHEDULE: NoiseSchedule = "linear"
 
+# Ends of the betas at T = 1000; for other T they scale by 1000 / T, which keeps the noise of the last level about the same.
+BETA_ENDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "sigmoid": (1e-4, 0.02)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -110,7 +113,7 @@ class ObjectiveConfig:
     learn_sigma: bool = False  # the network also predicts the variance of a sampling step, by the variational bound
     variance_type: VarianceType | None = None  # of ddpm's steps where it is not learned; fixed_large if left out
     timestep_sampler: TimestepSampler = "uniform"  # how t is drawn; log_normal and logit_normal change the objective
-    timestep_mean: float = 0.0  # mean of ln(s/a) in log_normal, of ln(t/(1-t)) in logit_normal
+    timestep_mean: float = 0.0  # mean of ln(s/a) in log_normal, of ln(t/(1-t)) before any shift in logit_normal
     timestep_std: float = 1.0  # standard deviation of the same
 
 

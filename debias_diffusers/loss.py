@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .config import WEIGHTING_PARAMETERS, ObjectiveConfig, PredictionType
+from .errors import InputError
 from .schedule import Schedule, at, make_schedule
 from .timesteps import make_timestep_sampler
 from .variational import VariationalBound
@@ -78,9 +80,15 @@ class Objective:
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:
-    """The objective of a configuration."""
+    """The objective of a configuration.
+
+    Raises:
+        InputError: a noise level has no usable weight, or the schedule no noise that float32 can hold.
+    """
     schedule = make_schedule(config)
     weights = None if config.weighting == "variational" else weight_table(config, schedule, config.prediction_type)
+    if weights is not None:
+        _require_usable(weights, config, schedule)
     return Objective(schedule, config.prediction_type, weights, VariationalBound.of(schedule) if config.learn_sigma else None)
 
 
@@ -96,3 +104,16 @@ def weight_table(config: ObjectiveConfig, schedule: Schedule, prediction_type: P
         density = sampler.probabilities * sampler.corrections  # of the levels in the objective
         weights = weights / (density * weights).sum()
     return weights
+
+
+def _require_usable(weights: Tensor, config: ObjectiveConfig, schedule: Schedule) -> None:
+    """Raises InputError where a weight is negative or beyond float32, in which losses are summed, or where all are 0."""
+    usable = (weights >= 0) & (weights <= torch.finfo(torch.float32).max)
+    if not usable.all():
+        t = int((~usable).nonzero()[0])
+        raise InputError(
+            f"weighting {config.weighting} on {config.prediction_type} gives {weights[t]:.3g} at t = {t}, where the SNR is "
+            f"{schedule.snr[t]:.3g}; take other parameters, or bound the SNR with --snr_floor 1e-3 or --snr_ceiling 1000"
+        )
+    if weights.sum() == 0:
+        raise InputError(f"weighting {config.weighting} on {config.prediction_type} is 0 at every noise level; take other parameters")

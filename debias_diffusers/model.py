@@ -71,7 +71,7 @@ def _from_file(path: str, fixed: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"model_config {path} has keys that UNet2DModel does not know: {', '.join(unknown)}")
     for name, value in fixed.items():
         if name in values and values[name] != value:
-            raise InputError(f"model_config {path} has {name} {values[name]}, but the data ask for {value}; leave it out")
+            raise InputError(f"model_config {path} has {name} {values[name]}, but this run asks for {value}; leave it out")
     return values | fixed
 
 

@@ -35,17 +35,18 @@ def draw_weights(config: WeightsConfig) -> None:
     schedule = make_schedule(config.objective)
     tables = {name: _table(config.objective, schedule, name) for name in (config.objective.weighting, *config.against)}
     folder = Path(config.output_dir)
-    write_file(folder / "weights.csv", _csv(schedule, tables).encode())
     box = io.BytesIO()
     _figure(schedule, tables).savefig(box, format="png", dpi=90)
+    write_file(folder / "weights.csv", _csv(schedule, tables).encode())
     write_file(folder / "weights.png", box.getvalue())
     say(f"weights of {len(schedule)} noise levels in {folder / 'weights.csv'}, drawn in {folder / 'weights.png'}")
 
 
 def _table(objective: ObjectiveConfig, schedule: Schedule, name: str) -> dict[PredictionType, Tensor]:
-    """The weights (T,) in each space in which they have a meaning."""
+    """The weights (T,) in each space in which they have a meaning; without a finite mean they cannot be normalized."""
     config = dataclasses.replace(objective, weighting=name)
-    return {space: weight_table(config, schedule, space) for space in SPACES if space in SPACES_OF_OTHERS.get(name, SPACES)}
+    table = {space: weight_table(config, schedule, space) for space in SPACES if space in SPACES_OF_OTHERS.get(name, SPACES)}
+    return {space: weights for space, weights in table.items() if not weights.isnan().any()}
 
 
 def _csv(schedule: Schedule, tables: Tables) -> str:
@@ -77,13 +78,15 @@ def _figure(schedule: Schedule, tables: Tables) -> Figure:
 
 def _draw(axes: Axes, x: Tensor, lines: dict[str, Tensor], label: str) -> None:
     top = 0.0
+    largest = torch.finfo(torch.float32).max  # more would overflow the axis
     for k, (name, weights) in enumerate(lines.items()):
-        seen = x.isfinite() & weights.isfinite() & (weights > 0)
+        seen = x.isfinite() & (weights <= largest) & (weights > 0)
         # Thinner and thinner, so that lines on top of each other are all seen.
         axes.plot(x[seen].numpy(), weights[seen].numpy(), label=name, linewidth=1.2 + 0.5 * (len(lines) - 1 - k))
-        top = max(top, weights[seen].max().item())
+        top = max(top, *weights[seen].tolist())
     axes.set_yscale("log")
     axes.set_xlabel(label)
     axes.grid(alpha=0.3)
     bottom, _ = axes.get_ylim()
-    axes.set_ylim(max(bottom, top / 10**DECADES), top * 2)
+    if top > 0:
+        axes.set_ylim(max(bottom, top / 10**DECADES), top * 2)

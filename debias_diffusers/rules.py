@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .config import (
+    BETA_ENDS,
     CHANNEL_MULT,
     MODEL_NUMBERS,
     WEIGHTING_PARAMETERS,
@@ -165,17 +166,24 @@ SPACES_OF_OTHERS: dict[str, tuple[PredictionType, ...]] = {
 
 # Weights of the noise error that grow without bound as the SNR falls to 0.
 UNBOUNDED = {"debiased", "inverse_snr", "truncated_snr", "edm", *SPACES_OF_OTHERS}
+LEAST_FLOOR = 1e-4  # of the SNR, to be a bound worth its name: the debiased weights of the cosine schedule are then up to 100
 
 
 def objective_problems(objective: ObjectiveConfig) -> list[str]:
     """Everything that is wrong with an objective: combinations without a meaning, and values that would be ignored."""
     if unknown := _unknown_weighting(objective.weighting):
-        return [unknown]
-    found = _unused_problems(objective)
-    found += _weighting_problems(objective)
-    found += _schedule_problems(objective)
-    found += _variance_problems(objective)
-    return found
+        found = [unknown]
+    else:
+        found = [*_unused(objective).values(), *_weighting_problems(objective)]
+    return found + bound_problems(dataclasses.asdict(objective)) + _schedule_problems(objective) + _variance_problems(objective)
+
+
+def bound_problems(values: Mapping[str, Any]) -> list[str]:
+    """A floor of the SNR above its ceiling."""
+    floor, ceiling = values.get("snr_floor", 0.0), values.get("snr_ceiling", 0.0)
+    if 0 < ceiling < floor:
+        return [f"snr_ceiling is {ceiling}, but snr_floor is {floor}; take a ceiling above the floor"]
+    return []
 
 
 def _unknown_weighting(name: str) -> str | None:
@@ -186,38 +194,34 @@ def _unknown_weighting(name: str) -> str | None:
     return f"weighting is {name}, which is not known; {hint}"
 
 
-def _unused_problems(objective: ObjectiveConfig) -> list[str]:
-    """Values that the rest of the objective leaves no use for."""
+def _unused(objective: ObjectiveConfig) -> dict[str, str]:
+    """Fields that the rest of the objective leaves no use for, and a sentence for each."""
     weighting, sampler = objective.weighting, objective.timestep_sampler
     mine = WEIGHTING_PARAMETERS[weighting]
-    found = []
+    found = {}
     for name in dict.fromkeys(name for names in WEIGHTING_PARAMETERS.values() for name in names):
-        if name not in mine and _changed(objective, name):
+        if name not in mine:
             owners = " or ".join(other for other, names in WEIGHTING_PARAMETERS.items() if name in names)
-            found.append(
-                f"{name} is {getattr(objective, name)}, but weighting is {weighting}, which does not have it; "
-                f"take --weighting {owners} or leave {name} out"
-            )
+            found[name] = f"weighting is {weighting}, which does not have it; take --weighting {owners} or leave {name} out"
     # Of these weightings the value at the bound is the value at any SNR beyond it.
     flat = weighting in ("constant", "variational")
-    unused = {
+    without_use = {
         "snr_floor": flat or (weighting == "min_snr" and objective.snr_floor <= objective.snr_gamma),
         "snr_ceiling": flat or (weighting == "truncated_snr" and objective.snr_ceiling >= 1),
         "normalize_weights": weighting == "variational",
         "terminal_weight_floor": weighting == "variational",
     }
-    found += [
-        f"{name} is {getattr(objective, name)}, but changes nothing in weighting {weighting}; leave it out or take --weighting debiased"
-        for name, useless in unused.items()
-        if useless and _changed(objective, name)
-    ]
+    for name, useless in without_use.items():
+        if useless:
+            found[name] = f"changes nothing in weighting {weighting}; leave it out or take --weighting debiased"
     if not sampler.startswith(("log_normal", "logit_normal")):
-        found += [
-            f"{name} is {getattr(objective, name)}, but timestep_sampler is {sampler}; take --timestep_sampler logit_normal or leave it out"
-            for name in ("timestep_mean", "timestep_std")
-            if _changed(objective, name)
-        ]
-    return found
+        for name in ("timestep_mean", "timestep_std"):
+            found[name] = f"timestep_sampler is {sampler}; take --timestep_sampler logit_normal or leave it out"
+    if sampler in ("log_normal", "logit_normal"):
+        found["terminal_weight_floor"] = (
+            f"timestep_sampler {sampler} draws the last level never; take --timestep_sampler {sampler}_corrected or leave it out"
+        )
+    return {name: f"{name} is {getattr(objective, name)}, but {reason}" for name, reason in found.items() if _changed(objective, name)}
 
 
 def _changed(objective: ObjectiveConfig, name: str) -> bool:
@@ -228,15 +232,13 @@ def _changed(objective: ObjectiveConfig, name: str) -> bool:
 def _weighting_problems(objective: ObjectiveConfig) -> list[str]:
     """Weights without bound, or without a meaning in the space of the prediction."""
     weighting, space, found = objective.weighting, objective.prediction_type, []
-    if 0 < objective.snr_ceiling < objective.snr_floor:
-        found.append(f"snr_ceiling is {objective.snr_ceiling}, but snr_floor is {objective.snr_floor}; take a ceiling above the floor")
     if space not in SPACES_OF_OTHERS.get(weighting, (space,)):
         found.append(
             f"weighting {weighting} repeats code that knows {', '.join(SPACES_OF_OTHERS[weighting])} only, but prediction_type is "
             f"{space}; take --weighting debiased"
         )
     # The paper's code has the noise's weight in all spaces.
-    unbounded = weighting in UNBOUNDED and (space == "epsilon" or weighting == "debiased_as_is") and objective.snr_floor == 0
+    unbounded = weighting in UNBOUNDED and (space == "epsilon" or weighting == "debiased_as_is") and objective.snr_floor < LEAST_FLOOR
     # The last SNR of the cosine schedule is 2.4e-9: the debiased weights then have an effective sample size of 0.0015.
     if unbounded and objective.noise_schedule == "cosine":
         found.append(
@@ -250,7 +252,7 @@ def _weighting_problems(objective: ObjectiveConfig) -> list[str]:
 
 def _schedule_problems(objective: ObjectiveConfig) -> list[str]:
     space, T, found = objective.prediction_type, objective.num_train_timesteps, []
-    beta_end = {"linear": 0.02, "scaled_linear": 0.012, "sigmoid": 0.02}.get(objective.noise_schedule or "", 0.0)
+    _, beta_end = BETA_ENDS.get(objective.noise_schedule or "", (0.0, 0.0))
     if T >= 2 and beta_end * 1000 / T >= 1:
         found.append(
             f"num_train_timesteps is {T}, but the betas of noise_schedule {objective.noise_schedule} "
@@ -258,7 +260,8 @@ def _schedule_problems(objective: ObjectiveConfig) -> list[str]:
         )
     if space == "flow" and objective.noise_schedule is not None:
         found.append(
-            f"noise_schedule is {objective.noise_schedule}, but prediction_type flow has its own, a = 1 - t and s = t; leave it out"
+            f"noise_schedule is {objective.noise_schedule}, but prediction_type flow has its own, a = 1 - t and s = t; "
+            f"take --noise_schedule None"
         )
     if space == "flow" and objective.rescale_betas_zero_snr:
         found.append("rescale_betas_zero_snr is on, but prediction_type flow ends at zero SNR as it is; leave it out")
@@ -315,8 +318,7 @@ def weights_problems(config: WeightsConfig) -> list[str]:
     found = range_problems(dataclasses.asdict(objective))
     if "variational" in names:
         found.append("weighting variational is no function of the SNR, so it has no weights to draw; leave it out")
-    used = {parameter for name in names for parameter in WEIGHTING_PARAMETERS[name]}
-    unused = {parameter for parameters in WEIGHTING_PARAMETERS.values() for parameter in parameters} - used
+    unused = set.intersection(*(set(_unused(dataclasses.replace(objective, weighting=name))) for name in names))
     unused |= {"learn_sigma", "variance_type"}
     if not objective.normalize_weights:
         unused |= {"timestep_sampler", "timestep_mean", "timestep_std"}
@@ -325,6 +327,7 @@ def weights_problems(config: WeightsConfig) -> list[str]:
         for name in sorted(unused)
         if _changed(objective, name)
     ]
+    found += bound_problems(dataclasses.asdict(objective))
     # Of the prediction type only the path matters: all spaces are drawn.
     path = objective if objective.prediction_type == "flow" else dataclasses.replace(objective, prediction_type="v_prediction")
     return found + _schedule_problems(path)

@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import DEFAULT_SCHEDULE, ObjectiveConfig, PredictionType
+from .config import BETA_ENDS, DEFAULT_SCHEDULE, ObjectiveConfig, PredictionType
 from .errors import InputError
+
+# SNR of the first level: less holds hardly an image; more has an alphas_cumprod that is 1 in float32, as solvers keep it.
+LEAST_SNR, MOST_SNR = 0.01, 2.0**23
 
 
 @dataclass(frozen=True)
@@ -140,22 +143,39 @@ def _cosine(T: int) -> Tensor:
     return torch.tensor([min(1 - after / before, 0.999) for before, after in pairwise(f)], dtype=torch.float64)
 
 
-# Ends of the betas at T = 1000; for other T they scale by 1000 / T, which keeps the noise of the last level about the same.
-_ENDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "sigmoid": (1e-4, 0.02)}
 _BETAS = {"linear": _linear, "scaled_linear": _scaled_linear, "sigmoid": _sigmoid}
 
 
 def make_schedule(config: ObjectiveConfig) -> Schedule:
-    """The schedule of a configuration: a named one, its SNR multiplied by `schedule_shift`, perhaps rescaled to end in noise."""
+    """The schedule of a configuration: a named one, its SNR multiplied by `schedule_shift`, perhaps rescaled to end in noise.
+
+    Raises:
+        InputError: the shift leaves no noise that float32 can hold at the first level, or nothing but noise.
+    """
+    schedule = _flow(config) if config.prediction_type == "flow" else _with_betas(config)
+    first = schedule.snr[0].item()
+    most = math.inf if config.prediction_type == "flow" else MOST_SNR
+    if not LEAST_SNR <= first <= most:
+        least_shift, most_shift = (config.schedule_shift * bound / first for bound in (LEAST_SNR, most))
+        raise InputError(
+            f"schedule_shift is {config.schedule_shift}, which makes the SNR of the least noisy level {first:.2g}; solvers need "
+            f"{LEAST_SNR} to {most:.2g}; take a shift from {least_shift:.2g} to {most_shift:.2g}"
+        )
+    return schedule
+
+
+def _flow(config: ObjectiveConfig) -> Schedule:
+    return rectified_flow(config.num_train_timesteps, config.schedule_shift**-0.5)
+
+
+def _with_betas(config: ObjectiveConfig) -> Schedule:
     T = config.num_train_timesteps
-    if config.prediction_type == "flow":
-        return rectified_flow(T, config.schedule_shift**-0.5)
     name = config.noise_schedule or DEFAULT_SCHEDULE
     named: dict[str, Any]
     if name == "cosine":
         betas, named = _cosine(T), {"beta_schedule": "squaredcos_cap_v2"}
     else:
-        start, end = (1000 / T * beta for beta in _ENDS[name])
+        start, end = (1000 / T * beta for beta in BETA_ENDS[name])
         betas = _BETAS[name](start, end, T)
         named = {"beta_schedule": name, "beta_start": start, "beta_end": end}
     snr = snr_of_betas(betas)
@@ -205,4 +225,4 @@ def schedule_of_scheduler(scheduler: Any) -> Schedule:
 
 def is_flow(scheduler: Any) -> bool:
     """Whether a diffusers scheduler is one of flow matching (its timesteps are T times the t in [0, 1] of the path)."""
-    return "FlowMatch" in type(scheduler).__name__
+    return any("FlowMatch" in kind.__name__ for kind in type(scheduler).__mro__)

@@ -145,6 +145,8 @@ def make_scheduler(name: SchedulerName, own: Any, spacing: Spacing, steps: int) 
         warnings.simplefilter("ignore", FutureWarning)  # that "dpmsolver" will go in diffusers 1.0
         changes = overrides if name in FLOW else {"timestep_spacing": spacing, **overrides}
         scheduler = kind.from_config(own.config, **changes)  # type: ignore[attr-defined]
+    if name in FLOW:  # it shifts its levels once more when steps are set, so the ends must be those before any shift
+        scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / T
     try:
         scheduler.set_timesteps(steps)
     except (ValueError, IndexError) as error:

@@ -75,8 +75,8 @@ class Trainer:
         self.device = accelerator.device
         self.micro_batch_size = micro_batch_size(self.optim, accelerator.num_processes)
 
+        self.objective = make_objective(config.objective)  # first, because it may refuse the configuration
         self.task = PixelTask(config, open_source(config.data))
-        self.objective = make_objective(config.objective)
         self.sampler = make_timestep_sampler(config.objective, self.objective.schedule, self.optim.batch_size)
         self.window = Window(len(self.objective.schedule), self.device)
         torch.manual_seed(chance.mixed(self.optim.seed, "weights", 0))
@@ -148,14 +148,18 @@ class Trainer:
                 loss = (at(corrections, t, terms.loss) * terms.loss).sum() / self.positions.share
                 self.accelerator.backward(loss)
             total += loss.detach()
-            self.window.add(t, terms, weights[t])
-            drawn.append(torch.stack([t.to(self.device), terms.loss.detach()]))
+            self.window.add(t, terms, weights)
+            drawn.append((t, terms.loss.detach()))
         if self.sampler.learns:
-            # Gathered in the order of the processes, which is that of the positions.
-            t, losses = self.accelerator.gather(torch.cat(drawn, dim=1).T).T.cpu()
-            self.sampler.update(t.long(), losses)
+            self._teach_sampler(drawn)
         self.accelerator.unscale_gradients()
         return total.item(), torch.nn.utils.get_total_norm(self._grads()).item()
+
+    def _teach_sampler(self, drawn: list[tuple[Tensor, Tensor]]) -> None:
+        """Tells the sampler the levels and losses of a step, in the order of the processes, which is that of the positions."""
+        t, losses = (torch.cat(parts) for parts in zip(*drawn))
+        everyone = self.accelerator.gather(torch.stack([t.to(losses), losses], dim=1)).cpu()
+        self.sampler.update(everyone[:, 0].long(), everyone[:, 1])
 
     def _terms(self, batch: dict[str, Tensor], t: Tensor) -> Terms:
         """What each sample of a micro-batch costs, before any correction for how t is drawn."""
@@ -247,6 +251,8 @@ class Trainer:
             self._require_same_data(found.state["data"], now["data"])
             # The file behind --model_config may have changed, though its name has not.
             raise_all(differences(found.state["network"], now["network"]), f"run directory {self.run.folder} holds another network")
+            # A function that was registered may have changed, though its name has not.
+            raise_all(differences(found.state["weights"], now["weights"]), f"run directory {self.run.folder} holds another weighting")
             machine.say_what_changed(found.state, now)
             if (before := found.state["config"]["max_steps"]) != self.optim.max_steps and self.optim.lr_schedule != "constant":
                 say(f"warning: max_steps was {before}, now it is {self.optim.max_steps}: the learning rate falls to 0 there")
@@ -282,8 +288,16 @@ class Trainer:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "data": self.fingerprint,
             "network": self.task.arguments,
+            "weights": self._some_weights(),
             "config": stored(self.config),
         }
+
+    def _some_weights(self) -> dict[str, float]:
+        """Weights at a few levels, to six digits, which no other machine rounds otherwise."""
+        weights, T = self.objective.weights, len(self.objective.schedule)
+        if weights is None:
+            return {}
+        return {f"weight at t = {t}": float(f"{weights[t]:.6g}") for t in (0, T // 4, T // 2, 3 * T // 4, T - 1)}
 
     def _save(self, final: bool = False) -> None:
         """Exports the pipeline, then writes the checkpoint, with which the step counts as saved.
@@ -352,14 +366,14 @@ class Trainer:
         self._load_averaged()
         pipeline, labels = self.task.preview(self.averaged)
         steps = min(GRID_STEPS, len(self.objective.schedule) // 2)
-        pipeline.scheduler = make_scheduler(default_scheduler(pipeline.scheduler), pipeline.scheduler, "linspace", steps)
         drawn = []
         try:
+            pipeline.scheduler = make_scheduler(default_scheduler(pipeline.scheduler), pipeline.scheduler, "linspace", steps)
             for first in range(0, GRID_IMAGES, self.micro_batch_size):  # no more at once than the training has memory for
                 indices = range(first, min(first + self.micro_batch_size, GRID_IMAGES))
                 drawn += sampling.draw(pipeline, indices, seed=0, steps=steps, labels=labels)
             write_file(self.run.folder / SAMPLES / f"{checkpoint.name_of(self.step)}.png", images.png(images.grid(drawn)))
-        except (CannotWriteError, NotFiniteError) as error:
+        except (CannotWriteError, InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
             say(f"no sample grid at step {self.step}: {error}")
 
 
@@ -380,15 +394,18 @@ def learning_rate(config: OptimizationConfig, step: int) -> float:
 
 def dry_run(config: TrainConfig) -> None:
     """Shows what would be trained: configuration, size of the network, length of an epoch, picture of the first batch."""
+    objective = make_objective(config.objective)
     print(to_json(config), end="")
     try:
         source = open_source(config.data)
     except InputError as error:
         print(f"parameters, steps per epoch and first batch: unknown, because the data cannot be seen ({error})")
         return
-    if (weights := make_objective(config.objective).weights) is not None:
-        size = effective_sample_size(weights)
-        print(f"weights: mean {weights.mean():.4g}, largest {weights.max():.4g}, effective sample size {size:.2g}")
+    if objective.weights is not None:
+        sampler = make_timestep_sampler(config.objective, objective.schedule)
+        weights, p = sampler.corrections * objective.weights, sampler.probabilities
+        size = effective_sample_size(weights, p)
+        print(f"weights as t is drawn: mean {(p * weights).sum():.4g}, largest {weights.max():.4g}, effective sample size {size:.2g}")
     task, batch_size = PixelTask(config, source), config.optimization.batch_size
     print(f"parameters: {sum(p.numel() for p in task.build().parameters())}")
     print(f"images: {len(source)}, {task.data.channels} channel(s), {task.data.num_classes} classes")

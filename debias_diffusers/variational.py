@@ -23,9 +23,9 @@ HALF_STEP = 1 / 255  # half the distance of two of the 256 levels of a pixel in 
 class VariationalBound:
     """The terms L_0 .. L_{T-1} of the bound (DDPM, arXiv 2006.11239, equation 5) with a learned variance."""
 
-    mean_of_x_0: Tensor  # (T,) factor of x_0 in the mean of q(x_{t-1} | x_t, x_0) (equation 7)
+    mean_of_x_0: Tensor  # (T,) factor of x_0 in the mean of q(x_{t-1} | x_t, x_0) (equation 7), in its standard deviations
     log_small: Tensor  # (T,) log variance of q(x_{t-1} | x_t, x_0), the least that makes sense
-    log_large: Tensor  # (T,) log beta, the most
+    log_range: Tensor  # (T,) from there to log beta, the most
 
     @classmethod
     def of(cls, schedule: Schedule) -> VariationalBound:
@@ -34,12 +34,15 @@ class VariationalBound:
         previous = torch.cat([variance.new_zeros(1), variance[:-1]])  # 1 - alphas_cumprod of t - 1
         small = betas * previous / variance
         small[0] = small[1]  # 0, whose logarithm is useless (arXiv 2102.09672 takes the next, too)
-        return cls((1 - previous).sqrt() * betas / variance, small.log(), betas.log())
+        mean_of_x_0 = (1 - previous).sqrt() * betas / variance
+        return cls(mean_of_x_0 / small.sqrt(), small.log(), (betas / small).log())
 
     def log_variance(self, values: Tensor, t: Tensor) -> Tensor:
         """(B, C, H, W) log variance of the step, from values in about [-1, 1] (Improved DDPM, arXiv 2102.09672, equation 15)."""
-        share = (values + 1) / 2
-        return share * at(self.log_large, t, values) + (1 - share) * at(self.log_small, t, values)
+        return at(self.log_small, t, values) + self._above_small(values, t)
+
+    def _above_small(self, values: Tensor, t: Tensor) -> Tensor:
+        return (values + 1) / 2 * at(self.log_range, t, values)
 
     def terms(self, x_0_error: Tensor, values: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
         """L_t in bits per dimension.
@@ -53,17 +56,19 @@ class VariationalBound:
         Returns:
             (B,): the divergence of the step from the true one, or at t = 0 the negative log-likelihood of the image.
         """
-        log_variance = self.log_variance(values, t)
-        divergence = self._divergence(x_0_error, log_variance, t)
-        likelihood = discretized_gaussian_log_likelihood(x_0, x_0 + x_0_error, log_variance / 2)
-        first = (t == 0).view(-1, *[1] * (x_0.ndim - 1)).to(x_0.device)
+        divergence = self._divergence(x_0_error, values, t)
+        likelihood = discretized_gaussian_log_likelihood(x_0, x_0 + x_0_error, self.log_variance(values, t) / 2)
+        first = (t == 0).view(-1, *[1] * (x_0.ndim - 1)).to(x_0.device, non_blocking=True)
         return torch.where(first, -likelihood, divergence).flatten(1).mean(1) * BITS
 
-    def _divergence(self, x_0_error: Tensor, log_variance: Tensor, t: Tensor) -> Tensor:
-        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each dimension, in nats."""
-        true = at(self.log_small, t, log_variance)
+    def _divergence(self, x_0_error: Tensor, values: Tensor, t: Tensor) -> Tensor:
+        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each dimension, in nats.
+
+        With d = log(variance of p / variance of q) it is (d + e^-d - 1 + e^-d (difference of means)^2 / variance of q) / 2.
+        """
+        d = self._above_small(values, t)
         mean_error = at(self.mean_of_x_0, t, x_0_error) * x_0_error
-        return (log_variance - true + (true - log_variance).exp() + mean_error.square() * (-log_variance).exp() - 1) / 2
+        return (d + torch.expm1(-d) + mean_error.square() * torch.exp(-d)) / 2
 
 
 def discretized_gaussian_log_likelihood(x_0: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .config import WEIGHTING_PARAMETERS, PredictionType
+from .config import WEIGHTING_PARAMETERS, ObjectiveConfig, PredictionType
 from .errors import InputError, raise_all
-from .rules import SPACES_OF_OTHERS, range_problems
+from .rules import SPACES_OF_OTHERS, bound_problems, range_problems
 from .schedule import is_flow, schedule_of_scheduler
 
 
@@ -92,21 +92,35 @@ def register_weighting(function: Callable[..., Tensor]) -> Callable[..., Tensor]
 
     Args:
         function: maps the SNR, float64 of any shape, to the weight on the squared error of the noise, of the same shape. Its
-            name becomes the weighting's. It may take parameters named like the flags of weightings (`snr_gamma`, ...).
+            name becomes the weighting's. It may take parameters named like the flags of weightings (`snr_gamma`, ...), which
+            also have the defaults.
 
     Raises:
-        InputError: the name is taken, or a parameter has no flag.
+        InputError: the name is taken, a parameter has no flag or another default, or what is returned is no tensor of weights.
     """
     name = function.__name__
     if name in WEIGHTING_PARAMETERS:
         raise InputError(f"weighting {name!r} is there already; give your function another name")
     known = sorted({parameter for names in WEIGHTING_PARAMETERS.values() for parameter in names})
-    parameters = tuple(inspect.signature(function).parameters)[1:]
+    _, *parameters = inspect.signature(function).parameters.values()
     for parameter in parameters:
-        _require_known("parameter", parameter, known)
+        _require_known("parameter", parameter.name, known)
+        default = getattr(ObjectiveConfig(), parameter.name)
+        if parameter.default not in (inspect.Parameter.empty, default):
+            raise InputError(f"parameter {parameter.name} of {name} has default {parameter.default}, the flag's is {default}; leave it out")
+    names = tuple(parameter.name for parameter in parameters)
+    probe = torch.ones(3, dtype=torch.float64)
+    returned = function(probe, **_defaults(names))
+    if not isinstance(returned, Tensor) or returned.shape != probe.shape:
+        raise InputError(f"weighting {name} must return a tensor of the shape of the SNR, but returned {returned!r}")
     WEIGHTINGS[name] = function
-    WEIGHTING_PARAMETERS[name] = parameters
+    WEIGHTING_PARAMETERS[name] = names
     return function
+
+
+def _defaults(names: Iterable[str]) -> dict[str, float]:
+    """Those of the flags."""
+    return {name: getattr(ObjectiveConfig(), name) for name in names}
 
 
 # Far below and above any SNR in use, and far from the limits of float64 even when squared.
@@ -150,9 +164,15 @@ def weight(
     return on_sample / (1 + snr if prediction_type == "v_prediction" else (1 + snr.sqrt()).square())
 
 
-def effective_sample_size(weights: Tensor) -> float:
-    """(sum w)^2 / (n sum w^2): the share of n samples that would, equally weighted, estimate a mean as well. 1 for equal weights."""
-    return (weights.sum().square() / (len(weights) * weights.square().sum())).item()
+def effective_sample_size(weights: Tensor, probabilities: Tensor | None = None) -> float:
+    """(mean w)^2 / mean w^2: the share of the samples that would, equally weighted, estimate a mean as well. 1 for equal weights.
+
+    Args:
+        weights: (n,).
+        probabilities: (n,) with which each is drawn; equal ones if left out.
+    """
+    p = torch.full_like(weights, 1 / len(weights)) if probabilities is None else probabilities
+    return ((p * weights).sum().square() / (p * weights.square()).sum()).item()
 
 
 def loss_weight(
@@ -181,6 +201,7 @@ def loss_weight(
             not have, or a weight that is not finite.
     """
     flow = is_flow(scheduler)
+    snr = _snr_of_flow(scheduler, timesteps) if flow else _snr_of_levels(scheduler, timesteps)
     prediction_type = prediction_type or ("flow" if flow else scheduler.config.prediction_type)
     _require_known("weighting", weighting, (*WEIGHTINGS, *WEIGHTINGS_OF_OTHERS))
     _require_known("prediction_type", prediction_type, get_args(PredictionType))
@@ -190,9 +211,8 @@ def loss_weight(
         _require_known(f"prediction_type of {weighting}", prediction_type, SPACES_OF_OTHERS[weighting])
     for name in parameters:
         _require_known("parameter", name, (*WEIGHTING_PARAMETERS[weighting], "snr_floor", "snr_ceiling"))
-    raise_all(range_problems(parameters), "loss_weight")
-    snr = _snr_of_flow(scheduler, timesteps) if flow else _snr_of_levels(scheduler, timesteps)
-    weights = weight(snr, weighting, prediction_type, **parameters)
+    raise_all(range_problems(parameters) + bound_problems(parameters), "loss_weight")
+    weights = weight(snr, weighting, prediction_type, **{**_defaults(WEIGHTING_PARAMETERS[weighting]), **parameters})
     if not weights.isfinite().all():
         raise InputError(
             f"weighting {weighting} on {prediction_type} is not finite at timesteps {timesteps.cpu()[~weights.isfinite()].tolist()}, "
@@ -206,7 +226,7 @@ def _snr_of_levels(scheduler: Any, timesteps: Tensor) -> Tensor:
     t = timesteps.cpu()
     if t.is_floating_point() or not ((t >= 0) & (t < len(table))).all():
         raise InputError(f"timesteps must be whole numbers from 0 to {len(table) - 1}, but are {t.tolist()}")
-    return table[t]
+    return table[t.long()]
 
 
 def _snr_of_flow(scheduler: Any, timesteps: Tensor) -> Tensor:

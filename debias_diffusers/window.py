@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .loss import Terms
+from .schedule import at
 
 BINS = 10  # equal parts of 0 .. T-1, from nearly clean to nearly pure noise
 
@@ -30,8 +31,8 @@ class Window:
 
     @torch.no_grad()
     def add(self, t: Tensor, terms: Terms, weights: Tensor) -> None:
-        """A micro-batch: levels (B,) on the CPU, their terms, and the weights (B,) that their squares enter the loss with."""
-        w = weights.to(terms.loss)
+        """A micro-batch: levels (B,) on the CPU, their terms, and the table (T,) of the weights that squares enter the loss with."""
+        w = at(weights, t, terms.loss)
         bound = torch.zeros_like(w) if terms.bound is None else terms.bound
         rows = torch.stack([torch.ones_like(w), terms.loss, terms.mse, bound, w, w.square()]).float()
         self.sums.index_add_(1, (t * BINS // self.T).to(rows.device, non_blocking=True), rows)

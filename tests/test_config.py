@@ -56,6 +56,10 @@ def test_field_names_are_unique_over_the_sections():
         ({"model_config": "unet.json"}, ["model_channels is 32", "model_config unet.json"]),
         ({"weighting": "debias"}, ["weighting is debias,", "did you mean debiased?"]),
         ({"weighting": "mine"}, ["weighting is mine,", "constant, debiased"]),
+        (
+            {**FLOW, "timestep_sampler": "logit_normal", "terminal_weight_floor": 0.5},
+            ["terminal_weight_floor is 0.5", "draws the last level never", "--timestep_sampler logit_normal_corrected"],
+        ),
         ({"snr_gamma": 3.0}, ["snr_gamma is 3.0", "weighting is debiased", "--weighting min_snr or soft_min_snr"]),
         ({"weighting": "edm", "sigma_data": 0.0}, ["sigma_data is 0.0", "0.5"]),
         ({"sigma_data": 0.3}, ["sigma_data is 0.3", "--weighting edm"]),
@@ -73,7 +77,7 @@ def test_field_names_are_unique_over_the_sections():
             ["debiased_as_is is infinite where the SNR is 0", "--snr_floor 1e-3"],
         ),
         ({"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr is on", "epsilon", "--prediction_type v_prediction"]),
-        ({"prediction_type": "flow", "noise_schedule": "linear"}, ["noise_schedule is linear", "flow", "leave it out"]),
+        ({"prediction_type": "flow", "noise_schedule": "linear"}, ["noise_schedule is linear", "flow", "--noise_schedule None"]),
         ({**FLOW, "rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr is on", "flow"]),
         ({**FLOW, "learn_sigma": True}, ["learn_sigma is True", "flow", "v_prediction"]),
         ({**FLOW, "variance_type": "fixed_small"}, ["variance_type is fixed_small", "flow"]),
@@ -130,6 +134,12 @@ def test_weights_without_bound_need_a_floor_on_the_cosine_schedule(weighting):
     (problem,) = train_problems(update(GOOD, change))
     assert f"weighting {weighting}" in problem and "--snr_floor 1e-3" in problem
     assert train_problems(update(GOOD, {**change, "snr_floor": 1e-3})) == []
+    assert train_problems(update(GOOD, {**change, "snr_floor": 1e-8})) == [problem]  # which bounds next to nothing
+
+
+def test_an_unknown_weighting_hides_no_other_problem():
+    problems = train_problems(update(GOOD, {"weighting": "debias", "rescale_betas_zero_snr": True, "snr_gamma": -1.0}))
+    assert len(problems) == 3
 
 
 def test_a_schedule_is_written_down_but_for_the_flow_that_has_its_own():

@@ -85,6 +85,7 @@ def test_flow_solvers_draw_the_right_distribution(name, steps, close, shift):
     scheduler = make_scheduler(name, exported_scheduler(objective), "linspace", steps)
     drawn, visited = sample_gaussian(objective, scheduler)
     assert visited[0] == 1000 and len(visited) == (steps if name == "flow_euler" else 2 * steps - 1)
+    assert visited[-1] == pytest.approx(make_schedule(objective).timesteps[0].item(), rel=1e-5)  # shifted once, not twice
     assert abs(drawn.mean() - MEAN) < 0.01
     assert abs(drawn.std() / STD - 1) < close
 

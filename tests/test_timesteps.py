@@ -69,6 +69,12 @@ def test_logit_normal_is_the_logistic_of_a_normal():
     torch.testing.assert_close(sampler.probabilities.view(20, 50).sum(1).float(), share, rtol=0, atol=2e-3)
 
 
+def test_logit_normal_is_in_t_before_the_shift():
+    """As Stable Diffusion 3 draws it: the shift moves the levels, not how often each is drawn."""
+    plain, shifted = (sampler_of("logit_normal", prediction_type="flow", schedule_shift=k).probabilities for k in (1.0, 1 / 9))
+    assert torch.equal(plain, shifted)
+
+
 @pytest.mark.parametrize("options", [{"noise_schedule": "cosine"}, {"prediction_type": "flow"}, {"schedule_shift": 16.0}])
 def test_log_normal_is_normal_in_the_log_of_the_noise(options):
     sampler = sampler_of("log_normal", timestep_mean=-1.2, timestep_std=1.2, **options)

@@ -29,6 +29,7 @@ from debias_diffusers.loss import make_objective
 from debias_diffusers.pipeline import load_pipeline
 from debias_diffusers.run import open_run
 from debias_diffusers.sources import open_source
+from debias_diffusers.timesteps import make_timestep_sampler
 from debias_diffusers.training import learning_rate
 from debias_diffusers.weighting import effective_sample_size
 
@@ -120,6 +121,11 @@ def test_a_script_with_a_weighting_of_its_own_is_launched(tmp_path):
     assert line["effective_sample_size"] == pytest.approx(expected, rel=1e-5)
     code, _, err = run("train.py", *flags, "--max_steps", 6)
     assert code == 2 and "weighting is fourth_root, which is not known" in err
+    script.write_text(OWN_WEIGHTING.replace("snr**-0.25", "snr**-0.5"))
+    process = command(script, *flags, "--max_steps", 6)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and "holds another weighting" in err
+    assert "weight at t = 0: the run has 0.100003, this command says 0.0100005" in err
 
 
 def test_loss_second_moment_learns_from_all_processes(tmp_path):
@@ -149,6 +155,32 @@ def test_a_line_of_metrics_tells_what_every_noise_level_costs(tmp_path):
     weights = make_objective(train_config(["--config", str(TINY)], None).objective).weights
     u = torch.tensor([chance.uniform(0, "timestep", p) for p in range(192)], dtype=torch.float64)
     assert line["effective_sample_size"] == pytest.approx(effective_sample_size(weights[(u * 1000).long()]), rel=1e-5)
+
+
+def test_losses_are_corrected_for_how_t_is_drawn(tmp_path):
+    """With one sample in a bin the line tells its loss; their corrected mean is the step's loss, which the gradient is of."""
+    flags = ["--timestep_sampler", "logit_normal_corrected", "--timestep_std", 0.7, "--batch_size", 2, "--max_steps", 12]
+    assert run(*train_args(tmp_path / "run", *flags))[0] == 0
+    config = train_config(["--config", str(TINY), *map(str, flags)], None).objective
+    sampler = make_timestep_sampler(config, make_objective(config).schedule)
+    u = torch.tensor([chance.uniform(0, "timestep", p) for p in range(24)], dtype=torch.float64)
+    t = sampler.draw(u, range(24)).view(12, 2)
+    apart = [step for step in range(12) if t[step, 0] // 100 != t[step, 1] // 100]
+    assert len(apart) > 6
+    for step in apart:
+        line = metrics(tmp_path / "run")[step]
+        corrected = [sampler.corrections[level].item() * line["loss_by_t"][level // 100] for level in t[step].tolist()]
+        assert line["loss"] == pytest.approx(sum(corrected) / 2, rel=1e-5)
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_training(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise torch.linalg.LinAlgError("singular")
+
+    config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path / "run"), "--max_steps", "4", "--sample_every", "2"], None)
+    monkeypatch.setattr(training, "make_scheduler", refuse)
+    training.train(config, open_run(config), SimpleNamespace(signum=0))
+    assert newest_step(tmp_path / "run") == 4
 
 
 def test_the_mean_over_the_levels_is_the_loss(tmp_path):

@@ -29,6 +29,15 @@ def test_the_bound_equals_the_reference(golden, space):
     torch.testing.assert_close(terms.bound, golden[f"linear/{space}/vb"], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("noise_schedule", ("linear", "cosine"))
+def test_float32_loses_nothing_of_the_bound(noise_schedule):
+    t = torch.arange(1, 1000, 9)
+    x_0, error, output = random_batch(t)
+    bound = VariationalBound.of(make_schedule(ObjectiveConfig(noise_schedule=noise_schedule)))
+    exact, rounded = (bound.terms(*(x.to(kind) for x in (0.05 * error, output[:, 1:], x_0)), t) for kind in (torch.float64, torch.float32))
+    torch.testing.assert_close(rounded.double(), exact, rtol=2e-5, atol=0)
+
+
 def test_the_hybrid_objective_equals_the_reference(golden):
     terms = objective().terms(golden["model_output"], golden["x0"], golden["noise"], golden["t"])
     torch.testing.assert_close(terms.loss, golden["linear/epsilon/debias_total"], rtol=1e-4, atol=0)
@@ -134,7 +143,8 @@ def test_the_learned_variance_finds_the_variance_of_the_data():
     """Of Gaussian data the best step from x_t has a variance between the two ends, known in closed form."""
     schedule = make_schedule(ObjectiveConfig(num_train_timesteps=50, noise_schedule="cosine"))
     bound, t, std = VariationalBound.of(schedule), torch.full((20_000,), 20), 0.5
-    acp, s2, small, c = schedule.alphas_cumprod[20], schedule.s[20] ** 2, bound.log_small[20].exp(), bound.mean_of_x_0[20]
+    acp, s2, small = schedule.alphas_cumprod[20], schedule.s[20] ** 2, bound.log_small[20].exp()
+    c = schedule.alphas_cumprod[19].sqrt() * schedule.betas[20] / s2  # DDPM, equation 7
     torch.manual_seed(0)
     posterior = 1 / (1 / std**2 + acp / s2)  # variance of x_0 given x_t
     x_0_error = posterior.sqrt() * torch.randn(20_000, 1, 1, 1, dtype=torch.float64)

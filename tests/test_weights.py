@@ -38,6 +38,10 @@ def test_the_numbers_are_those_of_the_objective(tmp_path, options):
     "flags, named",
     [
         (["--weighting", "debias"], "did you mean debiased"),
+        (["--snr_floor", "10", "--snr_ceiling", "1"], "take a ceiling above the floor"),
+        (["--weighting", "constant", "--snr_floor", "1"], "snr_floor is 1.0, but changes no weight"),
+        (["--normalize_weights", "--timestep_mean", "3"], "timestep_mean is 3.0, but changes no weight"),
+        (["--schedule_shift", "1e300"], "take a shift from"),
         (["--against", "variational"], "no weights to draw"),
         (["--snr_gamma", "3"], "snr_gamma is 3.0, but changes no weight of debiased"),
         (["--learn_sigma"], "learn_sigma is True, but changes no weight"),
@@ -49,3 +53,18 @@ def test_the_numbers_are_those_of_the_objective(tmp_path, options):
 def test_what_would_be_ignored_is_refused(tmp_path, flags, named):
     code, _, err = run("eval.py", "weights", *flags, "--output_dir", tmp_path / "w")
     assert code == 2 and named in err and not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("flags", [["--prediction_type", "flow"], ["--rescale_betas_zero_snr"]])
+def test_what_has_no_mean_is_not_normalized(tmp_path, flags):
+    code, _, err = run("eval.py", "weights", "--normalize_weights", *flags, "--output_dir", tmp_path / "w")
+    assert code == 0, err
+    found = rows(tmp_path / "w")
+    assert {row["epsilon"] for row in found} == {""}
+    assert sum(float(row["v_prediction"]) for row in found) / 1000 == pytest.approx(1)
+
+
+def test_weights_beyond_every_axis_are_written_all_the_same(tmp_path):
+    code, _, err = run("eval.py", "weights", "--weighting", "p2", "--p2_k", 0.1, "--p2_gamma", 400, "--output_dir", tmp_path / "w")
+    assert code == 0, err
+    assert rows(tmp_path / "w")[999]["epsilon"] == "inf"
