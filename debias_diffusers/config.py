@@ -104,7 +104,7 @@ class ObjectiveConfig:
     sigma_data: float = 0.5  # standard deviation of the data in edm
     snr_floor: float = 0.0  # the weighting is taken at an SNR of at least this
     snr_ceiling: float = 0.0  # the weighting is taken at an SNR of at most this; 0 is off
-    terminal_weight_floor: float = 0.0  # weight of x_0's error at zero SNR, where sampling starts, is at least this
+    terminal_weight_floor: float = 0.0  # weight of x_0's error at zero SNR, where sampling starts, is at least this (before normalizing)
     normalize_weights: bool = False  # divide the weights by their mean
     noise_schedule: NoiseSchedule | None = None  # how the noise grows with t: linear if left out; flow has its own
     num_train_timesteps: int = 1000  # number of noise levels T
@@ -327,6 +327,11 @@ def layered(*layers: Mapping[str, Any]) -> TrainConfig:
     return update(TrainConfig(), values)
 
 
+def noise_schedule(objective: ObjectiveConfig) -> NoiseSchedule | None:
+    """The schedule that is meant where none is named."""
+    return objective.noise_schedule or (None if objective.prediction_type == "flow" else DEFAULT_SCHEDULE)
+
+
 def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig:
     """The configuration with what was left out filled in: channel multipliers, noise schedule, precision.
 
@@ -336,8 +341,7 @@ def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig
     values: dict[str, Any] = {}
     if not config.model.channel_mult and not config.model.model_config and config.data.resolution in CHANNEL_MULT:
         values["channel_mult"] = CHANNEL_MULT[config.data.resolution]
-    if config.objective.noise_schedule is None and config.objective.prediction_type != "flow":
-        values["noise_schedule"] = DEFAULT_SCHEDULE
+    values["noise_schedule"] = noise_schedule(config.objective)
     if config.optimization.mixed_precision is None:
         values["mixed_precision"] = checked_values({"mixed_precision": launcher_precision or "no"}, "launcher")["mixed_precision"]
     return update(config, values)

@@ -43,21 +43,25 @@ Step {step} of {config.optimization.max_steps}; the weights are averaged at the 
 
 
 def _objective(objective: ObjectiveConfig) -> str:
-    """What was minimised, in sentences: the weighting, and all else that decides it."""
-    if objective.weighting == "variational":
-        return f"The network predicts {objective.prediction_type} and a variance; the variational bound was minimised, without weights."
-    ours = "a weight defined on the error of the noise and converted to what the network predicts"
-    meaning = "as other code has it" if objective.weighting in SPACES_OF_OTHERS else ours
-    sentences = [
-        f"The squared error of the network's {objective.prediction_type} is weighted with `{objective.weighting}`, {meaning}.",
-        "`debiased` is 1/sqrt(SNR), from arXiv 2310.08442.",
-    ]
+    """What was minimised, in sentences; its numbers stand in the table."""
+    space, name = objective.prediction_type, objective.weighting
+    if name == "variational":
+        sentences = [f"The network predicts {space} and a variance; the variational bound was minimised, without weights."]
+    elif name in SPACES_OF_OTHERS:
+        sentences = [f"The squared error of the network's {space} is weighted with `{name}`, as other code has it."]
+    else:
+        sentences = [
+            f"The squared error of the network's {space} is weighted with `{name}`, a weight defined on the error of the noise and "
+            f"converted to what the network predicts."
+        ]
+    if name == "debiased":
+        sentences.append("`debiased` is 1/sqrt(SNR), from arXiv 2310.08442.")
     if objective.timestep_sampler in ("log_normal", "logit_normal"):
         sentences.append(
             f"t was drawn with the density `{objective.timestep_sampler}` (mean {objective.timestep_mean}, standard deviation "
-            f"{objective.timestep_std}) without correction, so the objective is the weighting times this density."
+            f"{objective.timestep_std}) without correction, so the objective is multiplied by this density."
         )
-    if objective.learn_sigma:
+    if objective.learn_sigma and name != "variational":
         sentences.append("The variance of a sampling step is learned by the variational bound.")
     return "\n".join(sentences)
 

@@ -113,7 +113,7 @@ def _require_usable(weights: Tensor, config: ObjectiveConfig, schedule: Schedule
         t = int((~usable).nonzero()[0])
         raise InputError(
             f"weighting {config.weighting} on {config.prediction_type} gives {weights[t]:.3g} at t = {t}, where the SNR is "
-            f"{schedule.snr[t]:.3g}; take other parameters, or bound the SNR with --snr_floor 1e-3 or --snr_ceiling 1000"
+            f"{schedule.snr[t]:.3g}; take other parameters, or bound the SNR with --snr_floor or --snr_ceiling"
         )
-    if weights.sum() == 0:
+    if weights.float().sum() == 0:
         raise InputError(f"weighting {config.weighting} on {config.prediction_type} is 0 at every noise level; take other parameters")

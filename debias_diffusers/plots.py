@@ -72,7 +72,9 @@ def _figure(schedule: Schedule, tables: Tables) -> Figure:
         _draw(axes[0][column], torch.arange(len(schedule)), lines, "t")
         _draw(axes[1][column], schedule.snr.log(), lines, "log SNR")
         axes[0][column].set_title(f"weight of the squared error of {space}")
-    axes[0][0].legend(fontsize="small")
+    # Not every weighting has a line in every space.
+    lines = {str(line.get_label()): line for panel in axes[0] for line in panel.get_lines()}
+    figure.legend(handles=list(lines.values()), labels=list(lines), loc="outside lower center", ncols=len(lines))
     return figure
 
 
@@ -83,7 +85,7 @@ def _draw(axes: Axes, x: Tensor, lines: dict[str, Tensor], label: str) -> None:
         seen = x.isfinite() & (weights <= largest) & (weights > 0)
         # Thinner and thinner, so that lines on top of each other are all seen.
         axes.plot(x[seen].numpy(), weights[seen].numpy(), label=name, linewidth=1.2 + 0.5 * (len(lines) - 1 - k))
-        top = max(top, *weights[seen].tolist())
+        top = max([top, *weights[seen].tolist()])
     axes.set_yscale("log")
     axes.set_xlabel(label)
     axes.grid(alpha=0.3)

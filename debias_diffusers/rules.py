@@ -25,6 +25,7 @@ from .config import (
     TrainConfig,
     WeightsConfig,
     flatten,
+    noise_schedule,
 )
 
 
@@ -217,9 +218,9 @@ def _unused(objective: ObjectiveConfig) -> dict[str, str]:
     if not sampler.startswith(("log_normal", "logit_normal")):
         for name in ("timestep_mean", "timestep_std"):
             found[name] = f"timestep_sampler is {sampler}; take --timestep_sampler logit_normal or leave it out"
-    if sampler in ("log_normal", "logit_normal"):
+    if sampler == "log_normal":
         found["terminal_weight_floor"] = (
-            f"timestep_sampler {sampler} draws the last level never; take --timestep_sampler {sampler}_corrected or leave it out"
+            "timestep_sampler log_normal never draws the last level; take --timestep_sampler log_normal_corrected or leave it out"
         )
     return {name: f"{name} is {getattr(objective, name)}, but {reason}" for name, reason in found.items() if _changed(objective, name)}
 
@@ -273,7 +274,7 @@ def _schedule_problems(objective: ObjectiveConfig) -> list[str]:
     if objective.terminal_weight_floor > 0 and space != "flow" and not objective.rescale_betas_zero_snr:
         found.append(
             f"terminal_weight_floor is {objective.terminal_weight_floor}, but the last SNR of this schedule is not 0; "
-            f"add --rescale_betas_zero_snr or take --prediction_type flow"
+            f"add --rescale_betas_zero_snr --prediction_type v_prediction, or take --prediction_type flow"
         )
     return found
 
@@ -281,7 +282,8 @@ def _schedule_problems(objective: ObjectiveConfig) -> list[str]:
 def _variance_problems(objective: ObjectiveConfig) -> list[str]:
     space, found = objective.prediction_type, []
     if objective.weighting == "variational" and not objective.learn_sigma:
-        found.append("weighting variational is the bound with a learned variance, but learn_sigma is off; add --learn_sigma")
+        other = " --prediction_type v_prediction" if space == "flow" else ""
+        found.append(f"weighting variational is the bound with a learned variance, but learn_sigma is off; add --learn_sigma{other}")
     if space == "flow":
         found += [
             f"{name} is {getattr(objective, name)}, but prediction_type flow is sampled without random steps, which have no variance; "
@@ -330,6 +332,7 @@ def weights_problems(config: WeightsConfig) -> list[str]:
     found += bound_problems(dataclasses.asdict(objective))
     # Of the prediction type only the path matters: all spaces are drawn.
     path = objective if objective.prediction_type == "flow" else dataclasses.replace(objective, prediction_type="v_prediction")
+    path = dataclasses.replace(path, noise_schedule=noise_schedule(path))
     return found + _schedule_problems(path)
 
 

@@ -1,12 +1,13 @@
 """Noise schedules as float64 tables over t: x_t = a x_0 + s noise, SNR = a^2 / s^2.
 
 Variance-preserving schedules (a^2 + s^2 = 1) are given by betas; rectified flow goes straight from image to noise
-(a + s = 1). diffusers keeps its tables in float32, where the SNR of a shifted schedule is off by up to 1.2%. Everything
+(a + s = 1). diffusers keeps its tables in float32, where the SNR of a shifted schedule is off by 1% and more. Everything
 here is float64 and stays on the CPU; coefficients are cast once, when they meet the images.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import BETA_ENDS, DEFAULT_SCHEDULE, ObjectiveConfig, PredictionType
+from .config import BETA_ENDS, ObjectiveConfig, PredictionType, noise_schedule
 from .errors import InputError
 
 # SNR of the first level: less holds hardly an image; more has an alphas_cumprod that is 1 in float32, as solvers keep it.
 LEAST_SNR, MOST_SNR = 0.01, 2.0**23
+MOST_SNR_OF_FLOW = 1e12  # t = 1e-6, a thousandth of a timestep
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ def rectified_flow(T: int, shift: float = 1.0) -> Schedule:
     (arXiv 2403.03206, equation 23). The SNR is thereby divided by shift^2.
     """
     level = torch.arange(1, T + 1, dtype=torch.float64) / T
-    s = shift * level / (1 + (shift - 1) * level)
-    a = (1 - level) / (1 + (shift - 1) * level)
+    s = shift * level / (1 - level + shift * level)
+    a = (1 - level) / (1 - level + shift * level)
     return Schedule(a, s, (a / s).square(), (T * s).float(), {"num_train_timesteps": T, "shift": shift})
 
 
@@ -152,11 +154,13 @@ def make_schedule(config: ObjectiveConfig) -> Schedule:
     Raises:
         InputError: the shift leaves no noise that float32 can hold at the first level, or nothing but noise.
     """
-    schedule = _flow(config) if config.prediction_type == "flow" else _with_betas(config)
+    make = _flow if config.prediction_type == "flow" else _with_betas
+    schedule = make(config)
     first = schedule.snr[0].item()
-    most = math.inf if config.prediction_type == "flow" else MOST_SNR
+    most = MOST_SNR_OF_FLOW if config.prediction_type == "flow" else MOST_SNR
     if not LEAST_SNR <= first <= most:
-        least_shift, most_shift = (config.schedule_shift * bound / first for bound in (LEAST_SNR, most))
+        plain = make(dataclasses.replace(config, schedule_shift=1.0)).snr[0].item()
+        least_shift, most_shift = 1.1 * LEAST_SNR / plain, 0.9 * most / plain  # with room for their two digits
         raise InputError(
             f"schedule_shift is {config.schedule_shift}, which makes the SNR of the least noisy level {first:.2g}; solvers need "
             f"{LEAST_SNR} to {most:.2g}; take a shift from {least_shift:.2g} to {most_shift:.2g}"
@@ -170,7 +174,8 @@ def _flow(config: ObjectiveConfig) -> Schedule:
 
 def _with_betas(config: ObjectiveConfig) -> Schedule:
     T = config.num_train_timesteps
-    name = config.noise_schedule or DEFAULT_SCHEDULE
+    name = noise_schedule(config)
+    assert name is not None
     named: dict[str, Any]
     if name == "cosine":
         betas, named = _cosine(T), {"beta_schedule": "squaredcos_cap_v2"}

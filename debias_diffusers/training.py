@@ -252,7 +252,8 @@ class Trainer:
             # The file behind --model_config may have changed, though its name has not.
             raise_all(differences(found.state["network"], now["network"]), f"run directory {self.run.folder} holds another network")
             # A function that was registered may have changed, though its name has not.
-            raise_all(differences(found.state["weights"], now["weights"]), f"run directory {self.run.folder} holds another weighting")
+            other = differences(found.state.get("weights", now["weights"]), now["weights"])
+            raise_all(other, f"run directory {self.run.folder} holds another weighting; put it back, or name another --output_dir")
             machine.say_what_changed(found.state, now)
             if (before := found.state["config"]["max_steps"]) != self.optim.max_steps and self.optim.lr_schedule != "constant":
                 say(f"warning: max_steps was {before}, now it is {self.optim.max_steps}: the learning rate falls to 0 there")
@@ -297,7 +298,8 @@ class Trainer:
         weights, T = self.objective.weights, len(self.objective.schedule)
         if weights is None:
             return {}
-        return {f"weight at t = {t}": float(f"{weights[t]:.6g}") for t in (0, T // 4, T // 2, 3 * T // 4, T - 1)}
+        some = {f"weight at t = {t}": weights[t] for t in (0, T // 4, T // 2, 3 * T // 4, T - 1)} | {"mean weight": weights.mean()}
+        return {name: float(f"{value:.6g}") for name, value in some.items()}
 
     def _save(self, final: bool = False) -> None:
         """Exports the pipeline, then writes the checkpoint, with which the step counts as saved.

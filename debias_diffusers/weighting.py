@@ -98,11 +98,14 @@ def register_weighting(function: Callable[..., Tensor]) -> Callable[..., Tensor]
     Raises:
         InputError: the name is taken, a parameter has no flag or another default, or what is returned is no tensor of weights.
     """
-    name = function.__name__
+    try:
+        name = function.__name__
+        _, *parameters = inspect.signature(function).parameters.values()
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{function!r} cannot be registered; write a function with a name, such as def mine(snr)") from error
     if name in WEIGHTING_PARAMETERS:
         raise InputError(f"weighting {name!r} is there already; give your function another name")
     known = sorted({parameter for names in WEIGHTING_PARAMETERS.values() for parameter in names})
-    _, *parameters = inspect.signature(function).parameters.values()
     for parameter in parameters:
         _require_known("parameter", parameter.name, known)
         default = getattr(ObjectiveConfig(), parameter.name)
@@ -111,7 +114,7 @@ def register_weighting(function: Callable[..., Tensor]) -> Callable[..., Tensor]
     names = tuple(parameter.name for parameter in parameters)
     probe = torch.ones(3, dtype=torch.float64)
     returned = function(probe, **_defaults(names))
-    if not isinstance(returned, Tensor) or returned.shape != probe.shape:
+    if not isinstance(returned, Tensor) or returned.shape != probe.shape or not returned.is_floating_point():
         raise InputError(f"weighting {name} must return a tensor of the shape of the SNR, but returned {returned!r}")
     WEIGHTINGS[name] = function
     WEIGHTING_PARAMETERS[name] = names
@@ -216,7 +219,7 @@ def loss_weight(
     if not weights.isfinite().all():
         raise InputError(
             f"weighting {weighting} on {prediction_type} is not finite at timesteps {timesteps.cpu()[~weights.isfinite()].tolist()}, "
-            f"where the SNR is 0; add snr_floor=1e-3, or predict v"
+            f"where the SNR is 0; add snr_floor=1e-3, or take weighting debiased and predict v"
         )
     return weights.to(timesteps.device, torch.float32)
 

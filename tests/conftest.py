@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
 GOLDEN = ROOT / "tests" / "golden"
+
+# A shell that starts the tests in the background has SIGINT ignored, which commands would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test may use the network; a library that tries gets an error at once.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}

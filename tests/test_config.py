@@ -57,8 +57,8 @@ def test_field_names_are_unique_over_the_sections():
         ({"weighting": "debias"}, ["weighting is debias,", "did you mean debiased?"]),
         ({"weighting": "mine"}, ["weighting is mine,", "constant, debiased"]),
         (
-            {**FLOW, "timestep_sampler": "logit_normal", "terminal_weight_floor": 0.5},
-            ["terminal_weight_floor is 0.5", "draws the last level never", "--timestep_sampler logit_normal_corrected"],
+            {**FLOW, "timestep_sampler": "log_normal", "terminal_weight_floor": 0.5},
+            ["terminal_weight_floor is 0.5", "never draws the last level", "--timestep_sampler log_normal_corrected"],
         ),
         ({"snr_gamma": 3.0}, ["snr_gamma is 3.0", "weighting is debiased", "--weighting min_snr or soft_min_snr"]),
         ({"weighting": "edm", "sigma_data": 0.0}, ["sigma_data is 0.0", "0.5"]),
@@ -82,7 +82,8 @@ def test_field_names_are_unique_over_the_sections():
         ({**FLOW, "learn_sigma": True}, ["learn_sigma is True", "flow", "v_prediction"]),
         ({**FLOW, "variance_type": "fixed_small"}, ["variance_type is fixed_small", "flow"]),
         ({"learn_sigma": True, "variance_type": "fixed_small"}, ["variance_type is fixed_small", "learn_sigma"]),
-        ({"weighting": "variational"}, ["variational", "--learn_sigma"]),
+        ({"weighting": "variational"}, ["variational", "add --learn_sigma"]),
+        ({**FLOW, "weighting": "variational"}, ["variational", "add --learn_sigma --prediction_type v_prediction"]),
         (
             {"weighting": "variational", "learn_sigma": True, "normalize_weights": True},
             ["normalize_weights is True", "changes nothing in weighting variational"],

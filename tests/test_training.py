@@ -519,6 +519,7 @@ def test_the_run_directory_is_laid_out_as_documented(trained):
         ({"timestep_sampler": "logit_normal"}, "density `logit_normal` (mean 0.0, standard deviation 1.0) without correction"),
         ({"learn_sigma": True}, "The variance of a sampling step is learned"),
         ({"learn_sigma": True, "weighting": "variational"}, "the variational bound was minimised, without weights"),
+        ({"learn_sigma": True, "weighting": "variational", "timestep_sampler": "log_normal"}, "density `log_normal`"),
     ],
 )
 def test_the_model_card_says_what_was_minimised(change, named):

@@ -42,6 +42,7 @@ def test_the_numbers_are_those_of_the_objective(tmp_path, options):
         (["--weighting", "constant", "--snr_floor", "1"], "snr_floor is 1.0, but changes no weight"),
         (["--normalize_weights", "--timestep_mean", "3"], "timestep_mean is 3.0, but changes no weight"),
         (["--schedule_shift", "1e300"], "take a shift from"),
+        (["--num_train_timesteps", "10"], "take at least 21"),
         (["--against", "variational"], "no weights to draw"),
         (["--snr_gamma", "3"], "snr_gamma is 3.0, but changes no weight of debiased"),
         (["--learn_sigma"], "learn_sigma is True, but changes no weight"),
@@ -65,6 +66,8 @@ def test_what_has_no_mean_is_not_normalized(tmp_path, flags):
 
 
 def test_weights_beyond_every_axis_are_written_all_the_same(tmp_path):
-    code, _, err = run("eval.py", "weights", "--weighting", "p2", "--p2_k", 0.1, "--p2_gamma", 400, "--output_dir", tmp_path / "w")
-    assert code == 0, err
-    assert rows(tmp_path / "w")[999]["epsilon"] == "inf"
+    for k, expected in ((0.1, math.inf), (1e10, 0.0)):
+        folder = tmp_path / str(k)
+        code, _, err = run("eval.py", "weights", "--weighting", "p2", "--p2_k", k, "--p2_gamma", 400, "--output_dir", folder)
+        assert code == 0, err
+        assert float(rows(folder)[999]["epsilon"]) == expected
