@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -16,7 +17,7 @@ import tyro
 
 from . import config as configuration
 from . import rules
-from .config import DIGITS, SampleConfig, TrainConfig, WeightsConfig
+from .config import DIGITS, ExportConfig, GuidedConfig, SampleConfig, TrainConfig, WeightsConfig
 from .errors import DebiasError, InputError, raise_all
 
 T = TypeVar("T")
@@ -35,6 +36,11 @@ def sample(argv: Sequence[str] | None = None) -> int:
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """`python eval.py`, `debias-eval`: returns the exit code."""
     return _said(_evaluate, argv)
+
+
+def convert(argv: Sequence[str] | None = None) -> int:
+    """`python -m debias_diffusers.convert`: returns the exit code."""
+    return _said(_convert, argv)
 
 
 def _train(argv: list[str]) -> None:
@@ -130,6 +136,26 @@ def _evaluate(argv: list[str]) -> None:
     from . import plots
 
     plots.draw_weights(config)
+
+
+CONVERT_HELP = """usage: python -m debias_diffusers.convert {guided,export} ...
+
+  guided MODEL.pt OUT --flags FLAGS   a checkpoint of guided-diffusion (the paper's code, ADM, P2, Min-SNR) to a pipeline
+  export MODEL OUT.pt                 the network of a run or pipeline to a checkpoint that guided-diffusion loads"""
+
+
+def _convert(argv: list[str]) -> None:
+    kinds: dict[str, type[Any]] = {"guided": GuidedConfig, "export": ExportConfig}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(CONVERT_HELP)
+        return
+    command, *rest = argv
+    if command not in kinds:
+        raise InputError(f"convert {command} is not known; take guided or export")
+    config: Any = _parse(kinds[command], rest, None, f"convert {command}", CONVERT_HELP)
+    from . import convert as room
+
+    getattr(room, command)(**dataclasses.asdict(config))
 
 
 def _parse(kind: type[T], argv: list[str], default: T | None, program: str, description: str) -> T:

@@ -131,6 +131,7 @@ class OptimizationConfig:
     weight_decay: float = 0.0  # decoupled weight decay of AdamW
     max_grad_norm: float = 0.0  # gradients longer than this are shortened; 0 is off
     ema_decay: tuple[float, ...] = (0.9999,)  # rates of the averaged weights; the first is exported
+    init: str | None = None  # start from these weights: a run directory, a pipeline folder, or a Hub id
     mixed_precision: Precision | None = None  # as the launcher says if left out, else no
     num_threads: int | None = None  # CPU threads of a process; all cores, shared by the machine's processes, if left out
     seed: int = 0  # with the position of a sample, decides all of its chance
@@ -185,6 +186,23 @@ class SampleConfig:
     guidance_scale: float = 1.0  # strength of classifier-free guidance; 1 is off
     weights: str = "ema"  # ema (as exported), raw, or an EMA rate of the run such as 0.999
     output_dir: str | None = None  # MODEL/samples/SCHEDULER-STEPS for a run if left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedConfig:
+    """Make a pipeline of a checkpoint of guided-diffusion."""
+
+    model: str  # the .pt file
+    out: str  # a new folder for the pipeline
+    flags: str = ""  # what it was trained with: a .json file, or as typed, '--image_size 256 --num_head_channels 64'
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Make a checkpoint of guided-diffusion of a pipeline."""
+
+    model: str  # a run directory, a pipeline folder, or a Hub id
+    out: str  # the .pt file; its flags are written beside it
 
 
 # A resumed run may change these; everything else must be as it was.

@@ -29,7 +29,8 @@ from .ema import EMA
 from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
 from .files import DRAFT, said_if_not_writable, write_file
 from .loss import Terms, make_objective
-from .pixels import PixelTask
+from .model import build_unet
+from .pixels import PixelTask, network_arguments
 from .progress import Progress, due
 from .run import SAMPLES, Run, StopSignal, say
 from .schedule import at
@@ -80,7 +81,11 @@ class Trainer:
         self.sampler = make_timestep_sampler(config.objective, self.objective.schedule, self.optim.batch_size)
         self.window = Window(len(self.objective.schedule), self.device)
         torch.manual_seed(chance.mixed(self.optim.seed, "weights", 0))
-        network = self.task.build().to(self.device).train()
+        found = self._agree_on_checkpoint()
+        unet = self.task.build()
+        if self.optim.init and found is None:
+            self._start_from(unet, self.optim.init)
+        network = unet.to(self.device).train()
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.ema = EMA(dict(network.named_parameters()), self.optim.ema_decay)
         self.adamw = torch.optim.AdamW(
@@ -96,7 +101,7 @@ class Trainer:
         self.step = 0  # optimizer steps that are done
         self.saved_step = 0
         self.skips = 0
-        self._resume(self._agree_on_checkpoint())
+        self._resume(found)
         self.positions = data.PositionBatches(
             self.optim.batch_size,
             self.micro_batch_size,
@@ -234,6 +239,13 @@ class Trainer:
             say(sentence)
 
     # ---- what is kept ------------------------------------------------------------------------------------------------
+
+    def _start_from(self, unet: nn.Module, model: str) -> None:
+        for sentence in self.task.start_from(unet, model):
+            if self.run:
+                say(f"warning: {sentence}")
+        if self.run:
+            say(f"starting from the weights of {model}")
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
         """The checkpoint that the first process chose, in every process."""
@@ -401,7 +413,9 @@ def dry_run(config: TrainConfig) -> None:
     try:
         source = open_source(config.data)
     except InputError as error:
-        print(f"parameters, steps per epoch and first batch: unknown, because the data cannot be seen ({error})")
+        if config.data.channels and not config.data.class_conditional:
+            print(f"parameters: {_count_parameters(network_arguments(config, config.data.channels, 0))}")
+        print(f"what else depends on the data: unknown, because they cannot be seen ({error})")
         return
     if objective.weights is not None:
         sampler = make_timestep_sampler(config.objective, objective.schedule)
@@ -409,7 +423,7 @@ def dry_run(config: TrainConfig) -> None:
         size = effective_sample_size(weights, p)
         print(f"weights as t is drawn: mean {(p * weights).sum():.4g}, largest {weights.max():.4g}, effective sample size {size:.2g}")
     task, batch_size = PixelTask(config, source), config.optimization.batch_size
-    print(f"parameters: {sum(p.numel() for p in task.build().parameters())}")
+    print(f"parameters: {_count_parameters(task.arguments)}")
     print(f"images: {len(source)}, {task.data.channels} channel(s), {task.data.num_classes} classes")
     print(f"steps per epoch: {len(source) / batch_size:.1f}")
     first = data.PositionBatches(min(batch_size, GRID_IMAGES), batch_size, 0, 1, range(1))
@@ -417,3 +431,8 @@ def dry_run(config: TrainConfig) -> None:
     picture = Path(f"{Path(config.run.output_dir or '')}-first-batch.png")
     write_file(picture, images.png(images.grid([images.from_array(image.numpy()) for image in batch["image"]])))
     print(f"first batch: {picture}")
+
+
+def _count_parameters(arguments: dict[str, Any]) -> int:
+    with torch.device("meta"):  # no memory
+        return sum(p.numel() for p in build_unet(arguments).parameters())

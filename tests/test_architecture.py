@@ -14,7 +14,7 @@ ORDER = [
     {"rules", "schedule", "checkpoint", "model", "sources"},
     {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "pipeline", "hub"},
     {"loss", "sampling", "machine"},
-    {"pixels", "window", "plots"},
+    {"pixels", "window", "plots", "convert"},
     {"progress"},
     {"training"},
     {"cli"},
@@ -22,7 +22,7 @@ ORDER = [
 
 DOORS = {
     "datasets": {"sources"},
-    "diffusers": {"model", "schedulers", "pipeline", "pixels", "machine"},
+    "diffusers": {"model", "schedulers", "pipeline", "pixels", "machine", "convert"},
     "accelerate": {"machine", "progress", "training"},
     "tyro": {"cli"},
     "yaml": {"config", "hub"},
@@ -36,6 +36,8 @@ WITHOUT_TORCH = {"errors", "config", "rules", "files", "checkpoint", "run", "hub
 def imports(path, everywhere=True):
     """(module, names) of each import; `everywhere` also within functions."""
     tree = ast.parse(path.read_text())
+    # A block for `python -m` stands at the end; there the command line, above all rooms, may be imported.
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))]
     for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
             yield from ((alias.name.split(".")[0], 0, []) for alias in node.names)

@@ -8,6 +8,7 @@ import time
 from typing import get_args
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, TINY, run
 
@@ -15,6 +16,8 @@ from debias_diffusers import config as configuration
 from debias_diffusers.cli import train_config
 from debias_diffusers.config import TrainConfig, flatten, layered, read_config, resolved, update
 from debias_diffusers.errors import InputError
+from debias_diffusers.model import build_unet
+from debias_diffusers.pixels import network_arguments
 from debias_diffusers.rules import train_problems
 from debias_diffusers.schedulers import SCHEDULERS
 
@@ -262,6 +265,51 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, content):
     file.write_text(content)
     with pytest.raises(InputError, match=r"wrong\.yaml"):
         read_config(str(file))
+
+
+PAPER = {
+    "celebahq256": 93_563_910,
+    "ffhq256": 93_563_910,
+    "afhq_dog256": 93_563_910,
+    "metfaces256": 93_563_910,
+    "cifar10": 30_468_870,
+    "imagenet256": 93_563_910 + 1000 * 512,
+}
+
+
+def test_every_packaged_configuration_has_a_test():
+    assert set(configuration.packaged_configs()) == {*PAPER, "digits", "reference_parity"}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_runs_of_the_paper_are_configurations(name, tmp_path):
+    config = train_config(["--config", name, "--dataset", str(tmp_path / "missing")], None)
+    assert train_problems(config) == []
+    objective, optim = config.objective, config.optimization
+    assert (objective.weighting, objective.prediction_type, objective.noise_schedule) == ("debiased", "epsilon", "linear")
+    assert objective.learn_sigma and objective.num_train_timesteps == 1000 and objective.schedule_shift == 1
+    assert (optim.learning_rate, optim.max_steps, optim.ema_decay) == (2e-5, 500_000, (0.9999,))
+    assert (optim.weight_decay, optim.max_grad_norm, optim.lr_schedule) == (0, 0, "constant")
+    assert optim.batch_size == (32 if name == "cifar10" else 8)
+    num_labels = 1000 if config.data.class_conditional else 0
+    with torch.device("meta"):
+        network = build_unet(network_arguments(config, 3, num_labels))
+    assert sum(p.numel() for p in network.parameters()) == PAPER[name]
+    for weighting in ("constant", "p2", "min_snr", "debiased"):
+        assert train_problems(train_config(["--config", name, "--dataset", "x", "--weighting", weighting], None)) == []
+
+
+def test_a_dry_run_counts_the_parameters_without_the_data(tmp_path):
+    code, out, err = run("train.py", "--config", "celebahq256", "--dataset", tmp_path / "missing", "--dry_run")
+    assert code == 0 and "parameters: 93563910" in out and "cannot be seen" in out, err
+
+
+def test_the_parity_preset_is_what_the_reference_does():
+    flags = ["--config", "reference_parity", "--dataset", "x", "--output_dir", "y", "--resolution", "64", "--attention_resolutions", "16"]
+    config = train_config(flags, "bf16")
+    assert train_problems(config) == []
+    assert config.optimization.mixed_precision == "no" and config.optimization.max_grad_norm == 0
+    assert config.objective.weighting == "debiased_as_is" and config.objective.learn_sigma
 
 
 def test_an_unknown_configuration_lists_the_known():

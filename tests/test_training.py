@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, Forked, command, metrics, run, tensors, train_args
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load
 
@@ -180,6 +181,61 @@ def test_losses_are_corrected_for_how_t_is_drawn(tmp_path):
         line = metrics(tmp_path / "run")[step]
         corrected = [sampler.corrections[level].item() * line["loss_by_t"][level // 100] for level in t[step].tolist()]
         assert line["loss"] == pytest.approx(sum(corrected) / 2, rel=1e-5)
+
+
+def nearly_still(folder, *flags):
+    """One step that moves nothing, then the exported network."""
+    still = ["--max_steps", 1, "--warmup_steps", 0, "--learning_rate", 1e-30, "--lr_schedule", "constant"]
+    code, _, err = run(*train_args(folder, *still, *flags))
+    return code, err, (folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_run_starts_from_the_weights_of_another(trained, tmp_path):
+    code, err, weights = nearly_still(tmp_path / "run", "--init", trained, "--prediction_type", "v_prediction")
+    assert code == 0 and f"starting from the weights of {trained}" in err
+    assert f"warning: prediction_type was epsilon in {trained}, here it is v_prediction" in err
+    before = load((trained / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
+    after = load(weights.read_bytes())
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_resume_needs_no_more_what_the_run_started_from(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "first")
+    flags = ["--init", tmp_path / "first", "--lr_schedule", "constant"]
+    assert run(*train_args(tmp_path / "run", *flags, "--max_steps", 6))[0] == 0
+    shutil.rmtree(tmp_path / "first")
+    code, _, err = run(*train_args(tmp_path / "run", *flags, "--max_steps", 7))
+    assert code == 0 and "resuming" in err and "starting from" not in err
+
+
+def test_a_stock_unconditional_model_is_fine_tuned_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1,
+                       down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "stock")
+    flags = ["--init", tmp_path / "stock", "--model_config", tmp_path / "stock" / "unet" / "config.json"]
+    code, err, weights = nearly_still(tmp_path / "run", *flags)
+    assert code == 0, err
+    after = load(weights.read_bytes())
+    torch.testing.assert_close(after, dict(unet.state_dict()), rtol=0, atol=1e-20)
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--model_channels", 16], ["is another network", "block_out_channels: init has [8, 16], this run [16, 32]", "--model_config"]),
+        (["--learn_sigma"], ["out_channels: init has 1, this run 2"]),
+        (["--class_conditional"], ["num_class_embeds: init has None, this run 11"]),
+    ],
+)
+def test_weights_of_another_network_are_refused_with_what_differs(trained, tmp_path, flags, named):
+    code, _, err = run(*train_args(tmp_path / "run", "--init", trained, *flags))
+    assert code == 2 and all(text in err for text in named), err
+
+
+def test_weights_that_are_not_there_are_named(tmp_path):
+    code, _, err = run(*train_args(tmp_path / "run", "--init", tmp_path / "missing"))
+    assert code == 2 and f"{tmp_path / 'missing'} does not exist" in err
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_end_the_training(tmp_path, monkeypatch):

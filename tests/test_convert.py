@@ -1,0 +1,311 @@
+"""guided-diffusion's checkpoints: its outputs repeated, every kind of network there and back, and what is refused."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import GOLDEN, command, run
+from diffusers import DDPMPipeline
+from safetensors.torch import load_file
+
+from debias_diffusers.config import ModelConfig, ObjectiveConfig
+from debias_diffusers.convert import Shape, export, from_guided, guided, join_qkv, modules, read_flags, shape_of, split_qkv, to_guided
+from debias_diffusers.errors import InputError
+from debias_diffusers.model import build_unet, unet_config
+from debias_diffusers.pipeline import PixelPipeline, load_pipeline
+from debias_diffusers.schedulers import exported_scheduler
+
+NETWORKS = ("unet_paper_32", "unet_classcond_32")
+
+
+def golden(name):
+    folder = GOLDEN / name
+    return folder / "model.pt", folder / "flags.json", load_file(folder / "io.safetensors")
+
+
+def output(folder, io):
+    with torch.no_grad():
+        return load_pipeline(str(folder)).unet(io["x"], io["t"], io.get("y")).sample
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_converted_network_computes_what_the_reference_computes(name, tmp_path):
+    model, flags, io = golden(name)
+    guided(str(model), str(flags), str(tmp_path / "out"))
+    assert (output(tmp_path / "out", io) - io["output"]).abs().max() < 1e-5
+    pipeline = load_pipeline(str(tmp_path / "out"))
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    assert pipeline.scheduler.config.beta_schedule == "linear" and pipeline.scheduler.config.prediction_type == "epsilon"
+    assert pipeline.num_classes == (10 if "classcond" in name else 0) and pipeline.config.null_label is None
+
+
+def test_the_command_converts_and_stock_diffusers_draws_with_the_result(tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    process = command("-m", "debias_diffusers.convert", "guided", model, "--flags", flags, tmp_path / "out")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "1915590 parameters" in err
+    pipeline = DDPMPipeline.from_pretrained(str(tmp_path / "out"))
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(num_inference_steps=3, output_type="np").images.shape == (1, 32, 32, 3)
+    code, _, err = run("sample.py", tmp_path / "out", "--num_images", 2, "--steps", 3, "--output_dir", tmp_path / "drawn")
+    assert code == 0 and (tmp_path / "drawn" / "000001.png").is_file(), err
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_exported_is_what_was_converted_bit_for_bit(name, tmp_path):
+    model, flags, _ = golden(name)
+    guided(str(model), str(flags), str(tmp_path / "out"))
+    export(str(tmp_path / "out"), str(tmp_path / "back.pt"))
+    before, after = (torch.load(path, weights_only=True) for path in (model, tmp_path / "back.pt"))
+    assert set(before) == set(after)
+    assert all(torch.equal(before[key].float(), after[key]) and before[key].shape == after[key].shape for key in before)
+    said, told = json.loads(flags.read_text()), json.loads((tmp_path / "back.pt.flags.json").read_text())
+    assert {key for key, value in told.items() if said[key] != value} == {"channel_mult"}
+    assert told["channel_mult"] == "1,2,2,2"  # the usual of 32 pixels, which the reference writes as nothing
+
+
+@pytest.mark.parametrize("side, mult", [(32, (1, 2, 2, 2)), (64, (1, 2, 3, 4)), (128, (1, 1, 2, 3, 4)), (256, (1, 1, 2, 2, 4, 4))])
+@pytest.mark.parametrize("updown", (False, True))
+@pytest.mark.parametrize("variant", ({}, {"scale_shift": True, "learn_sigma": True}, {"classes": 5, "blocks": 2}))
+def test_every_kind_of_network_goes_there_and_back(side, mult, updown, variant, tmp_path):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        model_channels=32,
+        channel_mult=mult,
+        layers_per_block=variant.get("blocks", 1),
+        attention_resolutions=(16, 8),
+        attention_head_dim=16,
+        resblock_updown=updown,
+        resnet_time_scale_shift="scale_shift" if variant.get("scale_shift") else "default",
+    )
+    learn_sigma, classes = variant.get("learn_sigma", False), variant.get("classes", 0)
+    unet = build_unet(unet_config(config, side, 3, classes, learn_sigma))
+    scheduler = exported_scheduler(ObjectiveConfig(learn_sigma=learn_sigma, prediction_type="v_prediction", noise_schedule="cosine"))
+    PixelPipeline(unet, scheduler).save_pretrained(tmp_path / "one")
+    export(str(tmp_path / "one"), str(tmp_path / "theirs.pt"))
+    guided(str(tmp_path / "theirs.pt"), str(tmp_path / "theirs.pt.flags.json"), str(tmp_path / "other"))
+    again = load_pipeline(str(tmp_path / "other"))
+    assert all(torch.equal(value, again.unet.state_dict()[key]) for key, value in unet.state_dict().items())
+    kept = ("prediction_type", "beta_schedule", "variance_type", "num_train_timesteps")
+    assert all(again.scheduler.config[key] == scheduler.config[key] for key in kept)
+    assert again.unet.config.sample_size == side and again.num_classes == classes
+
+
+def test_names_follow_the_levels_of_the_reference():
+    """Two levels of one block, the second with attention, written out from the reference's constructor."""
+    names = dict(modules(Shape(widths=(32, 64), blocks=1, attends=(False, True), updown=False)))
+    expected = {
+        "conv_in": "input_blocks.0.0",
+        "down_blocks.0.resnets.0.conv1": "input_blocks.1.0.in_layers.2",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+        "down_blocks.1.resnets.0.time_emb_proj": "input_blocks.3.0.emb_layers.1",
+        "down_blocks.1.attentions.0": "input_blocks.3.1",
+        "mid_block.resnets.1.norm2": "middle_block.2.out_layers.0",
+        "up_blocks.0.resnets.0.conv_shortcut": "output_blocks.0.0.skip_connection",
+        "up_blocks.0.attentions.1": "output_blocks.1.1",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv",
+        "up_blocks.1.resnets.1.conv2": "output_blocks.3.0.out_layers.3",
+    }
+    assert expected.items() <= names.items()
+    assert "down_blocks.0.attentions.0" not in names and "up_blocks.1.upsamplers.0.conv" not in names
+
+
+def reordered(state):
+    """The same network with its attention weights in the other order."""
+    result = dict(state)
+    for key, value in state.items():
+        if ".qkv." in key:
+            result[key] = torch.cat(split_qkv(value, len(value) // 3 // 32, new_order=False))
+    return result
+
+
+def test_both_orders_of_attention_give_the_same_network(tmp_path):
+    model, flags, io = golden("unet_paper_32")
+    torch.save(reordered(torch.load(model, weights_only=True)), tmp_path / "new.pt")
+    new = {**json.loads(flags.read_text()), "use_new_attention_order": True}
+    (tmp_path / "new.json").write_text(json.dumps(new))
+    guided(str(tmp_path / "new.pt"), str(tmp_path / "new.json"), str(tmp_path / "right"))
+    assert (output(tmp_path / "right", io) - io["output"]).abs().max() < 1e-5
+    guided(str(tmp_path / "new.pt"), str(flags), str(tmp_path / "wrong"))  # which nothing in the file can tell
+    assert (output(tmp_path / "wrong", io) - io["output"]).abs().max() > 1e-3
+
+
+def test_qkv_is_split_as_the_reference_computes_attention():
+    """Its legacy attention views (3 C) as heads of [q, k, v]; the new one as [q, k, v] of heads."""
+    heads, head_dim = 3, 4
+    x = torch.randn(2, 3 * heads * head_dim, 5)
+    q, k, v = x.reshape(2 * heads, 3 * head_dim, 5).split(head_dim, dim=1)  # as QKVAttentionLegacy does
+    for part, expected in zip(split_qkv(x[0], heads, new_order=False), (q, k, v)):
+        assert torch.equal(part, expected[:heads].reshape(heads * head_dim, 5))
+    assert torch.equal(join_qkv(split_qkv(x[0], heads, new_order=False), heads), x[0])
+    for part, expected in zip(split_qkv(x[0], heads, new_order=True), x[0].chunk(3)):
+        assert torch.equal(part, expected)
+
+
+def test_flags_are_read_as_they_were_typed(tmp_path):
+    typed = "--image_size 256 --num_head_channels=64 --learn_sigma True --lr 2e-5 --channel_mult 1,2 --class_cond False"
+    expected = {"image_size": 256, "num_head_channels": 64, "learn_sigma": True, "channel_mult": "1,2", "class_cond": False}
+    assert read_flags(typed) == expected
+    (tmp_path / "flags.json").write_text(json.dumps({**expected, "batch_size": 8}))
+    assert read_flags(str(tmp_path / "flags.json")) == expected and read_flags("") == {}
+
+
+@pytest.mark.parametrize(
+    "typed, named",
+    [
+        ("--image_size", "pairs such as"),
+        ("--image_size big", "image_size is 'big', but must be a number"),
+        ("--learn_sigma perhaps", "learn_sigma is 'perhaps', but must be True or False"),
+        ("missing.json", "cannot be read"),
+    ],
+)
+def test_wrong_flags_are_named(typed, named):
+    with pytest.raises(InputError, match=named):
+        read_flags(typed)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"num_channels": 64}, "num_channels is 64 at image_size 32, but the weights tell 32"),
+        ({"image_size": 64}, r"channel_mult is 1,2,3,4 at image_size 64, but the weights tell 1,2,2,2"),
+        ({"learn_sigma": False}, "learn_sigma is False"),
+        ({"class_cond": True}, "class_cond is True"),
+        ({"use_scale_shift_norm": False}, "use_scale_shift_norm is False"),
+        ({"resblock_updown": False}, "resblock_updown is False"),
+        ({"attention_resolutions": "8"}, "attention_resolutions is 8 at image_size 32, but the weights tell 16"),
+        ({"num_res_blocks": 2}, "num_res_blocks is 2"),
+        ({"num_head_channels": 48}, r"num_head_channels is 48, but attention has \[64\] channels"),
+        ({"noise_schedule": "sqrt"}, "noise_schedule is 'sqrt', but the reference has linear and cosine only"),
+        ({"rescale_timesteps": True, "diffusion_steps": 4000}, "1000 t / T"),
+        ({"num_head_channels": -1, "num_heads_upsample": 2}, "heads differ in width"),
+    ],
+)
+def test_weights_and_flags_that_differ_are_refused(change, named, tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    (tmp_path / "flags.json").write_text(json.dumps({**json.loads(flags.read_text()), **change}))
+    with pytest.raises(InputError, match=named):
+        guided(str(model), str(tmp_path / "flags.json"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_count_is_taken_where_all_attention_has_one_width(tmp_path):
+    model, flags, io = golden("unet_paper_32")
+    counted = {**json.loads(flags.read_text()), "num_head_channels": -1, "num_heads": 2}  # 64 channels, 32 each
+    (tmp_path / "flags.json").write_text(json.dumps(counted))
+    guided(str(model), str(tmp_path / "flags.json"), str(tmp_path / "out"))
+    assert (output(tmp_path / "out", io) - io["output"]).abs().max() < 1e-5
+
+
+def weights_of(side, mult, head_dim=16, **changes):
+    config = ModelConfig(
+        model_channels=32, channel_mult=mult, layers_per_block=1, attention_resolutions=(16, 8), attention_head_dim=head_dim
+    )
+    unet = build_unet(unet_config(config, side, 3, 0, False))
+    shape = Shape(
+        widths=tuple(32 * m for m in mult), blocks=1, attends=tuple(side // 2**k in (16, 8) for k in range(len(mult))), updown=False
+    )
+    return to_guided(unet.state_dict(), shape, head_dim) | changes, shape
+
+
+def test_what_unet2dmodel_cannot_express_is_refused_with_the_reason(tmp_path):
+    wide, _ = weights_of(64, (1, 2, 3, 4))
+    torch.save(wide, tmp_path / "heads.pt")
+    with pytest.raises(InputError, match=r"4 heads .* attention layers of \[96, 128\] channels, so heads differ"):
+        guided(str(tmp_path / "heads.pt"), "--use_scale_shift_norm False", str(tmp_path / "out"))
+    torch.save(wide | {"time_embed.0.weight": torch.zeros(128, 64)}, tmp_path / "512.pt")
+    with pytest.raises(InputError, match="time embedding starts from 64 channels and its first level from 32, as in the networks for 512"):
+        guided(str(tmp_path / "512.pt"), "--num_head_channels 16", str(tmp_path / "out"))
+
+
+def test_the_weights_tell_their_shape():
+    state, shape = weights_of(64, (1, 2, 3, 4))
+    assert shape_of(state) == shape
+    assert set(from_guided(state, shape, 16, False)) == set(build_names(shape))
+
+
+def build_names(shape):
+    config = ModelConfig(
+        model_channels=32, channel_mult=(1, 2, 3, 4), layers_per_block=1, attention_resolutions=(16, 8), attention_head_dim=16
+    )
+    return build_unet(unet_config(config, 64, 3, 0, False)).state_dict()
+
+
+class Hostile:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        ({"weights": Hostile()}, "cannot be read as a file of weights"),
+        ({"step": 3}, "holds no state dict"),
+        ([torch.zeros(1)], "holds no state dict"),
+        ({"conv.weight": torch.zeros(1)}, "not the weights of a UNet of guided-diffusion"),
+        ({"output_blocks.0.0.x": torch.zeros(1)}, "not the weights of a UNet of guided-diffusion"),
+    ],
+)
+def test_hostile_and_other_files_are_refused(content, named, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(InputError, match=named):
+        guided(str(tmp_path / "model.pt"), "", str(tmp_path / "out"))
+    assert "must not run" not in capfd.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_file_is_refused_with_one_sentence(tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    whole = model.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"\x80\x04no", whole[:-1]):
+        (tmp_path / "model.pt").write_bytes(content)
+        with pytest.raises(InputError, match=r"model\.pt cannot be read as a file of weights"):
+            guided(str(tmp_path / "model.pt"), str(flags), str(tmp_path / "out"))
+    state = torch.load(model, weights_only=True)
+    for missing, named in (("middle_block.1.norm.bias",) * 2, ("out.2.bias",) * 2, ("out.0.weight", "conv_norm_out.weight")):
+        torch.save({key: value for key, value in state.items() if key != missing}, tmp_path / "model.pt")
+        with pytest.raises(InputError, match=re.escape(named)):
+            guided(str(tmp_path / "model.pt"), str(flags), str(tmp_path / "out"))
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match="is there already"):
+        guided(str(model), str(flags), str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_what_the_reference_does_not_have_is_not_exported(tmp_path, trained):
+    with pytest.raises(InputError, match=r"1 channel\(s\)") as error:
+        export(str(trained), str(tmp_path / "out.pt"))
+    assert "32 groups" in str(error.value) and not (tmp_path / "out.pt").exists()
+    model, flags, _ = golden("unet_paper_32")
+    guided(str(model), str(flags), str(tmp_path / "out"))
+    for objective, named in (
+        (ObjectiveConfig(schedule_shift=4.0), "neither linear nor cosine"),
+        (ObjectiveConfig(prediction_type="flow"), "rectified flow"),
+    ):
+        pipeline = load_pipeline(str(tmp_path / "out"))
+        pipeline.scheduler = exported_scheduler(objective)
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        pipeline.save_pretrained(tmp_path / "other")
+        with pytest.raises(InputError, match=named):
+            export(str(tmp_path / "other"), str(tmp_path / "other.pt"))
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["guide"], "guided or export"),
+        (["guided", "x.pt"], "a new folder for the pipeline (required)"),
+        (["export", "none", "o.pt"], "none"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence(argv, named, capfd):
+    from debias_diffusers.cli import convert
+
+    assert convert(argv) == 2 and named in capfd.readouterr().err
