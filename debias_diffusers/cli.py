@@ -150,6 +150,9 @@ def _convert(argv: list[str]) -> None:
         print(CONVERT_HELP)
         return
     command, *rest = argv
+    if "--flags" in rest[:-1]:  # its value begins with dashes, so it must not stand apart
+        place = rest.index("--flags")
+        rest[place : place + 2] = [f"--flags={rest[place + 1]}"]
     if command not in kinds:
         raise InputError(f"convert {command} is not known; take guided or export")
     config: Any = _parse(kinds[command], rest, None, f"convert {command}", CONVERT_HELP)

@@ -7,6 +7,8 @@ an attention head, the order of its weights, the size of images, schedule and ta
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import io
 import json
 import os
@@ -26,6 +28,7 @@ from .errors import InputError, raise_all
 from .files import DRAFT, said_if_not_writable, write_file
 from .model import build_unet, unet_config
 from .pipeline import PixelPipeline, load_pipeline
+from .rules import objective_problems, range_problems
 from .run import say
 from .schedule import is_flow, make_schedule, schedule_of_scheduler
 from .schedulers import exported_scheduler
@@ -54,6 +57,9 @@ DEFAULT_FLAGS: dict[str, Any] = {
     "predict_xstart": False,
     "predict_v": False,
 }
+
+# Flags of the reference that look like the above, but are others.
+_OTHER_FLAGS = {"num_heads_upsample", "classifier_resblock_updown", "classifier_use_scale_shift_norm", "classifier_attention_resolutions"}
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -218,30 +224,45 @@ def read_flags(text: str) -> dict[str, Any]:
     """The reference's flags, from a JSON file or as they were typed: `--image_size 256 --learn_sigma True`.
 
     Raises:
-        InputError: not readable, or a value of the wrong kind.
+        InputError: not readable, a value of the wrong kind, or a name that looks like a misspelt one.
     """
-    if text.endswith(".json"):
-        try:
-            given = dict(json.loads(Path(text).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"flags {text} cannot be read: {error}") from error
-    else:
-        words = shlex.split(text.replace("=", " "))
-        if len(words) % 2 or not all(name.startswith("--") for name in words[::2]):
-            raise InputError(f"flags {text!r} must be a .json file, or pairs such as '--image_size 256 --learn_sigma True'")
-        given = {name.lstrip("-"): value for name, value in zip(words[::2], words[1::2])}
+    given = _flags_of_file(text) if text.lower().endswith(".json") else _typed_flags(text)
+    for name in given:
+        near = difflib.get_close_matches(name, DEFAULT_FLAGS, n=1, cutoff=0.85)
+        if near and name not in DEFAULT_FLAGS and name not in _OTHER_FLAGS:
+            raise InputError(f"flag {name} is not known; did you mean {near[0]}?")
     return {name: _as(type(default), name, given[name]) for name, default in DEFAULT_FLAGS.items() if name in given}
 
 
-def _as(kind: type, name: str, value: Any) -> Any:
-    if kind is bool and str(value).lower() in ("true", "false", "1", "0", "yes", "no"):
-        return str(value).lower() in ("true", "1", "yes")
+def _flags_of_file(path: str) -> dict[str, Any]:
     try:
-        if kind is not bool:
-            return kind(value)
-    except (ValueError, TypeError):
-        pass
-    raise InputError(f"flag {name} is {value!r}, but must be {'True or False' if kind is bool else 'a number'}")
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"flags {path} cannot be read: {error}") from error
+    if not isinstance(given, dict):
+        raise InputError(f"flags {path} holds no JSON object (names and values)")
+    return given
+
+
+def _typed_flags(text: str) -> dict[str, Any]:
+    try:
+        words = [part for word in shlex.split(text) for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    except ValueError as error:
+        raise InputError(f"flags {text!r} cannot be read: {error}") from error
+    if len(words) % 2 or not all(name.startswith("--") for name in words[::2]):
+        raise InputError(f"flags {text!r} must be a .json file, or pairs such as '--image_size 256 --learn_sigma True'")
+    return {name.lstrip("-").replace("-", "_"): value for name, value in zip(words[::2], words[1::2])}
+
+
+def _as(kind: type, name: str, value: Any) -> Any:
+    if kind is str:
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = str(value).strip().lower()
+    if kind is bool and text in ("true", "false", "1", "0", "yes", "no"):
+        return text in ("true", "1", "yes")
+    if kind is int and text.lstrip("-").isdecimal():
+        return int(text)
+    raise InputError(f"flag {name} is {value!r}, but must be {'True or False' if kind is bool else 'a whole number'}")
 
 
 def read_state(path: str) -> State:
@@ -266,7 +287,9 @@ def told_by(state: Mapping[str, Tensor], shape: Shape, image_size: int) -> dict[
         "num_channels": base,
         "channel_mult": ",".join(f"{width / base:g}" for width in shape.widths),
         "num_res_blocks": shape.blocks,
-        "attention_resolutions": ",".join(str(image_size // 2**level) for level, attends in enumerate(shape.attends) if attends),
+        # Without any, a side that no level has: the reference cannot read an empty list.
+        "attention_resolutions": ",".join(str(image_size // 2**level) for level, attends in enumerate(shape.attends) if attends)
+        or str(2 * image_size),
         "class_cond": classes is not None,
         "num_classes": DEFAULT_FLAGS["num_classes"] if classes is None else len(classes),
         "use_scale_shift_norm": len(state["input_blocks.1.0.emb_layers.1.bias"]) == 2 * base,
@@ -275,21 +298,30 @@ def told_by(state: Mapping[str, Tensor], shape: Shape, image_size: int) -> dict[
     }
 
 
+def _numbers(text: str) -> list[float]:
+    """Of a list such as "1, 2,2"."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise InputError(f"flag with the value {text!r} must be numbers with commas, such as 1,2,2 ({error})") from error
+
+
 def _contradictions(given: Mapping[str, Any], told: Mapping[str, Any], shape: Shape) -> list[str]:
     """Flags that say something else than the weights."""
-    said = dict(given)
-    size = said.get("image_size", DEFAULT_FLAGS["image_size"])
-    if not said.get("channel_mult"):  # the reference then chooses by the size of the images
-        said["channel_mult"] = ",".join(map(str, CHANNEL_MULT.get(size, ())))
-    if "attention_resolutions" in said:  # it ignores sides that no level has
-        sides = [str(size // 2**level) for level in range(len(shape.widths))]
-        said["attention_resolutions"] = ",".join(side for side in sides if side in said["attention_resolutions"].split(","))
+    said, meant = dict(given), dict(told)
+    size = said["image_size"]
+    # Empty multipliers are chosen by the size of the images; sides that no level has are ignored.
+    usual = list(CHANNEL_MULT.get(size, ()))
+    said["channel_mult"], meant["channel_mult"] = _numbers(said.get("channel_mult", "")) or usual, _numbers(told["channel_mult"])
+    if "attention_resolutions" in said:
+        sides = [size // 2**level for level in range(len(shape.widths))]
+        said["attention_resolutions"] = [side for side in sides if side in _numbers(said["attention_resolutions"])]
+        meant["attention_resolutions"] = [side for side, attends in zip(sides, shape.attends) if attends]
     if not told["class_cond"]:
         said.pop("num_classes", None)
-    shown = {name: "without a usual value" if value == "" else value for name, value in said.items()}
     return [
-        f"{name} is {shown[name]} at image_size {size}, but the weights tell {value}; correct one of the flags"
-        for name, value in told.items()
+        f"{name} is {said[name]} at image_size {size}, but the weights tell {value}; correct one of the flags"
+        for name, value in meant.items()
         if name in said and said[name] != value
     ]
 
@@ -297,6 +329,9 @@ def _contradictions(given: Mapping[str, Any], told: Mapping[str, Any], shape: Sh
 def _inexpressible(flags: Mapping[str, Any], state: Mapping[str, Tensor], shape: Shape) -> list[str]:
     """Why UNet2DModel cannot be this network, though the reference can."""
     found, base = [], shape.widths[0]
+    inputs, outputs = state["input_blocks.0.0.weight"].shape[1], len(state["out.2.bias"])
+    if inputs not in (1, 3) or outputs not in (inputs, 2 * inputs):
+        found.append(f"it goes from {inputs} to {outputs} channels, so it is no model of images alone (perhaps one of super-resolution)")
     if state["time_embed.0.weight"].shape[1] != base:
         found.append(
             f"its time embedding starts from {state['time_embed.0.weight'].shape[1]} channels and its first level from {base}, as in the "
@@ -348,15 +383,29 @@ def guided(model: str, flags: str, out: str) -> None:
         InputError: a file cannot be read, weights and flags contradict each other, or UNet2DModel cannot express the network.
     """
     given, folder = read_flags(flags), _new_folder(out)
+    raise_all(_missing(given), "flags")
     values = {**DEFAULT_FLAGS, **given}
     try:
         unet = _network(model, given, values)
-    except KeyError as error:
-        raise InputError(f"{model} lacks the weight {error}, which a UNet of guided-diffusion has") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:  # of weights in odd shapes
+        raise InputError(f"{model} holds no UNet of guided-diffusion as its flags say: {' '.join(str(error).split())[:200]}") from error
     scheduler = exported_scheduler(_objective(values, unet.config.out_channels > unet.config.in_channels))
     pipeline = PixelPipeline(unet, scheduler) if unet.config.num_class_embeds else DDPMPipeline(unet, scheduler)
     _save(pipeline, folder)
+    names = ("use_new_attention_order", "noise_schedule", "diffusion_steps", "predict_xstart", "predict_v")
+    if assumed := [f"{name} {values[name]}" for name in names if name not in given]:
+        say(f"assumed, as the reference does where flags are left out: {', '.join(assumed)}")
     say(f"{out}: {sum(p.numel() for p in unet.parameters())} parameters, images of {values['image_size']} pixels; sample.py draws with it")
+
+
+def _missing(given: Mapping[str, Any]) -> list[str]:
+    """Flags that neither the weights tell nor the reference's defaults are safe for."""
+    found = []
+    if given.get("image_size", 0) < 1:
+        found.append("image_size is missing, and the weights do not tell it; add it, such as --image_size 256")
+    if not any(given.get(name, 0) >= 1 for name in ("num_head_channels", "num_heads")):
+        found.append("num_head_channels (or num_heads) is missing, and the weights do not tell it; the paper's runs have 64")
+    return found
 
 
 def _network(model: str, given: Mapping[str, Any], values: Mapping[str, Any]) -> UNet2DModel:
@@ -373,8 +422,8 @@ def _network(model: str, given: Mapping[str, Any], values: Mapping[str, Any]) ->
 
 
 def _new_folder(out: str) -> Path:
-    folder = Path(out)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    folder = Path(out).resolve()
+    if not out or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise InputError(f"{out} is there already; name a new or empty folder")
     return folder
 
@@ -394,11 +443,13 @@ def _unet(shape: Shape, told: Mapping[str, Any], image_size: int, head_dim: int,
 
 
 def _load(unet: UNet2DModel, weights: State, model: str) -> None:
-    """Raises InputError where a weight is missing, unknown, or of another shape."""
+    """Raises InputError where a weight is missing, unknown, of another shape, or not finite."""
     try:
         unet.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(f"{model} does not fit the network that it tells of: {' '.join(str(error).split())[:400]}") from error
+    if spoilt := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise InputError(f"{model} has weights that are not finite, such as {spoilt[0]}")
 
 
 def _objective(flags: Mapping[str, Any], learn_sigma: bool) -> ObjectiveConfig:
@@ -409,22 +460,30 @@ def _objective(flags: Mapping[str, Any], learn_sigma: bool) -> ObjectiveConfig:
     """
     if flags["noise_schedule"] not in ("linear", "cosine"):
         raise InputError(f"flag noise_schedule is {flags['noise_schedule']!r}, but the reference has linear and cosine only")
+    if flags["predict_xstart"] and flags["predict_v"]:
+        raise InputError("flags predict_xstart and predict_v are both True, but a network has one target; correct them")
     prediction_type: PredictionType = "sample" if flags["predict_xstart"] else "v_prediction" if flags["predict_v"] else "epsilon"
-    return ObjectiveConfig(
+    objective = ObjectiveConfig(
         prediction_type=prediction_type,
+        weighting="constant",  # which no sampler asks for
         noise_schedule=flags["noise_schedule"],
         num_train_timesteps=flags["diffusion_steps"],
         learn_sigma=learn_sigma,
     )
+    raise_all(range_problems(dataclasses.asdict(objective)) or objective_problems(objective), "flags diffusion_steps and noise_schedule")
+    return objective
 
 
 def _save(pipeline: DiffusionPipeline, folder: Path) -> None:
     """The folder is whole or absent."""
     draft = folder.with_name(DRAFT + folder.name)
     shutil.rmtree(draft, ignore_errors=True)
-    with said_if_not_writable(folder):
-        pipeline.save_pretrained(draft, safe_serialization=True)
-        os.replace(draft, folder)
+    try:
+        with said_if_not_writable(folder):
+            pipeline.save_pretrained(draft, safe_serialization=True)
+            os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 # ---- the way back ----------------------------------------------------------------------------------------------------
@@ -440,8 +499,13 @@ def export(model: str, out: str) -> None:
     Raises:
         InputError: guided-diffusion has no such network, target or schedule.
     """
+    for path in (out, f"{out}.flags.json"):
+        if not out or Path(path).exists():
+            raise InputError(f"{path or 'the empty name'} is there already; name a new file, such as model.pt")
     pipeline = load_pipeline(model)
     unet, own = pipeline.unet, pipeline.scheduler
+    if not (isinstance(unet, UNet2DModel) and isinstance(unet.config.sample_size, int) and unet.config.attention_head_dim):
+        raise InputError(f"{model} cannot be exported: its network is no UNet2DModel with a size of images and of attention heads")
     shape = Shape(
         widths=tuple(unet.config.block_out_channels),
         blocks=unet.config.layers_per_block,

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from torch import Tensor, nn
 
 from .config import TrainConfig
 from .data import TrainingData
-from .errors import raise_all
+from .errors import InputError, raise_all
 from .loss import Network
 from .model import build_unet, unet_config
 from .pipeline import PixelPipeline, load_pipeline
+from .schedule import is_flow, schedule_of_scheduler
 from .schedulers import exported_scheduler
 from .sources import Source
 
@@ -52,15 +54,29 @@ class PixelTask:
             InputError: its network is another one; names what differs and how to take it as it is.
         """
         pipeline = load_pipeline(model)
+        if not isinstance(pipeline.unet, UNet2DModel):
+            raise InputError(f"init {model} holds a {type(pipeline.unet).__name__}, but this run trains a UNet2DModel")
         theirs = pipeline.unet.config
-        differ = [f"{name}: init has {theirs[name]}, this run {ours}" for name, ours in unet.config.items() if _differs(name, theirs, ours)]
-        raise_all(differ, f"init {model} is another network (to take it as it is: --model_config with its unet/config.json)")
-        unet.load_state_dict(pipeline.unet.state_dict())
-        return [
-            f"{name} was {before} in {model}, here it is {now}"
-            for name, now in exported_scheduler(self.config.objective).config.items()
-            if not name.startswith("_") and name in _TRAINED_FOR and (before := pipeline.scheduler.config.get(name)) != now
+        differ = [
+            f"{name}: init has {theirs.get(name)}, this run {ours}" for name, ours in unet.config.items() if _differs(name, theirs, ours)
         ]
+        advice = "to take it as it is: --model_config with its unet/config.json"
+        if (theirs.num_class_embeds or 0) + 1 == unet.config.num_class_embeds and self.data.null_label is not None:
+            advice += '; it has no label for "none", so add --label_dropout 0'
+        raise_all(differ, f"init {model} is another network ({advice})")
+        unet.load_state_dict(pipeline.unet.state_dict())
+        return self._trained_otherwise(pipeline.scheduler, model)
+
+    def _trained_otherwise(self, theirs: Any, model: str) -> list[str]:
+        """What a model's scheduler says of its training, where this run's is another."""
+        ours, found = exported_scheduler(self.config.objective), []
+        targets = ["flow" if is_flow(own) else own.config.prediction_type for own in (theirs, ours)]
+        if targets[0] != targets[1]:
+            found.append(f"prediction_type was {targets[0]} in {model}, here it is {targets[1]}")
+        before, now = schedule_of_scheduler(theirs).snr, schedule_of_scheduler(ours).snr
+        if len(before) != len(now) or not torch.allclose(before, now, rtol=1e-3):
+            found.append(f"the noise schedule is not that of {model}, whose SNR go from {before[0]:.3g} to {before[-1]:.3g}")
+        return found
 
     def clean(self, batch: dict[str, Tensor], device: Any) -> Tensor:
         """x_0 (B, C, H, W) float32 in [-1, 1]; the bytes travel to the device and become numbers there."""
@@ -85,11 +101,6 @@ class PixelTask:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline, list(range(classes)) or None
 
-
-# Of a scheduler's configuration, what its network was trained for.
-_TRAINED_FOR = {
-    "prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr", "shift",
-}  # fmt: skip
 
 # Fields of a UNet2DModel that neither its weights nor its computation depend on, or that training may change.
 _FREE = {"dropout", "sample_size"}

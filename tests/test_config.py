@@ -20,6 +20,7 @@ from debias_diffusers.model import build_unet
 from debias_diffusers.pixels import network_arguments
 from debias_diffusers.rules import train_problems
 from debias_diffusers.schedulers import SCHEDULERS
+from debias_diffusers.training import dry_run
 
 FLOW = {"prediction_type": "flow", "noise_schedule": None}
 GOOD = resolved(layered(read_config("digits"), {"output_dir": "runs/x"}), None)
@@ -282,7 +283,7 @@ def test_every_packaged_configuration_has_a_test():
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_runs_of_the_paper_are_configurations(name, tmp_path):
+def test_the_runs_of_the_paper_are_configurations(name, tmp_path, capsys):
     config = train_config(["--config", name, "--dataset", str(tmp_path / "missing")], None)
     assert train_problems(config) == []
     objective, optim = config.objective, config.optimization
@@ -295,6 +296,9 @@ def test_the_runs_of_the_paper_are_configurations(name, tmp_path):
     with torch.device("meta"):
         network = build_unet(network_arguments(config, 3, num_labels))
     assert sum(p.numel() for p in network.parameters()) == PAPER[name]
+    dry_run(config)
+    said = capsys.readouterr().out
+    assert "cannot be seen" in said and (f"parameters: {PAPER[name]}\n" in said) == (name != "imagenet256")
     for weighting in ("constant", "p2", "min_snr", "debiased"):
         assert train_problems(train_config(["--config", name, "--dataset", "x", "--weighting", weighting], None)) == []
 

@@ -156,9 +156,12 @@ def test_flags_are_read_as_they_were_typed(tmp_path):
     "typed, named",
     [
         ("--image_size", "pairs such as"),
-        ("--image_size big", "image_size is 'big', but must be a number"),
+        ("--image_size big", "image_size is 'big', but must be a whole number"),
         ("--learn_sigma perhaps", "learn_sigma is 'perhaps', but must be True or False"),
         ("missing.json", "cannot be read"),
+        ('--image_size "32', "No closing quotation"),
+        ("--use_new_atention_order True", "did you mean use_new_attention_order"),
+        ("--image_size 32.5", "must be a whole number"),
     ],
 )
 def test_wrong_flags_are_named(typed, named):
@@ -170,17 +173,22 @@ def test_wrong_flags_are_named(typed, named):
     "change, named",
     [
         ({"num_channels": 64}, "num_channels is 64 at image_size 32, but the weights tell 32"),
-        ({"image_size": 64}, r"channel_mult is 1,2,3,4 at image_size 64, but the weights tell 1,2,2,2"),
+        ({"image_size": 64}, r"channel_mult is \[1, 2, 3, 4\] at image_size 64, but the weights tell \[1\.0, 2\.0, 2\.0, 2\.0\]"),
         ({"learn_sigma": False}, "learn_sigma is False"),
         ({"class_cond": True}, "class_cond is True"),
         ({"use_scale_shift_norm": False}, "use_scale_shift_norm is False"),
         ({"resblock_updown": False}, "resblock_updown is False"),
-        ({"attention_resolutions": "8"}, "attention_resolutions is 8 at image_size 32, but the weights tell 16"),
+        ({"attention_resolutions": "8"}, r"attention_resolutions is \[8\] at image_size 32, but the weights tell \[16\]"),
         ({"num_res_blocks": 2}, "num_res_blocks is 2"),
         ({"num_head_channels": 48}, r"num_head_channels is 48, but attention has \[64\] channels"),
         ({"noise_schedule": "sqrt"}, "noise_schedule is 'sqrt', but the reference has linear and cosine only"),
         ({"rescale_timesteps": True, "diffusion_steps": 4000}, "1000 t / T"),
         ({"num_head_channels": -1, "num_heads_upsample": 2}, "heads differ in width"),
+        ({"num_head_channels": -1, "num_heads": 0}, r"num_head_channels \(or num_heads\) is missing"),
+        ({"image_size": -32}, "image_size is missing"),
+        ({"diffusion_steps": 0}, "num_train_timesteps is 0"),
+        ({"diffusion_steps": 10}, "take at least 21"),
+        ({"predict_xstart": True, "predict_v": True}, "both True"),
     ],
 )
 def test_weights_and_flags_that_differ_are_refused(change, named, tmp_path):
@@ -214,10 +222,13 @@ def test_what_unet2dmodel_cannot_express_is_refused_with_the_reason(tmp_path):
     wide, _ = weights_of(64, (1, 2, 3, 4))
     torch.save(wide, tmp_path / "heads.pt")
     with pytest.raises(InputError, match=r"4 heads .* attention layers of \[96, 128\] channels, so heads differ"):
-        guided(str(tmp_path / "heads.pt"), "--use_scale_shift_norm False", str(tmp_path / "out"))
+        guided(str(tmp_path / "heads.pt"), "--image_size 64 --num_heads 4", str(tmp_path / "out"))
     torch.save(wide | {"time_embed.0.weight": torch.zeros(128, 64)}, tmp_path / "512.pt")
     with pytest.raises(InputError, match="time embedding starts from 64 channels and its first level from 32, as in the networks for 512"):
-        guided(str(tmp_path / "512.pt"), "--num_head_channels 16", str(tmp_path / "out"))
+        guided(str(tmp_path / "512.pt"), "--image_size 64 --num_head_channels 16", str(tmp_path / "out"))
+    torch.save(wide | {"input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3)}, tmp_path / "super.pt")
+    with pytest.raises(InputError, match="from 6 to 3 channels"):
+        guided(str(tmp_path / "super.pt"), "--image_size 64 --num_head_channels 16", str(tmp_path / "out"))
 
 
 def test_the_weights_tell_their_shape():
@@ -244,15 +255,15 @@ class Hostile:
         ({"weights": Hostile()}, "cannot be read as a file of weights"),
         ({"step": 3}, "holds no state dict"),
         ([torch.zeros(1)], "holds no state dict"),
-        ({"conv.weight": torch.zeros(1)}, "not the weights of a UNet of guided-diffusion"),
-        ({"output_blocks.0.0.x": torch.zeros(1)}, "not the weights of a UNet of guided-diffusion"),
+        ({"conv.weight": torch.zeros(1)}, "UNet of guided-diffusion"),
+        ({"output_blocks.0.0.x": torch.zeros(1)}, "UNet of guided-diffusion"),
     ],
 )
 def test_hostile_and_other_files_are_refused(content, named, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(InputError, match=named):
-        guided(str(tmp_path / "model.pt"), "", str(tmp_path / "out"))
+        guided(str(tmp_path / "model.pt"), "--image_size 32 --num_heads 2", str(tmp_path / "out"))
     assert "must not run" not in capfd.readouterr().out
 
 
@@ -269,6 +280,50 @@ def test_a_damaged_file_is_refused_with_one_sentence(tmp_path):
         torch.save({key: value for key, value in state.items() if key != missing}, tmp_path / "model.pt")
         with pytest.raises(InputError, match=re.escape(named)):
             guided(str(tmp_path / "model.pt"), str(flags), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        (3, torch.zeros(1)),
+        ("output_blocks.x.0", torch.zeros(1)),
+        ("out.2.bias", torch.tensor(1.0)),
+        ("time_embed.0.weight", torch.zeros(3)),
+        ("input_blocks.3.1.qkv.weight", torch.zeros(100, 64, 1)),
+        ("input_blocks.1.0.out_layers.3.bias", torch.zeros(0)),
+        ("conv.weight", torch.zeros(1)),
+        ("out.0.weight", torch.full((32,), torch.nan)),
+    ],
+)
+def test_weights_in_odd_shapes_are_refused_with_one_sentence(key, value, tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    torch.save({**torch.load(model, weights_only=True), key: value}, tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"model\.pt|UNet of guided-diffusion"):
+        guided(str(tmp_path / "model.pt"), str(flags), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".draft*"))
+
+
+@pytest.mark.parametrize("change", [{"channel_mult": "1, 2, 2,2"}, {"channel_mult": [1, 2, 2, 2]}, {"attention_resolutions": "64, 16"}])
+def test_lists_are_read_however_they_are_spelled(change, tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    (tmp_path / "flags.json").write_text(json.dumps({**json.loads(flags.read_text()), **change}))
+    guided(str(model), str(tmp_path / "flags.json"), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+def test_what_weights_do_not_tell_must_be_said_and_what_was_assumed_is(tmp_path, capfd):
+    model, _, io = golden("unet_paper_32")
+    with pytest.raises(InputError, match="2 problems"):
+        guided(str(model), "--learn_sigma True", str(tmp_path / "out"))
+    from debias_diffusers.cli import convert
+
+    typed = "--image_size 32 --num-head-channels 32"
+    assert convert(["guided", str(model), "--flags", typed, str(tmp_path / "out")]) == 0
+    assert "assumed, as the reference does where flags are left out: use_new_attention_order False" in capfd.readouterr().err
+    assert (output(tmp_path / "out", io) - io["output"]).abs().max() < 1e-5
+    export(str(tmp_path / "out"), str(tmp_path / "back.pt"))
+    with pytest.raises(InputError, match="is there already"):
+        export(str(tmp_path / "out"), str(tmp_path / "back.pt"))
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):

@@ -193,10 +193,15 @@ def nearly_still(folder, *flags):
 def test_a_run_starts_from_the_weights_of_another(trained, tmp_path):
     code, err, weights = nearly_still(tmp_path / "run", "--init", trained, "--prediction_type", "v_prediction")
     assert code == 0 and f"starting from the weights of {trained}" in err
-    assert f"warning: prediction_type was epsilon in {trained}, here it is v_prediction" in err
+    assert f"warning: prediction_type was epsilon in {trained}, here it is v_prediction" in err and "noise schedule is not" not in err
     before = load((trained / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
     after = load(weights.read_bytes())
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_another_schedule_than_the_weights_were_trained_for_is_said(trained, tmp_path):
+    code, err, _ = nearly_still(tmp_path / "run", "--init", trained, "--schedule_shift", 16)
+    assert code == 0 and f"warning: the noise schedule is not that of {trained}" in err
 
 
 def test_a_resume_needs_no_more_what_the_run_started_from(trained, tmp_path):
