@@ -424,6 +424,9 @@ def dry_run(config: TrainConfig) -> None:
         print(f"weights as t is drawn: mean {(p * weights).sum():.4g}, largest {weights.max():.4g}, effective sample size {size:.2g}")
     task, batch_size = PixelTask(config, source), config.optimization.batch_size
     print(f"parameters: {_count_parameters(task.arguments)}")
+    if config.optimization.init:
+        for sentence in task.start_from(task.build(), config.optimization.init):
+            print(f"warning: {sentence}")
     print(f"images: {len(source)}, {task.data.channels} channel(s), {task.data.num_classes} classes")
     print(f"steps per epoch: {len(source) / batch_size:.1f}")
     first = data.PositionBatches(min(batch_size, GRID_IMAGES), batch_size, 0, 1, range(1))

@@ -238,6 +238,14 @@ def test_weights_of_another_network_are_refused_with_what_differs(trained, tmp_p
     assert code == 2 and all(text in err for text in named), err
 
 
+def test_a_dry_run_checks_the_weights_it_would_start_from(trained, tmp_path):
+    flags = ["--dry_run", "--init", trained]
+    code, out, err = run(*train_args(tmp_path / "run", *flags, "--prediction_type", "sample"))
+    assert code == 0 and f"warning: prediction_type was epsilon in {trained}, here it is sample" in out, err
+    code, _, err = run(*train_args(tmp_path / "run", *flags, "--learn_sigma"))
+    assert code == 2 and "is another network" in err
+
+
 def test_weights_that_are_not_there_are_named(tmp_path):
     code, _, err = run(*train_args(tmp_path / "run", "--init", tmp_path / "missing"))
     assert code == 2 and f"{tmp_path / 'missing'} does not exist" in err
