@@ -26,7 +26,7 @@ from torch import Tensor
 from .config import CHANNEL_MULT, ModelConfig, ObjectiveConfig, PredictionType
 from .errors import InputError, raise_all
 from .files import DRAFT, said_if_not_writable, write_file
-from .model import build_unet, unet_config
+from .model import build_unet, differing_fields, unet_config
 from .pipeline import PixelPipeline, load_pipeline
 from .rules import objective_problems, range_problems
 from .run import say
@@ -59,7 +59,7 @@ DEFAULT_FLAGS: dict[str, Any] = {
 }
 
 # Flags of the reference that look like the above, but are others.
-_OTHER_FLAGS = {"num_heads_upsample", "classifier_resblock_updown", "classifier_use_scale_shift_norm", "classifier_attention_resolutions"}
+_OTHER_FLAGS = {"classifier_resblock_updown", "classifier_use_scale_shift_norm", "classifier_attention_resolutions"}
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -104,7 +104,7 @@ def modules(shape: Shape) -> Iterator[tuple[str, str]]:
         if shape.updown:
             yield from resnet(ours, theirs)
         else:
-            yield f"{ours}.conv", f"{theirs}.{convolution}" if convolution else theirs
+            yield f"{ours}.conv", f"{theirs}.{convolution}"
 
     place = 1
     for level in range(levels):
@@ -212,6 +212,11 @@ def shape_of(state: Mapping[str, Tensor]) -> Shape:
     return Shape(widths=widths, blocks=blocks - 1, attends=attends, updown=updown)
 
 
+def _attending_sides(shape: Shape, image_size: int) -> tuple[int, ...]:
+    """The sides of the images in levels with attention."""
+    return tuple(image_size // 2**level for level, attends in enumerate(shape.attends) if attends)
+
+
 def _resizes(state: Mapping[str, Tensor], place: int, attends: bool) -> bool:
     last = f"output_blocks.{place}.{1 + attends}"
     return f"{last}.conv.weight" in state or f"{last}.in_layers.0.weight" in state
@@ -288,8 +293,7 @@ def told_by(state: Mapping[str, Tensor], shape: Shape, image_size: int) -> dict[
         "channel_mult": ",".join(f"{width / base:g}" for width in shape.widths),
         "num_res_blocks": shape.blocks,
         # Without any, a side that no level has: the reference cannot read an empty list.
-        "attention_resolutions": ",".join(str(image_size // 2**level) for level, attends in enumerate(shape.attends) if attends)
-        or str(2 * image_size),
+        "attention_resolutions": ",".join(map(str, _attending_sides(shape, image_size) or (2 * image_size,))),
         "class_cond": classes is not None,
         "num_classes": DEFAULT_FLAGS["num_classes"] if classes is None else len(classes),
         "use_scale_shift_norm": len(state["input_blocks.1.0.emb_layers.1.bias"]) == 2 * base,
@@ -316,7 +320,7 @@ def _contradictions(given: Mapping[str, Any], told: Mapping[str, Any], shape: Sh
     if "attention_resolutions" in said:
         sides = [size // 2**level for level in range(len(shape.widths))]
         said["attention_resolutions"] = [side for side in sides if side in _numbers(said["attention_resolutions"])]
-        meant["attention_resolutions"] = [side for side, attends in zip(sides, shape.attends) if attends]
+        meant["attention_resolutions"] = list(_attending_sides(shape, size))
     if not told["class_cond"]:
         said.pop("num_classes", None)
     return [
@@ -434,7 +438,7 @@ def _unet(shape: Shape, told: Mapping[str, Any], image_size: int, head_dim: int,
         model_channels=shape.widths[0],
         channel_mult=tuple(width // shape.widths[0] for width in shape.widths),
         layers_per_block=shape.blocks,
-        attention_resolutions=tuple(image_size // 2**level for level, attends in enumerate(shape.attends) if attends),
+        attention_resolutions=_attending_sides(shape, image_size),
         attention_head_dim=head_dim,
         resblock_updown=shape.updown,
         resnet_time_scale_shift="scale_shift" if told["use_scale_shift_norm"] else "default",
@@ -548,19 +552,13 @@ def _foreign(unet: UNet2DModel, own: Any, shape: Shape) -> list[str]:
     else:
         twin = _unet(shape, told, config.sample_size, config.attention_head_dim, config.in_channels).config
         found += [
-            f"its {name} is {config[name]}, that of the reference {value}"
-            for name, value in twin.items()
-            if not name.startswith("_") and name != "dropout" and _plain(config[name]) != _plain(value)
+            f"its {name} is {config[name]}, that of the reference {twin[name]}" for name in differing_fields(twin, config, {"dropout"})
         ]
     if is_flow(own):
         found.append("it is a rectified flow, which the reference does not know")
     elif not _schedule_name(own):
         found.append("its noise schedule is neither linear nor cosine as the reference has them (shifted, rescaled, or another)")
     return found
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _schedule_name(own: Any) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ def _from_file(path: str, fixed: dict[str, Any]) -> dict[str, Any]:
         if name in values and values[name] != value:
             raise InputError(f"model_config {path} has {name} {values[name]}, but this run asks for {value}; leave it out")
     return values | fixed
+
+
+def differing_fields(one: Mapping[str, Any], other: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """Names of the fields in which two configurations of UNet2DModel differ, but for those in `free`. `one` has all fields."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value  # which of the two depends on where it was read from
+
+    return [name for name in one if not name.startswith("_") and name not in free and plain(one[name]) != plain(other.get(name))]
 
 
 def build_unet(arguments: dict[str, Any]) -> UNet2DModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from .config import TrainConfig
 from .data import TrainingData
 from .errors import InputError, raise_all
 from .loss import Network
-from .model import build_unet, unet_config
+from .model import build_unet, differing_fields, unet_config
 from .pipeline import PixelPipeline, load_pipeline
 from .schedule import is_flow, schedule_of_scheduler
 from .schedulers import exported_scheduler
@@ -58,7 +57,7 @@ class PixelTask:
             raise InputError(f"init {model} holds a {type(pipeline.unet).__name__}, but this run trains a UNet2DModel")
         theirs = pipeline.unet.config
         differ = [
-            f"{name}: init has {theirs.get(name)}, this run {ours}" for name, ours in unet.config.items() if _differs(name, theirs, ours)
+            f"{name}: init has {theirs.get(name)}, this run {unet.config[name]}" for name in differing_fields(unet.config, theirs, _FREE)
         ]
         advice = "to take it as it is: --model_config with its unet/config.json"
         if (theirs.num_class_embeds or 0) + 1 == unet.config.num_class_embeds and self.data.null_label is not None:
@@ -104,13 +103,3 @@ class PixelTask:
 
 # Fields of a UNet2DModel that neither its weights nor its computation depend on, or that training may change.
 _FREE = {"dropout", "sample_size"}
-
-
-def _differs(name: str, theirs: Mapping[str, Any], ours: Any) -> bool:
-    if name.startswith("_") or name in _FREE:
-        return False
-
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
-
-    return bool(plain(theirs.get(name)) != plain(ours))
