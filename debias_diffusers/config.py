@@ -26,8 +26,12 @@ VarianceType = Literal["fixed_small", "fixed_large"]
 TimestepSampler = Literal[
     "uniform", "stratified", "log_normal", "logit_normal", "log_normal_corrected", "logit_normal_corrected", "loss_second_moment"
 ]
-SchedulerName = Literal["ddpm", "ddim", "dpmsolver", "dpmsolver++", "unipc", "flow_euler", "flow_heun"]
-Spacing = Literal["linspace", "leading", "trailing"]
+SchedulerName = Literal[
+    "ddpm", "ddim", "dpmsolver", "dpmsolver++", "dpmsolver++sde", "unipc", "heun", "euler", "euler_ancestral", "flow_euler", "flow_heun"
+]
+Spacing = Literal["linspace", "leading", "trailing", "stride"]
+Clipping = Literal["none", "static", "dynamic"]
+ImageFormat = Literal["png", "webp", "npz"]
 Precision = Literal["no", "fp16", "bf16"]
 
 # Every weighting, and the parameters that it has beside the SNR. `register_weighting` adds a user's own.
@@ -177,14 +181,25 @@ class SampleConfig:
 
     model: str  # a run directory, a pipeline folder, or a Hub id
     scheduler: SchedulerName | None = None  # the solver; unipc if left out, flow_heun for a model of rectified flow
-    steps: int = 20  # steps of the solver, each a call of the network (flow_heun: two)
-    spacing: Spacing = "linspace"  # how the steps are spread over the noise levels
+    steps: int | None = None  # steps of the solver, each a call of the network (heun and flow_heun: two); 20 if left out
+    spacing: Spacing = "linspace"  # how the steps are spread over the noise levels; stride: whole numbers apart, from 0 on
+    timesteps: tuple[int, ...] = ()  # the noise levels to visit, descending, in place of steps and spacing
+    sections: tuple[int, ...] = ()  # steps in each equal part of the noise levels, least noisy first, in place of steps and spacing
+    eta: float = 0.0  # fresh noise in the steps of ddim: 0 none, 1 as much as ddpm
+    clipping: Clipping | None = None  # of the predicted clean image; as the model says for ddpm and ddim, none for others, if left out
+    clipping_quantile: float = 0.995  # share of an image's values that dynamic clipping leaves as they are
     num_images: int = 64  # how many images
-    batch_size: int = 64  # images drawn together
+    batch_size: int = 64  # images drawn together in each process
     seed: int = 0  # image k is drawn from seed + k
-    class_labels: tuple[int, ...] = ()  # labels, repeated over the images; all classes in turn if left out
+    class_labels: tuple[int, ...] | Literal["balanced", "drawn"] = "balanced"  # repeated over the images; all classes in turn; at random
     guidance_scale: float = 1.0  # strength of classifier-free guidance; 1 is off
+    guidance_interval: tuple[int, int] | None = None  # least and greatest timestep that is guided; all if left out
     weights: str = "ema"  # ema (as exported), raw, or an EMA rate of the run such as 0.999
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # numbers of the network; the solver always has float32
+    compile: bool = False  # compile the network first: minutes at the start, faster steps
+    num_threads: int | None = None  # CPU threads of a process; all cores, shared by the machine's processes, if left out
+    format: ImageFormat = "png"  # png, webp (lossless), or npz: all in one file, as guided-diffusion's evaluation reads them
+    trajectory: bool = False  # also a picture of the first images at stages of their drawing
     output_dir: str | None = None  # MODEL/samples/SCHEDULER-STEPS for a run if left out
 
 

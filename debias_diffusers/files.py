@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-from .errors import CannotWriteError, InputError
+from .errors import CannotWriteError, InputError, RunInUseError
 
+LOCK = ".lock"
 DRAFT = ".draft-"  # whatever begins so was being written when the process ended; nobody reads it
 
 
@@ -31,8 +35,9 @@ def _free(path: Path) -> str:
     return f"{shutil.disk_usage(there).free / 1e6:.0f} MB free"
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file aside and renames it into place; a power cut leaves the old file, the new one, or none.
+@contextmanager
+def drafted(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to that is renamed into place at the end; a power cut leaves the old file, the new one, or none.
 
     Raises:
         CannotWriteError: the draft is removed, what stood at `path` stays.
@@ -41,12 +46,25 @@ def write_file(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(DRAFT + path.name)
         try:
-            write_durably(draft, data)
+            with open(draft, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(draft, path)
-        except OSError:
+        except BaseException:
             draft.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file aside and renames it into place.
+
+    Raises:
+        CannotWriteError: what stood at `path` stays.
+    """
+    with drafted(path) as file:
+        file.write(data)
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -64,6 +82,30 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def take_lock(folder: Path) -> IO[str]:
+    """Makes the folder this process's own until the file that is returned is closed. The kernel does that when it ends.
+
+    Raises:
+        RunInUseError: another process has it.
+        CannotWriteError: the folder cannot be made or written to.
+    """
+    with said_if_not_writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise RunInUseError(f"{folder} is in use by {holder}") from None
+    with said_if_not_writable(folder / LOCK):
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+    return lock
 
 
 def remove_drafts(folder: Path) -> None:

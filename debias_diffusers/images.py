@@ -7,6 +7,7 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -70,12 +71,12 @@ def from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
 
 
-def grid(images: Sequence[Image.Image], smallest: int = 48) -> Image.Image:
-    """Images of one size in a nearly square grid with margins; small ones are enlarged without smoothing."""
+def grid(images: Sequence[Image.Image], smallest: int = 48, columns: int | None = None) -> Image.Image:
+    """Images of one size in a grid (nearly square if not told its columns) with margins; small ones are enlarged without smoothing."""
     width, height = images[0].size
     scale = max(1, math.ceil(smallest / min(width, height)))
     margin = max(2, scale)
-    columns = math.ceil(math.sqrt(len(images)))
+    columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     cell_w, cell_h = scale * width + margin, scale * height + margin
     sheet = Image.new(images[0].mode, (columns * cell_w + margin, rows * cell_h + margin), "white")
@@ -87,6 +88,15 @@ def grid(images: Sequence[Image.Image], smallest: int = 48) -> Image.Image:
 
 def png(image: Image.Image) -> bytes:
     """The image as a PNG file's bytes."""
+    return _encoded(image, "PNG")
+
+
+def webp(image: Image.Image) -> bytes:
+    """The image as a lossless WebP file's bytes. WebP has no grey: it becomes colour of three equal channels."""
+    return _encoded(image, "WEBP", lossless=True)
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    image.save(file, "PNG")
+    image.save(file, kind, **options)
     return file.getvalue()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import diffusers
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from . import __version__
 from .config import TrainConfig
@@ -48,32 +49,47 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(f"mixed_precision is {precision}, but this machine refuses: {' '.join(str(error).split())}") from error
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != world_size:
-        raise InputError(
-            f"the launcher started {world_size} processes, but accelerate sees {accelerator.num_processes}; "
-            f"on a CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu"
-        )
+    _require_all_processes(accelerator.num_processes)
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision is fp16, but a CPU cannot train in it; take bf16 or no")
     return accelerator
 
 
-def explained(error: RuntimeError, micro_batch_size: int) -> DebiasError | None:
-    """What stopped a training, in a sentence, where torch has only a RuntimeError for it; None where we do not know better."""
+def start_processes(num_threads: int | None) -> PartialState:
+    """accelerate's handle on devices and processes where nothing is trained."""
+    # Processes meet at the beginning and at the end only, and may be hours apart by then.
+    state = PartialState(timeout=timedelta(days=30))
+    _require_all_processes(state.num_processes)
+    set_threads(num_threads)
+    return state
+
+
+def _require_all_processes(seen: int) -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if seen != world_size:
+        raise InputError(
+            f"the launcher started {world_size} processes, but accelerate sees {seen}; "
+            f"on a CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu"
+        )
+
+
+def explained(error: RuntimeError, flag: str, size: int) -> DebiasError | None:
+    """What stopped a command, in a sentence, where torch has only a RuntimeError for it; None where we do not know better.
+
+    `flag` decides how many images, now `size`, are computed with at once.
+    """
     said = str(error)
     # Of a device, or of the main memory.
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
-        smaller = f"add --micro_batch_size {micro_batch_size // 2}, which trains the same in less memory"
-        advice = smaller if micro_batch_size > 1 else "take a smaller network or --resolution"
-        return InputError(f"out of memory with {micro_batch_size} images per forward; {advice}")
+        advice = f"add {flag} {size // 2}, which does the same in less memory" if size > 1 else "take a smaller network or resolution"
+        return InputError(f"out of memory with {size} images per forward; {advice}")
     if "DataLoader worker" in said:
         return DebiasError(
             "a process that reads images was killed, perhaps for lack of memory; take fewer --num_workers; the same command continues"
         )
     # Of gloo or NCCL: the process at the other end of an exchange is gone.
     if any(words in said for words in ("closed by peer", "Connection reset", "remote process exited")):
-        return DebiasError("another process of this training has ended; the reason is what it said last")
+        return DebiasError("another process of this command has ended; the reason is what it said last")
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .config import Clipping, PredictionType
 from .errors import InputError, NotFiniteError
+from .schedule import is_flow, predicted_x_0, prediction_of_x_0
+from .schedulers import set_timesteps
 
 
 class PixelPipeline(DiffusionPipeline):
@@ -27,6 +30,7 @@ class PixelPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ("x_t", "x_0", "class_labels")
 
     def __init__(self, unet: UNet2DModel, scheduler: Any, null_label: int | None = None) -> None:
         super().__init__()
@@ -45,47 +49,111 @@ class PixelPipeline(DiffusionPipeline):
         batch_size: int = 1,
         class_labels: Sequence[int] | Tensor | None = None,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
         num_inference_steps: int = 20,
+        timesteps: Sequence[int] | None = None,
+        eta: float = 0.0,
+        clipping: Clipping | None = None,
+        clipping_quantile: float = 0.995,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("x_t",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draws a batch of images.
+
+        The network computes in the precision of its weights; x_t is kept in float32 at least.
 
         Args:
             batch_size: how many.
             class_labels: (batch_size,) a label for each image of a class-conditional model.
             guidance_scale: g of classifier-free guidance (arXiv 2207.12598): none + g (label - none); 1 is off.
+            guidance_interval: the least and the greatest timestep that is guided (arXiv 2404.07724); all if left out.
             num_inference_steps: steps of the scheduler.
+            timesteps: the timesteps themselves, descending, for schedulers that take them; num_inference_steps is then unused.
+            eta: share of fresh noise in DDIM's steps (arXiv 2010.02502, equation 16); only schedulers that know it take it.
+            clipping: "static" bounds the predicted x_0 to [-1, 1] in each step, "dynamic" to its own quantile, and scales
+                that to 1 (arXiv 2205.11487, section 2.3), with any scheduler. Left out or "none", the scheduler does what it
+                is configured to do.
+            clipping_quantile: of the absolute values of an image, for "dynamic".
             generator: one for all, or a list with one for each image, which makes an image independent of its batch.
             output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), both float in [0, 1].
             return_dict: an ImagePipelineOutput, or a plain tuple.
+            callback_on_step_end: called after each step with this pipeline, the number of the step, its timestep, and a
+                dictionary of the tensors asked for; an `x_t` in what it returns takes the place of ours. It may set
+                `_interrupt` to stop.
+            callback_on_step_end_tensor_inputs: among x_t (B, C, H, W) after the step, x_0 (B, C, H, W) as predicted in it, and
+                class_labels (B,).
 
         Raises:
-            InputError: labels or guidance that the model does not have.
+            InputError: labels, guidance, or tensors for the callback that the model or this pipeline does not have.
             NotFiniteError: the network or the solver gave NaN or infinity.
         """
+        self._check(guidance_interval, clipping, output_type, callback_on_step_end_tensor_inputs)
         labels = self._labels(batch_size, class_labels, guidance_scale)
+        if not isinstance(self.scheduler, DDPMScheduler):  # DPM-Solver would cut off all channels after the third
+            self.scheduler.register_to_config(variance_type=None)
+        set_timesteps(self.scheduler, num_inference_steps, timesteps)
+        chance = self._step_arguments(generator, eta)
+        x_t = self._noise(batch_size, generator)
+        scaled = getattr(self.scheduler, "scale_model_input", lambda x_t, t: x_t)
+        self._interrupt = False
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
+            for step, t in enumerate(self.scheduler.timesteps):
+                given = scaled(x_t, t)
+                prediction = self._predict(given, t, labels, guidance_scale if _within(guidance_interval, t) else 1.0)
+                prediction = self._clipped(prediction, given, t, clipping, clipping_quantile)
+                x_t = self.scheduler.step(prediction, t, x_t, **chance).prev_sample
+                if callback_on_step_end:
+                    x_0 = self._x_0(prediction, given, t) if "x_0" in callback_on_step_end_tensor_inputs else None
+                    tensors = {"x_t": x_t, "x_0": x_0, "class_labels": labels}
+                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    x_t = (callback_on_step_end(self, step, t, asked) or {}).get("x_t", x_t)
+                progress.update()
+                if self._interrupt:
+                    break
+        if not x_t.isfinite().all():
+            raise NotFiniteError(f"{type(self.scheduler).__name__} with {num_inference_steps} steps drew images that are not finite")
+        images: Any = (x_t / 2 + 0.5).clamp(0, 1)
+        self.maybe_free_model_hooks()
+        if output_type != "pt":
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+            images = self.numpy_to_pil(images) if output_type == "pil" else images
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked to stop."""
+        return self._interrupt
+
+    def _check(
+        self, guidance_interval: tuple[float, float] | None, clipping: str | None, output_type: str, tensor_inputs: Sequence[str]
+    ) -> None:
+        if guidance_interval is not None and not guidance_interval[0] <= guidance_interval[1]:
+            raise InputError(f"guidance_interval is {guidance_interval}, but its first timestep must be the smaller one")
+        if clipping not in (None, "none", "static", "dynamic"):
+            raise InputError(f"clipping is {clipping!r}, but must be none, static or dynamic")
+        if output_type not in ("pil", "np", "pt"):
+            raise InputError(f"output_type is {output_type!r}, but must be pil, np or pt")
+        if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
+            raise InputError(f"a callback can be given {', '.join(self._callback_tensor_inputs)}, but not {', '.join(unknown)}")
+
+    def _step_arguments(self, generator: Any, eta: float) -> dict[str, Any]:
+        """What the scheduler's step knows of: solvers of ODEs draw nothing and have no such arguments."""
+        known = inspect.signature(self.scheduler.step).parameters
+        if eta and "eta" not in known:
+            raise InputError(f"eta is {eta}, but {type(self.scheduler).__name__} has none; take ddim, or leave it out")
+        return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in known}
+
+    def _noise(self, batch_size: int, generator: Any) -> Tensor:
+        """x_T of the scheduler, (B, C, H, W)."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, self.unet.config.in_channels, height, width)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        x_t = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
-        x_t = x_t * getattr(self.scheduler, "init_noise_sigma", 1.0)  # those of flow matching have none, and scale nothing
-        scaled = getattr(self.scheduler, "scale_model_input", lambda x_t, t: x_t)
-        # Solvers of ODEs draw nothing and have no such argument.
-        chance = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
-        for t in self.progress_bar(self.scheduler.timesteps):
-            prediction = self._predict(scaled(x_t, t), t, labels, guidance_scale)
-            x_t = self.scheduler.step(prediction, t, x_t, **chance).prev_sample
-        if not x_t.isfinite().all():
-            raise NotFiniteError(f"{type(self.scheduler).__name__} with {num_inference_steps} steps drew images that are not finite")
-        images = (x_t / 2 + 0.5).clamp(0, 1)
-        self.maybe_free_model_hooks()
-        if output_type != "pt":
-            images = images.float().cpu().permute(0, 2, 3, 1).numpy()
-            images = self.numpy_to_pil(images) if output_type == "pil" else images
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        noise: Tensor = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
+        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # those of flow matching have none, and scale nothing
 
     def _labels(self, batch_size: int, class_labels: Sequence[int] | Tensor | None, guidance_scale: float) -> Tensor | None:
         check_labels(self, class_labels, guidance_scale)
@@ -100,18 +168,61 @@ class PixelPipeline(DiffusionPipeline):
         """What the scheduler takes: the guided prediction, and the values of a learned variance (of the label) if it uses them."""
         C = self.unet.config.in_channels
         if labels is None or guidance_scale == 1:
-            output = self.unet(x_t, t, labels).sample
+            output = self._call(x_t, t, labels)
             prediction, values = output[:, :C], output[:, C:]
         else:
             null = torch.full_like(labels, self.config.null_label)
-            output, without = self.unet(x_t.repeat(2, 1, 1, 1), t, torch.cat([labels, null])).sample.chunk(2)
+            output, without = self._call(x_t.repeat(2, 1, 1, 1), t, torch.cat([labels, null])).chunk(2)
             prediction, values = without[:, :C] + guidance_scale * (output[:, :C] - without[:, :C]), output[:, C:]
         return torch.cat([prediction, values], dim=1) if self._uses_variance else prediction
+
+    def _call(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """The network in the precision of its weights, its output in that of x_t."""
+        output: Tensor = self.unet(x_t.to(self.unet.dtype), t, labels, return_dict=False)[0]
+        return output.to(x_t.dtype)
+
+    def _clipped(self, prediction: Tensor, x_t: Tensor, t: Tensor, clipping: Clipping | None, quantile: float) -> Tensor:
+        """The prediction that implies the x_0 of this one, brought to [-1, 1]. Values of a learned variance stay."""
+        if clipping in (None, "none"):
+            return prediction
+        x_0 = self._x_0(prediction, x_t, t)
+        if clipping == "static":
+            x_0 = x_0.clamp(-1, 1)
+        else:
+            bound = x_0.abs().flatten(1).quantile(quantile, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+            x_0 = x_0.clamp(-bound, bound) / bound
+        values = prediction[:, x_t.shape[1] :]
+        return torch.cat([prediction_of_x_0(self._prediction_type, x_0, x_t, *self._a_s(t)), values], dim=1)
+
+    def _x_0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """(B, C, H, W) the clean image that a prediction implies."""
+        return predicted_x_0(self._prediction_type, prediction[:, : x_t.shape[1]], x_t, *self._a_s(t))
+
+    @property
+    def _prediction_type(self) -> PredictionType:
+        kind: PredictionType = "flow" if is_flow(self.scheduler) else self.scheduler.config.prediction_type
+        return kind
+
+    def _a_s(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a and s of the noise level t. Between whole ones s / a is interpolated, as schedulers with such timesteps do it."""
+        if is_flow(self.scheduler):
+            s = t.double() / self.scheduler.config.num_train_timesteps
+            return 1 - s, s
+        acp = self.scheduler.alphas_cumprod.double()
+        if t != t.floor():
+            sigma = ((1 - acp) / acp).sqrt()
+            sigma = torch.lerp(sigma[int(t)], sigma[int(t) + 1], t.double().frac())
+            return (1 + sigma**2).rsqrt(), sigma * (1 + sigma**2).rsqrt()
+        return acp[int(t)].sqrt(), (1 - acp[int(t)]).sqrt()
 
     @property
     def _uses_variance(self) -> bool:
         """DDPM alone; the others keep the name of the variance in their configuration, but know nothing of it."""
         return isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type.startswith("learned")
+
+
+def _within(interval: tuple[float, float] | None, t: Tensor) -> bool:
+    return interval is None or interval[0] <= float(t) <= interval[1]
 
 
 def check_labels(pipeline: PixelPipeline, class_labels: Sequence[int] | Tensor | None, guidance_scale: float) -> None:
@@ -140,6 +251,9 @@ def load_pipeline(model: str) -> PixelPipeline:
         raise InputError(f"{model} does not exist; name a run directory, a pipeline folder or a Hub id such as user/name")
     logging.disable_progress_bar()  # of loading two components
     try:
+        parts = {name for name, value in PixelPipeline.load_config(model).items() if isinstance(value, list | tuple) and value[0]}
+        if other := sorted(parts - {"unet", "scheduler"}):
+            raise ValueError(f"it has a {other[0]}, but this is for pixel models, of a unet and a scheduler only")
         pipeline: PixelPipeline = PixelPipeline.from_pretrained(model, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())

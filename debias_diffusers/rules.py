@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 from .config import (
@@ -79,6 +80,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "steps": (_at_least(1), "at least 1, such as 20"),
     "num_images": (_at_least(1), "at least 1, such as 64"),
     "guidance_scale": (_at_least(0), "0 or more, such as 1 (off) or 3"),
+    "eta": (lambda value: 0 <= value <= 1, "from 0 (off) to 1"),
+    "clipping_quantile": (lambda value: 0 < value <= 1, "above 0 and at most 1, such as 0.995"),
 }
 
 
@@ -343,8 +346,40 @@ def sample_problems(config: SampleConfig) -> list[str]:
         found.append(f"batch_size is {config.batch_size}, but must be at least 1, such as 64")
     if config.seed >= 2**32:
         found.append(f"seed is {config.seed}, but must be at least 0 and below 2^32, such as 0")
+    found += _timestep_problems(config)
+    if config.eta and config.scheduler != "ddim":
+        found.append(f"eta is {config.eta}, but scheduler is {config.scheduler or 'left out'}, which has none; take --scheduler ddim")
+    if config.clipping != "dynamic" and config.clipping_quantile != 0.995:
+        found.append(f"clipping_quantile is {config.clipping_quantile}, but clipping is not dynamic; add --clipping dynamic")
+    if config.guidance_interval is not None:
+        low, high = config.guidance_interval
+        if config.guidance_scale == 1:
+            found.append(f"guidance_interval is {low} {high}, but guidance_scale is 1, which is off; take --guidance_scale 2")
+        if not 0 <= low <= high:
+            found.append(f"guidance_interval is {low} {high}, but must be a least and a greatest timestep, such as 200 800")
     if config.weights not in ("ema", "raw") and not _is_rate(config.weights):
         found.append(f"weights is {config.weights!r}, but must be ema, raw, or an EMA rate such as 0.999")
+    return found
+
+
+def _timestep_problems(config: SampleConfig) -> list[str]:
+    """The steps are named once, as a number, as sections, or one by one."""
+    given = {name: getattr(config, name) for name in ("timesteps", "sections") if getattr(config, name)}
+    found = []
+    if given and config.steps is not None:
+        given["steps"] = config.steps
+    if given and config.spacing != "linspace":
+        given["spacing"] = config.spacing
+    if len(given) > 1:
+        found.append(
+            " and ".join(f"{name} is {value}" for name, value in given.items()) + ", but only one can decide; leave the others out"
+        )
+    if config.timesteps and (
+        config.timesteps[-1] < 0 or config.timesteps[0] < 1 or any(t <= after for t, after in pairwise(config.timesteps))
+    ):
+        found.append(f"timesteps is {list(config.timesteps)}, but must fall from above 0, never below 0, such as 900 600 300 0")
+    if config.sections and min(config.sections) < 1:
+        found.append(f"sections is {list(config.sections)}, but each must be at least 1, such as 10 20 40")
     return found
 
 

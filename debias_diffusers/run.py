@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import math
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 from types import FrameType
@@ -18,14 +16,13 @@ from typing import IO, Any
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .config import TrainConfig, differences, stored, to_json
-from .errors import CannotWriteError, InputError, RunInUseError, raise_all
-from .files import remove_drafts, said_if_not_writable, write_file
+from .errors import CannotWriteError, InputError, raise_all
+from .files import LOCK, remove_drafts, said_if_not_writable, take_lock, write_file
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
-LOCK = ".lock"
 
 
 def say(message: str) -> None:
@@ -66,10 +63,7 @@ def open_run(config: TrainConfig) -> Run:
     """
     folder = Path(config.run.output_dir or "")
     _refuse_foreign(folder)
-    with said_if_not_writable(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a+")  # noqa: SIM115 - held until the process ends
-    _take(lock, folder)
+    lock = take_lock(folder)
     resume, damaged = checkpoint.latest_valid(folder / CHECKPOINTS)
     for sentence in damaged:
         say(f"{sentence}; an older checkpoint is used")
@@ -88,19 +82,6 @@ def _refuse_foreign(folder: Path) -> None:
             f"output_dir {folder} is no run directory and holds other files, such as {min(names)}; "
             f"name a new or empty folder, such as {folder / 'run'}"
         )
-
-
-def _take(lock: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise RunInUseError(f"run directory {folder} is in use by {lock.read().strip() or 'another process'}") from None
-    holder = f"process {os.getpid()} on {socket.gethostname()}"
-    with said_if_not_writable(folder / LOCK):
-        lock.truncate(0)
-        lock.write(holder)
-        lock.flush()
 
 
 def _check_same(config: TrainConfig, resume: Checkpoint) -> None:

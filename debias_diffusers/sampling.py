@@ -2,89 +2,152 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from PIL import Image
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, images, snapshot
+from .album import GRID, PACKED, TRAJECTORY, Album, Writer, require_place
+from .chance import uniform
 from .config import SampleConfig
 from .errors import InputError
-from .files import read_file, remove_drafts, said_if_not_writable, write_file
+from .files import take_lock, write_file
+from .machine import explained, start_processes
 from .pipeline import PixelPipeline, check_labels, load_pipeline
 from .run import CHECKPOINTS, SAMPLES, say
-from .schedulers import default_scheduler, make_scheduler
+from .schedulers import default_scheduler, in_sections, make_scheduler, strided
 
-SETTINGS = ".sampling.json"  # what the images of a folder were drawn with
-GRID = "preview/grid.png"
-METADATA = "metadata.jsonl"
-GRID_IMAGES = 100
+DEFAULT_STEPS = 20
+TRAJECTORY_IMAGES, TRAJECTORY_STAGES = 6, 10
 
 
-def generators(seed: int, indices: range) -> list[torch.Generator]:
-    """One CPU generator for each image, so that an image does not depend on its batch or its device."""
-    return [torch.Generator().manual_seed((seed + k) % 2**32) for k in indices]
+def seeds(seed: int, indices: Sequence[int]) -> list[int]:
+    """Of the images of these indices. A torch CPU generator takes 32 bits."""
+    return [(seed + k) % 2**32 for k in indices]
 
 
-def draw(
-    pipeline: PixelPipeline, indices: range, seed: int, steps: int, labels: list[int] | None = None, guidance_scale: float = 1.0
-) -> list[Image.Image]:
-    """The images of some indices, in one batch. `labels` are repeated over all indices."""
-    own = [labels[k % len(labels)] for k in indices] if labels else None
-    output: Any = pipeline(
-        batch_size=len(indices),
-        class_labels=own,
-        guidance_scale=guidance_scale,
-        num_inference_steps=steps,
-        generator=generators(seed, indices),
-    )
-    drawn: list[Image.Image] = output.images
+def draw(pipeline: PixelPipeline, indices: Sequence[int], seed: int, labels: Sequence[int] | None = None, **options: Any) -> Tensor:
+    """The images of some indices in one batch, (B, C, H, W) uint8, each from a CPU generator of its own.
+
+    So an image depends neither on its batch nor on its device. `labels` has one for each; `options` are the pipeline's.
+    """
+    generators = [torch.Generator().manual_seed(own) for own in seeds(seed, indices)]
+    output: Any = pipeline(batch_size=len(indices), class_labels=labels, generator=generators, output_type="pt", **options)
+    drawn: Tensor = (output.images * 255).round().to(torch.uint8)
     return drawn
 
 
 def sample(config: SampleConfig) -> Path:
-    """Draws the images of a sampling command into its folder and returns the folder.
+    """Draws the images of a sampling command into its folder, over all processes, and returns the folder.
 
     A folder that already holds some of them is completed.
 
     Raises:
         InputError: the model, its labels, or the folder do not fit the command.
+        RunInUseError: another command draws into the folder.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("sample.py draws in one process; start it with python, not with a launcher of several")
-    _require_place(config)
-    pipeline = load_pipeline(config.model)
-    scheduler = config.scheduler or default_scheduler(pipeline.scheduler)
-    config = dataclasses.replace(config, scheduler=scheduler)
-    if config.weights != "ema":
-        _load_weights(pipeline, Path(config.model), config.weights)
-    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler, config.spacing, config.steps)
-    labels = list(config.class_labels) or list(range(pipeline.num_classes)) or None
-    check_labels(pipeline, labels, config.guidance_scale)
-    folder = Path(config.output_dir or Path(config.model) / SAMPLES / f"{scheduler}-{config.steps}")
-    missing = _prepare(folder, config, pipeline)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    with tqdm(total=config.num_images, initial=config.num_images - len(missing), unit="image") as progress:
-        for indices in _batches(missing, config):
-            drawn = draw(pipeline, indices, config.seed, config.steps, labels, config.guidance_scale)
-            for k, image in zip(indices, drawn):
-                write_file(folder / _name(k), images.png(image))
-            progress.update(len(indices))
-    _finish(folder, config, labels)
+    if not config.output_dir and not (Path(config.model) / CHECKPOINTS).is_dir():
+        raise InputError(f"output_dir is missing: {config.model} is no run directory; add --output_dir, such as samples")
+    state = start_processes(config.num_threads)
+    job = make_job(config, state.device)
+    folder = Path(config.output_dir or Path(config.model) / SAMPLES / job.name)
+    require_place(folder)
+    try:
+        _draw_into(Album(folder, config.format, config.num_images), job, state)
+    except RuntimeError as error:
+        if sentence := explained(error, "--batch_size", config.batch_size):
+            raise sentence from error
+        raise
     return folder
 
 
-def _require_place(config: SampleConfig) -> None:
-    if not config.output_dir and not (Path(config.model) / CHECKPOINTS).is_dir():
-        raise InputError(f"output_dir is missing: {config.model} is no run directory; add --output_dir, such as samples")
+@dataclass(frozen=True)
+class Job:
+    """A command, its model, and everything that the two decide together."""
+
+    config: SampleConfig
+    pipeline: PixelPipeline
+    name: str  # solver and steps
+    settings: dict[str, Any]  # all that decides what image k looks like
+    options: dict[str, Any]  # of the pipeline's call
+
+    def draw(self, indices: Sequence[int], **more: Any) -> Tensor:
+        """(B, C, H, W) uint8."""
+        labels = self.labels(indices)
+        return draw(self.pipeline, indices, self.config.seed, labels, **self.options, **more)
+
+    def labels(self, indices: Sequence[int]) -> list[int] | None:
+        """Of the images of these indices; None where the model has no classes."""
+        wanted, classes = self.config.class_labels, self.pipeline.num_classes
+        if isinstance(wanted, tuple):
+            return [wanted[k % len(wanted)] for k in indices]
+        if not classes:
+            return None
+        if wanted == "balanced":
+            return [k % classes for k in indices]
+        return [int(uniform(0, "class label", own) * classes) for own in seeds(self.config.seed, indices)]
+
+
+def make_job(config: SampleConfig, device: Any) -> Job:
+    """Loads the model of a command, sets its solver and puts it on a device.
+
+    Raises:
+        InputError: there is no such model, or it does not fit the command.
+    """
+    if config.dtype == "float16" and torch.device(device).type == "cpu":
+        raise InputError("dtype is float16, which this CPU is slow and inexact in; take bfloat16 or float32")
+    pipeline = load_pipeline(config.model)
+    if config.weights != "ema":
+        _load_weights(pipeline, Path(config.model), config.weights)
+    own = pipeline.scheduler
+    name = config.scheduler or default_scheduler(own)
+    timesteps = _timesteps(config, own.config.num_train_timesteps)
+    steps = len(timesteps) if timesteps else config.steps or DEFAULT_STEPS
+    spacing = "linspace" if config.spacing == "stride" else config.spacing
+    pipeline.scheduler = make_scheduler(name, own, spacing, steps, timesteps, config.clipping)
+    _check_labels(config, pipeline)
+    settings = {
+        "scheduler": name,
+        "steps": steps,
+        "timesteps": timesteps,
+        **{field: getattr(config, field) for field in _SETTINGS},
+        "model_sha256": _fingerprint(pipeline, own),
+    }
+    _make_ready(pipeline, config, device)
+    options = {field: getattr(config, field) for field in _OPTIONS} | {"num_inference_steps": steps, "timesteps": timesteps}
+    # As they will be read back, so that they can be compared: lists in place of tuples.
+    return Job(config, pipeline, f"{name}-{steps}", json.loads(json.dumps(settings)), options)
+
+
+_OPTIONS = ("guidance_scale", "guidance_interval", "eta", "clipping", "clipping_quantile")
+_SETTINGS = (*_OPTIONS, "spacing", "seed", "class_labels", "dtype", "format")
+
+
+def _timesteps(config: SampleConfig, T: int) -> list[int] | None:
+    if config.timesteps:
+        return list(config.timesteps)
+    if config.sections:
+        return in_sections(T, config.sections)
+    return strided(T, config.steps or DEFAULT_STEPS) if config.spacing == "stride" else None
+
+
+def _check_labels(config: SampleConfig, pipeline: PixelPipeline) -> None:
+    given = config.class_labels if isinstance(config.class_labels, tuple) else None
+    if config.class_labels == "drawn" and not pipeline.num_classes:
+        raise InputError("class_labels is drawn, but the model is unconditional; leave it out")
+    if given is None and pipeline.num_classes:
+        given = tuple(range(pipeline.num_classes))
+    check_labels(pipeline, given, config.guidance_scale)
 
 
 def _load_weights(pipeline: PixelPipeline, run: Path, weights: str) -> None:
@@ -100,6 +163,43 @@ def _load_weights(pipeline: PixelPipeline, run: Path, weights: str) -> None:
     pipeline.unet.load_state_dict(safetensors.torch.load(found.read(name)))
 
 
+def _fingerprint(pipeline: PixelPipeline, own: Any) -> str:
+    """Of the weights and of the schedule that they were trained for."""
+    digest = hashlib.sha256(safetensors.torch.save(pipeline.unet.state_dict()))
+    digest.update(own.to_json_string().encode())
+    return digest.hexdigest()
+
+
+def _make_ready(pipeline: PixelPipeline, config: SampleConfig, device: Any) -> None:
+    pipeline.to(device)
+    if config.dtype != "float32":  # not by .to(), which diffusers warns of
+        pipeline.unet.bfloat16() if config.dtype == "bfloat16" else pipeline.unet.half()
+    if config.compile:
+        pipeline.unet.compile()
+
+
+def _draw_into(album: Album, job: Job, state: PartialState) -> None:
+    """Draws what is missing: its batches are dealt to the processes in turn."""
+    lock = take_lock(album.folder) if state.is_main_process else None
+    found = [album.begin(_with_count(job.settings, album))] if state.is_main_process else [None]
+    missing: Any = broadcast_object_list(found)[0]  # the others must not look for themselves: files appear by now
+    mine = list(_batches(missing, job.config))[state.process_index :: state.num_processes]
+    with Writer(album) as writer, tqdm(total=sum(map(len, mine)), unit="image", disable=not state.is_main_process) as progress:
+        for indices in mine:
+            writer.put(indices, job.draw(indices))
+            progress.update(len(indices))
+    state.wait_for_everyone()
+    if lock:
+        _finish(album, job)
+        lock.close()
+    state.wait_for_everyone()  # the others end when the folder is whole
+
+
+def _with_count(settings: dict[str, Any], album: Album) -> dict[str, Any]:
+    """A packed file cannot grow, so its length is a setting, too."""
+    return settings | ({"num_images": album.num_images} if album.kind == "npz" else {})
+
+
 def _batches(missing: list[int], config: SampleConfig) -> Iterator[range]:
     """Whole batches of consecutive indices in which something is missing: the same batches whatever was there before."""
     wanted = set(missing)
@@ -109,56 +209,27 @@ def _batches(missing: list[int], config: SampleConfig) -> Iterator[range]:
             yield indices
 
 
-def _name(k: int) -> str:
-    return f"{k:06d}.png"
+def _finish(album: Album, job: Job) -> None:
+    every = range(album.num_images)
+    album.finish(job.labels(every), seeds(job.config.seed, every))
+    if job.config.trajectory:
+        write_file(album.folder / TRAJECTORY, images.png(_trajectory(job)))
+    where = album.folder / PACKED if album.kind == "npz" else album.folder
+    say(f"{album.num_images} images in {where}, a picture of them in {album.folder / GRID}")
 
 
-def _prepare(folder: Path, config: SampleConfig, pipeline: PixelPipeline) -> list[int]:
-    """Makes the folder this command's own and returns the indices that have no image yet."""
-    settings = _settings(config, pipeline)
-    with said_if_not_writable(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    remove_drafts(folder)
-    there = sorted(p.name for p in folder.iterdir())
-    if SETTINGS in there:
-        before = _read_settings(folder / SETTINGS)
-        changed = [f"{name} was {before.get(name)}, now {value}" for name, value in settings.items() if before.get(name) != value]
-        if changed:
-            raise InputError(f"output_dir {folder} holds images of other settings ({'; '.join(changed)}); name another --output_dir")
-    elif there:
-        raise InputError(f"output_dir {folder} holds other files, such as {there[0]}; name a new or empty folder")
-    else:
-        write_file(folder / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
-    beyond = [name for name in there if name.endswith(".png") and name not in {_name(k) for k in range(config.num_images)}]
-    if beyond:
-        raise InputError(f"output_dir {folder} holds more than {config.num_images} images, such as {beyond[0]}; name another --output_dir")
-    return [k for k in range(config.num_images) if _name(k) not in there]
+def _trajectory(job: Job) -> Any:
+    """For each of the first images a row of x_t and a row of the x_0 predicted from it, at up to ten stages."""
+    calls = len(job.pipeline.scheduler.timesteps)
+    stages = torch.linspace(0, calls - 1, min(calls, TRAJECTORY_STAGES)).round().int().tolist()
+    seen: list[tuple[Tensor, Tensor]] = []
 
+    def look(_: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
+        if step in stages:
+            seen.append((tensors["x_t"].cpu(), tensors["x_0"].cpu()))
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged; remove its folder, or name another --output_dir") from error
-    return settings
-
-
-def _settings(config: SampleConfig, pipeline: PixelPipeline) -> dict[str, Any]:
-    """Everything that decides what image k looks like."""
-    digest = hashlib.sha256(safetensors.torch.save(pipeline.unet.state_dict()))
-    names = ("scheduler", "steps", "spacing", "seed", "guidance_scale")
-    chosen = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
-    return {**chosen, "class_labels": list(config.class_labels), "model_sha256": digest.hexdigest()}
-
-
-def _finish(folder: Path, config: SampleConfig, labels: list[int] | None) -> None:
-    """Metadata, which makes the folder a data set, and a picture of the first images."""
-    rows = [
-        {"file_name": _name(k), **({"label": labels[k % len(labels)]} if labels else {}), "seed": (config.seed + k) % 2**32}
-        for k in range(config.num_images)
-    ]
-    write_file(folder / METADATA, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    paths = [folder / _name(k) for k in range(min(config.num_images, GRID_IMAGES))]
-    first = [images.decode(read_file(path), str(path)) for path in paths]
-    write_file(folder / GRID, images.png(images.grid(first)))
-    say(f"{config.num_images} images in {folder}, a picture of them in {folder / GRID}")
+    indices = range(min(job.config.num_images, TRAJECTORY_IMAGES))
+    job.draw(indices, callback_on_step_end=look, callback_on_step_end_tensor_inputs=("x_t", "x_0"))
+    rows = [stage[kind][k] for k in indices for kind in (0, 1) for stage in seen]
+    pixels = [((row / 2 + 0.5).clamp(0, 1) * 255).round().byte().numpy() for row in rows]
+    return images.grid([images.from_array(array) for array in pixels], columns=len(stages))

@@ -81,6 +81,27 @@ class Schedule:
         return -self.s  # of v, because x_0 = a x_t - s v, and of u, because x_0 = x_t - s u
 
 
+def predicted_x_0(prediction_type: PredictionType, prediction: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    """The clean image that a prediction implies; images (B, C, H, W), a and s of the noise level."""
+    if prediction_type == "epsilon":
+        return (x_t - s * prediction) / a
+    if prediction_type == "sample":
+        return prediction
+    if prediction_type == "flow":
+        return x_t - s * prediction
+    return a * x_t - s * prediction
+
+
+def prediction_of_x_0(prediction_type: PredictionType, x_0: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    """The prediction that implies this clean image: the inverse of `predicted_x_0`, for s > 0."""
+    if prediction_type == "sample":
+        return x_0
+    noise = (x_t - a * x_0) / s
+    if prediction_type == "epsilon":
+        return noise
+    return noise - x_0 if prediction_type == "flow" else a * noise - s * x_0
+
+
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """Entries (B,) of a float64 table, shaped (B, 1, ...) to multiply `like`, with its dtype and device."""
     return table[t].to(like.dtype).view(-1, *[1] * (like.ndim - 1)).to(like.device, non_blocking=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,15 +14,16 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,  # noqa: F401 - DiffusionPipeline.from_pretrained looks for it beside the classes of a saved pipeline
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .config import ObjectiveConfig, SchedulerName, Spacing
+from .config import Clipping, ObjectiveConfig, SchedulerName, Spacing
 from .errors import InputError
-from .schedule import is_flow, make_schedule
+from .schedule import is_flow, make_schedule, predicted_x_0
 
 
 class DDPM(DDPMScheduler):
@@ -35,11 +38,19 @@ class DDPM(DDPMScheduler):
 
 
 class DDIM(DDIMScheduler):
-    """DDIM (arXiv 2010.02502) that steps to the next timestep of its list.
+    """DDIM (arXiv 2010.02502) that steps to the next timestep of its list, which may be given.
 
     The base class steps to t - T // N, which is not in the list under `linspace` (19 of 50 steps, say). The noise is taken
-    from the clipped x_0, as in the paper's code.
+    from the clipped x_0, as in the paper's code. Without clipping this is Euler's method for x_t / a over s / a.
     """
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None) -> None:
+        """Spaced timesteps, or these (descending)."""
+        if timesteps is None:
+            super().set_timesteps(num_inference_steps, device)
+        else:
+            self.num_inference_steps = len(timesteps)
+            self.timesteps = torch.tensor(timesteps, device=device)
 
     def step(
         self,
@@ -52,35 +63,98 @@ class DDIM(DDIMScheduler):
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """x_t to x_s for the next timestep s < t (equation 12). All tensors (B, C, H, W)."""
         place = int((self.timesteps == int(timestep)).nonzero()[0])
-        following = int(self.timesteps[place + 1]) if place + 1 < len(self.timesteps) else -1
         acp_t = self.alphas_cumprod[int(timestep)]
-        acp_s = self.alphas_cumprod[following] if following >= 0 else self.final_alpha_cumprod
-
-        x_0 = self._predicted_x_0(model_output, sample, acp_t)
-        noise = (sample - acp_t.sqrt() * x_0) / (1 - acp_t).sqrt()
+        acp_s = self._alphas_cumprod_after(place)
+        x_0, noise = self._x_0_and_noise(model_output, sample, acp_t)
         sigma = eta * ((1 - acp_s) / (1 - acp_t) * (1 - acp_t / acp_s)).sqrt()  # equation 16
         x_s = acp_s.sqrt() * x_0 + (1 - acp_s - sigma**2).clamp(min=0).sqrt() * noise
         if eta > 0:
             x_s = x_s + sigma * randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         return DDIMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
 
-    def _predicted_x_0(self, model_output: Tensor, sample: Tensor, acp: Tensor) -> Tensor:
+    def _alphas_cumprod_after(self, place: int) -> Tensor:
+        """Of the timestep that follows in the list, or of the clean image."""
+        last = place + 1 == len(self.timesteps)
+        after: Tensor = self.final_alpha_cumprod if last else self.alphas_cumprod[self.timesteps[place + 1]]
+        return after
+
+    def _x_0_and_noise(self, model_output: Tensor, sample: Tensor, acp: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network thinks that x_t consists of, x_0 brought into its bounds."""
         a, s = acp.sqrt(), (1 - acp).sqrt()
-        if self.config.prediction_type == "epsilon":
-            x_0 = (sample - s * model_output) / a
-        elif self.config.prediction_type == "v_prediction":
-            x_0 = a * sample - s * model_output
-        else:
-            x_0 = model_output
+        x_0 = predicted_x_0(self.config.prediction_type, model_output, sample, a, s)
         if self.config.thresholding:
             x_0 = self._threshold_sample(x_0)
         elif self.config.clip_sample:
             x_0 = x_0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        return x_0
+        return x_0, (sample - a * x_0) / s
+
+
+class EulerAncestral(DDIM):
+    """Euler's method down to less noise than the next timestep has, and fresh noise to make up for it: DDIM at eta = 1."""
+
+    def step(  # type: ignore[override]
+        self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, generator: Any = None, return_dict: bool = True
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """As of DDIM, without a choice of eta."""
+        return super().step(model_output, timestep, sample, 1.0, generator, return_dict)
+
+
+class Heun(DDIM):
+    """Heun's method (arXiv 2206.00364, algorithm 1): a step of DDIM, and back half of it with the noise found where it led.
+
+    Timesteps stand in the list once for each call of the network: t_0, t_1, t_1, t_2, t_2, ... The last step, to the clean
+    image, and one from pure noise, which is infinitely long in s / a, stay as DDIM makes them.
+    """
+
+    order = 2
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None) -> None:
+        """Spaced timesteps, or these (descending)."""
+        super().set_timesteps(num_inference_steps, device, timesteps)
+        self.timesteps = torch.cat([self.timesteps[:1], self.timesteps[1:].repeat_interleave(2)])
+        self._begun: tuple[Tensor, Tensor] | None = None  # half-way through a step: noise and alphas_cumprod where it began
+        self._place = 0
+
+    def step(  # type: ignore[override]
+        self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """One call of the network: forth, or back half of it. All tensors (B, C, H, W)."""
+        acp_t = self.alphas_cumprod[int(timestep)]
+        x_0, noise = self._x_0_and_noise(model_output, sample, acp_t)
+        if self._begun is None:
+            acp_s = self._alphas_cumprod_after(self._place)
+            x_s = acp_s.sqrt() * x_0 + (1 - acp_s).sqrt() * noise
+            if self._place + 1 < len(self.timesteps):
+                self._begun = noise, acp_t
+        else:
+            x_s = _corrected(sample, noise, acp_t, *self._begun)
+            self._begun = None
+        self._place += 1
+        return DDIMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
+
+
+def _corrected(x_s: Tensor, noise: Tensor, acp_s: Tensor, noise_before: Tensor, acp_t: Tensor) -> Tensor:
+    """x_s / a_s = x_t / a_t + (sigma_s - sigma_t) noise: here the noise becomes the mean of that at both ends."""
+    if acp_t == 0:
+        return x_s
+    sigma_t, sigma_s = ((1 - acp_t) / acp_t).sqrt(), ((1 - acp_s) / acp_s).sqrt()
+    return x_s + acp_s.sqrt() * (sigma_s - sigma_t) * (noise - noise_before) / 2
+
+
+class UniPC(UniPCMultistepScheduler):
+    """UniPC (arXiv 2302.04867) that takes a list of timesteps, too."""
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None) -> None:
+        """Spaced timesteps, or these (descending)."""
+        super().set_timesteps(len(timesteps) if timesteps is not None else num_inference_steps, device)
+        if timesteps is not None:
+            acp = self.alphas_cumprod[list(timesteps)]
+            self.timesteps = torch.tensor(timesteps, device=device)
+            self.sigmas: Tensor = torch.cat([((1 - acp) / acp).sqrt(), self.sigmas[-1:]])
 
 
 # name: the class, and what it needs beside the model's own scheduler configuration
-SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
+SCHEDULERS: dict[SchedulerName, tuple[type, dict[str, Any]]] = {
     "ddpm": (DDPM, {}),
     "ddim": (DDIM, {}),
     # arXiv 2206.00927; this form cannot end at sigma = 0
@@ -88,13 +162,21 @@ SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
         DPMSolverMultistepScheduler,
         {"algorithm_type": "dpmsolver", "solver_order": 2, "final_sigmas_type": "sigma_min", "variance_type": None},
     ),
-    # arXiv 2211.01095
+    # arXiv 2211.01095, and its form with fresh noise in each step
     "dpmsolver++": (
         DPMSolverMultistepScheduler,
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero", "variance_type": None},
     ),
+    "dpmsolver++sde": (
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero", "variance_type": None},
+    ),
     # arXiv 2302.04867, order 3 and B(h) = h as in the paper's code; this B(h) is infinite for a step to sigma = 0
-    "unipc": (UniPCMultistepScheduler, {"solver_order": 3, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}),
+    "unipc": (UniPC, {"solver_order": 3, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}),
+    # Of the probability-flow ODE for x_t / a over s / a (arXiv 2206.00364), Euler's method is DDIM without clipping
+    "heun": (Heun, {"clip_sample": False, "thresholding": False}),
+    "euler": (DDIM, {"clip_sample": False, "thresholding": False}),
+    "euler_ancestral": (EulerAncestral, {"clip_sample": False, "thresholding": False}),
     # Ordinary differential equation of a rectified flow (arXiv 2209.03003), by Euler's and by Heun's method
     "flow_euler": (FlowMatchEulerDiscreteScheduler, {}),
     "flow_heun": (FlowMatchHeunDiscreteScheduler, {}),
@@ -121,36 +203,119 @@ def exported_scheduler(objective: ObjectiveConfig) -> DDPMScheduler | FlowMatchE
     )
 
 
-def make_scheduler(name: SchedulerName, own: Any, spacing: Spacing, steps: int) -> Any:
+def strided(T: int, steps: int) -> list[int]:
+    """Timesteps from 0 on with the smallest whole stride that gives so many, descending: `ddimN` of guided-diffusion.
+
+    Raises:
+        InputError: no stride gives just so many.
+    """
+    for stride in range(1, T):
+        if len(range(0, T, stride)) == steps:
+            return list(range(0, T, stride))[::-1]
+    near = min((len(range(0, T, stride)) for stride in range(1, T)), key=lambda count: abs(count - steps))
+    raise InputError(f"steps is {steps}, but no whole stride gives that of {T} noise levels; take {near}, or another --spacing")
+
+
+def in_sections(T: int, counts: Sequence[int]) -> list[int]:
+    """Timesteps of T levels cut into equal sections, so many of each (the first, least noisy, first), descending.
+
+    Where T cannot be divided, the first sections have a level more; in each, ends are included and the rest is equally
+    spaced, as with the lists of guided-diffusion.
+
+    Raises:
+        InputError: a section has fewer levels than it should give.
+    """
+    chosen: list[int] = []
+    start = 0
+    for k, count in enumerate(counts):
+        size = T // len(counts) + (k < T % len(counts))
+        if count > size:
+            raise InputError(
+                f"sections has {count}, but each of {len(counts)} sections has {size} of the {T} noise levels; take at most that"
+            )
+        stride = (size - 1) / (count - 1) if count > 1 else 1
+        chosen += [start + round(place * stride) for place in range(count)]
+        start += size
+    return chosen[::-1]
+
+
+def make_scheduler(
+    name: SchedulerName,
+    own: Any,
+    spacing: Spacing,
+    steps: int,
+    timesteps: Sequence[int] | None = None,
+    clipping: Clipping | None = None,
+) -> Any:
     """The solver `name` for a model whose own scheduler is `own`, set to `steps` steps.
+
+    Args:
+        name: of `SCHEDULERS`.
+        own: what the model was saved with; its schedule and prediction type are taken over.
+        spacing: how the timesteps are spread.
+        steps: how many.
+        timesteps: the timesteps themselves, descending, in place of the two. Solvers that end at t = 0 need no call there:
+            they leave a last 0 out.
+        clipping: left out, ddpm and ddim bound x_0 as the model's own scheduler says; else nothing is bounded here, because
+            the pipeline does it, or nobody.
 
     Raises:
         InputError: a solver or spacing for another kind of model, more steps than noise levels, or a single step that would
             start at the clean end.
     """
+    _refuse_other_models(name, own, spacing, timesteps)
     T = own.config.num_train_timesteps
-    if is_flow(own) != (name in FLOW):
-        model = "a rectified flow" if is_flow(own) else f"no rectified flow (it predicts {own.config.prediction_type})"
-        raise InputError(f"scheduler is {name}, but the model is {model}; take --scheduler {default_scheduler(own)}")
-    if name in FLOW and spacing != "linspace":
-        raise InputError(f"spacing is {spacing}, but scheduler {name} has linspace only; leave it out")
+    if timesteps and timesteps[0] >= T:
+        raise InputError(f"timesteps has {timesteps[0]}, but the model's noise levels are 0 to {T - 1}")
     if steps > T:
         raise InputError(f"steps is {steps}, but the model has {T} noise levels; take at most {T}")
-    if steps == 1 and name in ("ddpm", "ddim") and spacing != "trailing":
+    if steps == 1 and not timesteps and spacing != "trailing" and issubclass(SCHEDULERS[name][0], DDPM | DDIM):
         raise InputError(
             f"steps is 1, but scheduler {name} with spacing {spacing} would start from t = 0; take 2 steps or --spacing trailing"
         )
-    kind, overrides = SCHEDULERS[name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # that "dpmsolver" will go in diffusers 1.0
-        changes = overrides if name in FLOW else {"timestep_spacing": spacing, **overrides}
-        scheduler = kind.from_config(own.config, **changes)  # type: ignore[attr-defined]
-    if name in FLOW:  # it shifts its levels once more when steps are set, so the ends must be those before any shift
-        scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / T
+    scheduler = _built(name, own, spacing)
+    if clipping:
+        scheduler.register_to_config(clip_sample=False, thresholding=False)
     try:
-        scheduler.set_timesteps(steps)
+        set_timesteps(scheduler, steps, timesteps)
     except (ValueError, IndexError) as error:
         raise InputError(f"scheduler {name} cannot make {steps} steps with spacing {spacing}: {error}") from error
-    if len(scheduler.timesteps.unique()) != steps:
+    if not timesteps and len(scheduler.timesteps.unique()) != steps:
         raise InputError(f"scheduler {name} cannot make {steps} different steps with spacing {spacing}; take fewer")
     return scheduler
+
+
+def _refuse_other_models(name: SchedulerName, own: Any, spacing: Spacing, timesteps: Sequence[int] | None) -> None:
+    if not is_flow(own) and not hasattr(own, "betas"):
+        raise InputError(f"the model's own scheduler is {type(own).__name__}, which has neither betas nor a rectified flow")
+    if is_flow(own) != (name in FLOW):
+        model = "a rectified flow" if is_flow(own) else f"no rectified flow (it predicts {own.config.prediction_type})"
+        raise InputError(f"scheduler is {name}, but the model is {model}; take --scheduler {default_scheduler(own)}")
+    if name in FLOW and (spacing != "linspace" or timesteps):
+        given = "timesteps are given" if timesteps else f"spacing is {spacing}"
+        raise InputError(f"{given}, but scheduler {name} has linspace only; leave it out")
+
+
+def _built(name: SchedulerName, own: Any, spacing: Spacing) -> Any:
+    kind, changes = SCHEDULERS[name]
+    if name not in FLOW:  # as numbers, because a name of betas may be known to the model's own scheduler only
+        changes = {"timestep_spacing": spacing, "trained_betas": own.betas.tolist(), **changes}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # that "dpmsolver" will go in diffusers 1.0
+        scheduler = kind.from_config(own.config, **changes)  # type: ignore[attr-defined]
+    if name in FLOW:  # it shifts its levels once more when steps are set, so the ends must be those before any shift
+        scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / own.config.num_train_timesteps
+    return scheduler
+
+
+def set_timesteps(scheduler: Any, steps: int, timesteps: Sequence[int] | None = None) -> None:
+    """Sets a scheduler to `steps` steps, or to these timesteps. They stay on the CPU: tables are looked up there, and reading
+    a number back from a device would wait for it."""
+    if timesteps is None:
+        scheduler.set_timesteps(steps, device="cpu")
+        return
+    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise InputError(f"timesteps are given, but {type(scheduler).__name__} takes none; leave them out")
+    if scheduler.config.get("final_sigmas_type") == "sigma_min" and timesteps[-1] == 0 and len(timesteps) > 1:
+        timesteps = timesteps[:-1]
+    scheduler.set_timesteps(timesteps=list(timesteps), device="cpu")

@@ -59,7 +59,7 @@ def train(config: TrainConfig, run: Run | None, stop: StopSignal) -> None:
     try:
         Trainer(config, run, accelerator).train(stop)
     except RuntimeError as error:
-        if known := machine.explained(error, micro_batch_size(config.optimization, accelerator.num_processes)):
+        if known := machine.explained(error, "--micro_batch_size", micro_batch_size(config.optimization, accelerator.num_processes)):
             raise known from error
         raise
     finally:
@@ -385,8 +385,10 @@ class Trainer:
             pipeline.scheduler = make_scheduler(default_scheduler(pipeline.scheduler), pipeline.scheduler, "linspace", steps)
             for first in range(0, GRID_IMAGES, self.micro_batch_size):  # no more at once than the training has memory for
                 indices = range(first, min(first + self.micro_batch_size, GRID_IMAGES))
-                drawn += sampling.draw(pipeline, indices, seed=0, steps=steps, labels=labels)
-            write_file(self.run.folder / SAMPLES / f"{checkpoint.name_of(self.step)}.png", images.png(images.grid(drawn)))
+                own = [labels[k % len(labels)] for k in indices] if labels else None
+                drawn += [*sampling.draw(pipeline, indices, 0, own, num_inference_steps=steps).cpu().numpy()]
+            picture = images.grid([images.from_array(array) for array in drawn])
+            write_file(self.run.folder / SAMPLES / f"{checkpoint.name_of(self.step)}.png", images.png(picture))
         except (CannotWriteError, InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
             say(f"no sample grid at step {self.step}: {error}")
 

@@ -12,9 +12,9 @@ ORDER = [
     {"errors", "chance", "ema"},
     {"config", "files", "images"},
     {"rules", "schedule", "checkpoint", "model", "sources"},
-    {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "pipeline", "hub"},
-    {"loss", "sampling", "machine"},
-    {"pixels", "window", "plots", "convert"},
+    {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "hub", "album"},
+    {"loss", "pipeline", "machine"},
+    {"pixels", "sampling", "window", "plots", "convert"},
     {"progress"},
     {"training"},
     {"cli"},
@@ -23,10 +23,10 @@ ORDER = [
 DOORS = {
     "datasets": {"sources"},
     "diffusers": {"model", "schedulers", "pipeline", "pixels", "machine", "convert"},
-    "accelerate": {"machine", "progress", "training"},
+    "accelerate": {"machine", "progress", "training", "sampling"},
     "tyro": {"cli"},
     "yaml": {"config", "hub"},
-    "PIL": {"images", "sampling"},
+    "PIL": {"images", "album"},
     "matplotlib": {"plots"},
 }
 

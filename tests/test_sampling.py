@@ -1,12 +1,25 @@
-"""Solvers against a distribution known in closed form; image k is image k; folders are completed, never mixed."""
+"""The pipeline does what it says; image k is image k; folders are completed, never mixed."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import run
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LDMPipeline,
+    PNDMScheduler,
+    ScoreSdeVeScheduler,
+    UniPCMultistepScheduler,
+    VQModel,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -16,175 +29,18 @@ from debias_diffusers.errors import InputError, NotFiniteError
 from debias_diffusers.model import build_unet
 from debias_diffusers.pipeline import load_pipeline
 from debias_diffusers.sampling import draw, sample
-from debias_diffusers.schedule import make_schedule
-from debias_diffusers.schedulers import FLOW, SCHEDULERS, default_scheduler, exported_scheduler, make_scheduler
-
-MEAN, STD = 0.3, 0.2
-
-
-def sample_gaussian(objective, scheduler, count=20_000, values=None):
-    """Draws with the exact network of N(MEAN, STD^2): its best prediction of x_0 has a closed form."""
-    schedule = make_schedule(objective)
-    x_t = torch.randn(count, 1, generator=torch.Generator().manual_seed(0))
-    stochastic = "generator" in scheduler.step.__code__.co_varnames and objective.prediction_type != "flow"
-    chance = {"generator": torch.Generator().manual_seed(1)} if stochastic else {}
-    visited = []
-    for t in scheduler.timesteps:
-        if objective.prediction_type == "flow":
-            s = t.item() / objective.num_train_timesteps
-            a = 1 - s
-        else:
-            a, s = schedule.a[int(t)].item(), schedule.s[int(t)].item()
-        x_0 = MEAN + a * STD**2 / (a**2 * STD**2 + s**2) * (x_t - a * MEAN)
-        noise = (x_t - a * x_0) / s
-        prediction = {"epsilon": noise, "sample": x_0, "v_prediction": a * noise - s * x_0, "flow": noise - x_0}[objective.prediction_type]
-        if values is not None:
-            prediction = torch.cat([prediction, torch.full_like(prediction, values)], dim=1)
-        x_t = scheduler.step(prediction, t, x_t, **chance).prev_sample
-        visited.append(float(t))
-    return x_t, visited
-
-
-def unclipped(objective):
-    own = exported_scheduler(objective)
-    own.register_to_config(clip_sample=False)
-    return own
-
-
-BETAS = [name for name in SCHEDULERS if name not in FLOW]  # solvers of schedules with betas
-
-
-@pytest.mark.parametrize("name", BETAS)
-@pytest.mark.parametrize("space", ("epsilon", "sample", "v_prediction"))
-@pytest.mark.parametrize("schedule, shift", [("linear", 64.0), ("linear", 1.0), ("cosine", 1.0)])
-def test_every_solver_draws_the_right_distribution_for_every_target(name, space, schedule, shift):
-    objective = ObjectiveConfig(prediction_type=space, noise_schedule=schedule, schedule_shift=shift)
-    drawn, _ = sample_gaussian(objective, make_scheduler(name, unclipped(objective), "linspace", 100))
-    # 100 steps leave an error of discretisation of up to a tenth of the standard deviation (DDIM, DPM-Solver), which
-    # halves with twice the steps; a wrong target or schedule is off by a factor of two and more.
-    assert abs(drawn.mean() - MEAN) < 0.01
-    assert abs(drawn.std() / STD - 1) < 0.13
-
-
-@pytest.mark.parametrize("name", BETAS)
-@pytest.mark.parametrize("space", ("sample", "v_prediction"))
-@pytest.mark.parametrize("shift", (1.0, 64.0))
-def test_every_solver_starts_from_pure_noise(name, space, shift):
-    objective = ObjectiveConfig(prediction_type=space, rescale_betas_zero_snr=True, schedule_shift=shift)
-    scheduler = make_scheduler(name, unclipped(objective), "linspace", 100)
-    assert scheduler.timesteps[0] == 999
-    drawn, _ = sample_gaussian(objective, scheduler)
-    assert abs(drawn.mean() - MEAN) < 0.01
-    assert abs(drawn.std() / STD - 1) < 0.13
-
-
-@pytest.mark.parametrize("name, steps, close", [("flow_euler", 100, 0.08), ("flow_heun", 30, 0.03)])
-@pytest.mark.parametrize("shift", (1.0, 64.0, 0.1))
-def test_flow_solvers_draw_the_right_distribution(name, steps, close, shift):
-    objective = ObjectiveConfig(prediction_type="flow", schedule_shift=shift)
-    scheduler = make_scheduler(name, exported_scheduler(objective), "linspace", steps)
-    drawn, visited = sample_gaussian(objective, scheduler)
-    assert visited[0] == 1000 and len(visited) == (steps if name == "flow_euler" else 2 * steps - 1)
-    assert visited[-1] == pytest.approx(make_schedule(objective).timesteps[0].item(), rel=1e-5)  # shifted once, not twice
-    assert abs(drawn.mean() - MEAN) < 0.01
-    assert abs(drawn.std() / STD - 1) < close
-
-
-@pytest.mark.parametrize("values", (-1.0, 0.0, 1.0))
-def test_ddpm_draws_with_a_learned_variance(values):
-    objective = ObjectiveConfig(learn_sigma=True, schedule_shift=64.0)
-    drawn, _ = sample_gaussian(objective, make_scheduler("ddpm", unclipped(objective), "linspace", 1000), count=4000, values=values)
-    assert abs(drawn.mean() - MEAN) < 0.01
-    assert abs(drawn.std() / STD - 1) < 0.05
-
-
-@pytest.mark.parametrize("variance_type", ("fixed_small", "fixed_large"))
-def test_a_fixed_variance_is_exported_as_configured(variance_type):
-    objective = ObjectiveConfig(variance_type=variance_type)
-    assert exported_scheduler(objective).config.variance_type == variance_type
-    assert exported_scheduler(ObjectiveConfig(learn_sigma=True)).config.variance_type == "learned_range"
-
-
-def test_solvers_of_another_kind_of_model_are_refused():
-    flow, plain = (exported_scheduler(ObjectiveConfig(prediction_type=space)) for space in ("flow", "v_prediction"))
-    with pytest.raises(InputError, match="the model is a rectified flow; take --scheduler flow_heun"):
-        make_scheduler("unipc", flow, "linspace", 10)
-    with pytest.raises(InputError, match=r"it predicts v_prediction\); take --scheduler unipc"):
-        make_scheduler("flow_euler", plain, "linspace", 10)
-    with pytest.raises(InputError, match="spacing is trailing, but scheduler flow_heun has linspace only"):
-        make_scheduler("flow_heun", flow, "trailing", 10)
-    assert (default_scheduler(flow), default_scheduler(plain)) == ("flow_heun", "unipc")
-
-
-@pytest.mark.parametrize("name", ("ddim", "dpmsolver++", "unipc"))
-def test_more_steps_come_closer(name):
-    objective = ObjectiveConfig(noise_schedule="cosine")
-    errors = [
-        abs(sample_gaussian(objective, make_scheduler(name, unclipped(objective), "linspace", steps))[0].std() / STD - 1)
-        for steps in (10, 50)
-    ]
-    assert errors[1] < errors[0] / 2
-
-
-@pytest.mark.parametrize("spacing", ("linspace", "leading", "trailing"))
-@pytest.mark.parametrize("steps", (7, 50))
-def test_ddim_steps_to_the_next_timestep_of_its_list(spacing, steps):
-    objective = ObjectiveConfig()
-    scheduler = make_scheduler("ddim", unclipped(objective), spacing, steps)
-    alphas_cumprod = make_schedule(objective).alphas_cumprod
-    x_0, noise = torch.randn(2, 1, 4, dtype=torch.float64)
-    for place, t in enumerate(scheduler.timesteps):
-        x_t = alphas_cumprod[t].sqrt() * x_0 + (1 - alphas_cumprod[t]).sqrt() * noise
-        arrived = scheduler.step(noise, t, x_t).prev_sample
-        after = alphas_cumprod[scheduler.timesteps[place + 1]] if place + 1 < steps else torch.ones(())
-        # With the true noise the step is exact, so it lands on the noised image of the next timestep.
-        torch.testing.assert_close(arrived, after.sqrt() * x_0 + (1 - after).sqrt() * noise, rtol=0, atol=2e-4)
-
-
-def test_ddim_with_eta_1_has_the_right_spread():
-    objective = ObjectiveConfig(schedule_shift=64.0)
-    scheduler = make_scheduler("ddim", unclipped(objective), "linspace", 100)
-    step = scheduler.step
-    generator = torch.Generator().manual_seed(3)
-    scheduler.step = lambda prediction, t, x_t: step(prediction, t, x_t, eta=1.0, generator=generator)
-    drawn, _ = sample_gaussian(objective, scheduler)
-    assert abs(drawn.std() / STD - 1) < 0.05
-
-
-def test_ddpm_adds_no_noise_after_its_last_step():
-    objective = ObjectiveConfig()
-    scheduler = make_scheduler("ddpm", unclipped(objective), "trailing", 10)
-    last = scheduler.timesteps[-1]
-    assert last > 0
-    x_t, noise = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
-    results = [scheduler.step(noise, last, x_t, generator=torch.Generator().manual_seed(k)).prev_sample for k in range(2)]
-    assert torch.equal(*results)
-
-
-def test_solvers_have_the_schedule_of_the_model():
-    objective = ObjectiveConfig(schedule_shift=64.0)
-    expected = make_schedule(objective).alphas_cumprod
-    for name in BETAS:
-        scheduler = make_scheduler(name, exported_scheduler(objective), "linspace", 20)
-        assert (scheduler.alphas_cumprod.double() - expected).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("name, steps, named", [("unipc", 1001, "at most 1000"), ("ddim", 1, "2 steps")])
-def test_impossible_steps_are_refused(name, steps, named):
-    with pytest.raises(InputError, match=named):
-        make_scheduler(name, exported_scheduler(ObjectiveConfig()), "linspace", steps)
-
+from debias_diffusers.schedulers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
 
 # ---- a small random model --------------------------------------------------------------------------------------------
 
 
-def small_pipeline(classes=0, **objective):
+def small_pipeline(classes=0, channels=1, **objective):
     torch.manual_seed(0)
     unet = build_unet(
         {
             "sample_size": 8,
-            "in_channels": 1,
-            "out_channels": 2 if objective.get("learn_sigma") else 1,
+            "in_channels": channels,
+            "out_channels": 2 * channels if objective.get("learn_sigma") else channels,
             "block_out_channels": [8, 16],
             "norm_num_groups": 8,
             "layers_per_block": 1,
@@ -199,17 +55,142 @@ def small_pipeline(classes=0, **objective):
     return pipeline
 
 
+def solved(pipeline, name="unipc", steps=5, **options):
+    """The pipeline with a solver by name."""
+    pipeline.scheduler = make_scheduler(name, pipeline.scheduler, "linspace", steps, **options)
+    return pipeline
+
+
+def pixels(images):
+    return images.cpu().numpy().astype(int)
+
+
 @pytest.mark.parametrize("name", ("ddpm", "unipc"))
 def test_image_k_does_not_depend_on_its_batch(name):
-    pipeline = small_pipeline()
-    pipeline.scheduler = make_scheduler(name, pipeline.scheduler, "linspace", 5)
-    together = draw(pipeline, range(12), seed=7, steps=5)
+    pipeline = solved(small_pipeline(), name)
+    together = pixels(draw(pipeline, range(12), 7, num_inference_steps=5))
     for indices in (range(3, 10), range(11, 12)):
-        for k, image in zip(indices, draw(pipeline, indices, seed=7, steps=5)):
-            assert np.abs(np.asarray(image, int) - np.asarray(together[k], int)).max() <= 1
-    moved = draw(pipeline, range(2), seed=8, steps=5)
-    assert np.abs(np.asarray(moved[0], int) - np.asarray(together[1], int)).max() <= 1
+        own = pixels(draw(pipeline, indices, 7, num_inference_steps=5))
+        assert np.abs(own - together[list(indices)]).max() <= 1
+    moved = pixels(draw(pipeline, range(2), 8, num_inference_steps=5))
+    assert np.abs(moved[0] - together[1]).max() <= 1
     assert not np.array_equal(together[0], together[1])
+
+
+def test_a_stock_pipeline_with_the_seeds_of_the_images_draws_the_same():
+    ours = small_pipeline()
+    theirs = DDPMPipeline(ours.unet, ours.scheduler)
+    theirs.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(5 + k) for k in range(3)]
+    stock = theirs(batch_size=3, generator=generators, num_inference_steps=6).images
+    drawn = pixels(draw(small_pipeline(), range(3), 5, num_inference_steps=6))
+    assert [np.asarray(image).tolist() for image in stock] == [array[0].tolist() for array in drawn]
+
+
+def test_all_output_types_are_the_same_images():
+    pipeline = solved(small_pipeline())
+    drawn = {
+        kind: pipeline(2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type=kind).images
+        for kind in ("pil", "np", "pt")
+    }
+    assert drawn["pt"].shape == (2, 1, 8, 8) and drawn["np"].shape == (2, 8, 8, 1)
+    np.testing.assert_array_equal(drawn["np"], drawn["pt"].permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(np.asarray(drawn["pil"][1]), (drawn["np"][1, :, :, 0] * 255).round())
+    (images,) = pipeline(2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="pt", return_dict=False)
+    assert torch.equal(images, drawn["pt"])
+    with pytest.raises(InputError, match="output_type is 'latent'"):
+        pipeline(output_type="latent")
+
+
+@pytest.mark.parametrize("name", ("ddim", "heun", "dpmsolver++", "unipc"))
+def test_a_callback_sees_each_step_and_may_change_or_end_it(name):
+    pipeline, seen = solved(small_pipeline(), name), []
+
+    def look(pipe, step, t, tensors):
+        seen.append((step, float(t), tensors["x_t"].shape, tensors["x_0"].shape))
+        if step == 3:
+            pipe._interrupt = True
+        return {"x_t": torch.zeros_like(tensors["x_t"])}
+
+    images = pipeline(
+        2, num_inference_steps=5, output_type="pt", callback_on_step_end=look, callback_on_step_end_tensor_inputs=["x_t", "x_0"]
+    ).images
+    assert [step for step, *_ in seen] == [0, 1, 2, 3] and pipeline.interrupt
+    assert [t for _, t, *_ in seen] == pipeline.scheduler.timesteps[:4].tolist()
+    assert all(shape == (2, 1, 8, 8) for *_, x_t, x_0 in seen for shape in (x_t, x_0))
+    assert (images == 0.5).all()
+    with pytest.raises(InputError, match="can be given x_t, x_0, class_labels, but not latents"):
+        pipeline(callback_on_step_end=look, callback_on_step_end_tensor_inputs=["latents"])
+
+
+def test_the_x_0_that_a_callback_sees_is_the_one_that_the_solver_moves_to():
+    pipeline, seen = solved(small_pipeline(), "ddim", clipping="static"), []
+    drawn = pipeline(
+        2,
+        num_inference_steps=5,
+        clipping="static",
+        output_type="pt",
+        callback_on_step_end=lambda _, step, t, tensors: seen.append(tensors),
+        callback_on_step_end_tensor_inputs=["x_t", "x_0"],
+    ).images
+    torch.testing.assert_close(seen[-1]["x_0"] / 2 + 0.5, drawn, rtol=0, atol=1e-5)  # the last step goes to the clean image
+    assert max(tensors["x_0"].abs().max() for tensors in seen) <= 1 + 1e-5
+
+
+# ---- clipping --------------------------------------------------------------------------------------------------------
+
+
+def loud_pipeline(**objective):
+    """Predictions far out of the range of images, so that clipping matters."""
+    pipeline = small_pipeline(**objective)
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.mul_(8)
+    return pipeline
+
+
+@pytest.mark.parametrize("space", ("epsilon", "sample", "v_prediction"))
+@pytest.mark.parametrize("name", ("ddpm", "ddim"))
+def test_static_clipping_is_what_ddpm_and_ddim_do_themselves(name, space):
+    native = solved(loud_pipeline(prediction_type=space), name)
+    assert native.scheduler.config.clip_sample
+    ours = solved(loud_pipeline(prediction_type=space), name, clipping="static")
+    assert not ours.scheduler.config.clip_sample
+    drawn = [
+        pipeline(3, num_inference_steps=5, clipping=clipping, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        for pipeline, clipping in ((native, None), (ours, "static"), (ours, "none"))
+    ]
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-3)
+    assert (drawn[0] - drawn[2]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ("dpmsolver++", "unipc", "ddim"))
+def test_dynamic_clipping_is_what_diffusers_solvers_call_thresholding(name):
+    ours, theirs = solved(loud_pipeline(), name, clipping="dynamic"), solved(loud_pipeline(), name)
+    theirs.scheduler.register_to_config(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e6)
+    drawn = [
+        pipeline(3, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="pt", **options).images
+        for pipeline, options in ((ours, {"clipping": "dynamic", "clipping_quantile": 0.9}), (theirs, {}), (ours, {}))
+    ]
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-3)
+    assert (drawn[0] - drawn[2]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("clipping", ("static", "dynamic"))
+def test_every_solver_stays_in_range_with_clipping(name, clipping):
+    objective = {"prediction_type": "flow"} if name in FLOW else {"learn_sigma": name == "ddpm"}
+    pipeline, seen = solved(loud_pipeline(**objective), name, clipping=clipping), []
+    pipeline(
+        2,
+        num_inference_steps=5,
+        clipping=clipping,
+        callback_on_step_end=lambda _, step, t, tensors: seen.append(tensors["x_0"].abs().max()),
+        callback_on_step_end_tensor_inputs=["x_0"],
+    )
+    assert max(seen) <= 1 + 1e-3
+
+
+# ---- labels, guidance and variance -----------------------------------------------------------------------------------
 
 
 def test_guidance_is_the_formula_and_uses_the_dropped_label():
@@ -224,10 +205,9 @@ def test_guidance_is_the_formula_and_uses_the_dropped_label():
     assert not torch.allclose(with_label, without)
 
 
-@pytest.mark.parametrize("name", BETAS)
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in FLOW])
 def test_the_channels_of_a_learned_variance_reach_ddpm_alone(name):
-    pipeline = small_pipeline(classes=3, learn_sigma=True)
-    pipeline.scheduler = make_scheduler(name, pipeline.scheduler, "linspace", 5)
+    pipeline = solved(small_pipeline(classes=3, learn_sigma=True), name)
     x_t, t, labels = torch.randn(2, 1, 8, 8), torch.tensor(500), torch.tensor([0, 2])
     with torch.no_grad():
         output, without = (pipeline.unet(x_t, t, given).sample for given in (labels, torch.tensor([3, 3])))
@@ -237,7 +217,34 @@ def test_the_channels_of_a_learned_variance_reach_ddpm_alone(name):
     assert guided.shape[1] == (2 if name == "ddpm" else 1)
     if name == "ddpm":  # the variance is not guided
         torch.testing.assert_close(guided[:, 1:], output[:, 1:])
-    assert len(draw(pipeline, range(2), seed=0, steps=5, labels=[0, 1])) == 2
+    assert len(draw(pipeline, range(2), 0, [0, 1], num_inference_steps=5)) == 2
+
+
+def test_a_learned_variance_is_cut_off_for_any_number_of_channels():
+    """Also with a solver that the user took from diffusers, which by itself keeps three channels."""
+    pipeline = small_pipeline(learn_sigma=True, channels=5)
+    for kind in (DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler, DDPMScheduler):
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config | {"variance_type": "learned_range"})
+        assert draw(pipeline, range(2), 0, num_inference_steps=4).shape == (2, 5, 8, 8)
+
+
+def test_guidance_in_an_interval_is_guidance_there_and_none_elsewhere():
+    pipeline = solved(small_pipeline(classes=3), "ddim", steps=10)
+    options = {"class_labels": [0, 2], "num_inference_steps": 10, "output_type": "pt"}
+    asked = []
+    pipeline.unet.register_forward_pre_hook(lambda _, given: asked.append((len(given[0]), int(given[1]))))
+
+    def drawn(**more):
+        return pipeline(2, generator=torch.Generator().manual_seed(0), **options, **more).images
+
+    partly = drawn(guidance_scale=3.0, guidance_interval=(300, 700))
+    assert [size for size, _ in asked] == [4 if 300 <= t <= 700 else 2 for _, t in asked] and {2, 4} == {size for size, _ in asked}
+    everywhere, nowhere = drawn(guidance_scale=3.0), drawn()
+    assert torch.equal(everywhere, drawn(guidance_scale=3.0, guidance_interval=(0, 999)))
+    assert torch.equal(nowhere, drawn(guidance_scale=3.0, guidance_interval=(998.2, 998.8)))  # no step falls between
+    assert not torch.allclose(partly, everywhere) and not torch.allclose(partly, nowhere)
+    with pytest.raises(InputError, match="its first timestep must be the smaller one"):
+        drawn(guidance_scale=3.0, guidance_interval=(700, 300))
 
 
 def test_labels_that_the_model_does_not_have_are_refused():
@@ -259,6 +266,53 @@ def test_a_saved_class_conditional_pipeline_comes_back(tmp_path):
     assert again.num_classes == 3 and again.config.null_label == 3
     first, second = (p(class_labels=[1], generator=torch.Generator().manual_seed(0), output_type="pt").images for p in (pipeline, again))
     torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_pipeline_saved_with_any_solver_comes_back_with_it(name, tmp_path):
+    pipeline = solved(small_pipeline(classes=3, **({"prediction_type": "flow"} if name in FLOW else {})), name)
+    pipeline.save_pretrained(tmp_path)
+    again = PixelPipeline.from_pretrained(tmp_path)
+    assert type(again.scheduler) is type(pipeline.scheduler)
+    assert again.scheduler.config.get("algorithm_type") == pipeline.scheduler.config.get("algorithm_type")
+
+
+def test_stock_repositories_are_loaded_in_both_layouts(tmp_path):
+    ours = small_pipeline()
+    DDPMPipeline(ours.unet, ours.scheduler).save_pretrained(tmp_path / "new")
+    (tmp_path / "old").mkdir()  # all files at the top, as the first repositories of diffusers have them
+    for path in (tmp_path / "new").rglob("*.*"):
+        shutil.copy(path, tmp_path / "old")
+    PixelPipeline(ours.unet, PNDMScheduler(num_train_timesteps=500)).save_pretrained(tmp_path / "pndm")
+    expected = pixels(draw(solved(small_pipeline()), range(2), 0, num_inference_steps=5))
+    for name in ("new", "old"):
+        loaded = load_pipeline(str(tmp_path / name))
+        assert loaded.num_classes == 0 and np.array_equal(expected, pixels(draw(solved(loaded), range(2), 0, num_inference_steps=5)))
+    assert len(draw(solved(load_pipeline(str(tmp_path / "pndm"))), range(2), 0, num_inference_steps=5)) == 2
+
+
+def test_models_of_another_kind_are_refused(tmp_path):
+    ours = small_pipeline()
+    latents = VQModel(block_out_channels=[8], latent_channels=1, norm_num_groups=8)
+    LDMPipeline(latents, ours.unet, DDIMScheduler()).save_pretrained(tmp_path / "latent")
+    with pytest.raises(InputError, match="it has a vqvae, but this is for pixel models"):
+        load_pipeline(str(tmp_path / "latent"))
+    PixelPipeline(ours.unet, ScoreSdeVeScheduler()).save_pretrained(tmp_path / "score")
+    with pytest.raises(InputError, match="ScoreSdeVeScheduler, which has neither betas nor a rectified flow"):
+        solved(load_pipeline(str(tmp_path / "score")))
+
+
+def test_the_network_computes_in_its_own_precision_and_the_solver_in_float32():
+    exact, rounded = solved(small_pipeline()), solved(small_pipeline())
+    rounded.unet.bfloat16()
+    seen = []
+    rounded.unet.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    first, second = (
+        p(4, num_inference_steps=5, generator=[torch.Generator().manual_seed(k) for k in range(4)], output_type="pt").images
+        for p in (exact, rounded)
+    )
+    assert set(seen) == {torch.bfloat16} and second.dtype == torch.float32
+    assert 0 < (first - second).abs().max() < 0.1
 
 
 # ---- sample.py -------------------------------------------------------------------------------------------------------
@@ -370,7 +424,7 @@ def test_images_that_are_not_finite_are_not_written():
     pipeline = small_pipeline()
     torch.nn.init.constant_(pipeline.unet.conv_out.bias, torch.nan)
     with pytest.raises(NotFiniteError, match="not finite"):
-        draw(pipeline, range(1), seed=0, steps=2)
+        draw(pipeline, range(1), 0, num_inference_steps=2)
 
 
 def test_weights_are_read_from_safetensors_only(tmp_path):

@@ -368,7 +368,7 @@ def test_what_only_the_second_process_meets_is_said(tmp_path):
     (tmp_path / "images" / f"{bad}.png").write_bytes(b"broken")
     code, err = launched(2, *train_args(tmp_path / "run", "--dataset", tmp_path / "images", "--channels", 1))
     assert code == 1 and f"images/{bad}.png cannot be read" in err
-    assert "error: another process of this training has ended" in err or "Traceback" not in err.split("ChildFailedError")[0]
+    assert "error: another process of this command has ended" in err or "Traceback" not in err.split("ChildFailedError")[0]
 
 
 def test_a_second_process_on_the_same_run_directory_leaves(tmp_path):

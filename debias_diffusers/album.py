@@ -1,0 +1,170 @@
+"""A folder of drawn images: which are there, with what they were drawn, and how they are written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from . import images
+from .config import ImageFormat
+from .errors import InputError
+from .files import LOCK, drafted, read_file, remove_drafts, said_if_not_writable, write_file
+
+SETTINGS = ".sampling.json"  # what the images of a folder were drawn with
+PREVIEW = "preview"
+GRID = f"{PREVIEW}/grid.png"
+TRAJECTORY = f"{PREVIEW}/trajectory.png"
+METADATA = "metadata.jsonl"
+PACKED = "samples.npz"
+PARTS = "parts"  # images on their way into PACKED
+GRID_IMAGES = 100
+BATCHES_WAITING = 2  # to be written, before drawing waits for them
+
+ENCODERS: dict[ImageFormat, tuple[str, Callable[[Image.Image], bytes]]] = {
+    "png": (".png", images.png),
+    "webp": (".webp", images.webp),
+    "npz": (".png", images.png),
+}
+
+
+class Album:
+    """The images 0 .. num_images - 1 in a folder: files of their own, or at last one `.npz`."""
+
+    def __init__(self, folder: Path, kind: ImageFormat, num_images: int) -> None:
+        self.folder = folder
+        self.kind = kind
+        self.num_images = num_images
+        self.files = folder / PARTS if kind == "npz" else folder
+        self.suffix, self._encoded = ENCODERS[kind]
+
+    def name(self, k: int) -> str:
+        """Of the file of image k."""
+        return f"{k:06d}{self.suffix}"
+
+    def begin(self, settings: dict[str, Any]) -> list[int]:
+        """Makes the folder that of these settings and returns the images that are not there yet. Only for one process.
+
+        Raises:
+            InputError: it holds other files, images of other settings, or more of them.
+        """
+        remove_drafts(self.folder)
+        remove_drafts(self.files)
+        there = sorted({p.name for p in self.folder.iterdir()} - {LOCK})
+        if SETTINGS in there:
+            self._require_same(settings)
+        else:
+            write_file(self.folder / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
+        if PACKED in there:
+            return []
+        found = {p.name for p in self.files.glob(f"*{self.suffix}")}
+        names = [self.name(k) for k in range(self.num_images)]
+        if beyond := sorted(found - set(names)):
+            raise InputError(
+                f"output_dir {self.folder} holds more than {self.num_images} images, such as {beyond[0]}; name another --output_dir"
+            )
+        return [k for k, name in enumerate(names) if name not in found]
+
+    def _require_same(self, settings: dict[str, Any]) -> None:
+        try:
+            before = dict(json.loads((self.folder / SETTINGS).read_text()))
+        except ValueError as error:
+            raise InputError(f"{self.folder / SETTINGS} is damaged; remove its folder, or name another --output_dir") from error
+        changed = [
+            f"{name} was {before.get(name)}, now {settings.get(name)}"
+            for name in sorted(before.keys() | settings.keys())
+            if before.get(name) != settings.get(name)
+        ]
+        if changed:
+            raise InputError(f"output_dir {self.folder} holds images of other settings ({'; '.join(changed)}); name another --output_dir")
+
+    def write(self, k: int, array: np.ndarray) -> None:
+        """Image k, (C, H, W) uint8; whole or absent."""
+        write_file(self.files / self.name(k), self._encoded(images.from_array(array)))
+
+    def read(self, k: int) -> Image.Image:
+        """Image k as it was written.
+
+        Raises:
+            InputError: it is not there, or damaged.
+        """
+        path = self.files / self.name(k)
+        return images.decode(read_file(path), str(path))
+
+    def finish(self, labels: Sequence[int] | None, seeds: Sequence[int]) -> None:
+        """What makes the folder a data set (metadata, or the one file), and a picture of the first images."""
+        if (self.folder / PACKED).exists():
+            return
+        first = [self.read(k) for k in range(min(self.num_images, GRID_IMAGES))]
+        write_file(self.folder / GRID, images.png(images.grid(first)))
+        if self.kind == "npz":
+            self._pack(labels)
+            return
+        rows = [{"file_name": self.name(k), **({"label": labels[k]} if labels else {}), "seed": seeds[k]} for k in range(self.num_images)]
+        write_file(self.folder / METADATA, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def _pack(self, labels: Sequence[int] | None) -> None:
+        """`arr_0` (N, H, W, C) uint8 and `arr_1` (N,) labels, one image in memory at a time."""
+        first = _channels_last(self.read(0))
+        with drafted(self.folder / PACKED) as file, zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (self.num_images, *first.shape)}
+                np.lib.format.write_array_header_1_0(member, header)
+                for k in range(self.num_images):
+                    member.write(_channels_last(self.read(k)).tobytes())
+            if labels:
+                with archive.open("arr_1.npy", "w") as member:
+                    np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64))
+        with said_if_not_writable(self.files):
+            shutil.rmtree(self.files)
+
+
+def require_place(folder: Path) -> None:
+    """Raises InputError where images cannot go, because somebody's other files lie there. Nothing is written."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file; name a new or empty folder")
+    if folder.is_dir():
+        there = sorted({p.name for p in folder.iterdir()} - {LOCK})
+        if there and SETTINGS not in there:
+            raise InputError(f"output_dir {folder} holds other files, such as {there[0]}; name a new or empty folder")
+
+
+def _channels_last(image: Image.Image) -> np.ndarray:
+    array = np.asarray(image)
+    return array[..., None] if array.ndim == 2 else array
+
+
+class Writer:
+    """Encodes and writes batches of images beside what the caller does; what goes wrong is raised in the next call."""
+
+    def __init__(self, album: Album) -> None:
+        self.album = album
+        self._pool = ThreadPoolExecutor(max_workers=BATCHES_WAITING)
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def put(self, indices: Sequence[int], batch: Any) -> None:
+        """Images (B, C, H, W) uint8, a tensor on any device."""
+        self._waiting.append(self._pool.submit(self._write, indices, batch))
+        while len(self._waiting) > BATCHES_WAITING:
+            self._waiting.popleft().result()
+
+    def _write(self, indices: Sequence[int], batch: Any) -> None:
+        for k, array in zip(indices, batch.cpu().numpy()):
+            self.album.write(k, array)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for done in self._waiting:
+                done.result()
