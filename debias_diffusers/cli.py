@@ -185,7 +185,12 @@ def _sentence(box: str) -> str:
     lines = [line.strip("│ ").strip() for line in box.splitlines() if line[:1] == "│"]
     sections = " ".join("\0" if line.startswith("─") else line for line in lines).split("\0")
     near = re.search(r"Perhaps you meant:.*?(--\w+)", " ".join(sections[1:]))
-    return sections[0].strip() + (f"; did you mean {near[1]}?" if near else "")
+    said = re.sub(r"one of \((.+)\)", lambda choices: f"one of {_in_order(choices[1])}", sections[0].strip())
+    return said + (f"; did you mean {near[1]}?" if near else "")
+
+
+def _in_order(choices: str) -> str:
+    return ", ".join(sorted(set(re.findall(r"'([^']+)'", choices)) - {"None"}))
 
 
 def _first_process() -> bool:

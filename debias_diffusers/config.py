@@ -30,7 +30,7 @@ SchedulerName = Literal[
     "ddpm", "ddim", "dpmsolver", "dpmsolver++", "dpmsolver++sde", "unipc", "heun", "euler", "euler_ancestral", "flow_euler", "flow_heun"
 ]
 Spacing = Literal["linspace", "leading", "trailing", "stride"]
-Clipping = Literal["none", "static", "dynamic"]
+Clipping = Literal["off", "static", "dynamic"]
 ImageFormat = Literal["png", "webp", "npz"]
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -191,7 +191,7 @@ class SampleConfig:
     num_images: int = 64  # how many images
     batch_size: int = 64  # images drawn together in each process
     seed: int = 0  # image k is drawn from seed + k
-    class_labels: tuple[int, ...] | Literal["balanced", "drawn"] = "balanced"  # repeated over the images; all classes in turn; at random
+    class_labels: tuple[int, ...] | Literal["balanced", "drawn"] = "balanced"  # given, and repeated; all in turn; or at random
     guidance_scale: float = 1.0  # strength of classifier-free guidance; 1 is off
     guidance_interval: tuple[int, int] | None = None  # least and greatest timestep that is guided; all if left out
     weights: str = "ema"  # ema (as exported), raw, or an EMA rate of the run such as 0.999

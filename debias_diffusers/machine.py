@@ -12,7 +12,8 @@ from typing import Any
 import accelerate
 import diffusers
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from . import __version__
 from .config import TrainConfig
@@ -55,13 +56,13 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def start_processes(num_threads: int | None) -> PartialState:
+def start_processes(num_threads: int | None) -> Accelerator:
     """accelerate's handle on devices and processes where nothing is trained."""
     # Processes meet at the beginning and at the end only, and may be hours apart by then.
-    state = PartialState(timeout=timedelta(days=30))
-    _require_all_processes(state.num_processes)
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
+    _require_all_processes(accelerator.num_processes)
     set_threads(num_threads)
-    return state
+    return accelerator
 
 
 def _require_all_processes(seen: int) -> None:

@@ -74,7 +74,7 @@ class PixelPipeline(DiffusionPipeline):
             timesteps: the timesteps themselves, descending, for schedulers that take them; num_inference_steps is then unused.
             eta: share of fresh noise in DDIM's steps (arXiv 2010.02502, equation 16); only schedulers that know it take it.
             clipping: "static" bounds the predicted x_0 to [-1, 1] in each step, "dynamic" to its own quantile, and scales
-                that to 1 (arXiv 2205.11487, section 2.3), with any scheduler. Left out or "none", the scheduler does what it
+                that to 1 (arXiv 2205.11487, section 2.3), with any scheduler. Left out or "off", the scheduler does what it
                 is configured to do.
             clipping_quantile: of the absolute values of an image, for "dynamic".
             generator: one for all, or a list with one for each image, which makes an image independent of its batch.
@@ -132,8 +132,8 @@ class PixelPipeline(DiffusionPipeline):
     ) -> None:
         if guidance_interval is not None and not guidance_interval[0] <= guidance_interval[1]:
             raise InputError(f"guidance_interval is {guidance_interval}, but its first timestep must be the smaller one")
-        if clipping not in (None, "none", "static", "dynamic"):
-            raise InputError(f"clipping is {clipping!r}, but must be none, static or dynamic")
+        if clipping not in (None, "off", "static", "dynamic"):
+            raise InputError(f"clipping is {clipping!r}, but must be off, static or dynamic")
         if output_type not in ("pil", "np", "pt"):
             raise InputError(f"output_type is {output_type!r}, but must be pil, np or pt")
         if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
@@ -183,7 +183,7 @@ class PixelPipeline(DiffusionPipeline):
 
     def _clipped(self, prediction: Tensor, x_t: Tensor, t: Tensor, clipping: Clipping | None, quantile: float) -> Tensor:
         """The prediction that implies the x_0 of this one, brought to [-1, 1]. Values of a learned variance stay."""
-        if clipping in (None, "none"):
+        if clipping in (None, "off"):
             return prediction
         x_0 = self._x_0(prediction, x_t, t)
         if clipping == "static":

@@ -357,6 +357,8 @@ def sample_problems(config: SampleConfig) -> list[str]:
             found.append(f"guidance_interval is {low} {high}, but guidance_scale is 1, which is off; take --guidance_scale 2")
         if not 0 <= low <= high:
             found.append(f"guidance_interval is {low} {high}, but must be a least and a greatest timestep, such as 200 800")
+    if config.class_labels == ():
+        found.append("class_labels has no value; give one or more labels, balanced or drawn")
     if config.weights not in ("ema", "raw") and not _is_rate(config.weights):
         found.append(f"weights is {config.weights!r}, but must be ema, raw, or an EMA rate such as 0.999")
     return found

@@ -11,7 +11,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
@@ -58,12 +58,12 @@ def sample(config: SampleConfig) -> Path:
     """
     if not config.output_dir and not (Path(config.model) / CHECKPOINTS).is_dir():
         raise InputError(f"output_dir is missing: {config.model} is no run directory; add --output_dir, such as samples")
-    state = start_processes(config.num_threads)
-    job = make_job(config, state.device)
+    accelerator = start_processes(config.num_threads)
+    job = make_job(config, accelerator.device)
     folder = Path(config.output_dir or Path(config.model) / SAMPLES / job.name)
     require_place(folder)
     try:
-        _draw_into(Album(folder, config.format, config.num_images), job, state)
+        _draw_into(Album(folder, config.format, config.num_images), job, accelerator)
     except RuntimeError as error:
         if sentence := explained(error, "--batch_size", config.batch_size):
             raise sentence from error
@@ -178,21 +178,21 @@ def _make_ready(pipeline: PixelPipeline, config: SampleConfig, device: Any) -> N
         pipeline.unet.compile()
 
 
-def _draw_into(album: Album, job: Job, state: PartialState) -> None:
+def _draw_into(album: Album, job: Job, accelerator: Accelerator) -> None:
     """Draws what is missing: its batches are dealt to the processes in turn."""
-    lock = take_lock(album.folder) if state.is_main_process else None
-    found = [album.begin(_with_count(job.settings, album))] if state.is_main_process else [None]
+    lock = take_lock(album.folder) if accelerator.is_main_process else None
+    found = [album.begin(_with_count(job.settings, album))] if accelerator.is_main_process else [None]
     missing: Any = broadcast_object_list(found)[0]  # the others must not look for themselves: files appear by now
-    mine = list(_batches(missing, job.config))[state.process_index :: state.num_processes]
-    with Writer(album) as writer, tqdm(total=sum(map(len, mine)), unit="image", disable=not state.is_main_process) as progress:
+    mine = list(_batches(missing, job.config))[accelerator.process_index :: accelerator.num_processes]
+    with Writer(album) as writer, tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as progress:
         for indices in mine:
             writer.put(indices, job.draw(indices))
             progress.update(len(indices))
-    state.wait_for_everyone()
+    accelerator.wait_for_everyone()
     if lock:
         _finish(album, job)
         lock.close()
-    state.wait_for_everyone()  # the others end when the folder is whole
+    accelerator.wait_for_everyone()  # the others end when the folder is whole
 
 
 def _with_count(settings: dict[str, Any], album: Album) -> dict[str, Any]:

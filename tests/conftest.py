@@ -75,6 +75,20 @@ def run(*args):
     return Forked(*args).result()
 
 
+def launch(processes, *args):
+    """`accelerate launch` on the CPU."""
+    many = ["--multi_gpu"] if processes > 1 else []
+    options = ["--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return command("-m", "accelerate.commands.launch", *many, *options, "--main_process_port", 0, *args)
+
+
+def launched(processes, *args):
+    """The launcher's exit code and what was said."""
+    process = launch(processes, *args)
+    _, err = process.communicate(timeout=300)
+    return process.returncode, err
+
+
 def train_args(output_dir, *flags):
     return ["train.py", "--config", TINY, "--output_dir", output_dir, *flags]
 

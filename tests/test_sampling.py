@@ -1,13 +1,16 @@
 """The pipeline does what it says; image k is image k; folders are completed, never mixed."""
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import Forked, launched, run
 from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
@@ -24,8 +27,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from debias_diffusers import PixelPipeline
+from debias_diffusers.album import Album, Writer
 from debias_diffusers.config import ObjectiveConfig, SampleConfig
-from debias_diffusers.errors import InputError, NotFiniteError
+from debias_diffusers.errors import CannotWriteError, InputError, NotFiniteError
+from debias_diffusers.files import take_lock
 from debias_diffusers.model import build_unet
 from debias_diffusers.pipeline import load_pipeline
 from debias_diffusers.sampling import draw, sample
@@ -157,7 +162,7 @@ def test_static_clipping_is_what_ddpm_and_ddim_do_themselves(name, space):
     assert not ours.scheduler.config.clip_sample
     drawn = [
         pipeline(3, num_inference_steps=5, clipping=clipping, generator=torch.Generator().manual_seed(0), output_type="pt").images
-        for pipeline, clipping in ((native, None), (ours, "static"), (ours, "none"))
+        for pipeline, clipping in ((native, None), (ours, "static"), (ours, "off"))
     ]
     torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-3)
     assert (drawn[0] - drawn[2]).abs().max() > 0.01
@@ -331,7 +336,8 @@ def test_sample_writes_a_data_set_and_a_picture(trained):
 
 
 def config_for(model, folder, **changes):
-    return SampleConfig(model=str(model), output_dir=str(folder), steps=5, **{"num_images": 10, "batch_size": 4, **changes})
+    options = {"steps": 5, "num_images": 10, "batch_size": 4, "num_threads": 1, **changes}
+    return SampleConfig(model=str(model), output_dir=str(folder), **options)
 
 
 def test_a_folder_is_completed_and_never_mixed(trained, tmp_path):
@@ -369,24 +375,150 @@ def test_raw_and_other_averaged_weights_can_be_drawn(trained, tmp_path):
         sample(config_for(trained, tmp_path / "other", weights="0.5"))
 
 
-def test_labels_are_written_beside_the_images(trained_by_class, tmp_path):
-    folder = sample(config_for(trained_by_class, tmp_path / "a", class_labels=(3, 7), guidance_scale=2.0))
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    assert [row["label"] for row in rows] == [3, 7] * 5
-    folder = sample(config_for(trained_by_class, tmp_path / "b"))
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    assert [row["label"] for row in rows] == list(range(10))
+def labels_in(folder):
+    return [json.loads(line)["label"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def test_labels_are_balanced_drawn_or_given_and_written_beside_the_images(trained_by_class, tmp_path):
+    folder = sample(config_for(trained_by_class, tmp_path / "given", class_labels=(3, 7), guidance_scale=2.0))
+    assert labels_in(folder) == [3, 7] * 5
+    assert labels_in(sample(config_for(trained_by_class, tmp_path / "balanced"))) == list(range(10))
+    drawn = labels_in(sample(config_for(trained_by_class, tmp_path / "drawn", class_labels="drawn", num_images=40)))
+    assert set(drawn) <= set(range(10)) and len(set(drawn)) > 5 and drawn[:10] != list(range(10))
+    moved = sample(config_for(trained_by_class, tmp_path / "moved", class_labels="drawn", num_images=20, batch_size=7, seed=5))
+    assert labels_in(moved) == drawn[5:25]  # image k of seed s + 5 is image k + 5 of seed s, label and all
+    for k in range(5, 10):
+        first, second = (np.asarray(Image.open(d / f"{n:06d}.png"), int) for d, n in ((tmp_path / "drawn", k), (moved, k - 5)))
+        assert np.abs(first - second).max() <= 1
+
+
+def test_all_formats_hold_the_same_images(trained_by_class, tmp_path):
+    folders = {kind: sample(config_for(trained_by_class, tmp_path / kind, format=kind)) for kind in ("png", "webp", "npz")}
+    expected = [np.asarray(Image.open(folders["png"] / f"{k:06d}.png")) for k in range(10)]
+    for k, array in enumerate(expected):
+        coloured = np.asarray(Image.open(folders["webp"] / f"{k:06d}.webp"))
+        assert all(np.array_equal(coloured[..., c], array) for c in range(3))
+    packed = np.load(folders["npz"] / "samples.npz", allow_pickle=False)
+    assert sorted(packed) == ["arr_0", "arr_1"] and packed["arr_0"].dtype == np.uint8
+    assert np.array_equal(packed["arr_0"], np.stack(expected)[..., None]) and packed["arr_1"].tolist() == list(range(10))
+    assert sorted(p.name for p in folders["npz"].iterdir()) == [".lock", ".sampling.json", "preview", "samples.npz"]
+    assert labels_in(folders["webp"]) == list(range(10))
+
+
+def test_a_packed_file_is_finished_once_and_does_not_grow(trained, tmp_path, monkeypatch):
+    def interrupted(self, labels):
+        raise KeyboardInterrupt
+
+    config = config_for(trained, tmp_path / "out", format="npz")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Album, "_pack", interrupted)
+        sample(config)
+    parts = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "parts").iterdir()}
+    assert len(parts) == 10
+    sample(config)
+    packed = (tmp_path / "out" / "samples.npz").read_bytes()
+    sample(config)
+    assert (tmp_path / "out" / "samples.npz").read_bytes() == packed
+    with pytest.raises(InputError, match="num_images was 10, now 20"):
+        sample(config_for(trained, tmp_path / "out", format="npz", num_images=20))
+    with pytest.raises(InputError, match="format was npz, now png"):
+        sample(config_for(trained, tmp_path / "out"))
+
+
+def test_a_trajectory_is_a_picture_of_x_t_and_x_0_over_the_steps(trained, tmp_path):
+    folder = sample(config_for(trained, tmp_path / "out", trajectory=True))
+    picture = np.asarray(Image.open(folder / "preview" / "trajectory.png"))
+    assert picture.shape == (6 + 12 * 54, 6 + 5 * 54)  # six images, x_t above x_0; five steps; 8 pixels enlarged six times
+    last = [picture[6 + row * 54 :, 6 + 4 * 54 :][:48:6, :48:6] for row in (0, 2)]
+    assert [array.tolist() for array in last] == [np.asarray(Image.open(folder / f"{k:06d}.png")).tolist() for k in (0, 1)]
+    assert not np.array_equal(picture[6:54, 6:54], picture[60:108, 6:54])
+
+
+def test_one_and_two_processes_draw_the_same_bytes_and_each_image_once(trained, tmp_path):
+    flags = ["--num_images", 23, "--batch_size", 4, "--steps", 4, "--num_threads", 1]
+    assert run("sample.py", trained, *flags, "--output_dir", tmp_path / "one")[0] == 0
+    code, err = launched(2, "sample.py", trained, *flags, "--output_dir", tmp_path / "two")
+    assert code == 0, err
+    names = sorted(p.name for p in (tmp_path / "one").rglob("*") if p.is_file() and p.name != ".lock")
+    assert len([name for name in names if name.startswith("0000")]) == 23
+    assert names == sorted(p.name for p in (tmp_path / "two").rglob("*") if p.is_file() and p.name != ".lock")
+    for path in (p for p in (tmp_path / "one").rglob("*") if p.is_file() and p.name != ".lock"):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path
+
+
+def test_killed_at_any_moment_the_same_command_draws_only_what_is_missing(trained, tmp_path):
+    flags = ["--num_images", 60, "--batch_size", 5, "--steps", 4, "--num_threads", 1]
+    assert run("sample.py", trained, *flags, "--output_dir", tmp_path / "whole")[0] == 0
+    command = ["sample.py", trained, *flags, "--output_dir", tmp_path / "killed"]
+    for least in (1, 7, 23, 40):  # images there when it is killed
+        process = Forked(*command)
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "killed").glob("0*.png"))) < least and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in (tmp_path / "killed").glob("0*.png"):
+            Image.open(path).load()
+    there = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("0*.png")}
+    assert 40 <= len(there) < 60
+    assert run(*command)[0] == 0
+    for k in range(60):
+        assert (tmp_path / "killed" / f"{k:06d}.png").read_bytes() == (tmp_path / "whole" / f"{k:06d}.png").read_bytes()
+    whole_batches = [name for name in there if all(f"{5 * (int(name[:6]) // 5) + j:06d}.png" in there for j in range(5))]
+    assert whole_batches and all((tmp_path / "killed" / name).stat().st_mtime_ns == there[name] for name in whole_batches)
+
+
+def test_two_commands_do_not_draw_into_one_folder(trained, tmp_path):
+    held = take_lock(tmp_path / "out")
+    code, _, err = run("sample.py", trained, "--output_dir", tmp_path / "out")
+    assert code == 3 and f"{tmp_path / 'out'} is in use by process {os.getpid()}" in err
+    held.close()
+    assert run("sample.py", trained, "--num_images", 2, "--steps", 2, "--output_dir", tmp_path / "out")[0] == 0
+
+
+def test_a_disk_that_is_full_is_said_and_ends_the_command(trained, tmp_path, monkeypatch):
+    def full(self, k, array):
+        if k == 6:
+            raise CannotWriteError("no space left")
+
+    monkeypatch.setattr(Album, "write", full)
+    with pytest.raises(CannotWriteError, match="no space left"):
+        sample(config_for(trained, tmp_path / "out", num_images=40))
+
+
+def test_images_are_written_beside_the_drawing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Album, "write", lambda self, k, array: time.sleep(0.05))
+    album = Album(tmp_path, "png", 8)
+    with Writer(album) as writer:
+        begun = time.perf_counter()
+        writer.put(range(4), torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+        writer.put(range(4, 8), torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+        assert time.perf_counter() - begun < 0.05  # writing takes 0.4 s
+    assert time.perf_counter() - begun > 0.2
 
 
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--scheduler", "unipcc"], "unipc"),
+        (["--scheduler", "unipcc"], "Expected one of ddim, ddpm, dpmsolver, dpmsolver++"),
+        (["--scheduler", "flow_heun"], "the model is no rectified flow"),
         (["--steps", "0"], "steps is 0"),
+        (["--steps", "1001"], "take at most 1000"),
+        (["--steps", "10", "--timesteps", "500", "0"], "only one can decide"),
+        (["--timesteps", "0", "500"], "must fall from above 0"),
+        (["--timesteps", "1500", "0"], "noise levels are 0 to 999"),
+        (["--sections", "2000"], "sections has 2000"),
+        (["--steps", "300", "--spacing", "stride"], "take 334"),
+        (["--eta", "1"], "eta is 1.0, but scheduler is left out"),
+        (["--clipping_quantile", "0.9"], "clipping is not dynamic"),
+        (["--guidance_interval", "2", "5"], "guidance_scale is 1"),
         (["--seed=-1", "--num_images", "0"], "2 problems"),
         (["--weights", "best"], "weights is 'best'"),
         (["--class_labels", "3"], "unconditional"),
+        (["--class_labels", "drawn"], "the model is unconditional"),
         (["--guidance_scale", "2"], "guidance_scale"),
+        (["--dtype", "float16"], "dtype is float16"),
+        (["--format", "gif"], "Expected one of npz, png, webp"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(trained, flags, named):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Forked, command, metrics, run, tensors, train_args
+from conftest import TINY, Forked, command, launch, launched, metrics, run, tensors, train_args
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load
@@ -322,20 +322,6 @@ def test_pieces_and_workers_change_no_sample(trained, tmp_path, flags):
     for one, other in zip(metrics(reference), metrics(tmp_path / "run")):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
-
-
-def launch(processes, *args):
-    """`accelerate launch` on the CPU."""
-    many = ["--multi_gpu"] if processes > 1 else []
-    options = ["--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return command("-m", "accelerate.commands.launch", *many, *options, "--main_process_port", 0, *args)
-
-
-def launched(processes, *args):
-    """The launcher's exit code and what was said."""
-    process = launch(processes, *args)
-    _, err = process.communicate(timeout=300)
-    return process.returncode, err
 
 
 def test_two_processes_train_what_one_trains_and_resume_with_the_same_bits(tmp_path):
