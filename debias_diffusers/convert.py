@@ -1,9 +1,4 @@
-"""Checkpoints of guided-diffusion (the paper's code, ADM, P2, Min-SNR) to pipelines, and back.
-
-Its state dicts name blocks by their place, `input_blocks.K`, `middle_block.K`, `output_blocks.K`. The weights tell channels, levels,
-blocks, attention, classes, learned variance, updown and scale-shift; flags are needed for what they do not: the size of
-an attention head, the order of its weights, the size of images, schedule and target.
-"""
+"""Checkpoints of guided-diffusion (the paper's code, ADM, P2, Min-SNR) to pipelines, and back: commands, flags and files."""
 
 from __future__ import annotations
 
@@ -14,8 +9,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,206 +17,31 @@ import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from torch import Tensor
 
-from .config import CHANNEL_MULT, ModelConfig, ObjectiveConfig, PredictionType
+from .config import ObjectiveConfig, PredictionType
 from .errors import InputError, raise_all
 from .files import DRAFT, said_if_not_writable, write_file
-from .model import build_unet, differing_fields, unet_config
+from .guided import (
+    DEFAULT_FLAGS,
+    Shape,
+    State,
+    contradictions,
+    from_guided,
+    head_dim_of,
+    inexpressible,
+    shape_of,
+    to_guided,
+    told_by,
+    unet_arguments,
+)
+from .model import build_unet, differing_fields
 from .pipeline import PixelPipeline, load_pipeline
 from .rules import objective_problems, range_problems
 from .run import say
 from .schedule import is_flow, make_schedule, schedule_of_scheduler
 from .schedulers import exported_scheduler
 
-State = dict[str, Tensor]
-
-# The reference's defaults of the flags that decide what its weights mean. All others are about training or sampling.
-DEFAULT_FLAGS: dict[str, Any] = {
-    "image_size": 64,
-    "num_channels": 128,
-    "num_res_blocks": 2,
-    "num_heads": 4,
-    "num_heads_upsample": -1,
-    "num_head_channels": -1,
-    "attention_resolutions": "16,8",
-    "channel_mult": "",
-    "class_cond": False,
-    "num_classes": 1000,
-    "use_scale_shift_norm": True,
-    "resblock_updown": False,
-    "use_new_attention_order": False,
-    "learn_sigma": False,
-    "diffusion_steps": 1000,
-    "noise_schedule": "linear",
-    "rescale_timesteps": False,
-    "predict_xstart": False,
-    "predict_v": False,
-}
-
-# Flags of the reference that look like the above, but are others.
+# Flags of the reference that look like those that matter here, but are others.
 _OTHER_FLAGS = {"classifier_resblock_updown", "classifier_use_scale_shift_norm", "classifier_attention_resolutions"}
-
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "class_embedding": "label_emb",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What decides the names of a network's weights."""
-
-    widths: tuple[int, ...]  # channels of each level
-    blocks: int  # residual blocks of each level on the way down; one more on the way up
-    attends: tuple[bool, ...]  # which levels have attention
-    updown: bool  # residual blocks resize, instead of plain convolutions
-
-
-def modules(shape: Shape) -> Iterator[tuple[str, str]]:
-    """(name in UNet2DModel, name in guided-diffusion) of every layer with weights, but for the parts of attention.
-
-    An attention layer itself is yielded as (its name, its name); its weights differ in more than their names.
-    """
-    yield from _ENDS.items()
-    levels = len(shape.widths)
-
-    def resnet(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
-        yield from ((f"{ours}.{part}", f"{theirs}.{name}") for part, name in _RESNET.items())
-
-    def resize(ours: str, theirs: str, convolution: str) -> Iterator[tuple[str, str]]:
-        if shape.updown:
-            yield from resnet(ours, theirs)
-        else:
-            yield f"{ours}.conv", f"{theirs}.{convolution}"
-
-    place = 1
-    for level in range(levels):
-        ours = f"down_blocks.{level}"
-        for block in range(shape.blocks):
-            yield from resnet(f"{ours}.resnets.{block}", f"input_blocks.{place}.0")
-            if shape.attends[level]:
-                yield f"{ours}.attentions.{block}", f"input_blocks.{place}.1"
-            place += 1
-        if level < levels - 1:
-            yield from resize(f"{ours}.downsamplers.0", f"input_blocks.{place}.0", "op")
-            place += 1
-
-    yield from resnet("mid_block.resnets.0", "middle_block.0")
-    yield "mid_block.attentions.0", "middle_block.1"
-    yield from resnet("mid_block.resnets.1", "middle_block.2")
-
-    place = 0
-    for block_up, level in enumerate(reversed(range(levels))):
-        ours = f"up_blocks.{block_up}"
-        for block in range(shape.blocks + 1):
-            yield from resnet(f"{ours}.resnets.{block}", f"output_blocks.{place}.0")
-            if shape.attends[level]:
-                yield f"{ours}.attentions.{block}", f"output_blocks.{place}.1"
-            if block == shape.blocks and level > 0:
-                yield from resize(f"{ours}.upsamplers.0", f"output_blocks.{place}.{1 + shape.attends[level]}", "conv")
-            place += 1
-
-
-def is_attention(name: str) -> bool:
-    """Whether a layer of UNet2DModel is an attention layer."""
-    return name.rsplit(".", 1)[0].endswith("attentions")
-
-
-# ---- weights ---------------------------------------------------------------------------------------------------------
-
-
-def split_qkv(qkv: Tensor, heads: int, new_order: bool) -> list[Tensor]:
-    """Query, key and value (C, ...) from their joint weight (3 C, ...): three chunks, or interleaved head by head."""
-    if new_order:
-        return list(qkv.chunk(3))
-    return [part.reshape(-1, *qkv.shape[1:]) for part in qkv.view(heads, 3, -1, *qkv.shape[1:]).unbind(1)]
-
-
-def join_qkv(parts: list[Tensor], heads: int) -> Tensor:
-    """The joint weight (3 C, ...) in the reference's default order, head by head."""
-    return torch.stack([part.view(heads, -1, *part.shape[1:]) for part in parts], dim=1).reshape(-1, *parts[0].shape[1:])
-
-
-def from_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int, new_order: bool) -> State:
-    """A state dict of guided-diffusion under the names of UNet2DModel. What has no name there is left under its own."""
-    rest = {name: value.float() for name, value in state.items()}
-    result: State = {}
-    for ours, theirs in modules(shape):
-        if is_attention(ours):
-            for kind in ("weight", "bias"):
-                qkv = rest.pop(f"{theirs}.qkv.{kind}").flatten(1) if kind == "weight" else rest.pop(f"{theirs}.qkv.{kind}")
-                parts = split_qkv(qkv, len(qkv) // 3 // head_dim, new_order)
-                result |= {f"{ours}.to_{letter}.{kind}": part for letter, part in zip("qkv", parts)}
-                result[f"{ours}.group_norm.{kind}"] = rest.pop(f"{theirs}.norm.{kind}")
-                out = rest.pop(f"{theirs}.proj_out.{kind}")
-                result[f"{ours}.to_out.0.{kind}"] = out.flatten(1) if kind == "weight" else out
-        else:
-            for kind in ("weight", "bias"):
-                if f"{theirs}.{kind}" in rest:  # labels have no bias, and only some blocks a skip connection
-                    result[f"{ours}.{kind}"] = rest.pop(f"{theirs}.{kind}")
-    return result | rest
-
-
-def to_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int) -> State:
-    """A state dict of UNet2DModel under the names of guided-diffusion, in its default order of attention."""
-    result: State = {}
-    for ours, theirs in modules(shape):
-        if is_attention(ours):
-            for kind in ("weight", "bias"):
-                parts = [state[f"{ours}.to_{letter}.{kind}"] for letter in "qkv"]
-                qkv, out = join_qkv(parts, len(parts[0]) // head_dim), state[f"{ours}.to_out.0.{kind}"]
-                result[f"{theirs}.norm.{kind}"] = state[f"{ours}.group_norm.{kind}"]
-                result[f"{theirs}.qkv.{kind}"] = qkv[..., None] if kind == "weight" else qkv  # a convolution over places
-                result[f"{theirs}.proj_out.{kind}"] = out[..., None] if kind == "weight" else out
-        else:
-            result |= {f"{theirs}.{kind}": state[f"{ours}.{kind}"] for kind in ("weight", "bias") if f"{ours}.{kind}" in state}
-    return result
-
-
-def shape_of(state: Mapping[str, Tensor]) -> Shape:
-    """What the weights tell.
-
-    Raises:
-        InputError: they are not of a UNet of guided-diffusion.
-    """
-    places = sorted({int(name.split(".")[1]) for name in state if name.startswith("output_blocks.")})
-    try:
-        # The last block of every level but the finest makes images larger, in a part of its own.
-        attention = {place: f"output_blocks.{place}.1.qkv.weight" in state for place in places}
-        ends = [place for place in places if _resizes(state, place, attention[place])]
-        blocks = (ends[0] if ends else places[-1]) + 1
-        levels = len(ends) + 1
-        firsts = [1 + level * blocks for level in range(levels)]  # blocks - 1 of them and one that resizes, on the way down
-        widths = tuple(len(state[f"input_blocks.{place}.0.out_layers.3.bias"]) for place in firsts)
-        updown = bool(ends) and f"output_blocks.{ends[0]}.{1 + attention[ends[0]]}.in_layers.0.weight" in state
-        attends = tuple(attention[blocks * (levels - 1 - level)] for level in range(levels))
-    except (KeyError, IndexError, TypeError) as error:
-        raise InputError(f"these are not the weights of a UNet of guided-diffusion: {error} is missing") from error
-    return Shape(widths=widths, blocks=blocks - 1, attends=attends, updown=updown)
-
-
-def _attending_sides(shape: Shape, image_size: int) -> tuple[int, ...]:
-    """The sides of the images in levels with attention."""
-    return tuple(image_size // 2**level for level, attends in enumerate(shape.attends) if attends)
-
-
-def _resizes(state: Mapping[str, Tensor], place: int, attends: bool) -> bool:
-    last = f"output_blocks.{place}.{1 + attends}"
-    return f"{last}.conv.weight" in state or f"{last}.in_layers.0.weight" in state
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def read_flags(text: str) -> dict[str, Any]:
@@ -285,96 +104,6 @@ def read_state(path: str) -> State:
     return state
 
 
-def told_by(state: Mapping[str, Tensor], shape: Shape, image_size: int) -> dict[str, Any]:
-    """The flags that the weights tell, for images of a size."""
-    base, classes = shape.widths[0], state.get("label_emb.weight")
-    return {
-        "num_channels": base,
-        "channel_mult": ",".join(f"{width / base:g}" for width in shape.widths),
-        "num_res_blocks": shape.blocks,
-        # Without any, a side that no level has: the reference cannot read an empty list.
-        "attention_resolutions": ",".join(map(str, _attending_sides(shape, image_size) or (2 * image_size,))),
-        "class_cond": classes is not None,
-        "num_classes": DEFAULT_FLAGS["num_classes"] if classes is None else len(classes),
-        "use_scale_shift_norm": len(state["input_blocks.1.0.emb_layers.1.bias"]) == 2 * base,
-        "resblock_updown": shape.updown,
-        "learn_sigma": len(state["out.2.bias"]) == 2 * state["input_blocks.0.0.weight"].shape[1],
-    }
-
-
-def _numbers(text: str) -> list[float]:
-    """Of a list such as "1, 2,2"."""
-    try:
-        return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise InputError(f"flag with the value {text!r} must be numbers with commas, such as 1,2,2 ({error})") from error
-
-
-def _contradictions(given: Mapping[str, Any], told: Mapping[str, Any], shape: Shape) -> list[str]:
-    """Flags that say something else than the weights."""
-    said, meant = dict(given), dict(told)
-    size = said["image_size"]
-    # Empty multipliers are chosen by the size of the images; sides that no level has are ignored.
-    usual = list(CHANNEL_MULT.get(size, ()))
-    said["channel_mult"], meant["channel_mult"] = _numbers(said.get("channel_mult", "")) or usual, _numbers(told["channel_mult"])
-    if "attention_resolutions" in said:
-        sides = [size // 2**level for level in range(len(shape.widths))]
-        said["attention_resolutions"] = [side for side in sides if side in _numbers(said["attention_resolutions"])]
-        meant["attention_resolutions"] = list(_attending_sides(shape, size))
-    if not told["class_cond"]:
-        said.pop("num_classes", None)
-    return [
-        f"{name} is {said[name]} at image_size {size}, but the weights tell {value}; correct one of the flags"
-        for name, value in meant.items()
-        if name in said and said[name] != value
-    ]
-
-
-def _inexpressible(flags: Mapping[str, Any], state: Mapping[str, Tensor], shape: Shape) -> list[str]:
-    """Why UNet2DModel cannot be this network, though the reference can."""
-    found, base = [], shape.widths[0]
-    inputs, outputs = state["input_blocks.0.0.weight"].shape[1], len(state["out.2.bias"])
-    if inputs not in (1, 3) or outputs not in (inputs, 2 * inputs):
-        found.append(f"it goes from {inputs} to {outputs} channels, so it is no model of images alone (perhaps one of super-resolution)")
-    if state["time_embed.0.weight"].shape[1] != base:
-        found.append(
-            f"its time embedding starts from {state['time_embed.0.weight'].shape[1]} channels and its first level from {base}, as in the "
-            f"networks for 512 pixels; UNet2DModel starts both from the same"
-        )
-    elif any(width % base for width in shape.widths):
-        found.append(f"its levels have {list(shape.widths)} channels, but only whole multiples of the first are known here")
-    down, up = flags["num_heads"], flags["num_heads_upsample"]
-    if flags["num_head_channels"] == -1 and (len(_attending(shape)) > 1 or up not in (-1, down)):
-        found.append(
-            f"it has {down} heads (on the way up {down if up == -1 else up}) in attention layers of {sorted(_attending(shape))} channels, "
-            f"so heads differ in width; UNet2DModel has one width for all"
-        )
-    if flags["rescale_timesteps"] and flags["diffusion_steps"] != 1000:
-        found.append(
-            f"rescale_timesteps with {flags['diffusion_steps']} diffusion_steps tells the network 1000 t / T, which no scheduler here does"
-        )
-    return found
-
-
-def _attending(shape: Shape) -> set[int]:
-    """The widths of levels with attention; the middle, as wide as the last, always attends."""
-    return {width for width, attends in zip(shape.widths, shape.attends) if attends} | {shape.widths[-1]}
-
-
-def _head_dim(flags: Mapping[str, Any], shape: Shape) -> int:
-    """Channels of one head.
-
-    Raises:
-        InputError: they do not divide the channels of a layer.
-    """
-    asked = flags["num_head_channels"]
-    head_dim: int = shape.widths[-1] // flags["num_heads"] if asked == -1 else asked
-    if head_dim < 1 or any(width % head_dim for width in _attending(shape)):
-        name = "num_heads" if asked == -1 else "num_head_channels"
-        raise InputError(f"{name} is {flags[name]}, but attention has {sorted(_attending(shape))} channels; correct it")
-    return head_dim
-
-
 def guided(model: str, flags: str, out: str) -> None:
     """Writes a pipeline folder from a checkpoint of guided-diffusion.
 
@@ -417,10 +146,10 @@ def _network(model: str, given: Mapping[str, Any], values: Mapping[str, Any]) ->
     state = read_state(model)
     shape = shape_of(state)
     told = told_by(state, shape, values["image_size"])
-    raise_all(_inexpressible(values, state, shape), f"{model} cannot be converted")
-    raise_all(_contradictions(given, told, shape), f"{model} and its flags differ")
-    head_dim = _head_dim(values, shape)
-    unet = _unet(shape, told, values["image_size"], head_dim, channels=state["input_blocks.0.0.weight"].shape[1])
+    raise_all(inexpressible(values, state, shape), f"{model} cannot be converted")
+    raise_all(contradictions(given, told, shape), f"{model} and its flags differ")
+    head_dim = head_dim_of(values, shape)
+    unet = build_unet(unet_arguments(shape, told, values["image_size"], head_dim, state["input_blocks.0.0.weight"].shape[1]))
     _load(unet, from_guided(state, shape, head_dim, values["use_new_attention_order"]), model)
     return unet
 
@@ -430,20 +159,6 @@ def _new_folder(out: str) -> Path:
     if not out or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise InputError(f"{out} is there already; name a new or empty folder")
     return folder
-
-
-def _unet(shape: Shape, told: Mapping[str, Any], image_size: int, head_dim: int, channels: int) -> UNet2DModel:
-    """The network with fresh weights."""
-    config = ModelConfig(
-        model_channels=shape.widths[0],
-        channel_mult=tuple(width // shape.widths[0] for width in shape.widths),
-        layers_per_block=shape.blocks,
-        attention_resolutions=_attending_sides(shape, image_size),
-        attention_head_dim=head_dim,
-        resblock_updown=shape.updown,
-        resnet_time_scale_shift="scale_shift" if told["use_scale_shift_norm"] else "default",
-    )
-    return build_unet(unet_config(config, image_size, channels, told["num_classes"] if told["class_cond"] else 0, told["learn_sigma"]))
 
 
 def _load(unet: UNet2DModel, weights: State, model: str) -> None:
@@ -550,7 +265,7 @@ def _foreign(unet: UNet2DModel, own: Any, shape: Shape) -> list[str]:
     if any(width % 32 for width in shape.widths):
         found.append(f"its levels have {list(shape.widths)} channels, but the reference's norms have 32 groups")
     else:
-        twin = _unet(shape, told, config.sample_size, config.attention_head_dim, config.in_channels).config
+        twin = build_unet(unet_arguments(shape, told, config.sample_size, config.attention_head_dim, config.in_channels)).config
         found += [
             f"its {name} is {config[name]}, that of the reference {twin[name]}" for name in differing_fields(twin, config, {"dropout"})
         ]

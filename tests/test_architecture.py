@@ -12,7 +12,7 @@ ORDER = [
     {"errors", "chance", "ema"},
     {"config", "files", "images"},
     {"rules", "schedule", "checkpoint", "model", "sources"},
-    {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "hub", "album"},
+    {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "hub", "album", "guided"},
     {"loss", "pipeline", "machine"},
     {"pixels", "sampling", "window", "plots", "convert"},
     {"progress"},

@@ -11,8 +11,9 @@ from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
 from debias_diffusers.config import ModelConfig, ObjectiveConfig
-from debias_diffusers.convert import Shape, export, from_guided, guided, join_qkv, modules, read_flags, shape_of, split_qkv, to_guided
+from debias_diffusers.convert import export, guided, read_flags
 from debias_diffusers.errors import InputError
+from debias_diffusers.guided import Shape, from_guided, join_qkv, modules, shape_of, split_qkv, to_guided
 from debias_diffusers.model import build_unet, unet_config
 from debias_diffusers.pipeline import PixelPipeline, load_pipeline
 from debias_diffusers.schedulers import exported_scheduler
