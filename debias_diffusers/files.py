@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from safetensors import SafetensorError
+
 from .errors import CannotWriteError, InputError, RunInUseError
 
 LOCK = ".lock"
@@ -22,12 +24,12 @@ def said_if_not_writable(path: Path) -> Iterator[None]:
     """Turns what the system says into a sentence that names the path and the space left.
 
     Raises:
-        CannotWriteError: in place of any OSError within.
+        CannotWriteError: in place of any OSError within, and of what safetensors makes of one.
     """
     try:
         yield
-    except OSError as error:
-        raise CannotWriteError(f"{path} cannot be written: {error.strerror or error} ({_free(path)})") from error
+    except (OSError, SafetensorError) as error:
+        raise CannotWriteError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error} ({_free(path)})") from error
 
 
 def _free(path: Path) -> str:
@@ -46,13 +48,14 @@ def drafted(path: Path) -> Iterator[IO[bytes]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(DRAFT + path.name)
         try:
+            remove(draft)  # a link would be written through
             with open(draft, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(draft, path)
         except BaseException:
-            draft.unlink(missing_ok=True)
+            remove(draft)
             raise
         sync_folder(path.parent)
 
@@ -112,10 +115,15 @@ def remove_drafts(folder: Path) -> None:
     """Removes what an interrupted write left. Only for the process that has the folder to itself."""
     for path in folder.glob(DRAFT + "*"):
         with said_if_not_writable(path):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a folder with all that is in it, or a link and not what it points to; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_file(path: Path) -> bytes:

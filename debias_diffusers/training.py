@@ -19,7 +19,6 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import chance, checkpoint, data, hub, images, machine, sampling, snapshot
@@ -355,8 +354,6 @@ class Trainer:
                 # File by file, each whole or absent; only the weights differ from one export to the next.
                 for path in sorted(p for p in draft.rglob("*") if p.is_file()):
                     write_file(folder / path.relative_to(draft), path.read_bytes())
-        except SafetensorError as error:  # of a full disk, among others
-            raise CannotWriteError(f"{folder} cannot be written: {error}") from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         write_file(folder / "README.md", hub.model_card(self.config, self.step, self.task.data.num_classes).encode())
