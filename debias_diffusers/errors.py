@@ -47,6 +47,11 @@ class StoppedError(DebiasError):
         self.exit_code = 128 + signum
 
 
+def reason(error: BaseException) -> str:
+    """What an error of a library says, on one line; its kind where it says nothing."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
 def raise_all(problems: Iterable[str], where: str = "configuration") -> None:
     """Raises one InputError that lists all problems; does nothing where there are none."""
     problems = list(problems)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .config import Clipping, PredictionType
-from .errors import InputError, NotFiniteError
+from .errors import InputError, NotFiniteError, reason
 from .schedule import is_flow, predicted_x_0, prediction_of_x_0
 from .schedulers import set_timesteps
 
@@ -255,9 +255,8 @@ def load_pipeline(model: str) -> PixelPipeline:
         if other := sorted(parts - {"unet", "scheduler"}):
             raise ValueError(f"it has a {other[0]}, but this is for pixel models, of a unet and a scheduler only")
         pipeline: PixelPipeline = PixelPipeline.from_pretrained(model, use_safetensors=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"model {model} cannot be loaded: {reason}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"model {model} cannot be loaded: {reason(error)}") from error
     if missing := [name for name, parameter in pipeline.unet.named_parameters() if parameter.is_meta]:
         raise InputError(f"model {model} cannot be loaded: its weight file lacks {missing[0]}")
     pipeline.set_progress_bar_config(disable=True)

@@ -221,7 +221,7 @@ def schedule_of_scheduler(scheduler: Any) -> Schedule:
     """The schedule of a diffusers scheduler, in float64 from the definition of its betas where it has one.
 
     Raises:
-        InputError: the scheduler has neither betas nor a straight path that is the same for all images.
+        InputError: the scheduler has neither betas, each from 0 to 1, nor a straight path that is the same for all images.
     """
     config = scheduler.config
     if is_flow(scheduler):
@@ -240,6 +240,11 @@ def schedule_of_scheduler(scheduler: Any) -> Schedule:
         betas = _BETAS[config.beta_schedule](config.beta_start, config.beta_end, config.num_train_timesteps)
     elif config.get("beta_schedule") == "squaredcos_cap_v2":
         betas = _cosine(config.num_train_timesteps)
+    if betas.ndim != 1 or not len(betas) or not ((betas >= 0) & (betas <= 1)).all():
+        raise InputError(
+            f"{type(scheduler).__name__} has betas that are no list of numbers from 0 to 1; correct trained_betas, beta_start, beta_end "
+            f"or num_train_timesteps in its configuration"
+        )
     snr = snr_of_betas(betas)
     if defined and config.get("rescale_betas_zero_snr"):
         snr = with_zero_terminal_snr(snr)
