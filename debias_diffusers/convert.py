@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import io
 import json
 import os
+import re
 import shlex
-import shutil
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,11 @@ from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from torch import Tensor
 
 from .config import ObjectiveConfig, PredictionType
-from .errors import InputError, raise_all
-from .files import DRAFT, said_if_not_writable, write_file
+from .errors import InputError, raise_all, reason
+from .files import DRAFT, remove, said_if_not_writable, write_file
 from .guided import (
     DEFAULT_FLAGS,
+    WHOLE_NUMBER,
     Shape,
     State,
     contradictions,
@@ -29,11 +33,14 @@ from .guided import (
     head_dim_of,
     inexpressible,
     shape_of,
+    size_problems,
+    state_problems,
     to_guided,
     told_by,
     unet_arguments,
+    whole_number,
 )
-from .model import build_unet, differing_fields
+from .model import build_unet, differing_fields, require_finite
 from .pipeline import PixelPipeline, load_pipeline
 from .rules import objective_problems, range_problems
 from .run import say
@@ -44,14 +51,19 @@ from .schedulers import exported_scheduler
 _OTHER_FLAGS = {"classifier_resblock_updown", "classifier_use_scale_shift_norm", "classifier_attention_resolutions"}
 
 
+_YES, _NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")  # as the reference reads them
+
+
 def read_flags(text: str) -> dict[str, Any]:
     """The reference's flags, from a JSON file or as they were typed: `--image_size 256 --learn_sigma True`.
 
     Raises:
-        InputError: not readable, a value of the wrong kind, or a name that looks like a misspelt one.
+        InputError: not readable, a value of the wrong kind, or a name that is an abbreviation or looks like a misspelt one.
     """
     given = _flags_of_file(text) if text.lower().endswith(".json") else _typed_flags(text)
     for name in given:
+        if name and name not in DEFAULT_FLAGS and (longer := [known for known in DEFAULT_FLAGS if known.startswith(name)]):
+            raise InputError(f"flag {name!r} is an abbreviation, of {' or '.join(longer)}; write it in full")
         near = difflib.get_close_matches(name, DEFAULT_FLAGS, n=1, cutoff=0.85)
         if near and name not in DEFAULT_FLAGS and name not in _OTHER_FLAGS:
             raise InputError(f"flag {name} is not known; did you mean {near[0]}?")
@@ -61,8 +73,8 @@ def read_flags(text: str) -> dict[str, Any]:
 def _flags_of_file(path: str) -> dict[str, Any]:
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"flags {path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"flags {path} cannot be read: {reason(error)}") from error
     if not isinstance(given, dict):
         raise InputError(f"flags {path} holds no JSON object (names and values)")
     return given
@@ -73,7 +85,7 @@ def _typed_flags(text: str) -> dict[str, Any]:
         words = [part for word in shlex.split(text) for part in (word.split("=", 1) if word.startswith("--") else [word])]
     except ValueError as error:
         raise InputError(f"flags {text!r} cannot be read: {error}") from error
-    if len(words) % 2 or not all(name.startswith("--") for name in words[::2]):
+    if len(words) % 2 or not all(name.startswith("--") and name.strip("-") for name in words[::2]):
         raise InputError(f"flags {text!r} must be a .json file, or pairs such as '--image_size 256 --learn_sigma True'")
     return {name.lstrip("-").replace("-", "_"): value for name, value in zip(words[::2], words[1::2])}
 
@@ -82,11 +94,12 @@ def _as(kind: type, name: str, value: Any) -> Any:
     if kind is str:
         return ",".join(map(str, value)) if isinstance(value, list) else str(value)
     text = str(value).strip().lower()
-    if kind is bool and text in ("true", "false", "1", "0", "yes", "no"):
-        return text in ("true", "1", "yes")
-    if kind is int and text.lstrip("-").isdecimal():
-        return int(text)
-    raise InputError(f"flag {name} is {value!r}, but must be {'True or False' if kind is bool else 'a whole number'}")
+    if kind is bool and text in (*_YES, *_NO):
+        return text in _YES
+    if kind is int:
+        with contextlib.suppress(ValueError):
+            return whole_number(text)
+    raise InputError(f"flag {name} is {value!r:.60}, but must be {'True or False' if kind is bool else WHOLE_NUMBER}")
 
 
 def read_state(path: str) -> State:
@@ -95,13 +108,36 @@ def read_state(path: str) -> State:
     Raises:
         InputError: the file is missing, damaged, or holds anything but tensors.
     """
+    cannot = f"{path or 'the empty name'} cannot be read as a file of weights"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = _damaged_part(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of how a file was written
+            state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file may provoke any
-        raise InputError(f"{path} cannot be read as a file of weights: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"{cannot}: {_why_unreadable(error)}") from error
+    if damaged:
+        raise InputError(f"{cannot}: {damaged} in it does not match its checksum; copy it once more")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
         raise InputError(f"{path} holds no state dict (names and tensors); take the reference's model*.pt or ema*.pt")
     return state
+
+
+def _damaged_part(path: str) -> str | None:
+    """The part of a zip, as torch writes it, that is not as it was written. torch itself does not look."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as file:
+        without_checksums = not any(part.CRC for part in file.infolist())  # as torch.serialization.set_crc32_options(False) leaves it
+        return None if without_checksums else file.testzip()
+
+
+def _why_unreadable(error: Exception) -> str:
+    text = reason(error)
+    if "weights_only" in text:  # torch's text advises to run what is in the file
+        found = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        return f"it holds more than tensors ({found[1]})" if found else "it holds more than tensors, or is damaged"
+    return "it is empty, damaged or of another kind" if isinstance(error, (LookupError, EOFError)) else text
 
 
 def guided(model: str, flags: str, out: str) -> None:
@@ -109,7 +145,8 @@ def guided(model: str, flags: str, out: str) -> None:
 
     Args:
         model: the `.pt` file.
-        flags: the flags that it was trained with, a .json file or as typed; those left out have the reference's defaults.
+        flags: those that it was trained with, a .json file or as typed. `image_size` and one of the heads' must be given; what the
+            weights tell may be left out; all others have the reference's defaults, which is said.
         out: a new or empty folder.
 
     Raises:
@@ -121,7 +158,8 @@ def guided(model: str, flags: str, out: str) -> None:
     try:
         unet = _network(model, given, values)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:  # of weights in odd shapes
-        raise InputError(f"{model} holds no UNet of guided-diffusion as its flags say: {' '.join(str(error).split())[:200]}") from error
+        why = f"{error} is missing" if isinstance(error, KeyError) else reason(error)
+        raise InputError(f"{model} holds no UNet of guided-diffusion as its flags say: {why}") from error
     scheduler = exported_scheduler(_objective(values, unet.config.out_channels > unet.config.in_channels))
     pipeline = PixelPipeline(unet, scheduler) if unet.config.num_class_embeds else DDPMPipeline(unet, scheduler)
     _save(pipeline, folder)
@@ -144,7 +182,9 @@ def _missing(given: Mapping[str, Any]) -> list[str]:
 def _network(model: str, given: Mapping[str, Any], values: Mapping[str, Any]) -> UNet2DModel:
     """The network of a checkpoint, checked against the flags that were given; `values` are these over the reference's defaults."""
     state = read_state(model)
+    raise_all(state_problems(state), f"{model} holds no UNet of guided-diffusion")
     shape = shape_of(state)
+    raise_all(size_problems(shape, values["image_size"]), f"{model} and its flags differ")
     told = told_by(state, shape, values["image_size"])
     raise_all(inexpressible(values, state, shape), f"{model} cannot be converted")
     raise_all(contradictions(given, told, shape), f"{model} and its flags differ")
@@ -155,9 +195,16 @@ def _network(model: str, given: Mapping[str, Any], values: Mapping[str, Any]) ->
 
 
 def _new_folder(out: str) -> Path:
-    folder = Path(out).resolve()
-    if not out or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise InputError(f"{out} is there already; name a new or empty folder")
+    try:
+        folder = Path(out).resolve()
+        # A draft is what a conversion that was killed has left.
+        free = not folder.exists() or (folder.is_dir() and all(path.name.startswith(DRAFT) for path in folder.iterdir()))
+    except (OSError, RuntimeError, ValueError) as error:  # of a loop of links, among others
+        raise InputError(f"{out!r:.80} cannot be a folder ({reason(error)}); name a new or empty one") from error
+    if not (out and free):
+        raise InputError(
+            f"{out} is there already; name a new or empty folder" if out else "the name of the folder is empty; name a new one"
+        )
     return folder
 
 
@@ -166,9 +213,8 @@ def _load(unet: UNet2DModel, weights: State, model: str) -> None:
     try:
         unet.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"{model} does not fit the network that it tells of: {' '.join(str(error).split())[:400]}") from error
-    if spoilt := [name for name, value in weights.items() if not value.isfinite().all()]:
-        raise InputError(f"{model} has weights that are not finite, such as {spoilt[0]}")
+        raise InputError(f"{model} does not fit the network that it tells of: {reason(error)}") from error
+    require_finite(weights, model)
 
 
 def _objective(flags: Mapping[str, Any], learn_sigma: bool) -> ObjectiveConfig:
@@ -194,15 +240,19 @@ def _objective(flags: Mapping[str, Any], learn_sigma: bool) -> ObjectiveConfig:
 
 
 def _save(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """The folder is whole or absent."""
-    draft = folder.with_name(DRAFT + folder.name)
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        with said_if_not_writable(folder):
+    """A new folder is whole or absent; one that is there keeps its owner and mode and becomes a model with its last file."""
+    draft = folder / (DRAFT + "pipeline") if folder.exists() else folder.with_name(DRAFT + folder.name)
+    with said_if_not_writable(folder):
+        try:
+            remove(draft)
             pipeline.save_pretrained(draft, safe_serialization=True)
-            os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+            if folder.exists():
+                for path in sorted(draft.iterdir(), key=lambda path: path.name == "model_index.json"):
+                    os.replace(path, folder / path.name)
+            else:
+                os.replace(draft, folder)
+        finally:
+            remove(draft)
 
 
 # ---- the way back ----------------------------------------------------------------------------------------------------

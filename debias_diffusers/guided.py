@@ -7,6 +7,7 @@ an attention head, the order of its weights, the size of images, schedule and ta
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ DEFAULT_FLAGS: dict[str, Any] = {
     "predict_xstart": False,
     "predict_v": False,
 }
+
+_FIRST = "input_blocks.0.0.weight"
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -137,7 +140,11 @@ def join_qkv(parts: list[Tensor], heads: int) -> Tensor:
 
 
 def from_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int, new_order: bool) -> State:
-    """A state dict of guided-diffusion under the names of UNet2DModel. What has no name there is left under its own."""
+    """A state dict of guided-diffusion under the names of UNet2DModel.
+
+    Raises:
+        ValueError: it has weights that such a network does not have. (KeyError: it lacks one of attention.)
+    """
     rest = {name: value.float() for name, value in state.items()}
     result: State = {}
     for ours, theirs in modules(shape):
@@ -153,7 +160,9 @@ def from_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int, new_or
             for kind in ("weight", "bias"):
                 if f"{theirs}.{kind}" in rest:  # labels have no bias, and only some blocks a skip connection
                     result[f"{ours}.{kind}"] = rest.pop(f"{theirs}.{kind}")
-    return result | rest
+    if rest:
+        raise ValueError(f"{min(rest):.80} is no weight of the network that the others make")
+    return result
 
 
 def to_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int) -> State:
@@ -172,25 +181,59 @@ def to_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int) -> State
     return result
 
 
+def state_problems(state: Mapping[Any, Tensor]) -> list[str]:
+    """Why this is no state dict of a UNet of guided-diffusion, as far as names and kinds of numbers tell."""
+    if odd := [name for name in state if not isinstance(name, str)]:
+        return [f"it has {odd[0]!r:.80} in place of a name"]
+    if wrapped := [name for name in state if name.endswith(f".{_FIRST}")]:
+        prefix = wrapped[0].removesuffix(_FIRST)
+        return [f"its names begin with {prefix:.80} as those of a wrapper (DistributedDataParallel) do; save them without"]
+    places = _places(state)
+    if not places:
+        return [f"it has no output_blocks, but names such as {next(iter(state)):.80}"]
+    if gaps := set(range(len(places))) - set(places):
+        return [f"output_blocks.{min(gaps)} is missing"]
+    # Whole numbers are no weights, and of double precision half would be lost.
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    return [
+        f"{name:.80} is {value.dtype}, but weights must be float32, float16 or bfloat16; save them so"
+        for name, value in state.items()
+        if value.dtype not in kinds
+    ][:1]
+
+
+def _places(state: Mapping[str, Tensor]) -> list[int]:
+    """The K of output_blocks.K."""
+    return sorted({int(found[1]) for name in state if (found := re.match(r"output_blocks\.(\d{1,4})\.", name))})
+
+
+def size_problems(shape: Shape, image_size: int) -> list[str]:
+    """Images that the levels cannot halve: the reference fails on them, too."""
+    halvings = len(shape.widths) - 1
+    if image_size >= 1 and image_size % 2**halvings == 0:
+        return []
+    fits = 2**halvings * max(1, round(image_size / 2**halvings))
+    return [f"image_size is {image_size}, but its {halvings + 1} levels halve images {halvings} times; {fits} would fit"]
+
+
 def shape_of(state: Mapping[str, Tensor]) -> Shape:
-    """What the weights tell.
+    """What weights tell in which `state_problems` finds nothing.
 
     Raises:
-        InputError: they are not of a UNet of guided-diffusion.
+        KeyError, TypeError, ValueError: they are not of a UNet of guided-diffusion all the same.
     """
-    places = sorted({int(name.split(".")[1]) for name in state if name.startswith("output_blocks.")})
-    try:
-        # The last block of every level but the finest makes images larger, in a part of its own.
-        attention = {place: f"output_blocks.{place}.1.qkv.weight" in state for place in places}
-        ends = [place for place in places if _resizes(state, place, attention[place])]
-        blocks = (ends[0] if ends else places[-1]) + 1
-        levels = len(ends) + 1
-        firsts = [1 + level * blocks for level in range(levels)]  # blocks - 1 of them and one that resizes, on the way down
-        widths = tuple(len(state[f"input_blocks.{place}.0.out_layers.3.bias"]) for place in firsts)
-        updown = bool(ends) and f"output_blocks.{ends[0]}.{1 + attention[ends[0]]}.in_layers.0.weight" in state
-        attends = tuple(attention[blocks * (levels - 1 - level)] for level in range(levels))
-    except (KeyError, IndexError, TypeError) as error:
-        raise InputError(f"these are not the weights of a UNet of guided-diffusion: {error} is missing") from error
+    places = _places(state)
+    # The last block of every level but the finest makes images larger, in a part of its own.
+    attention = {place: f"output_blocks.{place}.1.qkv.weight" in state for place in places}
+    ends = [place for place in places if _resizes(state, place, attention[place])]
+    blocks = (ends[0] if ends else places[-1]) + 1
+    levels = len(ends) + 1
+    if len(places) != blocks * levels:
+        raise ValueError(f"its {len(places)} output_blocks make no {levels} levels of {blocks}")
+    firsts = [1 + level * blocks for level in range(levels)]  # blocks - 1 of them and one that resizes, on the way down
+    widths = tuple(len(state[f"input_blocks.{place}.0.out_layers.3.bias"]) for place in firsts)
+    updown = bool(ends) and f"output_blocks.{ends[0]}.{1 + attention[ends[0]]}.in_layers.0.weight" in state
+    attends = tuple(attention[blocks * (levels - 1 - level)] for level in range(levels))
     return Shape(widths=widths, blocks=blocks - 1, attends=attends, updown=updown)
 
 
@@ -224,29 +267,56 @@ def told_by(state: Mapping[str, Tensor], shape: Shape, image_size: int) -> dict[
     }
 
 
-def _numbers(text: str) -> list[float]:
+WHOLE_NUMBER = "a whole number of at most six digits"
+
+
+def whole_number(text: str) -> int:
+    """Of a flag. No flag means anything beyond six digits, but what is computed from it could take all memory.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not re.fullmatch(r"-?\d{1,6}", text):
+        raise ValueError(f"{text!r:.60} is not {WHOLE_NUMBER}")
+    return int(text)
+
+
+def _whole_numbers(name: str, flags: Mapping[str, Any]) -> list[int]:
     """Of a list such as "1, 2,2"."""
+    text = flags.get(name, "")
     try:
-        return [float(part) for part in text.split(",") if part.strip()]
+        return [whole_number(part.strip()) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise InputError(f"flag with the value {text!r} must be numbers with commas, such as 1,2,2 ({error})") from error
+        raise InputError(f"flag {name} is {text!r:.60}, but must be whole numbers with commas, such as 1,2,2") from error
+
+
+def _said_to_attend(flags: Mapping[str, Any], levels: int) -> list[int]:
+    """The sides of the levels with attention, found as the reference does: by the whole part of what they are smaller by."""
+    size, named = flags["image_size"], _whole_numbers("attention_resolutions", flags)
+    if 0 in named:
+        raise InputError(f"flag attention_resolutions is {flags['attention_resolutions']!r:.60}, but no level has 0 pixels; leave it out")
+    factors = {size // side for side in named}
+    return [size // 2**level for level in range(levels) if 2**level in factors]
 
 
 def contradictions(given: Mapping[str, Any], told: Mapping[str, Any], shape: Shape) -> list[str]:
     """Flags that say something else than the weights."""
     said, meant = dict(given), dict(told)
     size = said["image_size"]
-    # Empty multipliers are chosen by the size of the images; sides that no level has are ignored.
-    usual = list(CHANNEL_MULT.get(size, ()))
-    said["channel_mult"], meant["channel_mult"] = _numbers(said.get("channel_mult", "")) or usual, _numbers(told["channel_mult"])
+    by_size = {"attention_resolutions"}
+    said["channel_mult"], meant["channel_mult"] = _whole_numbers("channel_mult", said), _whole_numbers("channel_mult", told)
+    if not said["channel_mult"]:  # chosen by the size of the images
+        said["channel_mult"] = list(CHANNEL_MULT.get(size, ()))
+        by_size.add("channel_mult")
     if "attention_resolutions" in said:
-        sides = [size // 2**level for level in range(len(shape.widths))]
-        said["attention_resolutions"] = [side for side in sides if side in _numbers(said["attention_resolutions"])]
+        said["attention_resolutions"] = _said_to_attend(said, len(shape.widths))
         meant["attention_resolutions"] = list(_attending_sides(shape, size))
     if not told["class_cond"]:
         said.pop("num_classes", None)
     return [
-        f"{name} is {said[name]} at image_size {size}, but the weights tell {value}; correct one of the flags"
+        f"{name} is {said[name]}, but the weights tell {value}; correct it"
+        if name not in by_size
+        else f"{name} is {said[name]} at image_size {size}, but the weights tell {value}; correct one of the two"
         for name, value in meant.items()
         if name in said and said[name] != value
     ]
@@ -266,9 +336,9 @@ def inexpressible(flags: Mapping[str, Any], state: Mapping[str, Tensor], shape: 
     elif any(width % base for width in shape.widths):
         found.append(f"its levels have {list(shape.widths)} channels, but only whole multiples of the first are known here")
     down, up = flags["num_heads"], flags["num_heads_upsample"]
-    if flags["num_head_channels"] == -1 and (len(_attending(shape)) > 1 or up not in (-1, down)):
+    if flags["num_head_channels"] == -1 and (len(attending(shape)) > 1 or up not in (-1, down)):
         found.append(
-            f"it has {down} heads (on the way up {down if up == -1 else up}) in attention layers of {sorted(_attending(shape))} channels, "
+            f"it has {down} heads (on the way up {down if up == -1 else up}) in attention layers of {sorted(attending(shape))} channels, "
             f"so heads differ in width; UNet2DModel has one width for all"
         )
     if flags["rescale_timesteps"] and flags["diffusion_steps"] != 1000:
@@ -278,7 +348,7 @@ def inexpressible(flags: Mapping[str, Any], state: Mapping[str, Tensor], shape: 
     return found
 
 
-def _attending(shape: Shape) -> set[int]:
+def attending(shape: Shape) -> set[int]:
     """The widths of levels with attention; the middle, as wide as the last, always attends."""
     return {width for width, attends in zip(shape.widths, shape.attends) if attends} | {shape.widths[-1]}
 
@@ -291,9 +361,9 @@ def head_dim_of(flags: Mapping[str, Any], shape: Shape) -> int:
     """
     asked = flags["num_head_channels"]
     head_dim: int = shape.widths[-1] // flags["num_heads"] if asked == -1 else asked
-    if head_dim < 1 or any(width % head_dim for width in _attending(shape)):
+    if head_dim < 1 or any(width % head_dim for width in attending(shape)):
         name = "num_heads" if asked == -1 else "num_head_channels"
-        raise InputError(f"{name} is {flags[name]}, but attention has {sorted(_attending(shape))} channels; correct it")
+        raise InputError(f"{name} is {flags[name]}, but attention has {sorted(attending(shape))} channels; correct it")
     return head_dim
 
 

@@ -163,6 +163,12 @@ def test_flags_are_read_as_they_were_typed(tmp_path):
         ('--image_size "32', "No closing quotation"),
         ("--use_new_atention_order True", "did you mean use_new_attention_order"),
         ("--image_size 32.5", "must be a whole number"),
+        ("--image_size --5", "image_size is '--5', but must be a whole number"),
+        (f"--image_size {'9' * 5000}", r"image_size is '9{59}, but must be a whole number of at most six digits"),
+        ("--diffusion_steps 1000000000", "at most six digits"),
+        ("-- 5", "pairs such as"),
+        ("--noise cosine", "flag 'noise' is an abbreviation, of noise_schedule; write it in full"),
+        ("--predict True", "an abbreviation, of predict_xstart or predict_v"),
     ],
 )
 def test_wrong_flags_are_named(typed, named):
@@ -171,10 +177,30 @@ def test_wrong_flags_are_named(typed, named):
 
 
 @pytest.mark.parametrize(
+    "content, named",
+    [
+        ('{"image_size": "--5"}', "image_size is '--5', but must be a whole number"),
+        ("[" * 200_000, "cannot be read"),
+        ('{"noise": "cosine"}', "an abbreviation, of noise_schedule"),
+    ],
+)
+def test_wrong_files_of_flags_are_named(content, named, tmp_path):
+    (tmp_path / "flags.json").write_text(content)
+    with pytest.raises(InputError, match=named):
+        read_flags(str(tmp_path / "flags.json"))
+
+
+def test_booleans_are_read_as_the_reference_reads_them():
+    for texts, value in ((("yes", "TRUE", "t", "Y", "1"), True), (("no", "False", "F", "n", "0"), False)):
+        for text in texts:
+            assert read_flags(f"--learn_sigma {text}") == {"learn_sigma": value}
+
+
+@pytest.mark.parametrize(
     "change, named",
     [
-        ({"num_channels": 64}, "num_channels is 64 at image_size 32, but the weights tell 32"),
-        ({"image_size": 64}, r"channel_mult is \[1, 2, 3, 4\] at image_size 64, but the weights tell \[1\.0, 2\.0, 2\.0, 2\.0\]"),
+        ({"num_channels": 64}, "num_channels is 64, but the weights tell 32; correct it"),
+        ({"image_size": 64}, r"channel_mult is \[1, 2, 3, 4\] at image_size 64, but the weights tell \[1, 2, 2, 2\]; correct one"),
         ({"learn_sigma": False}, "learn_sigma is False"),
         ({"class_cond": True}, "class_cond is True"),
         ({"use_scale_shift_norm": False}, "use_scale_shift_norm is False"),
@@ -187,6 +213,12 @@ def test_wrong_flags_are_named(typed, named):
         ({"num_head_channels": -1, "num_heads_upsample": 2}, "heads differ in width"),
         ({"num_head_channels": -1, "num_heads": 0}, r"num_head_channels \(or num_heads\) is missing"),
         ({"image_size": -32}, "image_size is missing"),
+        ({"image_size": 33}, "image_size is 33, but its 4 levels halve images 3 times; 32 would fit"),
+        ({"image_size": 4, "channel_mult": "1,2,2,2"}, "image_size is 4, but its 4 levels halve images 3 times; 8 would fit"),
+        ({"attention_resolutions": "16,0"}, "no level has 0 pixels"),
+        ({"attention_resolutions": "16.5"}, "must be whole numbers with commas"),
+        ({"attention_resolutions": "24"}, r"attention_resolutions is \[32\] at image_size 32"),
+        ({"channel_mult": "9" * 5000}, "must be whole numbers with commas"),
         ({"diffusion_steps": 0}, "num_train_timesteps is 0"),
         ({"diffusion_steps": 10}, "take at least 21"),
         ({"predict_xstart": True, "predict_v": True}, "both True"),
@@ -235,14 +267,12 @@ def test_what_unet2dmodel_cannot_express_is_refused_with_the_reason(tmp_path):
 def test_the_weights_tell_their_shape():
     state, shape = weights_of(64, (1, 2, 3, 4))
     assert shape_of(state) == shape
-    assert set(from_guided(state, shape, 16, False)) == set(build_names(shape))
+    assert set(from_guided(state, shape, 16, False)) == set(names_of(64, (1, 2, 3, 4)))
 
 
-def build_names(shape):
-    config = ModelConfig(
-        model_channels=32, channel_mult=(1, 2, 3, 4), layers_per_block=1, attention_resolutions=(16, 8), attention_head_dim=16
-    )
-    return build_unet(unet_config(config, 64, 3, 0, False)).state_dict()
+def names_of(side, mult):
+    config = ModelConfig(model_channels=32, channel_mult=mult, layers_per_block=1, attention_resolutions=(16, 8), attention_head_dim=16)
+    return build_unet(unet_config(config, side, 3, 0, False)).state_dict()
 
 
 class Hostile:
@@ -253,10 +283,10 @@ class Hostile:
 @pytest.mark.parametrize(
     "content, named",
     [
-        ({"weights": Hostile()}, "cannot be read as a file of weights"),
+        ({"weights": Hostile()}, r"cannot be read as a file of weights: it holds more than tensors \(print\)$"),
         ({"step": 3}, "holds no state dict"),
         ([torch.zeros(1)], "holds no state dict"),
-        ({"conv.weight": torch.zeros(1)}, "UNet of guided-diffusion"),
+        ({"conv.weight": torch.zeros(1)}, r"model\.pt holds no UNet of guided-diffusion: it has no output_blocks"),
         ({"output_blocks.0.0.x": torch.zeros(1)}, "UNet of guided-diffusion"),
     ],
 )
@@ -268,14 +298,14 @@ def test_hostile_and_other_files_are_refused(content, named, tmp_path, capfd, mo
     assert "must not run" not in capfd.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_damaged_file_is_refused_with_one_sentence(tmp_path):
+def test_a_damaged_file_is_refused_with_one_sentence(tmp_path, recwarn):
     model, flags, _ = golden("unet_paper_32")
     whole = model.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"\x80\x04no", whole[:-1]):
         (tmp_path / "model.pt").write_bytes(content)
         with pytest.raises(InputError, match=r"model\.pt cannot be read as a file of weights"):
             guided(str(tmp_path / "model.pt"), str(flags), str(tmp_path / "out"))
+    assert not recwarn.list
     state = torch.load(model, weights_only=True)
     for missing, named in (("middle_block.1.norm.bias",) * 2, ("out.2.bias",) * 2, ("out.0.weight", "conv_norm_out.weight")):
         torch.save({key: value for key, value in state.items() if key != missing}, tmp_path / "model.pt")
@@ -294,17 +324,30 @@ def test_a_damaged_file_is_refused_with_one_sentence(tmp_path):
         ("input_blocks.1.0.out_layers.3.bias", torch.zeros(0)),
         ("conv.weight", torch.zeros(1)),
         ("out.0.weight", torch.full((32,), torch.nan)),
+        ("out.0.bias", torch.zeros(32, dtype=torch.int8)),
+        ("out.0.bias", torch.zeros(32, dtype=torch.bool)),
+        ("out.0.bias", torch.zeros(32, dtype=torch.complex64)),
+        ("out.0.bias", torch.zeros(32, dtype=torch.int64)),
+        ("out.0.bias", torch.zeros(32, dtype=torch.float64)),
+        ("conv_in.weight", torch.zeros(32, 3, 3, 3)),  # the name that UNet2DModel has for another of its weights
     ],
 )
 def test_weights_in_odd_shapes_are_refused_with_one_sentence(key, value, tmp_path):
     model, flags, _ = golden("unet_paper_32")
     torch.save({**torch.load(model, weights_only=True), key: value}, tmp_path / "model.pt")
-    with pytest.raises(InputError, match=r"model\.pt|UNet of guided-diffusion"):
+    with pytest.raises(InputError, match=r"model\.pt") as error:
         guided(str(tmp_path / "model.pt"), str(flags), str(tmp_path / "out"))
+    if value.dtype != torch.float32:
+        assert f"{key} is {value.dtype}, but weights must be float32" in str(error.value)
+    if key == "conv_in.weight":
+        assert "conv_in.weight is no weight of the network" in str(error.value)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".draft*"))
 
 
-@pytest.mark.parametrize("change", [{"channel_mult": "1, 2, 2,2"}, {"channel_mult": [1, 2, 2, 2]}, {"attention_resolutions": "64, 16"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"channel_mult": "1, 2, 2,2"}, {"channel_mult": [1, 2, 2, 2]}, {"attention_resolutions": "64, 16"}, {"attention_resolutions": "12"}],
+)
 def test_lists_are_read_however_they_are_spelled(change, tmp_path):
     model, flags, _ = golden("unet_paper_32")
     (tmp_path / "flags.json").write_text(json.dumps({**json.loads(flags.read_text()), **change}))
@@ -325,6 +368,86 @@ def test_what_weights_do_not_tell_must_be_said_and_what_was_assumed_is(tmp_path,
     export(str(tmp_path / "out"), str(tmp_path / "back.pt"))
     with pytest.raises(InputError, match="is there already"):
         export(str(tmp_path / "out"), str(tmp_path / "back.pt"))
+
+
+def limited(limit, *args):
+    """A conversion in which no file may grow beyond so many bytes, as on a full disk: exit code and stderr."""
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "from debias_diffusers.cli import convert; sys.exit(convert())"
+    )
+    process = command("-c", code, *args)
+    return process.communicate(timeout=120)[1], process.returncode
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    err, code = limited(20_000, "guided", model, "--flags", flags, tmp_path / "out")
+    assert code == 4 and "Traceback" not in err and f"{tmp_path / 'out'} cannot be written" in err and not list(tmp_path.iterdir())
+    (tmp_path / "empty").mkdir()
+    assert limited(20_000, "guided", model, "--flags", flags, tmp_path / "empty")[1] == 4
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_flipped_bit_among_the_weights_is_found_and_a_file_without_checksums_is_taken(tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    content = bytearray(model.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.pt cannot be read .* does not match its checksum"):
+        guided(str(tmp_path / "model.pt"), str(flags), str(tmp_path / "out"))
+    state = torch.load(model, weights_only=True)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "model.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    guided(str(tmp_path / "model.pt"), str(flags), str(tmp_path / "out"))
+
+
+def test_the_names_of_a_wrapper_are_said(tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    torch.save({f"module.{key}": value for key, value in torch.load(model, weights_only=True).items()}, tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"model\.pt holds no UNet .* its names begin with module\. as those of a wrapper"):
+        guided(str(tmp_path / "model.pt"), str(flags), str(tmp_path / "out"))
+
+
+def test_a_name_that_cannot_be_written_to_is_one_sentence(tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for out, named in ((str(tmp_path / "loop"), "cannot be a folder"), ("nul\0", "cannot be a folder"), ("", "is empty")):
+        with pytest.raises(InputError, match=named):
+            guided(str(model), str(flags), out)
+
+
+@pytest.mark.parametrize("model", ["", "/dev/null"])
+def test_a_reason_is_never_empty(model, tmp_path):
+    with pytest.raises(InputError, match=r"(the empty name|/dev/null) cannot be read as a file of weights: \S+"):
+        guided(model, "--image_size 32 --num_heads 2", str(tmp_path / "out"))
+
+
+def test_an_empty_folder_is_filled_and_stays_the_same_folder(tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    (tmp_path / "out").mkdir(mode=0o700)
+    (tmp_path / "out" / ".draft-pipeline").write_text("left by a conversion that was killed")
+    before = (tmp_path / "out").stat()
+    guided(str(model), str(flags), str(tmp_path / "out"))
+    after = (tmp_path / "out").stat()
+    assert (before.st_ino, before.st_mode) == (after.st_ino, after.st_mode)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model_index.json", "unet", "scheduler"}
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_what_a_killed_conversion_left_is_removed_and_not_written_through(kind, tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    (tmp_path / "elsewhere").mkdir()
+    for name in (".draft-out", ".draft-back.pt"):
+        draft = tmp_path / name
+        {"file": draft.touch, "link": lambda d=draft: d.symlink_to(tmp_path / "elsewhere"), "folder": draft.mkdir}[kind]()
+    guided(str(model), str(flags), str(tmp_path / "out"))
+    export(str(tmp_path / "out"), str(tmp_path / "back.pt"))
+    assert load_pipeline(str(tmp_path / "out")) and (tmp_path / "back.pt").is_file()
+    assert not list(tmp_path.glob(".draft*")) and not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):
