@@ -28,6 +28,7 @@ from .guided import (
     WHOLE_NUMBER,
     Shape,
     State,
+    attending,
     contradictions,
     from_guided,
     head_dim_of,
@@ -268,13 +269,13 @@ def export(model: str, out: str) -> None:
     Raises:
         InputError: guided-diffusion has no such network, target or schedule.
     """
-    for path in (out, f"{out}.flags.json"):
-        if not out or Path(path).exists():
-            raise InputError(f"{path or 'the empty name'} is there already; name a new file, such as model.pt")
+    flags_file = Path(f"{out}.flags.json")
+    _require_new_file(out, str(flags_file))
     pipeline = load_pipeline(model)
     unet, own = pipeline.unet, pipeline.scheduler
     if not (isinstance(unet, UNet2DModel) and isinstance(unet.config.sample_size, int) and unet.config.attention_head_dim):
         raise InputError(f"{model} cannot be exported: its network is no UNet2DModel with a size of images and of attention heads")
+    require_finite(unet.state_dict(), model)
     shape = Shape(
         widths=tuple(unet.config.block_out_channels),
         blocks=unet.config.layers_per_block,
@@ -296,9 +297,23 @@ def export(model: str, out: str) -> None:
     }
     box = io.BytesIO()
     torch.save(state, box)
-    write_file(Path(out), box.getvalue())
-    write_file(Path(f"{out}.flags.json"), (json.dumps(flags, indent=2) + "\n").encode())
-    say(f"{out}: load it with the flags in {out}.flags.json")
+    write_file(flags_file, (json.dumps(flags, indent=2) + "\n").encode())
+    try:
+        write_file(Path(out), box.getvalue())
+    except BaseException:
+        flags_file.unlink(missing_ok=True)  # both or none, so that the same command can be repeated
+        raise
+    say(f"{out}: load it with the flags in {flags_file}")
+
+
+def _require_new_file(*paths: str) -> None:
+    for path in paths:
+        if not path:
+            raise InputError("the name of the file is empty; name a new one, such as model.pt")
+        if "\0" in path:
+            raise InputError(f"{path!r:.80} cannot be a file (it has a zero byte in it); name a new one, such as model.pt")
+        if os.path.lexists(path):
+            raise InputError(f"{path} is there already; name a new file, such as model.pt")
 
 
 def _foreign(unet: UNet2DModel, own: Any, shape: Shape) -> list[str]:
@@ -314,13 +329,22 @@ def _foreign(unet: UNet2DModel, own: Any, shape: Shape) -> list[str]:
         found.append(f"its images have {config.in_channels} channel(s), those of the reference 3")
     if any(width % 32 for width in shape.widths):
         found.append(f"its levels have {list(shape.widths)} channels, but the reference's norms have 32 groups")
+    elif size := size_problems(shape, config.sample_size):
+        found += size
+    elif config.attention_head_dim < 1 or any(width % config.attention_head_dim for width in attending(shape)):
+        found.append(f"its attention heads have {config.attention_head_dim} channels, which do not divide {sorted(attending(shape))}")
     else:
         twin = build_unet(unet_arguments(shape, told, config.sample_size, config.attention_head_dim, config.in_channels)).config
         found += [
             f"its {name} is {config[name]}, that of the reference {twin[name]}" for name in differing_fields(twin, config, {"dropout"})
         ]
+    target, T = own.config.get("prediction_type"), own.config.get("num_train_timesteps")
     if is_flow(own):
         found.append("it is a rectified flow, which the reference does not know")
+    elif target not in ("epsilon", "sample", "v_prediction"):
+        found.append(f"its {type(own).__name__} has prediction_type {target}, but the reference predicts epsilon, sample or v_prediction")
+    elif not isinstance(T, int) or T < 2:
+        found.append(f"its {type(own).__name__} has num_train_timesteps {T}, but must have at least 2")
     elif not _schedule_name(own):
         found.append("its noise schedule is neither linear nor cosine as the reference has them (shifted, rescaled, or another)")
     return found
@@ -329,6 +353,8 @@ def _foreign(unet: UNet2DModel, own: Any, shape: Shape) -> list[str]:
 def _schedule_name(own: Any) -> str | None:
     """The reference's name of a scheduler's schedule, if it has one."""
     table, T = schedule_of_scheduler(own).alphas_cumprod, own.config.num_train_timesteps
+    if len(table) != T:  # betas of its own, of another number
+        return None
     for name in ("linear", "cosine"):
         theirs = make_schedule(ObjectiveConfig(noise_schedule=name, num_train_timesteps=T)).alphas_cumprod
         if (table - theirs).abs().max() < 1e-6:

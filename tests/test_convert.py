@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import GOLDEN, command, run
-from diffusers import DDPMPipeline
+from diffusers import CMStochasticIterativeScheduler, DDPMPipeline, RePaintScheduler, UNet2DModel, UniPCMultistepScheduler
 from safetensors.torch import load_file
 
 from debias_diffusers.config import ModelConfig, ObjectiveConfig
@@ -387,6 +387,10 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     assert limited(20_000, "guided", model, "--flags", flags, tmp_path / "empty")[1] == 4
     assert not list((tmp_path / "empty").iterdir())
+    guided(str(model), str(flags), str(tmp_path / "out"))
+    err, code = limited(20_000, "export", tmp_path / "out", tmp_path / "back.pt")
+    assert code == 4 and "back.pt cannot be written" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
 
 
 def test_a_flipped_bit_among_the_weights_is_found_and_a_file_without_checksums_is_taken(tmp_path):
@@ -418,6 +422,9 @@ def test_a_name_that_cannot_be_written_to_is_one_sentence(tmp_path):
     for out, named in ((str(tmp_path / "loop"), "cannot be a folder"), ("nul\0", "cannot be a folder"), ("", "is empty")):
         with pytest.raises(InputError, match=named):
             guided(str(model), str(flags), out)
+    for out, named in ((str(tmp_path / "loop"), "is there already"), ("nul\0", "zero byte"), ("", "is empty")):
+        with pytest.raises(InputError, match=named):
+            export("none", out)
 
 
 @pytest.mark.parametrize("model", ["", "/dev/null"])
@@ -474,6 +481,74 @@ def test_what_the_reference_does_not_have_is_not_exported(tmp_path, trained):
         pipeline.save_pretrained(tmp_path / "other")
         with pytest.raises(InputError, match=named):
             export(str(tmp_path / "other"), str(tmp_path / "other.pt"))
+
+
+def edited(folder, part, **changes):
+    """A pipeline folder with some fields of its network's or its scheduler's configuration changed."""
+    path = next((folder / part).glob("*config.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "part, changes, named",
+    [
+        ("unet", {"attention_head_dim": 0}, "cannot be loaded: .*zero"),
+        ("unet", {"sample_size": 33}, "image_size is 33, but its 4 levels halve images 3 times"),
+        ("unet", {"sample_size": 0}, "image_size is 0"),
+        ("unet", {"sample_size": -8}, "image_size is -8"),
+        ("scheduler", {"num_train_timesteps": 0}, "num_train_timesteps 0, but must have at least 2"),
+        ("scheduler", {"num_train_timesteps": 1}, "num_train_timesteps 1, but must have at least 2"),
+        ("scheduler", {"trained_betas": []}, "no list of numbers from 0 to 1"),
+        ("scheduler", {"trained_betas": [2, 3]}, "no list of numbers from 0 to 1"),
+        ("scheduler", {"trained_betas": [0.1, 0.2]}, "neither linear nor cosine"),
+        ("scheduler", {"prediction_type": "unheard_of"}, "prediction_type unheard_of, but the reference predicts"),
+    ],
+)
+def test_odd_configurations_are_not_exported(part, changes, named, tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    guided(str(model), str(flags), str(tmp_path / "out"))
+    with pytest.raises(InputError, match=named):
+        export(str(edited(tmp_path / "out", part, **changes)), str(tmp_path / "back.pt"))
+    assert not list(tmp_path.glob("back*"))
+
+
+@pytest.mark.parametrize(
+    "scheduler, named",
+    [
+        (UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "prediction_type flow_prediction"),
+        (CMStochasticIterativeScheduler(), "CMStochasticIterativeScheduler has prediction_type None"),
+        (RePaintScheduler(), "RePaintScheduler has prediction_type None"),
+    ],
+)
+def test_a_target_that_the_reference_does_not_have_is_not_exported(scheduler, named, tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    guided(str(model), str(flags), str(tmp_path / "out"))
+    pipeline = load_pipeline(str(tmp_path / "out"))
+    PixelPipeline(pipeline.unet, scheduler).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=named):
+        export(str(tmp_path / "other"), str(tmp_path / "back.pt"))
+
+
+def test_heads_that_do_not_divide_the_channels_are_not_exported(tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    guided(str(model), str(flags), str(tmp_path / "out"))
+    pipeline = load_pipeline(str(tmp_path / "out"))
+    unet = UNet2DModel.from_config({**pipeline.unet.config, "attention_head_dim": 48})
+    PixelPipeline(unet, pipeline.scheduler).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"attention heads have 48 channels, which do not divide \[64\]"):
+        export(str(tmp_path / "other"), str(tmp_path / "back.pt"))
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path):
+    model, flags, _ = golden("unet_paper_32")
+    guided(str(model), str(flags), str(tmp_path / "out"))
+    pipeline = load_pipeline(str(tmp_path / "out"))
+    torch.nn.init.constant_(pipeline.unet.conv_in.bias, torch.nan)
+    pipeline.save_pretrained(tmp_path / "spoilt")
+    with pytest.raises(InputError, match=r"spoilt has weights that are not finite, such as conv_in\.bias"):
+        export(str(tmp_path / "spoilt"), str(tmp_path / "back.pt"))
+    assert not list(tmp_path.glob("back*"))
 
 
 @pytest.mark.parametrize(
