@@ -366,7 +366,7 @@ def noise_schedule(objective: ObjectiveConfig) -> NoiseSchedule | None:
 
 
 def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig:
-    """The configuration with what was left out filled in: channel multipliers, noise schedule, precision.
+    """The configuration with what was left out filled in (channel multipliers, noise schedule, precision), and one spelling of `init`.
 
     Raises:
         InputError: the launcher was configured with a precision that is not supported.
@@ -375,6 +375,8 @@ def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig
     if not config.model.channel_mult and not config.model.model_config and config.data.resolution in CHANNEL_MULT:
         values["channel_mult"] = CHANNEL_MULT[config.data.resolution]
     values["noise_schedule"] = noise_schedule(config.objective)
+    if config.optimization.init:
+        values["init"] = config.optimization.init.rstrip("/") or "/"  # of a folder, with which a resume must not differ from without
     if config.optimization.mixed_precision is None:
         values["mixed_precision"] = checked_values({"mixed_precision": launcher_precision or "no"}, "launcher")["mixed_precision"]
     return update(config, values)

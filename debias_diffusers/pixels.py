@@ -12,7 +12,7 @@ from .config import TrainConfig
 from .data import TrainingData
 from .errors import InputError, raise_all
 from .loss import Network
-from .model import build_unet, differing_fields, unet_config
+from .model import build_unet, differing_fields, require_finite, unet_config
 from .pipeline import PixelPipeline, load_pipeline
 from .schedule import is_flow, schedule_of_scheduler
 from .schedulers import exported_scheduler
@@ -50,29 +50,49 @@ class PixelTask:
             What else that model was trained for, a sentence each.
 
         Raises:
-            InputError: its network is another one; names what differs and how to take it as it is.
+            InputError: its network is another one (names what differs and how to take it as it is), or has weights that are not finite.
         """
         pipeline = load_pipeline(model)
         if not isinstance(pipeline.unet, UNet2DModel):
             raise InputError(f"init {model} holds a {type(pipeline.unet).__name__}, but this run trains a UNet2DModel")
         theirs = pipeline.unet.config
-        differ = [
-            f"{name}: init has {theirs.get(name)}, this run {unet.config[name]}" for name in differing_fields(unet.config, theirs, _FREE)
-        ]
-        advice = "to take it as it is: --model_config with its unet/config.json"
-        if (theirs.num_class_embeds or 0) + 1 == unet.config.num_class_embeds and self.data.null_label is not None:
-            advice += '; it has no label for "none", so add --label_dropout 0'
-        raise_all(differ, f"init {model} is another network ({advice})")
+        names = differing_fields(unet.config, theirs, _FREE)
+        differ = [f"{name}: init has {theirs.get(name)}, this run {unet.config[name]}" for name in names]
+        raise_all(differ, f"init {model} is another network ({self._advice(names, theirs, unet.config)})")
+        require_finite(pipeline.unet.state_dict(), f"init {model}")
         unet.load_state_dict(pipeline.unet.state_dict())
-        return self._trained_otherwise(pipeline.scheduler, model)
+        return self._trained_otherwise(pipeline.scheduler, model) + self._labelled_otherwise(pipeline.config.null_label, model)
+
+    def _advice(self, names: list[str], theirs: Any, ours: Any) -> str:
+        """How to take a network as it is, whose configuration differs in some fields."""
+        if names == ["out_channels"] and theirs.out_channels in (theirs.in_channels, 2 * theirs.in_channels):
+            learned = theirs.out_channels > theirs.in_channels
+            return f"its variance is {'' if learned else 'not '}learned: take --{'' if learned else 'no_'}learn_sigma"
+        advice = "to take it as it is: --model_config with its unet/config.json"
+        if (theirs.num_class_embeds or 0) + 1 == ours.num_class_embeds and self.data.null_label is not None:
+            advice += '; it has no label for "none", so add --label_dropout 0'
+        return advice
+
+    def _labelled_otherwise(self, before: int | None, model: str) -> list[str]:
+        """Labels that are "none" on one side and a class on the other: as many labels in all do not show it."""
+        now = self.data.null_label
+        meaning = {True: '"none"', False: "a class"}
+        return [
+            f"label {label} was {meaning[label == before]} in {model}, here it is {meaning[label == now]}"
+            for label in sorted(label for label in {before, now} if label is not None)
+            if before != now
+        ]
 
     def _trained_otherwise(self, theirs: Any, model: str) -> list[str]:
         """What a model's scheduler says of its training, where this run's is another."""
         ours, found = exported_scheduler(self.config.objective), []
-        targets = ["flow" if is_flow(own) else own.config.prediction_type for own in (theirs, ours)]
+        targets = ["flow" if is_flow(own) else own.config.get("prediction_type", "unknown") for own in (theirs, ours)]
         if targets[0] != targets[1]:
             found.append(f"prediction_type was {targets[0]} in {model}, here it is {targets[1]}")
-        before, now = schedule_of_scheduler(theirs).snr, schedule_of_scheduler(ours).snr
+        try:
+            before, now = schedule_of_scheduler(theirs).snr, schedule_of_scheduler(ours).snr
+        except InputError:
+            return [*found, f"the noise schedule of {model} is unknown ({type(theirs).__name__} does not tell it)"]
         if len(before) != len(now) or not torch.allclose(before, now, rtol=1e-3):
             found.append(f"the noise schedule is not that of {model}, whose SNR go from {before[0]:.3g} to {before[-1]:.3g}")
         return found

@@ -301,6 +301,8 @@ def _variance_problems(objective: ObjectiveConfig) -> list[str]:
 
 def _optimization_problems(optimization: OptimizationConfig, num_processes: int) -> list[str]:
     found = []
+    if optimization.init == "":
+        found.append("init is an empty name; name a run directory, a pipeline folder or a Hub id, or leave it out")
     if optimization.batch_size % num_processes:
         fits = num_processes * max(1, round(optimization.batch_size / num_processes))
         found.append(f"batch_size is {optimization.batch_size}, but must be a multiple of the {num_processes} processes; take {fits}")

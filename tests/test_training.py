@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, Forked, command, launch, launched, metrics, run, tensors, train_args
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    RePaintScheduler,
+    UNet2DModel,
+)
 from PIL import Image
 from safetensors.torch import load
 
@@ -27,7 +34,7 @@ from debias_diffusers.ema import EMA
 from debias_diffusers.errors import InputError
 from debias_diffusers.hub import model_card
 from debias_diffusers.loss import make_objective
-from debias_diffusers.pipeline import load_pipeline
+from debias_diffusers.pipeline import PixelPipeline, load_pipeline
 from debias_diffusers.run import open_run
 from debias_diffusers.sources import open_source
 from debias_diffusers.timesteps import make_timestep_sampler
@@ -229,7 +236,7 @@ def test_a_stock_unconditional_model_is_fine_tuned_as_it_is(tmp_path):
     "flags, named",
     [
         (["--model_channels", 16], ["is another network", "block_out_channels: init has [8, 16], this run [16, 32]", "--model_config"]),
-        (["--learn_sigma"], ["out_channels: init has 1, this run 2"]),
+        (["--learn_sigma"], ["out_channels: init has 1, this run 2", "its variance is not learned: take --no_learn_sigma)"]),
         (["--class_conditional"], ["num_class_embeds: init has None, this run 11"]),
     ],
 )
@@ -244,6 +251,52 @@ def test_a_dry_run_checks_the_weights_it_would_start_from(trained, tmp_path):
     assert code == 0 and f"warning: prediction_type was epsilon in {trained}, here it is sample" in out, err
     code, _, err = run(*train_args(tmp_path / "run", *flags, "--learn_sigma"))
     assert code == 2 and "is another network" in err
+
+
+def started_from(pipeline, folder, *flags):
+    """A dry run that starts from a pipeline: exit code, stdout, stderr."""
+    pipeline.save_pretrained(folder / "other")
+    return run(*train_args(folder / "run", "--dry_run", "--init", folder / "other", *flags))
+
+
+def test_weights_with_a_learned_variance_are_taken_with_one(trained, tmp_path):
+    pipeline = load_pipeline(str(trained))
+    config = dict(pipeline.unet.config) | {"out_channels": 2}
+    code, _, err = started_from(DDPMPipeline(UNet2DModel.from_config(config), DDPMScheduler()), tmp_path)
+    assert code == 2 and "its variance is learned: take --learn_sigma)" in err
+
+
+@pytest.mark.parametrize("scheduler, tells_its_schedule", [(CMStochasticIterativeScheduler(), False), (RePaintScheduler(), True)])
+def test_what_the_scheduler_of_other_weights_does_not_tell_is_said(scheduler, tells_its_schedule, trained, tmp_path):
+    code, out, err = started_from(DDPMPipeline(load_pipeline(str(trained)).unet, scheduler), tmp_path)
+    assert code == 0 and f"warning: prediction_type was unknown in {tmp_path / 'other'}, here it is epsilon" in out, err
+    assert (f"the noise schedule of {tmp_path / 'other'} is unknown" in out) != tells_its_schedule
+
+
+def test_weights_that_are_not_finite_are_no_start(trained, tmp_path):
+    pipeline = load_pipeline(str(trained))
+    torch.nn.init.constant_(pipeline.unet.conv_in.bias, torch.nan)
+    code, _, err = started_from(pipeline, tmp_path)
+    assert code == 2 and f"init {tmp_path / 'other'} has weights that are not finite, such as conv_in.bias" in err
+
+
+def test_a_label_that_meant_none_and_is_a_class_now_is_said(trained_by_class, tmp_path):
+    pipeline = load_pipeline(str(trained_by_class))
+    same = started_from(pipeline, tmp_path, "--class_conditional")
+    assert same[0] == 0 and "label 10" not in same[1], same[2]
+    pipeline = PixelPipeline(pipeline.unet, pipeline.scheduler)  # as converted weights are: every label is a class
+    code, out, err = started_from(pipeline, tmp_path, "--class_conditional")
+    assert code == 0 and f'label 10 was a class in {tmp_path / "other"}, here it is "none"' in out, err
+
+
+def test_an_empty_name_of_weights_is_refused(tmp_path):
+    code, _, err = run(*train_args(tmp_path / "run", "--init", ""))
+    assert code == 2 and "init is an empty name" in err
+
+
+def test_a_slash_after_the_folder_of_weights_makes_no_other_run():
+    configs = [train_config(["--config", str(TINY), "--init", name], None) for name in ("runs/first", "runs/first/")]
+    assert configs[0] == configs[1]
 
 
 def test_weights_that_are_not_there_are_named(tmp_path):
