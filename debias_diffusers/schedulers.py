@@ -182,6 +182,7 @@ SCHEDULERS: dict[SchedulerName, tuple[type, dict[str, Any]]] = {
     "flow_heun": (FlowMatchHeunDiscreteScheduler, {}),
 }
 FLOW: tuple[SchedulerName, ...] = ("flow_euler", "flow_heun")
+KNOWN_TO_ALL = {"linear", "scaled_linear", "squaredcos_cap_v2"}  # names of betas; DDPMScheduler has more than the others
 
 
 def default_scheduler(own: Any) -> SchedulerName:
@@ -298,8 +299,10 @@ def _refuse_other_models(name: SchedulerName, own: Any, spacing: Spacing, timest
 
 def _built(name: SchedulerName, own: Any, spacing: Spacing) -> Any:
     kind, changes = SCHEDULERS[name]
-    if name not in FLOW:  # as numbers, because a name of betas may be known to the model's own scheduler only
-        changes = {"timestep_spacing": spacing, "trained_betas": own.betas.tolist(), **changes}
+    if name not in FLOW:
+        changes = {"timestep_spacing": spacing, **changes}
+        if own.config.get("trained_betas") is None and own.config.get("beta_schedule") not in KNOWN_TO_ALL:
+            changes["trained_betas"] = own.betas.tolist()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # that "dpmsolver" will go in diffusers 1.0
         scheduler = kind.from_config(own.config, **changes)  # type: ignore[attr-defined]

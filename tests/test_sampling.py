@@ -296,6 +296,13 @@ def test_stock_repositories_are_loaded_in_both_layouts(tmp_path):
     assert len(draw(solved(load_pipeline(str(tmp_path / "pndm"))), range(2), 0, num_inference_steps=5)) == 2
 
 
+@pytest.mark.parametrize("name", ("ddim", "dpmsolver++", "unipc", "heun"))
+def test_a_schedule_that_only_the_model_s_own_scheduler_knows_by_name_is_kept(name):
+    own = DDPMScheduler(beta_schedule="sigmoid", beta_start=1e-4, beta_end=0.02)
+    solver = make_scheduler(name, own, "linspace", 5)
+    torch.testing.assert_close(solver.alphas_cumprod, own.alphas_cumprod, rtol=0, atol=1e-6)
+
+
 def test_models_of_another_kind_are_refused(tmp_path):
     ours = small_pipeline()
     latents = VQModel(block_out_channels=[8], latent_channels=1, norm_num_groups=8)
