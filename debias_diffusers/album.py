@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import zipfile
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from PIL import Image
 from . import images
 from .config import ImageFormat
 from .errors import InputError
-from .files import LOCK, drafted, read_file, remove_drafts, said_if_not_writable, write_file
+from .files import LOCK, drafted, read_file, remove, remove_drafts, said_if_not_writable, write_file
 
 SETTINGS = ".sampling.json"  # what the images of a folder were drawn with
 PREVIEW = "preview"
@@ -27,6 +26,7 @@ METADATA = "metadata.jsonl"
 PACKED = "samples.npz"
 PARTS = "parts"  # images on their way into PACKED
 GRID_IMAGES = 100
+PNG_END = b"IEND\xaeB`\x82"
 BATCHES_WAITING = 2  # to be written, before drawing waits for them
 
 ENCODERS: dict[ImageFormat, tuple[str, Callable[[Image.Image], bytes]]] = {
@@ -51,33 +51,45 @@ class Album:
         return f"{k:06d}{self.suffix}"
 
     def begin(self, settings: dict[str, Any]) -> list[int]:
-        """Makes the folder that of these settings and returns the images that are not there yet. Only for one process.
+        """Makes the folder that of these settings and returns the images that are not there whole. Only for one process.
 
         Raises:
             InputError: it holds other files, images of other settings, or more of them.
         """
         remove_drafts(self.folder)
         remove_drafts(self.files)
-        there = sorted({p.name for p in self.folder.iterdir()} - {LOCK})
-        if SETTINGS in there:
+        if (self.folder / SETTINGS).exists():
             self._require_same(settings)
         else:
             write_file(self.folder / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
-        if PACKED in there:
+        if self._is_packed():
             return []
-        found = {p.name for p in self.files.glob(f"*{self.suffix}")}
-        names = [self.name(k) for k in range(self.num_images)]
-        if beyond := sorted(found - set(names)):
-            raise InputError(
-                f"output_dir {self.folder} holds more than {self.num_images} images, such as {beyond[0]}; name another --output_dir"
-            )
-        return [k for k, name in enumerate(names) if name not in found]
+        found = {p.name: p for p in self.files.glob(f"*{self.suffix}")}
+        wanted = dict.fromkeys(map(self.name, range(self.num_images)))
+        if beyond := sorted(found.keys() - wanted.keys()):
+            kind = f"more than {self.num_images} images" if beyond[0][: -len(self.suffix)].isdecimal() else "other files"
+            raise InputError(f"output_dir {self.folder} holds {kind}, such as {beyond[0]}; name another --output_dir")
+        return [k for k, name in enumerate(wanted) if name not in found or not is_whole(found[name])]
+
+    def _is_packed(self) -> bool:
+        """Whether all is done. A packed file that is damaged is drawn again; what lay in wait for a sound one is left over."""
+        packed = self.folder / PACKED
+        if not packed.exists():
+            return False
+        with said_if_not_writable(self.folder):
+            if not is_whole(packed):
+                packed.unlink()
+                return False
+            remove(self.files)
+        return True
 
     def _require_same(self, settings: dict[str, Any]) -> None:
         try:
-            before = dict(json.loads((self.folder / SETTINGS).read_text()))
-        except ValueError as error:
-            raise InputError(f"{self.folder / SETTINGS} is damaged; remove its folder, or name another --output_dir") from error
+            before = json.loads((self.folder / SETTINGS).read_text())
+        except ValueError:
+            before = None
+        if not isinstance(before, dict) or not before:
+            raise InputError(f"{self.folder / SETTINGS} is damaged; remove its folder, or name another --output_dir")
         changed = [
             f"{name} was {before.get(name)}, now {settings.get(name)}"
             for name in sorted(before.keys() | settings.keys())
@@ -124,13 +136,31 @@ class Album:
                 with archive.open("arr_1.npy", "w") as member:
                     np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64))
         with said_if_not_writable(self.files):
-            shutil.rmtree(self.files)
+            remove(self.files)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file ends as its format does; without decoding, for a folder may hold many."""
+    if path.suffix == ".npz":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return "arr_0.npy" in archive.namelist()
+        except (OSError, zipfile.BadZipFile):
+            return False
+    with open(path, "rb") as file:
+        head = file.read(8)
+        size = file.seek(0, 2)
+        if path.suffix == ".webp":
+            return size == 8 + int.from_bytes(head[4:8], "little")
+        file.seek(max(0, size - 8))
+        return file.read() == PNG_END
 
 
 def require_place(folder: Path) -> None:
     """Raises InputError where images cannot go, because somebody's other files lie there. Nothing is written."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file; name a new or empty folder")
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        kind = "a file" if folder.exists() else "a link to nowhere"
+        raise InputError(f"output_dir {folder} is {kind}; name a new or empty folder")
     if folder.is_dir():
         there = sorted({p.name for p in folder.iterdir()} - {LOCK})
         if there and SETTINGS not in there:

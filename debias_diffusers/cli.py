@@ -17,7 +17,7 @@ import tyro
 
 from . import config as configuration
 from . import rules
-from .config import DIGITS, ExportConfig, GuidedConfig, SampleConfig, TrainConfig, WeightsConfig
+from .config import DIGITS, BitsConfig, ExportConfig, GuidedConfig, SampleConfig, ScoreConfig, StatsConfig, TrainConfig, WeightsConfig
 from .errors import DebiasError, InputError, raise_all
 
 T = TypeVar("T")
@@ -103,20 +103,23 @@ def _take_flag(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
 def _sample(argv: list[str]) -> None:
     config = _parse(SampleConfig, argv, None, "sample.py", "Draw images with a trained model.")
     raise_all(rules.sample_problems(config))
+    from .run import stop_with_launcher
+
+    stop_with_launcher()  # or the others would go on writing into a folder that a new command may take
     from . import sampling
 
     sampling.sample(config)
 
 
-EVAL_HELP = """usage: eval.py {weights,score,stats,compare,bpd} ...
+EVAL_HELP = """usage: eval.py {score,compare,stats,bpd,weights} ...
 
-Evaluate diffusion models and their objectives. eval.py weights --help lists its flags; the others are planned.
+Evaluate diffusion models and their objectives. eval.py COMMAND --help lists the flags of each.
 
-  weights  the weights of an objective over t and log SNR in every prediction space, as a picture and as numbers
-  score    FID, sFID, IS, KID, precision and recall of models or images against a reference
-  stats    statistics of a reference, to score against
-  compare  runs side by side
-  bpd      variational bound in bits per dimension"""
+  score TARGET...    FID, sFID, IS, KID, precision, recall and colour shift of models or images against a reference
+  compare RUN...     the same for runs side by side, with confidence intervals
+  stats REF OUT      statistics of a reference, to score against
+  bpd MODEL          variational bound in bits per dimension
+  weights            the weights of an objective over t and log SNR in every prediction space, as a picture and as numbers"""
 
 WEIGHTS_HELP = """Draw the weights of an objective, over t and over log SNR and in every prediction space: weights.png and weights.csv.
 
@@ -129,13 +132,54 @@ def _evaluate(argv: list[str]) -> None:
         print(EVAL_HELP)
         return
     command, *rest = argv
-    if command != "weights":
-        raise InputError(f"eval.py {command} is not there yet; --help lists what there is")
-    config = _parse(WeightsConfig, rest, None, "eval.py weights", WEIGHTS_HELP)
+    if command not in EVALUATIONS:
+        raise InputError(f"eval.py {command} is not known; take one of {', '.join(EVALUATIONS)}")
+    EVALUATIONS[command](rest)
+
+
+def _score(argv: list[str]) -> None:
+    _scored(_parse(ScoreConfig, argv, None, "eval.py score", ScoreConfig.__doc__ or ""))
+
+
+def _compare(argv: list[str]) -> None:
+    given = _parse(
+        ScoreConfig, argv, None, "eval.py compare", "Score runs side by side, with confidence intervals (--bootstrap 200 if left out)."
+    )
+    _scored(dataclasses.replace(given, bootstrap=given.bootstrap or 200))
+
+
+def _scored(config: ScoreConfig) -> None:
+    raise_all(rules.score_problems(config))
+    from . import evaluation
+
+    evaluation.score(config)
+
+
+def _stats(argv: list[str]) -> None:
+    config = _parse(StatsConfig, argv, None, "eval.py stats", StatsConfig.__doc__ or "")
+    raise_all(rules.measure_problems(config.measure))
+    from . import evaluation
+
+    evaluation.stats(config)
+
+
+def _bits(argv: list[str]) -> None:
+    config = _parse(BitsConfig, argv, None, "eval.py bpd", BitsConfig.__doc__ or "")
+    raise_all(rules.range_problems(dataclasses.asdict(config)))
+    from . import likelihood
+
+    likelihood.bits_per_dimension(config)
+
+
+def _weights(argv: list[str]) -> None:
+    config = _parse(WeightsConfig, argv, None, "eval.py weights", WEIGHTS_HELP)
     raise_all(rules.weights_problems(config))
     from . import plots
 
     plots.draw_weights(config)
+
+
+EVALUATIONS = {"score": _score, "compare": _compare, "stats": _stats, "bpd": _bits, "weights": _weights}
 
 
 CONVERT_HELP = """usage: python -m debias_diffusers.convert {guided,export} ...

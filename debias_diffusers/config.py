@@ -204,6 +204,67 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """What images are compared by."""
+
+    metrics: str = "fid,kid,prc,colour"  # among fid, sfid, is, kid, prc (precision and recall), colour; apart by commas
+    feature_extractor: str | None = None  # digits, or a name of torch-fidelity; digits for the digits, else inception-v3-compat
+    feature_extractor_weights: str | None = None  # its weight file; packaged or fetched if left out
+    split: str = "train"  # split of a reference that is a data set
+    image_column: str | None = None  # its column of images; found by its type if left out
+    resolution: int | None = None  # pixels a side that the reference is brought to; as the targets have if left out
+    batch_size: int = 64  # images computed with at once in each process
+    cache_dir: str | None = None  # features are kept here; ~/.cache/debias_diffusers/features if left out, "" keeps none
+    num_threads: int | None = None  # CPU threads of a process; all cores, shared by the machine's processes, if left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Measure how far images of models, of folders or of .npz files are from a reference."""
+
+    targets: tuple[str, ...]  # run directories, pipeline folders, Hub ids, folders of images, .npz files
+    reference: str | None = None  # a data set, folder, .npz or file of `eval.py stats`; what a run was trained on if left out
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    num_images: int | None = None  # how many of each target; as many as the reference has if left out
+    schedulers: str = ""  # of models, several apart by commas; unipc or flow_heun if left out
+    steps: str = "20"  # of models, several apart by commas
+    checkpoints: str = ""  # of runs: all, or steps apart by commas; the exported weights if left out
+    weights: str = "ema"  # of models: ema, raw, or an EMA rate of the run
+    guidance_scale: float = 1.0  # of models: strength of classifier-free guidance; 1 is off
+    seed: int = 0  # of models, of KID's subsets and of the bootstrap
+    bootstrap: int = 0  # redrawn sets of images for confidence intervals; 0 is off (compare: 200)
+    allow_few_images: bool = False  # measure although a metric needs more images
+    output: str | None = None  # FILE.json for all figures, FILE.png for curves
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsConfig:
+    """Write the statistics of a reference, to score against without its images."""
+
+    reference: str  # a data set, a folder or an .npz file
+    out: str  # FILE.safetensors
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsConfig:
+    """Bound the bits per dimension that a model needs to describe images."""
+
+    model: str  # a run directory, a pipeline folder, or a Hub id
+    reference: str | None = None  # a data set or folder; what a run was trained on if left out
+    split: str = "train"  # its split
+    image_column: str | None = None  # its column of images; found by its type if left out
+    label_column: str | None = None  # its column of labels, for models with classes
+    num_images: int = 64  # how many of its images
+    batch_size: int = 64  # images computed with at once in each process
+    clipping: bool = True  # bring the predicted x_0 to [-1, 1], as sampling does
+    weights: str = "ema"  # ema, raw, or an EMA rate of the run
+    seed: int = 0  # of the noise
+    num_threads: int | None = None  # CPU threads of a process
+    output: str | None = None  # FILE.json for the terms of all noise levels
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuidedConfig:
     """Make a pipeline of a checkpoint of guided-diffusion."""
 

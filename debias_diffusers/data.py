@@ -63,7 +63,7 @@ class TrainingData(Dataset):
             return error
 
     def _sample(self, position: int) -> dict[str, Any]:
-        pixels, label = self._decoded(self.index(position))
+        pixels, label = self.decoded(self.index(position))
         if self.config.random_flip and chance.uniform(self.seed, "flip", position) < 0.5:
             pixels = pixels.flip(-1)
         if self.null_label is not None and chance.uniform(self.seed, "label", position) < self.config.label_dropout:
@@ -75,7 +75,7 @@ class TrainingData(Dataset):
             "noise": torch.randn(self.shape, generator=chance.generator(self.seed, "noise", position)),
         }
 
-    def _decoded(self, index: int) -> tuple[Tensor, int]:
+    def decoded(self, index: int) -> tuple[Tensor, int]:
         """Pixels (C, H, W) uint8 and label of one image; kept in memory where all of them fit."""
         if index not in self._kept:
             decoded = self._decode(index)

@@ -84,6 +84,8 @@ def explained(error: RuntimeError, flag: str, size: int) -> DebiasError | None:
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
         advice = f"add {flag} {size // 2}, which does the same in less memory" if size > 1 else "take a smaller network or resolution"
         return InputError(f"out of memory with {size} images per forward; {advice}")
+    if "CppCompiler" in said or "C++ compiler" in said:
+        return InputError("compile needs a C++ compiler, and there is none that works; install one, or leave --compile out")
     if "DataLoader worker" in said:
         return DebiasError(
             "a process that reads images was killed, perhaps for lack of memory; take fewer --num_workers; the same command continues"

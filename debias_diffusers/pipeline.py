@@ -92,8 +92,8 @@ class PixelPipeline(DiffusionPipeline):
         """
         self._check(guidance_interval, clipping, output_type, callback_on_step_end_tensor_inputs)
         labels = self._labels(batch_size, class_labels, guidance_scale)
-        if not isinstance(self.scheduler, DDPMScheduler):  # DPM-Solver would cut off all channels after the third
-            self.scheduler.register_to_config(variance_type=None)
+        if not isinstance(self.scheduler, DDPMScheduler) and self.unet.config.in_channels > 3:
+            self.scheduler.register_to_config(variance_type=None)  # or DPM-Solver cuts off all channels after the third
         set_timesteps(self.scheduler, num_inference_steps, timesteps)
         chance = self._step_arguments(generator, eta)
         x_t = self._noise(batch_size, generator)
@@ -208,6 +208,9 @@ class PixelPipeline(DiffusionPipeline):
         if is_flow(self.scheduler):
             s = t.double() / self.scheduler.config.num_train_timesteps
             return 1 - s, s
+        if not hasattr(self.scheduler, "alphas_cumprod"):
+            name = type(self.scheduler).__name__
+            raise InputError(f"{name} has no alphas_cumprod, which clipping and the x_0 of a callback need; leave them out")
         acp = self.scheduler.alphas_cumprod.double()
         if t != t.floor():
             sigma = ((1 - acp) / acp).sqrt()
@@ -218,7 +221,7 @@ class PixelPipeline(DiffusionPipeline):
     @property
     def _uses_variance(self) -> bool:
         """DDPM alone; the others keep the name of the variance in their configuration, but know nothing of it."""
-        return isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type.startswith("learned")
+        return isinstance(self.scheduler, DDPMScheduler) and (self.scheduler.config.variance_type or "").startswith("learned")
 
 
 def _within(interval: tuple[float, float] | None, t: Tensor) -> bool:
@@ -257,6 +260,10 @@ def load_pipeline(model: str) -> PixelPipeline:
         pipeline: PixelPipeline = PixelPipeline.from_pretrained(model, use_safetensors=True)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model {model} cannot be loaded: {reason(error)}") from error
+    if not isinstance(pipeline.unet, UNet2DModel):
+        raise InputError(
+            f"model {model} cannot be loaded: its unet is a {type(pipeline.unet).__name__}, but pixel models have a UNet2DModel"
+        )
     if missing := [name for name, parameter in pipeline.unet.named_parameters() if parameter.is_meta]:
         raise InputError(f"model {model} cannot be loaded: its weight file lacks {missing[0]}")
     pipeline.set_progress_bar_config(disable=True)

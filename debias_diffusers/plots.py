@@ -92,3 +92,18 @@ def _draw(axes: Axes, x: Tensor, lines: dict[str, Tensor], label: str) -> None:
     bottom, _ = axes.get_ylim()
     if top > 0:
         axes.set_ylim(max(bottom, top / 10**DECADES), top * 2)
+
+
+def curves(lines: dict[str, dict[str, list[tuple[float, float]]]], along: str) -> bytes:
+    """A PNG file with a panel for each figure; `lines` has the points (place, value) by figure and label."""
+    figure = Figure(figsize=(5 * len(lines), 4), layout="constrained")
+    panels = figure.subplots(1, len(lines), squeeze=False)[0]
+    for panel, (name, labelled) in zip(panels, lines.items()):
+        for label, points in labelled.items():
+            panel.plot(*zip(*sorted(points)), marker="o", markersize=3, label=label)
+        panel.set(title=name, xlabel=along)
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    box = io.BytesIO()
+    figure.savefig(box, format="png", dpi=90)
+    return box.getvalue()

@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 from .config import (
     BETA_ENDS,
@@ -18,11 +18,14 @@ from .config import (
     MODEL_NUMBERS,
     WEIGHTING_PARAMETERS,
     DataConfig,
+    MeasureConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizationConfig,
     PredictionType,
     SampleConfig,
+    SchedulerName,
+    ScoreConfig,
     TrainConfig,
     WeightsConfig,
     flatten,
@@ -78,8 +81,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sample_every": (_at_least(0), "0 (off) or more, such as 1000"),
     "log_every": (_at_least(0), "0 (off) or more, such as 10"),
     "steps": (_at_least(1), "at least 1, such as 20"),
-    "num_images": (_at_least(1), "at least 1, such as 64"),
+    "num_images": (lambda value: 1 <= value <= 10_000_000, "from 1 to 10 million, such as 64"),
     "guidance_scale": (_at_least(0), "0 or more, such as 1 (off) or 3"),
+    "bootstrap": (_at_least(0), "0 (off) or more, such as 200"),
     "eta": (lambda value: 0 <= value <= 1, "from 0 (off) to 1"),
     "clipping_quantile": (lambda value: 0 < value <= 1, "above 0 and at most 1, such as 0.995"),
 }
@@ -363,6 +367,38 @@ def sample_problems(config: SampleConfig) -> list[str]:
         found.append("class_labels has no value; give one or more labels, balanced or drawn")
     if config.weights not in ("ema", "raw") and not _is_rate(config.weights):
         found.append(f"weights is {config.weights!r}, but must be ema, raw, or an EMA rate such as 0.999")
+    return found
+
+
+def score_problems(config: ScoreConfig) -> list[str]:
+    """Everything that is wrong with a scoring command, before anything is looked at."""
+    found = range_problems({name: value for name, value in dataclasses.asdict(config).items() if name != "steps"})
+    found += measure_problems(config.measure)
+    if not config.targets:
+        found.append("targets are missing; name a run, a pipeline folder, a folder of images or an .npz file")
+    for name in config.schedulers.split(","):
+        if name and name not in get_args(SchedulerName):
+            found.append(f"schedulers has {name}, which is not known; take some of {', '.join(get_args(SchedulerName))}")
+    if not all(part.isdecimal() and int(part) for part in config.steps.split(",")):
+        found.append(f"steps is {config.steps}, but must be whole numbers above 0 apart by commas, such as 10,20,50")
+    if config.checkpoints not in ("", "all") and not all(part.isdecimal() for part in config.checkpoints.split(",")):
+        found.append(f"checkpoints is {config.checkpoints}, but must be all, or steps apart by commas, such as 1000,2000")
+    if config.weights not in ("ema", "raw") and not _is_rate(config.weights):
+        found.append(f"weights is {config.weights!r}, but must be ema, raw, or an EMA rate such as 0.999")
+    return found
+
+
+METRICS = ("fid", "sfid", "is", "kid", "prc", "colour")
+
+
+def measure_problems(config: MeasureConfig) -> list[str]:
+    """Everything that is wrong with how images are compared."""
+    found = range_problems(dataclasses.asdict(config))
+    wanted = config.metrics.split(",")
+    if unknown := [name for name in wanted if name not in METRICS]:
+        found.append(f"metrics has {unknown[0] or 'an empty name'}, which is not known; take some of {','.join(METRICS)}")
+    if len(set(wanted)) < len(wanted):
+        found.append(f"metrics is {config.metrics}, but each can be named once")
     return found
 
 

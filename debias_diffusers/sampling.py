@@ -98,8 +98,13 @@ class Job:
         return [int(uniform(0, "class label", own) * classes) for own in seeds(self.config.seed, indices)]
 
 
-def make_job(config: SampleConfig, device: Any) -> Job:
+def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
     """Loads the model of a command, sets its solver and puts it on a device.
+
+    Args:
+        config: the command.
+        device: of the network.
+        step: of the run's checkpoint whose weights are taken; the exported ones, or the newest checkpoint's, if left out.
 
     Raises:
         InputError: there is no such model, or it does not fit the command.
@@ -107,8 +112,8 @@ def make_job(config: SampleConfig, device: Any) -> Job:
     if config.dtype == "float16" and torch.device(device).type == "cpu":
         raise InputError("dtype is float16, which this CPU is slow and inexact in; take bfloat16 or float32")
     pipeline = load_pipeline(config.model)
-    if config.weights != "ema":
-        _load_weights(pipeline, Path(config.model), config.weights)
+    if config.weights != "ema" or step is not None:
+        load_weights(pipeline, Path(config.model), config.weights, step)
     own = pipeline.scheduler
     name = config.scheduler or default_scheduler(own)
     timesteps = _timesteps(config, own.config.num_train_timesteps)
@@ -150,17 +155,23 @@ def _check_labels(config: SampleConfig, pipeline: PixelPipeline) -> None:
     check_labels(pipeline, given, config.guidance_scale)
 
 
-def _load_weights(pipeline: PixelPipeline, run: Path, weights: str) -> None:
-    """Puts the raw or another averaged set of weights of a run's newest checkpoint into the pipeline."""
-    found, _ = checkpoint.latest_valid(run / CHECKPOINTS)
+def load_weights(pipeline: PixelPipeline, run: Path, weights: str, step: int | None = None) -> None:
+    """Puts the raw or averaged weights of a checkpoint of a run (the newest, if no step is named) into the pipeline."""
+    found = checkpoint.latest_valid(run / CHECKPOINTS)[0] if step is None else _checkpoint_at(run, step)
     if found is None:
         raise InputError(f"weights is {weights}, but {run} has no checkpoints; take --weights ema")
-    name = snapshot.MODEL if weights == "raw" else snapshot.ema_file(float(weights))
+    rates = found.state["config"]["ema_decay"]
+    name = snapshot.MODEL if weights == "raw" else snapshot.ema_file(rates[0] if weights == "ema" else float(weights))
     if not (found.path / name).is_file():
-        raise InputError(
-            f"weights is {weights}, but the run averages at {found.state['config']['ema_decay']} only; take one of these, ema or raw"
-        )
+        raise InputError(f"weights is {weights}, but the run averages at {rates} only; take one of these, ema or raw")
     pipeline.unet.load_state_dict(safetensors.torch.load(found.read(name)))
+
+
+def _checkpoint_at(run: Path, step: int) -> checkpoint.Checkpoint:
+    try:
+        return checkpoint.verified(run / CHECKPOINTS / checkpoint.name_of(step))
+    except checkpoint.DamagedError as error:
+        raise InputError(f"{run} has no usable checkpoint at step {step}: {error}") from error
 
 
 def _fingerprint(pipeline: PixelPipeline, own: Any) -> str:

@@ -160,16 +160,16 @@ SCHEDULERS: dict[SchedulerName, tuple[type, dict[str, Any]]] = {
     # arXiv 2206.00927; this form cannot end at sigma = 0
     "dpmsolver": (
         DPMSolverMultistepScheduler,
-        {"algorithm_type": "dpmsolver", "solver_order": 2, "final_sigmas_type": "sigma_min", "variance_type": None},
+        {"algorithm_type": "dpmsolver", "solver_order": 2, "final_sigmas_type": "sigma_min"},
     ),
     # arXiv 2211.01095, and its form with fresh noise in each step
     "dpmsolver++": (
         DPMSolverMultistepScheduler,
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero", "variance_type": None},
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"},
     ),
     "dpmsolver++sde": (
         DPMSolverMultistepScheduler,
-        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero", "variance_type": None},
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"},
     ),
     # arXiv 2302.04867, order 3 and B(h) = h as in the paper's code; this B(h) is infinite for a step to sigma = 0
     "unipc": (UniPC, {"solver_order": 3, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}),
@@ -182,6 +182,7 @@ SCHEDULERS: dict[SchedulerName, tuple[type, dict[str, Any]]] = {
     "flow_heun": (FlowMatchHeunDiscreteScheduler, {}),
 }
 FLOW: tuple[SchedulerName, ...] = ("flow_euler", "flow_heun")
+PLACES_OF_THEIR_OWN = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"}
 KNOWN_TO_ALL = {"linear", "scaled_linear", "squaredcos_cap_v2"}  # names of betas; DDPMScheduler has more than the others
 
 
@@ -270,10 +271,11 @@ def make_scheduler(
         raise InputError(f"timesteps has {timesteps[0]}, but the model's noise levels are 0 to {T - 1}")
     if steps > T:
         raise InputError(f"steps is {steps}, but the model has {T} noise levels; take at most {T}")
-    if steps == 1 and not timesteps and spacing != "trailing" and issubclass(SCHEDULERS[name][0], DDPM | DDIM):
-        raise InputError(
-            f"steps is 1, but scheduler {name} with spacing {spacing} would start from t = 0; take 2 steps or --spacing trailing"
-        )
+    if timesteps and timesteps[0] == 0:
+        raise InputError("timesteps begin at 0, the clean end, but images begin as noise; take more steps, or --spacing trailing")
+    low = spacing == "leading" or (spacing == "linspace" and issubclass(SCHEDULERS[name][0], DDPM | DDIM))
+    if steps == 1 and not timesteps and low:
+        raise InputError(f"steps is 1, which scheduler {name} with spacing {spacing} begins too low; take 2 steps or --spacing trailing")
     scheduler = _built(name, own, spacing)
     if clipping:
         scheduler.register_to_config(clip_sample=False, thresholding=False)
@@ -287,8 +289,12 @@ def make_scheduler(
 
 
 def _refuse_other_models(name: SchedulerName, own: Any, spacing: Spacing, timesteps: Sequence[int] | None) -> None:
-    if not is_flow(own) and not hasattr(own, "betas"):
-        raise InputError(f"the model's own scheduler is {type(own).__name__}, which has neither betas nor a rectified flow")
+    predicts = own.config.get("prediction_type")
+    if not is_flow(own) and not (hasattr(own, "alphas_cumprod") and predicts in ("epsilon", "sample", "v_prediction")):
+        raise InputError(
+            f"the model's own scheduler is {type(own).__name__}, which has no betas of DDPM or predicts something else ({predicts}), and "
+            f"is no rectified flow"
+        )
     if is_flow(own) != (name in FLOW):
         model = "a rectified flow" if is_flow(own) else f"no rectified flow (it predicts {own.config.prediction_type})"
         raise InputError(f"scheduler is {name}, but the model is {model}; take --scheduler {default_scheduler(own)}")
@@ -299,13 +305,17 @@ def _refuse_other_models(name: SchedulerName, own: Any, spacing: Spacing, timest
 
 def _built(name: SchedulerName, own: Any, spacing: Spacing) -> Any:
     kind, changes = SCHEDULERS[name]
+    # Ways to place the steps that would silently win over the spacing asked for.
+    config = {field: value for field, value in own.config.items() if field not in PLACES_OF_THEIR_OWN}
+    if config.get("variance_type") == "fixed_large_log":  # of which DDPMScheduler takes the root of a logarithm
+        config["variance_type"] = "fixed_large"
     if name not in FLOW:
         changes = {"timestep_spacing": spacing, **changes}
         if own.config.get("trained_betas") is None and own.config.get("beta_schedule") not in KNOWN_TO_ALL:
             changes["trained_betas"] = own.betas.tolist()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # that "dpmsolver" will go in diffusers 1.0
-        scheduler = kind.from_config(own.config, **changes)  # type: ignore[attr-defined]
+        scheduler = kind.from_config(config, **changes)  # type: ignore[attr-defined]
     if name in FLOW:  # it shifts its levels once more when steps are set, so the ends must be those before any shift
         scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / own.config.num_train_timesteps
     return scheduler

@@ -12,21 +12,23 @@ ORDER = [
     {"errors", "chance", "ema"},
     {"config", "files", "images"},
     {"rules", "schedule", "checkpoint", "model", "sources"},
-    {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "hub", "album", "guided"},
+    {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "hub", "album", "guided", "extractors", "metrics"},
     {"loss", "pipeline", "machine"},
     {"pixels", "sampling", "window", "plots", "convert"},
-    {"progress"},
-    {"training"},
+    {"progress", "imagesets"},
+    {"evaluation"},
+    {"training", "likelihood"},
     {"cli"},
 ]
 
 DOORS = {
     "datasets": {"sources"},
     "diffusers": {"model", "schedulers", "pipeline", "pixels", "machine", "convert"},
-    "accelerate": {"machine", "progress", "training", "sampling"},
+    "accelerate": {"machine", "progress", "training", "sampling", "evaluation", "likelihood"},
+    "torch_fidelity": {"extractors", "metrics"},
     "tyro": {"cli"},
     "yaml": {"config", "hub"},
-    "PIL": {"images", "album"},
+    "PIL": {"images", "album", "imagesets"},
     "matplotlib": {"plots"},
 }
 

@@ -330,7 +330,7 @@ def test_solvers_have_the_schedule_of_the_model():
         assert (scheduler.alphas_cumprod.double() - expected).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("name, steps, named", [("unipc", 1001, "at most 1000"), ("ddim", 1, "2 steps")])
+@pytest.mark.parametrize("name, steps, named", [("unipc", 1001, "at most 1000"), ("ddim", 1, "take 2 steps")])
 def test_impossible_steps_are_refused(name, steps, named):
     with pytest.raises(InputError, match=named):
         make_scheduler(name, exported_scheduler(ObjectiveConfig()), "linspace", steps)

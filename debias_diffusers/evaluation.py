@@ -1,0 +1,351 @@
+"""Images to figures: which sets are compared, their features, tables and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from . import checkpoint, metrics
+from .config import DIGITS, DataConfig, MeasureConfig, SampleConfig, ScoreConfig, StatsConfig, read_config
+from .errors import InputError, reason
+from .extractors import INCEPTION, SPATIAL, Extractor
+from .files import read_file, write_file
+from .imagesets import ImageSet, drawn, holds_images, of_folder, of_npz, of_source, read_npz_statistics
+from .machine import start_processes
+from .metrics import COLOUR, Sample
+from .run import CHECKPOINTS, CONFIG, say
+from .sampling import make_job
+from .sources import Folder, open_source
+
+MOST_DRAWN = 50_000
+ORDER = ("fid", "sfid", "is", "is_std", "kid", "kid_std", "kid_subset", "precision", "recall", "brightness_bias", "colour_distance")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A target, as it was drawn, and its figures."""
+
+    target: str
+    images: int
+    figures: dict[str, float]
+    scheduler: str | None = None
+    steps: int | None = None
+    checkpoint: int | None = None
+    intervals: dict[str, tuple[float, float]] | None = None
+
+
+class Measure:
+    """An extractor with its cache, and everything that is the same for all sets of images."""
+
+    def __init__(self, config: MeasureConfig, accelerator: Accelerator, extractor: str) -> None:
+        wanted = config.metrics.split(",")
+        by_features = [metric for metric in wanted if metric != COLOUR]
+        self.config, self.accelerator = config, accelerator
+        self.extractor = Extractor(extractor, by_features, config.feature_extractor_weights) if by_features else None
+        if self.extractor:
+            self.extractor.network.to(accelerator.device)
+        layers = dict(self.extractor.layers) if self.extractor else {}
+        self.layers = {metric: COLOUR if metric == COLOUR else layers[metric] for metric in wanted}
+        default = Path.home() / ".cache" / "debias_diffusers" / "features"
+        self.cache = None if config.cache_dir == "" else Path(config.cache_dir or default)
+
+    def sample(self, images: ImageSet) -> Sample:
+        """The features of a set, computed over all processes in one pass for all metrics, or read from the cache."""
+        path = self.cache / f"{self._key(images)}.safetensors" if self.cache else None
+        if path and (kept := _read_cached(path)):
+            return Sample.of(kept)
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        mine = []
+        with tqdm(total=-(-images.count // processes), desc=images.name, unit="image", leave=False, disable=process > 0) as progress:
+            for number, batch in images.batches(self.config.batch_size, process, processes):
+                mine.append((number, self._features(batch)))
+                progress.update(len(batch))
+        parts = [part for _, part in sorted(gather_object(mine) if processes > 1 else mine, key=lambda pair: pair[0])]
+        features = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+        if path and self.accelerator.is_main_process:
+            write_file(path, safetensors.torch.save(features))
+        return Sample.of(features)
+
+    def _features(self, batch: Tensor) -> dict[str, Tensor]:
+        found = self.extractor(batch.to(self.accelerator.device)) if self.extractor else {}
+        return found | {COLOUR: batch.float().mean((2, 3)).cpu()}
+
+    def _key(self, images: ImageSet) -> str:
+        """Of content and transform, extractor and weights."""
+        parts = [
+            images.key,
+            *((self.extractor.name, self.extractor.weights_sha256, *sorted(self.extractor.layers.values())) if self.extractor else ()),
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _read_cached(path: Path) -> dict[str, Tensor] | None:
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except (OSError, SafetensorError):
+        return None  # not there, or damaged: computed again
+
+
+# ---- score and compare -----------------------------------------------------------------------------------------------
+
+
+def score(config: ScoreConfig) -> dict[str, Any]:
+    """Measures all targets of a command, prints a table and writes what it is asked for; returns what the JSON holds.
+
+    Raises:
+        InputError: targets or reference cannot be read, or are too few for a metric.
+    """
+    accelerator = start_processes(config.measure.num_threads)
+    reference = config.reference or trained_on(config.targets[0])
+    if Path(reference).suffix not in (".npz", ".safetensors"):
+        open_source(_data(reference, config.measure))  # before an extractor is fetched for nothing
+    measure = Measure(config.measure, accelerator, config.measure.feature_extractor or (DIGITS if reference == DIGITS else INCEPTION))
+    compared = _References(reference, measure)
+    rows = [_row(config, measure, compared, images, how) for images, how in _targets(config, compared, accelerator)]
+    result = _result(config, measure, compared, reference, rows)
+    if accelerator.is_main_process:
+        print(table(result))
+        if config.output:
+            write_file(Path(config.output).with_suffix(".json"), (json.dumps(result, indent=2) + "\n").encode())
+            _draw_curves(rows, Path(config.output).with_suffix(".png"))
+    return result
+
+
+class _References:
+    """The reference, at each size that the targets have."""
+
+    def __init__(self, name: str, measure: Measure) -> None:
+        self.name, self.measure = name, measure
+        self._known: dict[int | None, Sample] = {}
+        path = Path(name)
+        self.statistics = path.suffix == ".safetensors" or (path.suffix == ".npz" and not holds_images(path))
+
+    def sample(self, side: int | None) -> Sample:
+        """At a size of targets."""
+        side = self.measure.config.resolution or side
+        if side not in self._known:
+            self._known[side] = (
+                self._statistics(side) if self.statistics else self.measure.sample(open_reference(self.name, self.measure.config, side))
+            )
+        return self._known[side]
+
+    def count(self) -> int | None:
+        """Of its images, as far as is known."""
+        if not self.statistics and Path(self.name).suffix != ".npz":
+            return len(open_source(_data(self.name, self.measure.config)))
+        return self.sample(None).count
+
+    def _statistics(self, side: int | None) -> Sample:
+        if Path(self.name).suffix == ".npz":
+            found = read_npz_statistics(Path(self.name))
+            pairs = {"2048": ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
+            return Sample(
+                {}, {layer: {"mu": found[mu], "sigma": found[sigma]} for layer, (mu, sigma) in pairs.items() if mu in found}, None
+            )
+        return read_statistics(Path(self.name), self.measure, side)
+
+
+def open_reference(name: str, config: MeasureConfig, side: int | None) -> ImageSet:
+    """The images of a reference: a data set brought to a size as training does it, a folder, or an `.npz`."""
+    if Path(name).suffix == ".npz":
+        return of_npz(Path(name))
+    source = open_source(_data(name, config))
+    if side is None and isinstance(source, Folder):
+        return of_folder(source, name)
+    if side is None:
+        raise InputError(f"resolution is missing, which reference {name} is brought to; add --resolution, such as 64")
+    return of_source(source, name, side)
+
+
+def _data(name: str, config: MeasureConfig) -> DataConfig:
+    return DataConfig(dataset=name, split=config.split, image_column=config.image_column)
+
+
+def trained_on(target: str) -> str:
+    """The data set that a run was trained on."""
+    path = Path(target) / CONFIG
+    if not (Path(target) / CHECKPOINTS).is_dir() or not path.is_file():
+        raise InputError(f"reference is missing, and {target} is no run that knows its data; add --reference, such as digits or a folder")
+    return str(read_config(str(path))["dataset"])
+
+
+def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerator) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
+    """Every set of images that is scored, and how it was drawn."""
+    for target in config.targets:
+        path = Path(target)
+        if path.suffix == ".npz":
+            yield of_npz(path, config.num_images), {}
+        elif path.is_dir() and not (path / "model_index.json").is_file():
+            folder = open_source(DataConfig(dataset=target))
+            if not isinstance(folder, Folder):
+                raise InputError(f"target {target} is a saved data set; name it as --reference, or give its images as a folder")
+            yield of_folder(folder, target, config.num_images), {}
+        else:
+            yield from _drawn(config, target, compared, accelerator)
+
+
+def _drawn(config: ScoreConfig, target: str, compared: _References, accelerator: Accelerator) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
+    count = config.num_images or min(compared.count() or MOST_DRAWN, MOST_DRAWN)
+    for step in _steps_of(Path(target), config.checkpoints):
+        for scheduler in config.schedulers.split(","):
+            for steps in map(int, config.steps.split(",")):
+                command = SampleConfig(
+                    model=target,
+                    scheduler=scheduler or None,  # type: ignore[arg-type]
+                    steps=steps,
+                    num_images=count,
+                    batch_size=config.measure.batch_size,
+                    seed=config.seed,
+                    weights=config.weights,
+                    guidance_scale=config.guidance_scale,
+                )
+                job = make_job(command, accelerator.device, step)
+                yield drawn(job, count, target), {"scheduler": job.settings["scheduler"], "steps": steps, "checkpoint": step}
+
+
+def _steps_of(run: Path, wanted: str) -> Sequence[int | None]:
+    if not wanted:
+        return [None]
+    there = [int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(run / CHECKPOINTS)]
+    if not there:
+        raise InputError(f"checkpoints is {wanted}, but {run} has none; leave it out")
+    return there if wanted == "all" else [int(step) for step in wanted.split(",")]
+
+
+def _row(config: ScoreConfig, measure: Measure, compared: _References, images: ImageSet, how: Mapping[str, Any]) -> Row:
+    target, reference = measure.sample(images), compared.sample(images.side)
+    least = metrics.least_images(measure.layers, target)
+    fewest = min(images.count, reference.count or images.count)
+    if fewest < least and not config.allow_few_images:
+        few = images.name if images.count == fewest else compared.name
+        raise InputError(
+            f"{few} has {fewest} images, but metrics {config.measure.metrics} of these features need {least}; take more, or add "
+            f"--allow_few_images"
+        )
+    figures = metrics.figures(target, reference, measure.layers, config.seed)
+    intervals = metrics.interval(target, reference, measure.layers, config.bootstrap, config.seed) if config.bootstrap else None
+    return Row(images.name, images.count, figures, intervals=intervals, **how)
+
+
+def _result(config: ScoreConfig, measure: Measure, compared: _References, reference: str, rows: list[Row]) -> dict[str, Any]:
+    known = next(iter(compared._known.items()))
+    apart = metrics.halves(known[1], config.seed)
+    return {
+        "reference": {"name": reference, "images": known[1].count, "resolution": known[0]},
+        "extractor": {
+            "name": measure.extractor.name if measure.extractor else None,
+            "weights_sha256": measure.extractor.weights_sha256 if measure.extractor else None,
+            "layers": measure.layers,
+            "transform": "bytes of 0 to 255, grey as three equal channels; the extractor resizes them itself; no flips",
+        },
+        "halves_of_the_reference": metrics.figures(*apart, measure.layers, config.seed) if apart else None,
+        "targets": [_plain(row) for row in rows],
+    }
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    """What the JSON says of a target."""
+    about = {name: value for name, value in dataclasses.asdict(row).items() if value is not None and name != "figures"}
+    return about | row.figures
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The figures as a table in Markdown, the distance between two halves of the reference as the last row."""
+    targets = result["targets"]
+    names = [name for name in ORDER if any(name in row for row in targets)]
+    how = [name for name in ("checkpoint", "scheduler", "steps") if any(name in row for row in targets)]
+    head = ["target", *how, "images", *names]
+    lines = [" | ".join(head), "|".join(["---"] * len(head))]
+    for row in targets:
+        cells = [row["target"], *(str(row.get(name, "")) for name in how), str(row["images"])]
+        lines.append(" | ".join([*cells, *(_cell(row, name) for name in names)]))
+    if yardstick := result["halves_of_the_reference"]:
+        cells = ["two halves of the reference", *("" for _ in how), str(result["reference"]["images"] // 2)]
+        lines.append(" | ".join([*cells, *(_cell(yardstick, name) for name in names)]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    if name not in row:
+        return ""
+    low_high = (row.get("intervals") or {}).get(name)
+    return f"{row[name]:.4g}" + (f" ({low_high[0]:.4g} to {low_high[1]:.4g})" if low_high else "")
+
+
+def _draw_curves(rows: list[Row], path: Path) -> None:
+    """A picture of each figure over steps, or over checkpoints, where there are several."""
+    from .plots import curves
+
+    along = "checkpoint" if len({row.checkpoint for row in rows}) > 1 else "steps"
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        if (place := getattr(row, along)) is None:
+            continue
+        parts = (row.target, row.scheduler, row.steps if along == "checkpoint" else row.checkpoint)
+        label = " ".join(str(part) for part in parts if part is not None)
+        for name in ORDER:
+            if name in row.figures and not name.endswith(("_std", "_subset")):
+                lines.setdefault(name, {}).setdefault(label, []).append((place, row.figures[name]))
+    if any(len(points) > 1 for labelled in lines.values() for points in labelled.values()):
+        write_file(path, curves(lines, "training step" if along == "checkpoint" else "steps of the solver"))
+
+
+# ---- statistics of a reference ---------------------------------------------------------------------------------------
+
+
+def stats(config: StatsConfig) -> None:
+    """Writes mean and covariance of each layer of a reference, and what they are of.
+
+    Raises:
+        InputError: the reference cannot be read.
+    """
+    accelerator = start_processes(config.measure.num_threads)
+    extractor = config.measure.feature_extractor or (DIGITS if config.reference == DIGITS else INCEPTION)
+    measure = Measure(config.measure, accelerator, extractor)
+    images = open_reference(config.reference, config.measure, config.measure.resolution)
+    sample = measure.sample(images)
+    if not accelerator.is_main_process:
+        return
+    tensors = {f"{layer}/{name}": torch.from_numpy(value) for layer in sample.features for name, value in sample.moments(layer).items()}
+    about = {"reference": config.reference, "images": str(sample.count), "resolution": str(images.side), **_of_extractor(measure)}
+    write_file(Path(config.out), safetensors.torch.save(tensors, metadata=about))
+    say(f"statistics of {sample.count} images of {images.side} pixels in {config.out}")
+
+
+def _of_extractor(measure: Measure) -> dict[str, str]:
+    return {"extractor": measure.extractor.name, "weights_sha256": measure.extractor.weights_sha256} if measure.extractor else {}
+
+
+def read_statistics(path: Path, measure: Measure, side: int | None) -> Sample:
+    """What `stats` wrote.
+
+    Raises:
+        InputError: it cannot be read, or is of another extractor or size of images.
+    """
+    data = read_file(path)
+    try:
+        tensors = safetensors.torch.load(data)
+        with safetensors.safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+        layers = {name.rsplit("/", 1)[0] for name in tensors}
+        found = {layer: {name: tensors[f"{layer}/{name}"].double().numpy() for name in ("mu", "sigma")} for layer in layers}
+    except (SafetensorError, KeyError, OSError) as error:
+        raise InputError(f"reference {path} is no file of eval.py stats: {reason(error)}") from error
+    ours = _of_extractor(measure) | ({"resolution": str(side)} if side else {})
+    if other := [f"{name} {about.get(name)}, not {value}" for name, value in ours.items() if about.get(name) != value]:
+        raise InputError(f"reference {path} was made with {'; '.join(other)}; make it anew")
+    return Sample({}, found, int(about["images"]))

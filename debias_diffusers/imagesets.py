@@ -1,0 +1,235 @@
+"""Sets of images to be compared: a data set, a folder, an `.npz` in ADM's layout, or what a model draws."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from . import images
+from .errors import InputError, reason
+from .sampling import Job
+from .sources import Folder, Source
+
+MOST_BYTES = 2**40  # that an .npz may claim to hold
+READERS = min(8, os.cpu_count() or 1)  # threads that decode beside the network
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images in a fixed order, as batches.
+
+    `batches(size, part, parts)` yields every `parts`-th batch, from the `part`-th: (number of the batch, (B, 3, H, W) uint8).
+    """
+
+    name: str
+    count: int
+    side: int | None  # pixels of a side; None where the images are brought to whatever is asked for
+    key: str  # what identifies the images, for a cache
+    batches: Callable[[int, int, int], Iterator[tuple[int, Tensor]]]
+
+
+def drawn(job: Job, count: int, name: str) -> ImageSet:
+    """What a model draws, image k from seed + k; nothing touches the disk."""
+    size = job.pipeline.unet.config.sample_size
+
+    def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
+        for number, indices in _numbered(count, batch_size, part, parts):
+            yield number, _coloured(job.draw(indices))
+
+    key = f"drawn {sorted(job.settings.items())!r} {count} {job.config.batch_size}"
+    return ImageSet(name, count, size if isinstance(size, int) else None, _hash(key.encode()), batches)
+
+
+def of_source(
+    source: Source, name: str, side: int, count: int | None = None, check: Callable[[Image, str], None] | None = None
+) -> ImageSet:
+    """The first images of a data set, brought to a size as training does it, without flips.
+
+    Raises:
+        InputError: an image cannot be read; names it.
+    """
+    count = min(count or len(source), len(source))
+
+    def read(k: int) -> Tensor:
+        data, _, where = source.read(k)
+        image = images.decode(data, where)
+        if check:
+            check(image, where)
+        return torch.from_numpy(images.to_array(images.fit(image.convert("RGB"), side)))
+
+    digest = hashlib.sha256(f"{side}".encode())
+    for k in range(count):
+        digest.update(hashlib.sha256(source.read(k)[0]).digest())
+    return ImageSet(name, count, side, digest.hexdigest(), _reader(read, count))
+
+
+def of_folder(source: Folder, name: str, count: int | None = None) -> ImageSet:
+    """The images of a folder as they are, which must be squares of one size.
+
+    Raises:
+        InputError: one cannot be read, or has another size; names it.
+    """
+    first = images.decode(*source.read(0)[::2])
+    if first.width != first.height:
+        raise InputError(f"image {source.read(0)[2]} has {first.width}x{first.height} pixels; the images to be scored must be squares")
+
+    def require_same_size(image: Image, where: str) -> None:
+        if image.size != first.size:
+            size = f"{image.width}x{image.height}"
+            raise InputError(f"image {where} has {size} pixels, the first {first.width}x{first.height}; remove one kind")
+
+    return of_source(source, name, first.width, count, require_same_size)
+
+
+def of_npz(path: Path, count: int | None = None) -> ImageSet:
+    """`arr_0` of an `.npz`, (N, H, W, C) uint8 with one or three channels, read batch by batch.
+
+    Raises:
+        InputError: there is no such array, or it is damaged.
+    """
+    shape = _npz_shape(path)
+    count = min(count or shape[0], shape[0])
+
+    def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
+        with _npz_array(path) as member:
+            for number, indices in _numbered(count, batch_size, 0, 1):
+                data = _exactly(member, len(indices) * math.prod(shape[1:]), path)
+                if number % parts == part:
+                    array = np.frombuffer(data, np.uint8).reshape(len(indices), *shape[1:])
+                    yield number, _coloured(torch.from_numpy(array.copy()).permute(0, 3, 1, 2))
+
+    return ImageSet(str(path), count, shape[1], _hash(f"{count} {_file_hash(path)}".encode()), batches)
+
+
+def holds_images(path: Path) -> bool:
+    """Whether an `.npz` has `arr_0`, and not statistics only."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "arr_0.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read: {reason(error)}") from error
+
+
+def read_npz_statistics(path: Path) -> dict[str, np.ndarray]:
+    """`mu`, `sigma` and where they are there `mu_s`, `sigma_s`, as ADM's reference files have them.
+
+    Raises:
+        InputError: these are not there, or no numbers.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = {name: np.asarray(archive[name], dtype=np.float64) for name in ("mu", "sigma", "mu_s", "sigma_s") if name in archive}
+    except (OSError, ValueError, zipfile.BadZipFile, KeyError, EOFError, MemoryError) as error:
+        raise InputError(f"{path} cannot be read: {reason(error)}") from error
+    if not {"mu", "sigma"} <= set(found):
+        raise InputError(f"{path} has neither arr_0 (images) nor mu and sigma (statistics)")
+    return found
+
+
+def _npz_shape(path: Path) -> tuple[int, ...]:
+    with _npz_array(path) as member:
+        return member.shape  # type: ignore[no-any-return]
+
+
+class _npz_array:
+    """The bytes of `arr_0` after its header, and its shape."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Any:
+        try:
+            self._archive = zipfile.ZipFile(self.path)
+            self._member = self._archive.open("arr_0.npy")
+            version = np.lib.format.read_magic(self._member)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(self._member)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+            raise InputError(f"{self.path} cannot be read: {reason(error)}") from error
+        if (
+            dtype != np.uint8
+            or fortran
+            or len(shape) != 4
+            or shape[3] not in (1, 3)
+            or shape[1] != shape[2]
+            or not 0 < np.prod(shape) < MOST_BYTES
+        ):
+            raise InputError(f"{self.path} has arr_0 of {dtype} {shape}, but must have squares (N, H, W, 3) or (N, H, W, 1) of uint8")
+        self.shape = shape
+        self._read = self._member.read
+        return self
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        return self._read(size)
+
+    def __exit__(self, *_: object) -> None:
+        self._member.close()
+        self._archive.close()
+
+
+def _exactly(member: Any, size: int, path: Path) -> bytes:
+    try:
+        data: bytes = member.read(size)
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise InputError(f"{path} is damaged: {reason(error)}") from error
+    if len(data) < size:
+        raise InputError(f"{path} is damaged: it ends before its last image")
+    return data
+
+
+def _reader(read: Callable[[int], Tensor], count: int) -> Callable[[int, int, int], Iterator[tuple[int, Tensor]]]:
+    """Batches of images that are decoded by a few threads, some batches ahead of whoever takes them."""
+
+    def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
+        with ThreadPoolExecutor(READERS) as pool:
+            waiting: deque[tuple[int, list[Any]]] = deque()
+            for number, indices in _numbered(count, batch_size, part, parts):
+                waiting.append((number, [pool.submit(read, k) for k in indices]))
+                if len(waiting) > 2:
+                    yield _stacked(*waiting.popleft())
+            while waiting:
+                yield _stacked(*waiting.popleft())
+
+    return batches
+
+
+def _stacked(number: int, futures: list[Any]) -> tuple[int, Tensor]:
+    return number, torch.stack([future.result() for future in futures])
+
+
+def _numbered(count: int, batch_size: int, part: int, parts: int) -> Iterator[tuple[int, range]]:
+    """(number, indices) of every `parts`-th batch."""
+    for number, first in enumerate(range(0, count, batch_size)):
+        if number % parts == part:
+            yield number, range(first, min(first + batch_size, count))
+
+
+def _coloured(batch: Tensor) -> Tensor:
+    """(B, 3, H, W), grey as three equal channels."""
+    return batch.expand(-1, 3, -1, -1) if batch.shape[1] == 1 else batch
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()

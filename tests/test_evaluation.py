@@ -1,0 +1,385 @@
+"""Figures against closed forms, plain implementations and torch-fidelity itself; what is read, cached and refused."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from conftest import launched, run
+from PIL import Image
+from safetensors.torch import save_file
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from debias_diffusers import evaluation, extractors, metrics
+from debias_diffusers.config import MeasureConfig, ScoreConfig, StatsConfig
+from debias_diffusers.errors import InputError
+from debias_diffusers.extractors import Extractor
+from debias_diffusers.metrics import Sample
+
+
+def normal(count, mean, scale, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, len(mean), generator=generator, dtype=torch.float64) * torch.tensor(scale) + torch.tensor(mean)
+
+
+# ---- the formulas ----------------------------------------------------------------------------------------------------
+
+
+def test_the_distance_of_two_gaussians_is_the_closed_form():
+    """Diagonal covariances: |difference of means|^2 + sum of (difference of standard deviations)^2."""
+    statistics = [
+        {"mu": np.array(mean), "sigma": np.diag(np.square(scale))}
+        for mean, scale in (([0.0, 1.0, 2.0], [1.0, 2.0, 3.0]), ([1.0, 1.0, 0.0], [2.0, 2.0, 0.5]))
+    ]
+    assert metrics.frechet(*statistics) == pytest.approx(1 + 0 + 4 + 1 + 0 + 6.25, rel=1e-9)
+    assert metrics.frechet(statistics[0], statistics[0]) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_distance_is_unchanged_by_a_rotation():
+    turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
+    one, other = normal(500, [0.0, 1, 2, 3], [1.0, 2, 3, 1]), normal(500, [1.0, 1, 1, 1], [2.0, 2, 1, 1], seed=2)
+    plain = metrics.frechet(Sample.of({"x": one}).moments("x"), Sample.of({"x": other}).moments("x"))
+    turned = metrics.frechet(Sample.of({"x": one @ turn}).moments("x"), Sample.of({"x": other @ turn}).moments("x"))
+    assert turned == pytest.approx(plain, rel=1e-6)
+
+
+def plain_precision(generated, real, neighbours=3):
+    """Share of generated points within the ball of a real point that reaches to its third neighbour, in loops (arXiv 1904.06991)."""
+    radii = [sorted((real[i] - real[j]).norm().item() for j in range(len(real)))[neighbours] for i in range(len(real))]
+    inside = [any((point - real[i]).norm().item() <= radii[i] for i in range(len(real))) for point in generated]
+    return sum(inside) / len(inside)
+
+
+def test_precision_and_recall_are_those_of_a_plain_implementation():
+    generated, real = normal(60, [0.0, 0, 0], [1.0, 1, 1]), normal(70, [0.8, 0, 0], [1.0, 0.5, 1], seed=3)
+    found = metrics.figures(Sample.of({"x": generated}), Sample.of({"x": real}), {"prc": "x"})
+    assert found["precision"] == pytest.approx(plain_precision(generated, real))
+    assert found["recall"] == pytest.approx(plain_precision(real, generated))
+    assert 0.1 < found["precision"] < 0.95 and found["precision"] != found["recall"]
+
+
+def test_colour_is_the_bias_and_the_spread_of_the_means_of_images():
+    one, other = normal(4000, [100.0, 110, 120], [5.0, 5, 5]), normal(4000, [104.0, 112, 120], [8.0, 5, 5], seed=4)
+    found = metrics.figures(Sample.of({"colour": one}), Sample.of({"colour": other}), {"colour": "colour"})
+    assert found["brightness_bias"] == pytest.approx(-2, abs=0.3)
+    assert found["colour_distance"] == pytest.approx(math.sqrt(16 + 4 + 9), rel=0.05)
+
+
+def test_the_interval_of_a_figure_covers_what_another_draw_gives():
+    reference = Sample.of({"x": normal(3000, [0.0, 0, 0], [1.0, 1, 1], seed=9)})
+    found, inside = [], 0
+    for seed in range(30):
+        target = Sample.of({"x": normal(300, [0.3, 0, 0], [1.0, 1.2, 1], seed=seed)})
+        found.append(metrics.figures(target, reference, {"fid": "x"})["fid"])
+        low, high = metrics.interval(target, reference, {"fid": "x"}, draws=100)["fid"]
+        assert low < found[-1] < high
+        inside += low < 0.134 < high  # 0.3^2 + 0.2^2, and about 0.004 for the finite sample
+    assert inside >= 24
+    assert np.std(found) > 0.01
+
+
+# ---- torch-fidelity --------------------------------------------------------------------------------------------------
+
+
+def folder_of(root, count, seed, size=8, colour=False):
+    """Random images of some structure."""
+    root.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    for k in range(count):
+        shape = (4, 4, 3) if colour else (4, 4)
+        small = Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8))
+        small.resize((size, size), Image.Resampling.BICUBIC).save(root / f"{k:04d}.png")
+    return root
+
+
+def scored(tmp_path, *targets, reference, metrics="fid,is,kid,prc,colour", **options):
+    measure = MeasureConfig(metrics=metrics, cache_dir=str(tmp_path / "cache"), num_threads=1, **options.pop("measure", {}))
+    return evaluation.score(ScoreConfig(targets=tuple(map(str, targets)), reference=str(reference), measure=measure, **options))
+
+
+def test_all_figures_are_those_of_a_direct_call_of_torch_fidelity(tmp_path):
+    one, other = folder_of(tmp_path / "one", 90, 0), folder_of(tmp_path / "other", 80, 1)
+    result = scored(tmp_path, one, reference=other, measure={"feature_extractor": "digits"})
+    direct = torch_fidelity.calculate_metrics(
+        input1=str(one), input2=str(other), feature_extractor="digits", isc=True, fid=True, kid=True, prc=True, kid_subset_size=80,
+        samples_shuffle=True, rng_seed=0, cuda=False, cache=False, verbose=False,
+    )  # fmt: skip
+    (found,) = result["targets"]
+    for ours, theirs in (
+        ("fid", "frechet_inception_distance"), ("is", "inception_score_mean"), ("kid", "kernel_inception_distance_mean"),
+        ("kid_std", "kernel_inception_distance_std"), ("precision", "precision"), ("recall", "recall"),
+    ):  # fmt: skip
+        assert found[ours] == pytest.approx(direct[theirs], rel=1e-6, abs=1e-6), ours
+    assert found["kid_subset"] == 80 and found["images"] == 90
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """Weights of Inception-v3 drawn at random, as the file that a user would have downloaded, and as safetensors."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    empty = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
+    saved = {}
+
+    class Stop(Exception):
+        pass
+
+    def take(path, **_):
+        raise Stop
+
+    original, torch.load = torch.load, take
+    try:
+        empty.__init__("inception-v3-compat", ["2048"], feature_extractor_weights_path="nowhere")
+    except Stop:
+        saved = {name: value.contiguous() for name, value in empty.state_dict().items()}
+    finally:
+        torch.load = original
+    torch.save(saved, folder / "inception.pth")
+    save_file(saved, folder / "inception.safetensors")
+    return folder
+
+
+def test_spatial_features_are_the_first_seven_channels_of_the_block_that_sfid_names(inception):
+    """By running the blocks one after another, without the hook."""
+    extractor = Extractor("inception-v3-compat", ["fid", "sfid"], str(inception / "inception.safetensors"))
+    images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = extractor(images)
+    assert found["spatial"].shape == (2, 7 * 17 * 17) and found["2048"].shape == (2, 2048)
+    net = extractor.network
+    x = extractors.FeatureExtractorInceptionV3.forward.__globals__["interpolate_bilinear_2d_like_tensorflow1x"](
+        images.float(), size=(299, 299), align_corners=False
+    )
+    x = (x - 128) / 128
+    with torch.no_grad():
+        for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2",
+                     "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"):  # fmt: skip
+            x = getattr(net, name)(x)
+        expected = torch.stack([net.Mixed_6d.branch1x1(x)[:, c] for c in range(7)], dim=-1).flatten(1)
+    torch.testing.assert_close(found["spatial"], expected)
+
+
+def test_inception_with_local_weights_needs_no_network_and_serves_all_metrics(inception, tmp_path):
+    one, other = folder_of(tmp_path / "one", 5, 0, size=16, colour=True), folder_of(tmp_path / "other", 6, 1, size=16, colour=True)
+    options = {"metrics": "fid,sfid,kid,prc,is", "allow_few_images": True}
+    result = scored(tmp_path, one, reference=other, measure={"feature_extractor_weights": str(inception / "inception.pth")}, **options)
+    assert {"fid", "sfid", "is", "kid", "precision"} <= set(result["targets"][0])
+    as_safetensors = Extractor("inception-v3-compat", ["fid"], str(inception / "inception.safetensors"))
+    assert result["extractor"]["name"] == "inception-v3-compat"
+    assert result["extractor"]["weights_sha256"] == as_safetensors.weights_sha256  # both kinds of file hold the same
+
+
+def test_without_weights_and_network_it_says_what_to_do(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("Temporary failure in name resolution")
+
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", offline)
+    with pytest.raises(InputError, match=r"cannot be fetched.*download them \(https://.*--feature_extractor_weights.*metrics colour"):
+        Extractor("inception-v3-compat", ["fid"])
+
+
+class Hostile:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('ran')",))
+
+
+def test_weights_that_hold_more_than_tensors_are_refused_and_do_not_run(tmp_path):
+    torch.save({"fc.weight": Hostile()}, tmp_path / "hostile.pth")
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    for name in ("hostile.pth", "broken.safetensors", "missing.pth"):
+        with pytest.raises(InputError, match=f"{name} is missing, damaged, or holds more than tensors"):
+            Extractor("inception-v3-compat", ["fid"], str(tmp_path / name))
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"other\.pth are no weights of inception-v3-compat"):
+        Extractor("inception-v3-compat", ["fid"], str(tmp_path / "other.pth"))
+
+
+def test_the_digits_classifier_tells_digits_apart(tmp_path):
+    from debias_diffusers.config import DataConfig
+    from debias_diffusers.images import decode, to_array
+    from debias_diffusers.sources import open_source
+
+    source = open_source(DataConfig(dataset="digits", resolution=8, class_conditional=True))
+    read = [source.read(k) for k in range(0, len(source), 5)]  # those that it has not learned
+    images = torch.stack([torch.from_numpy(to_array(decode(data, where))) for data, _, where in read]).expand(-1, 3, -1, -1)
+    logits = Extractor("digits", ["is"])(images)["logits"]
+    assert (logits.argmax(1) == torch.tensor([label for _, label, _ in read])).float().mean() > 0.97
+
+
+# ---- what is compared ------------------------------------------------------------------------------------------------
+
+
+def test_a_model_its_folder_and_its_npz_have_the_same_figures(trained, tmp_path):
+    """Written by sample.py and read back, and drawn on the fly."""
+    for kind in ("png", "npz"):
+        code, _, err = run("sample.py", trained, "--format", kind, "--num_images", 80, "--steps", 5, "--output_dir", tmp_path / kind)
+        assert code == 0, err
+    result = scored(
+        tmp_path,
+        trained,
+        tmp_path / "png",
+        tmp_path / "npz" / "samples.npz",
+        reference="digits",
+        num_images=80,
+        steps="5",
+        metrics="fid,prc,colour",
+    )
+    rows = [{name: row[name] for name in ("fid", "precision", "recall", "brightness_bias")} for row in result["targets"]]
+    assert rows[0] == pytest.approx(rows[1]) and rows[1] == pytest.approx(rows[2])
+    assert result["reference"] == {"name": "digits", "images": 1797, "resolution": 8}
+    assert result["targets"][0]["scheduler"] == "unipc" and "scheduler" not in result["targets"][1]
+    assert result["halves_of_the_reference"]["fid"] < rows[0]["fid"]
+
+
+def test_statistics_stand_for_the_images_of_a_reference(tmp_path):
+    target = folder_of(tmp_path / "target", 70, 5)
+    measure = {"metrics": "fid,colour", "cache_dir": "", "num_threads": 1}
+    evaluation.stats(
+        StatsConfig(reference="digits", out=str(tmp_path / "stats.safetensors"), measure=MeasureConfig(resolution=8, **measure))
+    )
+    by_images = scored(tmp_path, target, reference="digits", metrics="fid,colour")
+    by_statistics = scored(
+        tmp_path, target, reference=tmp_path / "stats.safetensors", metrics="fid,colour", measure={"feature_extractor": "digits"}
+    )
+    assert by_statistics["targets"] == by_images["targets"] and by_statistics["halves_of_the_reference"] is None
+    with pytest.raises(InputError, match="metric kid compares images, but the reference is statistics"):
+        scored(tmp_path, target, reference=tmp_path / "stats.safetensors", metrics="kid", measure={"feature_extractor": "digits"})
+    big = folder_of(tmp_path / "big", 70, 6, size=16)
+    with pytest.raises(InputError, match="made with resolution 8, not 16"):
+        scored(tmp_path, big, reference=tmp_path / "stats.safetensors", metrics="fid", measure={"feature_extractor": "digits"})
+
+
+def test_reference_files_of_adm_are_read(inception, tmp_path):
+    target, other = folder_of(tmp_path / "target", 4, 0, size=16, colour=True), folder_of(tmp_path / "other", 5, 1, size=16, colour=True)
+    path = str(inception / "inception.safetensors")
+    options = {"metrics": "fid,sfid", "measure": {"feature_extractor_weights": path}, "allow_few_images": True}
+    by_images = scored(tmp_path, target, reference=other, **options)
+    extractor = Extractor("inception-v3-compat", ["fid", "sfid"], path)
+    images = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in sorted(other.iterdir())])
+    found = {layer: value.double().numpy() for layer, value in extractor(images).items()}
+    statistics = {
+        f"{name}{suffix}": value
+        for layer, suffix in (("2048", ""), ("spatial", "_s"))
+        for name, value in (("mu", found[layer].mean(0)), ("sigma", np.cov(found[layer], rowvar=False)))
+    }
+    np.savez(tmp_path / "reference.npz", **statistics)
+    by_statistics = scored(tmp_path, target, reference=tmp_path / "reference.npz", **options)
+    for name in ("fid", "sfid"):
+        assert by_statistics["targets"][0][name] == pytest.approx(by_images["targets"][0][name], rel=1e-5)
+    np.savez(tmp_path / "batch.npz", images.permute(0, 2, 3, 1).numpy())
+    as_batch = scored(tmp_path, target, reference=tmp_path / "batch.npz", **options)
+    assert as_batch["targets"] == by_images["targets"]
+
+
+def test_curves_over_checkpoints_solvers_and_steps(trained, tmp_path):
+    result = scored(
+        tmp_path, trained, reference="digits", metrics="fid,colour", num_images=80, checkpoints="all", steps="2,4", schedulers="ddim,unipc",
+        output=str(tmp_path / "curves.json"),
+    )  # fmt: skip
+    rows = result["targets"]
+    assert len(rows) == 2 * 2 * 2 and {row["checkpoint"] for row in rows} == {18, 24}
+    assert len({row["fid"] for row in rows}) == 8
+    assert json.loads((tmp_path / "curves.json").read_text())["targets"] == rows
+    assert Image.open(tmp_path / "curves.png").size[0] > 500
+
+
+def test_features_are_computed_once_and_a_damaged_cache_is_made_anew(tmp_path, monkeypatch):
+    one, other = folder_of(tmp_path / "one", 70, 0), folder_of(tmp_path / "other", 70, 1)
+    first = scored(tmp_path, one, reference=other, measure={"feature_extractor": "digits"})
+    with monkeypatch.context() as patch:
+        patch.setattr(Extractor, "__call__", lambda *_: pytest.fail("computed again"))
+        assert scored(tmp_path, one, reference=other, measure={"feature_extractor": "digits"}) == first
+    for path in (tmp_path / "cache").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    assert scored(tmp_path, one, reference=other, measure={"feature_extractor": "digits"}) == first
+    Image.new("L", (8, 8), 255).save(one / "0003.png")  # another image of the same name
+    assert scored(tmp_path, one, reference=other, measure={"feature_extractor": "digits"}) != first
+
+
+def test_two_processes_measure_what_one_measures(tmp_path):
+    one = folder_of(tmp_path / "one", 75, 0)
+    flags = ["--reference", "digits", "--metrics", "fid,kid,prc,colour", "--batch_size", 16, "--num_threads", 1, "--cache_dir", ""]
+    code, err = launched(2, "eval.py", "score", one, *flags, "--output", tmp_path / "two.json")
+    assert code == 0, err
+    alone = scored(tmp_path, one, reference="digits", metrics="fid,kid,prc,colour")
+    assert json.loads((tmp_path / "two.json").read_text())["targets"][0] == pytest.approx(alone["targets"][0])
+
+
+def test_compare_gives_intervals(trained, tmp_path):
+    flags = [trained, "--num_images", 70, "--steps", 3, "--metrics", "fid,colour", "--bootstrap", 20, "--num_threads", 1]
+    code, out, err = run("eval.py", "compare", *flags, "--cache_dir", tmp_path, "--output", tmp_path / "out.json")
+    assert code == 0, err
+    (row,) = json.loads((tmp_path / "out.json").read_text())["targets"]
+    low, high = row["intervals"]["fid"]
+    assert low < row["fid"] < high and f"({low:.4g} to {high:.4g})" in out
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_bad_images_and_too_few_of_them_are_named(tmp_path):
+    good = folder_of(tmp_path / "good", 20, 0)
+    with pytest.raises(InputError, match=r"good has 20 images, but metrics fid of these features need 65; .*--allow_few_images"):
+        scored(tmp_path, good, reference="digits", metrics="fid")
+    scored(tmp_path, good, reference="digits", metrics="fid", allow_few_images=True)
+    scored(tmp_path, good, reference="digits", metrics="kid,prc,is,colour")
+    with pytest.raises(InputError, match="prc needs more than 3 images"):
+        scored(tmp_path, folder_of(tmp_path / "three", 3, 0), reference="digits", metrics="prc")
+    Image.new("L", (9, 9)).save(good / "0007.png")
+    with pytest.raises(InputError, match=r"0007\.png has 9x9 pixels, the first 8x8"):
+        scored(tmp_path, good, reference="digits", metrics="colour")
+    (good / "0007.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(InputError, match=r"image .*0007\.png cannot be read"):
+        scored(tmp_path, good, reference="digits", metrics="colour")
+
+
+@pytest.mark.parametrize(
+    "arrays, named",
+    [
+        ({"arr_0": np.zeros((4, 8, 8), np.uint8)}, "must have squares"),
+        ({"arr_0": np.zeros((4, 8, 8, 3), np.float32)}, "must have squares"),
+        ({"arr_0": np.zeros((4, 8, 9, 3), np.uint8)}, "must have squares"),
+        ({"other": np.zeros(3)}, "neither arr_0"),
+        ({"mu": np.array([Hostile()], dtype=object), "sigma": np.zeros(1)}, "cannot be read"),
+    ],
+)
+def test_odd_npz_files_are_refused(tmp_path, arrays, named):
+    np.savez(tmp_path / "odd.npz", **arrays)
+    target = folder_of(tmp_path / "target", 5, 0)
+    with pytest.raises(InputError, match=named):
+        scored(tmp_path, target, reference=tmp_path / "odd.npz", metrics="colour")
+
+
+def test_a_damaged_npz_is_named(tmp_path):
+    np.savez(tmp_path / "cut.npz", np.random.default_rng(0).integers(0, 255, (50, 8, 8, 3), dtype=np.uint8))
+    whole = (tmp_path / "cut.npz").read_bytes()
+    for name, data in (("cut.npz", whole[: len(whole) // 2]), ("flipped.npz", whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:])):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=name):
+            scored(tmp_path, tmp_path / name, reference="digits", metrics="colour")
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--metrics", "fid,foo"], "metrics has foo"),
+        (["--metrics", "fid,fid"], "each can be named once"),
+        (["--steps", "5,x"], "steps is 5,x"),
+        (["--schedulers", "ddim,foo"], "schedulers has foo"),
+        (["--checkpoints", "last"], "checkpoints is last"),
+        (["--checkpoints", "7"], "no usable checkpoint at step 7"),
+        (["--feature_extractor", "foo"], "take one of digits, clip-rn101"),
+        (["--metrics", "sfid"], "sfid is of inception-v3-compat, but feature_extractor is digits"),
+        (["--reference", "nowhere"], "dataset nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(trained, flags, named):
+    code, _, err = run("eval.py", "score", trained, *flags)
+    assert code == 2 and "Traceback" not in err and "error: " in err and named in err, err
+
+
+def test_a_folder_without_a_reference_is_refused(tmp_path):
+    target = folder_of(tmp_path / "target", 5, 0)
+    code, _, err = run("eval.py", "score", target)
+    assert code == 2 and "reference is missing" in err
