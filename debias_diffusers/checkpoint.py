@@ -55,7 +55,7 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def write(folder: Path, step: int, files: Iterable[tuple[str, bytes]], state: dict[str, Any], keep: int) -> Path:
+def write(folder: Path, step: int, files: Iterable[tuple[str, bytes]], state: dict[str, Any], keep: int, best: int | None = None) -> Path:
     """Writes the checkpoint of a step and then removes the oldest beyond `keep`.
 
     Args:
@@ -63,6 +63,7 @@ def write(folder: Path, step: int, files: Iterable[tuple[str, bytes]], state: di
         files: names and contents; may be a generator, so that only one content is in memory at a time.
         state: goes into state.json.
         keep: how many checkpoints stay.
+        best: the step of one that stays beyond them.
 
     Raises:
         CannotWriteError: the draft is removed, older checkpoints stay.
@@ -79,7 +80,7 @@ def write(folder: Path, step: int, files: Iterable[tuple[str, bytes]], state: di
             shutil.rmtree(draft, ignore_errors=True)
             raise
         sync_folder(folder)
-    prune(folder, step, keep)
+    prune(folder, step, keep, best)
     return final
 
 
@@ -104,12 +105,13 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def prune(folder: Path, step: int, keep: int) -> None:
-    """Removes the oldest checkpoints beyond `keep`, counted from `step` back.
+def prune(folder: Path, step: int, keep: int, best: int | None = None) -> None:
+    """Removes the oldest checkpoints beyond `keep`, counted from `step` back, but not that of the step `best`.
 
     Later ones, which did not verify or we would have resumed from them, do not count: the sound ones must not go for them.
     """
-    for path in [p for p in checkpoints(folder) if _step(p) <= step][:-keep]:
+    older = [p for p in checkpoints(folder) if _step(p) <= step][:-keep]
+    for path in (p for p in older if _step(p) != best):
         with said_if_not_writable(path):
             shutil.rmtree(path)
 

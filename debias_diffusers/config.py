@@ -150,6 +150,12 @@ class RunConfig:
     keep_checkpoints: int = 2  # how many checkpoints are kept
     sample_every: int = 1000  # steps between sample grids; 0 is off
     log_every: int = 10  # steps between lines of metrics.jsonl; 0 is off
+    eval_every: int = 0  # steps between measurements of what the averaged weights draw, against the training images; 0 is off
+    eval_metrics: str = "fid,colour"  # what is measured, as in eval.py score; the first decides which checkpoint is the best
+    eval_images: int = 1000  # how many images are drawn for it
+    feature_extractor: str | None = None  # of these metrics: digits, or a name of torch-fidelity; as in eval.py score if left out
+    feature_extractor_weights: str | None = None  # its weight file; packaged or fetched if left out
+    keep_best: bool = False  # keep the best measured checkpoint beyond keep_checkpoints
     report_to: Literal["none", "tensorboard", "wandb"] = "none"  # tracker, through accelerate
     accept_changed_data: bool = False  # resume although the data set is not the one the run began with
     dry_run: bool = False  # show what would be trained, then stop
@@ -284,7 +290,8 @@ class ExportConfig:
 # A resumed run may change these; everything else must be as it was.
 CHANGEABLE = {
     "output_dir", "dry_run", "accept_changed_data", "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every",
-    "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to",
+    "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
+    "feature_extractor", "feature_extractor_weights", "keep_best",
 }  # fmt: skip
 
 # What `model_config` replaces.

@@ -20,16 +20,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, metrics
-from .config import DIGITS, DataConfig, MeasureConfig, SampleConfig, ScoreConfig, StatsConfig, read_config
+from .config import DIGITS, DataConfig, MeasureConfig, SampleConfig, ScoreConfig, StatsConfig, TrainConfig, read_config
 from .errors import InputError, reason
 from .extractors import INCEPTION, SPATIAL, Extractor
 from .files import read_file, write_file
-from .imagesets import ImageSet, drawn, holds_images, of_folder, of_npz, of_source, read_npz_statistics
+from .imagesets import ImageSet, coloured, drawn, holds_images, of_folder, of_npz, of_source, read_npz_statistics
 from .machine import start_processes
 from .metrics import COLOUR, Sample
 from .run import CHECKPOINTS, CONFIG, say
 from .sampling import make_job
-from .sources import Folder, open_source
+from .sources import Folder, Source, open_source
 
 MOST_DRAWN = 50_000
 ORDER = ("fid", "sfid", "is", "is_std", "kid", "kid_std", "kid_subset", "precision", "recall", "brightness_bias", "colour_distance")
@@ -51,13 +51,14 @@ class Row:
 class Measure:
     """An extractor with its cache, and everything that is the same for all sets of images."""
 
-    def __init__(self, config: MeasureConfig, accelerator: Accelerator, extractor: str) -> None:
+    def __init__(self, config: MeasureConfig, extractor: str, device: Any, process: int = 0, processes: int = 1) -> None:
+        """Loads the extractor onto a device. Of several processes, each computes its share, and all know the result."""
         wanted = config.metrics.split(",")
         by_features = [metric for metric in wanted if metric != COLOUR]
-        self.config, self.accelerator = config, accelerator
+        self.config, self.device, self.process, self.processes = config, device, process, processes
         self.extractor = Extractor(extractor, by_features, config.feature_extractor_weights) if by_features else None
         if self.extractor:
-            self.extractor.network.to(accelerator.device)
+            self.extractor.network.to(device)
         layers = dict(self.extractor.layers) if self.extractor else {}
         self.layers = {metric: COLOUR if metric == COLOUR else layers[metric] for metric in wanted}
         default = Path.home() / ".cache" / "debias_diffusers" / "features"
@@ -68,20 +69,21 @@ class Measure:
         path = self.cache / f"{self._key(images)}.safetensors" if self.cache else None
         if path and (kept := _read_cached(path)):
             return Sample.of(kept)
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = []
-        with tqdm(total=-(-images.count // processes), desc=images.name, unit="image", leave=False, disable=process > 0) as progress:
-            for number, batch in images.batches(self.config.batch_size, process, processes):
-                mine.append((number, self._features(batch)))
+        share = -(-images.count // self.processes)
+        with tqdm(total=share, desc=images.name, unit="image", leave=False, disable=self.process > 0) as progress:
+            for number, batch in images.batches(self.config.batch_size, self.process, self.processes):
+                mine.append((number, self.features(batch)))
                 progress.update(len(batch))
-        parts = [part for _, part in sorted(gather_object(mine) if processes > 1 else mine, key=lambda pair: pair[0])]
+        parts = [part for _, part in sorted(gather_object(mine) if self.processes > 1 else mine, key=lambda pair: pair[0])]
         features = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
-        if path and self.accelerator.is_main_process:
+        if path and self.process == 0:
             write_file(path, safetensors.torch.save(features))
         return Sample.of(features)
 
-    def _features(self, batch: Tensor) -> dict[str, Tensor]:
-        found = self.extractor(batch.to(self.accelerator.device)) if self.extractor else {}
+    def features(self, batch: Tensor) -> dict[str, Tensor]:
+        """Of a batch (B, 3, H, W) uint8: (B, D) by layer."""
+        found = self.extractor(batch.to(self.device)) if self.extractor else {}
         return found | {COLOUR: batch.float().mean((2, 3)).cpu()}
 
     def _key(self, images: ImageSet) -> str:
@@ -113,7 +115,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     reference = config.reference or trained_on(config.targets[0])
     if Path(reference).suffix not in (".npz", ".safetensors"):
         open_source(_data(reference, config.measure))  # before an extractor is fetched for nothing
-    measure = Measure(config.measure, accelerator, config.measure.feature_extractor or (DIGITS if reference == DIGITS else INCEPTION))
+    measure = _measure(config.measure, reference, accelerator)
     compared = _References(reference, measure)
     rows = [_row(config, measure, compared, images, how) for images, how in _targets(config, compared, accelerator)]
     result = _result(config, measure, compared, reference, rows)
@@ -123,6 +125,16 @@ def score(config: ScoreConfig) -> dict[str, Any]:
             write_file(Path(config.output).with_suffix(".json"), (json.dumps(result, indent=2) + "\n").encode())
             _draw_curves(rows, Path(config.output).with_suffix(".png"))
     return result
+
+
+def _measure(config: MeasureConfig, reference: str, accelerator: Accelerator) -> Measure:
+    extractor = config.feature_extractor or usual_extractor(reference)
+    return Measure(config, extractor, accelerator.device, accelerator.process_index, accelerator.num_processes)
+
+
+def usual_extractor(reference: str) -> str:
+    """What images are compared by where nothing is said."""
+    return DIGITS if reference == DIGITS else INCEPTION
 
 
 class _References:
@@ -304,6 +316,34 @@ def _draw_curves(rows: list[Row], path: Path) -> None:
         write_file(path, curves(lines, "training step" if along == "checkpoint" else "steps of the solver"))
 
 
+# ---- while training --------------------------------------------------------------------------------------------------
+
+
+class Monitor:
+    """Measures what a network in training draws against the images that it learns. For one process."""
+
+    def __init__(self, config: TrainConfig, source: Source, device: Any) -> None:
+        """Loads the extractor and computes the features of the training images, or finds them in the cache.
+
+        Raises:
+            InputError: there is no such extractor, or too few images for the metrics.
+        """
+        assert config.run.eval_every and config.data.dataset and config.data.resolution
+        self.run, self.seed = config.run, 0
+        measure = MeasureConfig(metrics=config.run.eval_metrics, feature_extractor_weights=config.run.feature_extractor_weights)
+        self.measure = Measure(measure, config.run.feature_extractor or usual_extractor(config.data.dataset), device)
+        self.reference = self.measure.sample(of_source(source, config.data.dataset, config.data.resolution))
+        least = metrics.least_images(self.measure.layers, self.reference)
+        if (fewest := min(config.run.eval_images, len(source))) < least:
+            raise InputError(f"eval_metrics {config.run.eval_metrics} need {least} images, but there are {fewest}; take more --eval_images")
+
+    def figures(self, drawn: Iterator[Tensor]) -> dict[str, float]:
+        """Of batches (B, C, H, W) uint8."""
+        parts = [self.measure.features(coloured(batch)) for batch in drawn]
+        sample = Sample.of({layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]})
+        return metrics.figures(sample, self.reference, self.measure.layers, self.seed)
+
+
 # ---- statistics of a reference ---------------------------------------------------------------------------------------
 
 
@@ -314,8 +354,7 @@ def stats(config: StatsConfig) -> None:
         InputError: the reference cannot be read.
     """
     accelerator = start_processes(config.measure.num_threads)
-    extractor = config.measure.feature_extractor or (DIGITS if config.reference == DIGITS else INCEPTION)
-    measure = Measure(config.measure, accelerator, extractor)
+    measure = _measure(config.measure, config.reference, accelerator)
     images = open_reference(config.reference, config.measure, config.measure.resolution)
     sample = measure.sample(images)
     if not accelerator.is_main_process:

@@ -47,7 +47,7 @@ def drawn(job: Job, count: int, name: str) -> ImageSet:
 
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
         for number, indices in _numbered(count, batch_size, part, parts):
-            yield number, _coloured(job.draw(indices))
+            yield number, coloured(job.draw(indices))
 
     key = f"drawn {sorted(job.settings.items())!r} {count} {job.config.batch_size}"
     return ImageSet(name, count, size if isinstance(size, int) else None, _hash(key.encode()), batches)
@@ -109,7 +109,7 @@ def of_npz(path: Path, count: int | None = None) -> ImageSet:
                 data = _exactly(member, len(indices) * math.prod(shape[1:]), path)
                 if number % parts == part:
                     array = np.frombuffer(data, np.uint8).reshape(len(indices), *shape[1:])
-                    yield number, _coloured(torch.from_numpy(array.copy()).permute(0, 3, 1, 2))
+                    yield number, coloured(torch.from_numpy(array.copy()).permute(0, 3, 1, 2))
 
     return ImageSet(str(path), count, shape[1], _hash(f"{count} {_file_hash(path)}".encode()), batches)
 
@@ -218,7 +218,7 @@ def _numbered(count: int, batch_size: int, part: int, parts: int) -> Iterator[tu
             yield number, range(first, min(first + batch_size, count))
 
 
-def _coloured(batch: Tensor) -> Tensor:
+def coloured(batch: Tensor) -> Tensor:
     """(B, 3, H, W), grey as three equal channels."""
     return batch.expand(-1, 3, -1, -1) if batch.shape[1] == 1 else batch
 

@@ -19,6 +19,7 @@ from .errors import InputError
 COLOUR = "colour"  # the layer of means of an image's channels
 KID_SUBSET = 1000
 NEIGHBOURS = 3  # of precision and recall (arXiv 1904.06991)
+HIGHER_IS_BETTER = {"is", "precision", "recall"}
 LEAST_HALVED = 2 * (NEIGHBOURS + 1)
 
 Statistics = dict[str, np.ndarray]  # mu (D,) and sigma (D, D)

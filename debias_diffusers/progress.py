@@ -26,6 +26,7 @@ class Progress:
     def __init__(self, config: TrainConfig, run: Run | None, accelerator: Accelerator, step: int) -> None:
         self.config, self.run, self.accelerator = config, run, accelerator
         self.smooth = math.nan
+        self.quality = ""  # as last measured
         self.began, self.images = time.monotonic(), 0
         self.bar = tqdm(
             total=config.optimization.max_steps,
@@ -49,7 +50,7 @@ class Progress:
         self.images += self.config.optimization.batch_size
         self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
         rate = self.images / max(time.monotonic() - self.began, 1e-9)
-        self.bar.set_postfix_str(f"loss {self.smooth:.3f}, {rate:.0f} images/s", refresh=False)
+        self.bar.set_postfix_str(f"loss {self.smooth:.3f}, {rate:.0f} images/s{self.quality}", refresh=False)
         self.bar.update()
         if not due(step, self.config.run.log_every):
             return
@@ -58,6 +59,17 @@ class Progress:
             self.run.metrics.append({"step": step, **values, "images_per_second": rate})
         self.accelerator.log({**_scalars(values), "images_per_second": rate}, step=step)
         self.began, self.images = time.monotonic(), 0
+
+    def record_figures(self, step: int, figures: dict[str, float]) -> None:
+        """Tells how good the averaged weights are at a step."""
+        if not figures:
+            return
+        values = {f"eval_{name}": value for name, value in figures.items()}
+        if self.run:
+            self.run.metrics.append({"step": step, **values})
+            name, value = next(iter(figures.items()))
+            self.quality = f", {name} {value:.4g}"
+        self.accelerator.log(values, step=step)
 
 
 def _scalars(values: dict[str, Any]) -> dict[str, float]:

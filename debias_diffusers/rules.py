@@ -23,6 +23,7 @@ from .config import (
     ObjectiveConfig,
     OptimizationConfig,
     PredictionType,
+    RunConfig,
     SampleConfig,
     SchedulerName,
     ScoreConfig,
@@ -79,6 +80,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "checkpoint_every": (_at_least(0), "0 (at the end only) or more, such as 1000"),
     "keep_checkpoints": (_at_least(1), "at least 1, such as 2"),
     "sample_every": (_at_least(0), "0 (off) or more, such as 1000"),
+    "eval_every": (_at_least(0), "0 (off) or more, such as 5000"),
+    "eval_images": (_at_least(1), "at least 1, such as 1000"),
     "log_every": (_at_least(0), "0 (off) or more, such as 10"),
     "steps": (_at_least(1), "at least 1, such as 20"),
     "num_images": (lambda value: 1 <= value <= 10_000_000, "from 1 to 10 million, such as 64"),
@@ -105,8 +108,24 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
     found += _model_problems(config)
     found += objective_problems(config.objective)
     found += _optimization_problems(config.optimization, num_processes)
+    found += _evaluation_problems(config.run)
     if config.run.output_dir is None:
         found.append("output_dir is missing: name the run directory, such as --output_dir runs/first")
+    return found
+
+
+def _evaluation_problems(run: RunConfig) -> list[str]:
+    """Measuring while training: what would be ignored, or cannot be kept."""
+    if not run.eval_every:
+        names = ("eval_metrics", "eval_images", "feature_extractor", "feature_extractor_weights", "keep_best")
+        given = [name for name in names if getattr(run, name) != getattr(RunConfig(), name)]
+        return [f"{name} is {getattr(run, name)}, but eval_every is 0; add --eval_every 5000 or leave {name} out" for name in given]
+    found = metrics_problems("eval_metrics", run.eval_metrics)
+    if run.keep_best and (not run.checkpoint_every or run.eval_every % run.checkpoint_every):
+        found.append(
+            f"keep_best is on, but eval_every {run.eval_every} is no multiple of checkpoint_every {run.checkpoint_every}, so that what is "
+            f"measured is not kept; take --eval_every {max(1, run.checkpoint_every)}"
+        )
     return found
 
 
@@ -394,11 +413,16 @@ METRICS = ("fid", "sfid", "is", "kid", "prc", "colour")
 def measure_problems(config: MeasureConfig) -> list[str]:
     """Everything that is wrong with how images are compared."""
     found = range_problems(dataclasses.asdict(config))
-    wanted = config.metrics.split(",")
+    return found + metrics_problems("metrics", config.metrics)
+
+
+def metrics_problems(field: str, metrics: str) -> list[str]:
+    """Unknown or repeated names in a list apart by commas."""
+    wanted, found = metrics.split(","), []
     if unknown := [name for name in wanted if name not in METRICS]:
-        found.append(f"metrics has {unknown[0] or 'an empty name'}, which is not known; take some of {','.join(METRICS)}")
+        found.append(f"{field} has {unknown[0] or 'an empty name'}, which is not known; take some of {','.join(METRICS)}")
     if len(set(wanted)) < len(wanted):
-        found.append(f"metrics is {config.metrics}, but each can be named once")
+        found.append(f"{field} is {metrics}, but each can be named once")
     return found
 
 

@@ -21,13 +21,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from . import chance, checkpoint, data, hub, images, machine, sampling, snapshot
+from . import chance, checkpoint, data, evaluation, hub, images, machine, sampling, snapshot
 from .checkpoint import Checkpoint
 from .config import OptimizationConfig, TrainConfig, differences, stored, to_json
 from .ema import EMA
 from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
 from .files import DRAFT, said_if_not_writable, write_file
 from .loss import Terms, make_objective
+from .metrics import HIGHER_IS_BETTER
 from .model import build_unet
 from .pixels import PixelTask, network_arguments
 from .progress import Progress, due
@@ -100,6 +101,7 @@ class Trainer:
         self.step = 0  # optimizer steps that are done
         self.saved_step = 0
         self.skips = 0
+        self.best: dict[str, float] | None = None  # step and figure of the best measurement
         self._resume(found)
         self.positions = data.PositionBatches(
             self.optim.batch_size,
@@ -111,6 +113,8 @@ class Trainer:
         if run:
             run.begin(config)
             machine.warn_of_little_space(run.folder, sum(p.numel() for p in self.parameters), len(self.optim.ema_decay))
+        measures = run is not None and config.run.eval_every > 0
+        self.monitor = evaluation.Monitor(config, self.task.data.source, self.device) if measures else None
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -129,6 +133,8 @@ class Trainer:
                 progress.record(self.step, loss, learning_rate, grad_norm, self.window)
                 if due(self.step, every.sample_every):
                     self._draw_grid()
+                if due(self.step, every.eval_every):
+                    progress.record_figures(self.step, self._measure())
                 if due(self.step, every.checkpoint_every):
                     self._save()
             self._save(final=True)
@@ -273,6 +279,7 @@ class Trainer:
         if self.sampler.learns:
             self.sampler.load(safetensors.torch.load(found.read(snapshot.SAMPLER)))
         self.window.load(found.state["window"], self.accelerator.is_main_process)
+        self.best = found.state.get("best")
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
         self.step = self.saved_step = found.step
@@ -301,6 +308,7 @@ class Trainer:
             "data": self.fingerprint,
             "network": self.task.arguments,
             "weights": self._some_weights(),
+            "best": self.best,
             "config": stored(self.config),
         }
 
@@ -339,7 +347,8 @@ class Trainer:
             run.metrics.sync()
             self._export(run.folder)
             keep = self.config.run.keep_checkpoints
-            checkpoint.write(run.checkpoints, self.step, snapshot.contents(tensors), {**self._state(), "window": window}, keep)
+            best = int(self.best["step"]) if self.best and self.config.run.keep_best else None
+            checkpoint.write(run.checkpoints, self.step, snapshot.contents(tensors), {**self._state(), "window": window}, keep, best)
         except CannotWriteError as error:
             return str(error)
         return None
@@ -374,20 +383,38 @@ class Trainer:
         """Samples of the averaged weights, always from the same seeds, as one picture."""
         if self.run is None:
             return
-        self._load_averaged()
-        pipeline, labels = self.task.preview(self.averaged)
-        steps = min(GRID_STEPS, len(self.objective.schedule) // 2)
-        drawn = []
         try:
-            pipeline.scheduler = make_scheduler(default_scheduler(pipeline.scheduler), pipeline.scheduler, "linspace", steps)
-            for first in range(0, GRID_IMAGES, self.micro_batch_size):  # no more at once than the training has memory for
-                indices = range(first, min(first + self.micro_batch_size, GRID_IMAGES))
-                own = [labels[k % len(labels)] for k in indices] if labels else None
-                drawn += [*sampling.draw(pipeline, indices, 0, own, num_inference_steps=steps).cpu().numpy()]
+            drawn = [image for batch in self._drawn(GRID_IMAGES) for image in batch.cpu().numpy()]
             picture = images.grid([images.from_array(array) for array in drawn])
             write_file(self.run.folder / SAMPLES / f"{checkpoint.name_of(self.step)}.png", images.png(picture))
         except (CannotWriteError, InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
             say(f"no sample grid at step {self.step}: {error}")
+
+    def _drawn(self, count: int) -> Iterator[Tensor]:
+        """Images of the averaged weights from the seeds 0, 1, ..., as batches (B, C, H, W) uint8."""
+        self._load_averaged()
+        pipeline, labels = self.task.preview(self.averaged)
+        steps = min(GRID_STEPS, len(self.objective.schedule) // 2)
+        pipeline.scheduler = make_scheduler(default_scheduler(pipeline.scheduler), pipeline.scheduler, "linspace", steps)
+        for first in range(0, count, self.micro_batch_size):  # no more at once than the training has memory for
+            indices = range(first, min(first + self.micro_batch_size, count))
+            own = [labels[k % len(labels)] for k in indices] if labels else None
+            yield sampling.draw(pipeline, indices, 0, own, num_inference_steps=steps)
+
+    def _measure(self) -> dict[str, float]:
+        """Figures of what the averaged weights draw; {} in all processes but the first, and where they drew nothing finite."""
+        if self.monitor is None:
+            return {}
+        try:
+            figures = self.monitor.figures(self._drawn(self.config.run.eval_images))
+        except (NotFiniteError, torch.linalg.LinAlgError) as error:
+            say(f"no figures at step {self.step}: {error}")
+            return {}
+        name, value = next(iter(figures.items()))
+        better = -value if name in HIGHER_IS_BETTER else value
+        if self.best is None or better < self.best["value"]:
+            self.best = {"step": self.step, "value": better}
+        return figures
 
 
 def micro_batch_size(config: OptimizationConfig, num_processes: int) -> int:

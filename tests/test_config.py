@@ -192,9 +192,9 @@ def test_help_needs_no_torch(entry):
     assert done.returncode == 0 and "usage:" in done.stdout
 
 
-def test_eval_says_what_is_not_there_yet():
-    code, _, err = run("eval.py", "score", "runs/digits")
-    assert code == 2 and err.strip().splitlines()[-1].startswith("error: eval.py score is not there yet")
+def test_eval_names_its_commands():
+    code, _, err = run("eval.py", "foo")
+    assert code == 2 and err.strip().splitlines()[-1] == "error: eval.py foo is not known; take one of score, compare, stats, bpd, weights"
 
 
 @pytest.mark.parametrize("flag, near", [("--weightng", "--weighting"), ("--batchsize", "--batch_size")])

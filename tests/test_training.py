@@ -729,3 +729,39 @@ def test_a_resume_over_several_processes_has_the_same_bits(tmp_path, processes, 
         assert process.wait(timeout=300) == 0, process.communicate()[1]
         process.communicate()
     same(whole, resumed, 12)
+
+
+def test_the_averaged_weights_are_measured_while_training_and_the_best_checkpoint_is_kept(tmp_path):
+    flags = ["--eval_every", 6, "--eval_images", 70, "--checkpoint_every", 6, "--keep_checkpoints", 1, "--keep_best", "--seed", 1]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert run(*train_args(whole, *flags))[0] == 0
+    lines = [line for line in metrics(whole) if "eval_fid" in line]
+    assert [line["step"] for line in lines] == [6, 12, 18, 24] and all("eval_brightness_bias" in line for line in lines)
+    best = min(lines, key=lambda line: line["eval_fid"])["step"]
+    kept = {f"step-{step:08d}" for step in (best, 24)}
+    assert {path.name for path in (whole / "checkpoints").glob("step-*")} == kept
+    assert run(*train_args(resumed, *flags, "--max_steps", 12))[0] == 0
+    assert run(*train_args(resumed, *flags))[0] == 0
+    assert metrics(resumed) == metrics(whole)
+    same(whole, resumed, 24)
+    # The figure is that of eval.py, which finds the same weights in the checkpoint.
+    code, _, err = run(
+        "eval.py", "score", whole, "--checkpoints", "24", "--num_images", 70, "--metrics", "fid", "--batch_size", 8, "--num_threads", 1,
+        "--reference", "digits", "--output", tmp_path / "score.json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads((tmp_path / "score.json").read_text())["targets"][0]["fid"] == pytest.approx(lines[-1]["eval_fid"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--eval_images", "5"], "eval_every is 0"),
+        (["--eval_every", "5", "--eval_metrics", "foo"], "eval_metrics has foo"),
+        (["--eval_every", "5", "--keep_best"], "no multiple of checkpoint_every"),
+        (["--eval_every", "8", "--eval_images", "20"], "need 65 images, but there are 20"),
+    ],
+)
+def test_measuring_that_cannot_be_done_is_refused(tmp_path, flags, named):
+    code, _, err = run(*train_args(tmp_path / "run", *flags))
+    assert code == 2 and named in err, err

@@ -1,0 +1,111 @@
+"""The bound of a Gaussian model against its closed form, and the command that computes it."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import run
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from debias_diffusers.config import ObjectiveConfig
+from debias_diffusers.errors import InputError
+from debias_diffusers.likelihood import Bound
+from debias_diffusers.schedule import make_schedule, prediction_of_x_0
+
+MEAN, STD, T = 0.1, 0.2, 40
+OBJECTIVE = ObjectiveConfig(noise_schedule="cosine", num_train_timesteps=T)
+
+
+class ExactUNet:
+    """The best network for pixels of N(MEAN, STD^2)."""
+
+    dtype = torch.float32
+
+    def __init__(self, prediction_type, learned):
+        self.schedule, self.prediction_type, self.learned = make_schedule(OBJECTIVE), prediction_type, learned
+
+    def __call__(self, x_t, level, labels, return_dict):
+        a, s = self.schedule.a[level], self.schedule.s[level]
+        x_0 = MEAN + a * STD**2 / (a**2 * STD**2 + s**2) * (x_t - a * MEAN)
+        prediction = prediction_of_x_0(self.prediction_type, x_0, x_t, a, s).float()
+        return (torch.cat([prediction, torch.full_like(prediction, -1.0)], 1) if self.learned else prediction,)
+
+
+def bound_of(prediction_type="epsilon", variance_type="fixed_small"):
+    own = DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, variance_type=variance_type)
+    unet = ExactUNet(prediction_type, variance_type == "learned_range")
+    return Bound(SimpleNamespace(scheduler=own, unet=unet, device=torch.device("cpu")), clipping=False)
+
+
+def gaussian_images(count):
+    """Pixels of the 256 levels, (count, 1, 32, 32)."""
+    x_0 = MEAN + STD * torch.randn(count, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    return ((x_0 / 2 + 0.5) * 255).round().clamp(0, 255) / 127.5 - 1
+
+
+@pytest.mark.parametrize("space", ("epsilon", "sample", "v_prediction"))
+@pytest.mark.parametrize("variance_type", ("fixed_small", "learned_range"))
+def test_every_term_of_a_gaussian_is_the_closed_form(space, variance_type):
+    """At the smallest variance a term is the variance of x_0 given x_t, as it moves the mean, over twice that of the step."""
+    bound, schedule = bound_of(space, variance_type), make_schedule(OBJECTIVE)
+    terms = bound.terms(gaussian_images(24), None, 0, range(24)).mean(0)
+    acp = schedule.alphas_cumprod
+    a_squared, before = acp, torch.cat([torch.ones(1, dtype=torch.float64), acp[:-1]])
+    beta = 1 - acp / before
+    left = STD**2 * (1 - acp) / (a_squared * STD**2 + 1 - acp)  # variance of x_0 given x_t
+    moved = before * beta**2 / (1 - acp) ** 2 * left  # of the mean of the step
+    expected = moved / (2 * beta * (1 - before) / (1 - acp)) / math.log(2)
+    torch.testing.assert_close(terms[1:], expected[1:], rtol=0.03, atol=1e-5)
+
+
+def test_the_large_variance_costs_what_the_divergence_of_two_gaussians_says():
+    small, large = (bound_of(variance_type=kind) for kind in ("fixed_small", "fixed_large"))
+    images = gaussian_images(8)
+    schedule = make_schedule(OBJECTIVE)
+    acp = schedule.alphas_cumprod
+    before = torch.cat([torch.ones(1, dtype=torch.float64), acp[:-1]])
+    ratio = (1 - before) / (1 - acp)  # of the small variance to the large
+    at_small, at_large = (b.terms(images, None, 0, range(8)).mean(0) for b in (small, large))
+    expected = at_small * ratio + (ratio - 1 - ratio.log()) / 2 / math.log(2)
+    torch.testing.assert_close(at_large[1:], expected[1:], rtol=1e-4, atol=1e-7)
+    assert at_large[0] == pytest.approx(at_small[0])  # the large variance of the last step is that of the first
+
+
+def test_the_prior_is_the_closed_form():
+    bound, schedule = bound_of(), make_schedule(OBJECTIVE)
+    images = gaussian_images(4)
+    a, s = schedule.a[-1], schedule.s[-1]
+    normal = torch.distributions.Normal
+    divergence = torch.distributions.kl_divergence(normal(a * images.double(), s), normal(torch.zeros(()).double(), 1))
+    torch.testing.assert_close(bound.prior(images), divergence.flatten(1).mean(1) / math.log(2))
+
+
+def test_the_total_is_near_the_entropy_of_the_data():
+    """Of a Gaussian on a grid of 2/255: a bound from above, and not far, although the last step is only approximately right."""
+    bound = bound_of()
+    images = gaussian_images(24)
+    total = (bound.terms(images, None, 0, range(24)).sum(1) + bound.prior(images)).mean()
+    entropy = (math.log(STD * math.sqrt(2 * math.pi * math.e)) - math.log(2 / 255)) / math.log(2)
+    assert entropy - 0.01 < total < entropy + 0.3
+
+
+def test_models_without_random_steps_have_no_bound():
+    for own in (FlowMatchEulerDiscreteScheduler(), DDPMScheduler(variance_type="learned")):
+        with pytest.raises(InputError, match="whose steps have no bound here"):
+            Bound(SimpleNamespace(scheduler=own), clipping=True)
+
+
+def test_the_command_bounds_a_run_and_does_not_depend_on_batches(trained, trained_by_class, tmp_path):
+    totals = []
+    for batch_size in (6, 4):
+        flags = ["--num_images", 6, "--batch_size", batch_size, "--num_threads", 1, "--output", tmp_path / "out.json"]
+        code, _, err = run("eval.py", "bpd", trained, *flags)
+        assert code == 0 and "bits per dimension" in err, err
+        found = json.loads((tmp_path / "out.json").read_text())
+        totals.append(found["total"])
+        assert found["images"] == 6 and len(found["terms"]) == 1000
+        assert found["total"] == pytest.approx(sum(found["terms"]) + found["prior"]) and found["standard_error"] > 0
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+    assert run("eval.py", "bpd", trained_by_class, "--num_images", 2, "--num_threads", 1)[0] == 0
