@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch train.py
 	$(BIN)/python sample.py runs/digits --scheduler unipc --steps 20
+	$(BIN)/python eval.py score runs/digits --num_images 1000
 	@echo
 	@echo "Digits drawn while it was training:  runs/digits/samples/step-*.png"
 	@echo "Digits drawn by the trained model:   runs/digits/samples/unipc-20/preview/grid.png"

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

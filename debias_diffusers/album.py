@@ -27,6 +27,7 @@ PACKED = "samples.npz"
 PARTS = "parts"  # images on their way into PACKED
 GRID_IMAGES = 100
 PNG_END = b"IEND\xaeB`\x82"
+WRITERS = 8  # threads, which mostly wait for the disk
 BATCHES_WAITING = 2  # to be written, before drawing waits for them
 
 ENCODERS: dict[ImageFormat, tuple[str, Callable[[Image.Image], bytes]]] = {
@@ -173,28 +174,31 @@ def _channels_last(image: Image.Image) -> np.ndarray:
 
 
 class Writer:
-    """Encodes and writes batches of images beside what the caller does; what goes wrong is raised in the next call."""
+    """Encodes and writes batches of images beside what the caller does; what goes wrong is raised in a later call, or at the end."""
 
     def __init__(self, album: Album) -> None:
         self.album = album
-        self._pool = ThreadPoolExecutor(max_workers=BATCHES_WAITING)
-        self._waiting: deque[Future[None]] = deque()
+        self._pool = ThreadPoolExecutor(max_workers=WRITERS)
+        self._waiting: deque[list[Future[None]]] = deque()
 
     def __enter__(self) -> Writer:
         return self
 
     def put(self, indices: Sequence[int], batch: Any) -> None:
         """Images (B, C, H, W) uint8, a tensor on any device."""
-        self._waiting.append(self._pool.submit(self._write, indices, batch))
+        fetched = self._pool.submit(lambda: batch.cpu().numpy())
+        self._waiting.append([self._pool.submit(self._write, k, fetched, place) for place, k in enumerate(indices)])
         while len(self._waiting) > BATCHES_WAITING:
-            self._waiting.popleft().result()
+            self._wait_for_the_oldest()
 
-    def _write(self, indices: Sequence[int], batch: Any) -> None:
-        for k, array in zip(indices, batch.cpu().numpy()):
-            self.album.write(k, array)
+    def _write(self, k: int, fetched: Future[np.ndarray], place: int) -> None:
+        self.album.write(k, fetched.result()[place])
+
+    def _wait_for_the_oldest(self) -> None:
+        for done in self._waiting.popleft():
+            done.result()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
-        if kind is None:
-            for done in self._waiting:
-                done.result()
+        while kind is None and self._waiting:
+            self._wait_for_the_oldest()

@@ -178,7 +178,8 @@ class PixelPipeline(DiffusionPipeline):
 
     def _call(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """The network in the precision of its weights, its output in that of x_t."""
-        output: Tensor = self.unet(x_t.to(self.unet.dtype), t, labels, return_dict=False)[0]
+        dtype = next(self.unet.parameters()).dtype  # `unet.dtype` looks at all modules, which takes a millisecond
+        output: Tensor = self.unet(x_t.to(dtype), t, labels, return_dict=False)[0]
         return output.to(x_t.dtype)
 
     def _clipped(self, prediction: Tensor, x_t: Tensor, t: Tensor, clipping: Clipping | None, quantile: float) -> Tensor:

@@ -297,6 +297,7 @@ def test_features_are_computed_once_and_a_damaged_cache_is_made_anew(tmp_path, m
     assert scored(tmp_path, one, reference=other, measure={"feature_extractor": "digits"}) != first
 
 
+@pytest.mark.nightly
 def test_two_processes_measure_what_one_measures(tmp_path):
     one = folder_of(tmp_path / "one", 75, 0)
     flags = ["--reference", "digits", "--metrics", "fid,kid,prc,colour", "--batch_size", 16, "--num_threads", 1, "--cache_dir", ""]

@@ -566,14 +566,14 @@ def test_a_disk_that_is_full_is_said_and_ends_the_command(trained, tmp_path, mon
 
 
 def test_images_are_written_beside_the_drawing(tmp_path, monkeypatch):
-    monkeypatch.setattr(Album, "write", lambda self, k, array: time.sleep(0.05))
+    monkeypatch.setattr(Album, "write", lambda self, k, array: time.sleep(0.2))
     album = Album(tmp_path, "png", 8)
     with Writer(album) as writer:
         begun = time.perf_counter()
         writer.put(range(4), torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
         writer.put(range(4, 8), torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
-        assert time.perf_counter() - begun < 0.05  # writing takes 0.4 s
-    assert time.perf_counter() - begun > 0.2
+        assert time.perf_counter() - begun < 0.1
+    assert time.perf_counter() - begun > 0.2  # what an image takes to be written
 
 
 @pytest.mark.parametrize(
