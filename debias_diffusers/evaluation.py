@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
@@ -27,6 +27,7 @@ from .files import read_file, write_file
 from .imagesets import ImageSet, coloured, drawn, holds_images, of_folder, of_npz, of_source, read_npz_statistics
 from .machine import start_processes
 from .metrics import COLOUR, Sample
+from .plots import curves
 from .run import CHECKPOINTS, CONFIG, say
 from .sampling import make_job
 from .sources import Folder, Source, open_source
@@ -67,7 +68,7 @@ class Measure:
     def sample(self, images: ImageSet) -> Sample:
         """The features of a set, computed over all processes in one pass for all metrics, or read from the cache."""
         path = self.cache / f"{self._key(images)}.safetensors" if self.cache else None
-        if path and (kept := _read_cached(path)):
+        if path and (kept := self._kept(path)):
             return Sample.of(kept)
         mine = []
         share = -(-images.count // self.processes)
@@ -88,11 +89,20 @@ class Measure:
 
     def _key(self, images: ImageSet) -> str:
         """Of content and transform, extractor and weights."""
-        parts = [
-            images.key,
-            *((self.extractor.name, self.extractor.weights_sha256, *sorted(self.extractor.layers.values())) if self.extractor else ()),
-        ]
+        parts = [images.key]
+        if self.extractor:
+            parts += [self.extractor.name, self.extractor.weights_sha256, *sorted(self.extractor.layers.values())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def _kept(self, path: Path) -> dict[str, Tensor] | None:
+        """Features of the cache. The first process decides whether they are there: if one computed alone, it would wait for ever."""
+        kept = _read_cached(path)
+        there = [kept is not None]
+        if self.processes > 1:
+            broadcast_object_list(there)
+        if there[0] and kept is None and (kept := _read_cached(path)) is None:
+            raise InputError(f"{path} is not seen by all processes; give them a shared --cache_dir, or none")
+        return kept if there[0] else None
 
 
 def _read_cached(path: Path) -> dict[str, Tensor] | None:
@@ -112,19 +122,27 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         InputError: targets or reference cannot be read, or are too few for a metric.
     """
     accelerator = start_processes(config.measure.num_threads)
-    reference = config.reference or trained_on(config.targets[0])
+    if config.reference is None:
+        data = trained_on(config.targets[0])
+        measure = dataclasses.replace(config.measure, split=data.split, image_column=data.image_column)
+        config = dataclasses.replace(config, reference=data.dataset, measure=measure)
+    assert config.reference is not None
+    result = _scored(config, config.reference, accelerator)
+    if accelerator.is_main_process:
+        print(table(result))
+        if config.output:
+            write_file(Path(config.output).with_suffix(".json"), (json.dumps(result, indent=2) + "\n").encode())
+            _draw_curves(result["targets"], Path(config.output).with_suffix(".png"))
+    return result
+
+
+def _scored(config: ScoreConfig, reference: str, accelerator: Accelerator) -> dict[str, Any]:
     if Path(reference).suffix not in (".npz", ".safetensors"):
         open_source(_data(reference, config.measure))  # before an extractor is fetched for nothing
     measure = _measure(config.measure, reference, accelerator)
     compared = _References(reference, measure)
     rows = [_row(config, measure, compared, images, how) for images, how in _targets(config, compared, accelerator)]
-    result = _result(config, measure, compared, reference, rows)
-    if accelerator.is_main_process:
-        print(table(result))
-        if config.output:
-            write_file(Path(config.output).with_suffix(".json"), (json.dumps(result, indent=2) + "\n").encode())
-            _draw_curves(rows, Path(config.output).with_suffix(".png"))
-    return result
+    return _result(config, measure, compared, reference, rows)
 
 
 def _measure(config: MeasureConfig, reference: str, accelerator: Accelerator) -> Measure:
@@ -133,7 +151,9 @@ def _measure(config: MeasureConfig, reference: str, accelerator: Accelerator) ->
 
 
 def usual_extractor(reference: str) -> str:
-    """What images are compared by where nothing is said."""
+    """What images are compared by where nothing is said: what statistics were made with, else by the data."""
+    if Path(reference).suffix == ".safetensors" and (made_with := _about(Path(reference)).get("extractor")):
+        return made_with
     return DIGITS if reference == DIGITS else INCEPTION
 
 
@@ -150,10 +170,11 @@ class _References:
         """At a size of targets."""
         side = self.measure.config.resolution or side
         if side not in self._known:
-            self._known[side] = (
-                self._statistics(side) if self.statistics else self.measure.sample(open_reference(self.name, self.measure.config, side))
-            )
+            self._known[side] = self._statistics(side) if self.statistics else self._images(side)
         return self._known[side]
+
+    def _images(self, side: int | None) -> Sample:
+        return self.measure.sample(open_reference(self.name, self.measure.config, side))
 
     def count(self) -> int | None:
         """Of its images, as far as is known."""
@@ -165,9 +186,8 @@ class _References:
         if Path(self.name).suffix == ".npz":
             found = read_npz_statistics(Path(self.name))
             pairs = {"2048": ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
-            return Sample(
-                {}, {layer: {"mu": found[mu], "sigma": found[sigma]} for layer, (mu, sigma) in pairs.items() if mu in found}, None
-            )
+            kept = {layer: {"mu": found[mu], "sigma": found[sigma]} for layer, (mu, sigma) in pairs.items() if mu in found}
+            return Sample({}, kept, None)
         return read_statistics(Path(self.name), self.measure, side)
 
 
@@ -187,12 +207,13 @@ def _data(name: str, config: MeasureConfig) -> DataConfig:
     return DataConfig(dataset=name, split=config.split, image_column=config.image_column)
 
 
-def trained_on(target: str) -> str:
-    """The data set that a run was trained on."""
+def trained_on(target: str) -> DataConfig:
+    """The data that a run was trained on, without labels."""
     path = Path(target) / CONFIG
     if not (Path(target) / CHECKPOINTS).is_dir() or not path.is_file():
         raise InputError(f"reference is missing, and {target} is no run that knows its data; add --reference, such as digits or a folder")
-    return str(read_config(str(path))["dataset"])
+    values = read_config(str(path))
+    return DataConfig(dataset=values["dataset"], split=values["split"], image_column=values["image_column"])
 
 
 def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerator) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
@@ -298,20 +319,18 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     return f"{row[name]:.4g}" + (f" ({low_high[0]:.4g} to {low_high[1]:.4g})" if low_high else "")
 
 
-def _draw_curves(rows: list[Row], path: Path) -> None:
+def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """A picture of each figure over steps, or over checkpoints, where there are several."""
-    from .plots import curves
-
-    along = "checkpoint" if len({row.checkpoint for row in rows}) > 1 else "steps"
+    along = "checkpoint" if len({row.get("checkpoint") for row in rows}) > 1 else "steps"
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
-        if (place := getattr(row, along)) is None:
+        if (place := row.get(along)) is None:
             continue
-        parts = (row.target, row.scheduler, row.steps if along == "checkpoint" else row.checkpoint)
+        parts = (row["target"], row["scheduler"], row.get("steps" if along == "checkpoint" else "checkpoint"))
         label = " ".join(str(part) for part in parts if part is not None)
         for name in ORDER:
-            if name in row.figures and not name.endswith(("_std", "_subset")):
-                lines.setdefault(name, {}).setdefault(label, []).append((place, row.figures[name]))
+            if name in row and not name.endswith(("_std", "_subset")):
+                lines.setdefault(name, {}).setdefault(label, []).append((place, row[name]))
     if any(len(points) > 1 for labelled in lines.values() for points in labelled.values()):
         write_file(path, curves(lines, "training step" if along == "checkpoint" else "steps of the solver"))
 
@@ -375,16 +394,24 @@ def read_statistics(path: Path, measure: Measure, side: int | None) -> Sample:
     Raises:
         InputError: it cannot be read, or is of another extractor or size of images.
     """
-    data = read_file(path)
+    about = _about(path)
     try:
-        tensors = safetensors.torch.load(data)
-        with safetensors.safe_open(path, "pt") as file:
-            about = file.metadata() or {}
+        tensors = safetensors.torch.load(read_file(path))
         layers = {name.rsplit("/", 1)[0] for name in tensors}
         found = {layer: {name: tensors[f"{layer}/{name}"].double().numpy() for name in ("mu", "sigma")} for layer in layers}
-    except (SafetensorError, KeyError, OSError) as error:
+        images = int(about["images"])
+    except (SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"reference {path} is no file of eval.py stats: {reason(error)}") from error
     ours = _of_extractor(measure) | ({"resolution": str(side)} if side else {})
     if other := [f"{name} {about.get(name)}, not {value}" for name, value in ours.items() if about.get(name) != value]:
         raise InputError(f"reference {path} was made with {'; '.join(other)}; make it anew")
-    return Sample({}, found, int(about["images"]))
+    return Sample({}, found, images)
+
+
+def _about(path: Path) -> dict[str, str]:
+    """What a file of statistics says of itself."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"reference {path} cannot be read as a file of eval.py stats: {reason(error)}") from error

@@ -71,8 +71,9 @@ def of_source(
         return torch.from_numpy(images.to_array(images.fit(image.convert("RGB"), side)))
 
     digest = hashlib.sha256(f"{side}".encode())
-    for k in range(count):
-        digest.update(hashlib.sha256(source.read(k)[0]).digest())
+    with ThreadPoolExecutor(READERS) as pool:
+        for own in pool.map(lambda k: hashlib.sha256(source.read(k)[0]).digest(), range(count)):
+            digest.update(own)
     return ImageSet(name, count, side, digest.hexdigest(), _reader(read, count))
 
 

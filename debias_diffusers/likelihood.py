@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -122,11 +123,11 @@ class Bound:
 
 
 def _data(config: BitsConfig, pipeline: PixelPipeline) -> TrainingData:
-    name = config.reference or trained_on(config.model)
-    given = DataConfig(
-        dataset=name,
-        split=config.split,
-        image_column=config.image_column,
+    own = DataConfig(dataset=config.reference, split=config.split, image_column=config.image_column)
+    chosen = own if config.reference else trained_on(config.model)
+    name = chosen.dataset
+    given = dataclasses.replace(
+        chosen,
         label_column=config.label_column,
         class_conditional=pipeline.num_classes > 0,
         resolution=pipeline.unet.config.sample_size,

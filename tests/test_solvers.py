@@ -20,7 +20,7 @@ from debias_diffusers.schedulers import FLOW, SCHEDULERS, default_scheduler, exp
 MEAN, STD = 0.3, 0.2
 
 
-def sample_gaussian(objective, scheduler, count=20_000, values=None):
+def sample_gaussian(objective, scheduler, count=6_000, values=None):
     """Draws with the exact network of N(MEAN, STD^2): its best prediction of x_0 has a closed form."""
     schedule = make_schedule(objective)
     x_t = torch.randn(count, 1, generator=torch.Generator().manual_seed(0))
