@@ -13,8 +13,9 @@ demo: $(VENV)/.installed
 	@echo "Digits drawn while it was training:  runs/digits/samples/step-*.png"
 	@echo "Digits drawn by the trained model:   runs/digits/samples/unipc-20/preview/grid.png"
 
+# Two at a time with one thread each: most tests wait for small processes to start.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 nightly: $(VENV)/.installed
 	$(BIN)/python -m pytest -m nightly

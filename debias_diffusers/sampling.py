@@ -61,7 +61,8 @@ def sample(config: SampleConfig) -> Path:
     accelerator = start_processes(config.num_threads)
     job = make_job(config, accelerator.device)
     folder = Path(config.output_dir or Path(config.model) / SAMPLES / job.name)
-    require_place(folder)
+    if accelerator.is_main_process:
+        require_place(folder)
     try:
         _draw_into(Album(folder, config.format, config.num_images), job, accelerator)
     except RuntimeError as error:

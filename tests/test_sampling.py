@@ -387,6 +387,9 @@ def test_a_folder_is_completed_and_never_mixed(trained, tmp_path):
     sample(config_for(trained, folder))
     assert {p.name: p.read_bytes() for p in folder.glob("*.png")} == whole
     assert (folder / "000005.png").stat().st_mtime_ns == untouched  # its batch was whole
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".draft-.sampling.json").write_bytes(b"{")  # as a kill leaves it at the very beginning
+    assert len(list(sample(config_for(trained, tmp_path / "begun", num_images=2)).glob("0*.png"))) == 2
     (folder / "000002.png").unlink()
     (folder / ".draft-000002.png").write_bytes(b"half")  # as a kill leaves it
     sample(config_for(trained, folder))
