@@ -165,7 +165,7 @@ def _stats(argv: list[str]) -> None:
 
 def _bits(argv: list[str]) -> None:
     config = _parse(BitsConfig, argv, None, "eval.py bpd", BitsConfig.__doc__ or "")
-    raise_all(rules.range_problems(dataclasses.asdict(config)))
+    raise_all(rules.bits_problems(config))
     from . import likelihood
 
     likelihood.bits_per_dimension(config)

@@ -77,10 +77,10 @@ class Measure:
                 mine.append((number, self.features(batch)))
                 progress.update(len(batch))
         parts = [part for _, part in sorted(gather_object(mine) if self.processes > 1 else mine, key=lambda pair: pair[0])]
-        features = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+        sample = Sample.joined(parts)
         if path and self.process == 0:
-            write_file(path, safetensors.torch.save(features))
-        return Sample.of(features)
+            write_file(path, safetensors.torch.save(dict(sample.features)))
+        return sample
 
     def features(self, batch: Tensor) -> dict[str, Tensor]:
         """Of a batch (B, 3, H, W) uint8: (B, D) by layer."""
@@ -162,16 +162,16 @@ class _References:
 
     def __init__(self, name: str, measure: Measure) -> None:
         self.name, self.measure = name, measure
-        self._known: dict[int | None, Sample] = {}
+        self.known: dict[int | None, Sample] = {}
         path = Path(name)
         self.statistics = path.suffix == ".safetensors" or (path.suffix == ".npz" and not holds_images(path))
 
     def sample(self, side: int | None) -> Sample:
         """At a size of targets."""
         side = self.measure.config.resolution or side
-        if side not in self._known:
-            self._known[side] = self._statistics(side) if self.statistics else self._images(side)
-        return self._known[side]
+        if side not in self.known:
+            self.known[side] = self._statistics(side) if self.statistics else self._images(side)
+        return self.known[side]
 
     def _images(self, side: int | None) -> Sample:
         return self.measure.sample(open_reference(self.name, self.measure.config, side))
@@ -275,7 +275,7 @@ def _row(config: ScoreConfig, measure: Measure, compared: _References, images: I
 
 
 def _result(config: ScoreConfig, measure: Measure, compared: _References, reference: str, rows: list[Row]) -> dict[str, Any]:
-    known = next(iter(compared._known.items()))
+    known = next(iter(compared.known.items()))
     apart = metrics.halves(known[1], config.seed)
     return {
         "reference": {"name": reference, "images": known[1].count, "resolution": known[0]},
@@ -348,7 +348,6 @@ class Monitor:
             InputError: there is no such extractor, or too few images for the metrics.
         """
         assert config.run.eval_every and config.data.dataset and config.data.resolution
-        self.run, self.seed = config.run, 0
         measure = MeasureConfig(metrics=config.run.eval_metrics, feature_extractor_weights=config.run.feature_extractor_weights)
         self.measure = Measure(measure, config.run.feature_extractor or usual_extractor(config.data.dataset), device)
         self.reference = self.measure.sample(of_source(source, config.data.dataset, config.data.resolution))
@@ -358,9 +357,8 @@ class Monitor:
 
     def figures(self, drawn: Iterator[Tensor]) -> dict[str, float]:
         """Of batches (B, C, H, W) uint8."""
-        parts = [self.measure.features(coloured(batch)) for batch in drawn]
-        sample = Sample.of({layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]})
-        return metrics.figures(sample, self.reference, self.measure.layers, self.seed)
+        sample = Sample.joined([self.measure.features(coloured(batch)) for batch in drawn])
+        return metrics.figures(sample, self.reference, self.measure.layers)
 
 
 # ---- statistics of a reference ---------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ INCEPTION = "inception-v3-compat"
 SPATIAL = "spatial"  # the layer of sFID
 DIGITS_SIDE = 8
 
-METRICS_OF_LAYERS = {"fid": "fid", "sfid": None, "is": "isc", "kid": "kid", "prc": "prc"}  # ours: torch-fidelity's
+NAMES_THERE = {"is": "isc"}  # of metrics that torch-fidelity calls otherwise
 
 
 class DigitsClassifier(nn.Module):
@@ -151,7 +151,7 @@ class Extractor:
         kind = SPATIAL_INCEPTION if "sfid" in metrics else name
         default = FEATURE_EXTRACTORS_REGISTRY[kind].get_default_feature_layer_for_metric
         self.name = name
-        self.layers = {metric: SPATIAL if metric == "sfid" else default(METRICS_OF_LAYERS[metric]) for metric in metrics}
+        self.layers = {metric: SPATIAL if metric == "sfid" else default(NAMES_THERE.get(metric, metric)) for metric in metrics}
         self.network = _load(kind, sorted(set(self.layers.values())), weights)
         self.weights_sha256 = _fingerprint(self.network)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def drawn(job: Job, count: int, name: str) -> ImageSet:
     size = job.pipeline.unet.config.sample_size
 
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
-        for number, indices in _numbered(count, batch_size, part, parts):
+        for number, indices in numbered(count, batch_size, part, parts):
             yield number, coloured(job.draw(indices))
 
     key = f"drawn {sorted(job.settings.items())!r} {count} {job.config.batch_size}"
@@ -83,9 +84,10 @@ def of_folder(source: Folder, name: str, count: int | None = None) -> ImageSet:
     Raises:
         InputError: one cannot be read, or has another size; names it.
     """
-    first = images.decode(*source.read(0)[::2])
+    data, _, where = source.read(0)
+    first = images.decode(data, where)
     if first.width != first.height:
-        raise InputError(f"image {source.read(0)[2]} has {first.width}x{first.height} pixels; the images to be scored must be squares")
+        raise InputError(f"image {where} has {first.width}x{first.height} pixels; the images to be scored must be squares")
 
     def require_same_size(image: Image, where: str) -> None:
         if image.size != first.size:
@@ -101,12 +103,13 @@ def of_npz(path: Path, count: int | None = None) -> ImageSet:
     Raises:
         InputError: there is no such array, or it is damaged.
     """
-    shape = _npz_shape(path)
+    with _npz_array(path) as (shape, _):
+        pass
     count = min(count or shape[0], shape[0])
 
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
-        with _npz_array(path) as member:
-            for number, indices in _numbered(count, batch_size, 0, 1):
+        with _npz_array(path) as (_, member):
+            for number, indices in numbered(count, batch_size, 0, 1):
                 data = _exactly(member, len(indices) * math.prod(shape[1:]), path)
                 if number % parts == part:
                     array = np.frombuffer(data, np.uint8).reshape(len(indices), *shape[1:])
@@ -140,51 +143,27 @@ def read_npz_statistics(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def _npz_shape(path: Path) -> tuple[int, ...]:
-    with _npz_array(path) as member:
-        return member.shape  # type: ignore[no-any-return]
-
-
-class _npz_array:
-    """The bytes of `arr_0` after its header, and its shape."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
+@contextlib.contextmanager
+def _npz_array(path: Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
+    """The shape of `arr_0`, and a file that stands behind its header."""
+    with contextlib.ExitStack() as opened:
         try:
-            self._archive = zipfile.ZipFile(self.path)
-            self._member = self._archive.open("arr_0.npy")
-            version = np.lib.format.read_magic(self._member)
+            archive = opened.enter_context(zipfile.ZipFile(path))
+            member = opened.enter_context(archive.open("arr_0.npy"))
+            version = np.lib.format.read_magic(member)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(self._member)
+            shape, fortran, dtype = read(member)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-            raise InputError(f"{self.path} cannot be read: {reason(error)}") from error
-        if (
-            dtype != np.uint8
-            or fortran
-            or len(shape) != 4
-            or shape[3] not in (1, 3)
-            or shape[1] != shape[2]
-            or not 0 < np.prod(shape) < MOST_BYTES
-        ):
-            raise InputError(f"{self.path} has arr_0 of {dtype} {shape}, but must have squares (N, H, W, 3) or (N, H, W, 1) of uint8")
-        self.shape = shape
-        self._read = self._member.read
-        return self
-
-    def read(self, size: int) -> bytes:
-        """The next bytes."""
-        return self._read(size)
-
-    def __exit__(self, *_: object) -> None:
-        self._member.close()
-        self._archive.close()
+            raise InputError(f"{path} cannot be read: {reason(error)}") from error
+        squares = len(shape) == 4 and shape[3] in (1, 3) and shape[1] == shape[2] and 0 < math.prod(shape) < MOST_BYTES
+        if dtype != np.uint8 or fortran or not squares:
+            raise InputError(f"{path} has arr_0 of {dtype} {shape}, but must have squares (N, H, W, 3) or (N, H, W, 1) of uint8")
+        yield shape, member
 
 
-def _exactly(member: Any, size: int, path: Path) -> bytes:
+def _exactly(member: IO[bytes], size: int, path: Path) -> bytes:
     try:
-        data: bytes = member.read(size)
+        data = member.read(size)
     except (OSError, EOFError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise InputError(f"{path} is damaged: {reason(error)}") from error
     if len(data) < size:
@@ -198,7 +177,7 @@ def _reader(read: Callable[[int], Tensor], count: int) -> Callable[[int, int, in
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
         with ThreadPoolExecutor(READERS) as pool:
             waiting: deque[tuple[int, list[Any]]] = deque()
-            for number, indices in _numbered(count, batch_size, part, parts):
+            for number, indices in numbered(count, batch_size, part, parts):
                 waiting.append((number, [pool.submit(read, k) for k in indices]))
                 if len(waiting) > 2:
                     yield _stacked(*waiting.popleft())
@@ -212,7 +191,7 @@ def _stacked(number: int, futures: list[Any]) -> tuple[int, Tensor]:
     return number, torch.stack([future.result() for future in futures])
 
 
-def _numbered(count: int, batch_size: int, part: int, parts: int) -> Iterator[tuple[int, range]]:
+def numbered(count: int, batch_size: int, part: int, parts: int) -> Iterator[tuple[int, range]]:
     """(number, indices) of every `parts`-th batch."""
     for number, first in enumerate(range(0, count, batch_size)):
         if number % parts == part:

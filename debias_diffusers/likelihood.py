@@ -19,6 +19,7 @@ from .data import TrainingData
 from .errors import InputError
 from .evaluation import trained_on
 from .files import write_file
+from .imagesets import numbered
 from .machine import start_processes
 from .pipeline import PixelPipeline, load_pipeline
 from .run import say
@@ -47,14 +48,13 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     bound = Bound(pipeline, config.clipping)
     data = _data(config, pipeline)
     count = min(config.num_images, len(data.source))
-    firsts = list(range(0, count, config.batch_size))[accelerator.process_index :: accelerator.num_processes]
+    dealt = list(numbered(count, config.batch_size, accelerator.process_index, accelerator.num_processes))
     mine = []
-    for first in tqdm(firsts, unit="batch", disable=not accelerator.is_main_process):
-        indices = range(first, min(first + config.batch_size, count))
+    for number, indices in tqdm(dealt, unit="batch", disable=not accelerator.is_main_process):
         images, labels = zip(*(data.decoded(k) for k in indices))
         x_0 = torch.stack(images).float() / 127.5 - 1
         given = torch.tensor(labels) if data.num_classes else None
-        mine.append((first, bound.terms(x_0, given, config.seed, indices), bound.prior(x_0)))
+        mine.append((number, bound.terms(x_0, given, config.seed, indices), bound.prior(x_0)))
     parts = sorted(gather_object(mine) if accelerator.num_processes > 1 else mine, key=lambda part: part[0])
     result = _result(torch.cat([terms for _, terms, _ in parts]), torch.cat([prior for *_, prior in parts]))
     result |= {"images": count, "clipping": config.clipping, "variance_type": pipeline.scheduler.config.variance_type}

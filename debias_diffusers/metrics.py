@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class Sample:
     """What is known of a set of images: features, or only their statistics, by layer."""
 
     features: Mapping[str, Tensor]  # (N, D) float32; empty where there are statistics only
-    statistics: Mapping[str, Statistics]
+    statistics: dict[str, Statistics]  # those given, and those worked out: a reference is compared with more than once
     count: int | None  # of images; None where nobody wrote it down
 
     @staticmethod
@@ -38,15 +39,19 @@ class Sample:
         """A set of images that is there."""
         return Sample(features, {}, len(next(iter(features.values()))))
 
+    @staticmethod
+    def joined(parts: Sequence[Mapping[str, Tensor]]) -> Sample:
+        """A set of images whose features come in batches."""
+        return Sample.of({layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]})
+
     def moments(self, layer: str) -> Statistics:
         """Mean and covariance of a layer, in float64.
 
         Raises:
             InputError: a reference of statistics has no such layer.
         """
-        if layer in self.features:
-            statistics: Statistics = fid_features_to_statistics(self.features[layer].double())
-            return statistics
+        if layer in self.features and layer not in self.statistics:
+            self.statistics[layer] = fid_features_to_statistics(self.features[layer].double())
         if layer not in self.statistics:
             raise InputError(
                 f"the reference has statistics of {', '.join(self.statistics)}, but not of {layer}; take images, or other metrics"
@@ -81,12 +86,8 @@ def figures(target: Sample, reference: Sample, layers: Mapping[str, str], seed: 
     return found
 
 
-def _fid(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
-    return {"fid": frechet(target.moments(layer), reference.moments(layer))}
-
-
-def _sfid(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
-    return {"sfid": frechet(target.moments(layer), reference.moments(layer))}
+def _distance(name: str, target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
+    return {name: frechet(target.moments(layer), reference.moments(layer))}
 
 
 def _inception_score(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
@@ -119,7 +120,14 @@ def _colour(target: Sample, reference: Sample, layer: str, seed: int) -> dict[st
     return {"brightness_bias": float((one["mu"] - other["mu"]).mean()), "colour_distance": max(frechet(one, other), 0.0) ** 0.5}
 
 
-_FIGURES: dict[str, Any] = {"fid": _fid, "sfid": _sfid, "is": _inception_score, "kid": _kid, "prc": _precision_recall, "colour": _colour}
+_FIGURES: dict[str, Any] = {
+    "fid": partial(_distance, "fid"),
+    "sfid": partial(_distance, "sfid"),
+    "is": _inception_score,
+    "kid": _kid,
+    "prc": _precision_recall,
+    "colour": _colour,
+}
 
 
 def halves(sample: Sample, seed: int = 0) -> tuple[Sample, Sample] | None:

@@ -17,6 +17,7 @@ from .config import (
     CHANNEL_MULT,
     MODEL_NUMBERS,
     WEIGHTING_PARAMETERS,
+    BitsConfig,
     DataConfig,
     MeasureConfig,
     ModelConfig,
@@ -384,8 +385,7 @@ def sample_problems(config: SampleConfig) -> list[str]:
             found.append(f"guidance_interval is {low} {high}, but must be a least and a greatest timestep, such as 200 800")
     if config.class_labels == ():
         found.append("class_labels has no value; give one or more labels, balanced or drawn")
-    if config.weights not in ("ema", "raw") and not _is_rate(config.weights):
-        found.append(f"weights is {config.weights!r}, but must be ema, raw, or an EMA rate such as 0.999")
+    found += _choice_problems(config.weights)
     return found
 
 
@@ -402,8 +402,7 @@ def score_problems(config: ScoreConfig) -> list[str]:
         found.append(f"steps is {config.steps}, but must be whole numbers above 0 apart by commas, such as 10,20,50")
     if config.checkpoints not in ("", "all") and not all(part.isdecimal() for part in config.checkpoints.split(",")):
         found.append(f"checkpoints is {config.checkpoints}, but must be all, or steps apart by commas, such as 1000,2000")
-    if config.weights not in ("ema", "raw") and not _is_rate(config.weights):
-        found.append(f"weights is {config.weights!r}, but must be ema, raw, or an EMA rate such as 0.999")
+    found += _choice_problems(config.weights)
     return found
 
 
@@ -445,6 +444,17 @@ def _timestep_problems(config: SampleConfig) -> list[str]:
     if config.sections and min(config.sections) < 1:
         found.append(f"sections is {list(config.sections)}, but each must be at least 1, such as 10 20 40")
     return found
+
+
+def bits_problems(config: BitsConfig) -> list[str]:
+    """Everything that is wrong with a command that bounds bits per dimension, before the model is looked at."""
+    return range_problems(dataclasses.asdict(config)) + _choice_problems(config.weights)
+
+
+def _choice_problems(weights: str) -> list[str]:
+    if weights in ("ema", "raw") or _is_rate(weights):
+        return []
+    return [f"weights is {weights!r}, but must be ema, raw, or an EMA rate such as 0.999"]
 
 
 def _is_rate(text: str) -> bool:

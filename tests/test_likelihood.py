@@ -110,6 +110,11 @@ def test_models_without_random_steps_have_no_bound():
             Bound(SimpleNamespace(scheduler=own), clipping=True)
 
 
+def test_weights_that_nobody_has_are_refused(tmp_path):
+    code, _, err = run("eval.py", "bpd", tmp_path, "--weights", "best")
+    assert code == 2 and "weights is 'best'" in err and "Traceback" not in err
+
+
 def test_the_command_bounds_a_run(trained_by_class, tmp_path):
     flags = ["--num_images", 3, "--num_threads", 1, "--output", tmp_path / "out.json"]
     code, _, err = run("eval.py", "bpd", trained_by_class, *flags)
