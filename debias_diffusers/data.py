@@ -22,6 +22,7 @@ from .errors import DebiasError, InputError
 from .sources import Source
 
 KEEP_BYTES = 2**26  # a data set whose decoded pixels take no more is decoded once
+LOST_WORKER = "a process that reads images was killed, perhaps for lack of memory; take fewer --num_workers; the same command continues"
 
 
 class TrainingData(Dataset):
@@ -135,6 +136,7 @@ def batches(data: TrainingData, positions: PositionBatches, pin_memory: bool) ->
 
     Raises:
         InputError: an image cannot be read; the message names it.
+        DebiasError: a worker is gone.
     """
     loader = DataLoader(
         data,
@@ -144,10 +146,13 @@ def batches(data: TrainingData, positions: PositionBatches, pin_memory: bool) ->
         pin_memory=pin_memory,
         worker_init_fn=_prepare_worker,
     )
-    for batch in loader:
-        if isinstance(batch, DebiasError):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, DebiasError):
+                raise batch
+            yield batch
+    except (ConnectionError, EOFError) as error:  # it was killed while it handed a batch over
+        raise DebiasError(LOST_WORKER) from error
 
 
 def _prepare_worker(_: int) -> None:

@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from . import __version__
 from .config import TrainConfig
+from .data import LOST_WORKER
 from .errors import DebiasError, InputError
 from .run import say
 
@@ -87,9 +88,7 @@ def explained(error: RuntimeError, flag: str, size: int) -> DebiasError | None:
     if "CppCompiler" in said or "C++ compiler" in said:
         return InputError("compile needs a C++ compiler, and there is none that works; install one, or leave --compile out")
     if "DataLoader worker" in said:
-        return DebiasError(
-            "a process that reads images was killed, perhaps for lack of memory; take fewer --num_workers; the same command continues"
-        )
+        return DebiasError(LOST_WORKER)
     # Of gloo or NCCL: the process at the other end of an exchange is gone.
     if any(words in said for words in ("closed by peer", "Connection reset", "remote process exited")):
         return DebiasError("another process of this command has ended; the reason is what it said last")

@@ -11,7 +11,7 @@ from PIL import Image
 from debias_diffusers import chance
 from debias_diffusers.config import DataConfig
 from debias_diffusers.data import PositionBatches, TrainingData, batches
-from debias_diffusers.errors import InputError
+from debias_diffusers.errors import DebiasError, InputError
 from debias_diffusers.sources import open_source
 
 DIGITS = DataConfig(dataset="digits", resolution=8, num_workers=0)
@@ -247,3 +247,15 @@ def test_pixels_arrive_unchanged_at_their_own_resolution(tmp_path):
     Image.fromarray(array).save(tmp_path / "a.png")
     config = DataConfig(dataset=str(tmp_path), resolution=8)
     assert (TrainingData(open_source(config), config, seed=0)[0]["image"].numpy() == array.transpose(2, 0, 1)).all()
+
+
+@pytest.mark.parametrize("met", (ConnectionResetError(104, "Connection reset by peer"), EOFError()))
+def test_a_worker_lost_while_it_hands_a_batch_over_is_said_in_words(monkeypatch, met):
+    # The loader asks whether its workers live before it lets this out; one that is about to die can still answer yes.
+    def lost(self):
+        raise met
+
+    monkeypatch.setattr("torch.utils.data.dataloader._SingleProcessDataLoaderIter.__next__", lost)
+    data = TrainingData(open_source(DIGITS), DIGITS, seed=0)
+    with pytest.raises(DebiasError, match="a process that reads images was killed"):
+        next(batches(data, PositionBatches(8, 8, 0, 1, range(100)), pin_memory=False))
