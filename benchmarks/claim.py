@@ -21,12 +21,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from debias_diffusers.config import MeasureConfig, ScoreConfig
-from debias_diffusers.evaluation import score
-
 ROOT = Path(__file__).parent.parent
 WEIGHTINGS = ("constant", "p2", "min_snr", "debiased")
 SOLVER_STEPS = (5, 10, 20, 50)
+EVALUATIONS = "ddim.json"  # in the folder of a run: the figures of its end over network evaluations
 STUDENT = {2: 12.71, 5: 2.776}  # 97.5% quantile of Student's t by the number of seeds
 
 
@@ -39,12 +37,20 @@ class Plan:
     every: int
 
 
-FULL = Plan({64: range(5), 16: range(2), 1: range(2)}, steps=1500, every=250)
+FULL = Plan({64: range(5), 16: range(2), 1: range(2)}, steps=1500, every=375)
 QUICK = Plan({64: range(1)}, steps=1000, every=250)
 
 
+def run(*words: object) -> None:
+    """One of our commands on one thread, so that several at a time take turns on nothing."""
+    command = [sys.executable, *map(str, words), "--num_threads", "1"]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}: {done.stderr.strip().splitlines()[-1]}")
+
+
 def train(folder: Path, shift: int, weighting: str, seed: int, plan: Plan) -> None:
-    """One run with the packaged preset; one thread, so that two take turns on nothing."""
+    """One run with the packaged preset, and the figures of its end over network evaluations."""
     flags = {
         "output_dir": folder,
         "weighting": weighting,
@@ -55,11 +61,12 @@ def train(folder: Path, shift: int, weighting: str, seed: int, plan: Plan) -> No
         "eval_images": 1000,
         "checkpoint_every": plan.steps,
         "sample_every": 0,
-        "num_threads": 1,
-        "num_workers": 0,
     }
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    subprocess.run([sys.executable, ROOT / "train.py", *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run(ROOT / "train.py", *(word for name, value in flags.items() for word in (f"--{name}", value)))
+    kept = folder / EVALUATIONS
+    if not kept.exists():
+        by_steps = ("--metrics", "fid,colour", "--num_images", 1000, "--schedulers", "ddim", "--steps", ",".join(map(str, SOLVER_STEPS)))
+        run(ROOT / "eval.py", "score", folder, *by_steps, "--output", kept)
 
 
 def measured(folder: Path) -> dict[int, tuple[float, float]]:
@@ -70,12 +77,7 @@ def measured(folder: Path) -> dict[int, tuple[float, float]]:
 
 def over_evaluations(folder: Path) -> dict[int, tuple[float, float]]:
     """(distance, brightness bias) of the finished run by steps of DDIM."""
-    kept = folder / "ddim.json"
-    if not kept.exists():
-        measure = MeasureConfig(metrics="fid,colour")
-        steps = ",".join(map(str, SOLVER_STEPS))
-        score(ScoreConfig(targets=(str(folder),), num_images=1000, schedulers="ddim", steps=steps, measure=measure, output=str(kept)))
-    rows = json.loads(kept.read_text())["targets"]
+    rows = json.loads((folder / EVALUATIONS).read_text())["targets"]
     return {row["steps"]: (row["fid"], row["brightness_bias"]) for row in rows}
 
 
