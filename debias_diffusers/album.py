@@ -28,7 +28,7 @@ PACKED = "samples.npz"
 PARTS = "parts"  # images on their way into PACKED
 GRID_IMAGES = 100
 PNG_END = b"IEND\xaeB`\x82"
-WRITERS = 8  # threads, which mostly wait for the disk
+WRITERS = min(8, os.cpu_count() or 1)  # threads; more of them would only take turns on the interpreter with the drawing
 BATCHES_WAITING = 2  # to be written, before drawing waits for them
 
 ENCODERS: dict[ImageFormat, tuple[str, Callable[[Image.Image], bytes]]] = {
@@ -101,8 +101,8 @@ class Album:
             raise InputError(f"output_dir {self.folder} holds images of other settings ({'; '.join(changed)}); name another --output_dir")
 
     def write(self, k: int, array: np.ndarray) -> None:
-        """Image k, (C, H, W) uint8; whole or absent."""
-        write_file(self.files / self.name(k), self._encoded(images.from_array(array)))
+        """Image k, (C, H, W) uint8; whole or absent after a kill. After a power cut `begin` finds those that are not."""
+        write_file(self.files / self.name(k), self._encoded(images.from_array(array)), wait=False)
 
     def read(self, k: int) -> Image.Image:
         """Image k as it was written.
@@ -203,3 +203,4 @@ class Writer:
         self._pool.shutdown(cancel_futures=kind is not None)
         while kind is None and self._waiting:
             self._wait_for_the_oldest()
+        os.sync()  # once for all images: to wait for each takes longer than to encode it

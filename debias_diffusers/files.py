@@ -38,8 +38,10 @@ def _free(path: Path) -> str:
 
 
 @contextmanager
-def drafted(path: Path) -> Iterator[IO[bytes]]:
+def drafted(path: Path, wait: bool = True) -> Iterator[IO[bytes]]:
     """A file to write to that is renamed into place at the end; a power cut leaves the old file, the new one, or none.
+
+    Without `wait` that holds for a kill, but a power cut can leave an empty file, until `os.sync` was called.
 
     Raises:
         CannotWriteError: the draft is removed, what stood at `path` stays.
@@ -52,21 +54,23 @@ def drafted(path: Path) -> Iterator[IO[bytes]]:
             with open(draft, "wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if wait:
+                    os.fsync(file.fileno())
             os.replace(draft, path)
         except BaseException:
             remove(draft)
             raise
-        sync_folder(path.parent)
+        if wait:
+            sync_folder(path.parent)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file aside and renames it into place.
+def write_file(path: Path, data: bytes, wait: bool = True) -> None:
+    """Writes a file aside and renames it into place; `wait` as of `drafted`.
 
     Raises:
         CannotWriteError: what stood at `path` stays.
     """
-    with drafted(path) as file:
+    with drafted(path, wait) as file:
         file.write(data)
 
 

@@ -151,7 +151,7 @@ class PixelPipeline(DiffusionPipeline):
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, self.unet.config.in_channels, height, width)
-        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        dtype = torch.promote_types(self._dtype, torch.float32)
         noise: Tensor = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # those of flow matching have none, and scale nothing
 
@@ -178,9 +178,13 @@ class PixelPipeline(DiffusionPipeline):
 
     def _call(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """The network in the precision of its weights, its output in that of x_t."""
-        dtype = next(self.unet.parameters()).dtype  # `unet.dtype` looks at all modules, which takes a millisecond
-        output: Tensor = self.unet(x_t.to(dtype), t, labels, return_dict=False)[0]
+        output: Tensor = self.unet(x_t.to(self._dtype), t, labels, return_dict=False)[0]
         return output.to(x_t.dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        weights: Tensor = next(self.unet.parameters())  # `unet.dtype` looks at all modules, which takes a millisecond
+        return weights.dtype
 
     def _clipped(self, prediction: Tensor, x_t: Tensor, t: Tensor, clipping: Clipping | None, quantile: float) -> Tensor:
         """The prediction that implies the x_0 of this one, brought to [-1, 1]. Values of a learned variance stay."""

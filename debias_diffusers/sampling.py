@@ -186,6 +186,8 @@ def _make_ready(pipeline: PixelPipeline, config: SampleConfig, device: Any) -> N
     pipeline.to(device)
     if config.dtype != "float32":  # not by .to(), which diffusers warns of
         pipeline.unet.bfloat16() if config.dtype == "bfloat16" else pipeline.unet.half()
+    if pipeline.unet.device.type == "cuda":  # the layout of its tensor cores; on a CPU no gain was measured
+        pipeline.unet.to(memory_format=torch.channels_last)
     if config.compile:
         pipeline.unet.compile()
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -142,7 +143,11 @@ def _corrected(x_s: Tensor, noise: Tensor, acp_s: Tensor, noise_before: Tensor, 
 
 
 class UniPC(UniPCMultistepScheduler):
-    """UniPC (arXiv 2302.04867) that takes a list of timesteps, too."""
+    """UniPC (arXiv 2302.04867) that takes a list of timesteps, too, and works out what each x_0 weighs without tensors.
+
+    The base class solves its small systems with some sixty operations of tensors with a few numbers in each step, which takes
+    longer than a small network on a fast device.
+    """
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None) -> None:
         """Spaced timesteps, or these (descending)."""
@@ -151,6 +156,58 @@ class UniPC(UniPCMultistepScheduler):
             acp = self.alphas_cumprod[list(timesteps)]
             self.timesteps = torch.tensor(timesteps, device=device)
             self.sigmas: Tensor = torch.cat([((1 - acp) / acp).sqrt(), self.sigmas[-1:]])
+
+    def multistep_uni_p_bh_update(self, model_output: Tensor, *args: Any, sample: Tensor, order: int) -> Tensor:
+        """The predictor, UniP: x_t (B, C, H, W) at the next level, from x_0 as predicted at this and at `order` - 1 levels before."""
+        if not self._is_weighed:
+            predicted: Tensor = super().multistep_uni_p_bh_update(model_output, sample=sample, order=order)
+            return predicted
+        on_x, on_x_0, _ = self._weights(self.step_index + 1, order, correct=False)
+        return self._combined(on_x * sample, on_x_0)
+
+    def multistep_uni_c_bh_update(
+        self, this_model_output: Tensor, *args: Any, last_sample: Tensor, this_sample: Tensor, order: int
+    ) -> Tensor:
+        """The corrector, UniC: x_t (B, C, H, W) at this level once more, now that x_0 was predicted from it."""
+        if not self._is_weighed:
+            corrected: Tensor = super().multistep_uni_c_bh_update(
+                this_model_output, last_sample=last_sample, this_sample=this_sample, order=order
+            )
+            return corrected
+        on_x, on_x_0, on_this = self._weights(self.step_index, order, correct=True)
+        return self._combined(on_x * last_sample + on_this * this_model_output, on_x_0)
+
+    @property
+    def _is_weighed(self) -> bool:
+        """Not in the forms of the base class that no solver here takes."""
+        return self.predict_x0 and self.config.solver_type == "bh1" and not self.solver_p
+
+    def _combined(self, x_t: Tensor, on_x_0: Sequence[float]) -> Tensor:
+        for weight, x_0 in zip(on_x_0, reversed(self.model_outputs)):
+            x_t = x_t.add(x_0, alpha=weight)
+        return x_t
+
+    def _weights(self, place: int, order: int, correct: bool) -> tuple[float, list[float], float]:
+        """What weighs how much in a step to the level at `place`: x, the predictions of x_0 (newest first), and the one there.
+
+        Algorithms 1 and 2 with B(h) = h for the prediction of x_0, the names as in appendix A; lambda = log(a / s).
+        """
+        sigma = self.sigmas[place - order : place + 1].double().numpy()[::-1]  # s / a at the level to reach, at the one before, ...
+        a, lambdas = 1 / np.sqrt(1 + sigma**2), -np.log(sigma)
+        h = lambdas[1] - lambdas[0]
+        r = np.append((lambdas[2:] - lambdas[1]) / -h, 1.0)
+        phi, factorial, g = np.expm1(h) / h - 1, 1, []
+        for k in range(1, order + 1):
+            g.append(phi * factorial / h)
+            factorial *= k + 1
+            phi = phi / h - 1 / factorial
+        known = order if correct else order - 1
+        # The lowest orders are the paper's code's, which takes the limit for small h.
+        rho = np.full(1, 0.5) if known == 1 else np.linalg.solve(np.vander(r[:known], known, increasing=True).T, g[:known])
+        on_differences = -a[0] * h * rho / r[:known]
+        others = on_differences[: order - 1].tolist()
+        on_newest = -a[0] * np.expm1(h) - on_differences.sum()
+        return float(a[0] * sigma[0] / (a[1] * sigma[1])), [float(on_newest), *others], float(on_differences[-1]) if correct else 0.0
 
 
 # name: the class, and what it needs beside the model's own scheduler configuration

@@ -557,12 +557,12 @@ def test_two_commands_do_not_draw_into_one_folder(trained, tmp_path):
 
 
 def test_a_disk_that_is_full_is_said_and_ends_the_command(trained, tmp_path, monkeypatch):
-    def full(descriptor):
+    def full(draft, path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(CannotWriteError, match="No space left on device"):
         sample(config_for(trained, tmp_path / "out", num_images=8))
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "replace", full)
         sample(config_for(trained, tmp_path / "out", num_images=40))
     assert len(list((tmp_path / "out").glob("0*.png"))) == 8 and not list((tmp_path / "out").glob(".draft*"))
     sample(config_for(trained, tmp_path / "out", num_images=40))
