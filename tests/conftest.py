@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,25 @@ def tensors(run_dir, step):
     return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
 
 
+def same(one, other, step, more=()):
+    """Every tensor of network, averages and optimizer bit-equal, and the metrics equal."""
+    assert metrics(one) == metrics(other)
+    left, right = tensors(one, step), tensors(other, step)
+    assert set(left) == {"model.safetensors", "ema_0.9.safetensors", "ema_0.99.safetensors", "optimizer.safetensors", *more}
+    assert left == right
+
+
+def newest_step(folder):
+    return max((int(p.name[5:]) for p in (Path(folder) / "checkpoints").glob("step-*")), default=0)
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.002)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """An uninterrupted tiny run of 24 steps."""
@@ -121,3 +142,47 @@ def trained_by_class(tmp_path_factory):
     code, _, err = run(*train_args(folder, "--class_conditional", "--max_steps", 6))
     assert code == 0, err
     return folder
+
+
+# ---- the table of docs/reliability.md ---------------------------------------------------------------------------------
+# A test of tests/promises has the mark `row(number, promise)` and counts its trials, if they are more than one, with the
+# fixture `trials`. `pytest tests/promises -m "" --table FILE` writes what was tried and what failed.
+
+
+@pytest.fixture
+def trials(record_property):
+    """To be called once for each trial."""
+    count = 0
+
+    def one_more():
+        nonlocal count
+        count += 1
+
+    yield one_more
+    record_property("trials", count)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--table", help="write the table of promises, trials and failures to this file")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    report.rows = [mark.args for mark in item.iter_markers("row")]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--table"):
+        return
+    promises, tried, failed = {}, defaultdict(int), defaultdict(int)
+    for outcome in ("passed", "failed", ""):
+        for report in terminalreporter.stats.get(outcome, []):
+            for number, promise in getattr(report, "rows", ()):
+                promises.setdefault(number, promise)
+                if report.when == "teardown":
+                    tried[number] += dict(report.user_properties).get("trials", 1)
+                failed[number] += report.outcome == "failed"
+    lines = ["| row | promise | trials | failures |", "|---|---|---|---|"]
+    lines += [f"| {number} | {promises[number]} | {tried[number]} | {failed[number]} |" for number in sorted(promises)]
+    Path(config.getoption("--table")).write_text("\n".join(lines) + "\n")

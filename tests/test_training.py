@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Forked, command, launch, launched, metrics, run, tensors, train_args
+from conftest import TINY, Forked, command, launch, launched, metrics, newest_step, run, same, tensors, train_args, wait_for
 from diffusers import (
     CMStochasticIterativeScheduler,
     DDPMPipeline,
@@ -40,26 +40,6 @@ from debias_diffusers.sources import open_source
 from debias_diffusers.timesteps import make_timestep_sampler
 from debias_diffusers.training import learning_rate
 from debias_diffusers.weighting import effective_sample_size
-
-
-def same(one, other, step, more=()):
-    """Every tensor of network, averages and optimizer bit-equal, and the metrics equal."""
-    assert metrics(one) == metrics(other)
-    left, right = tensors(one, step), tensors(other, step)
-    assert set(left) == {"model.safetensors", "ema_0.9.safetensors", "ema_0.99.safetensors", "optimizer.safetensors", *more}
-    assert left == right
-
-
-def newest_step(folder):
-    return max((int(p.name[5:]) for p in (folder / "checkpoints").glob("step-*")), default=0)
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.002)
-
 
 LONG = ["--max_steps", 400]
 
