@@ -75,6 +75,7 @@ class DataConfig:
     class_conditional: bool = False  # train with class labels
     label_dropout: float = 0.1  # share of labels replaced by "none", which guidance needs
     random_flip: bool = False  # mirror half of the images
+    skip_bad: bool = False  # leave out images that cannot be read, up to 1% of them, instead of stopping at the start
     num_workers: int = 2  # processes that read images, per training process; 0 reads in the loop
 
 

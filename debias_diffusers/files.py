@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,9 +135,11 @@ def read_file(path: Path) -> bytes:
     """A file's bytes.
 
     Raises:
-        InputError: it cannot be read; names it.
+        InputError: it cannot be read, or is a pipe or a device, where reading might never end; names it.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path} cannot be read: it is no file")
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from .errors import InputError
 
+MOST_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 200 MB as colours
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 # What Pillow raises for damaged or hostile files; DecompressionBombError is no OSError.
@@ -27,14 +28,16 @@ _GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I", "F"}
 def decode(data: bytes, where: str) -> Image.Image:
     """An image file's bytes as grey ("L") or colour ("RGB").
 
-    Rotated as its EXIF tag says; transparent parts lie on white; 16-bit grey is scaled to 8 bits; of an animation, the
-    first picture.
+    Rotated as its EXIF tag says; transparent parts lie on white; 16 bits are scaled to 8; CMYK becomes RGB; colour profiles are not
+    applied; of an animation, the first picture.
 
     Raises:
-        InputError: not an image, damaged, or of more pixels than Pillow's limit; names `where`.
+        InputError: not an image, damaged, of 32-bit numbers without a stated range, or of more than `MOST_PIXELS`; names `where`.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than {MOST_PIXELS}; make it smaller")
             image.load()
             return _flat(ImageOps.exif_transpose(image))
     except _DAMAGED as error:

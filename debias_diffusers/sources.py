@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
+from tqdm import tqdm
+
 from . import images
 from .config import DIGITS, DataConfig
-from .errors import InputError
+from .errors import InputError, raise_all
 from .files import read_file
 
 MOST_CLASSES = 100_000
+MOST_SKIPPED = 0.01  # share of unreadable images: with more of them, something else is wrong
+READERS = min(8, os.cpu_count() or 1)  # threads
 
 
 class Source(Protocol):
@@ -135,6 +140,56 @@ class Table:
         columns = sorted(self.table.column_names)
         digest = hashlib.sha256(f"{columns} {len(self)} {self.table.data.nbytes}".encode())
         return {"images": len(self), "sha256": digest.hexdigest()}
+
+
+class Without:
+    """A source less some of its images."""
+
+    def __init__(self, source: Source, skipped: Sequence[int]) -> None:
+        self.source, self.skipped = source, sorted(skipped)
+        self.class_names = source.class_names
+        left_out = set(skipped)
+        self.indices = [k for k in range(len(source)) if k not in left_out]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> tuple[bytes, int, str]:
+        return self.source.read(self.indices[index])
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self.source.fingerprint() | ({"skipped": self.skipped} if self.skipped else {})
+
+
+def unreadable(source: Source) -> dict[int, str]:
+    """The images of a source that cannot be decoded, or whose label is missing: a sentence for each index."""
+
+    def problem(index: int) -> str | None:
+        try:
+            data, _, where = source.read(index)
+            images.decode(data, where)
+        except InputError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        found = tqdm(pool.map(problem, range(len(source))), "looking at the images", len(source), leave=False, delay=5)
+        return {index: sentence for index, sentence in enumerate(found) if sentence}
+
+
+def to_be_skipped(source: Source, name: str, skip: bool) -> dict[int, str]:
+    """The unreadable images of the data set `name`, by index, with a sentence for each.
+
+    Raises:
+        InputError: there are some, and they are not to be skipped, or are more than `MOST_SKIPPED`; names all.
+    """
+    bad = unreadable(source)
+    count = f"dataset {name}: {len(bad)} of {len(source)} images cannot be read"
+    if not skip:
+        raise_all(bad.values(), f"{count}; remove them, or add --skip_bad")
+    if len(bad) > MOST_SKIPPED * len(source):
+        raise_all(bad.values(), f"{count}, and no more than {MOST_SKIPPED:.0%} are skipped; remove them")
+    return bad
 
 
 def _only_column(table: Any, kind: type, role: str) -> str:

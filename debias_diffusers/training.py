@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import chance, checkpoint, data, evaluation, hub, images, machine, sampling, snapshot
 from .checkpoint import Checkpoint
-from .config import OptimizationConfig, TrainConfig, differences, stored, to_json
+from .config import DIGITS, OptimizationConfig, TrainConfig, differences, stored, to_json
 from .ema import EMA
 from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
 from .files import DRAFT, said_if_not_writable, write_file
@@ -35,7 +35,7 @@ from .progress import Progress, due
 from .run import SAMPLES, Run, StopSignal, say
 from .schedule import at
 from .schedulers import default_scheduler, make_scheduler
-from .sources import open_source
+from .sources import Source, Without, open_source, to_be_skipped
 from .timesteps import make_timestep_sampler
 from .weighting import effective_sample_size
 from .window import Window
@@ -77,11 +77,11 @@ class Trainer:
         self.micro_batch_size = micro_batch_size(self.optim, accelerator.num_processes)
 
         self.objective = make_objective(config.objective)  # first, because it may refuse the configuration
-        self.task = PixelTask(config, open_source(config.data))
+        found = self._agree_on_checkpoint()
+        self.task = PixelTask(config, self._readable(open_source(config.data), found))
         self.sampler = make_timestep_sampler(config.objective, self.objective.schedule, self.optim.batch_size)
         self.window = Window(len(self.objective.schedule), self.device)
         torch.manual_seed(chance.mixed(self.optim.seed, "weights", 0))
-        found = self._agree_on_checkpoint()
         unet = self.task.build()
         if self.optim.init and found is None:
             self._start_from(unet, self.optim.init)
@@ -258,6 +258,25 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             broadcast_object_list(chosen)
         return chosen[0]
+
+    def _readable(self, source: Source, found: Checkpoint | None) -> Source:
+        """The source less its unreadable images: the first process looks at all, unless a checkpoint says what it saw in the same data."""
+        if self.config.data.dataset == DIGITS:
+            return source  # they come with the package, and its tests read them
+        skipped: list[Any] = [self._skipped(source, found) if self.run else None]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(skipped)
+        return Without(source, skipped[0]) if skipped[0] else source
+
+    def _skipped(self, source: Source, found: Checkpoint | None) -> list[int]:
+        before = found.state["data"] if found else {}
+        known: list[int] = before.get("skipped", [])
+        if found and before == Without(source, known).fingerprint():
+            return known
+        bad = to_be_skipped(source, str(self.config.data.dataset), self.config.data.skip_bad)
+        for sentence in bad.values():
+            say(f"skipped: {sentence}")
+        return list(bad)
 
     def _resume(self, found: Checkpoint | None) -> None:
         """Puts everything back as it was after the checkpoint's step."""

@@ -523,20 +523,6 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_resumed(tmp_path):
     assert code == 6 and "Traceback" not in err and len(list((folder / "checkpoints").iterdir())) == 2
 
 
-def test_changed_data_stop_a_resume_unless_accepted(tmp_path):
-    for k in range(8):
-        path = tmp_path / "images" / f"{k}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.new("L", (8, 8), 20 * k).save(path)
-    flags = ["--dataset", tmp_path / "images"]
-    assert run(*train_args(tmp_path / "run", *flags, "--max_steps", 6))[0] == 0
-    Image.new("L", (8, 8)).save(tmp_path / "images" / "9.png")
-    code, _, err = run(*train_args(tmp_path / "run", *flags, "--max_steps", 7))
-    assert code == 2 and "8 images then, 9 now" in err
-    code, _, err = run(*train_args(tmp_path / "run", *flags, "--max_steps", 7, "--accept_changed_data"))
-    assert code == 0 and "warning: dataset" in err
-
-
 def test_a_network_file_that_changed_is_not_resumed(tmp_path):
     network = tmp_path / "unet.json"
     values = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "norm_num_groups": 8}
