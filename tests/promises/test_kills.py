@@ -1,0 +1,508 @@
+"""Rows 1 to 11 of docs/reliability.md: killed, stopped and resumed."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import recorder
+import torch
+from conftest import TINY, Forked, command, launch, launched, metrics, newest_step, run, same, tensors, train_args, wait_for
+from PIL import Image
+
+from debias_diffusers import checkpoint, machine, training
+from debias_diffusers.cli import train_config
+from debias_diffusers.pipeline import load_pipeline
+from debias_diffusers.run import open_run
+
+LONG = ["--max_steps", 400, "--checkpoint_every", 20]
+SAME_AGAIN = "killed at any moment, the same command ends with the same bits"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of 400 steps."""
+    folder = tmp_path_factory.mktemp("long") / "whole"
+    assert run(*train_args(folder, *LONG))[0] == 0
+    return folder
+
+
+def kill_and_finish(folder, flags, moments, trials):
+    """Kills a command after each of some times, as far as it lives so long; then lets it finish."""
+    for seconds in moments:
+        process = Forked(*train_args(folder, *flags))
+        process.process.join(seconds)
+        process.send_signal(signal.SIGKILL)
+        trials()
+        if process.wait() != -signal.SIGKILL:
+            return
+    code, _, err = run(*train_args(folder, *flags))
+    assert code == 0, err
+
+
+@pytest.mark.row(1, SAME_AGAIN)
+def test_killed_three_times_the_run_ends_with_the_same_bits(whole, tmp_path, trials):
+    killed, steps = tmp_path / "killed", []
+    for goal in (40, 140, 240):
+        process = Forked(*train_args(killed, *LONG))
+        wait_for(lambda goal=goal: newest_step(killed) >= goal)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        steps.append(newest_step(killed))
+        trials()
+    assert 40 <= steps[0] < steps[1] < steps[2] < 400
+    code, _, err = run(*train_args(killed, *LONG))
+    assert code == 0 and f"resuming {killed} at step" in err
+    same(whole, killed, 400)
+    for name in ("unet/diffusion_pytorch_model.safetensors", "model_index.json", "README.md", "config.json"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    assert not list(killed.rglob(".draft*"))
+
+
+@pytest.mark.row(1, SAME_AGAIN)
+@pytest.mark.parametrize("trial", range(4))
+def test_killed_five_times_at_random_moments_the_run_ends_with_the_same_bits(whole, tmp_path, trials, trial):
+    moments = random.Random(trial)
+    kill_and_finish(tmp_path / "run", LONG, [moments.uniform(0.3, 2.5) for _ in range(5)], trials)
+    same(whole, tmp_path / "run", 400)
+
+
+@pytest.mark.nightly
+@pytest.mark.row(1, SAME_AGAIN)
+@pytest.mark.parametrize("hundred", range(3))
+def test_three_hundred_runs_killed_up_to_five_times_end_with_the_same_bits(tmp_path, trials, hundred):
+    """Saved at each fourth of 60 steps, so that many kills fall into a save."""
+    flags = ["--max_steps", 60, "--checkpoint_every", 4]
+    plain = tmp_path / "plain"
+    assert run(*train_args(plain, *flags))[0] == 0
+    moments = random.Random(hundred)
+    for k in range(100):
+        folder = tmp_path / f"run{k}"
+        kill_and_finish(folder, flags, [moments.uniform(0.2, 1.5) for _ in range(moments.randint(1, 5))], trials)
+        same(plain, folder, 60)
+        shutil.rmtree(folder)
+
+
+# ---- every operation of a save ----------------------------------------------------------------------------------------
+
+
+def trainer_at(folder, step, *flags):
+    """A training in this process that has saved at some steps and stands at one that it has not."""
+    config = train_config(["--config", str(TINY), "--output_dir", str(folder), "--num_workers", "0", *map(str, flags)], None)
+
+    class StopAt:
+        @property
+        def signum(self):
+            return signal.SIGTERM if trainer.step >= step - 1 else 0
+
+    trainer = training.Trainer(config, open_run(config), training.machine.start_accelerator(config))
+    save, trainer._save = trainer._save, lambda final=False: None if trainer.step == step else save(final)
+    with contextlib.suppress(training.StoppedError):
+        trainer.train(StopAt())
+    assert trainer.step == step
+    trainer._save = save
+    return trainer
+
+
+SAVES = {"the first": (6, []), "one that prunes": (24, ["--max_steps", 30]), "the last": (24, [])}
+
+
+def killed_in_save(trainer, k):
+    """Saves in a child that ends at its k-th operation on files; whether it came to the end."""
+    child = os.fork()
+    if not child:
+        with pytest.MonkeyPatch.context() as patch:
+            recorder.kill_at(patch, k)
+            try:
+                trainer._save()
+            except BaseException:
+                os._exit(9)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.row(2, "killed at any operation on files of a save, the old or the new checkpoint is whole")
+@pytest.mark.parametrize("save", SAVES)
+def test_killed_at_any_operation_of_a_save_the_old_or_the_new_checkpoint_is_whole(tmp_path, trials, save):
+    step, flags = SAVES[save]
+    folder, before = tmp_path / "run", tmp_path / "before"
+    trainer = trainer_at(folder, step, *flags)
+    shutil.copytree(folder, before)
+    old = newest_step(before)
+    for k in range(1, 400):
+        finished = killed_in_save(trainer, k)
+        found, damaged = checkpoint.latest_valid(folder / "checkpoints")
+        assert (found.step if found else 0) in ((step,) if finished else (old, step)) and not [d for d in damaged if f"{step:08d}" in d]
+        trainer.run.begin(trainer.config)  # as the next start does
+        assert not list(folder.rglob(".draft*"))
+        trials()
+        if finished:
+            break
+        shutil.rmtree(folder)
+        shutil.copytree(before, folder)
+    assert finished and k > 40
+
+
+@pytest.mark.nightly
+@pytest.mark.row(2, "killed at any operation on files of a save, the old or the new checkpoint is whole")
+@pytest.mark.parametrize("save", SAVES)
+def test_killed_at_any_operation_of_a_save_the_run_ends_with_the_same_bits(tmp_path, trials, save):
+    step, flags = SAVES[save]
+    folder, before, plain = tmp_path / "run", tmp_path / "before", tmp_path / "plain"
+    assert run(*train_args(plain, *flags))[0] == 0
+    trainer = trainer_at(folder, step, *flags)
+    trainer.run._lock.close()
+    shutil.copytree(folder, before)
+    for k in range(1, 400, 3):
+        finished = killed_in_save(trainer, k)
+        assert run(*train_args(folder, *flags))[0] == 0
+        same(plain, folder, 30 if flags else 24)
+        assert not list(folder.rglob(".draft*"))
+        trials()
+        if finished:
+            return
+        shutil.rmtree(folder)
+        shutil.copytree(before, folder)
+    raise AssertionError("the save never came to its end")
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A save that prunes, every operation of it, and the folder before."""
+    trainer = trainer_at(tmp_path / "run", 24, "--max_steps", 30)
+    shutil.copytree(tmp_path / "run", tmp_path / "before")
+    with pytest.MonkeyPatch.context() as patch:
+        log = recorder.Recorder(patch, tmp_path / "run")
+        trainer._save()
+    return log, tmp_path / "before", tmp_path / "run"
+
+
+@pytest.mark.row(3, "a file is on the disk before its name is, and the name before anything older is removed")
+def test_content_is_synced_before_its_name_and_the_folder_after(recorded, trials):
+    log, _, folder = recorded
+    kinds = [(kind, path) for kind, path, _ in log.log]
+    renames = [(place, path, target) for place, (kind, path, target) in enumerate(log.log) if kind == "rename"]
+    (saved,) = [place for place, _, target in renames if target.name == "step-00000024"]
+    for place, path, target in renames:
+        trials()
+        files_of_it = sorted(p.name for p in target.iterdir()) if target.is_dir() else [path.name]
+        drafts = [path / name for name in files_of_it] if target.is_dir() else [path]
+        assert all(("sync", draft) in kinds[:place] for draft in drafts), target
+        assert ("sync", target.parent) in kinds[place:], target
+    removed = [place for place, (kind, path) in enumerate(kinds) if kind == "remove" and "step-00000012" in str(path)]
+    assert removed and min(removed) > kinds.index(("sync", folder / "checkpoints"), saved)
+    assert len(renames) >= 6
+
+
+@pytest.mark.row(11, "after a power cut at any moment a checkpoint loads")
+def test_after_a_power_cut_the_old_or_the_new_checkpoint_loads(recorded, tmp_path, trials):
+    """What was not synced is lost; the names are there."""
+    log, before, _ = recorded
+    for prefix in range(len(log.log) + 1):
+        folder = tmp_path / "found"
+        log.after_power_cut(prefix, before, folder)
+        found, damaged = checkpoint.latest_valid(folder / "checkpoints")
+        assert found and found.step in (18, 24) and not [d for d in damaged if "step-00000024" in d]
+        assert found.step == 24 or prefix < len(log.log)
+        shutil.rmtree(folder)
+        trials()
+
+
+# ---- signals ----------------------------------------------------------------------------------------------------------
+
+STOPS = "SIGTERM at any time: saved after the step at hand, exit code 143, and the same command continues"
+
+
+def stopped(folder, flags, seconds, signum):
+    """A signal so long after the first step; (exit code, seconds that it took, what was said)."""
+    process = Forked(*train_args(folder, *flags))
+    wait_for(lambda: (folder / "metrics.jsonl").exists())
+    time.sleep(seconds)
+    began = time.monotonic()
+    process.send_signal(signum)
+    code, _, err = process.result(timeout=20)
+    return code, time.monotonic() - began, err
+
+
+@pytest.mark.row(4, STOPS)
+@pytest.mark.parametrize("count", (6, pytest.param(50, marks=pytest.mark.nightly)))
+def test_terminated_at_any_moment_it_saves_and_the_same_command_continues(tmp_path, trials, count):
+    """With three forwards in a step and a save at each second one, signals fall into all of them."""
+    flags = ["--max_steps", 150, "--checkpoint_every", 2, "--micro_batch_size", 3]
+    plain, moments = tmp_path / "plain", random.Random(count)
+    assert run(*train_args(plain, *flags))[0] == 0
+    for k in range(count):
+        folder = tmp_path / f"run{k}"
+        code, seconds, err = stopped(folder, flags, moments.uniform(0, 1.0), signal.SIGTERM)
+        step = newest_step(folder)
+        assert code == 143 and seconds < 10 and metrics(folder)[-1]["step"] == step
+        assert err.strip().splitlines()[-1].startswith(f"error: stopped by SIGTERM at step {step} of 150, saved")
+        assert run(*train_args(folder, *flags))[0] == 0
+        same(plain, folder, 150)
+        trials()
+
+
+@pytest.mark.row(4, STOPS)
+def test_a_signal_to_the_whole_group_saves_too_when_workers_read(tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--max_steps", 100_000, "--checkpoint_every", 0, "--num_workers", 2]
+    process = command(*train_args(folder, *flags), start_new_session=True)
+    wait_for(lambda: (folder / "metrics.jsonl").exists())
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 143 and "Traceback" not in err and newest_step(folder) > 0
+
+
+@pytest.mark.row(4, STOPS)
+@pytest.mark.parametrize("signum", (signal.SIGTERM, signal.SIGKILL))
+def test_when_the_launcher_dies_the_training_saves_and_stops(tmp_path, signum):
+    folder = tmp_path / "run"
+    launcher = launch(1, *train_args(folder, "--max_steps", 100_000, "--checkpoint_every", 0))
+    wait_for(lambda: (folder / "metrics.jsonl").exists())
+    pid = int((folder / ".lock").read_text().split()[1])
+    assert pid != launcher.pid
+    launcher.send_signal(signum)
+    wait_for(lambda: not os.path.exists(f"/proc/{pid}"), seconds=10)
+    launcher.communicate()
+    assert newest_step(folder) > 0
+
+
+@pytest.mark.row(5, "interrupted once: saved, 130; twice: stopped at once, the checkpoint before is whole")
+def test_interrupted_once_it_saves_and_the_same_command_continues(whole, tmp_path):
+    code, seconds, err = stopped(tmp_path / "run", LONG, 0.3, signal.SIGINT)
+    assert code == 130 and seconds < 10 and "error: stopped by SIGINT at step" in err
+    assert run(*train_args(tmp_path / "run", *LONG))[0] == 0
+    same(whole, tmp_path / "run", 400)
+
+
+@pytest.mark.row(5, "interrupted once: saved, 130; twice: stopped at once, the checkpoint before is whole")
+def test_interrupted_twice_it_stops_at_once(whole, tmp_path, trials):
+    said = []
+    for k in range(4):
+        folder = tmp_path / f"run{k}"
+        process = Forked(*train_args(folder, *LONG))
+        wait_for(lambda folder=folder: newest_step(folder) >= 20)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.005 * k)  # in the step, or in the save
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        code, _, err = process.result(timeout=10)
+        assert code == 130 and "Traceback" not in err
+        found, damaged = checkpoint.latest_valid(folder / "checkpoints")
+        assert found.step >= 20 and not damaged
+        if "stopped at once; the last checkpoint is untouched" in err:
+            said.append(time.monotonic() - began)
+        trials()
+    assert said and max(said) < 1
+    assert run(*train_args(folder, *LONG))[0] == 0
+    same(whole, folder, 400)
+
+
+@pytest.mark.row(5, "interrupted once: saved, 130; twice: stopped at once, the checkpoint before is whole")
+@pytest.mark.parametrize("seconds", (0.15, 1.5))
+def test_interrupted_while_it_starts_it_says_so(tmp_path, seconds):
+    process = command(*train_args(tmp_path / "run", "--max_steps", 100_000))
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)  # the latter before Python has read our first line
+    if process.returncode == 130:
+        assert "Traceback" not in err and err.strip().splitlines()[-1].startswith("error: ")
+
+
+ORPHANS = "a killed loader worker ends the run with a sentence, and a killed run leaves no process behind"
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.row(6, ORPHANS)
+def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
+    folder = tmp_path / "run"
+    process = command(*train_args(folder, "--max_steps", 100_000, "--num_workers", 1))
+    wait_for(lambda: (folder / "metrics.jsonl").exists())
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert "error: a process that reads images was killed" in err
+
+
+@pytest.mark.row(6, ORPHANS)
+def test_a_killed_run_leaves_no_worker_and_a_free_directory(tmp_path):
+    folder = tmp_path / "run"
+    process = command(*train_args(folder, "--max_steps", 100_000, "--checkpoint_every", 0, "--num_workers", 2))
+    wait_for(lambda: (folder / "metrics.jsonl").exists())
+    workers = children(process.pid)
+    process.kill()
+    process.communicate()
+    assert run(*train_args(folder, "--max_steps", 5))[0] == 0
+    assert len(workers) >= 2
+    wait_for(lambda: not [pid for pid in workers if os.path.exists(f"/proc/{pid}")], seconds=10)
+
+
+# ---- resumed under all conditions -------------------------------------------------------------------------------------
+
+
+class StopAfter:
+    """Asks to stop when so many steps were looked at."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    @property
+    def signum(self):
+        self.left -= 1
+        return signal.SIGTERM if self.left < 0 else 0
+
+
+def train_here(folder, flags, stop=None):
+    """Trains in this process; with a step to stop at, saves there."""
+    config = train_config(["--config", str(TINY), "--output_dir", str(folder), *map(str, flags)], None)
+    held = open_run(config)
+    try:
+        training.train(config, held, StopAfter(stop - 1) if stop else SimpleNamespace(signum=0))
+    except training.StoppedError:
+        assert newest_step(folder) == stop
+    finally:
+        held._lock.close()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """24 images: an epoch of three steps."""
+    folder = tmp_path_factory.mktemp("images")
+    for k in range(24):
+        Image.new("L", (8, 8), 10 * k).save(folder / f"{k:02d}.png")
+    return folder
+
+
+@pytest.mark.row(7, "resumed at an epoch's end, in the middle, before the first and after the last save: the same bits")
+@pytest.mark.parametrize("micro_batch_size", (8, 4, 2))
+@pytest.mark.parametrize("dropout", (0, 0.2))
+def test_resumed_at_any_step_with_any_accumulation_and_dropout(images, tmp_path, trials, micro_batch_size, dropout):
+    flags = ["--dataset", images, "--micro_batch_size", micro_batch_size, "--dropout", dropout, "--max_steps", 9, "--log_every", 2]
+    train_here(tmp_path / "whole", flags)
+    for stop in (None, 3, 5, 8):
+        folder = tmp_path / f"stop{stop}"
+        if stop is None:  # killed before it had saved anything: what it wrote is trained again
+            train_here(folder, flags, stop=2)
+            shutil.rmtree(folder / "checkpoints")
+            (folder / "checkpoints").mkdir()
+        else:
+            train_here(folder, flags, stop)
+        train_here(folder, flags)
+        same(tmp_path / "whole", folder, 9)
+        trials()
+
+
+@pytest.mark.row(8, "a finished run is left as it is")
+def test_a_finished_run_is_left_as_it_is(trained):
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in trained.rglob("*") if p.is_file() and p.name != ".lock"}
+    began = time.monotonic()
+    code, _, err = run(*train_args(trained))
+    assert code == 0 and "is finished at step 24" in err and time.monotonic() - began < 5
+    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in trained.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+NUMBERS = "other numbers of processes, workers or pieces: the same samples, losses to 1e-5"
+
+
+@pytest.mark.row(9, NUMBERS)
+@pytest.mark.parametrize("flags", [["--micro_batch_size", 3], ["--num_workers", 2], ["--num_workers", 1]])
+def test_pieces_and_workers_change_no_sample(trained, tmp_path, flags):
+    """With workers the bits are the same; in pieces the sums round differently."""
+    assert run(*train_args(tmp_path / "run", "--dropout", 0, *flags))[0] == 0
+    reference = tmp_path / "plain"
+    assert run(*train_args(reference, "--dropout", 0))[0] == 0
+    if "--num_workers" in flags:
+        same(reference, tmp_path / "run", 24)
+    losses_agree(reference, tmp_path / "run")
+
+
+def losses_agree(one, other):
+    assert len(metrics(one)) == len(metrics(other))
+    for left, right in zip(metrics(one), metrics(other)):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-5)
+
+
+def networks_agree(one, other):
+    """The exported ones, so the averages of the weights are in this too."""
+    x_t, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 300, 700, 999])
+    with torch.no_grad():
+        outputs = [load_pipeline(str(folder)).unet(x_t, t).sample for folder in (one, other)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.row(9, NUMBERS)
+def test_two_processes_train_what_one_trains_and_resume_with_the_same_bits(tmp_path):
+    one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
+    flags = ["--dropout", 0, "--lr_schedule", "constant"]
+    assert run(*train_args(one, *flags))[0] == 0
+    for folder, more in ((two, []), (resumed, ["--max_steps", 6]), (resumed, [])):
+        code, err = launched(2, *train_args(folder, *flags, *more))
+        assert code == 0, err
+    same(two, resumed, 24)
+    state = json.loads((two / "checkpoints" / "step-00000024" / "state.json").read_text())
+    assert state["num_processes"] == 2 and state["position"] == 24 * 8
+    losses_agree(one, two)
+    networks_agree(one, two)
+
+
+@pytest.mark.nightly
+@pytest.mark.row(9, NUMBERS)
+def test_a_run_goes_from_one_process_to_two_and_back(tmp_path):
+    plain, changed = tmp_path / "plain", tmp_path / "changed"
+    flags = ["--dropout", 0, "--lr_schedule", "constant"]
+    assert run(*train_args(plain, *flags))[0] == 0
+    assert run(*train_args(changed, *flags, "--max_steps", 6))[0] == 0
+    code, err = launched(2, *train_args(changed, *flags, "--max_steps", 12))
+    assert code == 0 and "num_processes was 1, now it is 2" in err
+    code, _, err = run(*train_args(changed, *flags))
+    assert code == 0 and "num_processes was 2, now it is 1" in err
+    losses_agree(plain, changed)
+    networks_agree(plain, changed)
+
+
+@pytest.mark.nightly
+@pytest.mark.row(9, NUMBERS)
+@pytest.mark.parametrize("processes, flags", [(3, []), (3, ["--dropout", 0.1]), (2, ["--micro_batch_size", 5])])
+def test_a_resume_over_several_processes_has_the_same_bits(tmp_path, processes, flags):
+    flags = ["--batch_size", 24, "--lr_schedule", "constant", *flags]
+    one, other = tmp_path / "whole", tmp_path / "resumed"
+    for folder, steps in ((one, 12), (other, 6), (other, 12)):
+        code, err = launched(processes, *train_args(folder, *flags, "--max_steps", steps))
+        assert code == 0, err
+    same(one, other, 12)
+
+
+@pytest.mark.row(10, "another number of threads or version on resume is said, with both values")
+def test_another_number_of_threads_is_said(tmp_path):
+    assert run(*train_args(tmp_path / "run", "--max_steps", 6, "--lr_schedule", "constant"))[0] == 0
+    code, _, err = run(*train_args(tmp_path / "run", "--max_steps", 7, "--lr_schedule", "constant", "--num_threads", 2))
+    assert code == 0 and "warning: num_threads was 1, now it is 2; the run goes on, but not bit for bit as before" in err
+
+
+@pytest.mark.row(10, "another number of threads or version on resume is said, with both values")
+@pytest.mark.parametrize("name", machine.versions())
+def test_another_version_is_said(trained, capsys, name):
+    before = json.loads((trained / "checkpoints" / "step-00000024" / "state.json").read_text())
+    now = before | {"versions": before["versions"] | {name: "99.9"}}
+    machine.say_what_changed(before, now)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"the version of {name} was {before['versions'][name]}, now it is 99.9" in line
+    machine.say_what_changed(before, before)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_bytes_that_are_compared_are_those_of_a_training(trained):
+    """So that `same` cannot pass on nothing: steps differ, and so do seeds."""
+    assert tensors(trained, 18)["model.safetensors"] != tensors(trained, 24)["model.safetensors"]
+    assert len(metrics(trained)) == 24 and len({line["loss"] for line in metrics(trained)}) == 24

@@ -1,0 +1,142 @@
+"""Rows 49 and 50 of docs/reliability.md: which images are drawn, and what a kill leaves of them."""
+
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from conftest import Forked, launch, launched, run, sample_config
+from PIL import Image
+
+from debias_diffusers.errors import InputError
+from debias_diffusers.files import take_lock
+from debias_diffusers.sampling import sample
+
+SAME_IMAGE = "image k of a seed is the same image, whatever the batch, the processes, or a kill before"
+MISSING = "killed at any moment, the same command draws only what is missing, and nothing foreign is touched"
+
+
+@pytest.mark.row(49, SAME_IMAGE)
+def test_image_k_is_the_same_in_batches_of_any_size(trained, tmp_path, trials):
+    drawn = {}
+    for size in (1, 7, 64):
+        folder = sample(sample_config(trained, tmp_path / str(size), num_images=64, batch_size=size))
+        drawn[size] = np.stack([np.asarray(Image.open(folder / f"{k:06d}.png")).astype(int) for k in range(64)])
+    for size in (1, 7):
+        for one, other in zip(drawn[size], drawn[64]):
+            assert np.abs(one - other).max() <= 1
+            trials()
+    assert len({image.tobytes() for image in drawn[64]}) == 64
+
+
+@pytest.mark.row(49, SAME_IMAGE)
+def test_one_and_two_processes_draw_the_same_bytes_and_each_image_once(trained, tmp_path):
+    flags = ["--num_images", 23, "--batch_size", 4, "--steps", 4, "--num_threads", 1]
+    assert run("sample.py", trained, *flags, "--output_dir", tmp_path / "one")[0] == 0
+    code, err = launched(2, "sample.py", trained, *flags, "--output_dir", tmp_path / "two")
+    assert code == 0, err
+    names = sorted(p.name for p in (tmp_path / "one").rglob("*") if p.is_file() and p.name != ".lock")
+    assert len([name for name in names if name.startswith("0000")]) == 23
+    assert names == sorted(p.name for p in (tmp_path / "two").rglob("*") if p.is_file() and p.name != ".lock")
+    for path in (p for p in (tmp_path / "one").rglob("*") if p.is_file() and p.name != ".lock"):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path
+
+
+def killed_and_finished(trained, folder, whole, moments, trials):
+    """Kills a command when so many images are there, each time anew; then lets it finish and compares."""
+    command = ["sample.py", trained, *FLAGS, "--output_dir", folder]
+    for least in moments:
+        process = Forked(*command)
+        deadline = time.monotonic() + 60
+        while len(list(folder.glob("0*.png"))) < least and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        trials()
+        for path in folder.glob("0*.png"):
+            Image.open(path).load()
+    there = {p.name: p.stat().st_mtime_ns for p in folder.glob("0*.png")}
+    assert run(*command)[0] == 0
+    assert {p.name: p.read_bytes() for p in folder.glob("0*.png")} == {p.name: p.read_bytes() for p in whole.glob("0*.png")}
+    whole_batches = [name for name in there if all(f"{5 * (int(name[:6]) // 5) + j:06d}.png" in there for j in range(5))]
+    assert all((folder / name).stat().st_mtime_ns == there[name] for name in whole_batches)
+    return len(there), whole_batches
+
+
+FLAGS = ["--num_images", 60, "--batch_size", 5, "--steps", 4, "--num_threads", 1]
+
+
+@pytest.mark.row(50, MISSING)
+def test_killed_at_any_moment_the_same_command_draws_only_what_is_missing(trained, tmp_path, trials):
+    assert run("sample.py", trained, *FLAGS, "--output_dir", tmp_path / "whole")[0] == 0
+    there, whole_batches = killed_and_finished(trained, tmp_path / "killed", tmp_path / "whole", (1, 7, 23, 40), trials)
+    assert 40 <= there < 60 and whole_batches
+
+
+@pytest.mark.nightly
+@pytest.mark.row(50, MISSING)
+def test_killed_at_twenty_moments_the_same_command_draws_only_what_is_missing(trained, tmp_path, trials):
+    assert run("sample.py", trained, *FLAGS, "--output_dir", tmp_path / "whole")[0] == 0
+    moments = random.Random(0)
+    for _ in range(5):
+        killed_and_finished(trained, tmp_path / "killed", tmp_path / "whole", sorted(moments.sample(range(55), 4)), trials)
+        shutil.rmtree(tmp_path / "killed")
+
+
+@pytest.mark.row(50, MISSING)
+def test_a_folder_is_completed_and_never_mixed(trained, tmp_path):
+    folder = sample(sample_config(trained, tmp_path / "out"))
+    whole = {p.name: p.read_bytes() for p in folder.glob("*.png")}
+    for name in ("000002.png", "000009.png"):
+        (folder / name).unlink()
+    untouched = (folder / "000005.png").stat().st_mtime_ns
+    sample(sample_config(trained, folder))
+    assert {p.name: p.read_bytes() for p in folder.glob("*.png")} == whole
+    assert (folder / "000005.png").stat().st_mtime_ns == untouched  # its batch was whole
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".draft-.sampling.json").write_bytes(b"{")  # as a kill leaves it at the very beginning
+    assert len(list(sample(sample_config(trained, tmp_path / "begun", num_images=2)).glob("0*.png"))) == 2
+    (folder / "000002.png").unlink()
+    (folder / ".draft-000002.png").write_bytes(b"half")  # as a kill leaves it
+    sample(sample_config(trained, folder))
+    assert {p.name: p.read_bytes() for p in folder.glob("*.png")} == whole and not list(folder.glob(".draft*"))
+    with pytest.raises(InputError, match="seed was 0, now 1"):
+        sample(sample_config(trained, folder, seed=1))
+    with pytest.raises(InputError, match="more than 5 images"):
+        sample(sample_config(trained, folder, num_images=5))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match=r"holds other files, such as letter\.txt"):
+        sample(sample_config(trained, tmp_path / "mine"))
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.row(50, MISSING)
+@pytest.mark.parametrize("kind", ("png", "webp"))
+def test_damaged_images_are_drawn_again(trained, tmp_path, kind):
+    folder = sample(sample_config(trained, tmp_path / "out", format=kind))
+    whole = {p.name: p.read_bytes() for p in folder.glob(f"0*.{kind}")}
+    for name, left in ((f"000001.{kind}", 0), (f"000004.{kind}", 40), (f"000009.{kind}", -1)):
+        (folder / name).write_bytes(whole[name][:left])
+    sample(sample_config(trained, folder, format=kind))
+    assert {p.name: p.read_bytes() for p in folder.glob(f"0*.{kind}")} == whole
+
+
+@pytest.mark.row(50, MISSING)
+@pytest.mark.nightly
+def test_when_the_launcher_dies_nobody_draws_on(trained, tmp_path):
+    flags = ["--num_images", 5000, "--batch_size", 8, "--steps", 50, "--num_threads", 1, "--output_dir", tmp_path / "out"]
+    process = launch(2, "sample.py", trained, *flags)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "out").glob("0*.png"))) < 16 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(2)
+    there = len(list((tmp_path / "out").glob("0*.png")))
+    assert 16 <= there < 5000
+    take_lock(tmp_path / "out").close()
+    time.sleep(2)
+    assert len(list((tmp_path / "out").glob("0*.png"))) == there
