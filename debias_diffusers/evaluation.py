@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -24,9 +25,9 @@ from .config import DIGITS, DataConfig, MeasureConfig, SampleConfig, ScoreConfig
 from .errors import InputError, reason
 from .extractors import INCEPTION, SPATIAL, Extractor
 from .files import read_file, write_file
-from .imagesets import ImageSet, coloured, drawn, holds_images, of_folder, of_npz, of_source, read_npz_statistics
+from .imagesets import ImageSet, coloured, drawn, holds_images, npz_shape, of_folder, of_npz, of_source, read_npz_statistics
 from .machine import start_processes
-from .metrics import COLOUR, Sample
+from .metrics import COLOUR, Sample, Statistics
 from .plots import curves
 from .run import CHECKPOINTS, CONFIG, say
 from .sampling import make_job
@@ -68,7 +69,7 @@ class Measure:
     def sample(self, images: ImageSet) -> Sample:
         """The features of a set, computed over all processes in one pass for all metrics, or read from the cache."""
         path = self.cache / f"{self._key(images)}.safetensors" if self.cache else None
-        if path and (kept := self._kept(path)):
+        if path and (kept := self._kept(path, images.count)):
             return Sample.of(kept)
         mine = []
         share = -(-images.count // self.processes)
@@ -94,22 +95,26 @@ class Measure:
             parts += [self.extractor.name, self.extractor.weights_sha256, *sorted(self.extractor.layers.values())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def _kept(self, path: Path) -> dict[str, Tensor] | None:
+    def _kept(self, path: Path, count: int) -> dict[str, Tensor] | None:
         """Features of the cache. The first process decides whether they are there: if one computed alone, it would wait for ever."""
-        kept = _read_cached(path)
+        layers = {COLOUR, *self.layers.values()}
+        kept = _read_cached(path, layers, count)
         there = [kept is not None]
         if self.processes > 1:
             broadcast_object_list(there)
-        if there[0] and kept is None and (kept := _read_cached(path)) is None:
+        if there[0] and kept is None and (kept := _read_cached(path, layers, count)) is None:
             raise InputError(f"{path} is not seen by all processes; give them a shared --cache_dir, or none")
         return kept if there[0] else None
 
 
-def _read_cached(path: Path) -> dict[str, Tensor] | None:
+def _read_cached(path: Path, layers: set[str], count: int) -> dict[str, Tensor] | None:
+    """None, so that they are computed again, where they are not there, damaged, or of something else."""
     try:
-        return safetensors.torch.load(path.read_bytes())
+        kept = safetensors.torch.load(path.read_bytes())
     except (OSError, SafetensorError):
-        return None  # not there, or damaged: computed again
+        return None
+    sound = kept.keys() == layers and all(v.ndim == 2 and len(v) == count and bool(v.isfinite().all()) for v in kept.values())
+    return kept if sound else None
 
 
 # ---- score and compare -----------------------------------------------------------------------------------------------
@@ -163,38 +168,44 @@ class _References:
     def __init__(self, name: str, measure: Measure) -> None:
         self.name, self.measure = name, measure
         self.known: dict[int | None, Sample] = {}
-        path = Path(name)
-        self.statistics = path.suffix == ".safetensors" or (path.suffix == ".npz" and not holds_images(path))
+        self.path, self.npz = Path(name), Path(name).suffix == ".npz"
+        self.statistics = self.path.suffix == ".safetensors" or (self.npz and not holds_images(self.path))
+        self.side = npz_shape(self.path)[1] if self.npz and not self.statistics else None  # None: of its targets
 
     def sample(self, side: int | None) -> Sample:
         """At a size of targets."""
-        side = self.measure.config.resolution or side
+        side = self.measure.config.resolution or side or self.side
         if side not in self.known:
             self.known[side] = self._statistics(side) if self.statistics else self._images(side)
         return self.known[side]
 
     def _images(self, side: int | None) -> Sample:
-        return self.measure.sample(open_reference(self.name, self.measure.config, side))
+        sample = self.measure.sample(open_reference(self.name, self.measure.config, side))
+        if self.npz and self.measure.extractor and self.measure.extractor.name == INCEPTION:
+            # ADM's files have statistics of a whole data set beside 10,000 of its images, and its evaluator takes them.
+            sample.statistics.update(_npz_statistics(self.path))
+        return sample
 
     def count(self) -> int | None:
-        """Of its images, as far as is known."""
-        if not self.statistics and Path(self.name).suffix != ".npz":
-            return len(open_source(_data(self.name, self.measure.config)))
-        return self.sample(None).count
+        """Of its images, as far as is known; without computing features."""
+        if self.statistics:
+            return self._statistics(None).count
+        return npz_shape(self.path)[0] if self.npz else len(open_source(_data(self.name, self.measure.config)))
 
     def _statistics(self, side: int | None) -> Sample:
-        if Path(self.name).suffix == ".npz":
-            found = read_npz_statistics(Path(self.name))
-            pairs = {"2048": ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
-            kept = {layer: {"mu": found[mu], "sigma": found[sigma]} for layer, (mu, sigma) in pairs.items() if mu in found}
-            return Sample({}, kept, None)
-        return read_statistics(Path(self.name), self.measure, side)
+        return Sample({}, _npz_statistics(self.path), None) if self.npz else read_statistics(self.path, self.measure, side)
 
 
 def open_reference(name: str, config: MeasureConfig, side: int | None) -> ImageSet:
     """The images of a reference: a data set brought to a size as training does it, a folder, or an `.npz`."""
     if Path(name).suffix == ".npz":
-        return of_npz(Path(name))
+        images = of_npz(Path(name))
+        if side not in (None, images.side):
+            raise InputError(
+                f"reference {name} has images of {images.side} pixels, which are compared as they are, but {side} are asked for; "
+                f"take targets of that size, or add --resolution {images.side} to compare all the same"
+            )
+        return images
     source = open_source(_data(name, config))
     if side is None and isinstance(source, Folder):
         return of_folder(source, name)
@@ -403,7 +414,31 @@ def read_statistics(path: Path, measure: Measure, side: int | None) -> Sample:
     ours = _of_extractor(measure) | ({"resolution": str(side)} if side else {})
     if other := [f"{name} {about.get(name)}, not {value}" for name, value in ours.items() if about.get(name) != value]:
         raise InputError(f"reference {path} was made with {'; '.join(other)}; make it anew")
-    return Sample({}, found, images)
+    return Sample({}, _sound(path, found), images)
+
+
+def _npz_statistics(path: Path) -> dict[str, Statistics]:
+    """What an `.npz` has of them, by layer of Inception-v3."""
+    found = read_npz_statistics(path)
+    pairs = {"2048": {"mu": "mu", "sigma": "sigma"}, SPATIAL: {"mu": "mu_s", "sigma": "sigma_s"}}
+    given = {layer: {name: found[key] for name, key in pair.items() if key in found} for layer, pair in pairs.items()}
+    return _sound(path, {layer: pair for layer, pair in given.items() if pair})
+
+
+def _sound(path: Path, statistics: dict[str, Statistics]) -> dict[str, Statistics]:
+    """Statistics of a file.
+
+    Raises:
+        InputError: one has no mean (D,) or no covariance (D, D), or they are not finite.
+    """
+    for layer, pair in statistics.items():
+        mu, sigma = pair.get("mu", np.zeros(())), pair.get("sigma", np.zeros(()))
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise InputError(
+                f"reference {path} has for layer {layer} mu of {mu.shape} and sigma of {sigma.shape}, but must have finite numbers, "
+                f"(D,) and (D, D); make it anew"
+            )
+    return statistics
 
 
 def _about(path: Path) -> dict[str, str]:

@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import math
 import os
+import tokenize
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,8 @@ from .sampling import Job
 from .sources import Folder, Source
 
 MOST_BYTES = 2**40  # that an .npz may claim to hold
+# What zipfile and numpy raise of a damaged file; RuntimeError of one that is encrypted or compressed by other means.
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)
 READERS = min(8, os.cpu_count() or 1)  # threads that decode beside the network
 
 
@@ -71,7 +75,8 @@ def of_source(
             check(image, where)
         return torch.from_numpy(images.to_array(images.fit(image.convert("RGB"), side)))
 
-    digest = hashlib.sha256(f"{side}".encode())
+    # Features that are kept of images without the check must not stand for those with it.
+    digest = hashlib.sha256(f"{side} as they are".encode() if check else f"{side}".encode())
     with ThreadPoolExecutor(READERS) as pool:
         for own in pool.map(lambda k: hashlib.sha256(source.read(k)[0]).digest(), range(count)):
             digest.update(own)
@@ -103,8 +108,7 @@ def of_npz(path: Path, count: int | None = None) -> ImageSet:
     Raises:
         InputError: there is no such array, or it is damaged.
     """
-    with _npz_array(path) as (shape, _):
-        pass
+    shape = npz_shape(path)
     count = min(count or shape[0], shape[0])
 
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
@@ -118,27 +122,37 @@ def of_npz(path: Path, count: int | None = None) -> ImageSet:
     return ImageSet(str(path), count, shape[1], _hash(f"{count} {_file_hash(path)}".encode()), batches)
 
 
+def npz_shape(path: Path) -> tuple[int, ...]:
+    """(N, H, W, C) of `arr_0`, from its header alone.
+
+    Raises:
+        InputError: as of `of_npz`.
+    """
+    with _npz_array(path) as (shape, _):
+        return shape
+
+
 def holds_images(path: Path) -> bool:
     """Whether an `.npz` has `arr_0`, and not statistics only."""
     try:
         with zipfile.ZipFile(path) as archive:
             return "arr_0.npy" in archive.namelist()
-    except (OSError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def read_npz_statistics(path: Path) -> dict[str, np.ndarray]:
-    """`mu`, `sigma` and where they are there `mu_s`, `sigma_s`, as ADM's reference files have them.
+    """Those of `mu`, `sigma`, `mu_s`, `sigma_s` that are there, as ADM's reference files have them.
 
     Raises:
-        InputError: these are not there, or no numbers.
+        InputError: they are no numbers, or there are neither statistics nor images.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
             found = {name: np.asarray(archive[name], dtype=np.float64) for name in ("mu", "sigma", "mu_s", "sigma_s") if name in archive}
-    except (OSError, ValueError, zipfile.BadZipFile, KeyError, EOFError, MemoryError) as error:
+    except (*UNREADABLE, TypeError) as error:
         raise InputError(f"{path} cannot be read: {reason(error)}") from error
-    if not {"mu", "sigma"} <= set(found):
+    if not found and not holds_images(path):
         raise InputError(f"{path} has neither arr_0 (images) nor mu and sigma (statistics)")
     return found
 
@@ -153,7 +167,7 @@ def _npz_array(path: Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
             version = np.lib.format.read_magic(member)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(member)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        except UNREADABLE as error:
             raise InputError(f"{path} cannot be read: {reason(error)}") from error
         squares = len(shape) == 4 and shape[3] in (1, 3) and shape[1] == shape[2] and 0 < math.prod(shape) < MOST_BYTES
         if dtype != np.uint8 or fortran or not squares:
@@ -164,7 +178,7 @@ def _npz_array(path: Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
 def _exactly(member: IO[bytes], size: int, path: Path) -> bytes:
     try:
         data = member.read(size)
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path} is damaged: {reason(error)}") from error
     if len(data) < size:
         raise InputError(f"{path} is damaged: it ends before its last image")

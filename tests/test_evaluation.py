@@ -9,7 +9,7 @@ import torch
 import torch_fidelity
 from conftest import launched, run
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from debias_diffusers import evaluation, extractors, metrics
@@ -265,6 +265,9 @@ def test_reference_files_of_adm_are_read(inception, tmp_path):
     by_statistics = scored(tmp_path, target, reference=tmp_path / "reference.npz", **options)
     for name in ("fid", "sfid"):
         assert by_statistics["targets"][0][name] == pytest.approx(by_images["targets"][0][name], rel=1e-5)
+    # As ADM has them: statistics of a whole data set, and some images, here a single one of another set.
+    np.savez(tmp_path / "both.npz", arr_0=np.array(Image.open(target / "0000.png"))[None], **statistics)
+    assert scored(tmp_path, target, reference=tmp_path / "both.npz", **options)["targets"] == by_statistics["targets"]
     np.savez(tmp_path / "batch.npz", images.permute(0, 2, 3, 1).numpy())
     as_batch = scored(tmp_path, target, reference=tmp_path / "batch.npz", metrics="colour")
     assert as_batch["targets"] == scored(tmp_path, target, reference=other, metrics="colour")["targets"]
@@ -291,8 +294,41 @@ def test_features_are_computed_once_and_a_damaged_cache_is_made_anew(tmp_path, m
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(path.read_bytes()[:100])
     assert scored(tmp_path, one, reference=other, measure={"feature_extractor": "digits"}) == first
+    sound = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    for change in (
+        lambda kept: {layer: value[:-1] for layer, value in kept.items()},
+        lambda kept: {layer: value * math.nan for layer, value in kept.items()},
+        lambda kept: {layer: value for layer, value in kept.items() if layer != "64"},
+        lambda kept: {layer: value.flatten() for layer, value in kept.items()},
+    ):
+        for path, data in sound.items():
+            path.write_bytes(save(change(load(data))))  # a whole file of something else
+        assert scored(tmp_path, one, reference=other, measure={"feature_extractor": "digits"}) == first
     Image.new("L", (8, 8), 255).save(one / "0003.png")  # another image of the same name
     assert scored(tmp_path, one, reference=other, measure={"feature_extractor": "digits"}) != first
+
+
+def test_a_folder_that_was_a_reference_is_still_looked_at_as_a_target(tmp_path):
+    mixed = folder_of(tmp_path / "mixed", 6, 0)
+    Image.new("L", (9, 9)).save(mixed / "0004.png")
+    scored(tmp_path, folder_of(tmp_path / "target", 6, 1), reference=mixed, metrics="colour")
+    with pytest.raises(InputError, match=r"0004\.png has 9x9 pixels"):
+        scored(tmp_path, mixed, reference="digits", metrics="colour")
+
+
+def test_an_npz_reference_keeps_its_size_and_is_read_once(trained, tmp_path, monkeypatch):
+    np.savez(tmp_path / "eight.npz", np.random.default_rng(0).integers(0, 255, (9, 8, 8, 3), dtype=np.uint8))
+    big = folder_of(tmp_path / "big", 6, 1, size=16)
+    with pytest.raises(InputError, match=r"eight\.npz has images of 8 pixels.* 16 are asked for.*--resolution 8"):
+        scored(tmp_path, big, reference=tmp_path / "eight.npz", metrics="colour")
+    result = scored(tmp_path, big, reference=tmp_path / "eight.npz", metrics="colour", measure={"resolution": 8})
+    assert result["reference"]["resolution"] == 8
+    seen = []
+    original = evaluation.Measure.sample
+    monkeypatch.setattr(evaluation.Measure, "sample", lambda self, images: seen.append(images.name) or original(self, images))
+    result = scored(tmp_path, trained, reference=tmp_path / "eight.npz", metrics="colour", steps="1")
+    assert sorted(seen) == sorted([str(tmp_path / "eight.npz"), str(trained)])
+    assert result["targets"][0]["images"] == 9 and result["reference"]["resolution"] == 8
 
 
 @pytest.mark.nightly
@@ -341,6 +377,12 @@ def test_bad_images_and_too_few_of_them_are_named(tmp_path):
         ({"arr_0": np.zeros((4, 8, 9, 3), np.uint8)}, "must have squares"),
         ({"other": np.zeros(3)}, "neither arr_0"),
         ({"mu": np.array([Hostile()], dtype=object), "sigma": np.zeros(1)}, "cannot be read"),
+        ({"mu": np.zeros(3)}, r"odd\.npz has for layer 2048 mu of \(3,\) and sigma of \(\)"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(3)}, r"odd\.npz has for layer spatial"),
+        ({"mu": np.zeros(3), "sigma": np.zeros((3, 4))}, r"sigma of \(3, 4\)"),
+        ({"mu": np.float64(0), "sigma": np.eye(1)}, r"mu of \(\)"),
+        ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "must have finite numbers"),
+        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "must have finite numbers"),
     ],
 )
 def test_odd_npz_files_are_refused(tmp_path, arrays, named):
@@ -348,6 +390,27 @@ def test_odd_npz_files_are_refused(tmp_path, arrays, named):
     target = folder_of(tmp_path / "target", 5, 0)
     with pytest.raises(InputError, match=named):
         scored(tmp_path, target, reference=tmp_path / "odd.npz", metrics="colour")
+
+
+@pytest.mark.parametrize("mu, sigma", [(np.zeros(3), np.zeros((3, 4))), (np.full(3, np.nan), np.eye(3)), (np.zeros(()), np.eye(1))])
+def test_odd_statistics_are_refused(tmp_path, mu, sigma):
+    tensors = {"colour/mu": torch.from_numpy(mu), "colour/sigma": torch.from_numpy(sigma)}
+    save_file(tensors, tmp_path / "odd.safetensors", {"images": "9", "resolution": "8"})
+    with pytest.raises(InputError, match=r"odd\.safetensors has for layer colour"):
+        scored(tmp_path, folder_of(tmp_path / "target", 5, 0), reference=tmp_path / "odd.safetensors", metrics="colour")
+
+
+def test_a_damaged_npz_that_is_compressed_is_named(tmp_path):
+    generator = np.random.default_rng(0)
+    np.savez_compressed(tmp_path / "images.npz", generator.integers(0, 9, (50, 8, 8, 3), dtype=np.uint8))
+    np.savez_compressed(tmp_path / "statistics.npz", mu=generator.integers(0, 9, 300).astype(float), sigma=np.eye(300))
+    target = folder_of(tmp_path / "target", 5, 0)
+    for name in ("images.npz", "statistics.npz"):
+        data = bytearray((tmp_path / name).read_bytes())
+        data[40:70] = bytes(255 - byte for byte in data[40:70])
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=name):
+            scored(tmp_path, target, reference=tmp_path / name, metrics="colour")
 
 
 def test_a_damaged_npz_is_named(tmp_path):
