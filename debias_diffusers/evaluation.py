@@ -136,16 +136,22 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     if accelerator.is_main_process:
         print(table(result))
         if config.output:
-            write_file(Path(config.output).with_suffix(".json"), (json.dumps(result, indent=2) + "\n").encode())
+            write_file(Path(config.output).with_suffix(".json"), as_json(result))
             _draw_curves(result["targets"], Path(config.output).with_suffix(".png"))
     return result
+
+
+def as_json(result: Mapping[str, Any]) -> bytes:
+    """The text of a file of figures. JSON knows neither NaN nor infinity: null stands for them."""
+    finite = json.loads(json.dumps(result), parse_constant=lambda _: None)
+    return (json.dumps(finite, indent=2) + "\n").encode()
 
 
 def _scored(config: ScoreConfig, reference: str, accelerator: Accelerator) -> dict[str, Any]:
     if Path(reference).suffix not in (".npz", ".safetensors"):
         open_source(_data(reference, config.measure))  # before an extractor is fetched for nothing
     measure = _measure(config.measure, reference, accelerator)
-    compared = _References(reference, measure)
+    compared = _References(reference, measure, config.allow_few_images)
     rows = [_row(config, measure, compared, images, how) for images, how in _targets(config, compared, accelerator)]
     return _result(config, measure, compared, reference, rows)
 
@@ -165,8 +171,8 @@ def usual_extractor(reference: str) -> str:
 class _References:
     """The reference, at each size that the targets have."""
 
-    def __init__(self, name: str, measure: Measure) -> None:
-        self.name, self.measure = name, measure
+    def __init__(self, name: str, measure: Measure, allow_few_images: bool) -> None:
+        self.name, self.measure, self.allow_few_images = name, measure, allow_few_images
         self.known: dict[int | None, Sample] = {}
         self.path, self.npz = Path(name), Path(name).suffix == ".npz"
         self.statistics = self.path.suffix == ".safetensors" or (self.npz and not holds_images(self.path))
@@ -176,7 +182,13 @@ class _References:
         """At a size of targets."""
         side = self.measure.config.resolution or side or self.side
         if side not in self.known:
-            self.known[side] = self._statistics(side) if self.statistics else self._images(side)
+            found = self._statistics(side) if self.statistics else self._images(side)
+            metrics.require_images(found, self.measure.layers)
+            # The Inception score is of the targets alone, and statistics beside images are of more than these.
+            given = found.statistics if found.features else {}
+            own = {m: layer for m, layer in self.measure.layers.items() if m != "is" and not (m in metrics.FRECHET and layer in given)}
+            _require_enough(self.name, found.count, own, found, self.allow_few_images)
+            self.known[side] = found
         return self.known[side]
 
     def _images(self, side: int | None) -> Sample:
@@ -271,23 +283,27 @@ def _steps_of(run: Path, wanted: str) -> Sequence[int | None]:
 
 
 def _row(config: ScoreConfig, measure: Measure, compared: _References, images: ImageSet, how: Mapping[str, Any]) -> Row:
-    target, reference = measure.sample(images), compared.sample(images.side)
-    least = metrics.least_images(measure.layers, target)
-    fewest = min(images.count, reference.count or images.count)
-    if fewest < least and not config.allow_few_images:
-        few = images.name if images.count == fewest else compared.name
-        raise InputError(
-            f"{few} has {fewest} images, but metrics {config.measure.metrics} of these features need {least}; take more, or add "
-            f"--allow_few_images"
-        )
+    reference = compared.sample(images.side)
+    _require_enough(images.name, images.count, measure.layers, reference, config.allow_few_images)
+    target = measure.sample(images)
     figures = metrics.figures(target, reference, measure.layers, config.seed)
     intervals = metrics.interval(target, reference, measure.layers, config.bootstrap, config.seed) if config.bootstrap else None
     return Row(images.name, images.count, figures, intervals=intervals, **how)
 
 
+def _require_enough(name: str, count: int | None, layers: Mapping[str, str], like: Sample, few: bool) -> None:
+    """Refuses too few images before any is drawn or looked at. A count that nobody wrote down is taken for enough."""
+    lacking = {metric: least for metric, least in metrics.least_images(layers, like, few).items() if count is not None and count < least}
+    if lacking:
+        would_do = count is not None and count >= max(metrics.LEAST[metric] for metric in lacking)
+        raise InputError(
+            f"{name} has {count} images, but metrics {','.join(lacking)} of these features need {max(lacking.values())}; take more, or "
+            + ("add --allow_few_images" if would_do else "other metrics")
+        )
+
+
 def _result(config: ScoreConfig, measure: Measure, compared: _References, reference: str, rows: list[Row]) -> dict[str, Any]:
     known = next(iter(compared.known.items()))
-    apart = metrics.halves(known[1], config.seed)
     return {
         "reference": {"name": reference, "images": known[1].count, "resolution": known[0]},
         "extractor": {
@@ -296,9 +312,19 @@ def _result(config: ScoreConfig, measure: Measure, compared: _References, refere
             "layers": measure.layers,
             "transform": "bytes of 0 to 255, grey as three equal channels; the extractor resizes them itself; no flips",
         },
-        "halves_of_the_reference": metrics.figures(*apart, measure.layers, config.seed) if apart else None,
+        "halves_of_the_reference": _yardstick(known[1], measure.layers, config),
         "targets": [_plain(row) for row in rows],
     }
+
+
+def _yardstick(reference: Sample, layers: Mapping[str, str], config: ScoreConfig) -> dict[str, float] | None:
+    """How far two halves of the reference are apart, by the metrics for which they have images enough."""
+    apart = metrics.halves(reference, config.seed)
+    if apart is None:
+        return None
+    least = metrics.least_images(layers, reference, config.allow_few_images)
+    enough = {metric: layer for metric, layer in layers.items() if len(apart[0].features[layer]) >= least[metric]}
+    return metrics.figures(*apart, enough, config.seed) or None
 
 
 def _plain(row: Row) -> dict[str, Any]:
@@ -362,9 +388,11 @@ class Monitor:
         measure = MeasureConfig(metrics=config.run.eval_metrics, feature_extractor_weights=config.run.feature_extractor_weights)
         self.measure = Measure(measure, config.run.feature_extractor or usual_extractor(config.data.dataset), device)
         self.reference = self.measure.sample(of_source(source, config.data.dataset, config.data.resolution))
-        least = metrics.least_images(self.measure.layers, self.reference)
+        least = max(metrics.least_images(self.measure.layers, self.reference).values())
         if (fewest := min(config.run.eval_images, len(source))) < least:
             raise InputError(f"eval_metrics {config.run.eval_metrics} need {least} images, but there are {fewest}; take more --eval_images")
+
+        self.about = {"images": config.run.eval_images, **_of_extractor(self.measure)}  # figures of something else are no match
 
     def figures(self, drawn: Iterator[Tensor]) -> dict[str, float]:
         """Of batches (B, C, H, W) uint8."""

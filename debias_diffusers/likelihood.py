@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from . import chance
 from .config import BitsConfig, DataConfig
 from .data import TrainingData
 from .errors import InputError
-from .evaluation import trained_on
+from .evaluation import as_json, trained_on
 from .files import write_file
 from .imagesets import numbered
 from .machine import start_processes
@@ -62,7 +61,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
         say(f"{result['total']:.4f} bits per dimension (standard error {result['standard_error']:.2g}) over {count} images")
         say(f"of which {result['terms'][0]:.4f} are for the last step and {result['prior']:.2g} for the prior")
         if config.output:
-            write_file(Path(config.output), (json.dumps(result, indent=2) + "\n").encode())
+            write_file(Path(config.output), as_json(result))
     return result
 
 

@@ -15,13 +15,17 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from .errors import InputError
+from .errors import InputError, reason
 
 COLOUR = "colour"  # the layer of means of an image's channels
-KID_SUBSET = 1000
+KID_SUBSET, KID_SUBSETS = 1000, 100
+KID_SUBSETS_REDRAWN = 10  # of each redrawn set: there are many of those
 NEIGHBOURS = 3  # of precision and recall (arXiv 1904.06991)
-HIGHER_IS_BETTER = {"is", "precision", "recall"}
-LEAST_HALVED = 2 * (NEIGHBOURS + 1)
+SPLITS = 10  # of the Inception score
+FRECHET = ("fid", "sfid", "colour")
+OF_IMAGES = ("kid", "prc")  # metrics that need the reference's images, not its statistics alone
+# Of fewer images there is no such figure.
+LEAST = {"fid": 2, "sfid": 2, "is": SPLITS, "kid": 2, "prc": NEIGHBOURS + 1, "colour": 2}
 
 Statistics = dict[str, np.ndarray]  # mu (D,) and sigma (D, D)
 
@@ -48,9 +52,11 @@ class Sample:
         """Mean and covariance of a layer, in float64.
 
         Raises:
-            InputError: a reference of statistics has no such layer.
+            InputError: a reference of statistics has no such layer, or a single image has no covariance.
         """
         if layer in self.features and layer not in self.statistics:
+            if (images := len(self.features[layer])) < 2:
+                raise InputError(f"mean and covariance need at least 2 images, but there is {images}; take more")
             self.statistics[layer] = fid_features_to_statistics(self.features[layer].double())
         if layer not in self.statistics:
             raise InputError(
@@ -58,15 +64,40 @@ class Sample:
             )
         return self.statistics[layer]
 
+    def width(self, layer: str) -> int:
+        """How many features a layer has."""
+        return self.features[layer].shape[1] if layer in self.features else len(self.moments(layer)["mu"])
+
 
 def frechet(one: Statistics, other: Statistics) -> float:
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), the distance of two Gaussians (arXiv 1706.08500, equation 6)."""
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), the distance of two Gaussians (arXiv 1706.08500, equation 6).
+
+    Raises:
+        InputError: they are of different extractors, or not finite.
+    """
     if one["mu"].shape != other["mu"].shape:
         raise InputError(f"the target has {len(one['mu'])} features, the reference {len(other['mu'])}; they are of different extractors")
-    return float(fid_statistics_to_metric(one, other, verbose=False)["frechet_inception_distance"])
+    try:
+        return float(fid_statistics_to_metric(one, other, verbose=False)["frechet_inception_distance"])
+    except np.linalg.LinAlgError as error:
+        raise InputError(f"the Frechet distance of these features cannot be computed: {reason(error)}; take other images") from error
 
 
-def figures(target: Sample, reference: Sample, layers: Mapping[str, str], seed: int = 0) -> dict[str, float]:
+def as_loss(name: str, value: float) -> float:
+    """A figure as a number that is the smaller, the better it is."""
+    if name == "brightness_bias":  # images may be too dark as well as too bright
+        return abs(value)
+    return -value if name in ("is", "precision", "recall") else value
+
+
+def require_images(reference: Sample, layers: Mapping[str, str]) -> None:
+    """Raises InputError where a metric needs images of the reference, and there are statistics only."""
+    for metric, layer in layers.items():
+        if metric in OF_IMAGES and layer not in reference.features:
+            raise InputError(f"metric {metric} compares images, but the reference is statistics; take images, or leave {metric} out")
+
+
+def figures(target: Sample, reference: Sample, layers: Mapping[str, str], seed: int = 0, subsets: int = KID_SUBSETS) -> dict[str, float]:
     """All figures of a target against a reference.
 
     Args:
@@ -74,15 +105,16 @@ def figures(target: Sample, reference: Sample, layers: Mapping[str, str], seed: 
         reference: features or statistics of those they are compared with.
         layers: the layer that each metric compares, by metric: fid, sfid, is, kid, prc, colour.
         seed: of the subsets of KID and the order for the Inception score.
+        subsets: how many KID takes.
 
     Raises:
         InputError: a metric needs images of the reference, and there are statistics only.
     """
+    require_images(reference, layers)
+    functions = _FIGURES | {"kid": partial(_kid, subsets)}
     found: dict[str, float] = {}
     for metric, layer in layers.items():
-        if metric in ("kid", "prc") and layer not in reference.features:
-            raise InputError(f"metric {metric} compares images, but the reference is statistics; take images, or leave {metric} out")
-        found |= _FIGURES[metric](target, reference, layer, seed)
+        found |= functions[metric](target, reference, layer, seed)
     return found
 
 
@@ -91,22 +123,22 @@ def _distance(name: str, target: Sample, reference: Sample, layer: str, seed: in
 
 
 def _inception_score(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
-    found = isc_features_to_metric(target.features[layer], splits=10, shuffle=True, rng_seed=seed)
+    found = isc_features_to_metric(target.features[layer], splits=SPLITS, shuffle=True, rng_seed=seed)
     return {"is": found["inception_score_mean"], "is_std": found["inception_score_std"]}
 
 
-def _kid(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
+def _kid(subsets: int, target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
     one, other = target.features[layer], reference.features[layer]
     size = min(KID_SUBSET, len(one), len(other))
-    found = kid_features_to_metric(one, other, kid_subset_size=size, rng_seed=seed, verbose=False)
-    return {"kid": found["kernel_inception_distance_mean"], "kid_std": found["kernel_inception_distance_std"], "kid_subset": size}
+    subsets = 1 if size == len(one) == len(other) else subsets  # each would be all images, and their spread rounding
+    found = kid_features_to_metric(one, other, kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False)
+    spread = {"kid_std": found["kernel_inception_distance_std"]} if subsets > 1 else {}
+    return {"kid": found["kernel_inception_distance_mean"], **spread, "kid_subset": size}
 
 
 def _precision_recall(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
     """With balls that reach to the third neighbour, as the ADM evaluator has them, too."""
     one, other = target.features[layer], reference.features[layer]
-    if min(len(one), len(other)) <= NEIGHBOURS:
-        raise InputError(f"metric prc needs more than {NEIGHBOURS} images on both sides; take more, or leave prc out")
     found = prc_features_to_metric(one, other, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
     return {"precision": found["precision"], "recall": found["recall"]}
 
@@ -124,18 +156,17 @@ _FIGURES: dict[str, Any] = {
     "fid": partial(_distance, "fid"),
     "sfid": partial(_distance, "sfid"),
     "is": _inception_score,
-    "kid": _kid,
     "prc": _precision_recall,
     "colour": _colour,
 }
 
 
 def halves(sample: Sample, seed: int = 0) -> tuple[Sample, Sample] | None:
-    """A set of images cut in two at random: how far they are apart is what a perfect model of as many images would get.
+    """A set of images cut in two at random: how far they are apart is what a perfect model gets where both sides have as many images.
 
-    None of statistics, and of too few images.
+    None of statistics.
     """
-    if not sample.features or sample.count is None or sample.count < LEAST_HALVED:
+    if not sample.features or sample.count is None:
         return None
     order = torch.randperm(sample.count, generator=torch.Generator().manual_seed(seed))
     cut = sample.count // 2
@@ -163,7 +194,10 @@ def interval(
     return {name: (value - ends[name][1] + ends[name][0], value - ends[name][1] + ends[name][2]) for name, value in found.items()}
 
 
-def least_images(layers: Mapping[str, str], target: Sample) -> int:
-    """Fewer give a singular covariance, and with it a distance that means little: one more than the features have numbers."""
-    widths = [target.features[layer].shape[1] for metric, layer in layers.items() if metric in ("fid", "sfid", "colour")]
-    return max(widths, default=0) + 1
+def least_images(layers: Mapping[str, str], sample: Sample, few: bool = False) -> dict[str, int]:
+    """How many images each metric needs on both sides; `sample` tells how wide the layers are.
+
+    Without `few`, Frechet's distances need one more than the features have numbers: fewer give a singular covariance, and with it
+    a distance that means little.
+    """
+    return {metric: LEAST[metric] if few or metric not in FRECHET else sample.width(layer) + 1 for metric, layer in layers.items()}

@@ -28,7 +28,7 @@ from .ema import EMA
 from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
 from .files import DRAFT, said_if_not_writable, write_file
 from .loss import Terms, make_objective
-from .metrics import HIGHER_IS_BETTER
+from .metrics import as_loss
 from .model import build_unet
 from .pixels import PixelTask, network_arguments
 from .progress import Progress, due
@@ -101,7 +101,7 @@ class Trainer:
         self.step = 0  # optimizer steps that are done
         self.saved_step = 0
         self.skips = 0
-        self.best: dict[str, float] | None = None  # step and figure of the best measurement
+        self.best: dict[str, Any] | None = None  # step and figure of the best measurement, and what was measured
         self._resume(found)
         self.positions = data.PositionBatches(
             self.optim.batch_size,
@@ -426,13 +426,13 @@ class Trainer:
             return {}
         try:
             figures = self.monitor.figures(self._drawn(self.config.run.eval_images))
-        except (NotFiniteError, torch.linalg.LinAlgError) as error:
+        except (InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
             say(f"no figures at step {self.step}: {error}")
             return {}
         name, value = next(iter(figures.items()))
-        better = -value if name in HIGHER_IS_BETTER else value
-        if self.best is None or better < self.best["value"]:
-            self.best = {"step": self.step, "value": better}
+        loss, by = as_loss(name, value), {"figure": name, **self.monitor.about}
+        if math.isfinite(loss) and (self.best is None or self.best.get("by") != by or loss < self.best["value"]):
+            self.best = {"step": self.step, "value": loss, "by": by}
         return figures
 
 

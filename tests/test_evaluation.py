@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from safetensors.torch import load, save, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from debias_diffusers import evaluation, extractors, metrics
-from debias_diffusers.config import MeasureConfig, ScoreConfig, StatsConfig
+from debias_diffusers.config import DataConfig, MeasureConfig, RunConfig, ScoreConfig, StatsConfig, TrainConfig
 from debias_diffusers.errors import InputError
 from debias_diffusers.extractors import Extractor
 from debias_diffusers.metrics import Sample
+from debias_diffusers.sources import open_source
+from debias_diffusers.training import Trainer
 
 
 def normal(count, mean, scale, seed=0):
@@ -78,6 +81,57 @@ def test_the_interval_of_a_figure_covers_what_another_draw_gives():
         inside += low < 0.134 < high  # 0.3^2 + 0.2^2, and about 0.004 for the finite sample
     assert inside >= 24
     assert np.std(found) > 0.01
+
+
+def test_kid_of_all_images_has_no_spread():
+    one, other = (Sample.of({"x": normal(20, [0.0, 1], [1.0, 1], seed=seed)}) for seed in (0, 1))
+    found = metrics.figures(one, other, {"kid": "x"})
+    assert set(found) == {"kid", "kid_subset"} and found["kid_subset"] == 20
+    assert "kid_std" in metrics.figures(one, Sample.of({"x": normal(21, [0.0, 1], [1.0, 1])}), {"kid": "x"})
+
+
+def test_better_is_nearer_to_none_of_a_bias_and_more_of_a_score():
+    assert metrics.as_loss("brightness_bias", -3.0) > metrics.as_loss("brightness_bias", 2.0)
+    assert metrics.as_loss("is", 3.0) < metrics.as_loss("is", 2.0) and metrics.as_loss("fid", 2.0) < metrics.as_loss("fid", 3.0)
+
+
+def test_features_that_are_not_finite_have_no_distance():
+    broken = Sample.of({"x": torch.full((5, 2), math.nan)})
+    with pytest.raises(InputError, match="the Frechet distance of these features cannot be computed"):
+        metrics.figures(broken, Sample.of({"x": normal(9, [0.0, 1], [1.0, 1])}), {"fid": "x"})
+    with pytest.raises(InputError, match="need at least 2 images, but there is 1"):
+        Sample.of({"x": torch.zeros(1, 2)}).moments("x")
+
+
+def test_json_has_null_for_what_is_not_finite():
+    assert json.loads(evaluation.as_json({"a": [math.nan, 1.5], "b": {"c": -math.inf}})) == {"a": [None, 1.5], "b": {"c": None}}
+
+
+class NotDrawn:
+    name, count, side = "target", 5, 8
+
+
+def test_too_few_images_are_refused_before_any_is_drawn(tmp_path):
+    config = ScoreConfig(targets=("target",), measure=MeasureConfig(metrics="is,colour", feature_extractor="digits", cache_dir=""))
+    measure = evaluation.Measure(config.measure, "digits", "cpu")
+    reference = evaluation._References(str(folder_of(tmp_path / "reference", 5, 0)), measure, False)
+    with pytest.raises(InputError, match="target has 5 images, but metrics is of these features need 10"):
+        evaluation._row(config, measure, reference, NotDrawn, {})
+
+
+def test_statistics_are_refused_for_metrics_of_images_before_any_is_drawn(tmp_path):
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
+    measure = evaluation.Measure(MeasureConfig(metrics="kid", cache_dir=""), "digits", "cpu")
+    with pytest.raises(InputError, match="metric kid compares images"):
+        evaluation._References(str(tmp_path / "statistics.npz"), measure, False).sample(8)
+
+
+def test_halves_of_the_reference_are_measured_only_where_they_are_enough(tmp_path):
+    one, other = folder_of(tmp_path / "one", 70, 0), folder_of(tmp_path / "other", 70, 1)
+    options = {"metrics": "fid,kid,is,colour", "measure": {"feature_extractor": "digits"}}
+    halves = scored(tmp_path, one, reference=other, **options)["halves_of_the_reference"]
+    assert "fid" not in halves and {"kid", "is", "colour_distance"} <= set(halves)
+    assert "fid" in scored(tmp_path, one, reference=other, allow_few_images=True, **options)["halves_of_the_reference"]
 
 
 # ---- torch-fidelity --------------------------------------------------------------------------------------------------
@@ -161,7 +215,7 @@ def test_spatial_features_are_the_first_seven_channels_of_the_block_that_sfid_na
 
 
 def test_inception_with_local_weights_needs_no_network_and_serves_all_metrics(inception, tmp_path):
-    one, other = folder_of(tmp_path / "one", 5, 0, size=16, colour=True), folder_of(tmp_path / "other", 6, 1, size=16, colour=True)
+    one, other = folder_of(tmp_path / "one", 10, 0, size=16, colour=True), folder_of(tmp_path / "other", 6, 1, size=16, colour=True)
     options = {"metrics": "fid,sfid,kid,prc,is", "allow_few_images": True}
     result = scored(tmp_path, one, reference=other, measure={"feature_extractor_weights": str(inception / "inception.pth")}, **options)
     assert {"fid", "sfid", "is", "kid", "precision"} <= set(result["targets"][0])
@@ -196,9 +250,7 @@ def test_weights_that_hold_more_than_tensors_are_refused_and_do_not_run(tmp_path
 
 
 def test_the_digits_classifier_tells_digits_apart(tmp_path):
-    from debias_diffusers.config import DataConfig
     from debias_diffusers.images import decode, to_array
-    from debias_diffusers.sources import open_source
 
     source = open_source(DataConfig(dataset="digits", resolution=8, class_conditional=True))
     read = [source.read(k) for k in range(0, len(source), 5)]  # those that it has not learned
@@ -268,6 +320,9 @@ def test_reference_files_of_adm_are_read(inception, tmp_path):
     # As ADM has them: statistics of a whole data set, and some images, here a single one of another set.
     np.savez(tmp_path / "both.npz", arr_0=np.array(Image.open(target / "0000.png"))[None], **statistics)
     assert scored(tmp_path, target, reference=tmp_path / "both.npz", **options)["targets"] == by_statistics["targets"]
+    np.savez(tmp_path / "images.npz", arr_0=np.array(Image.open(target / "0000.png"))[None])
+    with pytest.raises(InputError, match=r"images\.npz has 1 images, but metrics fid,sfid"):
+        scored(tmp_path, target, reference=tmp_path / "images.npz", **options)
     np.savez(tmp_path / "batch.npz", images.permute(0, 2, 3, 1).numpy())
     as_batch = scored(tmp_path, target, reference=tmp_path / "batch.npz", metrics="colour")
     assert as_batch["targets"] == scored(tmp_path, target, reference=other, metrics="colour")["targets"]
@@ -350,6 +405,51 @@ def test_compare_gives_intervals(trained, tmp_path):
     assert low < row["fid"] < high and f"({low:.4g} to {high:.4g})" in out
 
 
+# ---- while training --------------------------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_is_the_nearest_to_no_bias_and_starts_anew_with_another_metric(monkeypatch):
+    trainer = Trainer.__new__(Trainer)
+    trainer.best, trainer.config = None, TrainConfig()
+    monkeypatch.setattr(Trainer, "_drawn", lambda *_: iter(()))
+
+    def best_after(step, figures, about):
+        trainer.step, trainer.monitor = step, SimpleNamespace(figures=lambda _: figures, about=about)
+        trainer._measure()
+        return trainer.best["step"]
+
+    dark, digits, other = {"brightness_bias": -9.0}, {"extractor": "digits"}, {"extractor": "other"}
+    assert best_after(1, {"brightness_bias": 2.0}, digits) == 1
+    assert best_after(2, dark, digits) == 1
+    assert best_after(3, {"brightness_bias": math.nan}, digits) == 1
+    assert best_after(4, dark, other) == 4
+    assert best_after(5, {"fid": math.nan}, other) == 4
+    assert best_after(6, {"fid": 99.0}, other) == 6
+    assert best_after(7, {"fid": 98.0}, other) == 7
+    trainer.best = {"step": 1, "value": 0.0}  # of a checkpoint from before it said what was measured
+    assert best_after(8, {"fid": 99.0}, other) == 8
+
+
+def test_a_measurement_that_fails_does_not_end_the_training(monkeypatch):
+    def broken(_):
+        return metrics.figures(Sample.of({"x": torch.full((5, 2), math.nan)}), Sample.of({"x": torch.zeros(5, 2)}), {"fid": "x"})
+
+    trainer = Trainer.__new__(Trainer)
+    trainer.best, trainer.step, trainer.config = None, 1, TrainConfig()
+    trainer.monitor = SimpleNamespace(figures=broken)
+    monkeypatch.setattr(Trainer, "_drawn", lambda *_: iter(()))
+    assert trainer._measure() == {} and trainer.best is None
+
+
+def test_a_training_that_draws_too_few_images_is_refused_at_its_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # of the cache
+    data = DataConfig(dataset=str(folder_of(tmp_path / "data", 12, 0)), resolution=8)
+    for metric, least in (("prc", 4), ("is", 10), ("kid", 2), ("colour", 4)):
+        run_config = RunConfig(eval_every=1, eval_metrics=metric, eval_images=least - 1, feature_extractor="digits")
+        with pytest.raises(InputError, match=f"eval_metrics {metric} need {least} images, but there are {least - 1}"):
+            evaluation.Monitor(TrainConfig(data=data, run=run_config), open_source(data), "cpu")
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -359,8 +459,10 @@ def test_bad_images_and_too_few_of_them_are_named(tmp_path):
         scored(tmp_path, good, reference="digits", metrics="fid")
     scored(tmp_path, good, reference="digits", metrics="fid", allow_few_images=True)
     scored(tmp_path, good, reference="digits", metrics="kid,prc,is,colour")
-    with pytest.raises(InputError, match="prc needs more than 3 images"):
-        scored(tmp_path, folder_of(tmp_path / "three", 3, 0), reference="digits", metrics="prc")
+    for count, metric, least in ((1, "fid", 2), (1, "colour", 2), (1, "kid", 2), (3, "prc", 4), (9, "is", 10)):
+        few = folder_of(tmp_path / f"{count} {metric}", count, 0)
+        with pytest.raises(InputError, match=f"has {count} images, but metrics {metric} of these features need {least}; .*other metrics"):
+            scored(tmp_path, few, reference=good, metrics=metric, allow_few_images=True, measure={"feature_extractor": "digits"})
     Image.new("L", (9, 9)).save(good / "0007.png")
     with pytest.raises(InputError, match=r"0007\.png has 9x9 pixels, the first 8x8"):
         scored(tmp_path, good, reference="digits", metrics="colour")
