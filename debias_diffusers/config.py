@@ -217,8 +217,8 @@ class MeasureConfig:
     metrics: str = "fid,kid,prc,colour"  # among fid, sfid, is, kid, prc (precision and recall), colour; apart by commas
     feature_extractor: str | None = None  # digits, or a name of torch-fidelity; digits for the digits, else inception-v3-compat
     feature_extractor_weights: str | None = None  # its weight file; packaged or fetched if left out
-    split: str = "train"  # split of a reference that is a data set
-    image_column: str | None = None  # its column of images; found by its type if left out
+    split: str | None = None  # split of a reference that is a data set; that of the run if both are left out, else train
+    image_column: str | None = None  # its column of images; that of the run if both are left out, else found by its type
     resolution: int | None = None  # pixels a side that the reference is brought to; as the targets have if left out
     batch_size: int = 64  # images computed with at once in each process
     cache_dir: str | None = None  # features are kept here; ~/.cache/debias_diffusers/features if left out, "" keeps none
@@ -259,9 +259,9 @@ class BitsConfig:
 
     model: str  # a run directory, a pipeline folder, or a Hub id
     reference: str | None = None  # a data set or folder; what a run was trained on if left out
-    split: str = "train"  # its split
-    image_column: str | None = None  # its column of images; found by its type if left out
-    label_column: str | None = None  # its column of labels, for models with classes
+    split: str | None = None  # its split; that of the run if both are left out, else train
+    image_column: str | None = None  # its column of images; that of the run if both are left out, else found by its type
+    label_column: str | None = None  # its column of labels, for models with classes; likewise
     num_images: int = 64  # how many of its images
     batch_size: int = 64  # images computed with at once in each process
     clipping: bool = True  # bring the predicted x_0 to [-1, 1], as sampling does

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, metrics
-from .config import DIGITS, DataConfig, MeasureConfig, SampleConfig, ScoreConfig, StatsConfig, TrainConfig, read_config
+from .config import DIGITS, BitsConfig, DataConfig, MeasureConfig, SampleConfig, ScoreConfig, StatsConfig, TrainConfig, read_config
 from .errors import InputError, reason
 from .extractors import INCEPTION, SPATIAL, Extractor
 from .files import read_file, write_file
@@ -128,7 +128,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     """
     accelerator = start_processes(config.measure.num_threads)
     if config.reference is None:
-        data = trained_on(config.targets[0])
+        data = reference_data(config.measure, None, config.targets)
         measure = dataclasses.replace(config.measure, split=data.split, image_column=data.image_column)
         config = dataclasses.replace(config, reference=data.dataset, measure=measure)
     assert config.reference is not None
@@ -149,7 +149,7 @@ def as_json(result: Mapping[str, Any]) -> bytes:
 
 def _scored(config: ScoreConfig, reference: str, accelerator: Accelerator) -> dict[str, Any]:
     if Path(reference).suffix not in (".npz", ".safetensors"):
-        open_source(_data(reference, config.measure))  # before an extractor is fetched for nothing
+        open_source(reference_data(config.measure, reference))  # before an extractor is fetched for nothing
     measure = _measure(config.measure, reference, accelerator)
     compared = _References(reference, measure, config.allow_few_images)
     rows = [_row(config, measure, compared, images, how) for images, how in _targets(config, compared, accelerator)]
@@ -202,7 +202,7 @@ class _References:
         """Of its images, as far as is known; without computing features."""
         if self.statistics:
             return self._statistics(None).count
-        return npz_shape(self.path)[0] if self.npz else len(open_source(_data(self.name, self.measure.config)))
+        return npz_shape(self.path)[0] if self.npz else len(open_source(reference_data(self.measure.config, self.name)))
 
     def _statistics(self, side: int | None) -> Sample:
         return Sample({}, _npz_statistics(self.path), None) if self.npz else read_statistics(self.path, self.measure, side)
@@ -218,7 +218,7 @@ def open_reference(name: str, config: MeasureConfig, side: int | None) -> ImageS
                 f"take targets of that size, or add --resolution {images.side} to compare all the same"
             )
         return images
-    source = open_source(_data(name, config))
+    source = open_source(reference_data(config, name))
     if side is None and isinstance(source, Folder):
         return of_folder(source, name)
     if side is None:
@@ -226,17 +226,29 @@ def open_reference(name: str, config: MeasureConfig, side: int | None) -> ImageS
     return of_source(source, name, side)
 
 
-def _data(name: str, config: MeasureConfig) -> DataConfig:
-    return DataConfig(dataset=name, split=config.split, image_column=config.image_column)
+def reference_data(config: MeasureConfig | BitsConfig, reference: str | None, targets: Sequence[str] = ()) -> DataConfig:
+    """Where the images of a reference are: what is named, or what the targets were trained on; split and column as given, or as of that.
+
+    Raises:
+        InputError: nothing is named, and the targets have no run, or runs of different data.
+    """
+    data = DataConfig(dataset=reference) if reference is not None else _trained_on(targets)
+    return dataclasses.replace(data, split=config.split or data.split, image_column=config.image_column or data.image_column)
 
 
-def trained_on(target: str) -> DataConfig:
-    """The data that a run was trained on, without labels."""
-    path = Path(target) / CONFIG
-    if not (Path(target) / CHECKPOINTS).is_dir() or not path.is_file():
-        raise InputError(f"reference is missing, and {target} is no run that knows its data; add --reference, such as digits or a folder")
-    values = read_config(str(path))
-    return DataConfig(dataset=values["dataset"], split=values["split"], image_column=values["image_column"])
+def _trained_on(targets: Sequence[str]) -> DataConfig:
+    """The data of all runs among the targets; the column of labels is the first one's."""
+    runs = [target for target in targets if (Path(target) / CHECKPOINTS).is_dir() and (Path(target) / CONFIG).is_file()]
+    if not runs:
+        no_run = f"{targets[0]} is no run that knows its data"
+        raise InputError(f"reference is missing, and {no_run}; add --reference, such as digits or a folder")
+    first, *others = [read_config(str(Path(run) / CONFIG)) for run in runs]
+    names = ("dataset", "split", "image_column")
+    for run, values in zip(runs[1:], others):
+        if apart := [f"{name} {values[name]}, not {first[name]}" for name in names if values[name] != first[name]]:
+            said = f"{run} was trained on {', '.join(apart)} as {runs[0]}"
+            raise InputError(f"reference is missing, and {said}; add --reference, such as {first['dataset']}")
+    return DataConfig(**{name: first[name] for name in (*names, "label_column")})
 
 
 def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerator) -> Iterator[tuple[ImageSet, dict[str, Any]]]:

@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import chance
-from .config import BitsConfig, DataConfig
+from .config import BitsConfig
 from .data import TrainingData
 from .errors import InputError
-from .evaluation import as_json, trained_on
+from .evaluation import as_json, reference_data
 from .files import write_file
 from .imagesets import numbered
 from .machine import start_processes
@@ -122,12 +122,10 @@ class Bound:
 
 
 def _data(config: BitsConfig, pipeline: PixelPipeline) -> TrainingData:
-    own = DataConfig(dataset=config.reference, split=config.split, image_column=config.image_column)
-    chosen = own if config.reference else trained_on(config.model)
-    name = chosen.dataset
+    chosen = reference_data(config, config.reference, [config.model])
     given = dataclasses.replace(
         chosen,
-        label_column=config.label_column,
+        label_column=config.label_column or chosen.label_column,
         class_conditional=pipeline.num_classes > 0,
         resolution=pipeline.unet.config.sample_size,
         channels=pipeline.unet.config.in_channels,
@@ -135,5 +133,5 @@ def _data(config: BitsConfig, pipeline: PixelPipeline) -> TrainingData:
     )
     data = TrainingData(open_source(given), given, config.seed)
     if data.num_classes != pipeline.num_classes:
-        raise InputError(f"reference {name} has {data.num_classes} classes, but the model has {pipeline.num_classes}")
+        raise InputError(f"reference {chosen.dataset} has {data.num_classes} classes, but the model has {pipeline.num_classes}")
     return data

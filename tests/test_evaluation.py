@@ -14,7 +14,7 @@ from safetensors.torch import load, save, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from debias_diffusers import evaluation, extractors, metrics
-from debias_diffusers.config import DataConfig, MeasureConfig, RunConfig, ScoreConfig, StatsConfig, TrainConfig
+from debias_diffusers.config import BitsConfig, DataConfig, MeasureConfig, RunConfig, ScoreConfig, StatsConfig, TrainConfig
 from debias_diffusers.errors import InputError
 from debias_diffusers.extractors import Extractor
 from debias_diffusers.metrics import Sample
@@ -394,6 +394,31 @@ def test_two_processes_measure_what_one_measures(tmp_path):
     assert code == 0, err
     alone = scored(tmp_path, one, reference="digits", metrics="fid,kid,prc,colour")
     assert json.loads((tmp_path / "two.json").read_text())["targets"][0] == pytest.approx(alone["targets"][0])
+
+
+def run_on(root, **values):
+    """A folder that looks like a run which was trained on some data."""
+    (root / "checkpoints").mkdir(parents=True)
+    data = {"dataset": "faces", "split": "train", "image_column": None, "label_column": None}
+    (root / "config.json").write_text(json.dumps(data | values))
+    return str(root)
+
+
+def test_a_reference_that_is_left_out_is_the_data_of_the_run_but_flags_win(tmp_path):
+    one = run_on(tmp_path / "one", split="test", image_column="photo", label_column="kind")
+    for given, split, column in (({}, "test", "photo"), ({"split": "train", "image_column": "sketch"}, "train", "sketch")):
+        for config in (MeasureConfig(**given), BitsConfig(model=one, **given)):
+            data = evaluation.reference_data(config, None, [str(tmp_path), one])
+            assert (data.dataset, data.split, data.image_column, data.label_column) == ("faces", split, column, "kind")
+            named = evaluation.reference_data(config, "other", [one])
+            assert (named.dataset, named.split, named.image_column) == ("other", "train", given.get("image_column"))
+
+
+def test_runs_of_different_data_are_not_compared_with_the_data_of_the_first(tmp_path):
+    one, other, third = (run_on(tmp_path / name, split=split) for name, split in (("one", "a"), ("other", "b"), ("third", "a")))
+    assert evaluation.reference_data(MeasureConfig(), None, [one, third]).split == "a"
+    with pytest.raises(InputError, match=r"other was trained on split b, not a as .*one; add --reference"):
+        evaluation.score(ScoreConfig(targets=(one, other)))
 
 
 def test_compare_gives_intervals(trained, tmp_path):

@@ -4,14 +4,16 @@ import json
 import math
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import run
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 
-from debias_diffusers.config import ObjectiveConfig
+from debias_diffusers.config import BitsConfig, ObjectiveConfig
 from debias_diffusers.errors import InputError
-from debias_diffusers.likelihood import Bound
+from debias_diffusers.likelihood import Bound, _data
 from debias_diffusers.schedule import make_schedule, prediction_of_x_0
 
 MEAN, STD, T = 0.1, 0.2, 40
@@ -113,6 +115,29 @@ def test_models_without_random_steps_have_no_bound():
 def test_weights_that_nobody_has_are_refused(tmp_path):
     code, _, err = run("eval.py", "bpd", tmp_path, "--weights", "best")
     assert code == 2 and "weights is 'best'" in err and "Traceback" not in err
+
+
+def test_the_labels_are_read_from_the_column_that_the_run_was_trained_with(tmp_path):
+    columns = {"image": datasets.Image(), "kind": datasets.ClassLabel(num_classes=3), "maker": datasets.ClassLabel(num_classes=2)}
+    rows = {"image": [Image.new("L", (8, 8), k) for k in range(4)], "kind": [0, 1, 2, 0], "maker": [1, 0, 1, 0]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(columns)).save_to_disk(tmp_path / "data")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    data = {"dataset": str(tmp_path / "data"), "split": "train", "image_column": None, "label_column": "kind"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(data))
+
+    def labels(classes, **given):
+        model = SimpleNamespace(num_classes=classes, unet=SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=1)))
+        found = _data(BitsConfig(model=str(tmp_path / "run"), **given), model)
+        return [found.decoded(k)[1] for k in range(4)]
+
+    assert labels(3) == [0, 1, 2, 0]
+    assert labels(2, label_column="maker") == [1, 0, 1, 0]
+
+
+def test_a_bound_of_one_image_has_no_standard_error(trained_by_class, tmp_path):
+    code, _, err = run("eval.py", "bpd", trained_by_class, "--num_images", 1, "--num_threads", 1, "--output", tmp_path / "out.json")
+    assert code == 0, err
+    assert json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)["standard_error"] is None
 
 
 def test_the_command_bounds_a_run(trained_by_class, tmp_path):
