@@ -15,7 +15,7 @@ import math
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,8 @@ def run(*words: object) -> None:
     command = [sys.executable, *map(str, words), "--num_threads", "1"]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))}: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise SystemExit(f"{' '.join(map(str, command))}: {said[-1]}")
 
 
 def train(folder: Path, shift: int, weighting: str, seed: int, plan: Plan) -> None:
@@ -146,8 +147,12 @@ def main() -> None:
     cases = [(shift, weighting, seed) for shift, seeds in plan.seeds.items() for seed in seeds for weighting in WEIGHTINGS]
     folders = {case: options.out / f"shift{case[0]}-{case[1]}-seed{case[2]}-{plan.steps}" for case in cases}
     with ThreadPoolExecutor(options.parallel) as pool:
-        for done in [pool.submit(train, folders[case], *case, plan) for case in cases]:
-            done.result()
+        try:
+            for done in as_completed([pool.submit(train, folders[case], *case, plan) for case in cases]):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or the failure is said when all others are done, hours later
+            raise
     by_step: Curves = {}
     by_evaluation: Curves = {}
     for shift, weighting, seed in cases:

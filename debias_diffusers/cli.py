@@ -145,7 +145,7 @@ def _compare(argv: list[str]) -> None:
     given = _parse(
         ScoreConfig, argv, None, "eval.py compare", "Score runs side by side, with confidence intervals (--bootstrap 200 if left out)."
     )
-    _scored(dataclasses.replace(given, bootstrap=given.bootstrap or 200))
+    _scored(dataclasses.replace(given, bootstrap=200 if given.bootstrap is None else given.bootstrap))
 
 
 def _scored(config: ScoreConfig) -> None:
@@ -157,7 +157,7 @@ def _scored(config: ScoreConfig) -> None:
 
 def _stats(argv: list[str]) -> None:
     config = _parse(StatsConfig, argv, None, "eval.py stats", StatsConfig.__doc__ or "")
-    raise_all(rules.measure_problems(config.measure))
+    raise_all(rules.stats_problems(config))
     from . import evaluation
 
     evaluation.stats(config)

@@ -239,7 +239,7 @@ class ScoreConfig:
     weights: str = "ema"  # of models: ema, raw, or an EMA rate of the run
     guidance_scale: float = 1.0  # of models: strength of classifier-free guidance; 1 is off
     seed: int = 0  # of models, of KID's subsets and of the bootstrap
-    bootstrap: int = 0  # redrawn sets of images for confidence intervals; 0 is off (compare: 200)
+    bootstrap: int | None = None  # redrawn sets of images for confidence intervals; 0 is off; if left out 200 in compare, else 0
     allow_few_images: bool = False  # measure although a metric needs more images
     output: str | None = None  # FILE.json for all figures, FILE.png for curves
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,8 +137,9 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     if accelerator.is_main_process:
         print(table(result))
         if config.output:
-            write_file(Path(config.output).with_suffix(".json"), as_json(result))
-            _draw_curves(result["targets"], Path(config.output).with_suffix(".png"))
+            stem = re.sub(r"\.(json|png)$", "", str(Path(config.output)))  # and no more: a name may have points in it
+            write_file(Path(f"{stem}.json"), as_json(result))
+            _draw_curves(result["targets"], Path(f"{stem}.png"))
     return result
 
 
@@ -299,8 +301,16 @@ def _row(config: ScoreConfig, measure: Measure, compared: _References, images: I
     _require_enough(images.name, images.count, measure.layers, reference, config.allow_few_images)
     target = measure.sample(images)
     figures = metrics.figures(target, reference, measure.layers, config.seed)
-    intervals = metrics.interval(target, reference, measure.layers, config.bootstrap, config.seed) if config.bootstrap else None
+    intervals = metrics.intervals(figures, _redrawn(config, measure, target, reference, images.name)) if config.bootstrap else None
     return Row(images.name, images.count, figures, intervals=intervals, **how)
+
+
+def _redrawn(config: ScoreConfig, measure: Measure, target: Sample, reference: Sample, name: str) -> list[dict[str, float]]:
+    """Figures of every redrawn set of a target's images; the sets are dealt to the processes."""
+    draws = range(measure.process, config.bootstrap or 0, measure.processes)
+    shown = tqdm(draws, desc=f"{name} redrawn", unit="set", leave=False, disable=measure.process > 0)
+    mine = [metrics.redrawn(target, reference, measure.layers, config.seed, draw) for draw in shown]
+    return gather_object(mine) if measure.processes > 1 else mine
 
 
 def _require_enough(name: str, count: int | None, layers: Mapping[str, str], like: Sample, few: bool) -> None:

@@ -15,6 +15,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from . import chance
 from .errors import InputError, reason
 
 COLOUR = "colour"  # the layer of means of an image's channels
@@ -174,21 +175,20 @@ def halves(sample: Sample, seed: int = 0) -> tuple[Sample, Sample] | None:
     return parts[0], parts[1]
 
 
-def interval(
-    target: Sample, reference: Sample, layers: Mapping[str, str], draws: int, seed: int = 0, level: float = 0.95
-) -> dict[str, tuple[float, float]]:
-    """Where each figure lies in `level` of the cases when the images of the target are drawn again from themselves (bootstrap).
+def redrawn(target: Sample, reference: Sample, layers: Mapping[str, str], seed: int, draw: int) -> dict[str, float]:
+    """Figures when the images of the target are drawn again from themselves (bootstrap), a function of (seed, draw)."""
+    count = len(next(iter(target.features.values())))
+    chosen = torch.randint(count, (count,), generator=chance.generator(seed, "bootstrap", draw))
+    again = Sample.of({layer: values[chosen] for layer, values in target.features.items()})
+    return figures(again, reference, layers, seed, KID_SUBSETS_REDRAWN)
+
+
+def intervals(found: Mapping[str, float], rows: Sequence[Mapping[str, float]], level: float = 0.95) -> dict[str, tuple[float, float]]:
+    """Where each figure lies in `level` of the cases, by the figures of redrawn images.
 
     It tells of the chance in the images, not in the training; Frechet distances of redrawn images are too large by the repetitions
     among them, so the interval is moved to the middle of the figure itself.
     """
-    assert target.count is not None
-    found = figures(target, reference, layers, seed)
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(draws):
-        chosen = torch.randint(target.count, (target.count,), generator=generator)
-        rows.append(figures(Sample.of({layer: values[chosen] for layer, values in target.features.items()}), reference, layers, seed))
     low, high = (1 - level) / 2, (1 + level) / 2
     ends = {name: np.quantile([row[name] for row in rows], (low, 0.5, high)) for name in found}
     return {name: (value - ends[name][1] + ends[name][0], value - ends[name][1] + ends[name][2]) for name, value in found.items()}

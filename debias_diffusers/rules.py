@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from pathlib import PurePath
 from typing import Any, get_args
 
 from .config import (
@@ -28,6 +29,7 @@ from .config import (
     SampleConfig,
     SchedulerName,
     ScoreConfig,
+    StatsConfig,
     TrainConfig,
     WeightsConfig,
     flatten,
@@ -87,7 +89,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "steps": (_at_least(1), "at least 1, such as 20"),
     "num_images": (lambda value: 1 <= value <= 10_000_000, "from 1 to 10 million, such as 64"),
     "guidance_scale": (_at_least(0), "0 or more, such as 1 (off) or 3"),
-    "bootstrap": (_at_least(0), "0 (off) or more, such as 200"),
+    "bootstrap": (lambda value: value == 0 or value >= 20, "0 (off) or at least 20, such as 200"),
     "eta": (lambda value: 0 <= value <= 1, "from 0 (off) to 1"),
     "clipping_quantile": (lambda value: 0 < value <= 1, "above 0 and at most 1, such as 0.995"),
 }
@@ -370,9 +372,7 @@ def sample_problems(config: SampleConfig) -> list[str]:
     found = range_problems(dataclasses.asdict(config))
     if config.batch_size < 1:
         found.append(f"batch_size is {config.batch_size}, but must be at least 1, such as 64")
-    if config.seed >= 2**32:
-        found.append(f"seed is {config.seed}, but must be at least 0 and below 2^32, such as 0")
-    found += _timestep_problems(config)
+    found += _seed_problems(config.seed) + _timestep_problems(config)
     if config.eta and config.scheduler != "ddim":
         found.append(f"eta is {config.eta}, but scheduler is {config.scheduler or 'left out'}, which has none; take --scheduler ddim")
     if config.clipping != "dynamic" and config.clipping_quantile != 0.995:
@@ -389,10 +389,15 @@ def sample_problems(config: SampleConfig) -> list[str]:
     return found
 
 
+def _seed_problems(seed: int) -> list[str]:
+    """A seed of more than the 32 bits that generators of images, and those of numpy, take."""
+    return [f"seed is {seed}, but must be at least 0 and below 2^32, such as 0"] if seed >= 2**32 else []
+
+
 def score_problems(config: ScoreConfig) -> list[str]:
     """Everything that is wrong with a scoring command, before anything is looked at."""
     found = range_problems({name: value for name, value in dataclasses.asdict(config).items() if name != "steps"})
-    found += measure_problems(config.measure)
+    found += measure_problems(config.measure) + _seed_problems(config.seed) + _file_problems("output", config.output)
     if not config.targets:
         found.append("targets are missing; name a run, a pipeline folder, a folder of images or an .npz file")
     for name in config.schedulers.split(","):
@@ -404,6 +409,18 @@ def score_problems(config: ScoreConfig) -> list[str]:
         found.append(f"checkpoints is {config.checkpoints}, but must be all, or steps apart by commas, such as 1000,2000")
     found += _choice_problems(config.weights)
     return found
+
+
+def stats_problems(config: StatsConfig) -> list[str]:
+    """Everything that is wrong with a command that writes statistics, before anything is looked at."""
+    return measure_problems(config.measure) + _file_problems("out", config.out)
+
+
+def _file_problems(field: str, path: str | None) -> list[str]:
+    """A path that ends in no name, which is a folder at best."""
+    if path is None or PurePath(path).name not in ("", ".."):
+        return []
+    return [f"{field} is {path!r}, but must name a file, such as {field}.{'safetensors' if field == 'out' else 'json'}"]
 
 
 METRICS = ("fid", "sfid", "is", "kid", "prc", "colour")
@@ -448,7 +465,7 @@ def _timestep_problems(config: SampleConfig) -> list[str]:
 
 def bits_problems(config: BitsConfig) -> list[str]:
     """Everything that is wrong with a command that bounds bits per dimension, before the model is looked at."""
-    return range_problems(dataclasses.asdict(config)) + _choice_problems(config.weights)
+    return range_problems(dataclasses.asdict(config)) + _choice_problems(config.weights) + _file_problems("output", config.output)
 
 
 def _choice_problems(weights: str) -> list[str]:

@@ -12,13 +12,14 @@ import torch
 import yaml
 from conftest import ROOT, TINY, run
 
+from debias_diffusers import cli
 from debias_diffusers import config as configuration
 from debias_diffusers.cli import train_config
-from debias_diffusers.config import TrainConfig, flatten, layered, read_config, resolved, update
+from debias_diffusers.config import BitsConfig, ScoreConfig, StatsConfig, TrainConfig, flatten, layered, read_config, resolved, update
 from debias_diffusers.errors import InputError
 from debias_diffusers.model import build_unet
 from debias_diffusers.pixels import network_arguments
-from debias_diffusers.rules import train_problems
+from debias_diffusers.rules import bits_problems, score_problems, stats_problems, train_problems
 from debias_diffusers.schedulers import SCHEDULERS
 from debias_diffusers.training import dry_run
 
@@ -126,6 +127,35 @@ def test_a_wrong_value_is_named_with_one_that_works(change, named):
     problems = train_problems(update(GOOD, change))
     assert len(problems) == 1, problems
     assert all(text in problems[0] for text in named), problems[0]
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"seed": 2**32}, "seed is 4294967296, but must be at least 0 and below 2^32"),
+        ({"bootstrap": 1}, "bootstrap is 1, but must be 0 (off) or at least 20"),
+        ({"output": "."}, "output is '.', but must name a file, such as output.json"),
+        ({"output": ""}, "output is '', but must name a file"),
+        ({"output": "out/.."}, "output is 'out/..', but must name a file"),
+    ],
+)
+def test_a_wrong_value_of_a_score_is_named_with_one_that_works(change, named):
+    assert score_problems(ScoreConfig(targets=("x",))) == []
+    (problem,) = score_problems(ScoreConfig(targets=("x",), **change))
+    assert problem.startswith(named)
+
+
+def test_an_output_that_is_no_file_is_refused_before_the_work():
+    assert "output is '.'" in bits_problems(BitsConfig(model="x", output="."))[0]
+    assert "out is '.', but must name a file, such as out.safetensors" in stats_problems(StatsConfig(reference="x", out="."))[0]
+
+
+@pytest.mark.parametrize("flags, bootstrap", [([], 200), (["--bootstrap", "0"], 0), (["--bootstrap", "30"], 30)])
+def test_compare_draws_intervals_unless_they_are_off(monkeypatch, flags, bootstrap):
+    seen = []
+    monkeypatch.setattr(cli, "_scored", seen.append)
+    cli._compare(["x", *flags])
+    assert seen[0].bootstrap == bootstrap
 
 
 def test_a_batch_is_shared_evenly():

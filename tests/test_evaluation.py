@@ -1,14 +1,17 @@
 """Figures against closed forms, plain implementations and torch-fidelity itself; what is read, cached and refused."""
 
+import importlib.util
 import json
 import math
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import launched, run
+from conftest import ROOT, launched, run
 from PIL import Image
 from safetensors.torch import load, save, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -76,7 +79,8 @@ def test_the_interval_of_a_figure_covers_what_another_draw_gives():
     for seed in range(30):
         target = Sample.of({"x": normal(300, [0.3, 0, 0], [1.0, 1.2, 1], seed=seed)})
         found.append(metrics.figures(target, reference, {"fid": "x"})["fid"])
-        low, high = metrics.interval(target, reference, {"fid": "x"}, draws=100)["fid"]
+        rows = [metrics.redrawn(target, reference, {"fid": "x"}, 0, draw) for draw in range(100)]
+        low, high = metrics.intervals({"fid": found[-1]}, rows)["fid"]
         assert low < found[-1] < high
         inside += low < 0.134 < high  # 0.3^2 + 0.2^2, and about 0.004 for the finite sample
     assert inside >= 24
@@ -390,10 +394,15 @@ def test_an_npz_reference_keeps_its_size_and_is_read_once(trained, tmp_path, mon
 def test_two_processes_measure_what_one_measures(tmp_path):
     one = folder_of(tmp_path / "one", 75, 0)
     flags = ["--reference", "digits", "--metrics", "fid,kid,prc,colour", "--batch_size", 16, "--num_threads", 1, "--cache_dir", ""]
+    flags += ["--bootstrap", 21]
     code, err = launched(2, "eval.py", "score", one, *flags, "--output", tmp_path / "two.json")
     assert code == 0, err
-    alone = scored(tmp_path, one, reference="digits", metrics="fid,kid,prc,colour")
-    assert json.loads((tmp_path / "two.json").read_text())["targets"][0] == pytest.approx(alone["targets"][0])
+    (alone,) = scored(tmp_path, one, reference="digits", metrics="fid,kid,prc,colour", bootstrap=21)["targets"]
+    (shared,) = json.loads((tmp_path / "two.json").read_text())["targets"]
+    for name, ends in alone.pop("intervals").items():
+        assert shared["intervals"][name] == pytest.approx(ends), name
+    del shared["intervals"]
+    assert shared == pytest.approx(alone)
 
 
 def run_on(root, **values):
@@ -419,6 +428,31 @@ def test_runs_of_different_data_are_not_compared_with_the_data_of_the_first(tmp_
     assert evaluation.reference_data(MeasureConfig(), None, [one, third]).split == "a"
     with pytest.raises(InputError, match=r"other was trained on split b, not a as .*one; add --reference"):
         evaluation.score(ScoreConfig(targets=(one, other)))
+
+
+def test_redrawn_sets_are_dealt_to_the_processes_and_take_few_subsets(monkeypatch):
+    one, other = (Sample.of({"x": normal(30, [0.0, 1], [1.0, 1], seed=seed)}) for seed in (0, 1))
+    config, layers = ScoreConfig(targets=(), bootstrap=20), {"fid": "x", "kid": "x"}
+    asked = []
+    kid = metrics.kid_features_to_metric
+    monkeypatch.setattr(metrics, "KID_SUBSET", 25)
+    monkeypatch.setattr(metrics, "kid_features_to_metric", lambda *a, **more: asked.append(more["kid_subsets"]) or kid(*a, **more))
+    monkeypatch.setattr(evaluation, "gather_object", lambda mine: mine)
+    alone, first, second = (
+        evaluation._redrawn(config, SimpleNamespace(process=k, processes=n, layers=layers), one, other, "one")
+        for k, n in ((0, 1), (0, 2), (1, 2))
+    )
+    assert (alone[::2], alone[1::2]) == (first, second) and len({row["fid"] for row in alone}) == 20
+    assert set(asked) == {10}
+    metrics.figures(one, other, layers)
+    assert asked[-1] == 100
+
+
+def test_a_name_with_points_keeps_them(tmp_path):
+    target = folder_of(tmp_path / "target", 5, 0)
+    for given, stem in (("fid-0.995", "fid-0.995"), ("a.json", "a"), ("b.png", "b")):
+        scored(tmp_path, target, reference=target, metrics="colour", output=str(tmp_path / "out" / given))
+        assert (tmp_path / "out" / f"{stem}.json").is_file()
 
 
 def test_compare_gives_intervals(trained, tmp_path):
@@ -473,6 +507,39 @@ def test_a_training_that_draws_too_few_images_is_refused_at_its_start(tmp_path, 
         run_config = RunConfig(eval_every=1, eval_metrics=metric, eval_images=least - 1, feature_extractor="digits")
         with pytest.raises(InputError, match=f"eval_metrics {metric} need {least} images, but there are {least - 1}"):
             evaluation.Monitor(TrainConfig(data=data, run=run_config), open_source(data), "cpu")
+
+
+# ---- the claim -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def claim(monkeypatch):
+    spec = importlib.util.spec_from_file_location("claim", ROOT / "benchmarks" / "claim.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "claim", module)  # its dataclass looks itself up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_of_the_claim_that_says_nothing_is_told_by_its_exit_code(claim):
+    with pytest.raises(SystemExit, match="exit code 3"):
+        claim.run("-c", "raise SystemExit(3)")
+
+
+def test_a_failure_of_the_claim_ends_it_without_the_runs_that_wait(claim, tmp_path, monkeypatch):
+    began = []
+
+    def train(folder, *_):
+        began.append(folder)
+        time.sleep(0.3)
+        if len(began) == 2:
+            raise SystemExit("of the second")
+
+    monkeypatch.setattr(claim, "train", train)
+    monkeypatch.setattr(sys, "argv", ["claim.py", str(tmp_path), "--parallel", "1"])
+    with pytest.raises(SystemExit, match="of the second"):
+        claim.main()
+    assert len(began) <= 3
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
