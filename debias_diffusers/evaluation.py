@@ -414,7 +414,7 @@ class Monitor:
         if (fewest := min(config.run.eval_images, len(source))) < least:
             raise InputError(f"eval_metrics {config.run.eval_metrics} need {least} images, but there are {fewest}; take more --eval_images")
 
-        self.about = {"images": config.run.eval_images, **_of_extractor(self.measure)}  # figures of something else are no match
+        self.about = {"images": config.run.eval_images, **_of_extractor(self.measure)}  # what figures must share to be compared
 
     def figures(self, drawn: Iterator[Tensor]) -> dict[str, float]:
         """Of batches (B, C, H, W) uint8."""

@@ -430,6 +430,7 @@ class Trainer:
             say(f"no figures at step {self.step}: {error}")
             return {}
         name, value = next(iter(figures.items()))
+        # A best of another figure says nothing: of a checkpoint, it may be of other --eval_metrics or another extractor.
         loss, by = as_loss(name, value), {"figure": name, **self.monitor.about}
         if math.isfinite(loss) and (self.best is None or self.best.get("by") != by or loss < self.best["value"]):
             self.best = {"step": self.step, "value": loss, "by": by}
