@@ -46,8 +46,8 @@ class Run:
 
     def begin(self, config: TrainConfig) -> None:
         """Makes the directory ready to train from where it stands: configuration written, leftovers and later metrics gone."""
-        remove_drafts(self.checkpoints)
-        remove_drafts(self.folder)
+        for folder in (self.folder, *(path for path in self.folder.iterdir() if path.is_dir())):
+            remove_drafts(folder)
         write_file(self.folder / CONFIG, to_json(config).encode())
         self.metrics.begin_after(self.resume.step if self.resume else 0)
 

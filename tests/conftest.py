@@ -107,6 +107,13 @@ def tensors(run_dir, step):
     return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
 
 
+def sample_config(model, folder, **changes):
+    from debias_diffusers.config import SampleConfig
+
+    options = {"steps": 5, "num_images": 10, "batch_size": 4, "num_threads": 1, **changes}
+    return SampleConfig(model=str(model), output_dir=str(folder), **options)
+
+
 def same(one, other, step, more=()):
     """Every tensor of network, averages and optimizer bit-equal, and the metrics equal."""
     assert metrics(one) == metrics(other)

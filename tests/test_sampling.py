@@ -4,14 +4,13 @@ import errno
 import json
 import os
 import shutil
-import signal
 import time
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import Forked, launch, launched, run
+from conftest import run, sample_config
 from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
@@ -29,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from debias_diffusers import PixelPipeline
 from debias_diffusers.album import Album, Writer
-from debias_diffusers.config import ObjectiveConfig, SampleConfig
+from debias_diffusers.config import ObjectiveConfig
 from debias_diffusers.errors import CannotWriteError, InputError, NotFiniteError
 from debias_diffusers.files import take_lock
 from debias_diffusers.model import build_unet
@@ -373,47 +372,15 @@ def test_sample_writes_a_data_set_and_a_picture(trained):
     assert len(loaded) == 20 and loaded[3]["seed"] == 3  # the picture of all is not one of them
 
 
-def config_for(model, folder, **changes):
-    options = {"steps": 5, "num_images": 10, "batch_size": 4, "num_threads": 1, **changes}
-    return SampleConfig(model=str(model), output_dir=str(folder), **options)
-
-
-def test_a_folder_is_completed_and_never_mixed(trained, tmp_path):
-    folder = sample(config_for(trained, tmp_path / "out"))
-    whole = {p.name: p.read_bytes() for p in folder.glob("*.png")}
-    for name in ("000002.png", "000009.png"):
-        (folder / name).unlink()
-    untouched = (folder / "000005.png").stat().st_mtime_ns
-    sample(config_for(trained, folder))
-    assert {p.name: p.read_bytes() for p in folder.glob("*.png")} == whole
-    assert (folder / "000005.png").stat().st_mtime_ns == untouched  # its batch was whole
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / ".draft-.sampling.json").write_bytes(b"{")  # as a kill leaves it at the very beginning
-    assert len(list(sample(config_for(trained, tmp_path / "begun", num_images=2)).glob("0*.png"))) == 2
-    (folder / "000002.png").unlink()
-    (folder / ".draft-000002.png").write_bytes(b"half")  # as a kill leaves it
-    sample(config_for(trained, folder))
-    assert {p.name: p.read_bytes() for p in folder.glob("*.png")} == whole and not list(folder.glob(".draft*"))
-    with pytest.raises(InputError, match="seed was 0, now 1"):
-        sample(config_for(trained, folder, seed=1))
-    with pytest.raises(InputError, match="more than 5 images"):
-        sample(config_for(trained, folder, num_images=5))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match=r"holds other files, such as letter\.txt"):
-        sample(config_for(trained, tmp_path / "mine"))
-    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["letter.txt"]
-
-
 def test_raw_and_other_averaged_weights_can_be_drawn(trained, tmp_path):
     drawn = {}
     for weights in ("ema", "raw", "0.9", "0.99"):
-        folder = sample(config_for(trained, tmp_path / weights, weights=weights))
+        folder = sample(sample_config(trained, tmp_path / weights, weights=weights))
         drawn[weights] = (folder / "000000.png").read_bytes()
     assert drawn["ema"] == drawn["0.9"]  # the first rate is the exported one
     assert len({drawn["raw"], drawn["0.9"], drawn["0.99"]}) == 3
     with pytest.raises(InputError, match=r"averages at \[0\.9, 0\.99\] only"):
-        sample(config_for(trained, tmp_path / "other", weights="0.5"))
+        sample(sample_config(trained, tmp_path / "other", weights="0.5"))
 
 
 def labels_in(folder):
@@ -421,12 +388,12 @@ def labels_in(folder):
 
 
 def test_labels_are_balanced_drawn_or_given_and_written_beside_the_images(trained_by_class, tmp_path):
-    folder = sample(config_for(trained_by_class, tmp_path / "given", class_labels=(3, 7), guidance_scale=2.0))
+    folder = sample(sample_config(trained_by_class, tmp_path / "given", class_labels=(3, 7), guidance_scale=2.0))
     assert labels_in(folder) == [3, 7] * 5
-    assert labels_in(sample(config_for(trained_by_class, tmp_path / "balanced"))) == list(range(10))
-    drawn = labels_in(sample(config_for(trained_by_class, tmp_path / "drawn", class_labels="drawn", num_images=40)))
+    assert labels_in(sample(sample_config(trained_by_class, tmp_path / "balanced"))) == list(range(10))
+    drawn = labels_in(sample(sample_config(trained_by_class, tmp_path / "drawn", class_labels="drawn", num_images=40)))
     assert set(drawn) <= set(range(10)) and len(set(drawn)) > 5 and drawn[:10] != list(range(10))
-    moved = sample(config_for(trained_by_class, tmp_path / "moved", class_labels="drawn", num_images=20, batch_size=7, seed=5))
+    moved = sample(sample_config(trained_by_class, tmp_path / "moved", class_labels="drawn", num_images=20, batch_size=7, seed=5))
     assert labels_in(moved) == drawn[5:25]  # image k of seed s + 5 is image k + 5 of seed s, label and all
     for k in range(5, 10):
         first, second = (np.asarray(Image.open(d / f"{n:06d}.png"), int) for d, n in ((tmp_path / "drawn", k), (moved, k - 5)))
@@ -434,7 +401,7 @@ def test_labels_are_balanced_drawn_or_given_and_written_beside_the_images(traine
 
 
 def test_all_formats_hold_the_same_images(trained_by_class, tmp_path):
-    folders = {kind: sample(config_for(trained_by_class, tmp_path / kind, format=kind)) for kind in ("png", "webp", "npz")}
+    folders = {kind: sample(sample_config(trained_by_class, tmp_path / kind, format=kind)) for kind in ("png", "webp", "npz")}
     expected = [np.asarray(Image.open(folders["png"] / f"{k:06d}.png")) for k in range(10)]
     for k, array in enumerate(expected):
         coloured = np.asarray(Image.open(folders["webp"] / f"{k:06d}.webp"))
@@ -450,7 +417,7 @@ def test_a_packed_file_is_finished_once_and_does_not_grow(trained, tmp_path, mon
     def interrupted(self, labels):
         raise KeyboardInterrupt
 
-    config = config_for(trained, tmp_path / "out", format="npz")
+    config = sample_config(trained, tmp_path / "out", format="npz")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Album, "_pack", interrupted)
         sample(config)
@@ -461,13 +428,13 @@ def test_a_packed_file_is_finished_once_and_does_not_grow(trained, tmp_path, mon
     sample(config)
     assert (tmp_path / "out" / "samples.npz").read_bytes() == packed
     with pytest.raises(InputError, match="num_images was 10, now 20"):
-        sample(config_for(trained, tmp_path / "out", format="npz", num_images=20))
+        sample(sample_config(trained, tmp_path / "out", format="npz", num_images=20))
     with pytest.raises(InputError, match="format was npz, now png"):
-        sample(config_for(trained, tmp_path / "out"))
+        sample(sample_config(trained, tmp_path / "out"))
 
 
 def test_a_trajectory_is_a_picture_of_x_t_and_x_0_over_the_steps(trained, tmp_path):
-    folder = sample(config_for(trained, tmp_path / "out", trajectory=True))
+    folder = sample(sample_config(trained, tmp_path / "out", trajectory=True))
     picture = np.asarray(Image.open(folder / "preview" / "trajectory.png"))
     assert picture.shape == (6 + 12 * 54, 6 + 5 * 54)  # six images, x_t above x_0; five steps; 8 pixels enlarged six times
     last = [picture[6 + row * 54 :, 6 + 4 * 54 :][:48:6, :48:6] for row in (0, 2)]
@@ -475,77 +442,16 @@ def test_a_trajectory_is_a_picture_of_x_t_and_x_0_over_the_steps(trained, tmp_pa
     assert not np.array_equal(picture[6:54, 6:54], picture[60:108, 6:54])
 
 
-def test_one_and_two_processes_draw_the_same_bytes_and_each_image_once(trained, tmp_path):
-    flags = ["--num_images", 23, "--batch_size", 4, "--steps", 4, "--num_threads", 1]
-    assert run("sample.py", trained, *flags, "--output_dir", tmp_path / "one")[0] == 0
-    code, err = launched(2, "sample.py", trained, *flags, "--output_dir", tmp_path / "two")
-    assert code == 0, err
-    names = sorted(p.name for p in (tmp_path / "one").rglob("*") if p.is_file() and p.name != ".lock")
-    assert len([name for name in names if name.startswith("0000")]) == 23
-    assert names == sorted(p.name for p in (tmp_path / "two").rglob("*") if p.is_file() and p.name != ".lock")
-    for path in (p for p in (tmp_path / "one").rglob("*") if p.is_file() and p.name != ".lock"):
-        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path
-
-
-def test_killed_at_any_moment_the_same_command_draws_only_what_is_missing(trained, tmp_path):
-    flags = ["--num_images", 60, "--batch_size", 5, "--steps", 4, "--num_threads", 1]
-    assert run("sample.py", trained, *flags, "--output_dir", tmp_path / "whole")[0] == 0
-    command = ["sample.py", trained, *flags, "--output_dir", tmp_path / "killed"]
-    for least in (1, 7, 23, 40):  # images there when it is killed
-        process = Forked(*command)
-        deadline = time.monotonic() + 60
-        while len(list((tmp_path / "killed").glob("0*.png"))) < least and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for path in (tmp_path / "killed").glob("0*.png"):
-            Image.open(path).load()
-    there = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("0*.png")}
-    assert 40 <= len(there) < 60
-    assert run(*command)[0] == 0
-    for k in range(60):
-        assert (tmp_path / "killed" / f"{k:06d}.png").read_bytes() == (tmp_path / "whole" / f"{k:06d}.png").read_bytes()
-    whole_batches = [name for name in there if all(f"{5 * (int(name[:6]) // 5) + j:06d}.png" in there for j in range(5))]
-    assert whole_batches and all((tmp_path / "killed" / name).stat().st_mtime_ns == there[name] for name in whole_batches)
-
-
-@pytest.mark.parametrize("kind", ("png", "webp"))
-def test_damaged_images_are_drawn_again(trained, tmp_path, kind):
-    folder = sample(config_for(trained, tmp_path / "out", format=kind))
-    whole = {p.name: p.read_bytes() for p in folder.glob(f"0*.{kind}")}
-    for name, left in ((f"000001.{kind}", 0), (f"000004.{kind}", 40), (f"000009.{kind}", -1)):
-        (folder / name).write_bytes(whole[name][:left])
-    sample(config_for(trained, folder, format=kind))
-    assert {p.name: p.read_bytes() for p in folder.glob(f"0*.{kind}")} == whole
-
-
 def test_a_damaged_packed_file_is_drawn_again(trained, tmp_path):
-    folder = sample(config_for(trained, tmp_path / "out", format="npz"))
+    folder = sample(sample_config(trained, tmp_path / "out", format="npz"))
     whole = np.load(folder / "samples.npz")["arr_0"]
     for data in (b"", (folder / "samples.npz").read_bytes()[:300]):
         (folder / "samples.npz").write_bytes(data)
-        sample(config_for(trained, folder, format="npz"))
+        sample(sample_config(trained, folder, format="npz"))
         assert np.array_equal(np.load(folder / "samples.npz")["arr_0"], whole)
     (folder / "parts").mkdir()  # as a kill at the very end leaves it
-    sample(config_for(trained, folder, format="npz"))
+    sample(sample_config(trained, folder, format="npz"))
     assert not (folder / "parts").exists()
-
-
-@pytest.mark.nightly
-def test_when_the_launcher_dies_nobody_draws_on(trained, tmp_path):
-    flags = ["--num_images", 5000, "--batch_size", 8, "--steps", 50, "--num_threads", 1, "--output_dir", tmp_path / "out"]
-    process = launch(2, "sample.py", trained, *flags)
-    deadline = time.monotonic() + 120
-    while len(list((tmp_path / "out").glob("0*.png"))) < 16 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    time.sleep(2)
-    there = len(list((tmp_path / "out").glob("0*.png")))
-    assert 16 <= there < 5000
-    take_lock(tmp_path / "out").close()
-    time.sleep(2)
-    assert len(list((tmp_path / "out").glob("0*.png"))) == there
 
 
 def test_two_commands_do_not_draw_into_one_folder(trained, tmp_path):
@@ -561,11 +467,11 @@ def test_a_disk_that_is_full_is_said_and_ends_the_command(trained, tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(CannotWriteError, match="No space left on device"):
-        sample(config_for(trained, tmp_path / "out", num_images=8))
+        sample(sample_config(trained, tmp_path / "out", num_images=8))
         patch.setattr(os, "replace", full)
-        sample(config_for(trained, tmp_path / "out", num_images=40))
+        sample(sample_config(trained, tmp_path / "out", num_images=40))
     assert len(list((tmp_path / "out").glob("0*.png"))) == 8 and not list((tmp_path / "out").glob(".draft*"))
-    sample(config_for(trained, tmp_path / "out", num_images=40))
+    sample(sample_config(trained, tmp_path / "out", num_images=40))
 
 
 def test_images_are_written_beside_the_drawing(tmp_path, monkeypatch):

@@ -1,20 +1,17 @@
 """The promises of a run, with real processes: resume, stop, lock, several processes, export."""
 
 import json
-import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Forked, command, launch, launched, metrics, newest_step, run, same, tensors, train_args, wait_for
+from conftest import TINY, Forked, command, launched, metrics, newest_step, run, same, tensors, train_args, wait_for
 from diffusers import (
     CMStochasticIterativeScheduler,
     DDPMPipeline,
@@ -40,35 +37,6 @@ from debias_diffusers.sources import open_source
 from debias_diffusers.timesteps import make_timestep_sampler
 from debias_diffusers.training import learning_rate
 from debias_diffusers.weighting import effective_sample_size
-
-LONG = ["--max_steps", 400]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An uninterrupted run of 400 steps."""
-    folder = tmp_path_factory.mktemp("long") / "whole"
-    assert run(*train_args(folder, *LONG, "--checkpoint_every", 20))[0] == 0
-    return folder
-
-
-def test_killed_three_times_the_run_ends_with_the_same_bits(whole, tmp_path):
-    flags, killed = [*LONG, "--checkpoint_every", 20], tmp_path / "killed"
-    steps = []
-    for goal in (40, 140, 240):
-        process = Forked(*train_args(killed, *flags))
-        wait_for(lambda goal=goal: newest_step(killed) >= goal)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        steps.append(newest_step(killed))
-    assert 40 <= steps[0] < steps[1] < steps[2] < 400
-    code, _, err = run(*train_args(killed, *flags))
-    assert code == 0 and f"resuming {killed} at step" in err
-    same(whole, killed, 400)
-    for name in ("unet/diffusion_pytorch_model.safetensors", "model_index.json", "README.md", "config.json"):
-        assert (whole / name).read_bytes() == (killed / name).read_bytes()
-    assert not list(killed.rglob(".draft*"))
-
 
 LEARNING = ["--timestep_sampler", "loss_second_moment", "--num_train_timesteps", 8, "--noise_schedule", "cosine", "--snr_floor", 1e-3]
 
@@ -338,47 +306,6 @@ def test_stock_diffusers_draws_with_every_kind_of_model(tmp_path, flags, kind):
     assert code == 0 and (tmp_path / "run" / "samples" / f"{solver}-5" / "000003.png").is_file()
 
 
-def test_a_finished_run_is_left_as_it_is(trained):
-    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in trained.rglob("*") if p.is_file() and p.name != ".lock"}
-    began = time.monotonic()
-    code, _, err = run(*train_args(trained))
-    assert code == 0 and "is finished at step 24" in err and time.monotonic() - began < 5
-    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in trained.rglob("*") if p.is_file() and p.name != ".lock"}
-
-
-@pytest.mark.parametrize("flags", [["--micro_batch_size", 3], ["--num_workers", 2]])
-def test_pieces_and_workers_change_no_sample(trained, tmp_path, flags):
-    """With workers the bits are the same; in pieces the sums round differently."""
-    assert run(*train_args(tmp_path / "run", "--dropout", 0, *flags))[0] == 0
-    reference = tmp_path / "plain"
-    assert run(*train_args(reference, "--dropout", 0))[0] == 0
-    if "--num_workers" in flags:
-        same(reference, tmp_path / "run", 24)
-    for one, other in zip(metrics(reference), metrics(tmp_path / "run")):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
-
-
-def test_two_processes_train_what_one_trains_and_resume_with_the_same_bits(tmp_path):
-    one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
-    flags = ["--dropout", 0, "--lr_schedule", "constant"]
-    assert run(*train_args(one, *flags))[0] == 0
-    for folder, more in ((two, []), (resumed, ["--max_steps", 6]), (resumed, [])):
-        code, err = launched(2, *train_args(folder, *flags, *more))
-        assert code == 0, err
-    same(two, resumed, 24)
-    state = json.loads((two / "checkpoints" / "step-00000024" / "state.json").read_text())
-    assert state["num_processes"] == 2 and state["position"] == 24 * 8
-    for left, right in zip(metrics(one), metrics(two)):
-        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
-        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-5)
-    # The exported network, so the averages of the weights are in this too.
-    x_t, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 300, 700, 999])
-    with torch.no_grad():
-        outputs = [load_pipeline(str(folder)).unet(x_t, t).sample for folder in (one, two)]
-    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
-
-
 @pytest.mark.nightly
 def test_what_only_the_second_process_meets_is_said(tmp_path):
     for k in range(8):
@@ -405,65 +332,6 @@ def test_a_second_process_on_the_same_run_directory_leaves(tmp_path):
     assert run(*train_args(folder, "--max_steps", newest_step(folder) + 30))[0] == 0
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_same_command_continues(whole, tmp_path, signum, code):
-    flags = [*LONG, "--checkpoint_every", 0]
-    folder = tmp_path / "run"
-    process = Forked(*train_args(folder, *flags))
-    wait_for(lambda: (folder / "metrics.jsonl").exists())
-    process.send_signal(signum)
-    ended, _, err = process.result(timeout=10)
-    assert ended == code
-    step = newest_step(folder)
-    last = err.strip().splitlines()[-1]
-    assert last.startswith(f"error: stopped by {signal.Signals(signum).name} at step {step} of 400, saved")
-    assert metrics(folder)[-1]["step"] == step
-    assert run(*train_args(folder, *flags))[0] == 0
-    same(whole, folder, 400)
-
-
-def test_a_signal_to_the_whole_group_saves_too_when_workers_read(tmp_path):
-    folder = tmp_path / "run"
-    flags = ["--max_steps", 100_000, "--checkpoint_every", 0, "--num_workers", 2]
-    process = command(*train_args(folder, *flags), start_new_session=True)
-    wait_for(lambda: (folder / "metrics.jsonl").exists())
-    os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=15)
-    assert process.returncode == 143 and "Traceback" not in err and newest_step(folder) > 0
-
-
-@pytest.mark.nightly
-def test_killed_with_workers_the_run_directory_is_free_at_once(tmp_path):
-    folder = tmp_path / "run"
-    process = command(*train_args(folder, "--max_steps", 100_000, "--checkpoint_every", 0, "--num_workers", 2))
-    wait_for(lambda: (folder / "metrics.jsonl").exists())
-    process.kill()
-    process.communicate()
-    assert run(*train_args(folder, "--max_steps", 5))[0] == 0
-
-
-def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
-    folder = tmp_path / "run"
-    process = command(*train_args(folder, "--max_steps", 100_000, "--num_workers", 1))
-    wait_for(lambda: (folder / "metrics.jsonl").exists())
-    (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1:]
-    os.kill(int(worker), signal.SIGKILL)
-    _, err = process.communicate(timeout=10)
-    assert process.returncode == 1 and "Traceback" not in err
-    assert "error: a process that reads images was killed" in err
-
-
-@pytest.mark.parametrize("seconds", (0.15, 1.5))
-def test_interrupted_while_it_starts_it_says_so(tmp_path, seconds):
-    process = command(*train_args(tmp_path / "run", "--max_steps", 100_000))
-    time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT)  # the latter before Python has read our first line
-    if process.returncode == 130:
-        assert "Traceback" not in err and err.strip().splitlines()[-1].startswith("error: ")
-
-
 def test_a_full_disk_is_said_and_nothing_is_left_half_written(tmp_path):
     """No file may grow beyond 20 kB, which the weights do: as on a full disk."""
     folder = tmp_path / "run"
@@ -473,18 +341,6 @@ def test_a_full_disk_is_said_and_nothing_is_left_half_written(tmp_path):
     assert process.returncode == 4 and "Traceback" not in err
     assert all(f"step {step} was not saved" in err for step in (6, 12, 18)) and "training goes on" in err
     assert not list(folder.rglob(".draft*")) and not list(folder.glob("checkpoints/step-*"))
-
-
-def test_when_the_launcher_dies_the_training_saves_and_stops(tmp_path):
-    folder = tmp_path / "run"
-    launcher = launch(1, *train_args(folder, "--max_steps", 100_000, "--checkpoint_every", 0))
-    wait_for(lambda: (folder / "metrics.jsonl").exists())
-    pid = int((folder / ".lock").read_text().split()[1])
-    assert pid != launcher.pid
-    launcher.terminate()
-    wait_for(lambda: not os.path.exists(f"/proc/{pid}"), seconds=10)
-    launcher.communicate()
-    assert newest_step(folder) > 0
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
@@ -667,38 +523,6 @@ def test_out_of_memory_proposes_a_smaller_micro_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(training.Trainer, "_terms", lambda *_: torch.empty(2**60))
     with pytest.raises(InputError, match="8 images per forward; add --micro_batch_size 4"):
         training.train(config, open_run(config), SimpleNamespace(signum=0))
-
-
-@pytest.mark.nightly
-def test_killed_at_twenty_random_moments_the_run_ends_with_the_same_bits(tmp_path):
-    flags = ["--max_steps", 400, "--checkpoint_every", 5]
-    whole = tmp_path / "whole"
-    assert run(*train_args(whole, *flags))[0] == 0
-    moments = random.Random(0)
-    for trial in range(4):
-        killed, kills = tmp_path / f"killed-{trial}", 0
-        while kills < 5:
-            process = Forked(*train_args(killed, *flags))
-            time.sleep(moments.uniform(0, 4))
-            process.send_signal(signal.SIGKILL)
-            if process.wait() == -signal.SIGKILL:
-                kills += 1
-            else:
-                break  # it was done before
-        assert run(*train_args(killed, *flags))[0] == 0
-        same(whole, killed, 400)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("processes, flags", [(3, []), (3, ["--dropout", 0.1]), (2, ["--micro_batch_size", 5])])
-def test_a_resume_over_several_processes_has_the_same_bits(tmp_path, processes, flags):
-    flags = ["--batch_size", 24, "--lr_schedule", "constant", *flags]
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    for folder, steps in ((whole, 12), (resumed, 6), (resumed, 12)):
-        process = launch(processes, *train_args(folder, *flags, "--max_steps", steps))
-        assert process.wait(timeout=300) == 0, process.communicate()[1]
-        process.communicate()
-    same(whole, resumed, 12)
 
 
 def test_the_averaged_weights_are_measured_while_training_and_the_best_checkpoint_is_kept(tmp_path):
