@@ -23,8 +23,10 @@ from .files import DRAFT, said_if_not_writable, sync_folder, write_durably
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+OWN_HASH = "sha256"  # of the manifest without it: a flipped bit of "format" must not pass for a newer version
 STATE = "state.json"
-_NAME = re.compile(r"step-(\d{8,})")
+PIECE = 1 << 20
+_NAME = re.compile(r"step-([0-9]{8,})")
 
 
 class DamagedError(Exception):
@@ -91,14 +93,19 @@ def _draft(draft: Path, step: int, files: Iterable[tuple[str, bytes]], state: di
     manifest = {}
     for name, content in _with_state(files, state):
         write_durably(draft / name, content)
-        manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_durably(draft / MANIFEST, _json({"format": FORMAT, "step": step, "files": manifest}))
+        manifest[name] = {"size": len(content), "sha256": _hash(content)}
+    body = {"format": FORMAT, "step": step, "files": manifest}
+    write_durably(draft / MANIFEST, _json(body | {OWN_HASH: _hash(_json(body))}))
     sync_folder(draft)
 
 
 def _with_state(files: Iterable[tuple[str, bytes]], state: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
     yield from files
     yield STATE, _json(state)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _json(value: Any) -> bytes:
@@ -120,8 +127,8 @@ def checkpoints(folder: Path) -> list[Path]:
     """Folders that are named like checkpoints, oldest first. Other names, files and links are left alone."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
-    return sorted(found, key=_step)
+    named = (p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.name == name_of(_step(p)))
+    return sorted((p for p in named if p.is_dir() and not p.is_symlink()), key=_step)
 
 
 def _step(path: Path) -> int:
@@ -160,9 +167,8 @@ def verified(path: Path) -> Checkpoint:
         raise DamagedError(f"{MANIFEST} does not list {STATE}")
     state = b""
     for name, entry in files.items():
-        content = _read_checked(path / name, entry)
-        if name == STATE:
-            state = content
+        content = _read_checked(path / name, entry, keep=name == STATE)
+        state = content or state
     return Checkpoint(path, _step(path), json.loads(state))
 
 
@@ -170,10 +176,15 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     try:
         content = (path / MANIFEST).read_bytes()
         manifest = json.loads(content)
+        whole = content == _json(manifest)
+        own = manifest.pop(OWN_HASH, None)  # the first checkpoints had none
+        if own is not None and own != _hash(_json(manifest)):
+            raise DamagedError(f"{MANIFEST} does not match its own sha256")
         if manifest["format"] > FORMAT:
             raise InputError(f"checkpoint {path} has format {manifest['format']}, but this version reads {FORMAT}; install a newer one")
         files: dict[str, dict[str, Any]] = manifest["files"]
-        sound = manifest["format"] == FORMAT and name_of(manifest["step"]) == path.name and content == _json(manifest)
+        sound = whole and set(manifest) == {"format", "step", "files"} and manifest["format"] == FORMAT
+        sound = sound and name_of(manifest["step"]) == path.name
         if not sound or any(Path(name).name != name or set(entry) != {"size", "sha256"} for name, entry in files.items()):
             raise DamagedError(f"{MANIFEST} is damaged")
     except OSError as error:
@@ -183,15 +194,21 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _read_checked(path: Path, entry: dict[str, Any]) -> bytes:
+def _read_checked(path: Path, entry: dict[str, Any], keep: bool = True) -> bytes:
+    """A file's bytes, or none: to check alone, pieces take half the time of new memory for gigabytes, and no memory."""
+    digest, content = hashlib.sha256(), b""
     try:
         # The size first: a file that grew without bounds is not read.
         size = path.stat().st_size
-        content = path.read_bytes() if size == entry["size"] else b""
+        if size == entry["size"]:
+            with open(path, "rb") as file:
+                while piece := file.read(-1 if keep else PIECE):
+                    digest.update(piece)
+                    content = piece if keep else b""
     except OSError as error:
         raise DamagedError(f"{path.name}: {error.strerror}") from error
     if size != entry["size"]:
         raise DamagedError(f"{path.name} has {size} bytes instead of {entry['size']}")
-    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+    if digest.hexdigest() != entry["sha256"]:
         raise DamagedError(f"{path.name} does not match its sha256")
     return content
