@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import socket
-import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,7 @@ def said_if_not_writable(path: Path) -> Iterator[None]:
 
 def _free(path: Path) -> str:
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    return f"{shutil.disk_usage(there).free / 1e6:.0f} MB free"
+    return f"{shutil.disk_usage(there).free / 1e6:.1f} MB free"
 
 
 @contextmanager
@@ -105,8 +106,7 @@ def take_lock(folder: Path) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
+        holder = _holder(lock)
         lock.close()
         raise RunInUseError(f"{folder} is in use by {holder}") from None
     with said_if_not_writable(folder / LOCK):
@@ -114,6 +114,31 @@ def take_lock(folder: Path) -> IO[str]:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
     return lock
+
+
+def _holder(lock: IO[str]) -> str:
+    """Who has the lock. One that has just taken it may not have written its name yet, over that of one that has ended."""
+    for wait in (0.05,) * 20 + (0,):
+        lock.seek(0)
+        name = lock.read()
+        if _may_live(name):
+            break
+        time.sleep(wait)
+    return name or "another process"
+
+
+def _may_live(name: str) -> bool:
+    found = re.fullmatch(r"process (\d+) on (.+)", name)
+    if found is None:
+        return False
+    try:
+        if found[2] == socket.gethostname():
+            os.kill(int(found[1]), 0)  # asks only
+    except ProcessLookupError:
+        return False
+    except OSError:  # it lives and is somebody else's
+        pass
+    return True
 
 
 def remove_drafts(folder: Path) -> None:
