@@ -100,7 +100,7 @@ def warn_of_little_space(folder: Path, parameters: int, rates: int) -> None:
     needed = 2.5 * 4 * parameters * (3 + rates)  # float32 weights, two moments, averages
     free = shutil.disk_usage(folder).free
     if free < needed:
-        say(f"warning: {folder} has {free / 1e6:.0f} MB free, but checkpoints need about {needed / 1e6:.0f} MB")
+        say(f"warning: {folder} has {free / 1e6:.1f} MB free, but checkpoints need about {needed / 1e6:.1f} MB")
 
 
 def versions() -> dict[str, str]:

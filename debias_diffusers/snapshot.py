@@ -51,6 +51,11 @@ def contents(tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str,
         yield name, safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in values.items()})
 
 
+def size(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Bytes that a save needs: the tensors of the checkpoint, and the weights once more for the exported model."""
+    return sum(value.nbytes for values in (*tensors.values(), tensors[MODEL]) for value in values.values())
+
+
 def restore(found: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: EMA) -> None:
     """Puts the tensors of a checkpoint back. Names and shapes are those of the same configuration."""
     state: dict[str, Any] = {}

@@ -135,7 +135,7 @@ class Trainer:
                     self._draw_grid()
                 if due(self.step, every.eval_every):
                     progress.record_figures(self.step, self._measure())
-                if due(self.step, every.checkpoint_every):
+                if due(self.step, every.checkpoint_every) and self.step < self.optim.max_steps:
                     self._save()
             self._save(final=True)
         self._say_end(signum)
@@ -369,21 +369,21 @@ class Trainer:
             best = int(self.best["step"]) if self.best and self.config.run.keep_best else None
             checkpoint.write(run.checkpoints, self.step, snapshot.contents(tensors), {**self._state(), "window": window}, keep, best)
         except CannotWriteError as error:
-            return str(error)
+            return f"{error}; a save needs about {snapshot.size(tensors) / 1e6:.1f} MB"
         return None
 
     def _export(self, folder: Path) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
         self._load_averaged()
         draft = folder / (DRAFT + "export")
-        try:
-            with said_if_not_writable(folder):
+        with said_if_not_writable(folder):
+            try:
                 self.task.pipeline(self.averaged).save_pretrained(draft, safe_serialization=True)
                 # File by file, each whole or absent; only the weights differ from one export to the next.
                 for path in sorted(p for p in draft.rglob("*") if p.is_file()):
                     write_file(folder / path.relative_to(draft), path.read_bytes())
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            finally:  # before the space that is left is told
+                shutil.rmtree(draft, ignore_errors=True)
         write_file(folder / "README.md", hub.model_card(self.config, self.step, self.task.data.num_classes).encode())
 
     @cached_property
