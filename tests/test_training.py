@@ -2,16 +2,14 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Forked, command, launched, metrics, newest_step, run, same, tensors, train_args, wait_for
+from conftest import TINY, command, launched, metrics, newest_step, run, same, tensors, train_args
 from diffusers import (
     CMStochasticIterativeScheduler,
     DDPMPipeline,
@@ -320,77 +318,6 @@ def test_what_only_the_second_process_meets_is_said(tmp_path):
     assert "error: another process of this command has ended" in err or "Traceback" not in err.split("ChildFailedError")[0]
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_same_command_continues(whole, tmp_path, signum, code):
-    flags = [*LONG, "--checkpoint_every", 0]
-    folder = tmp_path / "run"
-    process = Forked(*train_args(folder, *flags))
-    wait_for(lambda: (folder / "metrics.jsonl").exists())
-    process.send_signal(signum)
-    ended, _, err = process.result(timeout=10)
-    assert ended == code
-    step = newest_step(folder)
-    last = err.strip().splitlines()[-1]
-    assert last.startswith(f"error: stopped by {signal.Signals(signum).name} at step {step} of 400, saved")
-    assert metrics(folder)[-1]["step"] == step
-    assert run(*train_args(folder, *flags))[0] == 0
-    same(whole, folder, 400)
-
-
-def test_a_signal_to_the_whole_group_saves_too_when_workers_read(tmp_path):
-    folder = tmp_path / "run"
-    flags = ["--max_steps", 100_000, "--checkpoint_every", 0, "--num_workers", 2]
-    process = command(*train_args(folder, *flags), start_new_session=True)
-    wait_for(lambda: (folder / "metrics.jsonl").exists())
-    os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=15)
-    assert process.returncode == 143 and "Traceback" not in err and newest_step(folder) > 0
-
-
-@pytest.mark.nightly
-def test_killed_with_workers_the_run_directory_is_free_at_once(tmp_path):
-    folder = tmp_path / "run"
-    process = command(*train_args(folder, "--max_steps", 100_000, "--checkpoint_every", 0, "--num_workers", 2))
-    wait_for(lambda: (folder / "metrics.jsonl").exists())
-    process.kill()
-    process.communicate()
-    assert run(*train_args(folder, "--max_steps", 5))[0] == 0
-
-
-def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
-    folder = tmp_path / "run"
-    process = command(*train_args(folder, "--max_steps", 100_000, "--num_workers", 1))
-    wait_for(lambda: (folder / "metrics.jsonl").exists())
-    (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1:]
-    os.kill(int(worker), signal.SIGKILL)
-    _, err = process.communicate(timeout=10)
-    assert process.returncode == 1 and "Traceback" not in err
-    assert "error: a process that reads images was killed" in err
-
-
-@pytest.mark.parametrize("seconds", (0.15, 1.5))
-def test_interrupted_while_it_starts_it_says_so(tmp_path, seconds):
-    process = command(*train_args(tmp_path / "run", "--max_steps", 100_000))
-    time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT)  # the latter before Python has read our first line
-    if process.returncode == 130:
-        assert "Traceback" not in err and err.strip().splitlines()[-1].startswith("error: ")
-
-
-def test_when_the_launcher_dies_the_training_saves_and_stops(tmp_path):
-    folder = tmp_path / "run"
-    launcher = launch(1, *train_args(folder, "--max_steps", 100_000, "--checkpoint_every", 0))
-    wait_for(lambda: (folder / "metrics.jsonl").exists())
-    pid = int((folder / ".lock").read_text().split()[1])
-    assert pid != launcher.pid
-    launcher.terminate()
-    wait_for(lambda: not os.path.exists(f"/proc/{pid}"), seconds=10)
-    launcher.communicate()
-    assert newest_step(folder) > 0
-
-
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     folder = tmp_path / "run"
     code, _, err = run(*train_args(folder, "--learning_rate", 1e30, "--checkpoint_every", 1, "--keep_checkpoints", 9))
@@ -401,20 +328,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     weights = load(tensors(folder, step)["model.safetensors"])
     assert all(torch.isfinite(w).all() for w in weights.values())
     assert metrics(folder)[-1]["step"] == step
-
-
-def test_changed_data_stop_a_resume_unless_accepted(tmp_path):
-    for k in range(8):
-        path = tmp_path / "images" / f"{k}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.new("L", (8, 8), 20 * k).save(path)
-    flags = ["--dataset", tmp_path / "images"]
-    assert run(*train_args(tmp_path / "run", *flags, "--max_steps", 6))[0] == 0
-    Image.new("L", (8, 8)).save(tmp_path / "images" / "9.png")
-    code, _, err = run(*train_args(tmp_path / "run", *flags, "--max_steps", 7))
-    assert code == 2 and "8 images then, 9 now" in err
-    code, _, err = run(*train_args(tmp_path / "run", *flags, "--max_steps", 7, "--accept_changed_data"))
-    assert code == 0 and "warning: dataset" in err
 
 
 def test_a_network_file_that_changed_is_not_resumed(tmp_path):
