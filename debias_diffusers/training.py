@@ -101,6 +101,7 @@ class Trainer:
         self.step = 0  # optimizer steps that are done
         self.saved_step = 0
         self.skips = 0
+        self.drawn: list[tuple[Tensor, Tensor]] = []  # noise levels and losses of the pieces of the step at hand
         self.best: dict[str, Any] | None = None  # step and figure of the best measurement, and what was measured
         self._resume(found)
         self.positions = data.PositionBatches(
@@ -146,7 +147,7 @@ class Trainer:
         pieces = self.positions.pieces(self.step)
         corrections = self.sampler.corrections
         weights = corrections if self.objective.weights is None else corrections * self.objective.weights
-        drawn = []
+        self.drawn = []
         for piece in pieces:
             batch = next(micro_batches)
             torch.manual_seed(chance.mixed(self.optim.seed, "dropout", piece.start))  # after the loader, which draws when it starts
@@ -159,15 +160,15 @@ class Trainer:
                 self.accelerator.backward(loss)
             total += loss.detach()
             self.window.add(t, terms, weights)
-            drawn.append((t, terms.loss.detach()))
+            self.drawn.append((t, terms.loss.detach()))
         if self.sampler.learns:
-            self._teach_sampler(drawn)
+            self._teach_sampler()
         self.accelerator.unscale_gradients()
         return total.item(), torch.nn.utils.get_total_norm(self._grads()).item()
 
-    def _teach_sampler(self, drawn: list[tuple[Tensor, Tensor]]) -> None:
+    def _teach_sampler(self) -> None:
         """Tells the sampler the levels and losses of a step, in the order of the processes, which is that of the positions."""
-        t, losses = (torch.cat(parts) for parts in zip(*drawn))
+        t, losses = (torch.cat(parts) for parts in zip(*self.drawn))
         everyone = self.accelerator.gather(torch.stack([t.to(losses), losses], dim=1)).cpu()
         self.sampler.update(everyone[:, 0].long(), everyone[:, 1])
 
@@ -207,9 +208,18 @@ class Trainer:
         first = self.step * self.optim.batch_size
         raise NotFiniteError(
             f"loss {loss} with gradient norm {grad_norm} in step {self.step + 1} (positions {first} to "
-            f"{first + self.optim.batch_size - 1} of seed {self.optim.seed}); the update was not made and the last checkpoint is "
-            f"untouched; try a smaller --learning_rate, --max_grad_norm 1 or --mixed_precision no"
+            f"{first + self.optim.batch_size - 1} of seed {self.optim.seed}; {self._spoilt()}); the update was not made and the last "
+            f"checkpoint is untouched; try a smaller --learning_rate, --max_grad_norm 1 or --mixed_precision no"
         )
+
+    def _spoilt(self) -> str:
+        """Which samples of this process have a loss that is not finite, and their noise levels; those of all where none has."""
+        t, losses = (torch.cat(parts).tolist() for parts in zip(*self.drawn))
+        positions = [position for piece in self.positions.pieces(self.step) for position in piece]
+        found = [f"{position} at t = {level}" for position, level, value in zip(positions, t, losses) if not math.isfinite(value)]
+        if not found:
+            return f"each loss finite, t from {min(t)} to {max(t)}"
+        return f"not finite: {', '.join(found[:3])}{f' and {len(found) - 3} more' if found[3:] else ''}"
 
     def _agree(self, loss: float, signum: int, late: bool) -> tuple[float, int, int]:
         """The mean loss of all processes, and one answer of all of them to "stop?"."""

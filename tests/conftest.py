@@ -27,8 +27,8 @@ os.environ.update(OFFLINE)
 
 def command(*args, **options):
     """Starts `python ARGS` in the repository's root, as a user would."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, **pipes, **options)
+    usual = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, args)], **{**usual, **options})
 
 
 # Most commands run in processes forked from one that has imported torch and diffusers: seconds less for each.

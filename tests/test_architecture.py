@@ -81,6 +81,7 @@ def test_configuration_and_run_directory_need_no_torch(room):
     assert set(neighbours(path, everywhere=False)) <= WITHOUT_TORCH
 
 
+@pytest.mark.row(40, "no line of the package runs foreign code")
 def test_nothing_in_the_package_runs_foreign_code():
     words = ("pickle", "eval(", "exec(", "yaml.load(", "weights_only=False", "shell=True", "extractall", "trust_remote_code")
     for path in PACKAGE.rglob("*.py"):

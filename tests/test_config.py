@@ -163,6 +163,7 @@ def test_a_batch_is_shared_evenly():
     assert "batch_size is 64" in problem and "take 63" in problem
 
 
+@pytest.mark.row(34, "weights that grow without bound as the SNR falls to 0 are refused")
 @pytest.mark.parametrize("weighting", ("debiased", "inverse_snr", "truncated_snr", "edm", "debiased_as_is"))
 def test_weights_without_bound_need_a_floor_on_the_cosine_schedule(weighting):
     change = {"noise_schedule": "cosine", "weighting": weighting}
