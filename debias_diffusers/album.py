@@ -88,7 +88,7 @@ class Album:
     def _require_same(self, settings: dict[str, Any]) -> None:
         try:
             before = json.loads((self.folder / SETTINGS).read_text())
-        except ValueError:
+        except (ValueError, RecursionError):
             before = None
         if not isinstance(before, dict) or not before:
             raise InputError(f"{self.folder / SETTINGS} is damaged; remove its folder, or name another --output_dir")

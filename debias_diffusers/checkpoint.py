@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, NoUsableCheckpointError
+from .errors import InputError, NoUsableCheckpointError, reason
 from .files import DRAFT, said_if_not_writable, sync_folder, write_durably
 
 FORMAT = 1
@@ -189,7 +189,7 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
             raise DamagedError(f"{MANIFEST} is damaged")
     except OSError as error:
         raise DamagedError(f"{MANIFEST}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{MANIFEST} is damaged") from error
     return files
 
@@ -205,8 +205,8 @@ def _read_checked(path: Path, entry: dict[str, Any], keep: bool = True) -> bytes
                 while piece := file.read(-1 if keep else PIECE):
                     digest.update(piece)
                     content = piece if keep else b""
-    except OSError as error:
-        raise DamagedError(f"{path.name}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise DamagedError(f"{path.name}: {getattr(error, 'strerror', None) or reason(error)}") from error
     if size != entry["size"]:
         raise DamagedError(f"{path.name} has {size} bytes instead of {entry['size']}")
     if digest.hexdigest() != entry["sha256"]:

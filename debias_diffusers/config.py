@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import reprlib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -359,11 +360,18 @@ def read_config(name_or_file: str) -> dict[str, Any]:
         raise InputError(f"config {name_or_file!r} cannot be read: {error}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: of JSON, and of YAML's dates that do not exist
         raise InputError(f"config {name_or_file!r} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise InputError(f"config {name_or_file!r} is nested too deeply; write one 'name: value' a line") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise InputError(f"config {name_or_file!r} holds a {type(values).__name__}; write one 'name: value' a line")
     return checked_values(values, f"config {name_or_file!r}")
+
+
+# YAML can name one list many times, and lists of such lists: written out in full, a small file would fill the memory.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring = 2, 80
 
 
 def checked_values(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
@@ -377,12 +385,12 @@ def checked_values(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
     for name, value in values.items():
         if name not in hints:
             near = difflib.get_close_matches(str(name), hints, n=1)
-            problems.append(f"{name!r} is not a field" + (f"; did you mean {near[0]}?" if near else ""))
+            problems.append(f"{_SHORT.repr(name)} is not a field" + (f"; did you mean {near[0]}?" if near else ""))
             continue
         try:
             result[name] = _convert(value, hints[name])
         except (TypeError, ValueError, OverflowError):
-            problems.append(f"{name} is {value!r}, but must be {_describe(hints[name])}")
+            problems.append(f"{name} is {_SHORT.repr(value)}, but must be {_describe(hints[name])}")
     raise_all(problems, where)
     return result
 

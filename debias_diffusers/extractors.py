@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -17,10 +18,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_clip import MODEL_METADATA
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 from .errors import InputError, reason
+from .files import read_file
 
 DIGITS = "digits"
 INCEPTION = "inception-v3-compat"
@@ -187,21 +190,51 @@ def _load(kind: str, layers: list[str], weights: str | None) -> Any:
 
 @contextlib.contextmanager
 def _harmless(kind: str, weights: str | None) -> Iterator[str | None]:
-    """A copy of a weight file that holds tensors only: torch-fidelity would run what else a file holds.
+    """A copy of a weight file that holds tensors only: torch-fidelity would run what else a file holds, a fetched one's, too.
 
-    Weights of CLIP are programs of TorchScript, and are taken as they are.
+    Weights of CLIP are programs of TorchScript, so the original ones alone are taken.
     """
-    if weights is None or kind == DIGITS or kind.startswith("clip"):
+    if kind.startswith("clip"):
+        _require_original(kind, weights)
         yield weights
+        return
+    if weights is None or kind == DIGITS:
+        with _tensors_only():
+            yield weights
         return
     try:
         data = safetensors.torch.load_file(weights) if weights.endswith(".safetensors") else torch.load(weights, weights_only=True)
     except Exception as error:  # a damaged or hostile file may provoke any
-        raise InputError(f"feature_extractor_weights {weights} is missing, damaged, or holds more than tensors") from error
+        raise InputError(
+            f"feature_extractor_weights {weights} is missing, damaged, or holds more than tensors; give a .safetensors file, or a "
+            f"state dict that was saved alone"
+        ) from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pth"
         torch.save(data, path)
         yield str(path)
+
+
+def _require_original(kind: str, weights: str | None) -> None:
+    """Raises InputError where a file of CLIP's weights, given or fetched before, is not the one that OpenAI published."""
+    sha256 = MODEL_METADATA[kind]["hash"]
+    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / f"{kind}-{sha256}.pt"
+    if (weights or path.exists()) and hashlib.sha256(read_file(path)).hexdigest() != sha256:
+        advice = "leave it out, and they are fetched" if weights else "remove it, and they are fetched again"
+        raise InputError(f"{path} is not the file of {kind} that OpenAI published, and others may hold any program; {advice}")
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """torch refuses files that hold more than tensors, whatever its caller asks for and the user has set."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[names[0]]
+        os.environ.update(before)
 
 
 def _fingerprint(network: nn.Module) -> str:

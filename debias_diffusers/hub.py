@@ -48,10 +48,10 @@ def _objective(objective: ObjectiveConfig) -> str:
     if name == "variational":
         sentences = [f"The network predicts {space} and a variance; the variational bound was minimised, without weights."]
     elif name in SPACES_OF_OTHERS:
-        sentences = [f"The squared error of the network's {space} is weighted with `{name}`, as other code has it."]
+        sentences = [f"The squared error of the network's {space} is weighted with {_cell(name)}, as other code has it."]
     else:
         sentences = [
-            f"The squared error of the network's {space} is weighted with `{name}`, a weight defined on the error of the noise and "
+            f"The squared error of the network's {space} is weighted with {_cell(name)}, a weight defined on the error of the noise and "
             f"converted to what the network predicts."
         ]
     if name == "debiased":
@@ -67,4 +67,6 @@ def _objective(objective: ObjectiveConfig) -> str:
 
 
 def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    """As code, in which no markup counts: a name of a data set may hold any, and what ends the line, the cell, or the code."""
+    text = "".join(c if c.isprintable() else " " for c in str(value)).replace("`", "'").replace("|", "\\|").strip()
+    return f"`{text}`" if text else ""

@@ -14,7 +14,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from .config import ModelConfig
-from .errors import InputError
+from .errors import InputError, reason
 
 
 def unet_config(config: ModelConfig, resolution: int, channels: int, num_labels: int, learn_sigma: bool = False) -> dict[str, Any]:
@@ -63,8 +63,8 @@ def unet_config(config: ModelConfig, resolution: int, channels: int, num_labels:
 def _from_file(path: str, fixed: dict[str, Any]) -> dict[str, Any]:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"model_config {path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"model_config {path} cannot be read: {reason(error)}") from error
     if not isinstance(values, dict):
         raise InputError(f"model_config {path} holds no JSON object")
     values = {name: value for name, value in values.items() if not name.startswith("_")}

@@ -263,7 +263,16 @@ def load_pipeline(model: str) -> PixelPipeline:
         if other := sorted(parts - {"unet", "scheduler"}):
             raise ValueError(f"it has a {other[0]}, but this is for pixel models, of a unet and a scheduler only")
         pipeline: PixelPipeline = PixelPipeline.from_pretrained(model, use_safetensors=True)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # RecursionError is a RuntimeError
         raise InputError(f"model {model} cannot be loaded: {reason(error)}") from error
     if not isinstance(pipeline.unet, UNet2DModel):
         raise InputError(

@@ -135,7 +135,7 @@ def _step_of(line: bytes) -> float:
     """The step of a line of metrics; infinite where the line was cut off or torn."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
 

@@ -41,6 +41,7 @@ def test_field_names_are_unique_over_the_sections():
     assert len(fields) == len(set(fields))
 
 
+@pytest.mark.row(36, "wrong values and combinations are refused at once with exit code 2, both names and a way out")
 @pytest.mark.parametrize(
     "change, named",
     [
@@ -158,6 +159,7 @@ def test_compare_draws_intervals_unless_they_are_off(monkeypatch, flags, bootstr
     assert seen[0].bootstrap == bootstrap
 
 
+@pytest.mark.row(36, "wrong values and combinations are refused at once with exit code 2, both names and a way out")
 def test_a_batch_is_shared_evenly():
     (problem,) = train_problems(GOOD, num_processes=3)
     assert "batch_size is 64" in problem and "take 63" in problem
@@ -210,6 +212,7 @@ def at_once(call, *flags):
     return done
 
 
+@pytest.mark.row(36, "wrong values and combinations are refused at once with exit code 2, both names and a way out")
 def test_three_mistakes_are_answered_together_at_once_without_torch():
     done = at_once("sys.exit(cli.train())", "--batch_size", "0", "--learning_rate=-1", "--snr-gamma", "3")
     assert done.returncode == 2
@@ -226,12 +229,6 @@ def test_help_needs_no_torch(entry):
 def test_eval_names_its_commands():
     code, _, err = run("eval.py", "foo")
     assert code == 2 and err.strip().splitlines()[-1] == "error: eval.py foo is not known; take one of score, compare, stats, bpd, weights"
-
-
-@pytest.mark.parametrize("flag, near", [("--weightng", "--weighting"), ("--batchsize", "--batch_size")])
-def test_a_misspelt_flag_suggests_the_right_one(flag, near):
-    with pytest.raises(InputError, match=f"did you mean {near}"):
-        train_config([flag, "3"], None)
 
 
 def test_a_malformed_value_is_one_sentence():

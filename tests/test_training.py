@@ -423,11 +423,6 @@ def test_max_hours_stops_with_a_checkpoint(tmp_path):
     assert newest_step(tmp_path / "run") == metrics(tmp_path / "run")[-1]["step"]
 
 
-def test_fp16_on_a_cpu_is_refused(tmp_path):
-    code, _, err = run(*train_args(tmp_path / "run", "--mixed_precision", "fp16"))
-    assert code == 2 and "bf16" in err.splitlines()[-1]
-
-
 def test_clipping_shortens_the_gradient_that_is_applied(tmp_path):
     """With a clip far below every gradient, AdamW's first moment has the clipped length."""
     assert run(*train_args(tmp_path / "run", "--max_grad_norm", 1e-3, "--max_steps", 1, "--warmup_steps", 1))[0] == 0

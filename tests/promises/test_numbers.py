@@ -1,42 +1,22 @@
 """What is not finite stops a run before it spoils anything, and numbers are those of a table worked out by hand."""
 
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import ROOT, TINY, command, metrics, newest_step, run, same, tensors, train_args
+from conftest import ROOT, command, metrics, newest_step, run, same, tensors, train_args
+from here import tiny, trained_here
 from safetensors.torch import load
 
-from debias_diffusers import machine, training
-from debias_diffusers.cli import train_config
+from debias_diffusers import training
 from debias_diffusers.config import ObjectiveConfig
 from debias_diffusers.errors import InputError, NotFiniteError
 from debias_diffusers.loss import Terms, make_objective
 from debias_diffusers.pixels import PixelTask
 from debias_diffusers.rules import UNBOUNDED, objective_problems
-from debias_diffusers.run import open_run
 
 SPOILT = 3  # the step that is spoilt, counted from 0: steps 1 to 3 are made, the fourth is not
-
-
-def trained_here(folder, *flags, scaler=None):
-    """The tiny run in this process; returns the trainer as it ended. `scaler` is fp16's, which a CPU is otherwise refused."""
-    AcceleratorState._reset_state(True)  # which remembers the precision of the first run of a process
-    config = train_config([str(flag) for flag in ("--config", TINY, "--output_dir", folder, *flags)], None)
-    accelerator = machine.start_accelerator(config)
-    accelerator.scaler = scaler
-    trainer = training.Trainer(config, open_run(config), accelerator)
-    if scaler:
-        accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.adamw)
-    try:
-        trainer.train(SimpleNamespace(signum=0))
-    finally:
-        trainer.accelerator.end_training()
-        trainer.run._lock.close()
-    return trainer
 
 
 class Spoiler:
@@ -101,7 +81,7 @@ def test_what_is_not_finite_stops_the_run_before_the_update(place, precision, va
         folder = tmp_path / str(value)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(NotFiniteError) as error:
             spoiler = Spoiler(patch, place, value)
-            trained_here(folder, "--mixed_precision", precision, "--checkpoint_every", 1, "--max_steps", 6)
+            trained_here(tiny(folder, "--mixed_precision", precision, "--checkpoint_every", 1, "--max_steps", 6))
         said = str(error.value)
         assert error.value.exit_code == 5
         assert f"in step {SPOILT + 1} (positions {8 * SPOILT} to {8 * SPOILT + 7} of seed 0;" in said
@@ -124,8 +104,8 @@ def test_what_is_not_finite_stops_the_run_before_the_update(place, precision, va
 def test_after_a_step_that_was_not_finite_the_same_command_goes_on_as_if_nothing_had_been(trained, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(NotFiniteError):
         Spoiler(patch, "gradient", torch.nan)
-        trained_here(tmp_path / "run", "--checkpoint_every", 1)
-    trained_here(tmp_path / "run")
+        trained_here(tiny(tmp_path / "run", "--checkpoint_every", 1))
+    trained_here(tiny(tmp_path / "run"))
     same(trained, tmp_path / "run", 24)
 
 
@@ -175,7 +155,7 @@ def test_steps_that_overflow_in_fp16_are_skipped_and_counted(tmp_path, trials):
     scaler = scaler_of_fp16()
     with pytest.MonkeyPatch.context() as patch:
         spoilt = Overflowing(patch, {step for skipped in runs for step in skipped})
-        trainer = trained_here(tmp_path / "run", "--max_steps", 2 * most + 4, "--checkpoint_every", 0, scaler=scaler)
+        trainer = trained_here(tiny(tmp_path / "run", "--max_steps", 2 * most + 4, "--checkpoint_every", 0), scaler=scaler)
     assert trainer.step == 2 * most + 4 and trainer.skips == 0
     for step in range(trainer.step - 1):
         trials()
@@ -194,7 +174,7 @@ def test_steps_that_overflow_in_fp16_are_skipped_and_counted(tmp_path, trials):
 def test_the_twentieth_step_in_a_row_that_overflows_ends_the_run(tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(NotFiniteError, match=r"in step 25 .*each loss finite"):
         spoilt = Overflowing(patch, range(5, 60))
-        trained_here(tmp_path / "run", "--max_steps", 60, scaler=scaler_of_fp16())
+        trained_here(tiny(tmp_path / "run", "--max_steps", 60), scaler=scaler_of_fp16())
     assert max(spoilt.seen) == 5 + training.SKIPS_IN_A_ROW - 1 == 24
     assert torch.equal(spoilt.seen[24][0], spoilt.seen[5][0])
 
@@ -203,7 +183,7 @@ def test_the_twentieth_step_in_a_row_that_overflows_ends_the_run(tmp_path):
 def test_a_loss_that_is_not_finite_is_no_search_for_a_scale(tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(NotFiniteError, match=f"in step {SPOILT + 1} "):
         Spoiler(patch, "loss", torch.nan)
-        trained_here(tmp_path / "run", scaler=scaler_of_fp16())
+        trained_here(tiny(tmp_path / "run"), scaler=scaler_of_fp16())
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
