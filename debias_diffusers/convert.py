@@ -136,7 +136,7 @@ def _damaged_part(path: str) -> str | None:
 def _why_unreadable(error: Exception) -> str:
     text = reason(error)
     if "weights_only" in text:  # torch's text advises to run what is in the file
-        found = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        found = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
         what = f"it holds more than tensors ({found[1]})" if found else "it holds more than tensors, or is damaged"
         return f"{what}; who made it can save its state dict alone"
     return "it is empty, damaged or of another kind" if isinstance(error, (LookupError, EOFError)) else text
