@@ -215,8 +215,8 @@ def test_the_features_that_torch_fidelity_keeps_are_neither_read_nor_written(tmp
     mark, names = tmp_path / "mark", set()
     images = tmp_path / "images"
     images.mkdir()
-    for grey in range(8):
-        Picture.new("L", (8, 8), 30 * grey).save(images / f"{grey}.png")
+    for grey in range(12):
+        Picture.new("L", (8, 8), 20 * grey).save(images / f"{grey}.png")
     hostile_files(mark)["os.system"](tmp_path / "hostile.pt")
     for cache in (tmp_path / "torch" / "fidelity_cache", tmp_path / "xdg" / "torch" / "fidelity_cache"):
         cache.mkdir(parents=True)

