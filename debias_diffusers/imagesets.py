@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import tokenize
 import zipfile
 import zlib
@@ -24,12 +23,11 @@ from torch import Tensor
 from . import images
 from .errors import InputError, reason
 from .sampling import Job
-from .sources import Folder, Source
+from .sources import READERS, Folder, Source
 
 MOST_BYTES = 2**40  # that an .npz may claim to hold
 # What zipfile and numpy raise of a damaged file; RuntimeError of one that is encrypted or compressed by other means.
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)
-READERS = min(8, os.cpu_count() or 1)  # threads that decode beside the network
 
 
 @dataclass(frozen=True)

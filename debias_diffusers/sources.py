@@ -19,7 +19,7 @@ from .files import read_file
 
 MOST_CLASSES = 100_000
 MOST_SKIPPED = 0.01  # share of unreadable images: with more of them, something else is wrong
-READERS = min(8, os.cpu_count() or 1)  # threads
+READERS = min(8, os.cpu_count() or 1)  # threads that decode beside whatever else is done
 
 
 class Source(Protocol):
