@@ -220,6 +220,7 @@ class MeasureConfig:
     feature_extractor_weights: str | None = None  # its weight file; packaged or fetched if left out
     split: str | None = None  # split of a reference that is a data set; that of the run if both are left out, else train
     image_column: str | None = None  # its column of images; that of the run if both are left out, else found by its type
+    skip_bad: bool = False  # leave out images of a reference that cannot be read, up to 1% of them; as the run did if left out
     resolution: int | None = None  # pixels a side that the reference is brought to; as the targets have if left out
     batch_size: int = 64  # images computed with at once in each process
     cache_dir: str | None = None  # features are kept here; ~/.cache/debias_diffusers/features if left out, "" keeps none
@@ -263,6 +264,7 @@ class BitsConfig:
     split: str | None = None  # its split; that of the run if both are left out, else train
     image_column: str | None = None  # its column of images; that of the run if both are left out, else found by its type
     label_column: str | None = None  # its column of labels, for models with classes; likewise
+    skip_bad: bool = False  # leave out images that cannot be read, up to 1% of them; as the run did if left out
     num_images: int = 64  # how many of its images
     batch_size: int = 64  # images computed with at once in each process
     clipping: bool = True  # bring the predicted x_0 to [-1, 1], as sampling does
@@ -293,7 +295,7 @@ class ExportConfig:
 CHANGEABLE = {
     "output_dir", "dry_run", "accept_changed_data", "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every",
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
-    "feature_extractor", "feature_extractor_weights", "keep_best",
+    "feature_extractor", "feature_extractor_weights", "keep_best", "skip_bad",
 }  # fmt: skip
 
 # What `model_config` replaces.

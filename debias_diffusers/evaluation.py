@@ -32,7 +32,7 @@ from .metrics import COLOUR, Sample, Statistics
 from .plots import curves
 from .run import CHECKPOINTS, CONFIG, say
 from .sampling import make_job
-from .sources import Folder, Source, open_source
+from .sources import Folder, Source, open_readable, open_source
 
 MOST_DRAWN = 50_000
 ORDER = ("fid", "sfid", "is", "is_std", "kid", "kid_std", "kid_subset", "precision", "recall", "brightness_bias", "colour_distance")
@@ -130,7 +130,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     accelerator = start_processes(config.measure.num_threads)
     if config.reference is None:
         data = reference_data(config.measure, None, config.targets)
-        measure = dataclasses.replace(config.measure, split=data.split, image_column=data.image_column)
+        measure = dataclasses.replace(config.measure, split=data.split, image_column=data.image_column, skip_bad=data.skip_bad)
         config = dataclasses.replace(config, reference=data.dataset, measure=measure)
     assert config.reference is not None
     result = _scored(config, config.reference, accelerator)
@@ -220,7 +220,7 @@ def open_reference(name: str, config: MeasureConfig, side: int | None) -> ImageS
                 f"take targets of that size, or add --resolution {images.side} to compare all the same"
             )
         return images
-    source = open_source(reference_data(config, name))
+    source = open_readable(reference_data(config, name))
     if side is None and isinstance(source, Folder):
         return of_folder(source, name)
     if side is None:
@@ -235,7 +235,12 @@ def reference_data(config: MeasureConfig | BitsConfig, reference: str | None, ta
         InputError: nothing is named, and the targets have no run, or runs of different data.
     """
     data = DataConfig(dataset=reference) if reference is not None else _trained_on(targets)
-    return dataclasses.replace(data, split=config.split or data.split, image_column=config.image_column or data.image_column)
+    return dataclasses.replace(
+        data,
+        split=config.split or data.split,
+        image_column=config.image_column or data.image_column,
+        skip_bad=config.skip_bad or data.skip_bad,
+    )
 
 
 def _trained_on(targets: Sequence[str]) -> DataConfig:
@@ -250,7 +255,7 @@ def _trained_on(targets: Sequence[str]) -> DataConfig:
         if apart := [f"{name} {values[name]}, not {first[name]}" for name in names if values[name] != first[name]]:
             said = f"{run} was trained on {', '.join(apart)} as {runs[0]}"
             raise InputError(f"reference is missing, and {said}; add --reference, such as {first['dataset']}")
-    return DataConfig(**{name: first[name] for name in (*names, "label_column")})
+    return DataConfig(**{name: first[name] for name in (*names, "label_column")}, skip_bad=first.get("skip_bad", False))
 
 
 def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerator) -> Iterator[tuple[ImageSet, dict[str, Any]]]:

@@ -167,5 +167,5 @@ def read_file(path: Path) -> bytes:
         if not stat.S_ISREG(path.stat().st_mode):
             raise InputError(f"{path} cannot be read: it is no file")
         return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error

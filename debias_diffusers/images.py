@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import io
 import math
-import struct
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from .errors import InputError
+from .errors import InputError, reason
 
 MOST_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 200 MB as colours
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
-# What Pillow raises for damaged or hostile files; DecompressionBombError is no OSError.
-_DAMAGED = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error, zlib.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
 _GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I", "F"}
 
 
@@ -39,9 +32,10 @@ def decode(data: bytes, where: str) -> Image.Image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {MOST_PIXELS}; make it smaller")
             image.load()
-            return _flat(ImageOps.exif_transpose(image))
-    except _DAMAGED as error:
-        raise InputError(f"image {where} cannot be read: {' '.join(str(error).split())}") from error
+            ImageOps.exif_transpose(image, in_place=True)  # a copy of a large one would take as much again
+            return _flat(image)
+    except Exception as error:  # a damaged or hostile file may provoke any
+        raise InputError(f"image {where} cannot be read: {reason(error)}") from error
 
 
 def _flat(image: Image.Image) -> Image.Image:
@@ -49,11 +43,12 @@ def _flat(image: Image.Image) -> Image.Image:
     if image.mode in {"I", "F"}:
         raise ValueError(f"mode {image.mode} has no stated range; convert it to 8 or 16 bits")
     if image.mode.startswith("I;16"):  # convert("L") would cut every value above 255 to white
-        return Image.fromarray((np.asarray(image, dtype=np.uint16) / 257).round().astype(np.uint8))
+        return Image.fromarray(((np.asarray(image, dtype=np.uint32) + 128) // 257).astype(np.uint8))  # to the nearest
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if grey else "RGB")
+    wanted = "L" if grey else "RGB"
+    return image if image.mode == wanted else image.convert(wanted)
 
 
 def fit(image: Image.Image, resolution: int) -> Image.Image:

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import images
 from .errors import InputError, reason
 from .sampling import Job
-from .sources import READERS, Folder, Source
+from .sources import READERS, Folder, Source, in_threads
 
 MOST_BYTES = 2**40  # that an .npz may claim to hold
 # What zipfile and numpy raise of a damaged file; RuntimeError of one that is encrypted or compressed by other means.
@@ -75,9 +75,8 @@ def of_source(
 
     # Features that are kept of images without the check must not stand for those with it.
     digest = hashlib.sha256(f"{side} as they are".encode() if check else f"{side}".encode())
-    with ThreadPoolExecutor(READERS) as pool:
-        for own in pool.map(lambda k: hashlib.sha256(source.read(k)[0]).digest(), range(count)):
-            digest.update(own)
+    for own in in_threads(lambda k: hashlib.sha256(source.read(k)[0]).digest(), range(count)):
+        digest.update(own)
     return ImageSet(name, count, side, digest.hexdigest(), _reader(read, count))
 
 

@@ -24,7 +24,7 @@ from .pipeline import PixelPipeline, load_pipeline
 from .run import say
 from .sampling import load_weights
 from .schedule import Schedule, is_flow, predicted_x_0, schedule_of_scheduler
-from .sources import open_source
+from .sources import open_readable
 from .variational import BITS, VariationalBound
 
 # Values of the variance channels that stand for the fixed variances: from the least that makes sense to beta.
@@ -131,7 +131,7 @@ def _data(config: BitsConfig, pipeline: PixelPipeline) -> TrainingData:
         channels=pipeline.unet.config.in_channels,
         num_workers=0,
     )
-    data = TrainingData(open_source(given), given, config.seed)
+    data = TrainingData(open_readable(given), given, config.seed)
     if data.num_classes != pipeline.num_classes:
         raise InputError(f"reference {chosen.dataset} has {data.num_classes} classes, but the model has {pipeline.num_classes}")
     return data

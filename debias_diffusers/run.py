@@ -85,7 +85,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _check_same(config: TrainConfig, resume: Checkpoint) -> None:
-    changed = differences(resume.state["config"], stored(config))
+    changed = differences(stored(TrainConfig()) | resume.state["config"], stored(config))  # a field may be younger than the run
     if changed:
         changed.append("continue with the old values, or name another --output_dir")
     if config.optimization.max_steps < resume.step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,7 @@ from .errors import InputError, raise_all
 from .files import read_file
 
 MOST_CLASSES = 100_000
+WAITING = 10_000  # images that threads have before them
 MOST_SKIPPED = 0.01  # share of unreadable images: with more of them, something else is wrong
 READERS = min(8, os.cpu_count() or 1)  # threads that decode beside whatever else is done
 
@@ -78,8 +79,15 @@ class Folder:
     def fingerprint(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for name in self.names:
-            digest.update(os.fsencode(f"{name}\0{(self.root / name).stat().st_size}\n"))
+            digest.update(os.fsencode(f"{name}\0{_size(self.root / name)}\n"))
         return {"images": len(self), "sha256": digest.hexdigest()}
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a link to nowhere, which may be skipped
+        return -1
 
 
 def _image_files(root: Path) -> Iterator[str]:
@@ -129,7 +137,7 @@ class Table:
         row = self.table[index]
         cell = row[self.image_column]
         where = f"{index} of dataset {self.name}"
-        if cell is None:
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise InputError(f"image {where} is missing")
         label = row[self.label_column] if self.label_column else 0
         if label is None:
@@ -161,8 +169,15 @@ class Without:
         return self.source.fingerprint() | ({"skipped": self.skipped} if self.skipped else {})
 
 
-def unreadable(source: Source) -> dict[int, str]:
-    """The images of a source that cannot be decoded, or whose label is missing: a sentence for each index."""
+def in_threads(work: Callable[[int], Any], indices: Sequence[int]) -> Iterator[Any]:
+    """What `work` returns for each index, in order; some thousands at a time, because one that waits takes memory, too."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for first in range(0, len(indices), WAITING):
+            yield from pool.map(work, indices[first : first + WAITING])
+
+
+def unreadable(source: Source, indices: Sequence[int]) -> dict[int, str]:
+    """The images among these that cannot be decoded, or whose label is missing: a sentence for each index."""
 
     def problem(index: int) -> str | None:
         try:
@@ -172,24 +187,31 @@ def unreadable(source: Source) -> dict[int, str]:
             return str(error)
         return None
 
-    with ThreadPoolExecutor(READERS) as pool:
-        found = tqdm(pool.map(problem, range(len(source))), "looking at the images", len(source), leave=False, delay=5)
-        return {index: sentence for index, sentence in enumerate(found) if sentence}
+    found = tqdm(in_threads(problem, indices), "looking at the images", len(indices), leave=False, delay=5)
+    return {index: sentence for index, sentence in zip(indices, found) if sentence}
 
 
-def to_be_skipped(source: Source, name: str, skip: bool) -> dict[int, str]:
-    """The unreadable images of the data set `name`, by index, with a sentence for each.
-
-    Raises:
-        InputError: there are some, and they are not to be skipped, or are more than `MOST_SKIPPED`; names all.
-    """
-    bad = unreadable(source)
-    count = f"dataset {name}: {len(bad)} of {len(source)} images cannot be read"
+def require_skippable(bad: Mapping[int, str], name: str, total: int, skip: bool) -> None:
+    """Raises InputError, which names all, where there are unreadable images that are not to be skipped, or more than `MOST_SKIPPED`."""
+    count = f"dataset {name}: {len(bad)} of {total} images cannot be read"
     if not skip:
         raise_all(bad.values(), f"{count}; remove them, or add --skip_bad")
-    if len(bad) > MOST_SKIPPED * len(source):
+    if len(bad) > MOST_SKIPPED * total:
         raise_all(bad.values(), f"{count}, and no more than {MOST_SKIPPED:.0%} are skipped; remove them")
-    return bad
+
+
+def open_readable(config: DataConfig) -> Source:
+    """Opens what `config.dataset` names, without what cannot be read if that is to be skipped.
+
+    Raises:
+        InputError: as `open_source`; more than `MOST_SKIPPED` of the images cannot be read.
+    """
+    source = open_source(config)
+    if not config.skip_bad:
+        return source
+    bad = unreadable(source, range(len(source)))
+    require_skippable(bad, str(config.dataset), len(source), config.skip_bad)
+    return Without(source, list(bad))
 
 
 def _only_column(table: Any, kind: type, role: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from . import chance, checkpoint, data, evaluation, hub, images, machine, sampling, snapshot
@@ -35,7 +35,7 @@ from .progress import Progress, due
 from .run import SAMPLES, Run, StopSignal, say
 from .schedule import at
 from .schedulers import default_scheduler, make_scheduler
-from .sources import Source, Without, open_source, to_be_skipped
+from .sources import Source, Without, open_readable, open_source, require_skippable, unreadable
 from .timesteps import make_timestep_sampler
 from .weighting import effective_sample_size
 from .window import Window
@@ -60,6 +60,8 @@ def train(config: TrainConfig, run: Run | None, stop: StopSignal) -> None:
         Trainer(config, run, accelerator).train(stop)
     except RuntimeError as error:
         if known := machine.explained(error, "--micro_batch_size", micro_batch_size(config.optimization, accelerator.num_processes)):
+            # Or torch's handler says once more, from wherever it strikes while the process ends, that a loader's worker is gone.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise known from error
         raise
     finally:
@@ -208,15 +210,17 @@ class Trainer:
         first = self.step * self.optim.batch_size
         raise NotFiniteError(
             f"loss {loss} with gradient norm {grad_norm} in step {self.step + 1} (positions {first} to "
-            f"{first + self.optim.batch_size - 1} of seed {self.optim.seed}; {self._spoilt()}); the update was not made and the last "
+            f"{first + self.optim.batch_size - 1} of seed {self.optim.seed}; {self._spoilt(loss)}); the update was not made and the last "
             f"checkpoint is untouched; try a smaller --learning_rate, --max_grad_norm 1 or --mixed_precision no"
         )
 
-    def _spoilt(self) -> str:
+    def _spoilt(self, loss: float) -> str:
         """Which samples of this process have a loss that is not finite, and their noise levels; those of all where none has."""
         t, losses = (torch.cat(parts).tolist() for parts in zip(*self.drawn))
         positions = [position for piece in self.positions.pieces(self.step) for position in piece]
         found = [f"{position} at t = {level}" for position, level, value in zip(positions, t, losses) if not math.isfinite(value)]
+        if not found and not math.isfinite(loss):
+            return "not finite: a loss of another process"
         if not found:
             return f"each loss finite, t from {min(t)} to {max(t)}"
         return f"not finite: {', '.join(found[:3])}{f' and {len(found) - 3} more' if found[3:] else ''}"
@@ -270,21 +274,35 @@ class Trainer:
         return chosen[0]
 
     def _readable(self, source: Source, found: Checkpoint | None) -> Source:
-        """The source less its unreadable images: the first process looks at all, unless a checkpoint says what it saw in the same data."""
-        if self.config.data.dataset == DIGITS:
-            return source  # they come with the package, and its tests read them
-        skipped: list[Any] = [self._skipped(source, found) if self.run else None]
+        """The source less its unreadable images: the processes share the look at all, unless a checkpoint says what was seen before."""
+        known = [self._known_to_be_skipped(source, found) if self.run else None]
         if self.accelerator.num_processes > 1:
-            broadcast_object_list(skipped)
-        return Without(source, skipped[0]) if skipped[0] else source
+            broadcast_object_list(known)
+        if known[0] is None:
+            known = [self._look(source)]
+        return Without(source, known[0]) if known[0] else source
 
-    def _skipped(self, source: Source, found: Checkpoint | None) -> list[int]:
-        before = found.state["data"] if found else {}
-        known: list[int] = before.get("skipped", [])
-        if found and before == Without(source, known).fingerprint():
-            return known
-        bad = to_be_skipped(source, str(self.config.data.dataset), self.config.data.skip_bad)
-        for sentence in bad.values():
+    def _known_to_be_skipped(self, source: Source, found: Checkpoint | None) -> list[int] | None:
+        """None where the images are still to be looked at."""
+        if found:
+            before = found.state["data"]
+            known: list[int] = before.get("skipped", [])
+            if before == Without(source, known).fingerprint():
+                return known
+            self._require_same_data(before, source.fingerprint())
+        return [] if self.config.data.dataset == DIGITS else None  # they come with the package, and its tests read them
+
+    def _look(self, source: Source) -> list[int]:
+        mine = unreadable(source, range(len(source))[self.accelerator.process_index :: self.accelerator.num_processes])
+        parts = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
+        bad = dict(sorted(item for part in parts for item in part.items()))
+        try:
+            require_skippable(bad, str(self.config.data.dataset), len(source), self.config.data.skip_bad)
+        except InputError as error:
+            if self.run is None:  # the first process says it
+                raise SystemExit(error.exit_code) from error
+            raise
+        for sentence in bad.values() if self.run else ():
             say(f"skipped: {sentence}")
         return list(bad)
 
@@ -294,7 +312,6 @@ class Trainer:
             return
         if self.run:
             now = self._state()
-            self._require_same_data(found.state["data"], now["data"])
             # The file behind --model_config may have changed, though its name has not.
             raise_all(differences(found.state["network"], now["network"]), f"run directory {self.run.folder} holds another network")
             # A function that was registered may have changed, though its name has not.
@@ -467,7 +484,7 @@ def dry_run(config: TrainConfig) -> None:
     objective = make_objective(config.objective)
     print(to_json(config), end="")
     try:
-        source = open_source(config.data)
+        source = open_readable(config.data)
     except InputError as error:
         if config.data.channels and not config.data.class_conditional:
             print(f"parameters: {_count_parameters(network_arguments(config, config.data.channels, 0))}")

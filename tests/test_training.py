@@ -21,7 +21,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load
 
-from debias_diffusers import chance, training
+from debias_diffusers import chance, checkpoint, training
 from debias_diffusers.cli import train_config
 from debias_diffusers.config import DataConfig, OptimizationConfig, update
 from debias_diffusers.data import TrainingData
@@ -494,3 +494,17 @@ def test_the_averaged_weights_are_measured_while_training_and_the_best_checkpoin
 def test_measuring_that_cannot_be_done_is_refused(tmp_path, flags, named):
     code, _, err = run(*train_args(tmp_path / "run", *flags))
     assert code == 2 and named in err, err
+
+
+def test_a_run_that_is_older_than_a_field_goes_on(tmp_path):
+    """As one of a version without --skip_bad: its checkpoint does not name the field, whose default is what it did."""
+    folder = tmp_path / "run"
+    assert run(*train_args(folder, "--max_steps", 6, "--lr_schedule", "constant"))[0] == 0
+    config = train_config(["--config", str(TINY), "--output_dir", str(folder), "--lr_schedule", "constant"], None)
+    found = checkpoint.latest_valid(folder / "checkpoints")[0]
+    old = {name: value for name, value in found.state["config"].items() if name != "random_flip"}
+    shutil.rmtree(folder / "checkpoints")
+    checkpoint.write(folder / "checkpoints", 6, {"model.safetensors": b"weights"}.items(), found.state | {"config": old}, keep=2)
+    assert open_run(config).resume.step == 6
+    with pytest.raises(InputError, match="random_flip: the run has False, this command says True"):
+        open_run(update(config, {"random_flip": True, "output_dir": str(shutil.copytree(folder, tmp_path / "copy"))}))

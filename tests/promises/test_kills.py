@@ -38,10 +38,12 @@ def kill_and_finish(folder, flags, moments, trials):
     for seconds in moments:
         process = Forked(*train_args(folder, *flags))
         process.process.join(seconds)
+        if not process.process.is_alive():  # done before
+            assert process.wait() == 0
+            return
         process.send_signal(signal.SIGKILL)
         trials()
-        if process.wait() != -signal.SIGKILL:
-            return
+        process.wait()
     code, _, err = run(*train_args(folder, *flags))
     assert code == 0, err
 
