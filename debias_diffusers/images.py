@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import InputError, reason
 
@@ -34,6 +34,8 @@ def decode(data: bytes, where: str) -> Image.Image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)  # a copy of a large one would take as much again
             return _flat(image)
+    except UnidentifiedImageError:
+        raise InputError(f"image {where} cannot be read: it is no image of a known kind") from None
     except Exception as error:  # a damaged or hostile file may provoke any
         raise InputError(f"image {where} cannot be read: {reason(error)}") from error
 
