@@ -18,7 +18,7 @@ test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 nightly: $(VENV)/.installed
-	$(BIN)/python -m pytest -m nightly
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly -n 2 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
