@@ -201,6 +201,8 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
-        while kind is None and self._waiting:
+        if kind is not None:
+            return
+        while self._waiting:
             self._wait_for_the_oldest()
         os.sync()  # once for all images: to wait for each takes longer than to encode it

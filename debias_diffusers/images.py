@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import InputError, reason
 
-MOST_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 200 MB as colours
+MOST_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 268 MB as colours in Pillow
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 _GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I", "F"}

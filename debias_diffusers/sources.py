@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,6 +78,10 @@ class Folder:
         return read_file(path), label, str(path)
 
     def fingerprint(self) -> dict[str, Any]:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:  # looks at every file, and is asked for more than once
         digest = hashlib.sha256()
         for name in self.names:
             digest.update(os.fsencode(f"{name}\0{_size(self.root / name)}\n"))
@@ -210,7 +215,7 @@ def open_readable(config: DataConfig) -> Source:
     if not config.skip_bad:
         return source
     bad = unreadable(source, range(len(source)))
-    require_skippable(bad, str(config.dataset), len(source), config.skip_bad)
+    require_skippable(bad, str(config.dataset), len(source), skip=True)
     return Without(source, list(bad))
 
 

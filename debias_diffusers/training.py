@@ -97,7 +97,7 @@ class Trainer:
             fused=self.device.type in ("cpu", "cuda"),
         )
         self.model, self.optimizer = self.accelerator.prepare(network, self.adamw)
-        # Looks at every file of a folder, so it is taken once, and by the process that writes it down.
+        # Looks at every file of a folder, so only the process that writes it down takes it.
         self.fingerprint = self.task.data.source.fingerprint() if run else None
 
         self.step = 0  # optimizer steps that are done

@@ -153,7 +153,7 @@ def trained_by_class(tmp_path_factory):
 
 # ---- the table of docs/reliability.md ---------------------------------------------------------------------------------
 # A test of tests/promises has the mark `row(number, promise)` and counts its trials, if they are more than one, with the
-# fixture `trials`. `pytest tests/promises -m "" --table FILE` writes what was tried and what failed.
+# fixture `trials`. `pytest -m row --table FILE` writes what was tried and what failed.
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 import recorder
 import torch
-from conftest import TINY, Forked, command, launch, launched, metrics, newest_step, run, same, tensors, train_args, wait_for
+from conftest import Forked, command, launch, launched, metrics, newest_step, run, same, tensors, train_args, wait_for
+from here import tiny
 from PIL import Image
 
 from debias_diffusers import checkpoint, machine, training
-from debias_diffusers.cli import train_config
 from debias_diffusers.pipeline import load_pipeline
 from debias_diffusers.run import open_run
 
@@ -96,7 +96,7 @@ def test_three_hundred_runs_killed_up_to_five_times_end_with_the_same_bits(tmp_p
 
 def trainer_at(folder, step, *flags):
     """A training in this process that has saved at some steps and stands at one that it has not."""
-    config = train_config(["--config", str(TINY), "--output_dir", str(folder), "--num_workers", "0", *map(str, flags)], None)
+    config = tiny(folder, *flags)
 
     class StopAt:
         @property
@@ -366,7 +366,7 @@ class StopAfter:
 
 def train_here(folder, flags, stop=None):
     """Trains in this process; with a step to stop at, saves there."""
-    config = train_config(["--config", str(TINY), "--output_dir", str(folder), *map(str, flags)], None)
+    config = tiny(folder, *flags)
     held = open_run(config)
     try:
         training.train(config, held, StopAfter(stop - 1) if stop else SimpleNamespace(signum=0))
