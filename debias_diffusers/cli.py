@@ -17,7 +17,18 @@ import tyro
 
 from . import config as configuration
 from . import rules
-from .config import DIGITS, BitsConfig, ExportConfig, GuidedConfig, SampleConfig, ScoreConfig, StatsConfig, TrainConfig, WeightsConfig
+from .config import (
+    DIGITS,
+    BitsConfig,
+    ExportConfig,
+    GuidedConfig,
+    PushConfig,
+    SampleConfig,
+    ScoreConfig,
+    StatsConfig,
+    TrainConfig,
+    WeightsConfig,
+)
 from .errors import DebiasError, InputError, raise_all
 
 T = TypeVar("T")
@@ -43,6 +54,11 @@ def convert(argv: Sequence[str] | None = None) -> int:
     return _said(_convert, argv)
 
 
+def push(argv: Sequence[str] | None = None) -> int:
+    """`python -m debias_diffusers.hub`: returns the exit code."""
+    return _said(_hub, argv)
+
+
 def _train(argv: list[str]) -> None:
     config = train_config(argv, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -53,18 +69,23 @@ def _train(argv: list[str]) -> None:
         dry_run(config)
         return
 
+    from . import hub
+    from .publish import Publisher
     from .run import StopSignal, open_run, say, stop_with_launcher
 
     stop_with_launcher()
     run = open_run(config) if _first_process() else None
+    repo = hub.preflight(config.hub) if run and config.hub.push_to_hub else None
     if run and run.resume and run.resume.step == config.optimization.max_steps and num_processes == 1:
         say(f"{run.folder} is finished at step {run.resume.step}; raise --max_steps to go on")
+        if repo:
+            Publisher(run.folder, repo).finish(run.resume.step)
         return
 
     stop = StopSignal()  # before torch, which takes seconds to import
     from . import training
 
-    training.train(config, run, stop)
+    training.train(config, run, stop, repo)
 
 
 TRAIN_HELP = f"""Train a diffusion model with the debiased loss (arXiv 2310.08442).
@@ -203,6 +224,23 @@ def _convert(argv: list[str]) -> None:
     from . import convert as room
 
     getattr(room, command)(**dataclasses.asdict(config))
+
+
+PUSH_HELP = """usage: python -m debias_diffusers.hub push RUN ...
+
+  push RUN    push a run to the Hub, or what is missing of it"""
+
+
+def _hub(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(PUSH_HELP)
+        return
+    if argv[0] != "push":
+        raise InputError(f"hub {argv[0]} is not known; take push")
+    config = _parse(PushConfig, argv[1:], None, "hub push", PushConfig.__doc__ or "")
+    from . import publish
+
+    publish.push(config)
 
 
 def _parse(kind: type[T], argv: list[str], default: T | None, program: str, description: str) -> T:

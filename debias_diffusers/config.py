@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import reprlib
 import types
 from collections.abc import Mapping
@@ -67,7 +68,7 @@ BETA_ENDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "sigmoid
 class DataConfig:
     """Which images the model learns."""
 
-    dataset: str | None = None  # digits, a folder of images, a .parquet file, a saved dataset, or a Hub id
+    dataset: str | None = None  # digits, a folder of images, a .parquet file, a saved dataset, or a Hub id (user/set@revision)
     split: str = "train"  # split of a parquet, saved or Hub dataset
     image_column: str | None = None  # column of the images; found by its type if left out
     label_column: str | None = None  # column of the class labels; found by its type if left out
@@ -137,7 +138,8 @@ class OptimizationConfig:
     weight_decay: float = 0.0  # decoupled weight decay of AdamW
     max_grad_norm: float = 0.0  # gradients longer than this are shortened; 0 is off
     ema_decay: tuple[float, ...] = (0.9999,)  # rates of the averaged weights; the first is exported
-    init: str | None = None  # start from these weights: a run directory, a pipeline folder, or a Hub id
+    init: str | None = None  # start from these weights: a run directory, a pipeline folder, or a Hub id (user/name@revision)
+    allow_pickle_import: bool = False  # also from .bin weights, read as tensors only
     mixed_precision: Precision | None = None  # as the launcher says if left out, else no
     num_threads: int | None = None  # CPU threads of a process; all cores, shared by the machine's processes, if left out
     seed: int = 0  # with the position of a sample, decides all of its chance
@@ -164,6 +166,18 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """Whether and where the run is published."""
+
+    push_to_hub: bool = False  # push at checkpoints, in the background, and at the end
+    hub_model_id: str | None = None  # the repository, user/name or name; made if it is not there
+    hub_private: bool = False  # only you may see the repository
+    hub_every: int | None = None  # steps between pushes; at every checkpoint if left out, 0: at the end only
+    hub_tags: bool = False  # tag what is pushed with its step, such as step-00010000
+    hub_license: str | None = None  # licence of the model that its card names, such as apache-2.0; unknown if left out
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train a diffusion model with the debiased loss (arXiv 2310.08442)."""
 
@@ -172,6 +186,7 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +224,7 @@ class SampleConfig:
     format: ImageFormat = "png"  # png, webp (lossless), or npz: all in one file, as guided-diffusion's evaluation reads them
     trajectory: bool = False  # also a picture of the first images at stages of their drawing
     output_dir: str | None = None  # MODEL/samples/SCHEDULER-STEPS for a run if left out
+    allow_pickle_import: bool = False  # also take a model that has .bin weights only, read as tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +259,7 @@ class ScoreConfig:
     seed: int = 0  # of models, of KID's subsets and of the bootstrap
     bootstrap: int | None = None  # redrawn sets of images for confidence intervals; 0 is off; if left out 200 in compare, else 0
     allow_few_images: bool = False  # measure although a metric needs more images
+    allow_pickle_import: bool = False  # also take models that have .bin weights only, read as tensors
     output: str | None = None  # FILE.json for all figures, FILE.png for curves
 
 
@@ -271,6 +288,7 @@ class BitsConfig:
     weights: str = "ema"  # ema, raw, or an EMA rate of the run
     seed: int = 0  # of the noise
     num_threads: int | None = None  # CPU threads of a process
+    allow_pickle_import: bool = False  # also take a model that has .bin weights only, read as tensors
     output: str | None = None  # FILE.json for the terms of all noise levels
 
 
@@ -289,14 +307,31 @@ class ExportConfig:
 
     model: str  # a run directory, a pipeline folder, or a Hub id
     out: str  # the .pt file; its flags are written beside it
+    allow_pickle_import: bool = False  # also take a model that has .bin weights only, read as tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """Push a run to the Hub, or what is missing of it. Typed again, it goes on where it ended."""
+
+    run: str  # the run directory
+    hub_model_id: str | None = None  # the repository, user/name or name; as the run says if left out
+    hub_private: bool = False  # only you may see the repository
+    hub_tags: bool = False  # tag what is pushed with its step
+    background: bool = False  # end when standard input is closed, as it is when the training ends that started this
 
 
 # A resumed run may change these; everything else must be as it was.
 CHANGEABLE = {
     "output_dir", "dry_run", "accept_changed_data", "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every",
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
-    "feature_extractor", "feature_extractor_weights", "keep_best", "skip_bad",
+    "feature_extractor", "feature_extractor_weights", "keep_best", "skip_bad", "allow_pickle_import",
+    "push_to_hub", "hub_model_id", "hub_private", "hub_every", "hub_tags", "hub_license",
 }  # fmt: skip
+
+# Names of Hub repositories, which a run writes down with the commit that it took: user/name@commit.
+PINNED = ("dataset", "init")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # What `model_config` replaces.
 MODEL_NUMBERS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name != "model_config")
@@ -333,8 +368,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}: the run has {before.get(name, absent)}, this command says {now.get(name, absent)}"
         for name in names
-        if before.get(name, absent) != now.get(name, absent)
+        if before.get(name, absent) != now.get(name, absent) and not (name in PINNED and _was_pinned(before.get(name), now.get(name)))
     ]
+
+
+def _was_pinned(before: str | None, now: str | None) -> bool:
+    """Whether the run wrote down the commit behind the name that the command says again."""
+    if before is None or now is None:
+        return False
+    (repo, _, commit), (again, _, revision) = before.partition("@"), now.partition("@")
+    return repo == again and bool(COMMIT.fullmatch(commit)) and not COMMIT.fullmatch(revision)
 
 
 def packaged_configs() -> list[str]:

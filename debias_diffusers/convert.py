@@ -260,19 +260,20 @@ def _save(pipeline: DiffusionPipeline, folder: Path) -> None:
 # ---- the way back ----------------------------------------------------------------------------------------------------
 
 
-def export(model: str, out: str) -> None:
+def export(model: str, out: str, allow_pickle_import: bool = False) -> None:
     """Writes the network of a pipeline as a state dict that guided-diffusion loads, and its flags beside it.
 
     Args:
         model: a run directory, a pipeline folder or a Hub id.
         out: the `.pt` file; `OUT.flags.json` gets the flags.
+        allow_pickle_import: take a model that has .bin weights only.
 
     Raises:
         InputError: guided-diffusion has no such network, target or schedule.
     """
     flags_file = Path(f"{out}.flags.json")
     _require_new_file(out, str(flags_file))
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, allow_pickle_import)
     unet, own = pipeline.unet, pipeline.scheduler
     if not (isinstance(unet, UNet2DModel) and isinstance(unet.config.sample_size, int) and unet.config.attention_head_dim):
         raise InputError(f"{model} cannot be exported: its network is no UNet2DModel with a size of images and of attention heads")

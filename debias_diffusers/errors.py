@@ -39,6 +39,12 @@ class NoUsableCheckpointError(DebiasError):
     exit_code = 6
 
 
+class HubError(DebiasError):
+    """The Hub refuses something, or cannot be reached; what is on this disk is complete."""
+
+    exit_code = 7
+
+
 class StoppedError(DebiasError):
     """A signal asked the run to stop; it saved first. The exit code is the shell's: 128 + signal."""
 

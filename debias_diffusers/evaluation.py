@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, metrics
+from . import checkpoint, hub, metrics
 from .config import DIGITS, BitsConfig, DataConfig, MeasureConfig, SampleConfig, ScoreConfig, StatsConfig, TrainConfig, read_config
 from .errors import InputError, reason
 from .extractors import INCEPTION, SPATIAL, Extractor
@@ -31,7 +31,7 @@ from .machine import start_processes
 from .metrics import COLOUR, Sample, Statistics
 from .plots import curves
 from .run import CHECKPOINTS, CONFIG, say
-from .sampling import make_job
+from .sampling import make_job, pinned_model
 from .sources import Folder, Source, open_readable, open_source
 
 MOST_DRAWN = 50_000
@@ -128,6 +128,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         InputError: targets or reference cannot be read, or are too few for a metric.
     """
     accelerator = start_processes(config.measure.num_threads)
+    config = dataclasses.replace(config, targets=tuple(pinned_model(target, accelerator) for target in config.targets))
     if config.reference is None:
         data = reference_data(config.measure, None, config.targets)
         measure = dataclasses.replace(config.measure, split=data.split, image_column=data.image_column, skip_bad=data.skip_bad)
@@ -245,17 +246,28 @@ def reference_data(config: MeasureConfig | BitsConfig, reference: str | None, ta
 
 def _trained_on(targets: Sequence[str]) -> DataConfig:
     """The data of all runs among the targets; the column of labels is the first one's."""
-    runs = [target for target in targets if (Path(target) / CHECKPOINTS).is_dir() and (Path(target) / CONFIG).is_file()]
-    if not runs:
+    values_of = {target: values for target in targets if (values := _values_of_run(target))}
+    if not values_of:
         no_run = f"{targets[0]} is no run that knows its data"
         raise InputError(f"reference is missing, and {no_run}; add --reference, such as digits or a folder")
-    first, *others = [read_config(str(Path(run) / CONFIG)) for run in runs]
+    (named, first), *others = values_of.items()
     names = ("dataset", "split", "image_column")
-    for run, values in zip(runs[1:], others):
+    for run, values in others:
         if apart := [f"{name} {values[name]}, not {first[name]}" for name in names if values[name] != first[name]]:
-            said = f"{run} was trained on {', '.join(apart)} as {runs[0]}"
+            said = f"{run} was trained on {', '.join(apart)} as {named}"
             raise InputError(f"reference is missing, and {said}; add --reference, such as {first['dataset']}")
     return DataConfig(**{name: first[name] for name in (*names, "label_column")}, skip_bad=first.get("skip_bad", False))
+
+
+def _values_of_run(target: str) -> dict[str, Any] | None:
+    """The configuration of a run, on this disk or pushed to the Hub; None of what is no run."""
+    if hub.is_id(target):
+        try:
+            return read_config(str(hub.fetched(target) / CONFIG))
+        except InputError:  # somebody else's model has another config.json, or none
+            return None
+    run = Path(target)
+    return read_config(str(run / CONFIG)) if (run / CHECKPOINTS).is_dir() and (run / CONFIG).is_file() else None
 
 
 def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerator) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
@@ -287,6 +299,7 @@ def _drawn(config: ScoreConfig, target: str, compared: _References, accelerator:
                     seed=config.seed,
                     weights=config.weights,
                     guidance_scale=config.guidance_scale,
+                    allow_pickle_import=config.allow_pickle_import,
                 )
                 job = make_job(command, accelerator.device, step)
                 yield drawn(job, count, target), {"scheduler": job.settings["scheduler"], "steps": steps, "checkpoint": step}

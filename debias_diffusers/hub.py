@@ -1,72 +1,305 @@
-"""What a run says of itself to others: the model card in its directory."""
+"""The Hugging Face Hub: who we are there, what is fetched from it, and what its answers mean. No torch.
+
+`user/name@revision` names a repository at a branch, tag or commit. What is made from a repository writes it down with the
+commit (`pinned`), so that the same name means the same files for ever. `python -m debias_diffusers.hub push RUN` publishes.
+"""
 
 from __future__ import annotations
 
-import yaml
+import functools
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .config import ObjectiveConfig, TrainConfig, stored
-from .rules import SPACES_OF_OTHERS
+from .config import COMMIT, HubConfig
+from .errors import HubError, InputError, reason
+from .run import say
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+
+TIMEOUT = 60.0  # seconds for one exchange with the server; the client's own are without end
+PREFLIGHT = 5.0  # seconds that a training waits at its start to learn that it may push
+WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between five tries of one request
+LONGEST_WAIT = 300.0  # seconds that we wait because the server asks for it
+MODEL_INDEX, WEIGHTS = "model_index.json", "diffusion_pytorch_model"
+AGAIN = {408, 409, 412, 425, 429}  # of the 4xx: another commit came first, or the server has no time
+
+_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
-def model_card(config: TrainConfig, step: int, num_classes: int) -> str:
-    """README.md of a run: what was trained, how to draw with it, and every field of the configuration."""
-    objective = config.objective
-    front = yaml.safe_dump({"library_name": "diffusers", "tags": ["debias_diffusers", objective.weighting, objective.prediction_type]})
-    how = (
-        "from debias_diffusers import PixelPipeline\n\n"
-        'pipeline = PixelPipeline.from_pretrained("PATH")\n'
-        f"image = pipeline(class_labels=[0]).images[0]  # labels 0 to {num_classes - 1}"
-        if num_classes
-        else "from diffusers import DDPMPipeline\n\n"
-        'pipeline = DDPMPipeline.from_pretrained("PATH")\n'
-        "image = pipeline(num_inference_steps=1000).images[0]"
+class UnreachableError(HubError):
+    """No answer of the Hub: it, or this machine, is off the network."""
+
+
+def is_id(name: str) -> bool:
+    """Whether a name is that of a repository: of the form user/name or user/name@revision, and nothing of the sort on this disk."""
+    return bool(_ID.fullmatch(name)) and not name.startswith("..") and not Path(name).exists()
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """`user/name@revision` as (user/name, revision)."""
+    repo, _, revision = name.partition("@")
+    return repo, revision or None
+
+
+# ---- asking ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def api() -> HfApi:
+    """The client, with a limit to how long it waits, and no bars of its own.
+
+    Raises:
+        HubError: the token cannot be one. (The client would quote it in its error.)
+    """
+    import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars
+
+    usual = huggingface_hub.get_session()
+    options: dict[str, Any] = {"event_hooks": usual.event_hooks, "follow_redirects": True, "timeout": TIMEOUT}
+    huggingface_hub.set_client_factory(functools.partial(type(usual), **options))
+    disable_progress_bars()
+    token = huggingface_hub.get_token()
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise HubError("the Hub's token (HF_TOKEN, or that of `hf auth login`) has characters that no token has; copy it anew")
+    return huggingface_hub.HfApi(token=token)
+
+
+def retried(ask: Callable[[], T], what: str, waits: tuple[float, ...] = WAITS) -> T:
+    """What `ask` returns, asked again after each of `waits` (seconds) where an error may pass.
+
+    The client raises whatever its transports do (httpx, hf_xet, OSError, RuntimeError), so every exception counts.
+
+    Raises:
+        HubError: the Hub says no.
+        UnreachableError: the last try failed, too; says so.
+    """
+    for wait in (*waits, None):
+        try:
+            return ask()
+        except HubError:
+            raise
+        except Exception as error:
+            if sentence := refusal(error):
+                raise HubError(f"{what}: {sentence}") from error
+            if wait is None or _is_offline(error):
+                tries = f" (tried {len(waits) + 1} times)" if wait is None else ""
+                raise UnreachableError(f"{what}: {said(error)}{tries}") from error
+            seconds = max(wait, _asked_for(error))
+            say(f"{what}: {said(error)}; trying again in {seconds:g} s")
+            time.sleep(seconds)
+    raise AssertionError("the last try returns or raises")
+
+
+def refusal(error: BaseException) -> str | None:
+    """What the Hub means by a no that stays one; None where another try may help."""
+    status = _status(error)
+    if type(error) is ValueError:  # of the client, about what it is given; not that of JSON, which a proxy's page provokes
+        return said(error)
+    if status is None or not 400 <= status < 500 or status in AGAIN:
+        return None
+    kind = type(error).__name__
+    known = {
+        "GatedRepoError": "access to it must be asked for on its page first",
+        "RepositoryNotFoundError": "there is no such repository, or the token may not see it",
+        "RevisionNotFoundError": "the repository has no such branch, tag or commit",
+        "EntryNotFoundError": "the repository has no such file",
+        "RemoteEntryNotFoundError": "the repository has no such file",
+    }
+    if kind in known:
+        return known[kind]
+    if status == 401:
+        return "the Hub does not know the token; mend HF_TOKEN, or run `hf auth login`"
+    if status == 403:
+        return f"the token may not do this; take one that may write ({said(error)})"
+    return said(error)
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, which may be the cause of what was raised."""
+    response = getattr(error, "response", None)
+    if response is None and error.__cause__ is not None:
+        return _status(error.__cause__)
+    status: int | None = getattr(response, "status_code", None)
+    return status
+
+
+def _is_offline(error: BaseException) -> bool:
+    """Whether HF_HUB_OFFLINE forbids the network."""
+    return type(error).__name__ == "OfflineModeIsEnabled" or (error.__cause__ is not None and _is_offline(error.__cause__))
+
+
+def _asked_for(error: BaseException) -> float:
+    """Seconds of the server's Retry-After."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    asked = headers.get("Retry-After", "")
+    return min(float(asked), LONGEST_WAIT) if asked.isdecimal() else 0.0
+
+
+def said(error: BaseException) -> str:
+    """What an error of the client says, on one line and without the token."""
+    import huggingface_hub
+
+    text, token = reason(error), huggingface_hub.get_token()
+    return text.replace(token, "TOKEN") if token else text
+
+
+# ---- before a training -----------------------------------------------------------------------------------------------
+
+
+def preflight(config: HubConfig) -> str:
+    """Makes sure, before anything is trained, that its result can be pushed. Returns the full name of the repository.
+
+    Raises:
+        HubError: no token, or one that may not write; no such name; no answer within `PREFLIGHT` seconds.
+    """
+    assert config.hub_model_id is not None
+    found: list[str | BaseException] = []
+
+    def ask() -> None:
+        try:
+            found.append(_may_push(config.hub_model_id or "", config.hub_private))
+        except BaseException as error:
+            found.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(PREFLIGHT)
+    answer = found[0] if found else UnreachableError(f"no answer within {PREFLIGHT:g} s")
+    if isinstance(answer, HubError):
+        raise type(answer)(f"push_to_hub is on, but {answer}; mend this, or leave --push_to_hub out") from answer
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def _may_push(name: str, private: bool) -> str:
+    quickly: dict[str, Any] = {"waits": (0.5, 1.0)}
+    repo = full_name(name, **quickly)
+    retried(lambda: api().create_repo(repo, private=private or None, exist_ok=True), f"making {repo}", **quickly)
+    retried(lambda: api().auth_check(repo, write=True), f"writing to {repo}", **quickly)
+    if private and not retried(lambda: api().model_info(repo), repo, **quickly).private:
+        raise HubError(f"hub_private is on and {repo} is public; make it private on its page, or name another")
+    return repo
+
+
+def full_name(name: str, waits: tuple[float, ...] = WAITS) -> str:
+    """The repository that is meant, with the user's name.
+
+    Raises:
+        HubError: nobody is logged in, the token only reads, or the name cannot be one.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if api().token is None:
+        raise HubError("nobody is logged in to the Hub; run `hf auth login`, or set HF_TOKEN")
+    me = retried(api().whoami, "asking the Hub who we are", waits)
+    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise HubError(f"the token of {me['name']} only reads; make one that may write in the settings of the Hub")
+    repo = name if "/" in name else f"{me['name']}/{name}"
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise HubError(f"hub_model_id is {name!r}, which no repository can be named; take letters, digits and - _ . only") from None
+    return repo
+
+
+# ---- fetching --------------------------------------------------------------------------------------------------------
+
+
+def pinned(name: str, kind: str = "model") -> str:
+    """`user/name` or `user/name@revision` as `user/name@commit`, with the commit that it stands for now.
+
+    Without an answer of the Hub the newest commit in the cache is taken, and it is said that this may not be the newest.
+
+    Args:
+        name: of a repository.
+        kind: model or dataset.
+
+    Raises:
+        HubError: there is none of that name, or it may not be seen; nor an answer nor anything in the cache.
+    """
+    repo, revision = split(name)
+    if revision and COMMIT.fullmatch(revision):
+        return name
+    where = f"asking the Hub for {kind} {name}, as there is no such folder here"
+    try:
+        info = retried(lambda: api().repo_info(repo, revision=revision, repo_type=kind), where, WAITS[:2])
+    except UnreachableError as error:
+        if kind == "dataset":  # datasets has a cache of its own
+            say(f"warning: {error}; what the cache has of {name} may not be its newest")
+            return name
+        commit = _cached_commit(repo, revision)
+        if commit is None:
+            raise
+        say(f"warning: {error}; it is taken from the cache as of commit {commit}, which may not be its newest")
+        return f"{repo}@{commit}"
+    if kind == "model":  # under its branch or tag, for when there is no answer
+        retried(functools.partial(_model_index, repo, revision), f"fetching {name}")
+    return f"{repo}@{info.sha}"
+
+
+def _cached_commit(repo: str, revision: str | None) -> str | None:
+    """What the cache has under a branch or tag."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return _model_index(repo, revision, local_files_only=True).name
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _model_index(repo: str, revision: str | None, **options: Any) -> Path:
+    """The folder of the cache that has it; its name is the commit."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=[MODEL_INDEX], **options))
+
+
+def fetched(name: str, variant: str | None = None, allow_pickle: bool = False) -> Path:
+    """A folder with the model of a repository: configurations, and weights as safetensors.
+
+    Args:
+        name: of a repository, pinned or not.
+        variant: of the weights, such as ema_0_999; the plain ones if left out.
+        allow_pickle: fetch .bin weights, too.
+
+    Raises:
+        HubError: as of `pinned`; or a file could not be fetched.
+        InputError: it has other weights than safetensors only, and they are not wanted.
+    """
+    from huggingface_hub import snapshot_download
+
+    repo, commit = split(pinned(name))
+    stem = f"*{WEIGHTS}.{variant}" if variant else f"*{WEIGHTS}"
+    # A star stands for folders, too; weights of many files have their numbers after the stem.
+    kinds = ["safetensors", *(["bin"] if allow_pickle else [])]
+    wanted = ["*.json", *(f"{stem}{part}.{kind}" for part in ("", "-*-of-*") for kind in kinds)]
+    download = functools.partial(snapshot_download, repo, revision=commit, allow_patterns=wanted)
+    folder = Path(retried(download, f"fetching {name}"))
+    if not allow_pickle and not any(folder.rglob(f"{WEIGHTS}*")):
+        there = retried(lambda: api().list_repo_files(repo, revision=commit), f"reading {name}")
+        weights = [file for file in there if Path(file).name.startswith(WEIGHTS)]
+        if weights and not any(file.endswith(".safetensors") for file in weights):
+            raise bin_refused(name, weights[0])
+    return folder
+
+
+def bin_refused(model: str, file: str) -> InputError:
+    """Why weights are not read that are not safetensors."""
+    return InputError(
+        f"model {model} has no safetensors but {file}, a format that can hold code; add --allow_pickle_import to read its tensors alone"
     )
-    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in stored(config).items())
-    return f"""---
-{front}---
-
-# A diffusion model trained with debias_diffusers
-
-Step {step} of {config.optimization.max_steps}; the weights are averaged at the rate {config.optimization.ema_decay[0]}.
-{_objective(objective)}
-
-```python
-{how}
-```
-
-## Configuration
-
-| field | value |
-|---|---|
-{rows}
-"""
 
 
-def _objective(objective: ObjectiveConfig) -> str:
-    """What was minimised, in sentences; its numbers stand in the table."""
-    space, name = objective.prediction_type, objective.weighting
-    if name == "variational":
-        sentences = [f"The network predicts {space} and a variance; the variational bound was minimised, without weights."]
-    elif name in SPACES_OF_OTHERS:
-        sentences = [f"The squared error of the network's {space} is weighted with {_cell(name)}, as other code has it."]
-    else:
-        sentences = [
-            f"The squared error of the network's {space} is weighted with {_cell(name)}, a weight defined on the error of the noise and "
-            f"converted to what the network predicts."
-        ]
-    if name == "debiased":
-        sentences.append("`debiased` is 1/sqrt(SNR), from arXiv 2310.08442.")
-    if objective.timestep_sampler in ("log_normal", "logit_normal"):
-        sentences.append(
-            f"t was drawn with the density `{objective.timestep_sampler}` (mean {objective.timestep_mean}, standard deviation "
-            f"{objective.timestep_std}) without correction, so the objective is multiplied by this density."
-        )
-    if objective.learn_sigma and name != "variational":
-        sentences.append("The variance of a sampling step is learned by the variational bound.")
-    return "\n".join(sentences)
+if __name__ == "__main__":
+    from .cli import push
 
-
-def _cell(value: object) -> str:
-    """As code, in which no markup counts: a name of a data set may hold any, and what ends the line, the cell, or the code."""
-    text = "".join(c if c.isprintable() else " " for c in str(value)).replace("`", "'").replace("|", "\\|").strip()
-    return f"`{text}`" if text else ""
+    raise SystemExit(push())

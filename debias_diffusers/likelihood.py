@@ -20,9 +20,9 @@ from .evaluation import as_json, reference_data
 from .files import write_file
 from .imagesets import numbered
 from .machine import start_processes
-from .pipeline import PixelPipeline, load_pipeline
+from .pipeline import PixelPipeline
 from .run import say
-from .sampling import load_weights
+from .sampling import open_model, pinned_model
 from .schedule import Schedule, is_flow, predicted_x_0, schedule_of_scheduler
 from .sources import open_readable
 from .variational import BITS, VariationalBound
@@ -40,9 +40,8 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
         InputError: model or images cannot be read, or the model is a rectified flow.
     """
     accelerator = start_processes(config.num_threads)
-    pipeline = load_pipeline(config.model)
-    if config.weights != "ema":
-        load_weights(pipeline, Path(config.model), config.weights)
+    config = dataclasses.replace(config, model=pinned_model(config.model, accelerator))
+    pipeline = open_model(config.model, config.weights, config.allow_pickle_import)
     pipeline.to(accelerator.device)
     bound = Bound(pipeline, config.clipping)
     data = _data(config, pipeline)
@@ -56,7 +55,12 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
         mine.append((number, bound.terms(x_0, given, config.seed, indices), bound.prior(x_0)))
     parts = sorted(gather_object(mine) if accelerator.num_processes > 1 else mine, key=lambda part: part[0])
     result = _result(torch.cat([terms for _, terms, _ in parts]), torch.cat([prior for *_, prior in parts]))
-    result |= {"images": count, "clipping": config.clipping, "variance_type": pipeline.scheduler.config.variance_type}
+    result |= {
+        "model": config.model,
+        "images": count,
+        "clipping": config.clipping,
+        "variance_type": pipeline.scheduler.config.variance_type,
+    }
     if accelerator.is_main_process:
         say(f"{result['total']:.4f} bits per dimension (standard error {result['standard_error']:.2g}) over {count} images")
         say(f"of which {result['terms'][0]:.4f} are for the last step and {result['prior']:.2g} for the prior")

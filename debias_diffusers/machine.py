@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import accelerate
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from . import __version__
 from .config import TrainConfig
 from .data import LOST_WORKER
 from .errors import DebiasError, InputError
 from .run import say
+
+T = TypeVar("T")
 
 
 def set_threads(asked: int | None) -> int:
@@ -64,6 +67,15 @@ def start_processes(num_threads: int | None) -> Accelerator:
     _require_all_processes(accelerator.num_processes)
     set_threads(num_threads)
     return accelerator
+
+
+def agreed(decide: Callable[[], T], accelerator: Accelerator) -> T:
+    """What the first process decides, in every process."""
+    chosen = [decide() if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(chosen)
+    answer: Any = chosen[0]
+    return answer  # type: ignore[no-any-return]
 
 
 def _require_all_processes(seen: int) -> None:

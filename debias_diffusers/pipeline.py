@@ -13,6 +13,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from . import hub
 from .config import Clipping, PredictionType
 from .errors import InputError, NotFiniteError, reason
 from .schedule import is_flow, predicted_x_0, prediction_of_x_0
@@ -35,6 +36,11 @@ class PixelPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(null_label=null_label)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As diffusers' own, of a folder or a Hub id with `revision`; weights are read from safetensors unless told otherwise."""
+        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
 
     @property
     def num_classes(self) -> int:
@@ -245,23 +251,34 @@ def check_labels(pipeline: PixelPipeline, class_labels: Sequence[int] | Tensor |
         raise InputError(f"guidance_scale is {guidance_scale}, but the model was not trained with dropped labels; take --guidance_scale 1")
 
 
-def load_pipeline(model: str) -> PixelPipeline:
-    """A pipeline from a run directory, a pipeline folder or a Hub id. Weights are read from safetensors only.
+def load_pipeline(model: str, allow_pickle: bool = False, variant: str | None = None) -> PixelPipeline:
+    """A pipeline from a run directory, a pipeline folder or a Hub id (user/name, user/name@revision).
+
+    Args:
+        model: where it is.
+        allow_pickle: take .bin weights where there are no safetensors; they are read as tensors only.
+        variant: of the weights, such as ema_0_999; the plain ones if left out.
 
     Raises:
         InputError: there is no model, or a file of it is damaged; names it.
+        HubError: the Hub does not give it.
     """
-    folder = Path(model)
+    folder = hub.fetched(model, variant, allow_pickle) if hub.is_id(model) else Path(model)
     if not model or (folder.exists() and not (folder / "model_index.json").is_file()):
         raise InputError(f"{model or 'an empty name'} holds no model (no model_index.json); train one, or name another folder")
-    if not folder.exists() and (model.count("/") != 1 or model.startswith((".", "~", "/"))):
+    if not folder.exists():
         raise InputError(f"{model} does not exist; name a run directory, a pipeline folder or a Hub id such as user/name")
     logging.disable_progress_bar()  # of loading two components
     try:
-        parts = {name for name, value in PixelPipeline.load_config(model).items() if isinstance(value, list | tuple) and value[0]}
+        parts = {name for name, value in PixelPipeline.load_config(folder).items() if isinstance(value, list | tuple) and value[0]}
         if other := sorted(parts - {"unet", "scheduler"}):
             raise ValueError(f"it has a {other[0]}, but this is for pixel models, of a unet and a scheduler only")
-        pipeline: PixelPipeline = PixelPipeline.from_pretrained(model, use_safetensors=True)
+        safe = _has_safetensors(folder, model, allow_pickle)
+        if variant and not any(folder.glob(f"unet/{hub.WEIGHTS}.{variant}.*")):
+            raise InputError(f"model {model} has no weights {variant}, as averages at other rates are named; take --weights ema")
+        pipeline: PixelPipeline = PixelPipeline.from_pretrained(folder, use_safetensors=safe, variant=variant)
+    except InputError:
+        raise
     except Exception as error:  # a damaged or hostile file may provoke any
         raise InputError(f"model {model} cannot be loaded: {reason(error)}") from error
     if not isinstance(pipeline.unet, UNet2DModel):
@@ -272,3 +289,14 @@ def load_pipeline(model: str) -> PixelPipeline:
         raise InputError(f"model {model} cannot be loaded: its weight file lacks {missing[0]}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _has_safetensors(folder: Path, model: str, allow_pickle: bool) -> bool:
+    """Whether a model's weights are safetensors; refuses those that are .bin alone, a format that can hold code."""
+    place = folder / "unet" if (folder / "unet").is_dir() else folder
+    others = sorted(place.glob(f"{hub.WEIGHTS}*.bin"))
+    if not others or any(place.glob(f"{hub.WEIGHTS}*.safetensors")):
+        return True
+    if not allow_pickle:
+        raise hub.bin_refused(model, str(others[0].relative_to(folder)))
+    return False

@@ -52,7 +52,7 @@ class PixelTask:
         Raises:
             InputError: its network is another one (names what differs and how to take it as it is), or has weights that are not finite.
         """
-        pipeline = load_pipeline(model)
+        pipeline = load_pipeline(model, self.config.optimization.allow_pickle_import)
         if not isinstance(pipeline.unet, UNet2DModel):
             raise InputError(f"init {model} holds a {type(pipeline.unet).__name__}, but this run trains a UNet2DModel")
         theirs = pipeline.unet.config

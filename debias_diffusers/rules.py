@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import PurePath
@@ -85,6 +86,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sample_every": (_at_least(0), "0 (off) or more, such as 1000"),
     "eval_every": (_at_least(0), "0 (off) or more, such as 5000"),
     "eval_images": (_at_least(1), "at least 1, such as 1000"),
+    "hub_every": (_at_least(0), "0 (at the end only) or more, such as 10000"),
     "log_every": (_at_least(0), "0 (off) or more, such as 10"),
     "steps": (_at_least(1), "at least 1, such as 20"),
     "num_images": (lambda value: 1 <= value <= 10_000_000, "from 1 to 10 million, such as 64"),
@@ -112,6 +114,7 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
     found += objective_problems(config.objective)
     found += _optimization_problems(config.optimization, num_processes)
     found += _evaluation_problems(config.run)
+    found += _hub_problems(config)
     if config.run.output_dir is None:
         found.append("output_dir is missing: name the run directory, such as --output_dir runs/first")
     return found
@@ -129,6 +132,25 @@ def _evaluation_problems(run: RunConfig) -> list[str]:
             f"keep_best is on, but eval_every {run.eval_every} is no multiple of checkpoint_every {run.checkpoint_every}, so that what is "
             f"measured is not kept; take --eval_every {max(1, run.checkpoint_every)}"
         )
+    return found
+
+
+def _hub_problems(config: TrainConfig) -> list[str]:
+    """Pushing: nowhere, when nothing is saved, or what would be ignored. Whether the name will do, the Hub is asked."""
+    hub, every = config.hub, config.run.checkpoint_every
+    if not hub.push_to_hub:
+        given = {f.name: getattr(hub, f.name) for f in dataclasses.fields(hub) if getattr(hub, f.name) != f.default}
+        return [f"{name} is {value}, but push_to_hub is off; add --push_to_hub or leave {name} out" for name, value in given.items()]
+    found = []
+    if not hub.hub_model_id:
+        found.append("push_to_hub is on, but hub_model_id is missing; name a repository, such as --hub_model_id user/digits")
+    if hub.hub_every and (not every or hub.hub_every % every):
+        found.append(
+            f"hub_every is {hub.hub_every}, but checkpoint_every is {every}, and only checkpoints are pushed; "
+            f"take --hub_every {every or 0}, or leave it out"
+        )
+    if hub.hub_license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", hub.hub_license):
+        found.append(f"hub_license is {hub.hub_license!r}, but must be an identifier of the Hub, such as apache-2.0 or other")
     return found
 
 
@@ -329,6 +351,8 @@ def _optimization_problems(optimization: OptimizationConfig, num_processes: int)
     found = []
     if optimization.init == "":
         found.append("init is an empty name; name a run directory, a pipeline folder or a Hub id, or leave it out")
+    if optimization.allow_pickle_import and not optimization.init:
+        found.append("allow_pickle_import is on, but init is left out; name a model with --init, or leave allow_pickle_import out")
     if optimization.batch_size % num_processes:
         fits = num_processes * max(1, round(optimization.batch_size / num_processes))
         found.append(f"batch_size is {optimization.batch_size}, but must be a multiple of the {num_processes} processes; take {fits}")

@@ -5,24 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, images, snapshot
+from . import checkpoint, hub, images, snapshot
 from .album import GRID, PACKED, TRAJECTORY, Album, Writer, require_place
+from .card import variant
 from .chance import uniform
 from .config import SampleConfig
 from .errors import InputError
 from .files import take_lock, write_file
-from .machine import explained, start_processes
+from .machine import agreed, explained, start_processes
 from .pipeline import PixelPipeline, check_labels, load_pipeline
 from .run import CHECKPOINTS, SAMPLES, say
 from .schedulers import default_scheduler, in_sections, make_scheduler, strided
@@ -59,6 +59,7 @@ def sample(config: SampleConfig) -> Path:
     if not config.output_dir and not (Path(config.model) / CHECKPOINTS).is_dir():
         raise InputError(f"output_dir is missing: {config.model} is no run directory; add --output_dir, such as samples")
     accelerator = start_processes(config.num_threads)
+    config = replace(config, model=pinned_model(config.model, accelerator))
     job = make_job(config, accelerator.device)
     folder = Path(config.output_dir or Path(config.model) / SAMPLES / job.name)
     if accelerator.is_main_process:
@@ -70,6 +71,11 @@ def sample(config: SampleConfig) -> Path:
             raise sentence from error
         raise
     return folder
+
+
+def pinned_model(model: str, accelerator: Accelerator) -> str:
+    """A Hub id with its commit, the same in all processes; anything else as it is."""
+    return agreed(lambda: hub.pinned(model), accelerator) if hub.is_id(model) else model
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,7 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
     """
     if config.dtype == "float16" and torch.device(device).type == "cpu":
         raise InputError("dtype is float16, which this CPU is slow and inexact in; take bfloat16 or float32")
-    pipeline = load_pipeline(config.model)
-    if config.weights != "ema" or step is not None:
-        load_weights(pipeline, Path(config.model), config.weights, step)
+    pipeline = open_model(config.model, config.weights, config.allow_pickle_import, step)
     own = pipeline.scheduler
     name = config.scheduler or default_scheduler(own)
     timesteps = _timesteps(config, own.config.num_train_timesteps)
@@ -129,6 +133,8 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
         **{field: getattr(config, field) for field in _SETTINGS},
         "model_sha256": _fingerprint(pipeline, own),
     }
+    if hub.is_id(config.model):
+        settings["model"] = config.model  # with its commit; a folder may be moved
     _make_ready(pipeline, config, device)
     options = {field: getattr(config, field) for field in _OPTIONS} | {"num_inference_steps": steps, "timesteps": timesteps}
     # As they will be read back, so that they can be compared: lists in place of tuples.
@@ -156,7 +162,31 @@ def _check_labels(config: SampleConfig, pipeline: PixelPipeline) -> None:
     check_labels(pipeline, given, config.guidance_scale)
 
 
-def load_weights(pipeline: PixelPipeline, run: Path, weights: str, step: int | None = None) -> None:
+def open_model(model: str, weights: str = "ema", allow_pickle: bool = False, step: int | None = None) -> PixelPipeline:
+    """A model with the weights that are asked for: of a run, of a pipeline folder, or of a Hub id.
+
+    Args:
+        model: where it is.
+        weights: ema, raw, or a rate; of a model that is no run, a rate is a variant of its weights.
+        allow_pickle: as of `load_pipeline`.
+        step: of the run's checkpoint; the exported weights, or the newest checkpoint's, if left out.
+
+    Raises:
+        InputError, HubError: as of `load_pipeline`; or it has no such weights.
+    """
+    run = Path(model)
+    if weights == "ema" and step is None:
+        return load_pipeline(model, allow_pickle)
+    if (run / CHECKPOINTS).is_dir():
+        pipeline = load_pipeline(model, allow_pickle)
+        _load_weights(pipeline, run, weights, step)
+        return pipeline
+    if weights in ("ema", "raw"):
+        raise InputError(f"weights is {weights}, but {run} has no checkpoints; take --weights ema")
+    return load_pipeline(model, allow_pickle, variant(float(weights)))
+
+
+def _load_weights(pipeline: PixelPipeline, run: Path, weights: str, step: int | None = None) -> None:
     """Puts the raw or averaged weights of a checkpoint of a run (the newest, if no step is named) into the pipeline."""
     found = checkpoint.latest_valid(run / CHECKPOINTS)[0] if step is None else _checkpoint_at(run, step)
     if found is None:
@@ -195,8 +225,8 @@ def _make_ready(pipeline: PixelPipeline, config: SampleConfig, device: Any) -> N
 def _draw_into(album: Album, job: Job, accelerator: Accelerator) -> None:
     """Draws what is missing: its batches are dealt to the processes in turn."""
     lock = take_lock(album.folder) if accelerator.is_main_process else None
-    found = [album.begin(_with_count(job.settings, album))] if accelerator.is_main_process else [None]
-    missing: Any = broadcast_object_list(found)[0]  # the others must not look for themselves: files appear by now
+    # The others must not look for themselves: files appear by now.
+    missing = agreed(lambda: album.begin(_with_count(job.settings, album)), accelerator)
     mine = list(_batches(missing, job.config))[accelerator.process_index :: accelerator.num_processes]
     with Writer(album) as writer, tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as progress:
         for indices in mine:

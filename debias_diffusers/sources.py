@@ -286,9 +286,17 @@ def _open(config: DataConfig) -> Source:
     if path.is_dir():
         saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
         return Table(_load_saved(path, config), config) if saved else Folder(path, config)
-    if path.exists() or config.dataset.count("/") > 1 or config.dataset.startswith((".", "/", "~")):
+    if not is_hub_id(config.dataset):
         raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id")
-    return Table(_load(config.dataset, config), config)
+    repo, _, revision = config.dataset.partition("@")
+    return Table(_load(repo, config, revision=revision or None), config)
+
+
+def is_hub_id(dataset: str) -> bool:
+    """Whether a name is that of a dataset on the Hub: user/name or name, and nothing of the sort on this disk."""
+    path = Path(dataset).expanduser()
+    foreign = dataset.split("@")[0].count("/") > 1 or dataset.startswith((".", "/", "~"))
+    return not (foreign or dataset == DIGITS or path.suffix == ".parquet" or path.exists())
 
 
 def _load(path: str, config: DataConfig, **kwargs: Any) -> Any:

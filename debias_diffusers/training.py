@@ -22,8 +22,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from . import chance, checkpoint, data, evaluation, hub, images, machine, sampling, snapshot
+from .card import model_card
 from .checkpoint import Checkpoint
-from .config import DIGITS, OptimizationConfig, TrainConfig, differences, stored, to_json
+from .config import DIGITS, PINNED, OptimizationConfig, TrainConfig, differences, flatten, stored, to_json, update
 from .ema import EMA
 from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
 from .files import DRAFT, said_if_not_writable, write_file
@@ -32,10 +33,11 @@ from .metrics import as_loss
 from .model import build_unet
 from .pixels import PixelTask, network_arguments
 from .progress import Progress, due
+from .publish import Publisher
 from .run import SAMPLES, Run, StopSignal, say
 from .schedule import at
 from .schedulers import default_scheduler, make_scheduler
-from .sources import Source, Without, open_readable, open_source, require_skippable, unreadable
+from .sources import Source, Without, is_hub_id, open_readable, open_source, require_skippable, unreadable
 from .timesteps import make_timestep_sampler
 from .weighting import effective_sample_size
 from .window import Window
@@ -44,20 +46,21 @@ SKIPS_IN_A_ROW = 20  # fp16 steps with overflowing gradients that are taken for 
 GRID_IMAGES, GRID_STEPS = 64, 20
 
 
-def train(config: TrainConfig, run: Run | None, stop: StopSignal) -> None:
+def train(config: TrainConfig, run: Run | None, stop: StopSignal, repo: str | None = None) -> None:
     """Trains to `max_steps`, resuming where the run directory stands.
 
     Args:
         config: checked and resolved.
         run: the run directory; None in all processes but the first.
         stop: remembers signals, already since before torch was imported.
+        repo: where the first process pushes to, which the Hub allowed; None where nothing is pushed.
 
     Raises:
         DebiasError: of the kind that tells what stopped it; StoppedError after a signal, saved.
     """
     accelerator = machine.start_accelerator(config)
     try:
-        Trainer(config, run, accelerator).train(stop)
+        Trainer(config, run, accelerator, repo).train(stop)
     except RuntimeError as error:
         if known := machine.explained(error, "--micro_batch_size", micro_batch_size(config.optimization, accelerator.num_processes)):
             # Or torch's handler says once more, from wherever it strikes while the process ends, that a loader's worker is gone.
@@ -71,15 +74,16 @@ def train(config: TrainConfig, run: Run | None, stop: StopSignal) -> None:
 class Trainer:
     """Everything a training step needs, and the step."""
 
-    def __init__(self, config: TrainConfig, run: Run | None, accelerator: Accelerator) -> None:
-        self.config, self.run, self.accelerator = config, run, accelerator
+    def __init__(self, config: TrainConfig, run: Run | None, accelerator: Accelerator, repo: str | None = None) -> None:
+        self.run, self.accelerator = run, accelerator
+        found = self._agree_on_checkpoint()
+        self.config = config = machine.agreed(lambda: _pinned(config, found), accelerator)
         self.optim = config.optimization
         self.num_threads = machine.set_threads(self.optim.num_threads)
         self.device = accelerator.device
         self.micro_batch_size = micro_batch_size(self.optim, accelerator.num_processes)
 
         self.objective = make_objective(config.objective)  # first, because it may refuse the configuration
-        found = self._agree_on_checkpoint()
         self.task = PixelTask(config, self._readable(open_source(config.data), found))
         self.sampler = make_timestep_sampler(config.objective, self.objective.schedule, self.optim.batch_size)
         self.window = Window(len(self.objective.schedule), self.device)
@@ -105,6 +109,7 @@ class Trainer:
         self.skips = 0
         self.drawn: list[tuple[Tensor, Tensor]] = []  # noise levels and losses of the pieces of the step at hand
         self.best: dict[str, Any] | None = None  # step and figure of the best measurement, and what was measured
+        self.measured: dict[str, Any] | None = None  # the last measurement: its step, by what, and all figures
         self._resume(found)
         self.positions = data.PositionBatches(
             self.optim.batch_size,
@@ -118,6 +123,7 @@ class Trainer:
             machine.warn_of_little_space(run.folder, sum(p.numel() for p in self.parameters), len(self.optim.ema_decay))
         measures = run is not None and config.run.eval_every > 0
         self.monitor = evaluation.Monitor(config, self.task.data.source, self.device) if measures else None
+        self.publisher = Publisher(run.folder, repo) if run and repo else None
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -128,6 +134,8 @@ class Trainer:
         self._settle_ddp()
         micro_batches = data.batches(self.task.data, self.positions, pin_memory=self.device.type == "cuda")
         signum = late = 0
+        if self.publisher:
+            self.publisher.resume()
         with Progress(self.config, self.run, self.accelerator, self.step) as progress:
             while self.step < self.optim.max_steps and not signum and not late:
                 loss, grad_norm = self._gradients(micro_batches)
@@ -142,6 +150,8 @@ class Trainer:
                     self._save()
             self._save(final=True)
         self._say_end(signum)
+        if self.publisher:
+            self.publisher.finish(self.step)
 
     def _gradients(self, micro_batches: Iterator[dict[str, Tensor]]) -> tuple[float, float]:
         """One step's gradients; returns this process's mean loss and the norm of the gradient of all processes."""
@@ -325,7 +335,7 @@ class Trainer:
         if self.sampler.learns:
             self.sampler.load(safetensors.torch.load(found.read(snapshot.SAMPLER)))
         self.window.load(found.state["window"], self.accelerator.is_main_process)
-        self.best = found.state.get("best")
+        self.best, self.measured = found.state.get("best"), found.state.get("measured")
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
         self.step = self.saved_step = found.step
@@ -355,6 +365,7 @@ class Trainer:
             "network": self.task.arguments,
             "weights": self._some_weights(),
             "best": self.best,
+            "measured": self.measured,
             "config": stored(self.config),
         }
 
@@ -378,6 +389,8 @@ class Trainer:
             tensors[snapshot.SAMPLER] = self.sampler.state()
         window = self.window.state(self.accelerator.gather, self.accelerator.is_main_process)
         problem = [self._write(self.run, tensors, window) if self.run else None]
+        if self.publisher and problem[0] is None and (final or self._push_is_due()):
+            self.publisher.offer(self.step)
         if self.accelerator.num_processes > 1:
             broadcast_object_list(problem)  # of the first process: all must know whether to gather again
         if problem[0] is None:
@@ -386,6 +399,10 @@ class Trainer:
             raise CannotWriteError(problem[0])
         elif self.run:
             say(f"step {self.step} was not saved: {problem[0]}; training goes on")
+
+    def _push_is_due(self) -> bool:
+        every = self.config.hub.hub_every
+        return every is None or due(self.step, every)
 
     def _write(self, run: Run, tensors: dict[str, Mapping[str, Tensor]], window: dict[str, Any]) -> str | None:
         """Export and checkpoint; what went wrong, if something did."""
@@ -411,7 +428,8 @@ class Trainer:
                     write_file(folder / path.relative_to(draft), path.read_bytes())
             finally:  # before the space that is left is told
                 shutil.rmtree(draft, ignore_errors=True)
-        write_file(folder / "README.md", hub.model_card(self.config, self.step, self.task.data.num_classes).encode())
+        card = model_card(self.config, self.step, self.task.data.num_classes, len(self.task.data.source), self.measured)
+        write_file(folder / "README.md", card.encode())
 
     @cached_property
     def averaged(self) -> nn.Module:
@@ -456,12 +474,23 @@ class Trainer:
         except (InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
             say(f"no figures at step {self.step}: {error}")
             return {}
+        self.measured = {"step": self.step, "by": self.monitor.about, "figures": figures}
         name, value = next(iter(figures.items()))
         # A best of another figure says nothing: of a checkpoint, it may be of other --eval_metrics or another extractor.
         loss, by = as_loss(name, value), {"figure": name, **self.monitor.about}
         if math.isfinite(loss) and (self.best is None or self.best.get("by") != by or loss < self.best["value"]):
             self.best = {"step": self.step, "value": loss, "by": by}
         return figures
+
+
+def _pinned(config: TrainConfig, found: Checkpoint | None) -> TrainConfig:
+    """The configuration with the commits of what comes from the Hub: those that the run began with, or the newest."""
+    before: Mapping[str, Any] = found.state["config"] if found else {}
+    values = flatten(config)
+    known = {"dataset": is_hub_id, "init": hub.is_id}
+    kinds = {"dataset": "dataset", "init": "model"}
+    names = {name: values[name] for name in PINNED if values[name] and known[name](values[name])}
+    return update(config, {name: before.get(name) or hub.pinned(value, kinds[name]) for name, value in names.items()})
 
 
 def micro_batch_size(config: OptimizationConfig, num_processes: int) -> int:

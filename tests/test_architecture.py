@@ -12,8 +12,9 @@ ORDER = [
     {"errors", "chance", "ema"},
     {"config", "files", "images"},
     {"rules", "schedule", "checkpoint", "model", "sources"},
-    {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "hub", "album", "guided", "extractors", "metrics"},
-    {"loss", "pipeline", "machine"},
+    {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "card", "album", "guided", "extractors", "metrics"},
+    {"hub"},
+    {"loss", "pipeline", "machine", "publish"},
     {"pixels", "sampling", "window", "plots", "convert"},
     {"progress", "imagesets"},
     {"evaluation"},
@@ -27,12 +28,13 @@ DOORS = {
     "accelerate": {"machine", "progress", "training", "sampling", "evaluation", "likelihood"},
     "torch_fidelity": {"extractors", "metrics"},
     "tyro": {"cli"},
-    "yaml": {"config", "hub"},
+    "yaml": {"config"},
+    "huggingface_hub": {"card", "hub", "publish"},
     "PIL": {"images", "album", "imagesets"},
     "matplotlib": {"plots"},
 }
 
-WITHOUT_TORCH = {"errors", "config", "rules", "files", "checkpoint", "run", "hub", "cli"}
+WITHOUT_TORCH = {"errors", "config", "rules", "files", "checkpoint", "run", "card", "hub", "publish", "cli"}
 
 
 def imports(path, everywhere=True):

@@ -22,12 +22,12 @@ from PIL import Image
 from safetensors.torch import load
 
 from debias_diffusers import chance, checkpoint, training
+from debias_diffusers.card import model_card
 from debias_diffusers.cli import train_config
 from debias_diffusers.config import DataConfig, OptimizationConfig, update
 from debias_diffusers.data import TrainingData
 from debias_diffusers.ema import EMA
 from debias_diffusers.errors import InputError
-from debias_diffusers.hub import model_card
 from debias_diffusers.loss import make_objective
 from debias_diffusers.pipeline import PixelPipeline, load_pipeline
 from debias_diffusers.run import open_run

@@ -20,6 +20,7 @@ from debias_diffusers.errors import InputError
 from debias_diffusers.rules import train_problems
 
 TRAIN = ["--output_dir", "never/made"]
+PUSH = ["--push_to_hub", "--hub_model_id", "user/digits"]
 FILE = "FILE.yaml"  # stands for a configuration file of the content that follows
 
 # (program, arguments, what is said); the table of test_config.py has 65 more, as fields and values.
@@ -41,6 +42,8 @@ WRONG_VALUES = [
     ("train", ["--eval_every", "500", "--eval_metrics", "lpips"], ["eval_metrics has lpips", "fid"]),
     ("train", ["--eval_every", "500", "--eval_metrics", "fid,fid"], ["eval_metrics is fid,fid", "once"]),
     ("train", ["--eval_every", "500", "--eval_metrics", ""], ["an empty name", "fid"]),
+    ("train", [*PUSH, "--hub_every", "-1"], ["hub_every is -1", "10000"]),
+    ("train", [*PUSH, "--hub_license", "MIT or so"], ["hub_license is 'MIT or so'", "apache-2.0"]),
     ("train", ["--init", ""], ["init is an empty name", "run directory"]),
     ("train", ["--weighting", ""], ["weighting is ,", "debiased"]),
     ("train", ["--p2_gamma", "-1", "--weighting", "p2"], ["p2_gamma is -1", "such as 1"]),
@@ -110,6 +113,12 @@ WRONG_COMBINATIONS = [
     ("train", ["--feature_extractor", "digits"], ["feature_extractor is digits", "eval_every is 0"]),
     ("train", ["--keep_best", "--eval_every", "7", "--checkpoint_every", "5"], ["eval_every 7", "checkpoint_every 5", "--eval_every 5"]),
     ("train", ["--batch_size", "64", "WORLD_SIZE=3"], ["batch_size is 64", "3 processes", "take 63"]),
+    ("train", ["--push_to_hub"], ["push_to_hub is on", "hub_model_id is missing", "user/digits"]),
+    ("train", ["--hub_every", "1000"], ["hub_every is 1000", "push_to_hub is off"]),
+    ("train", ["--hub_private", "--hub_tags", "--hub_model_id", "user/x"], ["hub_private", "hub_tags", "hub_model_id", "--push_to_hub"]),
+    ("train", [*PUSH, "--hub_every", "7", "--checkpoint_every", "5"], ["hub_every is 7", "checkpoint_every is 5", "--hub_every 5"]),
+    ("train", [*PUSH, "--hub_every", "7", "--checkpoint_every", "0"], ["hub_every is 7", "checkpoint_every is 0", "--hub_every 0"]),
+    ("train", ["--allow_pickle_import"], ["allow_pickle_import is on", "init"]),
     ("train", ["--output_dir", "TRAINED", "--config", TINY, "--seed", "5"], ["seed: the run has 0", "output_dir"]),
     ("train", ["--output_dir", "TRAINED", "--config", TINY, "--model_channels", "16"], ["model_channels: the run has 8", "says 16"]),
     ("train", ["--output_dir", "TRAINED", "--config", TINY, "--max_steps", "12"], ["max_steps is 12", "at step 24"]),
@@ -237,6 +246,7 @@ def test_a_misspelt_flag_suggests_the_right_one(chosen, trials):
 METRICS, WEIGHTS, SCHEDULER = "metrics", "weights", "scheduler"  # where the effect of a field is seen
 FLOW = {"prediction_type": "flow", "noise_schedule": None}
 CLASSES = {"class_conditional": True}
+PUSHED = {"push_to_hub": True, "hub_model_id": "user/digits"}
 
 # field: (what both runs have, what one of them has, where they must differ; None where the training itself must not)
 FIELDS = {
@@ -290,6 +300,7 @@ FIELDS = {
     "max_grad_norm": ({}, 0.01, METRICS),
     "ema_decay": ({}, (0.5,), WEIGHTS),
     "init": ({}, "TRAINED", METRICS),
+    "allow_pickle_import": ({"init": "TRAINED"}, True, None),
     "mixed_precision": ({}, "bf16", METRICS),
     "num_threads": ({}, 2, None),
     "seed": ({}, 1, METRICS),
@@ -307,6 +318,12 @@ FIELDS = {
     "report_to": ({}, "tensorboard", None),
     "accept_changed_data": ({}, True, None),
     "dry_run": ({}, True, None),
+    "push_to_hub": ({}, True, None),
+    "hub_model_id": (PUSHED, "user/other", None),
+    "hub_private": (PUSHED, True, None),
+    "hub_every": (PUSHED, 0, None),
+    "hub_tags": (PUSHED, True, None),
+    "hub_license": (PUSHED, "apache-2.0", None),
 }
 SHAPING = [name for name, (_, _, seen) in FIELDS.items() if seen]
 FEW = ["weighting", "label_dropout", "variance_type", "ema_decay"]
@@ -341,6 +358,8 @@ def pair(name, places, folder):
     other = {name: value, "output_dir": str(folder / "after")} if name != "output_dir" else {name: value}
     if name == "model_config":
         other |= {field.name: field.default for field in dataclasses.fields(config.model) if field.name != name}
+    if name == "push_to_hub":
+        other["hub_model_id"] = "user/digits"
     changed = updated(config, other)
     return [
         updated(each, {k: str(places[v]) for k, v in flatten(each).items() if isinstance(v, str) and v in places})
@@ -358,6 +377,7 @@ def test_every_field_is_in_the_table():
         "micro_batch_size",
         "max_hours",
         "num_threads",
+        "allow_pickle_import",
     }
     assert set(SHAPING) == shaping
 

@@ -1,0 +1,208 @@
+"""The model card of a run: what others must know to use it, and what was trained. No torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .config import DIGITS, ObjectiveConfig, TrainConfig, stored
+from .rules import SPACES_OF_OTHERS
+
+TITLE = "# A diffusion model trained with debias_diffusers"
+TASK = "unconditional-image-generation"
+ON_HUB = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?", re.ASCII)  # a text that can be the name of a repository
+
+CITATION = """```bibtex
+@article{yu2023unmasking,
+  title   = {Unmasking Bias in Diffusion Model Training},
+  author  = {Yu, Hu and Shen, Li and Huang, Jie and Li, Hongsheng and Zhao, Feng},
+  journal = {arXiv preprint arXiv:2310.08442},
+  year    = {2023}
+}
+```"""
+
+
+def model_card(
+    config: TrainConfig, step: int, num_classes: int, images: int | None = None, measured: Mapping[str, Any] | None = None
+) -> str:
+    """README.md of a run: what was trained, how to draw with it, its figures, and every field of the configuration.
+
+    Args:
+        config: of the run.
+        step: that was reached.
+        num_classes: labels of the model; 0 without.
+        images: how many it learns from.
+        measured: `step`, `by` (about the measurement) and `figures`, as the run's state.json has them.
+    """
+    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in stored(config).items())
+    return f"""---
+{_front(config, measured)}
+---
+
+{TITLE}
+
+Step {step} of {config.optimization.max_steps}; the weights are averaged at the rate {config.optimization.ema_decay[0]}.
+{_objective(config.objective)}
+{_data(config, images)}
+
+## Use it
+
+```python
+{_use(num_classes, config.objective.num_train_timesteps)}
+```
+
+or, with debias_diffusers installed, `python sample.py "PATH" --scheduler unipc --steps 20 --output_dir samples`.
+{_variants(config)}
+{_figures(measured)}
+## Licence
+
+{_licence(config)}
+
+## Citation
+
+The debiased loss is that of [arXiv 2310.08442](https://arxiv.org/abs/2310.08442):
+
+{CITATION}
+
+## Configuration
+
+| field | value |
+|---|---|
+{rows}
+"""
+
+
+def _front(config: TrainConfig, measured: Mapping[str, Any] | None) -> str:
+    """What the Hub reads."""
+    from huggingface_hub import ModelCardData
+
+    objective, results = config.objective, _results(config, measured)
+    data = ModelCardData(
+        license=config.hub.hub_license or "unknown",
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        tags=["debias_diffusers", objective.weighting, objective.prediction_type],
+        datasets=_on_hub(config.data.dataset),
+        base_model=_on_hub(config.optimization.init),
+        model_name=(config.hub.hub_model_id or "debias_diffusers").split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+    front: str = data.to_yaml()
+    return front
+
+
+def _on_hub(name: str | None) -> list[str] | None:
+    """A repository behind a name, as far as a text tells; of models and data on a disk nobody else has heard."""
+    return [name.partition("@")[0]] if name and "/" in name and ON_HUB.fullmatch(name) else None
+
+
+def _results(config: TrainConfig, measured: Mapping[str, Any] | None) -> list[Any]:
+    """The figures in the form of a model-index. It knows no NaN."""
+    from huggingface_hub import EvalResult
+
+    if measured is None:
+        return []
+    name, _, commit = str(config.data.dataset).partition("@")
+    shown = name if ON_HUB.fullmatch(name) else "images"
+    about: dict[str, Any] = {"task_type": TASK, "dataset_type": shown, "dataset_name": shown, "dataset_revision": commit or None}
+    figures = measured["figures"].items()
+    return [
+        EvalResult(**about, metric_type=kind, metric_value=value, metric_name=f"{kind} ({_by(measured)})")
+        for kind, value in figures
+        if math.isfinite(value)
+    ]
+
+
+def _by(measured: Mapping[str, Any]) -> str:
+    """How figures were measured."""
+    by = measured["by"]
+    features = f"features of {by['extractor']}, " if "extractor" in by else ""
+    return f"{features}{by['images']} images, step {measured['step']}"
+
+
+def _data(config: TrainConfig, images: int | None) -> str:
+    """What was learned from, and where it started."""
+    name, _, commit = str(config.data.dataset).partition("@")
+    said = f"Trained on {_code(name)}, split {_code(config.data.split)}"
+    said += f" at revision `{commit}`" if commit and ON_HUB.fullmatch(commit) else ""
+    said += f", {images} images" if images else ""
+    said += f", starting from the weights of {_code(config.optimization.init)}" if config.optimization.init else ""
+    return said + "."
+
+
+def _use(num_classes: int, num_train_timesteps: int) -> str:
+    if num_classes:
+        return (
+            "from debias_diffusers import PixelPipeline\n\n"
+            'pipeline = PixelPipeline.from_pretrained("PATH")\n'
+            f"image = pipeline(class_labels=[0]).images[0]  # labels 0 to {num_classes - 1}"
+        )
+    return (
+        "from diffusers import DDPMPipeline\n\n"
+        'pipeline = DDPMPipeline.from_pretrained("PATH")\n'
+        f"image = pipeline(num_inference_steps={num_train_timesteps}).images[0]"
+    )
+
+
+def variant(rate: float) -> str:
+    """Name of the weights averaged at a rate among those of a pipeline. diffusers finds none with a point in it."""
+    return f"ema_{rate}".replace(".", "_")
+
+
+def _variants(config: TrainConfig) -> str:
+    others = [f"`{variant(rate)}`" for rate in config.optimization.ema_decay[1:]]
+    return f"On the Hub, weights averaged at other rates are variants: {', '.join(others)}.\n" if others else ""
+
+
+def _figures(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return ""
+    rows = "\n".join(f"| {_cell(name)} | {value:.4g} |" for name, value in measured["figures"].items())
+    return f"## Figures\n\nAgainst the training images, {_by(measured)}:\n\n| figure | value |\n|---|---|\n{rows}\n"
+
+
+def _licence(config: TrainConfig) -> str:
+    said = f"Licence of this model: {_code(config.hub.hub_license or 'unknown')}."
+    if config.data.dataset == DIGITS:
+        said += (
+            " The digits are from *Optical Recognition of Handwritten Digits* by E. Alpaydin and C. Kaynak (UCI Machine Learning "
+            "Repository, doi 10.24432/C50P49), CC BY 4.0."
+        )
+    return said
+
+
+def _objective(objective: ObjectiveConfig) -> str:
+    """What was minimised, in sentences; its numbers stand in the table."""
+    space, name = objective.prediction_type, objective.weighting
+    if name == "variational":
+        sentences = [f"The network predicts {space} and a variance; the variational bound was minimised, without weights."]
+    elif name in SPACES_OF_OTHERS:
+        sentences = [f"The squared error of the network's {space} is weighted with {_code(name)}, as other code has it."]
+    else:
+        sentences = [
+            f"The squared error of the network's {space} is weighted with {_code(name)}, a weight defined on the error of the noise and "
+            f"converted to what the network predicts."
+        ]
+    if name == "debiased":
+        sentences.append("`debiased` is 1/sqrt(SNR), from arXiv 2310.08442.")
+    if objective.timestep_sampler in ("log_normal", "logit_normal"):
+        sentences.append(
+            f"t was drawn with the density `{objective.timestep_sampler}` (mean {objective.timestep_mean}, standard deviation "
+            f"{objective.timestep_std}) without correction, so the objective is multiplied by this density."
+        )
+    if objective.learn_sigma and name != "variational":
+        sentences.append("The variance of a sampling step is learned by the variational bound.")
+    return "\n".join(sentences)
+
+
+def _cell(value: object) -> str:
+    """As code in a cell of a table."""
+    return _code(value).replace("|", "\\|")
+
+
+def _code(value: object) -> str:
+    """As code, in which no markup counts: a name of a data set may hold any, and what ends the line or the code."""
+    text = "".join(c if c.isprintable() else " " for c in str(value)).replace("`", "'").strip()
+    return f"`{text}`" if text else ""

@@ -1,0 +1,463 @@
+"""A push gets to the Hub whole and once, whatever the network does, and a training neither waits for it nor dies of it."""
+
+import itertools
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, command, metrics, newest_step, tensors, train_args, wait_for
+from pushing import Worker, copy_of, environment, repository, served, settle
+from safetensors.numpy import load_file, save_file
+
+MODES = {"lfs": False, "xet": True}
+
+
+@pytest.fixture(scope="module", params=MODES)
+def both(request, tmp_path_factory):
+    """A Hub of each kind of transfer, and a process that pushes to it."""
+    with served(tmp_path_factory.mktemp("served") / request.param, MODES[request.param]) as pair:
+        yield pair
+
+
+# What does not depend on how files are sent.
+OVER_LFS = pytest.mark.parametrize("both", ["lfs"], indirect=True)
+OVER_XET = pytest.mark.parametrize("both", ["xet"], indirect=True)
+
+
+@pytest.fixture
+def hub(both):
+    both[0].clear()
+    return both[0]
+
+
+@pytest.fixture
+def worker(both):
+    return both[1]
+
+
+NAMES = (f"alice/model-{number}" for number in itertools.count())
+UNIQUE = itertools.count(1)
+
+
+@pytest.fixture
+def repo():
+    return next(NAMES)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return unlike_others(copy_of(trained, tmp_path / "run"))
+
+
+def unlike_others(run):
+    """Weights that no store has seen, or they would not be sent."""
+    generator = np.random.default_rng(next(UNIQUE))
+    for path in (run / "unet" / "diffusion_pytorch_model.safetensors", run / "checkpoints" / "step-00000024" / "ema_0.99.safetensors"):
+        weights = {name: generator.standard_normal(value.shape, np.float32) for name, value in load_file(path).items()}
+        save_file(weights, path)
+    return run
+
+
+def pushed(run, repo):
+    """What a repository must hold of a run, but for the card."""
+    names = ["config.json", "metrics.jsonl", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
+    names.append("unet/diffusion_pytorch_model.safetensors")
+    files = {name: (run / name).read_bytes() for name in names}
+    variant = run / "checkpoints" / "step-00000024" / "ema_0.99.safetensors"
+    return files | {"unet/diffusion_pytorch_model.ema_0_99.safetensors": variant.read_bytes()}
+
+
+def require_whole(hub, run, repo, commits=1):
+    """All is there, in one commit beyond that of the new repository."""
+    files = hub.files(repo)
+    card = files.pop("README.md").decode()
+    assert f'from_pretrained("{repo}")' in card and "PATH" not in card
+    del files[".gitattributes"]
+    assert files == pushed(run, repo)
+    assert len(hub.commits(repo)) == 1 + commits
+
+
+REQUESTS = {
+    "whoami": ("GET", "/api/whoami-v2"),
+    "create": ("POST", "/api/repos/create"),
+    "tip": ("GET", r"/api/models/alice/[\w-]+$"),
+    "listing": ("GET", "/tree/"),
+    "preupload": ("POST", "/preupload/"),
+    "card": ("POST", "/api/validate-yaml"),
+    "commit": ("POST", "/commit/"),
+    "refs": ("GET", "/refs$"),
+    "tag": ("POST", "/tag/"),
+}
+OF_LFS = {"batch": ("POST", "/info/lfs/objects/batch"), "send": ("PUT", "/"), "verify": ("POST", "/lfs-verify")}
+OF_XET = {"token": ("GET", "/xet-write-token/"), "xorb": ("POST", "/v1/xorbs/"), "shard": ("POST", "/v1/shards")}
+
+FAULTS = {
+    "429 with Retry-After": {"action": "status", "status": 429, "headers": {"Retry-After": "3"}, "times": 4},
+    "500 four times": {"action": "status", "status": 500, "times": 4},
+    "reset": {"action": "drop", "times": 4},
+    "closed": {"action": "drop", "fin": True, "times": 4},
+    "reset in the middle": {"action": "drop_upload", "after_bytes": 100, "times": 2},
+    "answer lost": {"action": "drop_after", "times": 1},
+    "time-out": {"action": "status", "status": 500, "delay": 1.5, "times": 1},
+}
+USUAL = {"429 with Retry-After", "reset", "answer lost"}
+
+
+@pytest.mark.row(43, "a push survives 429, 500, resets, lost answers and time-outs at each of its requests, and makes one commit")
+@pytest.mark.parametrize("fault", [pytest.param(name, marks=() if name in USUAL else pytest.mark.nightly) for name in FAULTS])
+def test_a_push_survives_faults_at_each_request(hub, worker, run, fault, trials):
+    for name, (method, path) in {**REQUESTS, **(OF_XET if hub.xet else OF_LFS)}.items():
+        trials()
+        repo = next(NAMES)
+        unlike_others(run)
+        hub.clear()
+        hub.fault(method=method, path=path, **FAULTS[fault])
+        code, said = worker.push(run, "--hub_model_id", repo, "--hub_tags")
+        assert code == 0, (name, said)
+        assert hub.faults.left == 0, name
+        require_whole(hub, run, repo)
+        assert "trying again in" in said or float(re.search(r"waited (\S+) s", said)[1]) > 0 or name in OF_XET or fault == "answer lost"
+        assert repository(hub, repo).tags == {"step-00000024": hub.commits(repo)[0]["id"]}
+
+
+@OVER_LFS
+def test_the_wait_that_a_server_asks_for_is_kept(hub, worker, run, repo):
+    hub.fault(path="/commit/", status=429, headers={"Retry-After": "77"})
+    code, said = worker.push(run, "--hub_model_id", repo)
+    assert code == 0 and "trying again in 77 s" in said and "waited 77 s" in said
+
+
+@pytest.mark.row(43, "a push survives 429, 500, resets, lost answers and time-outs at each of its requests, and makes one commit")
+def test_a_commit_whose_answer_was_lost_is_found_and_not_made_again(hub, worker, run, repo):
+    hub.fault(path="/commit/", action="drop_after", times=1)
+    code, said = worker.push(run, "--hub_model_id", repo)
+    assert code == 0 and "trying again" in said
+    require_whole(hub, run, repo)
+    assert [request for request in hub.requests() if "/commit/" in request] == [f"POST /api/models/{repo}/commit/main"]
+    assert f"/{repo}/tree/{hub.commits(repo)[0]['id']}" in said
+
+
+def test_what_is_there_already_is_not_pushed_again(hub, worker, run, repo):
+    assert worker.push(run, "--hub_model_id", repo)[0] == 0
+    assert worker.push(run, "--hub_model_id", repo)[0] == 0
+    require_whole(hub, run, repo)
+    (run / "metrics.jsonl").write_text("")
+    assert worker.push(run, "--hub_model_id", repo)[0] == 0
+    require_whole(hub, run, repo, commits=2)
+
+
+@OVER_LFS
+def test_files_of_others_stay_but_not_weights_that_would_be_taken_for_these(hub, worker, run, repo):
+    assert worker.push(run, "--hub_model_id", repo)[0] == 0
+    add = """
+from huggingface_hub import HfApi
+for name in ("notes.txt", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.ema_0_5.safetensors"):
+    HfApi().upload_file(path_or_fileobj=b"x" * 9, path_in_repo=name, repo_id=sys.argv[1])
+"""
+    client(hub, run, add, repo)
+    (run / "metrics.jsonl").write_text("")
+    assert worker.push(run, "--hub_model_id", repo)[0] == 0
+    assert set(hub.files(repo)) == {*pushed(run, repo), "README.md", ".gitattributes", "notes.txt"}
+
+
+def client(hub, home, code, *args, token="hf_write"):
+    """Runs a script that uses the Hub's client; returns what it printed."""
+    settings = environment(hub, Path(home) / "home", token)
+    words = [sys.executable, "-c", f"import sys\n{code}", *map(str, args)]
+    done = subprocess.run(words, env=settings, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---- kills and company -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.row(44, "killed at any request of a push, a repository is old or whole; the same command ends the job in one commit")
+@pytest.mark.parametrize("some", [4, pytest.param(1, marks=pytest.mark.nightly)], ids=["some", "all"])
+def test_a_push_that_is_killed_is_finished_by_the_same_command(hub, worker, run, some, trials):
+    assert worker.push(run, "--hub_model_id", next(NAMES))[0] == 0
+    requests = len(hub.requests())
+    assert requests >= 9
+    for point in range(0, requests, some):
+        trials()
+        repo = next(NAMES)
+        unlike_others(run)
+        hub.clear()
+        hub.fault(action="delay", delay=0.5, skip=point)
+        assert worker.killed(run, "--hub_model_id", repo, when=lambda point=point: wait_for(lambda: len(hub.requests()) > point)), point
+        settle(hub)
+        there = set(hub.files(repo)) - {".gitattributes"} if ("model", repo) in hub.store.repositories else set()
+        assert there in (set(), {*pushed(run, repo), "README.md"}), point
+        hub.clear()
+        code, said = worker.push(run, "--hub_model_id", repo)
+        assert code == 0, said
+        require_whole(hub, run, repo)
+        assert not list((run / ".push").glob("step-*"))
+
+
+def test_two_pushes_at_once_make_one_commit_each_and_none_twice(hub, worker, run, repo, tmp_path):
+    """Of the same files one suffices; of different ones the second builds on the first."""
+    same = copy_of(run, tmp_path / "same")
+    other = unlike_others(copy_of(run, tmp_path / "other"))
+    second = Worker(hub, tmp_path / "home")
+    try:
+        for runs, commits in (((run, same), 1), ((run, other), 2)):
+            hub.clear()
+            name = next(NAMES)
+            # The first to commit waits within the server until the other has sent its files.
+            hub.fault(path="/commit/", action="delay", delay=1.0)
+            worker.start(runs[0], "--hub_model_id", name)
+            wait_for(lambda: hub.log)
+            second.start(runs[1], "--hub_model_id", name)
+            results = [worker.result(), second.result()]
+            assert [code for code, _ in results] == [0, 0], results
+            assert len(hub.commits(name)) == 1 + commits
+            whole = [pushed(each, name) for each in runs]
+            assert {n: data for n, data in hub.files(name).items() if n not in ("README.md", ".gitattributes")} in whole
+            assert all(commit["title"] in ("Step 24", "initial commit") for commit in hub.commits(name))
+    finally:
+        second.process.stdin.close()
+        second.process.wait()
+
+
+@OVER_LFS
+def test_a_run_is_pushed_by_one_process_at_a_time(hub, worker, run, repo, tmp_path):
+    second = Worker(hub, tmp_path / "home")
+    try:
+        hub.fault(path="/api/whoami-v2", action="delay", delay=1.0)
+        worker.start(run, "--hub_model_id", repo)
+        wait_for(lambda: hub.log)
+        code, said = second.push(run, "--hub_model_id", repo)
+        assert code == 3 and "in use by process" in said
+        assert worker.result()[0] == 0
+    finally:
+        second.process.stdin.close()
+        second.process.wait()
+
+
+# ---- before a training -----------------------------------------------------------------------------------------------
+
+
+def refused(hub, folder, *flags, token="hf_write", **settings):
+    """A training that must not begin: (what was said, seconds)."""
+    began = time.monotonic()
+    args = ["--push_to_hub", *(flags if "--hub_model_id" in flags else ["--hub_model_id", "digits", *flags])]
+    process = command(*train_args(folder / "run", *args), env=environment(hub, folder / "home", token, **settings))
+    _, said = process.communicate(timeout=60)
+    seconds = time.monotonic() - began
+    assert process.returncode == 7 and "Traceback" not in said, said
+    assert newest_step(folder / "run") == 0 and "step/s" not in said
+    assert not token or token not in said
+    return said.splitlines()[-1], seconds
+
+
+@OVER_LFS
+@pytest.mark.row(45, "what the Hub would refuse is said before the training, within five seconds, and without the token")
+@pytest.mark.parametrize(
+    "token, flags, settings, named",
+    [
+        ("", [], {}, ["nobody is logged in", "hf auth login"]),
+        ("hf_wrong", [], {}, ["does not know the token", "HF_TOKEN"]),
+        ("hf_read", [], {}, ["token of bob only reads"]),
+        ("hf_write", ["--hub_model_id", "bob/digits"], {}, ["making bob/digits", "may not"]),
+        ("hf_write", ["--hub_model_id", "my digits"], {}, ["hub_model_id is 'my digits'", "letters, digits"]),
+        ("hf_write", ["--hub_model_id", "a/b/c"], {}, ["hub_model_id is 'a/b/c'"]),
+        ("hf_write", [], {"HF_ENDPOINT": "http://127.0.0.1:9"}, ["Connection refused"]),
+        ("hf_write", [], {"HF_HUB_OFFLINE": "1"}, ["offline mode is enabled"]),
+        ("hf_wrïte", [], {}, ["characters that no token has"]),
+    ],
+)
+def test_what_the_hub_would_refuse_is_said_before_the_training(both, hub, tmp_path, token, flags, settings, named, trials):
+    trials()
+    sentence, seconds = refused(hub, tmp_path, *flags, token=token, **settings)
+    assert all(text in sentence for text in ("push_to_hub is on", *named)), sentence
+    assert seconds <= 5 + 3  # the start of the interpreter, too, on a busy machine
+
+
+@OVER_LFS
+@pytest.mark.row(45, "what the Hub would refuse is said before the training, within five seconds, and without the token")
+def test_a_hub_that_does_not_answer_delays_the_start_by_five_seconds(hub, tmp_path):
+    hub.fault(path="/api/whoami-v2", action="delay", delay=20)
+    sentence, seconds = refused(hub, tmp_path)
+    assert "no answer within 5 s" in sentence and 5 <= seconds <= 5 + 3
+
+
+@OVER_LFS
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, worker, run, tmp_path):
+    assert worker.push(run, "--hub_model_id", "alice/digits")[0] == 0
+    assert "alice/digits is public" in refused(hub, tmp_path / "private", "--hub_private")[0]
+
+
+# ---- while training --------------------------------------------------------------------------------------------------
+
+
+def trained_and_pushed(hub, folder, *flags, during=None, token="hf_write"):
+    """A tiny training that pushes: (exit code, what it said)."""
+    args = train_args(folder / "run", "--push_to_hub", "--hub_model_id", "run", *flags)
+    process = command(*args, env=environment(hub, folder / "home", token))
+    if during:
+        during(process)
+    _, said = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+@pytest.fixture
+def fresh(hub):
+    """No repository alice/run from another test."""
+    hub.store.repositories.pop(("model", "alice/run"), None)
+    return hub
+
+
+@OVER_XET
+def test_a_training_pushes_its_checkpoints_and_its_end(fresh, trained, tmp_path):
+    code, said = trained_and_pushed(fresh, tmp_path, "--hub_tags", "--hub_private")
+    assert code == 0, said
+    steps = [commit["title"] for commit in reversed(fresh.commits("alice/run"))]
+    assert steps[0] == "initial commit" and steps[-1] == "Step 24" and len(set(steps)) == len(steps)
+    assert set(steps[1:]) <= {"Step 6", "Step 12", "Step 18", "Step 24"}
+    require_whole(fresh, tmp_path / "run", "alice/run", commits=len(steps) - 1)
+    assert set(repository(fresh, "alice/run").tags) == {f"step-{int(step[5:]):08d}" for step in steps[1:]}
+    assert repository(fresh, "alice/run").private
+    # Pushing changes nothing of the training.
+    assert tensors(tmp_path / "run", 24) == tensors(trained, 24) and metrics(tmp_path / "run") == metrics(trained)
+    assert not list((tmp_path / "run" / ".push").glob("step-*"))
+    # The same command again finds nothing to do.
+    assert trained_and_pushed(fresh, tmp_path, "--hub_tags", "--hub_private")[0] == 0
+    assert len(fresh.commits("alice/run")) == len(steps)
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()) + said.encode()
+    everything += b"".join(fresh.files("alice/run").values())
+    assert b"hf_write" not in everything
+
+
+@OVER_LFS
+def test_intervals_of_pushes(fresh, tmp_path):
+    code, said = trained_and_pushed(fresh, tmp_path, "--hub_every", 0)
+    assert code == 0, said
+    assert [commit["title"] for commit in fresh.commits("alice/run")] == ["Step 24", "initial commit"]
+
+
+@OVER_LFS
+@pytest.mark.row(46, "a push that fails for good leaves a complete run, exit code 7, and the one command that finishes the job")
+def test_a_push_that_fails_leaves_a_complete_run_and_the_command_that_finishes_it(fresh, trained, tmp_path):
+    fresh.fault(path="/commit/", status=403, times=10**6)
+    code, said = trained_and_pushed(fresh, tmp_path)
+    assert code == 7 and "Traceback" not in said
+    assert said.count("error: committing to alice/run") >= 2  # at a checkpoint, and at the end
+    assert tensors(tmp_path / "run", 24) == tensors(trained, 24)
+    line = said.splitlines()[-1]
+    assert "finished at step 24" in line and "complete" in line
+    assert [commit["title"] for commit in fresh.commits("alice/run")] == ["initial commit"]
+    fresh.clear()
+    words = shlex.split(re.search(r"python (-m debias_diffusers\.hub push .+) pushes it", line)[1])
+    process = command(*words, env=environment(fresh, tmp_path / "home"))
+    assert process.wait(60) == 0, process.stderr.read()
+    require_whole(fresh, tmp_path / "run", "alice/run")
+
+
+@OVER_LFS
+def test_a_training_does_not_wait_for_a_hub_that_hangs(fresh, trained, tmp_path):
+    """It reaches its last step while the first push hangs; only then it waits."""
+    fresh.fault(path="/preupload/", action="delay", delay=6, times=1)
+    code, said = trained_and_pushed(fresh, tmp_path)
+    assert code == 0, said
+    assert said.index("finished at step 24") < said.index("is on the Hub"), said
+    assert fresh.commits("alice/run")[0]["title"] == "Step 24"
+
+
+@OVER_XET
+@pytest.mark.row(44, "killed at any request of a push, a repository is old or whole; the same command ends the job in one commit")
+def test_a_training_that_was_killed_sends_what_is_missing(fresh, trained, tmp_path):
+    fresh.fault(path="/preupload/", action="delay", delay=1.0, times=10**6)
+
+    def kill(process):
+        wait_for(lambda: newest_step(tmp_path / "run") >= 12)
+        process.kill()
+
+    trained_and_pushed(fresh, tmp_path, "--max_steps", 24, during=kill)
+    assert list((tmp_path / "run" / ".push").glob("step-*"))
+    fresh.clear()
+    code, said = trained_and_pushed(fresh, tmp_path)
+    assert code == 0, said
+    titles = Counter(commit["title"] for commit in fresh.commits("alice/run"))
+    assert titles["Step 24"] == 1 and max(titles.values()) == 1
+    require_whole(fresh, tmp_path / "run", "alice/run", commits=len(titles) - 1)
+    assert tensors(tmp_path / "run", 24) == tensors(trained, 24)
+
+
+@OVER_XET
+def test_a_push_ends_with_the_training_that_started_it(fresh, tmp_path):
+    fresh.fault(path="/preupload/", action="delay", delay=30, times=1)
+
+    def stop(process):
+        wait_for(lambda: any("preupload" in request for request in fresh.requests()))
+        began = time.monotonic()
+        process.terminate()
+        process.wait(60)
+        assert time.monotonic() - began < 10
+
+    code, said = trained_and_pushed(fresh, tmp_path, "--max_steps", 100_000, "--checkpoint_every", 20, "--warmup_steps", 0, during=stop)
+    assert code == 143 and "saved" in said
+    held = (tmp_path / "run" / ".push" / ".lock").read_text()
+    pid = int(re.search(r"process (\d+)", held)[1])
+    wait_for(lambda: not Path(f"/proc/{pid}").exists() or b"debias_diffusers.hub" not in Path(f"/proc/{pid}/cmdline").read_bytes(), 10)
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+BIN_ONLY = """
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import load_file
+name, run, kind = sys.argv[1:]
+api = HfApi()
+api.create_repo(name)
+for path in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+    api.upload_file(path_or_fileobj=f"{run}/{path}", path_in_repo=path, repo_id=name)
+weights = load_file(f"{run}/unet/diffusion_pytorch_model.safetensors")
+class Bad:
+    def __reduce__(self):
+        import os
+        return os.system, (f"touch {run}/it-ran",)
+torch.save(weights if kind == "tensors" else {**weights, "bad": Bad()}, f"{run}/weights.bin")
+api.upload_file(path_or_fileobj=f"{run}/weights.bin", path_in_repo="unet/diffusion_pytorch_model.bin", repo_id=name)
+"""
+
+
+@OVER_LFS
+@pytest.mark.row(47, "a model that has .bin weights only is refused, unless asked for, and then its tensors alone are read")
+@pytest.mark.parametrize("kind", ["tensors", "program"])
+def test_bin_weights_are_taken_only_when_asked_for_and_as_tensors(hub, worker, run, repo, tmp_path, kind):
+    client(hub, tmp_path, BIN_ONLY, repo, run, kind)
+    flags = ["--steps", 2, "--num_images", 2, "--num_threads", 1, "--output_dir"]
+    for more, code, named in (([], 2, "--allow_pickle_import"), (["--allow_pickle_import"], 0 if kind == "tensors" else 2, "")):
+        process = command("sample.py", repo, *flags, tmp_path / f"drawn{code}{len(more)}", *more, env=environment(hub, tmp_path / "home"))
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == code and named in said and "Traceback" not in said, said
+    assert not (run / "it-ran").exists()
+
+
+@OVER_XET
+@pytest.mark.row(48, "a run writes down the commit that it started from and keeps to it, though the branch moves")
+def test_a_run_keeps_to_the_commit_that_it_started_from(hub, worker, run, repo, tmp_path):
+    assert worker.push(run, "--hub_model_id", repo)[0] == 0
+    first = hub.commits(repo)[0]["id"]
+    settings = environment(hub, tmp_path / "home")
+
+    def train(steps):
+        process = command(*train_args(tmp_path / "more", "--init", repo, "--max_steps", steps), env=settings)
+        assert process.wait(120) == 0, process.stderr.read()
+        return json.loads((tmp_path / "more" / "config.json").read_text())["init"]
+
+    assert train(6) == f"{repo}@{first}"
+    assert worker.push(unlike_others(run), "--hub_model_id", repo)[0] == 0
+    assert hub.commits(repo)[0]["id"] != first
+    assert train(8) == f"{repo}@{first}"
+    assert f"base_model:\n- {repo}\n" in (tmp_path / "more" / "README.md").read_text()
