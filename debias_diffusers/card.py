@@ -7,12 +7,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .config import DIGITS, ObjectiveConfig, TrainConfig, stored
+from .config import COMMIT, DIGITS, ObjectiveConfig, TrainConfig, stored
 from .rules import SPACES_OF_OTHERS
 
 TITLE = "# A diffusion model trained with debias_diffusers"
 TASK = "unconditional-image-generation"
-ON_HUB = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?", re.ASCII)  # a text that can be the name of a repository
+ON_HUB = re.compile(rf"([\w-][\w.-]*/)?[\w-][\w.-]*@{COMMIT.pattern}", re.ASCII)  # a repository and its commit
+UNKNOWN = "unknown"  # an identifier of the Hub's for a licence that nobody named
+PLACEHOLDER = '"PATH"'  # where the model will be
 
 CITATION = """```bibtex
 @article{yu2023unmasking,
@@ -74,19 +76,30 @@ The debiased loss is that of [arXiv 2310.08442](https://arxiv.org/abs/2310.08442
 """
 
 
+def published(card: str, repo: str, license: str | None, grid: str | None) -> str:
+    """The card of a run as that of a repository: it names the repository and the licence, and shows the picture."""
+    from huggingface_hub import ModelCard
+
+    parsed: Any = ModelCard(card)
+    parsed.data.license = license or UNKNOWN
+    parsed.data.model_name = repo.split("/")[-1] if parsed.data.eval_results else None
+    text = str(parsed).replace(PLACEHOLDER, f'"{repo}"').replace(f"model: {_code(UNKNOWN)}", f"model: {_code(parsed.data.license)}", 1)
+    return text.replace(f"{TITLE}\n", f"{TITLE}\n\n![Drawn while it was trained]({grid})\n", 1) if grid else text
+
+
 def _front(config: TrainConfig, measured: Mapping[str, Any] | None) -> str:
     """What the Hub reads."""
     from huggingface_hub import ModelCardData
 
     objective, results = config.objective, _results(config, measured)
     data = ModelCardData(
-        license=config.hub.hub_license or "unknown",
+        license=UNKNOWN,
         library_name="diffusers",
         pipeline_tag=TASK,
         tags=["debias_diffusers", objective.weighting, objective.prediction_type],
         datasets=_on_hub(config.data.dataset),
         base_model=_on_hub(config.optimization.init),
-        model_name=(config.hub.hub_model_id or "debias_diffusers").split("/")[-1] if results else None,
+        model_name="debias_diffusers" if results else None,
         eval_results=results or None,
     )
     front: str = data.to_yaml()
@@ -94,8 +107,8 @@ def _front(config: TrainConfig, measured: Mapping[str, Any] | None) -> str:
 
 
 def _on_hub(name: str | None) -> list[str] | None:
-    """A repository behind a name, as far as a text tells; of models and data on a disk nobody else has heard."""
-    return [name.partition("@")[0]] if name and "/" in name and ON_HUB.fullmatch(name) else None
+    """The repository behind a name, which a run writes down with its commit; of models and data on a disk nobody else has heard."""
+    return [name.partition("@")[0]] if name and ON_HUB.fullmatch(name) else None
 
 
 def _results(config: TrainConfig, measured: Mapping[str, Any] | None) -> list[Any]:
@@ -105,8 +118,9 @@ def _results(config: TrainConfig, measured: Mapping[str, Any] | None) -> list[An
     if measured is None:
         return []
     name, _, commit = str(config.data.dataset).partition("@")
-    shown = name if ON_HUB.fullmatch(name) else "images"
-    about: dict[str, Any] = {"task_type": TASK, "dataset_type": shown, "dataset_name": shown, "dataset_revision": commit or None}
+    shown = name if name == DIGITS or _on_hub(config.data.dataset) else "images"
+    about: dict[str, Any] = {"task_type": TASK, "dataset_type": shown, "dataset_name": shown}
+    about["dataset_revision"] = commit if _on_hub(config.data.dataset) else None
     figures = measured["figures"].items()
     return [
         EvalResult(**about, metric_type=kind, metric_value=value, metric_name=f"{kind} ({_by(measured)})")
@@ -124,9 +138,10 @@ def _by(measured: Mapping[str, Any]) -> str:
 
 def _data(config: TrainConfig, images: int | None) -> str:
     """What was learned from, and where it started."""
-    name, _, commit = str(config.data.dataset).partition("@")
-    said = f"Trained on {_code(name)}, split {_code(config.data.split)}"
-    said += f" at revision `{commit}`" if commit and ON_HUB.fullmatch(commit) else ""
+    (repo,) = _on_hub(config.data.dataset) or [str(config.data.dataset)]
+    commit = str(config.data.dataset).removeprefix(repo).removeprefix("@")
+    said = f"Trained on {_code(repo)}, split {_code(config.data.split)}"
+    said += f" at revision `{commit}`" if commit else ""
     said += f", {images} images" if images else ""
     said += f", starting from the weights of {_code(config.optimization.init)}" if config.optimization.init else ""
     return said + "."
@@ -164,7 +179,7 @@ def _figures(measured: Mapping[str, Any] | None) -> str:
 
 
 def _licence(config: TrainConfig) -> str:
-    said = f"Licence of this model: {_code(config.hub.hub_license or 'unknown')}."
+    said = f"Licence of this model: {_code(UNKNOWN)}."
     if config.data.dataset == DIGITS:
         said += (
             " The digits are from *Optical Recognition of Handwritten Digits* by E. Alpaydin and C. Kaynak (UCI Machine Learning "

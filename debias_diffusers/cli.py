@@ -75,17 +75,17 @@ def _train(argv: list[str]) -> None:
 
     stop_with_launcher()
     run = open_run(config) if _first_process() else None
-    repo = hub.preflight(config.hub) if run and config.hub.push_to_hub else None
+    stop = StopSignal()  # before torch, which takes seconds to import
+    to = dataclasses.replace(config.hub, hub_model_id=hub.preflight(config.hub)) if run and config.hub.push_to_hub else None
     if run and run.resume and run.resume.step == config.optimization.max_steps and num_processes == 1:
         say(f"{run.folder} is finished at step {run.resume.step}; raise --max_steps to go on")
-        if repo:
-            Publisher(run.folder, repo).finish(run.resume.step)
+        if to:
+            Publisher(run.folder, to, run.resume.step).finish(run.resume.step, stop)
         return
 
-    stop = StopSignal()  # before torch, which takes seconds to import
     from . import training
 
-    training.train(config, run, stop, repo)
+    training.train(config, run, stop, to)
 
 
 TRAIN_HELP = f"""Train a diffusion model with the debiased loss (arXiv 2310.08442).

@@ -315,18 +315,22 @@ class PushConfig:
     """Push a run to the Hub, or what is missing of it. Typed again, it goes on where it ended."""
 
     run: str  # the run directory
-    hub_model_id: str | None = None  # the repository, user/name or name; as the run says if left out
+    hub_model_id: str | None = None  # the repository, user/name or name; that of the push before if left out, with all that follows
     hub_private: bool = False  # only you may see the repository
     hub_tags: bool = False  # tag what is pushed with its step
+    hub_license: str | None = None  # licence of the model that its card names, such as apache-2.0; unknown if left out
     background: bool = False  # end when standard input is closed, as it is when the training ends that started this
 
 
+# Not written to config.json: a run directory can be moved, so it does not say where it lies; and who trains with the same
+# configuration must not publish over it.
+NOT_STORED = {"output_dir", *(f.name for f in dataclasses.fields(HubConfig))}
+
 # A resumed run may change these; everything else must be as it was.
 CHANGEABLE = {
-    "output_dir", "dry_run", "accept_changed_data", "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every",
+    *NOT_STORED, "dry_run", "accept_changed_data", "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every",
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
     "feature_extractor", "feature_extractor_weights", "keep_best", "skip_bad", "allow_pickle_import",
-    "push_to_hub", "hub_model_id", "hub_private", "hub_every", "hub_tags", "hub_license",
 }  # fmt: skip
 
 # Names of Hub repositories, which a run writes down with the commit that it took: user/name@commit.
@@ -335,9 +339,6 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # What `model_config` replaces.
 MODEL_NUMBERS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name != "model_config")
-
-# Not written to config.json: a run directory can be moved, so it does not say where it lies.
-NOT_STORED = {"output_dir"}
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:

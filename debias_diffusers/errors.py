@@ -55,7 +55,12 @@ class StoppedError(DebiasError):
 
 def reason(error: BaseException) -> str:
     """What an error of a library says, on one line; its kind where it says nothing."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    return shortened(str(error)) or type(error).__name__
+
+
+def shortened(text: str) -> str:
+    """On one line, and no longer than a reader will read."""
+    return " ".join(text.split())[:400]
 
 
 def raise_all(problems: Iterable[str], where: str = "configuration") -> None:

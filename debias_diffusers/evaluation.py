@@ -22,17 +22,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, hub, metrics
-from .config import DIGITS, BitsConfig, DataConfig, MeasureConfig, SampleConfig, ScoreConfig, StatsConfig, TrainConfig, read_config
+from .config import DIGITS, BitsConfig, DataConfig, MeasureConfig, SampleConfig, ScoreConfig, StatsConfig, TrainConfig, read_config, stored
 from .errors import InputError, reason
 from .extractors import INCEPTION, SPATIAL, Extractor
 from .files import read_file, write_file
 from .imagesets import ImageSet, coloured, drawn, holds_images, npz_shape, of_folder, of_npz, of_source, read_npz_statistics
-from .machine import start_processes
+from .machine import agreed, start_processes
 from .metrics import COLOUR, Sample, Statistics
 from .plots import curves
 from .run import CHECKPOINTS, CONFIG, say
 from .sampling import make_job, pinned_model
-from .sources import Folder, Source, open_readable, open_source
+from .sources import Folder, Source, is_hub_id, open_readable, open_source
 
 MOST_DRAWN = 50_000
 ORDER = ("fid", "sfid", "is", "is_std", "kid", "kid_std", "kid_subset", "precision", "recall", "brightness_bias", "colour_distance")
@@ -128,7 +128,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         InputError: targets or reference cannot be read, or are too few for a metric.
     """
     accelerator = start_processes(config.measure.num_threads)
-    config = dataclasses.replace(config, targets=tuple(pinned_model(target, accelerator) for target in config.targets))
+    targets = (target if target.endswith(".npz") else pinned_model(target, accelerator) for target in config.targets)
+    config = dataclasses.replace(config, targets=tuple(targets), reference=_pinned_data(config.reference, accelerator))
     if config.reference is None:
         data = reference_data(config.measure, None, config.targets)
         measure = dataclasses.replace(config.measure, split=data.split, image_column=data.image_column, skip_bad=data.skip_bad)
@@ -261,13 +262,21 @@ def _trained_on(targets: Sequence[str]) -> DataConfig:
 
 def _values_of_run(target: str) -> dict[str, Any] | None:
     """The configuration of a run, on this disk or pushed to the Hub; None of what is no run."""
-    if hub.is_id(target):
-        try:
-            return read_config(str(hub.fetched(target) / CONFIG))
-        except InputError:  # somebody else's model has another config.json, or none
-            return None
-    run = Path(target)
-    return read_config(str(run / CONFIG)) if (run / CHECKPOINTS).is_dir() and (run / CONFIG).is_file() else None
+    if not hub.is_id(target):
+        run = Path(target)
+        return read_config(str(run / CONFIG)) if (run / CHECKPOINTS).is_dir() and (run / CONFIG).is_file() else None
+    path = hub.fetched_files(target, [CONFIG]) / CONFIG
+    try:
+        values = read_config(str(path)) if path.is_file() else {}
+    except InputError:  # somebody else's model has another config.json
+        values = {}
+    return {**stored(TrainConfig()), **values} if "dataset" in values else None
+
+
+def _pinned_data(reference: Any, accelerator: Accelerator) -> Any:
+    """A Hub id of a data set with its commit, the same in all processes; anything else as it is."""
+    named = isinstance(reference, str) and Path(reference).suffix not in (".npz", ".safetensors") and is_hub_id(reference)
+    return agreed(lambda: hub.pinned(reference, "dataset"), accelerator) if named else reference
 
 
 def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerator) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
@@ -450,6 +459,7 @@ def stats(config: StatsConfig) -> None:
         InputError: the reference cannot be read.
     """
     accelerator = start_processes(config.measure.num_threads)
+    config = dataclasses.replace(config, reference=_pinned_data(config.reference, accelerator))
     measure = _measure(config.measure, config.reference, accelerator)
     images = open_reference(config.reference, config.measure, config.measure.resolution)
     sample = measure.sample(images)

@@ -7,6 +7,7 @@ commit (`pinned`), so that the same name means the same files for ever. `python 
 from __future__ import annotations
 
 import functools
+import json
 import re
 import threading
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .config import COMMIT, HubConfig
-from .errors import HubError, InputError, reason
+from .errors import HubError, InputError, shortened
 from .run import say
 
 if TYPE_CHECKING:
@@ -62,13 +63,19 @@ def api() -> HfApi:
     from huggingface_hub.utils import disable_progress_bars
 
     usual = huggingface_hub.get_session()
-    options: dict[str, Any] = {"event_hooks": usual.event_hooks, "follow_redirects": True, "timeout": TIMEOUT}
+    hooks = {**usual.event_hooks, "request": [*usual.event_hooks["request"], _limited]}
+    options: dict[str, Any] = {"event_hooks": hooks, "follow_redirects": True, "timeout": TIMEOUT}
     huggingface_hub.set_client_factory(functools.partial(type(usual), **options))
     disable_progress_bars()
     token = huggingface_hub.get_token()
     if token and not re.fullmatch(r"[!-~]+", token):
         raise HubError("the Hub's token (HF_TOKEN, or that of `hf auth login`) has characters that no token has; copy it anew")
     return huggingface_hub.HfApi(token=token)
+
+
+def _limited(request: Any) -> None:
+    """A limit for each phase of a request that has none: some of the client's calls ask for none, whatever it was set up with."""
+    request.extensions["timeout"] = {phase: seconds or TIMEOUT for phase, seconds in request.extensions["timeout"].items()}
 
 
 def retried(ask: Callable[[], T], what: str, waits: tuple[float, ...] = WAITS) -> T:
@@ -83,7 +90,7 @@ def retried(ask: Callable[[], T], what: str, waits: tuple[float, ...] = WAITS) -
     for wait in (*waits, None):
         try:
             return ask()
-        except HubError:
+        except (HubError, TypeError, AttributeError, NameError, AssertionError):  # the latter are mistakes of ours
             raise
         except Exception as error:
             if sentence := refusal(error):
@@ -100,8 +107,8 @@ def retried(ask: Callable[[], T], what: str, waits: tuple[float, ...] = WAITS) -
 def refusal(error: BaseException) -> str | None:
     """What the Hub means by a no that stays one; None where another try may help."""
     status = _status(error)
-    if type(error) is ValueError:  # of the client, about what it is given; not that of JSON, which a proxy's page provokes
-        return said(error)
+    if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError | UnicodeError):  # which a proxy's page provokes
+        return said(error)  # of the client, about what it is given
     if status is None or not 400 <= status < 500 or status in AGAIN:
         return None
     kind = type(error).__name__
@@ -136,8 +143,10 @@ def _is_offline(error: BaseException) -> bool:
 
 
 def _asked_for(error: BaseException) -> float:
-    """Seconds of the server's Retry-After."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
+    """Seconds of the server's Retry-After, which may stand in the cause of what was raised."""
+    headers = getattr(getattr(error, "response", None), "headers", None)
+    if headers is None:
+        return _asked_for(error.__cause__) if error.__cause__ is not None else 0.0
     asked = headers.get("Retry-After", "")
     return min(float(asked), LONGEST_WAIT) if asked.isdecimal() else 0.0
 
@@ -146,8 +155,8 @@ def said(error: BaseException) -> str:
     """What an error of the client says, on one line and without the token."""
     import huggingface_hub
 
-    text, token = reason(error), huggingface_hub.get_token()
-    return text.replace(token, "TOKEN") if token else text
+    text, token = str(error), huggingface_hub.get_token()
+    return shortened(text.replace(token, "TOKEN") if token else text) or type(error).__name__
 
 
 # ---- before a training -----------------------------------------------------------------------------------------------
@@ -157,36 +166,50 @@ def preflight(config: HubConfig) -> str:
     """Makes sure, before anything is trained, that its result can be pushed. Returns the full name of the repository.
 
     Raises:
-        HubError: no token, or one that may not write; no such name; no answer within `PREFLIGHT` seconds.
+        HubError: no token, or one that may not write; no such name or licence; no answer within `PREFLIGHT` seconds.
     """
-    assert config.hub_model_id is not None
     found: list[str | BaseException] = []
 
     def ask() -> None:
         try:
-            found.append(_may_push(config.hub_model_id or "", config.hub_private))
+            found.append(ready(config, waits=(0.5, 1.0)))
         except BaseException as error:
             found.append(error)
 
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(PREFLIGHT)
-    answer = found[0] if found else UnreachableError(f"no answer within {PREFLIGHT:g} s")
-    if isinstance(answer, HubError):
-        raise type(answer)(f"push_to_hub is on, but {answer}; mend this, or leave --push_to_hub out") from answer
-    if isinstance(answer, BaseException):
-        raise answer
+    try:
+        api()  # imports the client, which is not the Hub's time
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(PREFLIGHT)
+        answer = found[0] if found else UnreachableError(f"no answer within {PREFLIGHT:g} s")
+        if isinstance(answer, BaseException):
+            raise answer
+    except HubError as error:
+        raise type(error)(f"push_to_hub is on, but {error}; mend this, or leave --push_to_hub out") from error
     return answer
 
 
-def _may_push(name: str, private: bool) -> str:
-    quickly: dict[str, Any] = {"waits": (0.5, 1.0)}
-    repo = full_name(name, **quickly)
-    retried(lambda: api().create_repo(repo, private=private or None, exist_ok=True), f"making {repo}", **quickly)
-    retried(lambda: api().auth_check(repo, write=True), f"writing to {repo}", **quickly)
-    if private and not retried(lambda: api().model_info(repo), repo, **quickly).private:
+def ready(config: HubConfig, waits: tuple[float, ...] = WAITS) -> str:
+    """Makes the repository, if it is not there, and returns its full name.
+
+    Raises:
+        HubError: it may not be written to, or others may see it and should not; or as of `full_name`.
+    """
+    repo, private = full_name(config.hub_model_id or "", waits), config.hub_private
+    if config.hub_license:
+        _require_license(config.hub_license, waits)
+    retried(lambda: api().create_repo(repo, private=private or None, exist_ok=True), f"making {repo}", waits)
+    retried(lambda: api().auth_check(repo, write=True), f"writing to {repo}", waits)
+    if private and not retried(lambda: api().model_info(repo), f"reading {repo}", waits).private:
         raise HubError(f"hub_private is on and {repo} is public; make it private on its page, or name another")
     return repo
+
+
+def _require_license(name: str, waits: tuple[float, ...]) -> None:
+    """Asks the Hub whether a card may name this licence: it would refuse every push."""
+    from huggingface_hub import ModelCard
+
+    retried(ModelCard(f"---\nlicense: {name}\n---\n").validate, f"hub_license is {name}, which the Hub must know", waits)
 
 
 def full_name(name: str, waits: tuple[float, ...] = WAITS) -> str:
@@ -242,7 +265,7 @@ def pinned(name: str, kind: str = "model") -> str:
         say(f"warning: {error}; it is taken from the cache as of commit {commit}, which may not be its newest")
         return f"{repo}@{commit}"
     if kind == "model":  # under its branch or tag, for when there is no answer
-        retried(functools.partial(_model_index, repo, revision), f"fetching {name}")
+        retried(functools.partial(_snapshot, repo, revision, [MODEL_INDEX]), f"fetching {name}")
     return f"{repo}@{info.sha}"
 
 
@@ -251,16 +274,17 @@ def _cached_commit(repo: str, revision: str | None) -> str | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return _model_index(repo, revision, local_files_only=True).name
+        return _snapshot(repo, revision, [MODEL_INDEX], local_files_only=True).name
     except LocalEntryNotFoundError:
         return None
 
 
-def _model_index(repo: str, revision: str | None, **options: Any) -> Path:
-    """The folder of the cache that has it; its name is the commit."""
+def _snapshot(repo: str, revision: str | None, patterns: list[str], **options: Any) -> Path:
+    """The folder of the cache that has these files; its name is the commit."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=[MODEL_INDEX], **options))
+    api()  # sets the client up
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, **options))
 
 
 def fetched(name: str, variant: str | None = None, allow_pickle: bool = False) -> Path:
@@ -275,21 +299,23 @@ def fetched(name: str, variant: str | None = None, allow_pickle: bool = False) -
         HubError: as of `pinned`; or a file could not be fetched.
         InputError: it has other weights than safetensors only, and they are not wanted.
     """
-    from huggingface_hub import snapshot_download
-
-    repo, commit = split(pinned(name))
     stem = f"*{WEIGHTS}.{variant}" if variant else f"*{WEIGHTS}"
     # A star stands for folders, too; weights of many files have their numbers after the stem.
     kinds = ["safetensors", *(["bin"] if allow_pickle else [])]
-    wanted = ["*.json", *(f"{stem}{part}.{kind}" for part in ("", "-*-of-*") for kind in kinds)]
-    download = functools.partial(snapshot_download, repo, revision=commit, allow_patterns=wanted)
-    folder = Path(retried(download, f"fetching {name}"))
+    folder = fetched_files(name, ["*.json", *(f"{stem}{part}.{kind}" for part in ("", "-*-of-*") for kind in kinds)])
     if not allow_pickle and not any(folder.rglob(f"{WEIGHTS}*")):
+        repo, commit = split(pinned(name))
         there = retried(lambda: api().list_repo_files(repo, revision=commit), f"reading {name}")
         weights = [file for file in there if Path(file).name.startswith(WEIGHTS)]
         if weights and not any(file.endswith(".safetensors") for file in weights):
             raise bin_refused(name, weights[0])
     return folder
+
+
+def fetched_files(name: str, patterns: list[str]) -> Path:
+    """A folder with those files of a repository whose names match; raises as `pinned`."""
+    repo, commit = split(pinned(name))
+    return retried(functools.partial(_snapshot, repo, commit, patterns), f"fetching {name}", WAITS[:2])
 
 
 def bin_refused(model: str, file: str) -> InputError:

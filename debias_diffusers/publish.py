@@ -1,17 +1,20 @@
 """A run on the Hub: what is pushed, and how it gets there whole and once, while the training goes on. No torch.
 
 At a checkpoint the files that belong together are linked into RUN/.push/step-N (nothing is copied; the run replaces its
-files, it never changes them). A process of its own pushes that folder: first the files, then one commit that names the
-commit it builds on. Whatever goes wrong, the branch is read anew before anything is decided.
+files, it never changes them). A process of its own takes the newest such folder and pushes it: first the files, then one
+commit that names the commit it builds on. Whatever goes wrong, the branch is read anew before anything is decided.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,38 +24,45 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from . import checkpoint, hub
-from .card import TITLE, variant
-from .config import PushConfig, TrainConfig, layered, read_config
-from .errors import CannotWriteError, HubError, InputError, RunInUseError
-from .files import DRAFT, remove, said_if_not_writable, take_lock
+from . import card, checkpoint, hub
+from .card import variant
+from .config import HubConfig, PushConfig, layered, read_config
+from .errors import DebiasError, HubError, InputError, RunInUseError, StoppedError
+from .files import DRAFT, read_file, remove, said_if_not_writable, take_lock, write_file
 from .hub import WEIGHTS, api, retried
-from .run import CHECKPOINTS, CONFIG, METRICS, SAMPLES, say
+from .run import CHECKPOINTS, CONFIG, METRICS, SAMPLES, StopSignal, say
 
-PENDING = ".push"  # in a run: snapshots that are on their way
-CARD, GRID, PLACEHOLDER = "README.md", "samples.png", '"PATH"'
-PIPELINE = (hub.MODEL_INDEX, "unet", "scheduler")
+PENDING = ".push"  # in a run: snapshots that are on their way,
+SENDING = "sending"  # the one that is being sent,
+TO = "to.json"  # and where they are sent to
+CARD, GRID = "README.md", "samples.png"
 PIECE = 1 << 20
+PATIENCE = 10.0  # seconds for the push of a training that was killed to end
+STILL, SLOWEST = 900.0, 50e3  # seconds and bytes a second after which a push is taken to have come to a stop
 
 
 # ---- what is pushed --------------------------------------------------------------------------------------------------
 
 
 def snapshot(run: Path, step: int) -> Path:
-    """Links what is pushed of a run, as it stands now, into a folder that later steps do not change.
+    """Links what is pushed of a run at a checkpoint into a folder that later steps do not change.
 
-    The exported pipeline, the other averages as its variants, configuration, metrics, card, and the newest grid. No state of
-    the optimizer.
+    The pipeline with averaged weights, the other averages as its variants, configuration, metrics, card, and the newest grid. No
+    state of the optimizer.
 
     Raises:
         CannotWriteError: nothing is left behind.
+        InputError: a file of the run is missing.
     """
     final = run / PENDING / checkpoint.name_of(step)
     draft = final.with_name(DRAFT + final.name)
+    files = _files(run, step)
+    if missing := [path for path in files.values() if not path.is_file()]:
+        raise InputError(f"{run} cannot be pushed: {missing[0]} is missing")
     with said_if_not_writable(final):
         try:
             remove(draft)
-            for name, path in _files(run, step).items():
+            for name, path in files.items():
                 (draft / name).parent.mkdir(parents=True, exist_ok=True)
                 _link(path, draft / name)
             remove(final)
@@ -65,19 +75,17 @@ def snapshot(run: Path, step: int) -> Path:
 
 def _files(run: Path, step: int) -> dict[str, Path]:
     """Names in the repository and the files of the run behind them."""
-    parts = [run / name for name in PIPELINE]
-    pipeline = [path for part in parts for path in ([part] if part.is_file() else sorted(part.rglob("*"))) if path.is_file()]
-    found = {path.relative_to(run).as_posix(): path for path in (*pipeline, run / CONFIG, run / METRICS, run / CARD)}
-    for rate in _config(run).optimization.ema_decay[1:]:  # the first is the exported one
-        path = run / CHECKPOINTS / checkpoint.name_of(step) / f"ema_{rate}.safetensors"
-        found[f"unet/{WEIGHTS}.{variant(rate)}.safetensors"] = path
+    found = {name: run / name for name in (hub.MODEL_INDEX, "unet/config.json", "scheduler/scheduler_config.json", CONFIG, CARD)}
+    # Weights from the checkpoint and not from the export, which may be a step ahead where a run was killed.
+    first, *others = layered(read_config(str(run / CONFIG))).optimization.ema_decay
+    names = {f"{WEIGHTS}.safetensors": first} | {f"{WEIGHTS}.{variant(rate)}.safetensors": rate for rate in others}
+    folder = run / CHECKPOINTS / checkpoint.name_of(step)
+    found |= {f"unet/{name}": folder / f"ema_{rate}.safetensors" for name, rate in names.items()}
+    if (run / METRICS).is_file():  # not where nothing was logged
+        found[METRICS] = run / METRICS
     if grids := sorted((run / SAMPLES).glob("step-*.png")):
         found[GRID] = grids[-1]
     return found
-
-
-def _config(run: Path) -> TrainConfig:
-    return layered(read_config(str(run / CONFIG)))
 
 
 def _link(path: Path, place: Path) -> None:
@@ -89,14 +97,36 @@ def _link(path: Path, place: Path) -> None:
     shutil.copyfile(path, place)
 
 
-def _contents(folder: Path, repo: str) -> dict[str, Path | bytes]:
-    """Names in the repository and what they hold; the card names the repository."""
+def _contents(folder: Path, repo: str, license: str | None) -> dict[str, Path | bytes]:
+    """Names in the repository and what they hold; the card names the repository and its licence."""
     found: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    card = (folder / CARD).read_text(encoding="utf-8").replace(PLACEHOLDER, f'"{repo}"')
-    if GRID in found:
-        card = card.replace(f"{TITLE}\n", f"{TITLE}\n\n![Drawn while it was trained]({GRID})\n", 1)
-    found[CARD] = card.encode()
+    text = (folder / CARD).read_text(encoding="utf-8")
+    found[CARD] = card.published(text, repo, license, GRID if GRID in found else None).encode()
     return found
+
+
+# ---- what is on its way ----------------------------------------------------------------------------------------------
+
+
+def waiting(run: Path) -> list[Path]:
+    """Snapshots that are not on the Hub yet, oldest first."""
+    return [*checkpoint.checkpoints(run / PENDING / SENDING), *checkpoint.checkpoints(run / PENDING)]
+
+
+def _take(run: Path) -> Path | None:
+    """The newest snapshot, out of the way of whoever drops older ones for newer; older ones go."""
+    ready, left = checkpoint.checkpoints(run / PENDING), checkpoint.checkpoints(run / PENDING / SENDING)
+    if not ready:
+        return left[-1] if left else None
+    with said_if_not_writable(run / PENDING):
+        for older in (*ready[:-1], run / PENDING / SENDING):
+            remove(older)
+        (run / PENDING / SENDING).mkdir()
+        return ready[-1].rename(run / PENDING / SENDING / ready[-1].name)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 # ---- how it gets there -----------------------------------------------------------------------------------------------
@@ -122,7 +152,7 @@ def _commit_what_is_missing(repo: str, contents: Mapping[str, Path | bytes], has
     there = retried(lambda: _listing(repo, tip), f"reading {repo}")
     missing = [name for name in contents if there.get(name) not in hashes[name]]
     # Weights of another model would be taken for ours: .bin, variants, pieces.
-    foreign = [name for name in there if f"/{WEIGHTS}" in f"/{name}" and name not in contents]
+    foreign = [name for name in there if name.startswith(f"unet/{WEIGHTS}") and name not in contents]
     if not missing and not foreign:
         return tip
     additions = [CommitOperationAdd(name, content if isinstance(content := contents[name], bytes) else str(content)) for name in missing]
@@ -157,44 +187,54 @@ def _pieces(content: Path | bytes) -> Iterator[bytes]:
             yield piece
 
 
-def push(config: PushConfig) -> str:
-    """Pushes what is on its way of a run, or the run as it stands; returns the commit.
+def push(config: PushConfig) -> None:
+    """Pushes what is on its way of a run, and the run as it stands where nobody trains it.
 
     Raises:
         InputError: there is no run, or no repository is named.
-        RunInUseError: another process pushes it.
+        RunInUseError: another process pushes it, or trains it and nothing waits.
         HubError: as of `publish`.
     """
     run = Path(config.run)
     if not (run / CONFIG).is_file() or not (run / hub.MODEL_INDEX).is_file():
         raise InputError(f"{run} is no run with an exported model; name the directory of a run that has saved once")
-    wanted = _config(run).hub
-    name = config.hub_model_id or wanted.hub_model_id
-    if name is None:
-        raise InputError(f"hub_model_id is missing, and {run} does not know any; add --hub_model_id, such as user/digits")
+    to = _where_to(config)
     if config.background:
         _end_with_standard_input()
-    with _alone(run, patience=10.0 if config.background else 0.0):
-        pending: Path | None = newest(run) or _as_it_stands(run)
-        repo = hub.full_name(name)
-        private = config.hub_private or wanted.hub_private
-        retried(lambda: api().create_repo(repo, private=private or None, exist_ok=True), f"making {repo}")
-        while pending:
-            commit = _push_snapshot(pending, repo, config.hub_tags or wanted.hub_tags)
-            for path in checkpoint.checkpoints(run / PENDING):
-                if path.name <= pending.name:
-                    remove(path)
-            pending = newest(run)
-    return commit
+    with _alone(run, PATIENCE if config.background else 0.0):
+        if not config.background:
+            _add_as_it_stands(run)
+        if not waiting(run):
+            return  # another process was faster
+        repo = hub.ready(to)
+        write_file(run / PENDING / TO, json.dumps(dataclasses.asdict(dataclasses.replace(to, hub_model_id=repo))).encode())
+        while folder := _take(run):
+            _push_snapshot(folder, repo, to)
+            remove(folder)
 
 
-def _push_snapshot(folder: Path, repo: str, tagged: bool) -> str:
-    step = int(folder.name.removeprefix("step-"))
-    commit = publish(repo, _contents(folder, repo), f"Step {step}")
-    if tagged:
+def _where_to(config: PushConfig) -> HubConfig:
+    """What the command says; without a name, all as of the push before."""
+    names = ("hub_model_id", "hub_private", "hub_tags", "hub_license")
+    if config.hub_model_id is not None:
+        return HubConfig(**{name: getattr(config, name) for name in names})
+    path = Path(config.run) / PENDING / TO
+    if not path.is_file():
+        raise InputError(f"hub_model_id is missing, and {config.run} was never pushed; add --hub_model_id, such as user/digits")
+    try:
+        before = HubConfig(**json.loads(read_file(path)))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged; add --hub_model_id, such as user/digits") from error
+    given = {name: getattr(config, name) for name in names if getattr(config, name)}
+    return dataclasses.replace(before, **given)
+
+
+def _push_snapshot(folder: Path, repo: str, to: HubConfig) -> None:
+    step = _step(folder)
+    commit = publish(repo, _contents(folder, repo, to.hub_license), f"Step {step}")
+    if to.hub_tags:
         _tag(repo, folder.name, commit)
     say(f"step {step} is on the Hub: {api().endpoint}/{repo}/tree/{commit}")
-    return commit
 
 
 def _tag(repo: str, name: str, commit: str) -> None:
@@ -207,15 +247,9 @@ def _tag(repo: str, name: str, commit: str) -> None:
         say(f"tag {name} of {repo} stays at commit {at}; delete it on the Hub to have it moved")
 
 
-def newest(run: Path) -> Path | None:
-    """The newest snapshot that is on its way."""
-    found = checkpoint.checkpoints(run / PENDING)
-    return found[-1] if found else None
-
-
 @contextlib.contextmanager
 def _alone(run: Path, patience: float) -> Iterator[None]:
-    """One push of a run at a time. That of a training which was just killed takes a moment to end."""
+    """One push of a run at a time."""
     end = time.monotonic() + patience
     while True:
         try:
@@ -229,17 +263,21 @@ def _alone(run: Path, patience: float) -> Iterator[None]:
         yield
 
 
-def _as_it_stands(run: Path) -> Path:
-    """A snapshot of a run that nobody trains at this moment."""
+def _add_as_it_stands(run: Path) -> None:
+    """A snapshot of the newest checkpoint, which may be newer than what waits, if nobody trains the run at this moment."""
     try:
         lock = take_lock(run)
     except RunInUseError as error:
+        if waiting(run):
+            return
         raise RunInUseError(f"{error}, and nothing of it waits to be pushed; a training pushes by itself with --push_to_hub") from error
     with lock:
-        found = checkpoint.checkpoints(run / CHECKPOINTS)
-        if not found:
+        found, damaged = checkpoint.latest_valid(run / CHECKPOINTS)
+        for sentence in damaged:
+            say(f"{sentence}; an older checkpoint is pushed")
+        if found is None:
             raise InputError(f"{run} has no checkpoint; train it first")
-        return snapshot(run, int(found[-1].name.removeprefix("step-")))
+        snapshot(run, found.step)
 
 
 def _end_with_standard_input() -> None:
@@ -259,47 +297,89 @@ def _end_with_standard_input() -> None:
 class Publisher:
     """Pushes a run in a process of its own, and never makes the training wait but at its end."""
 
-    def __init__(self, run: Path, repo: str) -> None:
-        self.run, self.repo = run, repo
+    def __init__(self, run: Path, to: HubConfig, step: int) -> None:
+        """`to` names the repository in full; `step` is where the run stands."""
+        self.run, self.to = run, to
         self.offered: int | None = None  # the newest step that was handed over
         self.process: subprocess.Popen[bytes] | None = None
+        self.deadline = 0.0  # of the process
+        for folder in waiting(run):
+            if _step(folder) > step:  # of steps that will be trained again
+                remove(folder)
 
     def offer(self, step: int) -> None:
         """Hands a checkpoint over that was just written. What goes wrong is said."""
         try:
-            snapshot(self.run, step)
-        except CannotWriteError as error:
+            folder = snapshot(self.run, step)
+            for older in checkpoint.checkpoints(self.run / PENDING):
+                if older != folder:  # not the one that is being sent; the disk must not fill while the Hub is away
+                    remove(older)
+            self.offered = step
+        except (DebiasError, OSError) as error:
             say(f"step {step} is not pushed: {error}")
-            return
-        self.offered = step
         self.resume()
 
     def resume(self) -> None:
-        """Starts pushing what is on its way, if that is not being done."""
-        if newest(self.run) and (self.process is None or self.process.poll() is not None):
-            package = str(Path(__file__).parent.parent)  # which may be importable for the script that was started only
-            paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "debias_diffusers.hub", "push", str(self.run), f"--hub_model_id={self.repo}", "--background"],
-                stdin=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-                start_new_session=True,  # Ctrl-C is for the training, with which this ends
-            )
+        """Starts pushing what is on its way, if that is not being done. What goes wrong is said."""
+        try:
+            if self._is_over() and waiting(self.run):
+                self._start()
+        except OSError as error:
+            say(f"no push was started: {error}")
 
-    def finish(self, step: int) -> None:
+    def _is_over(self) -> bool:
+        """Whether no process is pushing; one that has come to a stop is ended."""
+        if self.process is None or self.process.poll() is not None:
+            return True
+        if time.monotonic() < self.deadline:
+            return False
+        say(f"a push has not ended for so long that it is taken to have come to a stop: {self.to.hub_model_id}")
+        self.process.kill()
+        self.process.wait()
+        return True
+
+    def _start(self) -> None:
+        size = sum(path.stat().st_size for path in waiting(self.run)[-1].rglob("*"))
+        self.deadline = time.monotonic() + STILL + size / SLOWEST
+        package = str(Path(__file__).parent.parent)  # which may be importable for the script that was started only
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.process = subprocess.Popen(
+            [sys.executable, *self._command(), "--background"],
+            stdin=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,  # Ctrl-C is for the training, with which this ends
+        )
+
+    def _command(self) -> list[str]:
+        """What a user types to do the same."""
+        flags = [f"--hub_model_id={self.to.hub_model_id}", *(["--hub_private"] if self.to.hub_private else [])]
+        flags += ["--hub_tags"] if self.to.hub_tags else []
+        flags += [f"--hub_license={self.to.hub_license}"] if self.to.hub_license else []
+        return ["-m", "debias_diffusers.hub", "push", str(self.run), *flags]
+
+    def finish(self, step: int, stop: StopSignal) -> None:
         """Waits until the run as of its last step is on the Hub.
 
         Raises:
             HubError: it did not get there; names the command that finishes the job.
+            StoppedError: a signal came; names it, too.
         """
         if self.offered != step:
             self.offer(step)
-        done = self.offered == step
-        while done and newest(self.run):
+        command = shlex.join(["python", *self._command()])
+        unfinished = f"finished at step {step}, and {self.run} is complete, but it is not on the Hub; {command} pushes it"
+        if self.offered != step:
+            raise HubError(unfinished)
+        say(f"pushing step {step} to {self.to.hub_model_id}")
+        self._wait(stop, unfinished)  # for one that may have begun before this step was there
+        if waiting(self.run):
             self.resume()
-            done = self.process is not None and self.process.wait() == 0
-        if not done:
-            raise HubError(
-                f"finished at step {step}, and {self.run} is complete, but it is not on the Hub; "
-                f"python -m debias_diffusers.hub push {shlex.quote(str(self.run))} pushes it"
-            )
+            self._wait(stop, unfinished)
+        if waiting(self.run):
+            raise HubError(unfinished)
+
+    def _wait(self, stop: StopSignal, unfinished: str) -> None:
+        while not self._is_over():
+            if stop.signum:
+                raise StoppedError(f"stopped by {signal.Signals(stop.signum).name}: {unfinished}", stop.signum)
+            time.sleep(0.05)

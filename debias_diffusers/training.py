@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import chance, checkpoint, data, evaluation, hub, images, machine, sampling, snapshot
 from .card import model_card
 from .checkpoint import Checkpoint
-from .config import DIGITS, PINNED, OptimizationConfig, TrainConfig, differences, flatten, stored, to_json, update
+from .config import DIGITS, PINNED, HubConfig, OptimizationConfig, TrainConfig, differences, flatten, stored, to_json, update
 from .ema import EMA
 from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
 from .files import DRAFT, said_if_not_writable, write_file
@@ -46,21 +46,21 @@ SKIPS_IN_A_ROW = 20  # fp16 steps with overflowing gradients that are taken for 
 GRID_IMAGES, GRID_STEPS = 64, 20
 
 
-def train(config: TrainConfig, run: Run | None, stop: StopSignal, repo: str | None = None) -> None:
+def train(config: TrainConfig, run: Run | None, stop: StopSignal, to: HubConfig | None = None) -> None:
     """Trains to `max_steps`, resuming where the run directory stands.
 
     Args:
         config: checked and resolved.
         run: the run directory; None in all processes but the first.
         stop: remembers signals, already since before torch was imported.
-        repo: where the first process pushes to, which the Hub allowed; None where nothing is pushed.
+        to: where the first process pushes to, as the Hub allowed it; None where nothing is pushed.
 
     Raises:
         DebiasError: of the kind that tells what stopped it; StoppedError after a signal, saved.
     """
     accelerator = machine.start_accelerator(config)
     try:
-        Trainer(config, run, accelerator, repo).train(stop)
+        Trainer(config, run, accelerator, to).train(stop)
     except RuntimeError as error:
         if known := machine.explained(error, "--micro_batch_size", micro_batch_size(config.optimization, accelerator.num_processes)):
             # Or torch's handler says once more, from wherever it strikes while the process ends, that a loader's worker is gone.
@@ -74,7 +74,7 @@ def train(config: TrainConfig, run: Run | None, stop: StopSignal, repo: str | No
 class Trainer:
     """Everything a training step needs, and the step."""
 
-    def __init__(self, config: TrainConfig, run: Run | None, accelerator: Accelerator, repo: str | None = None) -> None:
+    def __init__(self, config: TrainConfig, run: Run | None, accelerator: Accelerator, to: HubConfig | None = None) -> None:
         self.run, self.accelerator = run, accelerator
         found = self._agree_on_checkpoint()
         self.config = config = machine.agreed(lambda: _pinned(config, found), accelerator)
@@ -123,7 +123,7 @@ class Trainer:
             machine.warn_of_little_space(run.folder, sum(p.numel() for p in self.parameters), len(self.optim.ema_decay))
         measures = run is not None and config.run.eval_every > 0
         self.monitor = evaluation.Monitor(config, self.task.data.source, self.device) if measures else None
-        self.publisher = Publisher(run.folder, repo) if run and repo else None
+        self.publisher = Publisher(run.folder, to, self.step) if run and to else None
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ class Trainer:
             self._save(final=True)
         self._say_end(signum)
         if self.publisher:
-            self.publisher.finish(self.step)
+            self.publisher.finish(self.step, stop)
 
     def _gradients(self, micro_batches: Iterator[dict[str, Tensor]]) -> tuple[float, float]:
         """One step's gradients; returns this process's mean loss and the norm of the gradient of all processes."""
@@ -389,8 +389,8 @@ class Trainer:
             tensors[snapshot.SAMPLER] = self.sampler.state()
         window = self.window.state(self.accelerator.gather, self.accelerator.is_main_process)
         problem = [self._write(self.run, tensors, window) if self.run else None]
-        if self.publisher and problem[0] is None and (final or self._push_is_due()):
-            self.publisher.offer(self.step)
+        if self.publisher and problem[0] is None:
+            self._publish(final)
         if self.accelerator.num_processes > 1:
             broadcast_object_list(problem)  # of the first process: all must know whether to gather again
         if problem[0] is None:
@@ -400,9 +400,14 @@ class Trainer:
         elif self.run:
             say(f"step {self.step} was not saved: {problem[0]}; training goes on")
 
-    def _push_is_due(self) -> bool:
+    def _publish(self, final: bool) -> None:
+        """Hands what was just saved over to be pushed, or has what was handed over before tried again."""
+        assert self.publisher
         every = self.config.hub.hub_every
-        return every is None or due(self.step, every)
+        if final or every is None or due(self.step, every):
+            self.publisher.offer(self.step)
+        else:
+            self.publisher.resume()
 
     def _write(self, run: Run, tensors: dict[str, Mapping[str, Tensor]], window: dict[str, Any]) -> str | None:
         """Export and checkpoint; what went wrong, if something did."""
@@ -485,12 +490,16 @@ class Trainer:
 
 def _pinned(config: TrainConfig, found: Checkpoint | None) -> TrainConfig:
     """The configuration with the commits of what comes from the Hub: those that the run began with, or the newest."""
-    before: Mapping[str, Any] = found.state["config"] if found else {}
     values = flatten(config)
-    known = {"dataset": is_hub_id, "init": hub.is_id}
-    kinds = {"dataset": "dataset", "init": "model"}
-    names = {name: values[name] for name in PINNED if values[name] and known[name](values[name])}
-    return update(config, {name: before.get(name) or hub.pinned(value, kinds[name]) for name, value in names.items()})
+    kinds = {"dataset": ("dataset", is_hub_id), "init": ("model", hub.is_id)}
+    names = {name: values[name] for name in PINNED if values[name] and kinds[name][1](values[name])}
+    if found is None:
+        return update(config, {name: hub.pinned(value, kinds[name][0]) for name, value in names.items()})
+    kept = {name: found.state["config"].get(name, value) for name, value in names.items()}
+    for name, value in names.items():
+        if hub.split(value)[1] and value != kept[name]:
+            say(f"{name} is {value}, but the run keeps to what it began with, {kept[name]}")
+    return update(config, kept)
 
 
 def micro_batch_size(config: OptimizationConfig, num_processes: int) -> int:

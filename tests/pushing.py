@@ -1,4 +1,4 @@
-"""Pushes by the real client, in processes of their own, against a Hub of the test's."""
+"""Commands with the real client, in processes of their own, against a Hub of the test's."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from conftest import ROOT, wait_for
 from hub.server import HubServer
 
-# Reads an argument list a line and answers with the process that does it, and then with how that ended and what it said. The client
-# and ours wait for a moment where they would for seconds; what they meant to wait is added up and said last.
+# Reads a command a line, with the token of its user, and answers with the process that does it, and then with how that ended and what it
+# said. The client and ours wait for a moment where they would for seconds; what they meant to wait is added up and said last.
 WORKER = """
 import json, os, sys, tempfile, time
 really, meant = time.sleep, [0.0]
@@ -20,16 +20,21 @@ def sleep(seconds):
     meant[0] += seconds
     really(min(seconds, 0.02))
 time.sleep = sleep
-from debias_diffusers import cli, hub, publish  # noqa: F401
 import huggingface_hub
-from huggingface_hub import hf_api, ModelCardData, CommitOperationAdd  # noqa: F401
-hub.TIMEOUT = float(os.environ["TIMEOUT"])
+from huggingface_hub import CommitOperationAdd, ModelCardData, hf_api  # noqa: F401
+from debias_diffusers import cli, hub, publish  # noqa: F401
+hub.TIMEOUT = float(os.environ.get("TIMEOUT", hub.TIMEOUT))
+if "TORCH" in os.environ:  # what the commands import, once for all
+    from debias_diffusers import likelihood, training  # noqa: F401
 for line in sys.stdin:
+    program, token, arguments = json.loads(line)
     with tempfile.TemporaryFile("w+") as said:
         pid = os.fork()
         if pid == 0:
+            os.environ["HF_TOKEN"] = token
+            os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
-            code = cli.push(["push", *json.loads(line)])
+            code = getattr(cli, program)(arguments)
             print(f"waited {meant[0]:g} s", file=sys.stderr, flush=True)
             os._exit(code)
         print(pid, flush=True)
@@ -49,17 +54,22 @@ def environment(hub, home, token="hf_write", **more):
 
 
 class Worker:
-    """A process that has imported the client, and pushes in children of its own."""
+    """A process that has imported the client, and does commands in children of its own."""
 
-    def __init__(self, hub, home):
-        settings = environment(hub, home, TIMEOUT="1")
+    def __init__(self, hub, home, **settings):
+        self.home = home
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER], cwd=ROOT, env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", WORKER],
+            cwd=ROOT,
+            env=environment(hub, home, **settings),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
-    def start(self, run, *flags):
-        """The process that pushes now."""
-        self.process.stdin.write(json.dumps([str(run), *map(str, flags)]) + "\n")
+    def start(self, program, *args, token="hf_write"):
+        """The process that does `train`, `sample`, `evaluate` or `push` now."""
+        self.process.stdin.write(json.dumps([program, token, [str(arg) for arg in args]]) + "\n")
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
@@ -67,29 +77,35 @@ class Worker:
         """(exit code, what was said)."""
         return json.loads(self.process.stdout.readline())
 
-    def push(self, run, *flags):
-        self.start(run, *flags)
+    def run(self, program, *args, token="hf_write"):
+        self.start(program, *args, token=token)
         return self.result()
+
+    def push(self, run, *flags):
+        return self.run("push", "push", run, *flags)
 
     def killed(self, run, *flags, when):
         """Pushes until `when()`, and kills it; whether it was still at work."""
-        pid = self.start(run, *flags)
+        pid = self.start("push", "push", run, *flags)
         when()
         os.kill(pid, signal.SIGKILL)
         return self.result()[0] == -signal.SIGKILL
 
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
 
 @contextmanager
-def served(folder, xet):
-    """A Hub, and a process that pushes to it."""
+def served(folder, xet, **settings):
+    """A Hub, and a process that does commands with it."""
     folder.mkdir()
     with HubServer(folder / "hub", xet=xet) as hub:
-        worker = Worker(hub, folder / "home")
+        worker = Worker(hub, folder / "home", **settings)
         try:
             yield hub, worker
         finally:
-            worker.process.stdin.close()
-            worker.process.wait()
+            worker.close()
 
 
 def repository(hub, repo):

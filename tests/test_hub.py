@@ -1,6 +1,7 @@
 """What is on the Hub is what was trained, for us and for stock diffusers; and what is read from it is named by its commit."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -105,15 +106,21 @@ def test_drawing_from_the_hub_is_drawing_from_the_run_and_names_the_commit(worke
 
 
 def test_scoring_from_the_hub_knows_the_data_and_names_the_commit(worker, server, tmp_path):
-    flags = ["--metrics", "fid,colour", "--num_images", 70, "--steps", 2, "--cache_dir", "", "--output", tmp_path / "score.json"]
+    flags = ["--metrics", "fid,colour", "--num_images", 70, "--steps", 2, "--num_threads", 1, "--output", tmp_path / "score.json"]
     code, said = worker.run("evaluate", "score", "alice/digits", *flags)
     assert code == 0, said
     result = json.loads((tmp_path / "score.json").read_text())
     assert result["reference"]["name"] == "digits" and result["extractor"]["name"] == "digits"
     assert result["targets"][0]["target"] == f"alice/digits@{server.commits('alice/digits')[0]['id']}"
-    code, said = worker.run("evaluate", "bpd", "alice/digits@step-00000024", "--num_images", 2, "--output", tmp_path / "bits.json")
+
+
+@pytest.mark.nightly  # a thousand noise levels
+def test_bounding_bits_from_the_hub_knows_the_data_and_names_the_commit(worker, server, tmp_path):
+    flags = ["--num_images", 2, "--num_threads", 1, "--output", tmp_path / "bits.json"]
+    code, said = worker.run("evaluate", "bpd", "alice/digits@step-00000024", *flags)
     assert code == 0, said
-    assert json.loads((tmp_path / "bits.json").read_text())["model"] == result["targets"][0]["target"]
+    commit = server.commits("alice/digits")[0]["id"]
+    assert json.loads((tmp_path / "bits.json").read_text())["model"] == f"alice/digits@{commit}"
 
 
 def test_a_model_fine_tuned_from_the_hub_starts_with_its_weights(worker, server, trained, tmp_path):
@@ -260,27 +267,30 @@ MEASURED = {"step": 20, "by": {"images": 80, "extractor": "digits"}, "figures": 
     "change",
     [
         {},
-        {"hub_model_id": "alice/digits", "push_to_hub": True, "hub_license": "cc-by-4.0"},
         {"dataset": f"user/set@{'c' * 40}", "init": f"user/base@{'d' * 40}", "ema_decay": (0.9, 0.5)},
+        {"dataset": "data/photos", "init": "runs/first"},
         {"dataset": "a folder/of: images", "init": "runs/one: two"},
         {"weighting": "p2", "prediction_type": "v_prediction"},
     ],
 )
-def test_the_card_is_valid_by_the_hubs_own_rules_and_names_what_was_trained(change):
-    config = update(layered(stored(train_config(train_args("x")[1:], None))), change)
+@pytest.mark.parametrize("license", [None, "cc-by-4.0"])
+def test_the_card_is_valid_by_the_hubs_own_rules_and_names_what_was_trained(change, license):
+    config = update(layered(stored(train_config([str(arg) for arg in train_args("x")[1:]], None))), change)
     for measured in (None, MEASURED):
-        text = card.model_card(config, 20, 0, 1797, measured)
+        text = card.published(card.model_card(config, 20, 0, 1797, measured), "alice/digits", license, "samples.png")
         errors, warnings = checked(text)
         assert errors == [] and warnings == []
         front = yaml.safe_load(text.split("---\n")[1])
-        assert front["license"] == change.get("hub_license", "unknown")
+        assert front["license"] == (license or "unknown") and f"Licence of this model: `{license or 'unknown'}`" in text
         assert front.get("datasets") == (["user/set"] if "@" in change.get("dataset", "") else None)
         assert front.get("base_model") == (["user/base"] if "@" in change.get("init", "") else None)
         assert ("model-index" in front) == (measured is not None)
         if measured:
+            assert front["model-index"][0]["name"] == "digits"
             (result,) = front["model-index"][0]["results"]
             assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {"fid": 3.25, "precision": 0.5}
             assert "| `fid` | 3.25 |" in text
+        assert 'from_pretrained("alice/digits")' in text and "(samples.png)" in text and "PATH" not in text
         assert "Unmasking Bias in Diffusion Model Training" in text and config.objective.weighting in text
 
 
@@ -296,3 +306,11 @@ def test_a_token_that_cannot_be_one_is_not_quoted(monkeypatch):
 def test_what_the_client_says_is_told_without_the_token(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert hub.said(RuntimeError("Bearer hf_secret was\nrefused")) == "Bearer TOKEN was refused"
+    assert "hf_" not in hub.said(RuntimeError("x" * 394 + " hf_secret"))
+
+
+@pytest.mark.parametrize("name", ["a/b--c", "x/y.git"])
+def test_a_name_that_the_hub_does_not_allow_is_not_asked_for_again(name):
+    with pytest.raises(HubError, match=re.escape(name)) as error:
+        hub.pinned(name)
+    assert not isinstance(error.value, hub.UnreachableError)
