@@ -14,6 +14,7 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
 
 from . import __version__
 from .config import TrainConfig
@@ -55,6 +56,23 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision is fp16, but a CPU cannot train in it; take bf16 or no")
     return accelerator
+
+
+class Fetched:
+    """Numbers of the device on their way to the host, behind what was launched before them and no later work."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        """`numbers`: (N,) on any device."""
+        self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
+        self._there = torch.cuda.Event() if numbers.is_cuda else None
+        if self._there is not None:
+            self._there.record()
+
+    def read(self) -> list[float]:
+        """Waits for them."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._numbers.tolist()
 
 
 def start_processes(num_threads: int | None) -> Accelerator:

@@ -10,7 +10,9 @@ import math
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from .schedule import at
 from .schedulers import default_scheduler, make_scheduler
 from .sources import Source, Without, open_readable, open_source, require_skippable, unreadable
 from .timesteps import make_timestep_sampler
+from .update import Update
 from .weighting import effective_sample_size
 from .window import Window
 
@@ -68,6 +71,17 @@ def train(config: TrainConfig, run: Run | None, stop: StopSignal) -> None:
         accelerator.end_training()
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device may still be computing."""
+
+    step: int  # the number of steps that are done with it
+    learning_rate: float
+    drawn: list[tuple[Tensor, Tensor]]  # noise levels and losses of its pieces
+    numbers: machine.Fetched  # mean loss, norm of the gradient, whether it ends the run, signal, whether it is late
+    asked: bool  # whether this process is asked to stop
+
+
 class Trainer:
     """Everything a training step needs, and the step."""
 
@@ -90,19 +104,15 @@ class Trainer:
         network = unet.to(self.device).train()
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.ema = EMA(dict(network.named_parameters()), self.optim.ema_decay)
-        self.adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=self.optim.learning_rate,
-            weight_decay=self.optim.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
-        self.model, self.optimizer = self.accelerator.prepare(network, self.adamw)
+        # A loss that is not finite is never the search of fp16 for its scale, an overflowing gradient may be.
+        self.update = Update(self.parameters, self.ema, self.optim, SKIPS_IN_A_ROW - 1 if accelerator.scaler is not None else 0)
+        self.adamw = self.update.adamw
+        self.model, _ = self.accelerator.prepare(network, self.adamw)
         # Looks at every file of a folder, so only the process that writes it down takes it.
         self.fingerprint = self.task.data.source.fingerprint() if run else None
 
         self.step = 0  # optimizer steps that are done
         self.saved_step = 0
-        self.skips = 0
         self.drawn: list[tuple[Tensor, Tensor]] = []  # noise levels and losses of the pieces of the step at hand
         self.best: dict[str, Any] | None = None  # step and figure of the best measurement, and what was measured
         self._resume(found)
@@ -128,23 +138,54 @@ class Trainer:
         self._settle_ddp()
         micro_batches = data.batches(self.task.data, self.positions, pin_memory=self.device.type == "cuda")
         signum = late = 0
+        launched: deque[Launched] = deque()
         with Progress(self.config, self.run, self.accelerator, self.step) as progress:
             while self.step < self.optim.max_steps and not signum and not late:
-                loss, grad_norm = self._gradients(micro_batches)
-                loss, signum, late = self._agree(loss, stop.signum, time.monotonic() > deadline)
-                learning_rate = self._update(loss, grad_norm)
-                progress.record(self.step, loss, learning_rate, grad_norm, self.window)
+                launched.append(self._launch(micro_batches, stop.signum, time.monotonic() > deadline))
+                for _ in range(len(launched) - self._may_stay_unread(launched[-1])):
+                    signum, late = self._read(launched.popleft(), progress)
                 if due(self.step, every.sample_every):
                     self._draw_grid()
                 if due(self.step, every.eval_every):
                     progress.record_figures(self.step, self._measure())
                 if due(self.step, every.checkpoint_every) and self.step < self.optim.max_steps:
                     self._save()
+            while launched:
+                self._read(launched.popleft(), progress)
             self._save(final=True)
         self._say_end(signum)
 
-    def _gradients(self, micro_batches: Iterator[dict[str, Tensor]]) -> tuple[float, float]:
-        """One step's gradients; returns this process's mean loss and the norm of the gradient of all processes."""
+    def _launch(self, micro_batches: Iterator[dict[str, Tensor]], signum: int, late: bool) -> Launched:
+        """Starts the next step, without waiting for the device."""
+        loss, stop = self._agree(self._gradients(micro_batches), signum, late)
+        rate, grad_norm = self._update(loss)
+        self.step += 1
+        numbers = torch.stack([number.to(loss.dtype) for number in (loss, grad_norm, self.update.ended, *stop)])
+        return Launched(self.step, rate, self.drawn, machine.Fetched(numbers), asked=bool(signum or late))
+
+    def _may_stay_unread(self, newest: Launched) -> int:
+        """How many steps may be unread: one, so that the device has work meanwhile, but none where something is told, drawn or saved.
+
+        A single process obeys a signal at once. Several must all read the same step before they stop, and do so a step later.
+        """
+        every, step = self.config.run, self.step
+        told = any(due(step, n) for n in (every.log_every, every.sample_every, every.eval_every, every.checkpoint_every))
+        return 0 if told or step == self.optim.max_steps or (newest.asked and self.accelerator.num_processes == 1) else 1
+
+    def _read(self, launched: Launched, progress: Progress) -> tuple[int, int]:
+        """Waits for a step and tells of it; (signal, whether it is late) as all processes have agreed on.
+
+        Raises:
+            NotFiniteError: its update was not made, nor that of any step that was launched after it.
+        """
+        loss, grad_norm, ended, signum, late = launched.numbers.read()
+        if ended:
+            raise self._not_finite(launched, loss, grad_norm)
+        progress.record(launched.step, loss, launched.learning_rate, grad_norm, self.window)
+        return int(signum), int(late)
+
+    def _gradients(self, micro_batches: Iterator[dict[str, Tensor]]) -> Tensor:
+        """One step's gradients, averaged over the processes; returns this process's mean loss ()."""
         total = torch.zeros((), device=self.device)
         pieces = self.positions.pieces(self.step)
         corrections = self.sampler.corrections
@@ -165,11 +206,13 @@ class Trainer:
             self.drawn.append((t, terms.loss.detach()))
         if self.sampler.learns:
             self._teach_sampler()
-        self.accelerator.unscale_gradients()
-        return total.item(), torch.nn.utils.get_total_norm(self._grads()).item()
+        return total
 
     def _teach_sampler(self) -> None:
-        """Tells the sampler the levels and losses of a step, in the order of the processes, which is that of the positions."""
+        """Tells the sampler the levels and losses of a step, in the order of the processes, which is that of the positions.
+
+        It waits for the device: the next levels follow from these losses.
+        """
         t, losses = (torch.cat(parts) for parts in zip(*self.drawn))
         everyone = self.accelerator.gather(torch.stack([t.to(losses), losses], dim=1)).cpu()
         self.sampler.update(everyone[:, 0].long(), everyone[:, 1])
@@ -180,44 +223,29 @@ class Trainer:
         noise = batch["noise"].to(self.device, non_blocking=True)
         return self.objective(self.task.network(self.model, batch, self.device), x_0, noise, t)
 
-    def _update(self, loss: float, grad_norm: float) -> float:
-        """Clips, steps the optimizer and the averages, returns the learning rate; refuses where something is not finite."""
-        self._require_finite(loss, grad_norm)
-        clipped = 0 < self.optim.max_grad_norm < grad_norm < math.inf
-        self.window.step(clipped)
-        if clipped:
-            torch._foreach_mul_(self._grads(), self.optim.max_grad_norm / grad_norm)
+    def _update(self, loss: Tensor) -> tuple[float, Tensor]:
+        """The update, where loss and gradient are finite; returns the learning rate and the norm () of the gradient."""
+        self.accelerator.unscale_gradients()
         rate = learning_rate(self.optim, self.step)
-        for group in self.adamw.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.update()
-        self.step += 1
-        return rate
+        grad_norm, clipped = self.update(loss, rate)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        self.window.step(clipped)
+        return rate, grad_norm
 
-    def _grads(self) -> list[Tensor]:
-        return [p.grad for p in self.parameters if p.grad is not None]
-
-    def _require_finite(self, loss: float, grad_norm: float) -> None:
-        """Raises NotFiniteError before the update would spoil the weights. fp16 may overflow while it finds its scale."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.skips = 0
-            return
-        self.skips += 1
-        if math.isfinite(loss) and self.accelerator.scaler is not None and self.skips < SKIPS_IN_A_ROW:
-            return
-        first = self.step * self.optim.batch_size
-        raise NotFiniteError(
-            f"loss {loss} with gradient norm {grad_norm} in step {self.step + 1} (positions {first} to "
-            f"{first + self.optim.batch_size - 1} of seed {self.optim.seed}; {self._spoilt(loss)}); the update was not made and the last "
+    def _not_finite(self, launched: Launched, loss: float, grad_norm: float) -> NotFiniteError:
+        """The error that says what was not finite in a step, and where."""
+        first, spoilt = (launched.step - 1) * self.optim.batch_size, self._spoilt(launched, loss)
+        return NotFiniteError(
+            f"loss {loss} with gradient norm {grad_norm} in step {launched.step} (positions {first} to "
+            f"{first + self.optim.batch_size - 1} of seed {self.optim.seed}; {spoilt}); the update was not made and the last "
             f"checkpoint is untouched; try a smaller --learning_rate, --max_grad_norm 1 or --mixed_precision no"
         )
 
-    def _spoilt(self, loss: float) -> str:
+    def _spoilt(self, launched: Launched, loss: float) -> str:
         """Which samples of this process have a loss that is not finite, and their noise levels; those of all where none has."""
-        t, losses = (torch.cat(parts).tolist() for parts in zip(*self.drawn))
-        positions = [position for piece in self.positions.pieces(self.step) for position in piece]
+        t, losses = (torch.cat(parts).tolist() for parts in zip(*launched.drawn))
+        positions = [position for piece in self.positions.pieces(launched.step - 1) for position in piece]
         found = [f"{position} at t = {level}" for position, level, value in zip(positions, t, losses) if not math.isfinite(value)]
         if not found and not math.isfinite(loss):
             return "not finite: a loss of another process"
@@ -225,13 +253,14 @@ class Trainer:
             return f"each loss finite, t from {min(t)} to {max(t)}"
         return f"not finite: {', '.join(found[:3])}{f' and {len(found) - 3} more' if found[3:] else ''}"
 
-    def _agree(self, loss: float, signum: int, late: bool) -> tuple[float, int, int]:
-        """The mean loss of all processes, and one answer of all of them to "stop?"."""
+    def _agree(self, loss: Tensor, signum: int, late: bool) -> tuple[Tensor, Tensor]:
+        """The mean loss () of all processes, and one answer (2,) of all of them to "stop?": the signal, and whether it is late."""
+        mine = torch.tensor([[signum, late]], dtype=torch.float64 if self.accelerator.num_processes > 1 else torch.float32)
         if self.accelerator.num_processes == 1:
-            return loss, signum, late
-        mine = torch.tensor([[loss, signum, late]], dtype=torch.float64, device=self.device)
+            return loss, mine[0]
+        mine = torch.cat([loss.double().view(1, 1), mine.to(self.device, non_blocking=True)], dim=1)
         everyone = self.accelerator.gather(mine)
-        return everyone[:, 0].mean().item(), int(everyone[:, 1].max()), int(everyone[:, 2].max())
+        return everyone[:, 0].mean(), everyone[:, 1:].amax(0)
 
     def _settle_ddp(self) -> None:
         """One backward that is thrown away.
@@ -244,7 +273,7 @@ class Trainer:
             batch = {"image": torch.zeros(1, *shape, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.long)}
             network = self.task.network(self.model, batch, self.device)
             network(self.task.clean(batch, self.device), torch.zeros(1, dtype=torch.long, device=self.device)).sum().backward()
-            self.optimizer.zero_grad()
+            self.adamw.zero_grad()
 
     def _say_end(self, signum: int) -> None:
         at = f"at step {self.step} of {self.optim.max_steps}, saved; the same command continues"

@@ -13,7 +13,7 @@ ORDER = [
     {"config", "files", "images"},
     {"rules", "schedule", "checkpoint", "model", "sources"},
     {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "hub", "album", "guided", "extractors", "metrics"},
-    {"loss", "pipeline", "machine"},
+    {"loss", "pipeline", "machine", "update"},
     {"pixels", "sampling", "window", "plots", "convert"},
     {"progress", "imagesets"},
     {"evaluation"},
