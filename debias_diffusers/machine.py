@@ -11,6 +11,7 @@ from typing import Any
 
 import accelerate
 import diffusers
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -56,6 +57,25 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision is fp16, but a CPU cannot train in it; take bf16 or no")
     return accelerator
+
+
+def memory_format(accelerator: Accelerator) -> torch.memory_format:
+    """How the weights of convolutions lie in memory, where it is faster (docs/scaling.md)."""
+    half = accelerator.mixed_precision != "no"
+    last = half if accelerator.device.type == "cuda" else not half and accelerator.device.type == "cpu"
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def free_memory() -> int:
+    """Bytes of main memory that this process may still take: of the machine, or less where its control group is limited (Linux)."""
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
+        caches = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such group, or no limit ("max")
+        return free
+    return min(free, limit - used + int(caches.get("inactive_file", 0)))
 
 
 class Fetched:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from . import chance, checkpoint, data, evaluation, hub, images, machine, sampling, snapshot
+from .background import Background
 from .checkpoint import Checkpoint
 from .config import DIGITS, OptimizationConfig, TrainConfig, differences, stored, to_json
 from .ema import EMA
@@ -101,7 +102,7 @@ class Trainer:
         unet = self.task.build()
         if self.optim.init and found is None:
             self._start_from(unet, self.optim.init)
-        network = unet.to(self.device).train()
+        network = unet.to(self.device, memory_format=machine.memory_format(accelerator)).train()
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.ema = EMA(dict(network.named_parameters()), self.optim.ema_decay)
         # A loss that is not finite is never the search of fp16 for its scale, an overflowing gradient may be.
@@ -113,6 +114,8 @@ class Trainer:
 
         self.step = 0  # optimizer steps that are done
         self.saved_step = 0
+        self.saving: Background[str | None] = Background()  # in the first process: what went wrong with the save under way
+        self.saving_step = 0
         self.drawn: list[tuple[Tensor, Tensor]] = []  # noise levels and losses of the pieces of the step at hand
         self.best: dict[str, Any] | None = None  # step and figure of the best measurement, and what was measured
         self._resume(found)
@@ -139,7 +142,7 @@ class Trainer:
         micro_batches = data.batches(self.task.data, self.positions, pin_memory=self.device.type == "cuda")
         signum = late = 0
         launched: deque[Launched] = deque()
-        with Progress(self.config, self.run, self.accelerator, self.step) as progress:
+        with Progress(self.config, self.run, self.accelerator, self.step) as progress, self.saving:
             while self.step < self.optim.max_steps and not signum and not late:
                 launched.append(self._launch(micro_batches, stop.signum, time.monotonic() > deadline))
                 for _ in range(len(launched) - self._may_stay_unread(launched[-1])):
@@ -357,7 +360,7 @@ class Trainer:
         self.best = found.state.get("best")
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
-        self.step = self.saved_step = found.step
+        self.step = self.saved_step = self.saving_step = found.step
 
     def _require_same_data(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if before == now:
@@ -396,41 +399,63 @@ class Trainer:
         return {name: float(f"{value:.6g}") for name, value in some.items()}
 
     def _save(self, final: bool = False) -> None:
-        """Exports the pipeline, then writes the checkpoint, with which the step counts as saved.
+        """Exports the pipeline and writes the checkpoint, with which the step counts as saved; beside the training where memory allows.
 
         A save that fails is said and tried again at the next interval; the last one must succeed.
         """
+        self._finish_save()
         if self.step == self.saved_step:
             return
         tensors = snapshot.gather(self.model, self.adamw, self.ema)
         if self.sampler.learns:
             tensors[snapshot.SAMPLER] = self.sampler.state()
         window = self.window.state(self.accelerator.gather, self.accelerator.is_main_process)
-        problem = [self._write(self.run, tensors, window) if self.run else None]
+        self.saving_step = self.step
+        if self.run:
+            beside = not final and machine.free_memory() > 2 * snapshot.size(tensors)
+            if beside:
+                tensors = snapshot.copied(tensors, self.device)
+            state = {**self._state(), "window": window}
+            self.averaged  # noqa: B018 - built here: fresh weights draw from the generator that the training draws from
+            self.saving.start(partial(self._written, self.run, tensors, state, final), beside)
+        if final:
+            self._finish_save(final=True)
+
+    def _finish_save(self, final: bool = False) -> None:
+        """Waits for the save under way, if there is one; raises CannotWriteError where the final one failed."""
+        if self.saving_step == self.saved_step:
+            return
+        problem = [self.saving.result()]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(problem)  # of the first process: all must know whether to gather again
         if problem[0] is None:
-            self.saved_step = self.step
+            self.saved_step = self.saving_step
         elif final:
             raise CannotWriteError(problem[0])
-        elif self.run:
-            say(f"step {self.step} was not saved: {problem[0]}; training goes on")
+        self.saving_step = self.saved_step
 
-    def _write(self, run: Run, tensors: dict[str, Mapping[str, Tensor]], window: dict[str, Any]) -> str | None:
-        """Export and checkpoint; what went wrong, if something did."""
+    def _written(self, run: Run, tensors: dict[str, Mapping[str, Tensor]], state: dict[str, Any], final: bool) -> str | None:
+        """Writes; says at once what went wrong, if something did, unless it will end the run."""
+        problem = self._write(run, tensors, state)
+        if problem and not final:
+            say(f"step {state['step']} was not saved: {problem}; training goes on")
+        return problem
+
+    def _write(self, run: Run, tensors: dict[str, Mapping[str, Tensor]], state: dict[str, Any]) -> str | None:
+        """Export and checkpoint of what was copied; what went wrong, if something did."""
         try:
             run.metrics.sync()
-            self._export(run.folder)
+            self._export(run.folder, tensors, state["step"])
             keep = self.config.run.keep_checkpoints
-            best = int(self.best["step"]) if self.best and self.config.run.keep_best else None
-            checkpoint.write(run.checkpoints, self.step, snapshot.contents(tensors), {**self._state(), "window": window}, keep, best)
+            best = int(state["best"]["step"]) if state["best"] and self.config.run.keep_best else None
+            checkpoint.write(run.checkpoints, state["step"], snapshot.contents(tensors), state, keep, best)
         except CannotWriteError as error:
             return f"{error}; a save needs about {snapshot.size(tensors) / 1e6:.1f} MB"
         return None
 
-    def _export(self, folder: Path) -> None:
+    def _export(self, folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
-        self._load_averaged()
+        self._load_averaged(tensors[snapshot.ema_file(self.optim.ema_decay[0])])
         draft = folder / (DRAFT + "export")
         with said_if_not_writable(folder):
             try:
@@ -440,7 +465,7 @@ class Trainer:
                     write_file(folder / path.relative_to(draft), path.read_bytes())
             finally:  # before the space that is left is told
                 shutil.rmtree(draft, ignore_errors=True)
-        write_file(folder / "README.md", hub.model_card(self.config, self.step, self.task.data.num_classes).encode())
+        write_file(folder / "README.md", hub.model_card(self.config, step, self.task.data.num_classes).encode())
 
     @cached_property
     def averaged(self) -> nn.Module:
@@ -449,8 +474,7 @@ class Trainer:
         return network
 
     @torch.no_grad()
-    def _load_averaged(self) -> None:
-        average = self.ema.averages[self.optim.ema_decay[0]]
+    def _load_averaged(self, average: Mapping[str, Tensor]) -> None:
         for name, parameter in self.averaged.named_parameters():
             parameter.copy_(average[name])
 
@@ -467,7 +491,8 @@ class Trainer:
 
     def _drawn(self, count: int) -> Iterator[Tensor]:
         """Images of the averaged weights from the seeds 0, 1, ..., as batches (B, C, H, W) uint8."""
-        self._load_averaged()
+        self.saving.wait()  # a save under way exports with the same network
+        self._load_averaged(self.ema.averages[self.optim.ema_decay[0]])
         pipeline, labels = self.task.preview(self.averaged)
         steps = min(GRID_STEPS, len(self.objective.schedule) // 2)
         pipeline.scheduler = make_scheduler(default_scheduler(pipeline.scheduler), pipeline.scheduler, "linspace", steps)

@@ -9,7 +9,7 @@ PACKAGE = ROOT / "debias_diffusers"
 
 # Lower rooms first; a room may import rooms of lower rows only.
 ORDER = [
-    {"errors", "chance", "ema"},
+    {"errors", "chance", "ema", "background"},
     {"config", "files", "images"},
     {"rules", "schedule", "checkpoint", "model", "sources"},
     {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "hub", "album", "guided", "extractors", "metrics"},
@@ -30,6 +30,7 @@ DOORS = {
     "yaml": {"config", "hub"},
     "PIL": {"images", "album", "imagesets"},
     "matplotlib": {"plots"},
+    "psutil": {"machine"},
 }
 
 WITHOUT_TORCH = {"errors", "config", "rules", "files", "checkpoint", "run", "hub", "cli"}

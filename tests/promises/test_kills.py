@@ -122,7 +122,7 @@ def killed_in_save(trainer, k):
         with pytest.MonkeyPatch.context() as patch:
             recorder.kill_at(patch, k)
             try:
-                trainer._save()
+                trainer._save(final=True)
             except BaseException:
                 os._exit(9)
         os._exit(0)
@@ -181,7 +181,7 @@ def recorded(tmp_path):
     shutil.copytree(tmp_path / "run", tmp_path / "before")
     with pytest.MonkeyPatch.context() as patch:
         log = recorder.Recorder(patch, tmp_path / "run")
-        trainer._save()
+        trainer._save(final=True)
     return log, tmp_path / "before", tmp_path / "run"
 
 
