@@ -155,7 +155,9 @@ def versions() -> dict[str, str]:
 def say_what_changed(before: dict[str, Any], now: dict[str, Any]) -> None:
     """What may change on a resume, but ends the promise of equal bits. Both are contents of state.json."""
     pairs = [(name, before[name], now[name]) for name in ("num_processes", "num_threads", "device")]
-    pairs += [("micro_batch_size", before["config"]["micro_batch_size"], now["config"]["micro_batch_size"])]
+    # A field may be younger than the run.
+    names = ("micro_batch_size", "compile", "compile_mode")
+    pairs += [(name, before["config"].get(name, now["config"][name]), now["config"][name]) for name in names]
     pairs += [(f"the version of {name}", old, now["versions"].get(name)) for name, old in before["versions"].items()]
     for name, old, new in pairs:
         if old != new:

@@ -109,6 +109,10 @@ class Trainer:
         self.update = Update(self.parameters, self.ema, self.optim, SKIPS_IN_A_ROW - 1 if accelerator.scaler is not None else 0)
         self.adamw = self.update.adamw
         self.model, _ = self.accelerator.prepare(network, self.adamw)
+        if self.optim.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        if self.optim.compile:  # in place, so that weights keep their names; within DDP, which then exchanges while it computes
+            network.compile(mode=self.optim.compile_mode)
         # Looks at every file of a folder, so only the process that writes it down takes it.
         self.fingerprint = self.task.data.source.fingerprint() if run else None
 
@@ -272,10 +276,10 @@ class Trainer:
         than the same step of a run that was not interrupted (from three processes on).
         """
         if self.accelerator.num_processes > 1:
-            shape = self.task.data.shape
-            batch = {"image": torch.zeros(1, *shape, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.long)}
+            size, shape = self.micro_batch_size, self.task.data.shape  # of a step, or it would be compiled twice
+            batch = {"image": torch.zeros(size, *shape, dtype=torch.uint8), "label": torch.zeros(size, dtype=torch.long)}
             network = self.task.network(self.model, batch, self.device)
-            network(self.task.clean(batch, self.device), torch.zeros(1, dtype=torch.long, device=self.device)).sum().backward()
+            network(self.task.clean(batch, self.device), torch.zeros(size, dtype=torch.long, device=self.device)).sum().backward()
             self.adamw.zero_grad()
 
     def _say_end(self, signum: int) -> None:

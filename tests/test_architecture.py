@@ -10,7 +10,7 @@ PACKAGE = ROOT / "debias_diffusers"
 # Lower rooms first; a room may import rooms of lower rows only.
 ORDER = [
     {"errors", "chance", "ema", "background"},
-    {"config", "files", "images"},
+    {"config", "files", "images", "cache"},
     {"rules", "schedule", "checkpoint", "model", "sources"},
     {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "hub", "album", "guided", "extractors", "metrics"},
     {"loss", "pipeline", "machine", "update"},

@@ -1,15 +1,22 @@
 """A training that is fast is the same training: what is done beside it, kept, laid out or recomputed changes no result."""
 
+import multiprocessing
 import time
 
+import numpy as np
 import pytest
 import torch
-from conftest import same, tensors
+from conftest import launched, metrics, run, same, tensors, train_args
 from here import tiny, trained_here
+from PIL import Image
 from safetensors.torch import load
 
-from debias_diffusers import checkpoint, machine, training
+from debias_diffusers import cache, checkpoint, images, machine, training
 from debias_diffusers.background import Background
+from debias_diffusers.cache import make_cache
+from debias_diffusers.config import DataConfig
+from debias_diffusers.data import PositionBatches, TrainingData, batches
+from debias_diffusers.sources import open_source
 
 
 class Slow:
@@ -76,3 +83,92 @@ def test_a_resumed_run_lays_its_moments_as_its_weights(trained, tmp_path):
     kept = load(tensors(tmp_path / "run", 13)["model.safetensors"])
     for name, weight in trainer.model.named_parameters():
         assert torch.equal(kept[name], weight) and kept[name].is_contiguous()
+
+
+# ---- images kept decoded ------------------------------------------------------------------------------------------------
+
+
+def coloured(folder):
+    """Images of several sizes and kinds, with labels."""
+    draws = np.random.default_rng(0)
+    for k in range(12):
+        path = folder / "ab"[k % 2] / f"{k}.{('png', 'jpg')[k % 3 == 0]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draws.integers(0, 256, (9 + k, 12, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_kept_images_have_the_pixels_of_decoded_ones_and_are_decoded_once(tmp_path, monkeypatch, workers):
+    usual = {"dataset": str(coloured(tmp_path / "images")), "resolution": 8, "class_conditional": True, "random_flip": True}
+    found, decoded = [], multiprocessing.get_context("fork").Value("i", 0)
+    decode = images.decode
+
+    def counted(*args):
+        with decoded.get_lock():
+            decoded.value += 1
+        return decode(*args)
+
+    monkeypatch.setattr(images, "decode", counted)
+    for megabytes in (0, 1):
+        config = DataConfig(**usual, num_workers=workers, cache_images_mb=megabytes)
+        data = TrainingData(open_source(config), config, seed=0)
+        assert (data.cache is not None) == bool(megabytes)
+        decoded.value = 0  # the first one was looked at for its channels
+        found.append(list(batches(data, PositionBatches(4, 4, 0, 1, range(30)), pin_memory=False)))
+        assert decoded.value == 120 if not megabytes else 12 <= decoded.value <= 12 * max(1, workers)
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_sets_that_do_not_fit_are_not_kept(monkeypatch):
+    assert make_cache(1000, (1, 100, 100), 10, shared=False) is not None
+    assert make_cache(1001, (1, 100, 100), 10, shared=False) is None
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: cache.shutil._ntuple_diskusage(64_000_000, 0, 64_000_000))
+    assert make_cache(1000, (1, 100, 100), 1000, shared=True) is not None
+    assert make_cache(4000, (1, 100, 100), 1000, shared=True) is None  # more than half of a container's shared memory
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert make_cache(1000, (1, 100, 100), 1000, shared=True) is None
+
+
+def test_pixels_that_are_not_wholly_there_are_not_taken():
+    kept = make_cache(3, (1, 8, 8), 1, shared=False)
+    pixels = torch.arange(64, dtype=torch.uint8).view(1, 8, 8)
+    assert kept.get(1) is None
+    kept.put(1, pixels, 5)
+    assert torch.equal(kept.get(1)[0], pixels) and kept.get(1)[1] == 5 and kept.get(0) is None
+    kept.pixels[1, 0, 7, 7] += 1  # as if the last byte had not arrived
+    assert kept.get(1) is None
+
+
+# ---- activations computed again, networks compiled ------------------------------------------------------------------------
+
+
+def test_with_gradient_checkpointing_the_same_is_learned(trained, tmp_path):
+    """The tiny run has dropout, which must fall on the same activations when they are computed again."""
+    trained_here(tiny(tmp_path / "run", "--gradient_checkpointing"))
+    same(trained, tmp_path / "run", 24)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("precision", ("no", "bf16"))
+def test_a_compiled_network_learns_the_same_to_rounding_and_its_checkpoints_are_those_of_the_bare_one(tmp_path, precision):
+    flags = ["--dropout", 0, "--lr_schedule", "constant", "--mixed_precision", precision]
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        code, _, err = run(*train_args(tmp_path / name, *flags, *more, "--max_steps", 6))
+        assert code == 0, err
+    plain, compiled = (load(tensors(tmp_path / name, 6)["model.safetensors"]) for name in ("plain", "compiled"))
+    assert {name: value.shape for name, value in plain.items()} == {name: value.shape for name, value in compiled.items()}
+    for left, right in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "compiled")):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5 if precision == "no" else 2e-2)
+    code, _, err = run(*train_args(tmp_path / "compiled", *flags, "--max_steps", 7))
+    assert code == 0 and "warning: compile was True, now it is False; the run goes on, but not bit for bit as before" in err
+
+
+@pytest.mark.nightly
+def test_a_compiled_run_over_two_processes_resumes_with_the_same_bits(tmp_path):
+    one, other = tmp_path / "whole", tmp_path / "resumed"
+    for folder, steps in ((one, 12), (other, 6), (other, 12)):
+        code, err = launched(2, *train_args(folder, "--compile", "--lr_schedule", "constant", "--max_steps", steps))
+        assert code == 0, err
+    same(one, other, 12)
