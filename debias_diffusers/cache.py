@@ -32,8 +32,8 @@ class DecodedCache:
 
     def get(self, index: int) -> tuple[Tensor, int] | None:
         """Pixels (C, H, W) and label; None where they are not there yet."""
-        pixels, label = self.pixels[index], int(self.labels[index])
-        return (pixels, label) if int(self.checksums[index]) == _checksum(pixels, label) else None
+        pixels, label = self.pixels[index], int(self.labels.numpy()[index])
+        return (pixels, label) if self.checksums.numpy()[index] == _checksum(pixels, label) else None
 
     def put(self, index: int, pixels: Tensor, label: int) -> None:
         """Keeps an image. Several processes may do so at once, with the same bytes."""

@@ -56,6 +56,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     _require_all_processes(accelerator.num_processes)
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision is fp16, but a CPU cannot train in it; take bf16 or no")
+    torch.backends.cudnn.benchmark = True  # a training's shapes stay the same, so trying the kernels out pays
     return accelerator
 
 

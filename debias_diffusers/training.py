@@ -262,11 +262,10 @@ class Trainer:
 
     def _agree(self, loss: Tensor, signum: int, late: bool) -> tuple[Tensor, Tensor]:
         """The mean loss () of all processes, and one answer (2,) of all of them to "stop?": the signal, and whether it is late."""
-        mine = torch.tensor([[signum, late]], dtype=torch.float64 if self.accelerator.num_processes > 1 else torch.float32)
+        stop = torch.tensor([float(signum), float(late)]).to(self.device, non_blocking=True)
         if self.accelerator.num_processes == 1:
-            return loss, mine[0]
-        mine = torch.cat([loss.double().view(1, 1), mine.to(self.device, non_blocking=True)], dim=1)
-        everyone = self.accelerator.gather(mine)
+            return loss, stop
+        everyone = self.accelerator.gather(torch.cat([loss.view(1), stop]).double()[None])
         return everyone[:, 0].mean(), everyone[:, 1:].amax(0)
 
     def _settle_ddp(self) -> None:

@@ -1,12 +1,17 @@
 """A training that is fast is the same training: what is done beside it, kept, laid out or recomputed changes no result."""
 
+import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import launched, metrics, run, same, tensors, train_args
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ROOT, command, launched, metrics, run, same, tensors, train_args
 from here import tiny, trained_here
 from PIL import Image
 from safetensors.torch import load
@@ -172,3 +177,52 @@ def test_a_compiled_run_over_two_processes_resumes_with_the_same_bits(tmp_path):
         code, err = launched(2, *train_args(folder, "--compile", "--lr_schedule", "constant", "--max_steps", steps))
         assert code == 0, err
     same(one, other, 12)
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------------
+
+LAUNCHERS = {"one_gpu": (1, 1, False), "eight_gpus": (8, 1, False), "two_nodes": (16, 2, False), "two_cpu_processes": (2, 1, True)}
+
+
+def test_the_packaged_configurations_of_the_launcher_are_accelerates_own():
+    folder = ROOT / "debias_diffusers" / "configs" / "accelerate"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(LAUNCHERS)
+    for name, (processes, machines, cpu) in LAUNCHERS.items():
+        config = load_config_from_file(str(folder / f"{name}.yaml"))  # refuses keys that it does not know
+        assert (config.num_processes, config.num_machines, config.use_cpu) == (processes, machines, cpu)
+        assert config.mixed_precision == ("no" if cpu else "bf16")
+
+
+def test_the_script_for_slurm_starts_the_launcher_on_each_node(tmp_path):
+    """With stand-ins for what a cluster has."""
+    stand_ins = {
+        "srun": 'shift; SLURM_PROCID=1 exec "$@"',
+        "scontrol": "echo host1; echo host2",
+        "accelerate": "printf '%s\\n' \"$@\"",
+        "debias-train": "",
+        "python": f'exec {sys.executable} "$@"',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {"SLURM_CPUS_PER_TASK": "64", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "host[1-2]"}
+    environment = {**os.environ, **given, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ROOT / "debias_diffusers" / "configs" / "accelerate" / "slurm.sh"
+    done = subprocess.run(
+        ["bash", script, "--config", "celebahq256", "--output_dir", "a b"], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0] == "launch" and said[said.index("--config_file") + 1].endswith("two_nodes.yaml")
+    for flag, value in (("--num_machines", "2"), ("--num_processes", "16"), ("--machine_rank", "1"), ("--main_process_ip", "host1")):
+        assert said[said.index(flag) + 1] == value
+    assert said[-5:] == [str(tmp_path / "debias-train"), "--config", "celebahq256", "--output_dir", "a b"]
+
+
+@pytest.mark.nightly
+def test_the_packaged_configuration_starts_two_processes_on_a_cpu(tmp_path):
+    file = ROOT / "debias_diffusers" / "configs" / "accelerate" / "two_cpu_processes.yaml"
+    process = command("-m", "accelerate.commands.launch", "--config_file", file, *train_args(tmp_path / "run", "--max_steps", 6))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "state.json").read_text())["num_processes"] == 2
