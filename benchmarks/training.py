@@ -2,7 +2,7 @@
 
     python benchmarks/training.py                                  # on CPUs cases a and b, on an accelerator b and c too
     python benchmarks/training.py --cases b --rounds 5 --json training.json
-    python benchmarks/training.py --cases b --variant "two rates=--ema_decay 0.999 0.9999"
+    python benchmarks/training.py --cases b --variants float32 "float32 other layout" --variant "often=--checkpoint_every 5"
 
 Case a is the digits' network at its batch of 64; b is 32x32 with 64 channels x (1, 2, 2, 2), 7 632 262 parameters, batch 16; c is
 CelebA-HQ at 256x256, 93 563 910 parameters, batch 8, on an accelerator only. Images are made up: their content costs nothing.
@@ -12,7 +12,7 @@ the loss read in each step; on a GPU with TF32 in convolutions only, as torch ha
 runs in a process of its own, all in turn, `--rounds` times, so that what else the machine does falls on all alike; a table has the
 medians. ms per step are split into data (waiting for the loader), forward, backward, update (norm, clipping, optimizer, averages),
 logging and the rest; on an accelerator in a run of its own that waits for the device after each part, so that they add up to more
-than a step. `checkpoint` is what one save holds the training up, in seconds. FLOPs are counted, forward and backward; "of best" is
+than a step. `checkpoint` is what the last save takes, which is waited for, in seconds. FLOPs are counted, forward and backward; "of best" is
 their rate as a share of what the network's own convolutions and products reach one by one, in the same precision and in the
 memory layout that is best for each.
 """
@@ -43,7 +43,18 @@ CASES = {
     "c": "--config celebahq256 --dataset IMAGES/256",
 }
 USUAL = "--lr_schedule constant --warmup_steps 0 --sample_every 0 --checkpoint_every 0 --ema_decay 0.9999 --max_grad_norm 1"
-VARIANTS = {"float32": "--mixed_precision no", "bf16": "--mixed_precision bf16"}
+VARIANTS = {
+    "float32": "--mixed_precision no",
+    "bf16": "--mixed_precision bf16",
+    "float32 compiled": "--mixed_precision no --compile",
+    "bf16 compiled": "--mixed_precision bf16 --compile",
+    "bf16 CUDA graphs": "--mixed_precision bf16 --compile --compile_mode reduce-overhead",
+    "bf16 recomputed": "--mixed_precision bf16 --gradient_checkpointing",
+    "bf16 three averages": "--mixed_precision bf16 --ema_decay 0.999 0.9999 0.99999",
+    # Not as the machine's rule has it (machine.memory_format), to see whether the rule is right.
+    "float32 other layout": "--mixed_precision no OTHER_LAYOUT",
+    "bf16 other layout": "--mixed_precision bf16 OTHER_LAYOUT",
+}
 BASELINE = "baseline"
 PARTS = ("data", "forward", "backward", "update", "logging")
 
@@ -114,6 +125,13 @@ class Clock:
         return timed
 
 
+def other_layout(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The opposite of a rule for the memory format."""
+    import torch
+
+    return lambda accelerator: torch.contiguous_format if rule(accelerator) == torch.channels_last else torch.channels_last
+
+
 def ours(flags: list[str], clock: Clock) -> dict[str, Any]:
     """`train.py` with these flags."""
     from accelerate import Accelerator
@@ -122,12 +140,14 @@ def ours(flags: list[str], clock: Clock) -> dict[str, Any]:
     from debias_diffusers.cli import train_config
     from debias_diffusers.run import open_run
 
-    config = train_config(flags, None)
+    config = train_config([flag for flag in flags if flag != "OTHER_LAYOUT"], None)
     parts = [(training.Trainer, "_terms", "forward"), (Accelerator, "backward", "backward"), (training.Trainer, "_update", "update")]
     parts += [(training.Progress, "record", "logging"), (training.Trainer, "_save", "checkpoint")]
     with contextlib.ExitStack() as patches:
         for owner, name, part in parts:
             patches.enter_context(patch.object(owner, name, clock.counted(part, getattr(owner, name))))
+        if "OTHER_LAYOUT" in flags:
+            patches.enter_context(patch.object(machine, "memory_format", other_layout(machine.memory_format)))
         patches.enter_context(patch.object(training.data, "batches", clock.batches(training.data.batches)))
         trainer = training.Trainer(config, open_run(config), machine.start_accelerator(config))
         trainer.train(clock)  # type: ignore[arg-type]
@@ -390,10 +410,11 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["b", "c"] if gpu else ["a", "b"])
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    usual = ["float32", "bf16", "bf16 compiled", "bf16 CUDA graphs", "bf16 three averages"] if gpu else ["float32", "bf16"]
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=usual)
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=FLAGS", help="one more, with flags of train.py")
-    parser.add_argument("--steps", type=int, default=20, help="steps that count, of each run")
-    parser.add_argument("--warm", type=int, default=5, help="steps before them")
+    parser.add_argument("--steps", type=int, default=50 if gpu else 20, help="steps that count, of each run")
+    parser.add_argument("--warm", type=int, default=15 if gpu else 5, help="steps before them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="write all figures to this file")
     for name in ("--one", "--flags", "--folder"):  # of a process that this one starts
