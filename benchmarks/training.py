@@ -12,8 +12,8 @@ the loss read in each step; on a GPU with TF32 in convolutions only, as torch ha
 runs in a process of its own, all in turn, `--rounds` times, so that what else the machine does falls on all alike; a table has the
 medians. ms per step are split into data (waiting for the loader), forward, backward, update (norm, clipping, optimizer, averages),
 logging and the rest; on an accelerator in a run of its own that waits for the device after each part, so that they add up to more
-than a step. `checkpoint` is what the last save takes, which is waited for, in seconds. FLOPs are counted, forward and backward; "of best" is
-their rate as a share of what the network's own convolutions and products reach one by one, in the same precision and in the
+than a step. `checkpoint` is what the last save takes, which is waited for, in seconds. FLOPs are counted, forward and backward; "of
+best" is their rate as a share of what the network's own convolutions and products reach one by one, in the same precision and in the
 memory layout that is best for each.
 """
 
