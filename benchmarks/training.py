@@ -56,6 +56,7 @@ VARIANTS = {
     "bf16 other layout": "--mixed_precision bf16 OTHER_LAYOUT",
 }
 BASELINE = "baseline"
+NOW = {False: time.perf_counter, True: time.process_time}  # by whether CPU seconds count
 PARTS = ("data", "forward", "backward", "update", "logging")
 
 
@@ -73,8 +74,9 @@ def synchronize() -> None:
 class Clock:
     """Seconds by part of a step, and the moments at which steps began."""
 
-    def __init__(self, wait: bool) -> None:
-        self.wait, self.seconds = wait, Counter[str]()
+    def __init__(self, wait: bool, now: Callable[[], float]) -> None:
+        self.wait, self.now, self.seconds = wait, now, Counter[str]()
+        self.first_step = 0.0  # when its gradients were launched, seconds since the epoch
         self.moments: list[float] = []
         self.by_then: list[Counter[str]] = []  # the seconds by part at these moments
 
@@ -83,7 +85,8 @@ class Clock:
         """What the loop asks once a step, whether it should stop: it is asked after the step's gradients."""
         if self.wait:
             synchronize()
-        self.moments.append(time.perf_counter())
+        self.first_step = self.first_step or time.time()
+        self.moments.append(self.now())
         self.by_then.append(self.seconds.copy())
         return 0
 
@@ -92,13 +95,13 @@ class Clock:
         """Counts what happens within for a part."""
         if self.wait:
             synchronize()
-        begun = time.perf_counter()
+        begun = self.now()
         try:
             yield
         finally:
             if self.wait:
                 synchronize()
-            self.seconds[name] += time.perf_counter() - begun
+            self.seconds[name] += self.now() - begun
 
     def counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, counted for a part."""
@@ -160,7 +163,7 @@ def baseline(flags: list[str], clock: Clock) -> dict[str, Any]:
 
     import torch
 
-    from debias_diffusers import data
+    from debias_diffusers import data, machine
     from debias_diffusers.cli import train_config
     from debias_diffusers.loss import make_objective
     from debias_diffusers.pixels import PixelTask
@@ -172,6 +175,7 @@ def baseline(flags: list[str], clock: Clock) -> dict[str, Any]:
     objective, task = make_objective(config.objective), PixelTask(config, open_source(config.data))
     sampler = make_timestep_sampler(config.objective, objective.schedule)
     torch.manual_seed(0)
+    machine.set_threads(config.optimization.num_threads)
     network = task.build().to(device).train()
     average = copy.deepcopy(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, foreach=False, fused=False)
@@ -203,7 +207,7 @@ def one(options: argparse.Namespace) -> None:
     """Trains once and prints what was seen as JSON."""
     import torch
 
-    clock = Clock(options.wait)
+    clock = Clock(options.wait, NOW[options.cpu_time])
     flags = shlex.split(options.flags)
     flags += ["--max_steps", str(options.warm + options.steps), "--output_dir", str(Path(options.folder) / "run")]
     if torch.cuda.is_available():
@@ -218,7 +222,7 @@ def one(options: argparse.Namespace) -> None:
         "seconds": seconds,
         "parts": parts | {"rest": seconds - sum(parts.values())},
         "peak_mb": (torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e6,
-        "first_step_s": time.time() - (time.perf_counter() - clock.moments[0]) - options.started,
+        "first_step_s": clock.first_step - options.started,
     }
     print(json.dumps(found))
 
@@ -274,7 +278,7 @@ def work(flags: list[str]) -> dict[str, Any]:
     return {"parameters": sum(p.numel() for p in network.parameters()), "images": size, "flops": counter.get_total_flops(), "calls": found}
 
 
-def seconds_of(call: tuple[Any, ...], dtype: Any, layout: Any) -> float:
+def seconds_of(call: tuple[Any, ...], dtype: Any, layout: Any, now: Callable[[], float]) -> float:
     """Forward and backward of one convolution, product or attention alone: median of several."""
     import torch
 
@@ -298,18 +302,18 @@ def seconds_of(call: tuple[Any, ...], dtype: Any, layout: Any) -> float:
 
     def timed(count: int) -> float:
         synchronize()
-        begun = time.perf_counter()
+        begun = now()
         for _ in range(count):
             run()
         synchronize()
-        return (time.perf_counter() - begun) / count
+        return (now() - begun) / count
 
     timed(2)
     count = max(1, int(0.02 / max(timed(2), 1e-6)))
     return statistics.median(timed(count) for _ in range(5))
 
 
-def best_rate(found: dict[str, Any], precision: str) -> float:
+def best_rate(found: dict[str, Any], precision: str, now: Callable[[], float]) -> float:
     """FLOP per second of the network's convolutions and products one by one, each in its best layout."""
     import torch
 
@@ -317,7 +321,7 @@ def best_rate(found: dict[str, Any], precision: str) -> float:
     layouts = (torch.contiguous_format, torch.channels_last)
     seconds = 0.0
     for call, times in found["calls"].items():
-        seconds += times * min(seconds_of(call, dtype, layout) for layout in layouts[: 2 if call[0] == "conv" else 1])
+        seconds += times * min(seconds_of(call, dtype, layout, now) for layout in layouts[: 2 if call[0] == "conv" else 1])
     return found["flops"] / seconds
 
 
@@ -341,7 +345,8 @@ def measured(name: str, flags: str, options: argparse.Namespace, wait: bool = Fa
     """One run of a variant in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--one", name, f"--flags={flags}", "--folder", folder, "--started", str(time.time())]
-        command += ["--steps", str(options.steps), "--warm", str(options.warm), *(["--wait"] if wait else [])]
+        command += ["--steps", str(options.steps), "--warm", str(options.warm)]
+        command += [flag for flag, on in (("--wait", wait), ("--cpu_time", options.cpu_time)) if on]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name}: {' '.join(command)} ended with {done.returncode}\n{done.stderr[-3000:]}")
@@ -362,15 +367,16 @@ def case(name: str, variants: dict[str, str], options: argparse.Namespace, image
 
     from debias_diffusers.machine import set_threads
 
-    flags = f"{CASES[name].replace('IMAGES', str(images))} {USUAL}"
+    flags = f"{CASES[name].replace('IMAGES', str(images))} {USUAL} {'--num_threads 1' if options.cpu_time else ''}"
     every = {BASELINE: f"{flags} --num_workers 1 --mixed_precision no"} | {key: f"{flags} {more}" for key, more in variants.items()}
     runs: dict[str, list[dict[str, Any]]] = {key: [] for key in every}
     for _ in range(options.rounds):
         for key, all_flags in every.items():
             runs[key].append(measured(key, all_flags, options))
     found = work([*shlex.split(flags), "--output_dir", "unused"])
-    set_threads(None)
-    best = {precision: best_rate(found, precision) for precision in sorted({precision_of(flags) for flags in every.values()})}
+    set_threads(1 if options.cpu_time else None)
+    precisions = sorted({precision_of(flags) for flags in every.values()})
+    best = {precision: best_rate(found, precision, NOW[options.cpu_time]) for precision in precisions}
     rows = {key: median(several) for key, several in runs.items()}
     for key, row in rows.items():
         if torch.cuda.is_available():  # the parts wait for the device, so they are measured apart
@@ -416,6 +422,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50 if gpu else 20, help="steps that count, of each run")
     parser.add_argument("--warm", type=int, default=15 if gpu else 5, help="steps before them")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cpu_time", action="store_true", help="one CPU thread, whose own seconds count: for a machine at other work")
     parser.add_argument("--json", help="write all figures to this file")
     for name in ("--one", "--flags", "--folder"):  # of a process that this one starts
         parser.add_argument(name, help=argparse.SUPPRESS)

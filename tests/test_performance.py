@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +76,15 @@ def test_what_goes_wrong_beside_is_raised_where_the_result_is_asked_for():
 
 def test_free_memory_is_no_more_than_the_machine_has():
     assert 2**20 < machine.free_memory() <= machine.psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    "device, precision, last",
+    [("cpu", "no", True), ("cpu", "bf16", False), ("cuda", "bf16", True), ("cuda", "fp16", True), ("cuda", "no", False)],
+)
+def test_convolutions_lie_channels_last_where_that_is_faster(device, precision, last):
+    accelerator = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
+    assert machine.memory_format(accelerator) == (torch.channels_last if last else torch.contiguous_format)
 
 
 def test_a_resumed_run_lays_its_moments_as_its_weights(trained, tmp_path):
