@@ -35,6 +35,7 @@ Spacing = Literal["linspace", "leading", "trailing", "stride"]
 Clipping = Literal["off", "static", "dynamic"]
 ImageFormat = Literal["png", "webp", "npz"]
 Precision = Literal["no", "fp16", "bf16"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
 # Every weighting, and the parameters that it has beside the SNR. `register_weighting` adds a user's own.
 WEIGHTING_PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -79,6 +80,7 @@ class DataConfig:
     random_flip: bool = False  # mirror half of the images
     skip_bad: bool = False  # leave out images that cannot be read, up to 1% of them, instead of stopping at the start
     num_workers: int = 2  # processes that read images, per training process; 0 reads in the loop
+    cache_images_mb: int = 1024  # decoded images are kept by each training process if all fit into so many million bytes; 0 keeps none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,9 @@ class OptimizationConfig:
     init: str | None = None  # start from these weights: a run directory, a pipeline folder, or a Hub id (user/name@revision)
     allow_pickle_import: bool = False  # also from .bin weights, read as tensors only
     mixed_precision: Precision | None = None  # as the launcher says if left out, else no
+    gradient_checkpointing: bool = False  # compute activations again in the backward: much less memory, steps a third longer
+    compile: bool = False  # compile the network first: minutes at the start, faster steps
+    compile_mode: CompileMode = "default"  # reduce-overhead has CUDA graphs, for small networks; max-autotune tries kernels out as well
     num_threads: int | None = None  # CPU threads of a process; all cores, shared by the machine's processes, if left out
     seed: int = 0  # with the position of a sample, decides all of its chance
 
@@ -331,6 +336,7 @@ CHANGEABLE = {
     *NOT_STORED, "dry_run", "accept_changed_data", "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every",
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
     "feature_extractor", "feature_extractor_weights", "keep_best", "skip_bad", "allow_pickle_import",
+    "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode",
 }  # fmt: skip
 
 # Names of Hub repositories, which a run writes down with the commit that it took: user/name@commit.

@@ -6,7 +6,6 @@ label, its u (which becomes the timestep) and its noise follow from (seed, p) al
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -17,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from . import chance, images
+from .cache import make_cache
 from .config import DataConfig
 from .errors import DebiasError, InputError
 from .sources import Source
 
-KEEP_BYTES = 2**26  # a data set whose decoded pixels take no more is decoded once
 LOST_WORKER = "a process that reads images was killed, perhaps for lack of memory; take fewer --num_workers; the same command continues"
 
 
@@ -41,7 +40,8 @@ class TrainingData(Dataset):
         self.null_label = self.num_classes if self.num_classes and config.label_dropout > 0 else None
         self.channels = config.channels or self._channels_of_the_first()
         self.shape = (self.channels, self.resolution, self.resolution)
-        self._kept: dict[int, tuple[Tensor, int]] = {}
+        # The processes that read are forked from this one, or are sent what they share.
+        self.cache = make_cache(len(source), self.shape, config.cache_images_mb, shared=config.num_workers > 0)
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
@@ -78,12 +78,13 @@ class TrainingData(Dataset):
 
     def decoded(self, index: int) -> tuple[Tensor, int]:
         """Pixels (C, H, W) uint8 and label of one image; kept in memory where all of them fit."""
-        if index not in self._kept:
-            decoded = self._decode(index)
-            if len(self.source) * math.prod(self.shape) > KEEP_BYTES:
-                return decoded
-            self._kept[index] = decoded
-        return self._kept[index]
+        if self.cache is None:
+            return self._decode(index)
+        found = self.cache.get(index)
+        if found is None:
+            found = self._decode(index)
+            self.cache.put(index, *found)
+        return found
 
     def _decode(self, index: int) -> tuple[Tensor, int]:
         content, label, where = self.source.read(index)

@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 
 import accelerate
 import diffusers
+import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from torch import Tensor
 
 from . import __version__
 from .config import TrainConfig
@@ -51,13 +53,52 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=precision,
             log_with=None if report_to == "none" else report_to,
             project_dir=str(Path(config.run.output_dir or "") / "logs"),
+            # Gradients lie where they are exchanged: neither memory nor time for a second copy.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(f"mixed_precision is {precision}, but this machine refuses: {' '.join(str(error).split())}") from error
     _require_all_processes(accelerator.num_processes)
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision is fp16, but a CPU cannot train in it; take bf16 or no")
+    torch.backends.cudnn.benchmark = True  # a training's shapes stay the same, so trying the kernels out pays
     return accelerator
+
+
+def memory_format(accelerator: Accelerator) -> torch.memory_format:
+    """How the weights of convolutions lie in memory, where it is faster (docs/scaling.md)."""
+    half = accelerator.mixed_precision != "no"
+    last = half if accelerator.device.type == "cuda" else not half and accelerator.device.type == "cpu"
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def free_memory() -> int:
+    """Bytes of main memory that this process may still take: of the machine, or less where its control group is limited (Linux)."""
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
+        caches = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such group, or no limit ("max")
+        return free
+    return min(free, limit - used + int(caches.get("inactive_file", 0)))
+
+
+class Fetched:
+    """Numbers of the device on their way to the host, behind what was launched before them and no later work."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        """`numbers`: (N,) on any device."""
+        self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
+        self._there = torch.cuda.Event() if numbers.is_cuda else None
+        if self._there is not None:
+            self._there.record()
+
+    def read(self) -> list[float]:
+        """Waits for them."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._numbers.tolist()
 
 
 def start_processes(num_threads: int | None) -> Accelerator:
@@ -129,7 +170,9 @@ def versions() -> dict[str, str]:
 def say_what_changed(before: dict[str, Any], now: dict[str, Any]) -> None:
     """What may change on a resume, but ends the promise of equal bits. Both are contents of state.json."""
     pairs = [(name, before[name], now[name]) for name in ("num_processes", "num_threads", "device")]
-    pairs += [("micro_batch_size", before["config"]["micro_batch_size"], now["config"]["micro_batch_size"])]
+    # A field may be younger than the run.
+    names = ("micro_batch_size", "compile", "compile_mode")
+    pairs += [(name, before["config"].get(name, now["config"][name]), now["config"][name]) for name in names]
     pairs += [(f"the version of {name}", old, now["versions"].get(name)) for name, old in before["versions"].items()]
     for name, old, new in pairs:
         if old != new:

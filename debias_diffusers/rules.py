@@ -56,6 +56,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "channels": (lambda v: v in (1, 3), "1 (grey) or 3 (colour)"),
     "label_dropout": (_share, "at least 0 and below 1, such as 0.1"),
     "num_workers": (_at_least(0), "0 or more, such as 2"),
+    "cache_images_mb": (_at_least(0), "0 (off) or more, such as 1024"),
     "model_channels": (_at_least(1), "at least 1, such as 128"),
     "layers_per_block": (_at_least(1), "at least 1, such as 2"),
     "attention_head_dim": (_at_least(1), "at least 1, such as 64"),
@@ -356,6 +357,8 @@ def _optimization_problems(optimization: OptimizationConfig, num_processes: int)
     if optimization.batch_size % num_processes:
         fits = num_processes * max(1, round(optimization.batch_size / num_processes))
         found.append(f"batch_size is {optimization.batch_size}, but must be a multiple of the {num_processes} processes; take {fits}")
+    if optimization.compile_mode != "default" and not optimization.compile:
+        found.append(f"compile_mode is {optimization.compile_mode}, but compile is off; add --compile or leave compile_mode out")
     rates = optimization.ema_decay
     if not rates or not all(0 <= rate < 1 for rate in rates) or len(set(rates)) < len(rates):
         found.append(f"ema_decay is {list(rates)}, but must be one or more different rates, each at least 0 and below 1, such as 0.9999")

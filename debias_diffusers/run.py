@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -99,6 +100,7 @@ class Metrics:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._unwritten = b""
+        self._writing = threading.Lock()  # a save beside the training syncs what the training appends to
 
     def begin_after(self, step: int) -> None:
         """Drops the lines of later steps, which will be trained again, and a last line that was cut off."""
@@ -109,8 +111,8 @@ class Metrics:
 
     def append(self, values: dict[str, Any]) -> None:
         """Writes a line. One that cannot be written is kept and written with the next, or refused by `sync`."""
-        self._unwritten += (json.dumps(values) + "\n").encode()
-        with contextlib.suppress(CannotWriteError):
+        with self._writing, contextlib.suppress(CannotWriteError):
+            self._unwritten += (json.dumps(values) + "\n").encode()
             self._write()
 
     def _write(self) -> None:
@@ -126,7 +128,8 @@ class Metrics:
 
     def sync(self) -> None:
         """Waits until all lines are on the disk: a checkpoint must not outlive the metrics of its steps."""
-        self._write()
+        with self._writing:
+            self._write()
         with said_if_not_writable(self.path), open(self.path, "ab") as file:
             os.fsync(file.fileno())
 

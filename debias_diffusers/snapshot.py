@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -45,6 +46,12 @@ def gather(model: nn.Module, optimizer: Optimizer, ema: EMA) -> dict[str, Mappin
     }
 
 
+def copied(tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device) -> dict[str, Mapping[str, Tensor]]:
+    """The tensors in memory of their own, which a training on `device` does not change; from an accelerator most came copied."""
+    again = device.type == "cpu"
+    return {file: {name: value.detach().to("cpu", copy=again) for name, value in values.items()} for file, values in tensors.items()}
+
+
 def contents(tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, bytes]]:
     """File names and their bytes, one at a time."""
     for name, values in tensors.items():
@@ -56,6 +63,7 @@ def size(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
     return sum(value.nbytes for values in (*tensors.values(), tensors[MODEL]) for value in values.values())
 
 
+@torch.no_grad()
 def restore(found: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: EMA) -> None:
     """Puts the tensors of a checkpoint back. Names and shapes are those of the same configuration."""
     state: dict[str, Any] = {}
@@ -67,7 +75,16 @@ def restore(found: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: EMA)
     groups = [{**hyper, "params": list(state)}]
     # The optimizer first: setting its state makes an empty step.
     set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_FULL)
+    _lay_like_the_weights(optimizer)
     weights: dict[str, Any] = safetensors.torch.load(found.read(MODEL))
     set_model_state_dict(model, weights, options=_FULL)
     for rate in ema.averages:
         ema.load(rate, safetensors.torch.load(found.read(ema_file(rate))))
+
+
+def _lay_like_the_weights(optimizer: Optimizer) -> None:
+    """The fused optimizer walks through memory as it lies, so moments must lie there as their weights do (channels last or not)."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter).copy_(value)

@@ -10,8 +10,10 @@ import math
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from . import chance, checkpoint, data, evaluation, hub, images, machine, sampling, snapshot
+from .background import Background
 from .card import model_card
 from .checkpoint import Checkpoint
 from .config import DIGITS, PINNED, HubConfig, OptimizationConfig, TrainConfig, differences, flatten, stored, to_json, update
@@ -39,6 +42,7 @@ from .schedule import at
 from .schedulers import default_scheduler, make_scheduler
 from .sources import Source, Without, is_hub_id, open_readable, open_source, require_skippable, unreadable
 from .timesteps import make_timestep_sampler
+from .update import Update
 from .weighting import effective_sample_size
 from .window import Window
 
@@ -71,6 +75,17 @@ def train(config: TrainConfig, run: Run | None, stop: StopSignal, to: HubConfig 
         accelerator.end_training()
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device may still be computing."""
+
+    step: int  # the number of steps that are done with it
+    learning_rate: float
+    drawn: list[tuple[Tensor, Tensor]]  # noise levels and losses of its pieces
+    numbers: machine.Fetched  # mean loss, norm of the gradient, whether it ends the run, signal, whether it is late
+    asked: bool  # whether this process is asked to stop
+
+
 class Trainer:
     """Everything a training step needs, and the step."""
 
@@ -91,22 +106,24 @@ class Trainer:
         unet = self.task.build()
         if self.optim.init and found is None:
             self._start_from(unet, self.optim.init)
-        network = unet.to(self.device).train()
+        network = unet.to(self.device, memory_format=machine.memory_format(accelerator)).train()
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.ema = EMA(dict(network.named_parameters()), self.optim.ema_decay)
-        self.adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=self.optim.learning_rate,
-            weight_decay=self.optim.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
-        self.model, self.optimizer = self.accelerator.prepare(network, self.adamw)
+        # A loss that is not finite is never the search of fp16 for its scale, an overflowing gradient may be.
+        self.update = Update(self.parameters, self.ema, self.optim, SKIPS_IN_A_ROW - 1 if accelerator.scaler is not None else 0)
+        self.adamw = self.update.adamw
+        self.model, _ = self.accelerator.prepare(network, self.adamw)
+        if self.optim.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        if self.optim.compile:  # in place, so that weights keep their names; within DDP, which then exchanges while it computes
+            network.compile(mode=self.optim.compile_mode)
         # Looks at every file of a folder, so only the process that writes it down takes it.
         self.fingerprint = self.task.data.source.fingerprint() if run else None
 
         self.step = 0  # optimizer steps that are done
         self.saved_step = 0
-        self.skips = 0
+        self.saving: Background[str | None] = Background()  # in the first process: what went wrong with the save under way
+        self.saving_step = 0
         self.drawn: list[tuple[Tensor, Tensor]] = []  # noise levels and losses of the pieces of the step at hand
         self.best: dict[str, Any] | None = None  # step and figure of the best measurement, and what was measured
         self.measured: dict[str, Any] | None = None  # the last measurement: its step, by what, and all figures
@@ -136,25 +153,56 @@ class Trainer:
         signum = late = 0
         if self.publisher:
             self.publisher.resume()
-        with Progress(self.config, self.run, self.accelerator, self.step) as progress:
+        launched: deque[Launched] = deque()
+        with Progress(self.config, self.run, self.accelerator, self.step) as progress, self.saving:
             while self.step < self.optim.max_steps and not signum and not late:
-                loss, grad_norm = self._gradients(micro_batches)
-                loss, signum, late = self._agree(loss, stop.signum, time.monotonic() > deadline)
-                learning_rate = self._update(loss, grad_norm)
-                progress.record(self.step, loss, learning_rate, grad_norm, self.window)
+                launched.append(self._launch(micro_batches, stop.signum, time.monotonic() > deadline))
+                for _ in range(len(launched) - self._may_stay_unread(launched[-1])):
+                    signum, late = self._read(launched.popleft(), progress)
                 if due(self.step, every.sample_every):
                     self._draw_grid()
                 if due(self.step, every.eval_every):
                     progress.record_figures(self.step, self._measure())
                 if due(self.step, every.checkpoint_every) and self.step < self.optim.max_steps:
                     self._save()
+            while launched:
+                self._read(launched.popleft(), progress)
             self._save(final=True)
         self._say_end(signum)
         if self.publisher:
             self.publisher.finish(self.step, stop)
 
-    def _gradients(self, micro_batches: Iterator[dict[str, Tensor]]) -> tuple[float, float]:
-        """One step's gradients; returns this process's mean loss and the norm of the gradient of all processes."""
+    def _launch(self, micro_batches: Iterator[dict[str, Tensor]], signum: int, late: bool) -> Launched:
+        """Starts the next step, without waiting for the device."""
+        loss, stop = self._agree(self._gradients(micro_batches), signum, late)
+        rate, grad_norm = self._update(loss)
+        self.step += 1
+        numbers = torch.stack([number.to(loss.dtype) for number in (loss, grad_norm, self.update.ended, *stop)])
+        return Launched(self.step, rate, self.drawn, machine.Fetched(numbers), asked=bool(signum or late))
+
+    def _may_stay_unread(self, newest: Launched) -> int:
+        """How many steps may be unread: one, so that the device has work meanwhile, but none where something is told, drawn or saved.
+
+        A single process obeys a signal at once. Several must all read the same step before they stop, and do so a step later.
+        """
+        every, step = self.config.run, self.step
+        told = any(due(step, n) for n in (every.log_every, every.sample_every, every.eval_every, every.checkpoint_every))
+        return 0 if told or step == self.optim.max_steps or (newest.asked and self.accelerator.num_processes == 1) else 1
+
+    def _read(self, launched: Launched, progress: Progress) -> tuple[int, int]:
+        """Waits for a step and tells of it; (signal, whether it is late) as all processes have agreed on.
+
+        Raises:
+            NotFiniteError: its update was not made, nor that of any step that was launched after it.
+        """
+        loss, grad_norm, ended, signum, late = launched.numbers.read()
+        if ended:
+            raise self._not_finite(launched, loss, grad_norm)
+        progress.record(launched.step, loss, launched.learning_rate, grad_norm, self.window)
+        return int(signum), int(late)
+
+    def _gradients(self, micro_batches: Iterator[dict[str, Tensor]]) -> Tensor:
+        """One step's gradients, averaged over the processes; returns this process's mean loss ()."""
         total = torch.zeros((), device=self.device)
         pieces = self.positions.pieces(self.step)
         corrections = self.sampler.corrections
@@ -175,11 +223,13 @@ class Trainer:
             self.drawn.append((t, terms.loss.detach()))
         if self.sampler.learns:
             self._teach_sampler()
-        self.accelerator.unscale_gradients()
-        return total.item(), torch.nn.utils.get_total_norm(self._grads()).item()
+        return total
 
     def _teach_sampler(self) -> None:
-        """Tells the sampler the levels and losses of a step, in the order of the processes, which is that of the positions."""
+        """Tells the sampler the levels and losses of a step, in the order of the processes, which is that of the positions.
+
+        It waits for the device: the next levels follow from these losses.
+        """
         t, losses = (torch.cat(parts) for parts in zip(*self.drawn))
         everyone = self.accelerator.gather(torch.stack([t.to(losses), losses], dim=1)).cpu()
         self.sampler.update(everyone[:, 0].long(), everyone[:, 1])
@@ -190,44 +240,29 @@ class Trainer:
         noise = batch["noise"].to(self.device, non_blocking=True)
         return self.objective(self.task.network(self.model, batch, self.device), x_0, noise, t)
 
-    def _update(self, loss: float, grad_norm: float) -> float:
-        """Clips, steps the optimizer and the averages, returns the learning rate; refuses where something is not finite."""
-        self._require_finite(loss, grad_norm)
-        clipped = 0 < self.optim.max_grad_norm < grad_norm < math.inf
-        self.window.step(clipped)
-        if clipped:
-            torch._foreach_mul_(self._grads(), self.optim.max_grad_norm / grad_norm)
+    def _update(self, loss: Tensor) -> tuple[float, Tensor]:
+        """The update, where loss and gradient are finite; returns the learning rate and the norm () of the gradient."""
+        self.accelerator.unscale_gradients()
         rate = learning_rate(self.optim, self.step)
-        for group in self.adamw.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.update()
-        self.step += 1
-        return rate
+        grad_norm, clipped = self.update(loss, rate)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        self.window.step(clipped)
+        return rate, grad_norm
 
-    def _grads(self) -> list[Tensor]:
-        return [p.grad for p in self.parameters if p.grad is not None]
-
-    def _require_finite(self, loss: float, grad_norm: float) -> None:
-        """Raises NotFiniteError before the update would spoil the weights. fp16 may overflow while it finds its scale."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.skips = 0
-            return
-        self.skips += 1
-        if math.isfinite(loss) and self.accelerator.scaler is not None and self.skips < SKIPS_IN_A_ROW:
-            return
-        first = self.step * self.optim.batch_size
-        raise NotFiniteError(
-            f"loss {loss} with gradient norm {grad_norm} in step {self.step + 1} (positions {first} to "
-            f"{first + self.optim.batch_size - 1} of seed {self.optim.seed}; {self._spoilt(loss)}); the update was not made and the last "
+    def _not_finite(self, launched: Launched, loss: float, grad_norm: float) -> NotFiniteError:
+        """The error that says what was not finite in a step, and where."""
+        first, spoilt = (launched.step - 1) * self.optim.batch_size, self._spoilt(launched, loss)
+        return NotFiniteError(
+            f"loss {loss} with gradient norm {grad_norm} in step {launched.step} (positions {first} to "
+            f"{first + self.optim.batch_size - 1} of seed {self.optim.seed}; {spoilt}); the update was not made and the last "
             f"checkpoint is untouched; try a smaller --learning_rate, --max_grad_norm 1 or --mixed_precision no"
         )
 
-    def _spoilt(self, loss: float) -> str:
+    def _spoilt(self, launched: Launched, loss: float) -> str:
         """Which samples of this process have a loss that is not finite, and their noise levels; those of all where none has."""
-        t, losses = (torch.cat(parts).tolist() for parts in zip(*self.drawn))
-        positions = [position for piece in self.positions.pieces(self.step) for position in piece]
+        t, losses = (torch.cat(parts).tolist() for parts in zip(*launched.drawn))
+        positions = [position for piece in self.positions.pieces(launched.step - 1) for position in piece]
         found = [f"{position} at t = {level}" for position, level, value in zip(positions, t, losses) if not math.isfinite(value)]
         if not found and not math.isfinite(loss):
             return "not finite: a loss of another process"
@@ -235,13 +270,13 @@ class Trainer:
             return f"each loss finite, t from {min(t)} to {max(t)}"
         return f"not finite: {', '.join(found[:3])}{f' and {len(found) - 3} more' if found[3:] else ''}"
 
-    def _agree(self, loss: float, signum: int, late: bool) -> tuple[float, int, int]:
-        """The mean loss of all processes, and one answer of all of them to "stop?"."""
+    def _agree(self, loss: Tensor, signum: int, late: bool) -> tuple[Tensor, Tensor]:
+        """The mean loss () of all processes, and one answer (2,) of all of them to "stop?": the signal, and whether it is late."""
+        stop = torch.tensor([float(signum), float(late)]).to(self.device, non_blocking=True)
         if self.accelerator.num_processes == 1:
-            return loss, signum, late
-        mine = torch.tensor([[loss, signum, late]], dtype=torch.float64, device=self.device)
-        everyone = self.accelerator.gather(mine)
-        return everyone[:, 0].mean().item(), int(everyone[:, 1].max()), int(everyone[:, 2].max())
+            return loss, stop
+        everyone = self.accelerator.gather(torch.cat([loss.view(1), stop]).double()[None])
+        return everyone[:, 0].mean(), everyone[:, 1:].amax(0)
 
     def _settle_ddp(self) -> None:
         """One backward that is thrown away.
@@ -250,11 +285,11 @@ class Trainer:
         than the same step of a run that was not interrupted (from three processes on).
         """
         if self.accelerator.num_processes > 1:
-            shape = self.task.data.shape
-            batch = {"image": torch.zeros(1, *shape, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.long)}
+            size, shape = self.micro_batch_size, self.task.data.shape  # of a step, or it would be compiled twice
+            batch = {"image": torch.zeros(size, *shape, dtype=torch.uint8), "label": torch.zeros(size, dtype=torch.long)}
             network = self.task.network(self.model, batch, self.device)
-            network(self.task.clean(batch, self.device), torch.zeros(1, dtype=torch.long, device=self.device)).sum().backward()
-            self.optimizer.zero_grad()
+            network(self.task.clean(batch, self.device), torch.zeros(size, dtype=torch.long, device=self.device)).sum().backward()
+            self.adamw.zero_grad()
 
     def _say_end(self, signum: int) -> None:
         at = f"at step {self.step} of {self.optim.max_steps}, saved; the same command continues"
@@ -338,7 +373,7 @@ class Trainer:
         self.best, self.measured = found.state.get("best"), found.state.get("measured")
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
-        self.step = self.saved_step = found.step
+        self.step = self.saved_step = self.saving_step = found.step
 
     def _require_same_data(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if before == now:
@@ -378,52 +413,73 @@ class Trainer:
         return {name: float(f"{value:.6g}") for name, value in some.items()}
 
     def _save(self, final: bool = False) -> None:
-        """Exports the pipeline, then writes the checkpoint, with which the step counts as saved.
+        """Exports the pipeline and writes the checkpoint, with which the step counts as saved; beside the training where memory allows.
 
         A save that fails is said and tried again at the next interval; the last one must succeed.
         """
+        self._finish_save()
         if self.step == self.saved_step:
             return
         tensors = snapshot.gather(self.model, self.adamw, self.ema)
         if self.sampler.learns:
             tensors[snapshot.SAMPLER] = self.sampler.state()
         window = self.window.state(self.accelerator.gather, self.accelerator.is_main_process)
-        problem = [self._write(self.run, tensors, window) if self.run else None]
-        if self.publisher and problem[0] is None:
-            self._publish(final)
+        self.saving_step = self.step
+        if self.run:
+            beside = not final and machine.free_memory() > 2 * snapshot.size(tensors)
+            if beside:
+                tensors = snapshot.copied(tensors, self.device)
+            state = {**self._state(), "window": window}
+            self.averaged  # noqa: B018 - built here: fresh weights draw from the generator that the training draws from
+            self.saving.start(partial(self._written, self.run, tensors, state, final), beside)
+        if final:
+            self._finish_save(final=True)
+
+    def _finish_save(self, final: bool = False) -> None:
+        """Waits for the save under way, if there is one; raises CannotWriteError where the final one failed."""
+        if self.saving_step == self.saved_step:
+            return
+        problem = [self.saving.result()]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(problem)  # of the first process: all must know whether to gather again
         if problem[0] is None:
-            self.saved_step = self.step
+            self.saved_step = self.saving_step
         elif final:
             raise CannotWriteError(problem[0])
-        elif self.run:
-            say(f"step {self.step} was not saved: {problem[0]}; training goes on")
+        self.saving_step = self.saved_step
 
-    def _publish(self, final: bool) -> None:
+    def _written(self, run: Run, tensors: dict[str, Mapping[str, Tensor]], state: dict[str, Any], final: bool) -> str | None:
+        """Writes, and hands over what is to be pushed; says at once what went wrong, if something did, unless it will end the run."""
+        problem = self._write(run, tensors, state)
+        if problem is None and self.publisher:
+            self._publish(self.publisher, state["step"], final)
+        if problem and not final:
+            say(f"step {state['step']} was not saved: {problem}; training goes on")
+        return problem
+
+    def _publish(self, publisher: Publisher, step: int, final: bool) -> None:
         """Hands what was just saved over to be pushed, or has what was handed over before tried again."""
-        assert self.publisher
         every = self.config.hub.hub_every
-        if final or every is None or due(self.step, every):
-            self.publisher.offer(self.step)
+        if final or every is None or due(step, every):
+            publisher.offer(step)
         else:
-            self.publisher.resume()
+            publisher.resume()
 
-    def _write(self, run: Run, tensors: dict[str, Mapping[str, Tensor]], window: dict[str, Any]) -> str | None:
-        """Export and checkpoint; what went wrong, if something did."""
+    def _write(self, run: Run, tensors: dict[str, Mapping[str, Tensor]], state: dict[str, Any]) -> str | None:
+        """Export and checkpoint of what was copied; what went wrong, if something did."""
         try:
             run.metrics.sync()
-            self._export(run.folder)
+            self._export(run.folder, tensors, state)
             keep = self.config.run.keep_checkpoints
-            best = int(self.best["step"]) if self.best and self.config.run.keep_best else None
-            checkpoint.write(run.checkpoints, self.step, snapshot.contents(tensors), {**self._state(), "window": window}, keep, best)
+            best = int(state["best"]["step"]) if state["best"] and self.config.run.keep_best else None
+            checkpoint.write(run.checkpoints, state["step"], snapshot.contents(tensors), state, keep, best)
         except CannotWriteError as error:
             return f"{error}; a save needs about {snapshot.size(tensors) / 1e6:.1f} MB"
         return None
 
-    def _export(self, folder: Path) -> None:
+    def _export(self, folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
-        self._load_averaged()
+        self._load_averaged(tensors[snapshot.ema_file(self.optim.ema_decay[0])])
         draft = folder / (DRAFT + "export")
         with said_if_not_writable(folder):
             try:
@@ -433,7 +489,7 @@ class Trainer:
                     write_file(folder / path.relative_to(draft), path.read_bytes())
             finally:  # before the space that is left is told
                 shutil.rmtree(draft, ignore_errors=True)
-        card = model_card(self.config, self.step, self.task.data.num_classes, len(self.task.data.source), self.measured)
+        card = model_card(self.config, state["step"], self.task.data.num_classes, len(self.task.data.source), state["measured"])
         write_file(folder / "README.md", card.encode())
 
     @cached_property
@@ -443,8 +499,7 @@ class Trainer:
         return network
 
     @torch.no_grad()
-    def _load_averaged(self) -> None:
-        average = self.ema.averages[self.optim.ema_decay[0]]
+    def _load_averaged(self, average: Mapping[str, Tensor]) -> None:
         for name, parameter in self.averaged.named_parameters():
             parameter.copy_(average[name])
 
@@ -461,7 +516,8 @@ class Trainer:
 
     def _drawn(self, count: int) -> Iterator[Tensor]:
         """Images of the averaged weights from the seeds 0, 1, ..., as batches (B, C, H, W) uint8."""
-        self._load_averaged()
+        self.saving.wait()  # a save under way exports with the same network
+        self._load_averaged(self.ema.averages[self.optim.ema_decay[0]])
         pipeline, labels = self.task.preview(self.averaged)
         steps = min(GRID_STEPS, len(self.objective.schedule) // 2)
         pipeline.scheduler = make_scheduler(default_scheduler(pipeline.scheduler), pipeline.scheduler, "linspace", steps)

@@ -27,7 +27,7 @@ class Window:
         self.T = T
         # For each bin: samples, their losses, mean squares, terms of the bound, weights, and squares of the weights.
         self.sums = torch.zeros(6, BINS, device=device)
-        self.steps = self.clipped = 0
+        self.steps, self.clipped = 0, torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add(self, t: Tensor, terms: Terms, weights: Tensor) -> None:
@@ -37,8 +37,8 @@ class Window:
         rows = torch.stack([torch.ones_like(w), terms.loss, terms.mse, bound, w, w.square()]).float()
         self.sums.index_add_(1, (t * BINS // self.T).to(rows.device, non_blocking=True), rows)
 
-    def step(self, clipped: bool) -> None:
-        """A step is done; whether its gradient was shortened."""
+    def step(self, clipped: Tensor) -> None:
+        """A step is done; whether () its gradient was shortened."""
         self.steps += 1
         self.clipped += clipped
 
@@ -60,10 +60,11 @@ class Window:
             "mse_by_t": means(squares),
             **({"bound_by_t": means(bounds)} if any(bounds) else {}),
             "effective_sample_size": sum(weights) ** 2 / (sum(samples) * sum(squared_weights) or 1),
-            "clip_rate": self.clipped / max(1, self.steps),
+            "clip_rate": self.clipped.item() / max(1, self.steps),
         }
         self.sums.zero_()
-        self.steps = self.clipped = 0
+        self.clipped.zero_()
+        self.steps = 0
         return values
 
     def state(self, gather: Gather, first: bool) -> dict[str, Any]:
@@ -73,10 +74,11 @@ class Window:
         """
         total = gather(self.sums[None]).sum(0)
         self.sums = total if first else torch.zeros_like(total)
-        return {"sums": total.tolist(), "steps": self.steps, "clipped": self.clipped}
+        return {"sums": total.tolist(), "steps": self.steps, "clipped": int(self.clipped.item())}
 
     def load(self, state: dict[str, Any], first: bool) -> None:
         """Puts back a `state`."""
         if first:
             self.sums.copy_(torch.tensor(state["sums"]))
-        self.steps, self.clipped = state["steps"], state["clipped"]
+        self.steps = state["steps"]
+        self.clipped.fill_(state["clipped"])

@@ -9,12 +9,12 @@ PACKAGE = ROOT / "debias_diffusers"
 
 # Lower rooms first; a room may import rooms of lower rows only.
 ORDER = [
-    {"errors", "chance", "ema"},
-    {"config", "files", "images"},
+    {"errors", "chance", "ema", "background"},
+    {"config", "files", "images", "cache"},
     {"rules", "schedule", "checkpoint", "model", "sources"},
     {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "card", "album", "guided", "extractors", "metrics"},
     {"hub"},
-    {"loss", "pipeline", "machine", "publish"},
+    {"loss", "pipeline", "machine", "publish", "update"},
     {"pixels", "sampling", "window", "plots", "convert"},
     {"progress", "imagesets"},
     {"evaluation"},
@@ -32,6 +32,7 @@ DOORS = {
     "huggingface_hub": {"card", "hub", "publish"},
     "PIL": {"images", "album", "imagesets"},
     "matplotlib": {"plots"},
+    "psutil": {"machine"},
 }
 
 WITHOUT_TORCH = {"errors", "config", "rules", "files", "checkpoint", "run", "card", "hub", "publish", "cli"}

@@ -122,7 +122,7 @@ def killed_in_save(trainer, k):
         with pytest.MonkeyPatch.context() as patch:
             recorder.kill_at(patch, k)
             try:
-                trainer._save()
+                trainer._save(final=True)
             except BaseException:
                 os._exit(9)
         os._exit(0)
@@ -181,7 +181,7 @@ def recorded(tmp_path):
     shutil.copytree(tmp_path / "run", tmp_path / "before")
     with pytest.MonkeyPatch.context() as patch:
         log = recorder.Recorder(patch, tmp_path / "run")
-        trainer._save()
+        trainer._save(final=True)
     return log, tmp_path / "before", tmp_path / "run"
 
 
@@ -444,31 +444,33 @@ def networks_agree(one, other):
 
 
 @pytest.mark.row(9, NUMBERS)
-def test_two_processes_train_what_one_trains_and_resume_with_the_same_bits(tmp_path):
-    one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
-    flags = ["--dropout", 0, "--lr_schedule", "constant"]
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.nightly)])
+def test_several_processes_train_what_one_trains_and_resume_with_the_same_bits(tmp_path, processes):
+    one, several, resumed = tmp_path / "one", tmp_path / "several", tmp_path / "resumed"
+    flags = ["--dropout", 0, "--lr_schedule", "constant", "--batch_size", 4 * processes]
     assert run(*train_args(one, *flags))[0] == 0
-    for folder, more in ((two, []), (resumed, ["--max_steps", 6]), (resumed, [])):
-        code, err = launched(2, *train_args(folder, *flags, *more))
+    for folder, more in ((several, []), (resumed, ["--max_steps", 6]), (resumed, [])):
+        code, err = launched(processes, *train_args(folder, *flags, *more))
         assert code == 0, err
-    same(two, resumed, 24)
-    state = json.loads((two / "checkpoints" / "step-00000024" / "state.json").read_text())
-    assert state["num_processes"] == 2 and state["position"] == 24 * 8
-    losses_agree(one, two)
-    networks_agree(one, two)
+    same(several, resumed, 24)
+    state = json.loads((several / "checkpoints" / "step-00000024" / "state.json").read_text())
+    assert state["num_processes"] == processes and state["position"] == 24 * 4 * processes
+    losses_agree(one, several)
+    networks_agree(one, several)
 
 
 @pytest.mark.nightly
 @pytest.mark.row(9, NUMBERS)
-def test_a_run_goes_from_one_process_to_two_and_back(tmp_path):
+def test_a_run_goes_from_one_process_to_two_to_three_and_back(tmp_path):
     plain, changed = tmp_path / "plain", tmp_path / "changed"
-    flags = ["--dropout", 0, "--lr_schedule", "constant"]
+    flags = ["--dropout", 0, "--lr_schedule", "constant", "--batch_size", 12]
     assert run(*train_args(plain, *flags))[0] == 0
     assert run(*train_args(changed, *flags, "--max_steps", 6))[0] == 0
-    code, err = launched(2, *train_args(changed, *flags, "--max_steps", 12))
-    assert code == 0 and "num_processes was 1, now it is 2" in err
+    for processes, steps in ((2, 12), (3, 18)):
+        code, err = launched(processes, *train_args(changed, *flags, "--max_steps", steps))
+        assert code == 0 and f"num_processes was {processes - 1}, now it is {processes}" in err
     code, _, err = run(*train_args(changed, *flags))
-    assert code == 0 and "num_processes was 2, now it is 1" in err
+    assert code == 0 and "num_processes was 3, now it is 1" in err
     losses_agree(plain, changed)
     networks_agree(plain, changed)
 

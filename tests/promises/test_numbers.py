@@ -1,5 +1,6 @@
 """What is not finite stops a run before it spoils anything, and numbers are those of a table worked out by hand."""
 
+import contextlib
 import os
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from conftest import ROOT, command, metrics, newest_step, run, same, tensors, train_args
 from here import tiny, trained_here
 from safetensors.torch import load
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from debias_diffusers import training
+from debias_diffusers import snapshot, training
 from debias_diffusers.config import ObjectiveConfig
 from debias_diffusers.errors import InputError, NotFiniteError
 from debias_diffusers.loss import Terms, make_objective
@@ -110,6 +112,48 @@ def test_after_a_step_that_was_not_finite_the_same_command_goes_on_as_if_nothing
 
 
 @pytest.mark.row(31, "a number that is not finite stops the run before the update, and is placed")
+@pytest.mark.parametrize("place", ["gradient", "loss"])
+def test_a_step_that_was_launched_before_this_was_read_makes_no_update_either(place, tmp_path):
+    """Without lines of metrics each step is read when the next is launched."""
+    flags = ["--checkpoint_every", 3, "--log_every", 0, "--max_grad_norm", 1]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(NotFiniteError, match=f"in step {SPOILT + 1} .positions {8 * SPOILT} to"):
+        spoiler = Spoiler(patch, place, torch.nan)
+        trained_here(tiny(tmp_path / "run", *flags))
+    trainer = spoiler.trainer
+    assert trainer.step == SPOILT + 2 and newest_step(tmp_path / "run") == SPOILT
+    kept = {name: load(content) for name, content in tensors(tmp_path / "run", SPOILT).items()}
+    left = {name: load(content) for name, content in snapshot.contents(snapshot.gather(trainer.model, trainer.adamw, trainer.ema))}
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert all(torch.equal(kept[name][key], left[name][key]) for key in kept[name]), name
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often the value of a tensor is asked for, which on a GPU waits for everything that was launched."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_is_launched_without_waiting_for_any_of_its_numbers(tmp_path, monkeypatch):
+    original, asked = training.Trainer._launch, Asked()
+
+    def launch(trainer, *args):
+        with asked if trainer.step else contextlib.nullcontext():  # in the first step the loader seeds itself, from a number of the CPU
+            return original(trainer, *args)
+
+    monkeypatch.setattr(training.Trainer, "_launch", launch)
+    flags = ["--max_grad_norm", 1, "--learn_sigma", "--ema_decay", 0.9, 0.99, "--timestep_sampler", "logit_normal"]
+    trainer = trained_here(tiny(tmp_path / "run", *flags, "--max_steps", 6, "--log_every", 0))
+    assert trainer.step == 6 and asked.count == 0
+    with asked:
+        trainer.update.skips.item()
+    assert asked.count == 1
+
+
+@pytest.mark.row(31, "a number that is not finite stops the run before the update, and is placed")
 def test_a_learning_rate_that_is_too_large_ends_with_exit_code_5(tmp_path):
     folder = tmp_path / "run"
     code, _, err = run(*train_args(folder, "--learning_rate", 1e30, "--checkpoint_every", 1, "--keep_checkpoints", 9))
@@ -134,7 +178,7 @@ class Overflowing:
 
         def gradients(trainer, micro_batches):
             weights = torch.cat([parameter.detach().flatten() for parameter in trainer.parameters])
-            self.seen[trainer.step] = weights.clone(), trainer.skips
+            self.seen[trainer.step] = weights.clone(), int(trainer.update.skips)
             spoilt = trainer.step in steps
             hook = trainer.parameters[0].register_hook(lambda g: torch.full_like(g, torch.inf) if spoilt else g)
             found = original(trainer, micro_batches)
@@ -156,7 +200,7 @@ def test_steps_that_overflow_in_fp16_are_skipped_and_counted(tmp_path, trials):
     with pytest.MonkeyPatch.context() as patch:
         spoilt = Overflowing(patch, {step for skipped in runs for step in skipped})
         trainer = trained_here(tiny(tmp_path / "run", "--max_steps", 2 * most + 4, "--checkpoint_every", 0), scaler=scaler)
-    assert trainer.step == 2 * most + 4 and trainer.skips == 0
+    assert trainer.step == 2 * most + 4 and trainer.update.skips == 0
     for step in range(trainer.step - 1):
         trials()
         in_a_row = next((step - skipped.start for skipped in runs if step in skipped), None)

@@ -1,0 +1,40 @@
+"""One piece of work at a time beside the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Background(Generic[T]):
+    """Does a piece of work in a thread, whose result is asked for later. As a context, it ends when the work under way is done."""
+
+    def __init__(self) -> None:
+        self._future: Future[T] | None = None
+
+    def start(self, work: Callable[[], T], beside: bool = True) -> None:
+        """Begins; without `beside` it is done before this returns. The result of the work before must have been asked for."""
+        assert self._future is None
+        # A thread for each, so that none waits for work when the process forks or ends.
+        pool = ThreadPoolExecutor(1)
+        self._future = pool.submit(work)
+        pool.shutdown(wait=not beside)
+
+    def result(self) -> T | None:
+        """What the work returned, once; None where there was none. Raises what it raised."""
+        future, self._future = self._future, None
+        return future.result() if future else None
+
+    def wait(self) -> None:
+        """Waits until no work is under way."""
+        if self._future:
+            wait([self._future])
+
+    def __enter__(self) -> Background[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()

@@ -1,0 +1,238 @@
+"""A training that is fast is the same training: what is done beside it, kept, laid out or recomputed changes no result."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ROOT, command, launched, metrics, run, same, tensors, train_args
+from here import tiny, trained_here
+from PIL import Image
+from safetensors.torch import load
+
+from debias_diffusers import cache, checkpoint, images, machine, training
+from debias_diffusers.background import Background
+from debias_diffusers.cache import make_cache
+from debias_diffusers.config import DataConfig
+from debias_diffusers.data import PositionBatches, TrainingData, batches
+from debias_diffusers.sources import open_source
+
+
+class Slow:
+    """Holds each write of a checkpoint up until the training has gone on, for half a second at most, and notes whether it had."""
+
+    def __init__(self, patch):
+        self.gone_on, self.trainer = [], None
+        write, launch = checkpoint.write, training.Trainer._launch
+
+        def slow(folder, step, *args):
+            end = time.monotonic() + 0.5
+            while self.trainer.step == step and time.monotonic() < end:
+                time.sleep(0.001)
+            self.gone_on.append(self.trainer.step > step)
+            return write(folder, step, *args)
+
+        def seen(trainer, *args):
+            self.trainer = trainer
+            return launch(trainer, *args)
+
+        patch.setattr(checkpoint, "write", slow)
+        patch.setattr(training.Trainer, "_launch", seen)
+
+
+def test_a_save_beside_the_training_has_the_tensors_of_its_step(trained, tmp_path, monkeypatch):
+    slow = Slow(monkeypatch)
+    trained_here(tiny(tmp_path / "run", "--keep_checkpoints", 4))
+    assert slow.gone_on == [True, True, True, False]  # the last is waited for
+    for step in (18, 24):
+        assert tensors(tmp_path / "run", step) == tensors(trained, step)
+    same(trained, tmp_path / "run", 24)
+
+
+def test_without_memory_for_a_copy_the_training_waits_for_the_save(trained, tmp_path, monkeypatch):
+    slow = Slow(monkeypatch)
+    monkeypatch.setattr(machine, "free_memory", lambda: 1)
+    trained_here(tiny(tmp_path / "run", "--max_steps", 12, "--lr_schedule", "constant"))
+    assert slow.gone_on == [False, False]
+
+
+def test_what_goes_wrong_beside_is_raised_where_the_result_is_asked_for():
+    background = Background()
+    assert background.result() is None
+    for beside in (True, False):
+        background.start(lambda: 1 / 0, beside)
+        background.wait()
+        with pytest.raises(ZeroDivisionError):
+            background.result()
+        assert background.result() is None
+
+
+def test_free_memory_is_no_more_than_the_machine_has():
+    assert 2**20 < machine.free_memory() <= machine.psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    "device, precision, last",
+    [("cpu", "no", True), ("cpu", "bf16", False), ("cuda", "bf16", True), ("cuda", "fp16", True), ("cuda", "no", False)],
+)
+def test_convolutions_lie_channels_last_where_that_is_faster(device, precision, last):
+    accelerator = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
+    assert machine.memory_format(accelerator) == (torch.channels_last if last else torch.contiguous_format)
+
+
+def test_a_resumed_run_lays_its_moments_as_its_weights(trained, tmp_path):
+    """Channels last on a CPU in float32; the files have the usual layout."""
+    trained_here(tiny(tmp_path / "run", "--max_steps", 12, "--lr_schedule", "constant"))
+    trainer = trained_here(tiny(tmp_path / "run", "--max_steps", 13, "--lr_schedule", "constant"))
+    convolutions = [p for p in trainer.parameters if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    assert convolutions and all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
+    for parameter, moments in trainer.adamw.state.items():
+        assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == parameter.stride()
+    kept = load(tensors(tmp_path / "run", 13)["model.safetensors"])
+    for name, weight in trainer.model.named_parameters():
+        assert torch.equal(kept[name], weight) and kept[name].is_contiguous()
+
+
+# ---- images kept decoded ------------------------------------------------------------------------------------------------
+
+
+def coloured(folder):
+    """Images of several sizes and kinds, with labels."""
+    draws = np.random.default_rng(0)
+    for k in range(12):
+        path = folder / "ab"[k % 2] / f"{k}.{('png', 'jpg')[k % 3 == 0]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draws.integers(0, 256, (9 + k, 12, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_kept_images_have_the_pixels_of_decoded_ones_and_are_decoded_once(tmp_path, monkeypatch, workers):
+    usual = {"dataset": str(coloured(tmp_path / "images")), "resolution": 8, "class_conditional": True, "random_flip": True}
+    found, decoded = [], multiprocessing.get_context("fork").Value("i", 0)
+    decode = images.decode
+
+    def counted(*args):
+        with decoded.get_lock():
+            decoded.value += 1
+        return decode(*args)
+
+    monkeypatch.setattr(images, "decode", counted)
+    for megabytes in (0, 1):
+        config = DataConfig(**usual, num_workers=workers, cache_images_mb=megabytes)
+        data = TrainingData(open_source(config), config, seed=0)
+        assert (data.cache is not None) == bool(megabytes)
+        decoded.value = 0  # the first one was looked at for its channels
+        found.append(list(batches(data, PositionBatches(4, 4, 0, 1, range(30)), pin_memory=False)))
+        assert decoded.value == 120 if not megabytes else 12 <= decoded.value <= 12 * max(1, workers)
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_sets_that_do_not_fit_are_not_kept(monkeypatch):
+    assert make_cache(1000, (1, 100, 100), 10, shared=False) is not None
+    assert make_cache(1001, (1, 100, 100), 10, shared=False) is None
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: cache.shutil._ntuple_diskusage(64_000_000, 0, 64_000_000))
+    assert make_cache(1000, (1, 100, 100), 1000, shared=True) is not None
+    assert make_cache(4000, (1, 100, 100), 1000, shared=True) is None  # more than half of a container's shared memory
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert make_cache(1000, (1, 100, 100), 1000, shared=True) is None
+
+
+def test_pixels_that_are_not_wholly_there_are_not_taken():
+    kept = make_cache(3, (1, 8, 8), 1, shared=False)
+    pixels = torch.arange(64, dtype=torch.uint8).view(1, 8, 8)
+    assert kept.get(1) is None
+    kept.put(1, pixels, 5)
+    assert torch.equal(kept.get(1)[0], pixels) and kept.get(1)[1] == 5 and kept.get(0) is None
+    kept.pixels[1, 0, 7, 7] += 1  # as if the last byte had not arrived
+    assert kept.get(1) is None
+
+
+# ---- activations computed again, networks compiled ------------------------------------------------------------------------
+
+
+def test_with_gradient_checkpointing_the_same_is_learned(trained, tmp_path):
+    """The tiny run has dropout, which must fall on the same activations when they are computed again."""
+    trained_here(tiny(tmp_path / "run", "--gradient_checkpointing"))
+    same(trained, tmp_path / "run", 24)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("precision", ("no", "bf16"))
+def test_a_compiled_network_learns_the_same_to_rounding_and_its_checkpoints_are_those_of_the_bare_one(tmp_path, precision):
+    flags = ["--dropout", 0, "--lr_schedule", "constant", "--mixed_precision", precision]
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        code, _, err = run(*train_args(tmp_path / name, *flags, *more, "--max_steps", 6))
+        assert code == 0, err
+    plain, compiled = (load(tensors(tmp_path / name, 6)["model.safetensors"]) for name in ("plain", "compiled"))
+    assert {name: value.shape for name, value in plain.items()} == {name: value.shape for name, value in compiled.items()}
+    for left, right in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "compiled")):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5 if precision == "no" else 2e-2)
+    code, _, err = run(*train_args(tmp_path / "compiled", *flags, "--max_steps", 7))
+    assert code == 0 and "warning: compile was True, now it is False; the run goes on, but not bit for bit as before" in err
+
+
+@pytest.mark.nightly
+def test_a_compiled_run_over_two_processes_resumes_with_the_same_bits(tmp_path):
+    one, other = tmp_path / "whole", tmp_path / "resumed"
+    for folder, steps in ((one, 12), (other, 6), (other, 12)):
+        code, err = launched(2, *train_args(folder, "--compile", "--lr_schedule", "constant", "--max_steps", steps))
+        assert code == 0, err
+    same(one, other, 12)
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------------
+
+LAUNCHERS = {"one_gpu": (1, 1, False), "eight_gpus": (8, 1, False), "two_nodes": (16, 2, False), "two_cpu_processes": (2, 1, True)}
+
+
+def test_the_packaged_configurations_of_the_launcher_are_accelerates_own():
+    folder = ROOT / "debias_diffusers" / "configs" / "accelerate"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(LAUNCHERS)
+    for name, (processes, machines, cpu) in LAUNCHERS.items():
+        config = load_config_from_file(str(folder / f"{name}.yaml"))  # refuses keys that it does not know
+        assert (config.num_processes, config.num_machines, config.use_cpu) == (processes, machines, cpu)
+        assert config.mixed_precision == ("no" if cpu else "bf16")
+
+
+def test_the_script_for_slurm_starts_the_launcher_on_each_node(tmp_path):
+    """With stand-ins for what a cluster has."""
+    stand_ins = {
+        "srun": 'shift; SLURM_PROCID=1 exec "$@"',
+        "scontrol": "echo host1; echo host2",
+        "accelerate": "printf '%s\\n' \"$@\"",
+        "debias-train": "",
+        "python": f'exec {sys.executable} "$@"',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {"SLURM_CPUS_PER_TASK": "64", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "host[1-2]"}
+    environment = {**os.environ, **given, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ROOT / "debias_diffusers" / "configs" / "accelerate" / "slurm.sh"
+    done = subprocess.run(
+        ["bash", script, "--config", "celebahq256", "--output_dir", "a b"], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0] == "launch" and said[said.index("--config_file") + 1].endswith("two_nodes.yaml")
+    for flag, value in (("--num_machines", "2"), ("--num_processes", "16"), ("--machine_rank", "1"), ("--main_process_ip", "host1")):
+        assert said[said.index(flag) + 1] == value
+    assert said[-5:] == [str(tmp_path / "debias-train"), "--config", "celebahq256", "--output_dir", "a b"]
+
+
+@pytest.mark.nightly
+def test_the_packaged_configuration_starts_two_processes_on_a_cpu(tmp_path):
+    file = ROOT / "debias_diffusers" / "configs" / "accelerate" / "two_cpu_processes.yaml"
+    process = command("-m", "accelerate.commands.launch", "--config_file", file, *train_args(tmp_path / "run", "--max_steps", 6))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "state.json").read_text())["num_processes"] == 2
