@@ -144,7 +144,7 @@ class OptimizationConfig:
     allow_pickle_import: bool = False  # also from .bin weights, read as tensors only
     mixed_precision: Precision | None = None  # as the launcher says if left out, else no
     gradient_checkpointing: bool = False  # compute activations again in the backward: much less memory, steps a third longer
-    compile: bool = False  # compile the network first: minutes at the start, faster steps
+    compile: bool = False  # compile the network first: minutes at the start, for long runs on a GPU
     compile_mode: CompileMode = "default"  # reduce-overhead has CUDA graphs, for small networks; max-autotune tries kernels out as well
     num_threads: int | None = None  # CPU threads of a process; all cores, shared by the machine's processes, if left out
     seed: int = 0  # with the position of a sample, decides all of its chance

@@ -12,7 +12,8 @@
 set -euo pipefail
 
 GPUS_PER_NODE=8
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")  # not through head, whose early end would end scontrol with an error
+first=${hosts%%$'\n'*}
 config=$(python -c 'import debias_diffusers, pathlib; print(pathlib.Path(debias_diffusers.__file__).parent / "configs/accelerate/two_nodes.yaml")')
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / GPUS_PER_NODE))
 
