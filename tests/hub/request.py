@@ -61,6 +61,7 @@ class Request(BaseHTTPRequestHandler):
         except HubError as error:
             self._refuse(error)
         except ConnectionError:  # the client has left
+            self.record["status"] = self.record["status"] or "left"
             self.close_connection = True
         except Exception as error:  # ours; said to both sides, as a thread's own end would pass for a lost connection
             self.record["error"] = traceback.format_exc()

@@ -40,8 +40,8 @@ class HubServer:
     Attributes:
         url: for HF_ENDPOINT.
         log: a line for each request, in the order of their coming: method, path (unquoted), query, auth (whether a token came), range,
-            seconds (since the server's start), received (bytes), status (None until there is one; "drop" for a closed connection), and
-            error, the traceback, where the stand-in itself failed.
+            seconds (since the server's start), received (bytes), status (None until there is one; "drop" for a closed connection, "left"
+            where the client closed it), and error, the traceback, where the stand-in itself failed.
         users: by token.
         page_size: entries of one answer to a listing of files.
         multipart_over: larger files go in parts of `part_size` bytes.
