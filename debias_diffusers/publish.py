@@ -30,7 +30,7 @@ from .config import HubConfig, PushConfig, layered, read_config
 from .errors import DebiasError, HubError, InputError, RunInUseError, StoppedError
 from .files import DRAFT, read_file, remove, said_if_not_writable, take_lock, write_file
 from .hub import WEIGHTS, api, retried
-from .run import CHECKPOINTS, CONFIG, METRICS, SAMPLES, StopSignal, say
+from .run import CHECKPOINTS, CONFIG, METRICS, SAMPLES, StopSignal, say, step_of
 
 PENDING = ".push"  # in a run: snapshots that are on their way,
 SENDING = "sending"  # the one that is being sent,
@@ -64,8 +64,8 @@ def snapshot(run: Path, step: int) -> Path:
             remove(draft)
             for name, path in files.items():
                 (draft / name).parent.mkdir(parents=True, exist_ok=True)
-                _link(path, draft / name)
-            remove(final)
+                _link(path, draft / name, step)
+            _drop(final)
             os.rename(draft, final)
         except OSError:
             remove(draft)
@@ -83,18 +83,22 @@ def _files(run: Path, step: int) -> dict[str, Path]:
     found |= {f"unet/{name}": folder / f"ema_{rate}.safetensors" for name, rate in names.items()}
     if (run / METRICS).is_file():  # not where nothing was logged
         found[METRICS] = run / METRICS
-    if grids := sorted((run / SAMPLES).glob("step-*.png")):
-        found[GRID] = grids[-1]
+    grids = sorted((run / SAMPLES).glob("step-*.png"))  # of later steps, too, where the training has gone on
+    if drawn := [path for path in grids if path.stem <= checkpoint.name_of(step)]:
+        found[GRID] = drawn[-1]
     return found
 
 
-def _link(path: Path, place: Path) -> None:
-    """metrics.jsonl grows where it lies; everything else is replaced by a rename, so that a link keeps what it is now."""
-    if path.name != METRICS:
-        with contextlib.suppress(OSError):  # of file systems without links
-            os.link(path, place)
-            return
-    shutil.copyfile(path, place)
+def _link(path: Path, place: Path, step: int) -> None:
+    """metrics.jsonl grows where it lies, so its lines so far are copied; all else is replaced by a rename, and a link keeps it."""
+    if path.name == METRICS:
+        lines = path.read_bytes().splitlines(keepends=True)
+        place.write_bytes(b"".join(line for line in lines if step_of(line) <= step))
+        return
+    try:
+        os.link(path, place)
+    except OSError:  # of file systems without links
+        shutil.copyfile(path, place)
 
 
 def _contents(folder: Path, repo: str, license: str | None) -> dict[str, Path | bytes]:
@@ -115,14 +119,23 @@ def waiting(run: Path) -> list[Path]:
 
 def _take(run: Path) -> Path | None:
     """The newest snapshot, out of the way of whoever drops older ones for newer; older ones go."""
-    ready, left = checkpoint.checkpoints(run / PENDING), checkpoint.checkpoints(run / PENDING / SENDING)
-    if not ready:
-        return left[-1] if left else None
-    with said_if_not_writable(run / PENDING):
-        for older in (*ready[:-1], run / PENDING / SENDING):
-            remove(older)
-        (run / PENDING / SENDING).mkdir()
-        return ready[-1].rename(run / PENDING / SENDING / ready[-1].name)
+    while ready := checkpoint.checkpoints(run / PENDING):
+        with said_if_not_writable(run / PENDING):
+            for older in (*ready[:-1], run / PENDING / SENDING):
+                _drop(older)
+            (run / PENDING / SENDING).mkdir()
+            with contextlib.suppress(FileNotFoundError):  # dropped for a newer one meanwhile
+                return ready[-1].rename(run / PENDING / SENDING / ready[-1].name)
+    left = checkpoint.checkpoints(run / PENDING / SENDING)
+    return left[-1] if left else None
+
+
+def _drop(folder: Path) -> None:
+    """Removes a snapshot; under another name first, so that nobody takes what is half removed."""
+    out_of_sight = folder.with_name(f"{DRAFT}{os.getpid()}-{folder.name}")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(out_of_sight)
+        remove(out_of_sight)
 
 
 def _step(folder: Path) -> int:
@@ -210,7 +223,7 @@ def push(config: PushConfig) -> None:
         write_file(run / PENDING / TO, json.dumps(dataclasses.asdict(dataclasses.replace(to, hub_model_id=repo))).encode())
         while folder := _take(run):
             _push_snapshot(folder, repo, to)
-            remove(folder)
+            _drop(folder)
 
 
 def _where_to(config: PushConfig) -> HubConfig:
@@ -305,7 +318,7 @@ class Publisher:
         self.deadline = 0.0  # of the process
         for folder in waiting(run):
             if _step(folder) > step:  # of steps that will be trained again
-                remove(folder)
+                _drop(folder)
 
     def offer(self, step: int) -> None:
         """Hands a checkpoint over that was just written. What goes wrong is said."""
@@ -313,7 +326,7 @@ class Publisher:
             folder = snapshot(self.run, step)
             for older in checkpoint.checkpoints(self.run / PENDING):
                 if older != folder:  # not the one that is being sent; the disk must not fill while the Hub is away
-                    remove(older)
+                    _drop(older)
             self.offered = step
         except (DebiasError, OSError) as error:
             say(f"step {step} is not pushed: {error}")
@@ -339,7 +352,7 @@ class Publisher:
         return True
 
     def _start(self) -> None:
-        size = sum(path.stat().st_size for path in waiting(self.run)[-1].rglob("*"))
+        size = sum(path.stat().st_size for folder in waiting(self.run) for path in folder.rglob("*"))
         self.deadline = time.monotonic() + STILL + size / SLOWEST
         package = str(Path(__file__).parent.parent)  # which may be importable for the script that was started only
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]

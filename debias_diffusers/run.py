@@ -105,7 +105,7 @@ class Metrics:
     def begin_after(self, step: int) -> None:
         """Drops the lines of later steps, which will be trained again, and a last line that was cut off."""
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in lines if step_of(line) <= step]
         if kept != lines:
             write_file(self.path, b"".join(kept))
 
@@ -134,7 +134,7 @@ class Metrics:
             os.fsync(file.fileno())
 
 
-def _step_of(line: bytes) -> float:
+def step_of(line: bytes) -> float:
     """The step of a line of metrics; infinite where the line was cut off or torn."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf

@@ -514,6 +514,17 @@ def test_only_what_is_sent_and_the_newest_are_kept(run):
     assert [path.name for path in publish.waiting(run)] == ["step-00000018"]
 
 
+def test_a_snapshot_has_the_metrics_and_the_grid_of_its_step_though_the_training_has_gone_on(run):
+    (run / "samples").mkdir(exist_ok=True)
+    for step in (12, 18, 24):
+        (run / "samples" / f"step-{step:08d}.png").write_bytes(b"%d" % step)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 25')  # half a line
+    folder = publish.snapshot(run, 18)
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, 19))
+    assert (folder / "samples.png").read_bytes() == b"18"
+
+
 def test_a_push_that_has_come_to_a_stop_is_ended(run, monkeypatch, capsys):
     publisher = publish.Publisher(run, HubConfig(hub_model_id="alice/run"), 24)
     publisher.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
