@@ -57,6 +57,11 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def ema_file(rate: float) -> str:
+    """The file of a checkpoint that holds the average at a rate."""
+    return f"ema_{rate}.safetensors"
+
+
 def write(folder: Path, step: int, files: Iterable[tuple[str, bytes]], state: dict[str, Any], keep: int, best: int | None = None) -> Path:
     """Writes the checkpoint of a step and then removes the oldest beyond `keep`.
 

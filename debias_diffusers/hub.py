@@ -299,12 +299,13 @@ def fetched(name: str, variant: str | None = None, allow_pickle: bool = False) -
         HubError: as of `pinned`; or a file could not be fetched.
         InputError: it has other weights than safetensors only, and they are not wanted.
     """
+    name = pinned(name)
     stem = f"*{WEIGHTS}.{variant}" if variant else f"*{WEIGHTS}"
     # A star stands for folders, too; weights of many files have their numbers after the stem.
     kinds = ["safetensors", *(["bin"] if allow_pickle else [])]
     folder = fetched_files(name, ["*.json", *(f"{stem}{part}.{kind}" for part in ("", "-*-of-*") for kind in kinds)])
     if not allow_pickle and not any(folder.rglob(f"{WEIGHTS}*")):
-        repo, commit = split(pinned(name))
+        repo, commit = split(name)
         there = retried(lambda: api().list_repo_files(repo, revision=commit), f"reading {name}")
         weights = [file for file in there if Path(file).name.startswith(WEIGHTS)]
         if weights and not any(file.endswith(".safetensors") for file in weights):

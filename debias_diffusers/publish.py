@@ -80,7 +80,7 @@ def _files(run: Path, step: int) -> dict[str, Path]:
     first, *others = layered(read_config(str(run / CONFIG))).optimization.ema_decay
     names = {f"{WEIGHTS}.safetensors": first} | {f"{WEIGHTS}.{variant(rate)}.safetensors": rate for rate in others}
     folder = run / CHECKPOINTS / checkpoint.name_of(step)
-    found |= {f"unet/{name}": folder / f"ema_{rate}.safetensors" for name, rate in names.items()}
+    found |= {f"unet/{name}": folder / checkpoint.ema_file(rate) for name, rate in names.items()}
     if (run / METRICS).is_file():  # not where nothing was logged
         found[METRICS] = run / METRICS
     grids = sorted((run / SAMPLES).glob("step-*.png"))  # of later steps, too, where the training has gone on

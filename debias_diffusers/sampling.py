@@ -192,7 +192,7 @@ def _load_weights(pipeline: PixelPipeline, run: Path, weights: str, step: int | 
     if found is None:
         raise InputError(f"weights is {weights}, but {run} has no checkpoints; take --weights ema")
     rates = found.state["config"]["ema_decay"]
-    name = snapshot.MODEL if weights == "raw" else snapshot.ema_file(rates[0] if weights == "ema" else float(weights))
+    name = snapshot.MODEL if weights == "raw" else checkpoint.ema_file(rates[0] if weights == "ema" else float(weights))
     if not (found.path / name).is_file():
         raise InputError(f"weights is {weights}, but the run averages at {rates} only; take one of these, ema or raw")
     pipeline.unet.load_state_dict(safetensors.torch.load(found.read(name)))

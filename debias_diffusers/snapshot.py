@@ -20,16 +20,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, ema_file
 from .ema import EMA
 
 MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampler.safetensors"
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def ema_file(rate: float) -> str:
-    """The file of a checkpoint that holds the average at a rate."""
-    return f"ema_{rate}.safetensors"
 
 
 def gather(model: nn.Module, optimizer: Optimizer, ema: EMA) -> dict[str, Mapping[str, Tensor]]:

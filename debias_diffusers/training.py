@@ -20,7 +20,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from . import chance, checkpoint, data, evaluation, hub, images, machine, sampling, snapshot
@@ -313,19 +313,13 @@ class Trainer:
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
         """The checkpoint that the first process chose, in every process."""
-        chosen = [self.run.resume if self.run else None]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(chosen)
-        return chosen[0]
+        return machine.agreed(lambda: self.run.resume if self.run else None, self.accelerator)
 
     def _readable(self, source: Source, found: Checkpoint | None) -> Source:
         """The source less its unreadable images: the processes share the look at all, unless a checkpoint says what was seen before."""
-        known = [self._known_to_be_skipped(source, found) if self.run else None]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(known)
-        if known[0] is None:
-            known = [self._look(source)]
-        return Without(source, known[0]) if known[0] else source
+        known = machine.agreed(lambda: self._known_to_be_skipped(source, found), self.accelerator)
+        skipped = self._look(source) if known is None else known
+        return Without(source, skipped) if skipped else source
 
     def _known_to_be_skipped(self, source: Source, found: Checkpoint | None) -> list[int] | None:
         """None where the images are still to be looked at."""
@@ -439,13 +433,11 @@ class Trainer:
         """Waits for the save under way, if there is one; raises CannotWriteError where the final one failed."""
         if self.saving_step == self.saved_step:
             return
-        problem = [self.saving.result()]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(problem)  # of the first process: all must know whether to gather again
-        if problem[0] is None:
+        problem = machine.agreed(self.saving.result, self.accelerator)  # all must know whether to gather again
+        if problem is None:
             self.saved_step = self.saving_step
         elif final:
-            raise CannotWriteError(problem[0])
+            raise CannotWriteError(problem)
         self.saving_step = self.saved_step
 
     def _written(self, run: Run, tensors: dict[str, Mapping[str, Tensor]], state: dict[str, Any], final: bool) -> str | None:
@@ -479,7 +471,7 @@ class Trainer:
 
     def _export(self, folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
-        self._load_averaged(tensors[snapshot.ema_file(self.optim.ema_decay[0])])
+        self._load_averaged(tensors[checkpoint.ema_file(self.optim.ema_decay[0])])
         draft = folder / (DRAFT + "export")
         with said_if_not_writable(folder):
             try:
