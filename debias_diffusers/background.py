@@ -10,7 +10,10 @@ T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """Does a piece of work in a thread, whose result is asked for later. As a context, it ends when the work under way is done."""
+    """Does a piece of work in a thread, whose result is asked for later.
+
+    As a context, it ends when the work under way is done, and raises what that raised.
+    """
 
     def __init__(self) -> None:
         self._future: Future[T] | None = None
@@ -28,6 +31,11 @@ class Background(Generic[T]):
         future, self._future = self._future, None
         return future.result() if future else None
 
+    def check(self) -> None:
+        """Raises what the work raised, if it has already."""
+        if self._future and self._future.done() and self._future.exception():
+            self.result()
+
     def wait(self) -> None:
         """Waits until no work is under way."""
         if self._future:
@@ -37,4 +45,4 @@ class Background(Generic[T]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.wait()
+        self.result()

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .memory import free_memory
+
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it: containers often have little
 
 
@@ -47,13 +49,16 @@ def _checksum(pixels: Tensor, label: int) -> int:
 
 
 def make_cache(count: int, shape: Sequence[int], most_mb: int, shared: bool) -> DecodedCache | None:
-    """A cache, where all images fit into `most_mb` (10^6 bytes) and into the shared memory that is left; else None."""
+    """A cache, where all images fit into `most_mb` (10^6 bytes) and into half the memory that is left; else None."""
     size = count * math.prod(shape)
-    if size > 1e6 * most_mb or (shared and SHARED_MEMORY.is_dir() and size > _free_shared_memory() / 2):
+    if size > 1e6 * most_mb or size > _room(shared) / 2:
         return None
     return DecodedCache(count, shape, shared)
 
 
-def _free_shared_memory() -> int:
-    """Bytes for each training process of this machine."""
-    return shutil.disk_usage(SHARED_MEMORY).free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def _room(shared: bool) -> int:
+    """Bytes that are left for each training process of this machine."""
+    left = free_memory()
+    if shared and SHARED_MEMORY.is_dir():
+        left = min(left, shutil.disk_usage(SHARED_MEMORY).free)
+    return left // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,11 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from . import chance, checkpoint, data, evaluation, hub, images, machine, sampling, snapshot
-from .background import Background
-from .card import model_card
 from .checkpoint import Checkpoint
 from .config import DIGITS, PINNED, HubConfig, OptimizationConfig, TrainConfig, differences, flatten, stored, to_json, update
 from .ema import EMA
 from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
-from .files import DRAFT, said_if_not_writable, write_file
+from .files import write_file
 from .loss import Terms, make_objective
 from .metrics import as_loss
 from .model import build_unet
@@ -38,6 +34,7 @@ from .pixels import PixelTask, network_arguments
 from .progress import Progress, due
 from .publish import Publisher
 from .run import SAMPLES, Run, StopSignal, say
+from .saving import Saver
 from .schedule import at
 from .schedulers import default_scheduler, make_scheduler
 from .sources import Source, Without, is_hub_id, open_readable, open_source, require_skippable, unreadable
@@ -106,7 +103,7 @@ class Trainer:
         unet = self.task.build()
         if self.optim.init and found is None:
             self._start_from(unet, self.optim.init)
-        network = unet.to(self.device, memory_format=machine.memory_format(accelerator)).train()
+        network = machine.to_train(unet, accelerator)
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.ema = EMA(dict(network.named_parameters()), self.optim.ema_decay)
         # A loss that is not finite is never the search of fp16 for its scale, an overflowing gradient may be.
@@ -122,8 +119,7 @@ class Trainer:
 
         self.step = 0  # optimizer steps that are done
         self.saved_step = 0
-        self.saving: Background[str | None] = Background()  # in the first process: what went wrong with the save under way
-        self.saving_step = 0
+        self.saving_step = 0  # of the save under way; the step that is saved where there is none
         self.drawn: list[tuple[Tensor, Tensor]] = []  # noise levels and losses of the pieces of the step at hand
         self.best: dict[str, Any] | None = None  # step and figure of the best measurement, and what was measured
         self.measured: dict[str, Any] | None = None  # the last measurement: its step, by what, and all figures
@@ -141,6 +137,7 @@ class Trainer:
         measures = run is not None and config.run.eval_every > 0
         self.monitor = evaluation.Monitor(config, self.task.data.source, self.device) if measures else None
         self.publisher = Publisher(run.folder, to, self.step) if run and to else None
+        self.saver = Saver(run, config, self.task, self.device, self.publisher) if run else None
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -154,8 +151,10 @@ class Trainer:
         if self.publisher:
             self.publisher.resume()
         launched: deque[Launched] = deque()
-        with Progress(self.config, self.run, self.accelerator, self.step) as progress, self.saving:
+        with Progress(self.config, self.run, self.accelerator, self.step) as progress, self.saver or contextlib.nullcontext():
             while self.step < self.optim.max_steps and not signum and not late:
+                if self.saver:
+                    self.saver.check()
                 launched.append(self._launch(micro_batches, stop.signum, time.monotonic() > deadline))
                 for _ in range(len(launched) - self._may_stay_unread(launched[-1])):
                     signum, late = self._read(launched.popleft(), progress)
@@ -419,13 +418,8 @@ class Trainer:
             tensors[snapshot.SAMPLER] = self.sampler.state()
         window = self.window.state(self.accelerator.gather, self.accelerator.is_main_process)
         self.saving_step = self.step
-        if self.run:
-            beside = not final and machine.free_memory() > 2 * snapshot.size(tensors)
-            if beside:
-                tensors = snapshot.copied(tensors, self.device)
-            state = {**self._state(), "window": window}
-            self.averaged  # noqa: B018 - built here: fresh weights draw from the generator that the training draws from
-            self.saving.start(partial(self._written, self.run, tensors, state, final), beside)
+        if self.saver:
+            self.saver.save(tensors, {**self._state(), "window": window}, final)
         if final:
             self._finish_save(final=True)
 
@@ -433,84 +427,28 @@ class Trainer:
         """Waits for the save under way, if there is one; raises CannotWriteError where the final one failed."""
         if self.saving_step == self.saved_step:
             return
-        problem = machine.agreed(self.saving.result, self.accelerator)  # all must know whether to gather again
+        # All must know whether to gather again.
+        problem = machine.agreed(lambda: self.saver.result() if self.saver else None, self.accelerator)
         if problem is None:
             self.saved_step = self.saving_step
         elif final:
             raise CannotWriteError(problem)
         self.saving_step = self.saved_step
 
-    def _written(self, run: Run, tensors: dict[str, Mapping[str, Tensor]], state: dict[str, Any], final: bool) -> str | None:
-        """Writes, and hands over what is to be pushed; says at once what went wrong, if something did, unless it will end the run."""
-        problem = self._write(run, tensors, state)
-        if problem is None and self.publisher:
-            self._publish(self.publisher, state["step"], final)
-        if problem and not final:
-            say(f"step {state['step']} was not saved: {problem}; training goes on")
-        return problem
-
-    def _publish(self, publisher: Publisher, step: int, final: bool) -> None:
-        """Hands what was just saved over to be pushed, or has what was handed over before tried again."""
-        every = self.config.hub.hub_every
-        if final or every is None or due(step, every):
-            publisher.offer(step)
-        else:
-            publisher.resume()
-
-    def _write(self, run: Run, tensors: dict[str, Mapping[str, Tensor]], state: dict[str, Any]) -> str | None:
-        """Export and checkpoint of what was copied; what went wrong, if something did."""
-        try:
-            run.metrics.sync()
-            self._export(run.folder, tensors, state)
-            keep = self.config.run.keep_checkpoints
-            best = int(state["best"]["step"]) if state["best"] and self.config.run.keep_best else None
-            checkpoint.write(run.checkpoints, state["step"], snapshot.contents(tensors), state, keep, best)
-        except CannotWriteError as error:
-            return f"{error}; a save needs about {snapshot.size(tensors) / 1e6:.1f} MB"
-        return None
-
-    def _export(self, folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-        """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
-        self._load_averaged(tensors[checkpoint.ema_file(self.optim.ema_decay[0])])
-        draft = folder / (DRAFT + "export")
-        with said_if_not_writable(folder):
-            try:
-                self.task.pipeline(self.averaged).save_pretrained(draft, safe_serialization=True)
-                # File by file, each whole or absent; only the weights differ from one export to the next.
-                for path in sorted(p for p in draft.rglob("*") if p.is_file()):
-                    write_file(folder / path.relative_to(draft), path.read_bytes())
-            finally:  # before the space that is left is told
-                shutil.rmtree(draft, ignore_errors=True)
-        card = model_card(self.config, state["step"], self.task.data.num_classes, len(self.task.data.source), state["measured"])
-        write_file(folder / "README.md", card.encode())
-
-    @cached_property
-    def averaged(self) -> nn.Module:
-        """A network that holds averaged weights, to draw with and to export; only the first process ever needs it."""
-        network: nn.Module = self.task.build().to(self.device).eval()
-        return network
-
-    @torch.no_grad()
-    def _load_averaged(self, average: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.averaged.named_parameters():
-            parameter.copy_(average[name])
-
     def _draw_grid(self) -> None:
         """Samples of the averaged weights, always from the same seeds, as one picture."""
-        if self.run is None:
+        if self.saver is None:
             return
         try:
-            drawn = [image for batch in self._drawn(GRID_IMAGES) for image in batch.cpu().numpy()]
+            drawn = [image for batch in self._drawn(self.saver, GRID_IMAGES) for image in batch.cpu().numpy()]
             picture = images.grid([images.from_array(array) for array in drawn])
-            write_file(self.run.folder / SAMPLES / f"{checkpoint.name_of(self.step)}.png", images.png(picture))
+            write_file(self.saver.run.folder / SAMPLES / f"{checkpoint.name_of(self.step)}.png", images.png(picture))
         except (CannotWriteError, InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
             say(f"no sample grid at step {self.step}: {error}")
 
-    def _drawn(self, count: int) -> Iterator[Tensor]:
+    def _drawn(self, saver: Saver, count: int) -> Iterator[Tensor]:
         """Images of the averaged weights from the seeds 0, 1, ..., as batches (B, C, H, W) uint8."""
-        self.saving.wait()  # a save under way exports with the same network
-        self._load_averaged(self.ema.averages[self.optim.ema_decay[0]])
-        pipeline, labels = self.task.preview(self.averaged)
+        pipeline, labels = self.task.preview(saver.averaged(self.ema.averages[self.optim.ema_decay[0]]))
         steps = min(GRID_STEPS, len(self.objective.schedule) // 2)
         pipeline.scheduler = make_scheduler(default_scheduler(pipeline.scheduler), pipeline.scheduler, "linspace", steps)
         for first in range(0, count, self.micro_batch_size):  # no more at once than the training has memory for
@@ -520,10 +458,10 @@ class Trainer:
 
     def _measure(self) -> dict[str, float]:
         """Figures of what the averaged weights draw; {} in all processes but the first, and where they drew nothing finite."""
-        if self.monitor is None:
+        if self.monitor is None or self.saver is None:
             return {}
         try:
-            figures = self.monitor.figures(self._drawn(self.config.run.eval_images))
+            figures = self.monitor.figures(self._drawn(self.saver, self.config.run.eval_images))
         except (InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
             say(f"no figures at step {self.step}: {error}")
             return {}

@@ -9,7 +9,7 @@ PACKAGE = ROOT / "debias_diffusers"
 
 # Lower rooms first; a room may import rooms of lower rows only.
 ORDER = [
-    {"errors", "chance", "ema", "background"},
+    {"errors", "chance", "ema", "background", "memory"},
     {"config", "files", "images", "cache"},
     {"rules", "schedule", "checkpoint", "model", "sources"},
     {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "card", "album", "guided", "extractors", "metrics"},
@@ -17,7 +17,7 @@ ORDER = [
     {"loss", "pipeline", "machine", "publish", "update"},
     {"pixels", "sampling", "window", "plots", "convert"},
     {"progress", "imagesets"},
-    {"evaluation"},
+    {"evaluation", "saving"},
     {"training", "likelihood"},
     {"cli"},
 ]
@@ -32,7 +32,7 @@ DOORS = {
     "huggingface_hub": {"card", "hub", "publish"},
     "PIL": {"images", "album", "imagesets"},
     "matplotlib": {"plots"},
-    "psutil": {"machine"},
+    "psutil": {"memory"},
 }
 
 WITHOUT_TORCH = {"errors", "config", "rules", "files", "checkpoint", "run", "card", "hub", "publish", "cli"}

@@ -17,12 +17,16 @@ from here import tiny, trained_here
 from PIL import Image
 from safetensors.torch import load
 
-from debias_diffusers import cache, checkpoint, images, machine, training
+from debias_diffusers import cache, checkpoint, images, machine, memory, training
 from debias_diffusers.background import Background
 from debias_diffusers.cache import make_cache
-from debias_diffusers.config import DataConfig
+from debias_diffusers.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from debias_diffusers.data import PositionBatches, TrainingData, batches
+from debias_diffusers.model import build_unet
+from debias_diffusers.pixels import network_arguments
 from debias_diffusers.sources import open_source
+
+START = Background.start
 
 
 class Slow:
@@ -58,7 +62,7 @@ def test_a_save_beside_the_training_has_the_tensors_of_its_step(trained, tmp_pat
 
 def test_without_memory_for_a_copy_the_training_waits_for_the_save(trained, tmp_path, monkeypatch):
     slow = Slow(monkeypatch)
-    monkeypatch.setattr(machine, "free_memory", lambda: 1)
+    monkeypatch.setattr(memory, "free_memory", lambda: 1)
     trained_here(tiny(tmp_path / "run", "--max_steps", 12, "--lr_schedule", "constant"))
     assert slow.gone_on == [False, False]
 
@@ -72,10 +76,48 @@ def test_what_goes_wrong_beside_is_raised_where_the_result_is_asked_for():
         with pytest.raises(ZeroDivisionError):
             background.result()
         assert background.result() is None
+    for ask in (background.check, lambda: background.__exit__()):
+        background.start(lambda: 1 / 0, beside=False)
+        with pytest.raises(ZeroDivisionError):
+            ask()
+        ask()  # once
+    background.start(lambda: 1, beside=False)
+    background.check()
+    assert background.result() == 1
+
+
+def test_a_mistake_of_ours_in_what_is_done_beside_ends_the_training_with_the_next_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "write", lambda *_: 1 / 0)
+    monkeypatch.setattr(Background, "start", lambda self, work, beside: START(self, work, beside=False))
+    with pytest.raises(ZeroDivisionError):
+        trained_here(tiny(tmp_path / "run"))
+    assert metrics(tmp_path / "run")[-1]["step"] < 12  # steps at which it is saved: 6, 12, ...
 
 
 def test_free_memory_is_no_more_than_the_machine_has():
-    assert 2**20 < machine.free_memory() <= machine.psutil.virtual_memory().total
+    assert 2**20 < memory.free_memory() <= memory.psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    "own, folder, limit, use, cache",
+    [
+        ("0::/job/step", "", "memory.max", "memory.current", "inactive_file"),
+        ("4:cpu,memory:/job/step", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_free_memory_is_what_the_tightest_control_group_has_left(tmp_path, monkeypatch, own, folder, limit, use, cache):
+    """As a batch system does it: the job is limited, and the step within it is not."""
+    (tmp_path / "own").write_text(f"7:cpuset:/\n{own}\n")
+    monkeypatch.setattr(memory, "OWN", tmp_path / "own")
+    groups = {key: (tmp_path / root.relative_to(memory.GROUPS), *names) for key, (root, *names) in memory.FILES.items()}
+    monkeypatch.setattr(memory, "FILES", groups)
+    for group, most in (("job/step", "max"), ("job", "5000000")):
+        place = tmp_path / folder / group
+        place.mkdir(parents=True, exist_ok=True)
+        (place / limit).write_text(f"{most}\n")
+        (place / use).write_text("3000000\n")
+        (place / "memory.stat").write_text(f"anon 2000000\n{cache} 1000000\n")
+    assert memory.free_memory() == 3_000_000
 
 
 @pytest.mark.parametrize(
@@ -85,6 +127,32 @@ def test_free_memory_is_no_more_than_the_machine_has():
 def test_convolutions_lie_channels_last_where_that_is_faster(device, precision, last):
     accelerator = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
     assert machine.memory_format(accelerator) == (torch.channels_last if last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("attention", (8, 4))
+def test_where_convolutions_lie_channels_last_nothing_in_between_lies_otherwise(tmp_path, attention):
+    """diffusers' blocks make the input of their shortcut contiguous while they train, at the cost of a copy to and fro."""
+    config = TrainConfig(
+        data=DataConfig(dataset="digits", resolution=8),
+        model=ModelConfig(
+            model_channels=32, channel_mult=(1, 2), attention_resolutions=(attention,), attention_head_dim=16, resblock_updown=True
+        ),
+        run=RunConfig(output_dir=str(tmp_path)),
+    )
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    network = machine.to_train(build_unet(network_arguments(config, 3, 0)), accelerator)
+    seen = []
+
+    def note(module, inputs, output):
+        seen.extend((module, tensor) for tensor in (*inputs, output) if tensor.ndim == 4)
+
+    for module in network.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.GroupNorm)):
+            module.register_forward_hook(note)
+    network(torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), torch.zeros(2))
+    assert len(seen) > 40
+    assert not [module for module, tensor in seen if not tensor.is_contiguous(memory_format=torch.channels_last)]
+    assert network.training and all(module.training for module in network.modules() if isinstance(module, torch.nn.Dropout))
 
 
 def test_a_resumed_run_lays_its_moments_as_its_weights(trained, tmp_path):

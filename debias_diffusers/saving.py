@@ -1,0 +1,104 @@
+"""What a step leaves behind, written by the first process, beside the training where memory allows: pipeline, checkpoint, push."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, memory, snapshot
+from .background import Background
+from .card import model_card
+from .config import TrainConfig
+from .errors import CannotWriteError
+from .files import DRAFT, said_if_not_writable, write_file
+from .pixels import PixelTask
+from .progress import due
+from .publish import Publisher
+from .run import Run, say
+
+Tensors = Mapping[str, Mapping[str, Tensor]]  # by file and name, as `snapshot.gather` gives them
+
+
+class Saver(Background[str | None]):
+    """Saves one step after the other; the result of a save is what went wrong with it, or None."""
+
+    def __init__(self, run: Run, config: TrainConfig, task: PixelTask, device: torch.device, publisher: Publisher | None) -> None:
+        """`task` builds the network that averaged weights are exported and drawn with."""
+        super().__init__()
+        self.run, self.config, self.task, self.device, self.publisher = run, config, task, device, publisher
+        # Now and here: fresh weights come from the generator that the training draws from.
+        self._network: nn.Module = task.build().to(device).eval()
+
+    def save(self, tensors: Tensors, state: dict[str, Any], final: bool) -> None:
+        """Begins; the final save is done when this returns.
+
+        Args:
+            tensors: as of `snapshot.gather`; the training may go on and change them.
+            state: of state.json.
+            final: the last one, on whose result the run's exit code depends, so that who waits for it says what went wrong.
+        """
+        beside = not final and memory.free_memory() > 2 * snapshot.size(tensors)
+        if beside:
+            tensors = snapshot.copied(tensors, self.device)
+        self.start(partial(self._save, tensors, state, final), beside)
+
+    def averaged(self, average: Mapping[str, Tensor]) -> nn.Module:
+        """A network with these weights, to draw with; waits for a save under way, which exports with the same."""
+        self.wait()
+        return self._with(average)
+
+    @torch.no_grad()
+    def _with(self, average: Mapping[str, Tensor]) -> nn.Module:
+        for name, parameter in self._network.named_parameters():
+            parameter.copy_(average[name])
+        return self._network
+
+    def _save(self, tensors: Tensors, state: dict[str, Any], final: bool) -> str | None:
+        """Writes, and hands over what is to be pushed; says at once what went wrong, if something did, unless it will end the run."""
+        problem = self._write(tensors, state)
+        if problem is None and self.publisher:
+            self._publish(self.publisher, state["step"], final)
+        if problem and not final:
+            say(f"step {state['step']} was not saved: {problem}; training goes on")
+        return problem
+
+    def _publish(self, publisher: Publisher, step: int, final: bool) -> None:
+        """Hands what was just saved over to be pushed, or has what was handed over before tried again."""
+        every = self.config.hub.hub_every
+        if final or every is None or due(step, every):
+            publisher.offer(step)
+        else:
+            publisher.resume()
+
+    def _write(self, tensors: Tensors, state: dict[str, Any]) -> str | None:
+        """Export and checkpoint; what went wrong, if something did."""
+        try:
+            self.run.metrics.sync()
+            self._export(self.run.folder, tensors, state)
+            keep = self.config.run.keep_checkpoints
+            best = int(state["best"]["step"]) if state["best"] and self.config.run.keep_best else None
+            checkpoint.write(self.run.checkpoints, state["step"], snapshot.contents(tensors), state, keep, best)
+        except CannotWriteError as error:
+            return f"{error}; a save needs about {snapshot.size(tensors) / 1e6:.1f} MB"
+        return None
+
+    def _export(self, folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
+        """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
+        network = self._with(tensors[checkpoint.ema_file(self.config.optimization.ema_decay[0])])
+        draft = folder / (DRAFT + "export")
+        with said_if_not_writable(folder):
+            try:
+                self.task.pipeline(network).save_pretrained(draft, safe_serialization=True)
+                # File by file, each whole or absent; only the weights differ from one export to the next.
+                for path in sorted(p for p in draft.rglob("*") if p.is_file()):
+                    write_file(folder / path.relative_to(draft), path.read_bytes())
+            finally:  # before the space that is left is told
+                shutil.rmtree(draft, ignore_errors=True)
+        card = model_card(self.config, state["step"], self.task.data.num_classes, len(self.task.data.source), state["measured"])
+        write_file(folder / "README.md", card.encode())
