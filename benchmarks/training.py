@@ -42,6 +42,7 @@ CASES = {
     "b": f"--dataset IMAGES/32 {UNET_32} {PAPER} --batch_size 16",
     "c": "--config celebahq256 --dataset IMAGES/256",
 }
+WARM = {"a": 30}  # at least so many steps before those that count: an epoch, in which images are decoded
 USUAL = "--lr_schedule constant --warmup_steps 0 --sample_every 0 --checkpoint_every 0 --ema_decay 0.9999 --max_grad_norm 1"
 VARIANTS = {
     "float32": "--mixed_precision no",
@@ -240,10 +241,12 @@ def network_and_batch(flags: list[str]) -> tuple[Any, dict[str, Any], int]:
 
     config = train_config(flags, None)
     channels = config.data.channels or (1 if config.data.dataset == "digits" else 3)
-    network = build_unet(network_arguments(config, channels, 0))
     size, side = config.optimization.batch_size, config.data.resolution
     assert side is not None
-    return network, {"sample": torch.zeros(size, channels, side, side), "timestep": torch.zeros(size)}, size
+    with torch.device("meta"):  # shapes are all that is asked for
+        network = build_unet(network_arguments(config, channels, 0))
+        batch = {"sample": torch.zeros(size, channels, side, side), "timestep": torch.zeros(size)}
+    return network, batch, size
 
 
 def work(flags: list[str]) -> dict[str, Any]:
@@ -341,15 +344,16 @@ def make_images(folder: Path) -> None:
             small.resize((side, side), Image.Resampling.BICUBIC).save(folder / str(side) / f"{k:04d}.{kind}")
 
 
-def measured(name: str, flags: str, options: argparse.Namespace, wait: bool = False) -> dict[str, Any]:
-    """One run of a variant in a process of its own."""
+def measured(name: str, flags: str, options: argparse.Namespace, wait: bool = False) -> dict[str, Any] | None:
+    """One run of a variant in a process of its own; None where it failed, which is said."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--one", name, f"--flags={flags}", "--folder", folder, "--started", str(time.time())]
         command += ["--steps", str(options.steps), "--warm", str(options.warm)]
         command += [flag for flag, on in (("--wait", wait), ("--cpu_time", options.cpu_time)) if on]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{name}: {' '.join(command)} ended with {done.returncode}\n{done.stderr[-3000:]}")
+        print(f"{name}: {shlex.join(command)} ended with {done.returncode}\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
+        return None
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -367,12 +371,19 @@ def case(name: str, variants: dict[str, str], options: argparse.Namespace, image
 
     from debias_diffusers.machine import set_threads
 
+    options = argparse.Namespace(**{**vars(options), "warm": max(options.warm, WARM.get(name, 0))})
     flags = f"{CASES[name].replace('IMAGES', str(images))} {USUAL} {'--num_threads 1' if options.cpu_time else ''}"
     every = {BASELINE: f"{flags} --num_workers 1 --mixed_precision no"} | {key: f"{flags} {more}" for key, more in variants.items()}
     runs: dict[str, list[dict[str, Any]]] = {key: [] for key in every}
     for _ in range(options.rounds):
-        for key, all_flags in every.items():
-            runs[key].append(measured(key, all_flags, options))
+        for key, all_flags in list(every.items()):
+            run = measured(key, all_flags, options)
+            if run:
+                runs[key].append(run)
+            else:  # the others are worth having
+                del every[key], runs[key]
+    if BASELINE not in runs:
+        sys.exit("without the baseline there is nothing to compare with")
     found = work([*shlex.split(flags), "--output_dir", "unused"])
     set_threads(1 if options.cpu_time else None)
     precisions = sorted({precision_of(flags) for flags in every.values()})
@@ -380,7 +391,7 @@ def case(name: str, variants: dict[str, str], options: argparse.Namespace, image
     rows = {key: median(several) for key, several in runs.items()}
     for key, row in rows.items():
         if torch.cuda.is_available():  # the parts wait for the device, so they are measured apart
-            row["parts"] = measured(key, every[key], options, wait=True)["parts"]
+            row["parts"] = (measured(key, every[key], options, wait=True) or row)["parts"]
         row["images_per_second"] = found["images"] / row["seconds"]
         row["ratio"] = rows[BASELINE]["seconds"] / row["seconds"]
         row["of_best"] = found["flops"] / row["seconds"] / best[precision_of(every[key])]

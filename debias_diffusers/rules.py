@@ -359,6 +359,12 @@ def _optimization_problems(optimization: OptimizationConfig, num_processes: int)
         found.append(f"batch_size is {optimization.batch_size}, but must be a multiple of the {num_processes} processes; take {fits}")
     if optimization.compile_mode != "default" and not optimization.compile:
         found.append(f"compile_mode is {optimization.compile_mode}, but compile is off; add --compile or leave compile_mode out")
+    share, piece = optimization.batch_size // num_processes, optimization.micro_batch_size
+    if optimization.compile_mode != "default" and piece and 1 <= piece < share:
+        found.append(
+            f"micro_batch_size is {piece}, but the CUDA graphs of compile_mode {optimization.compile_mode} would "
+            f"write a micro-batch's gradients over those of the one before; leave one of the two out"
+        )
     rates = optimization.ema_decay
     if not rates or not all(0 <= rate < 1 for rate in rates) or len(set(rates)) < len(rates):
         found.append(f"ema_decay is {list(rates)}, but must be one or more different rates, each at least 0 and below 1, such as 0.9999")

@@ -106,6 +106,10 @@ def test_field_names_are_unique_over_the_sections():
         ({"schedule_shift": 0.0}, ["schedule_shift is 0.0", "1"]),
         ({"batch_size": 0}, ["batch_size is 0", "64"]),
         ({"micro_batch_size": 0}, ["micro_batch_size is 0", "8"]),
+        (
+            {"micro_batch_size": 32, "compile": True, "compile_mode": "reduce-overhead"},
+            ["micro_batch_size is 32", "CUDA graphs of compile_mode reduce-overhead", "leave one of the two out"],
+        ),
         ({"max_steps": 0, "warmup_steps": 0}, ["max_steps is 0", "100000"]),
         ({"max_hours": float("nan")}, ["max_hours is nan", "12"]),
         ({"learning_rate": float("inf")}, ["learning_rate is inf", "1e-4"]),
@@ -163,6 +167,11 @@ def test_compare_draws_intervals_unless_they_are_off(monkeypatch, flags, bootstr
 def test_a_batch_is_shared_evenly():
     (problem,) = train_problems(GOOD, num_processes=3)
     assert "batch_size is 64" in problem and "take 63" in problem
+
+
+def test_cuda_graphs_take_a_micro_batch_that_is_the_whole_share_of_a_process():
+    graphs = update(GOOD, {"compile": True, "compile_mode": "reduce-overhead", "micro_batch_size": 32})
+    assert train_problems(graphs) and not train_problems(graphs, num_processes=2)
 
 
 @pytest.mark.row(34, "weights that grow without bound as the SNR falls to 0 are refused")
