@@ -74,8 +74,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 def _keep_freed_memory() -> None:
     """Has glibc's malloc keep what is freed for the next activations, of up to 1 GB each.
 
-    It would give the large ones back to the system, which clears every page anew when the next step takes them: up to 6% of a step
-    in float32 (docs/scaling.md). Other C libraries have no `mallopt`, and stay as they are.
+    It would give the large ones back to the system, which clears every page anew when the next step takes them: some 5% of a step in
+    float32 (docs/scaling.md). Other C libraries have no `mallopt`, and stay as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
