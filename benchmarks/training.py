@@ -12,9 +12,9 @@ the loss read in each step; on a GPU with TF32 in convolutions only, as torch ha
 runs in a process of its own, all in turn, `--rounds` times, so that what else the machine does falls on all alike; a table has the
 medians. ms per step are split into data (waiting for the loader), forward, backward, update (norm, clipping, optimizer, averages),
 logging and the rest; on an accelerator in a run of its own that waits for the device after each part, so that they add up to more
-than a step. `checkpoint` is what the last save takes, which is waited for, in seconds. FLOPs are counted, forward and backward; "of
-best" is their rate as a share of what the network's own convolutions and products reach one by one, in the same precision and in the
-memory layout that is best for each.
+than a step. `checkpoint` is what the saves take of the loop's own time, in seconds: usually one, the last, which is waited for.
+FLOPs are counted, forward and backward; "of best" is their rate as a share of what the network's own convolutions and products reach
+one by one, in the same precision and in the memory layout that is best for each.
 """
 
 import argparse
@@ -77,16 +77,15 @@ class Clock:
 
     def __init__(self, wait: bool, now: Callable[[], float]) -> None:
         self.wait, self.now, self.seconds = wait, now, Counter[str]()
-        self.first_step = 0.0  # when its gradients were launched, seconds since the epoch
+        self.first_step = 0.0  # when its update was made, seconds since the epoch
         self.moments: list[float] = []
         self.by_then: list[Counter[str]] = []  # the seconds by part at these moments
 
     @property
     def signum(self) -> int:
-        """What the loop asks once a step, whether it should stop: it is asked after the step's gradients."""
+        """What the loop asks once a step, whether it should stop."""
         if self.wait:
             synchronize()
-        self.first_step = self.first_step or time.time()
         self.moments.append(self.now())
         self.by_then.append(self.seconds.copy())
         return 0
@@ -103,6 +102,9 @@ class Clock:
             if self.wait:
                 synchronize()
             self.seconds[name] += self.now() - begun
+            if name == "update" and not self.first_step:
+                synchronize()
+                self.first_step = time.time()
 
     def counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, counted for a part."""
@@ -299,9 +301,10 @@ def seconds_of(call: tuple[Any, ...], dtype: Any, layout: Any, now: Callable[[],
         operation = lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x)  # noqa: E731
 
     upstream = torch.ones_like(operation(x))
+    inputs = [x, *(operation.parameters() if isinstance(operation, torch.nn.Module) else ())]
 
     def run() -> None:
-        operation(x).backward(upstream)
+        torch.autograd.grad(operation(x), inputs, upstream)
 
     def timed(count: int) -> float:
         synchronize()
@@ -320,6 +323,7 @@ def best_rate(found: dict[str, Any], precision: str, now: Callable[[], float]) -
     """FLOP per second of the network's convolutions and products one by one, each in its best layout."""
     import torch
 
+    torch.backends.cudnn.benchmark = True  # as the training has it
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     layouts = (torch.contiguous_format, torch.channels_last)
     seconds = 0.0

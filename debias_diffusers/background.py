@@ -12,7 +12,7 @@ T = TypeVar("T")
 class Background(Generic[T]):
     """Does a piece of work in a thread, whose result is asked for later.
 
-    As a context, it ends when the work under way is done, and raises what that raised.
+    As a context, it ends when the work under way is done, and raises what that raised unless another error is raised already.
     """
 
     def __init__(self) -> None:
@@ -44,5 +44,8 @@ class Background(Generic[T]):
     def __enter__(self) -> Background[T]:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.result()
+    def __exit__(self, error: object = None, *_: object) -> None:
+        if error:  # which says more about the end than what it did to the work
+            self.wait()
+        else:
+            self.result()

@@ -72,15 +72,15 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _keep_freed_memory() -> None:
-    """Has glibc's malloc keep what is freed for the next activations, of up to 1 GB each.
+    """Has glibc's malloc keep what is freed for the next activations, of up to 1 GB each (32 MB in older versions).
 
     It would give the large ones back to the system, which clears every page anew when the next step takes them: some 5% of a step in
     float32 (docs/scaling.md). Other C libraries have no `mallopt`, and stay as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    # Before version 2.35 it refuses more than 32 MB. With nothing but the second setting, less would be kept than by default.
+    if mallopt is not None and (mallopt(_M_MMAP_THRESHOLD, 1 << 30) or mallopt(_M_MMAP_THRESHOLD, 32 << 20)):
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def memory_format(accelerator: Accelerator) -> torch.memory_format:
@@ -92,12 +92,14 @@ def memory_format(accelerator: Accelerator) -> torch.memory_format:
 
 def to_train(network: N, accelerator: Accelerator) -> N:
     """The network on its device, ready to be trained, with its convolutions in `memory_format`."""
-    network.to(accelerator.device).to(memory_format=memory_format(accelerator)).train()
-    for module in network.modules():
-        if isinstance(module, ResnetBlock2D):
-            # Its own mode (its dropout has one for itself) only decides whether the input of its shortcut is made contiguous,
-            # which is wrong where tensors lie channels last: it and all gradients that meet it are copied to and fro.
-            module.training = False
+    layout = memory_format(accelerator)
+    network.to(accelerator.device).to(memory_format=layout).train()
+    if layout == torch.channels_last:
+        for module in network.modules():
+            if isinstance(module, ResnetBlock2D):
+                # Its own mode (its dropout has one for itself) only decides whether the input of its shortcut is made contiguous,
+                # which is wrong here: it and all gradients that meet it would be copied to and fro.
+                module.training = False
     return network
 
 

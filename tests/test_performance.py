@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -84,6 +85,9 @@ def test_what_goes_wrong_beside_is_raised_where_the_result_is_asked_for():
     background.start(lambda: 1, beside=False)
     background.check()
     assert background.result() == 1
+    background.start(lambda: 1 / 0, beside=False)
+    with pytest.raises(KeyError), background:
+        raise KeyError
 
 
 def test_a_mistake_of_ours_in_what_is_done_beside_ends_the_training_with_the_next_step(tmp_path, monkeypatch):
@@ -155,6 +159,23 @@ def test_where_convolutions_lie_channels_last_nothing_in_between_lies_otherwise(
     assert network.training and all(module.training for module in network.modules() if isinstance(module, torch.nn.Dropout))
 
 
+def page_faults(lines):
+    """Of filling 40 MB once more, in a process that begins with these lines."""
+    fill = "torch.ones(10_000_000)"
+    program = f"import resource, torch; from debias_diffusers import machine; {lines}\n{fill}; {fill}\n"
+    count = "resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}before = {count}; {fill}; print({count} - before)"], cwd=ROOT, text=True, capture_output=True
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or platform.libc_ver()[1] < "2.35", reason="of glibc")
+def test_memory_that_was_freed_is_taken_again_without_asking_the_system():
+    assert page_faults("") > 1000  # 9766 pages of 4 KB
+    assert page_faults("machine._keep_freed_memory()") < 100
+
+
 def test_a_resumed_run_lays_its_moments_as_its_weights(trained, tmp_path):
     """Channels last on a CPU in float32; the files have the usual layout."""
     trained_here(tiny(tmp_path / "run", "--max_steps", 12, "--lr_schedule", "constant"))
@@ -212,6 +233,13 @@ def test_sets_that_do_not_fit_are_not_kept(monkeypatch):
     assert make_cache(4000, (1, 100, 100), 1000, shared=True) is None  # more than half of a container's shared memory
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert make_cache(1000, (1, 100, 100), 1000, shared=True) is None
+
+
+@pytest.mark.parametrize("shared", (False, True))
+def test_sets_that_would_fill_the_main_memory_are_not_kept(monkeypatch, shared):
+    monkeypatch.setattr(cache, "free_memory", lambda: 20_000_000)
+    assert make_cache(1000, (1, 100, 100), 1000, shared) is not None
+    assert make_cache(1001, (1, 100, 100), 1000, shared) is None
 
 
 def test_pixels_that_are_not_wholly_there_are_not_taken():
