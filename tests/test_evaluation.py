@@ -474,6 +474,7 @@ def test_the_best_checkpoint_is_the_nearest_to_no_bias_and_starts_anew_with_anot
 
     def best_after(step, figures, about):
         trainer.step, trainer.monitor = step, SimpleNamespace(figures=lambda _: figures, about=about)
+        trainer.saver = SimpleNamespace()  # the first process has one
         trainer._measure()
         return trainer.best["step"]
 
@@ -496,6 +497,7 @@ def test_a_measurement_that_fails_does_not_end_the_training(monkeypatch):
     trainer = Trainer.__new__(Trainer)
     trainer.best, trainer.step, trainer.config = None, 1, TrainConfig()
     trainer.monitor = SimpleNamespace(figures=broken)
+    trainer.saver = SimpleNamespace()  # the first process has one
     monkeypatch.setattr(Trainer, "_drawn", lambda *_: iter(()))
     assert trainer._measure() == {} and trainer.best is None
 
