@@ -311,7 +311,8 @@ def test_what_only_the_second_process_meets_is_said_once(tmp_path):
     code, err = launched(2, *train_args(tmp_path / "run", "--dataset", tmp_path / "images", "--channels", 1))
     said = err.split("Traceback")[0]  # the launcher ends with one of its own
     assert code == 1 and said.count("error: ") == 1 and "images/5.png cannot be read" in said
-    assert err.count("Traceback") == 1 and err.count("exitcode  : 2") == 2
+    # The launcher may end the other process before it ends by itself.
+    assert err.count("Traceback") == 1 and "exitcode  : 2" in err.split("Root Cause")[1]
 
 
 def test_a_network_file_that_changed_is_not_resumed(tmp_path):
