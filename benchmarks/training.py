@@ -363,7 +363,7 @@ def measured(name: str, flags: str, options: argparse.Namespace, wait: bool = Fa
 
 
 def median(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The medians of several runs of one variant; the least and greatest rate beside them."""
+    """The medians of several runs of one variant; the seconds of a step in each beside them."""
     middle = {key: statistics.median(run[key] for run in runs) for key in runs[0] if isinstance(runs[0][key], float)}
     middle["parts"] = {part: statistics.median(run["parts"][part] for run in runs) for part in runs[0]["parts"]}
     return middle | {"all_seconds": [run["seconds"] for run in runs]}

@@ -122,8 +122,8 @@ def prune(folder: Path, step: int, keep: int, best: int | None = None) -> None:
 
     Later ones, which did not verify or we would have resumed from them, do not count: the sound ones must not go for them.
     """
-    older = [p for p in checkpoints(folder) if _step(p) <= step][:-keep]
-    for path in (p for p in older if _step(p) != best):
+    older = [p for p in checkpoints(folder) if step_of(p) <= step][:-keep]
+    for path in (p for p in older if step_of(p) != best):
         with said_if_not_writable(path):
             shutil.rmtree(path)
 
@@ -132,11 +132,12 @@ def checkpoints(folder: Path) -> list[Path]:
     """Folders that are named like checkpoints, oldest first. Other names, files and links are left alone."""
     if not folder.is_dir():
         return []
-    named = (p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.name == name_of(_step(p)))
-    return sorted((p for p in named if p.is_dir() and not p.is_symlink()), key=_step)
+    named = (p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.name == name_of(step_of(p)))
+    return sorted((p for p in named if p.is_dir() and not p.is_symlink()), key=step_of)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in the name of a folder, as `name_of` gives it."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -174,7 +175,7 @@ def verified(path: Path) -> Checkpoint:
     for name, entry in files.items():
         content = _read_checked(path / name, entry, keep=name == STATE)
         state = content or state
-    return Checkpoint(path, _step(path), json.loads(state))
+    return Checkpoint(path, step_of(path), json.loads(state))
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:

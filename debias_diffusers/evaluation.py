@@ -317,7 +317,7 @@ def _drawn(config: ScoreConfig, target: str, compared: _References, accelerator:
 def _steps_of(run: Path, wanted: str) -> Sequence[int | None]:
     if not wanted:
         return [None]
-    there = [int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(run / CHECKPOINTS)]
+    there = [checkpoint.step_of(path) for path in checkpoint.checkpoints(run / CHECKPOINTS)]
     if not there:
         raise InputError(f"checkpoints is {wanted}, but {run} has none; leave it out")
     return there if wanted == "all" else [int(step) for step in wanted.split(",")]

@@ -138,10 +138,6 @@ def _drop(folder: Path) -> None:
         remove(out_of_sight)
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
 # ---- how it gets there -----------------------------------------------------------------------------------------------
 
 
@@ -243,7 +239,7 @@ def _where_to(config: PushConfig) -> HubConfig:
 
 
 def _push_snapshot(folder: Path, repo: str, to: HubConfig) -> None:
-    step = _step(folder)
+    step = checkpoint.step_of(folder)
     commit = publish(repo, _contents(folder, repo, to.hub_license), f"Step {step}")
     if to.hub_tags:
         _tag(repo, folder.name, commit)
@@ -317,7 +313,7 @@ class Publisher:
         self.process: subprocess.Popen[bytes] | None = None
         self.deadline = 0.0  # of the process
         for folder in waiting(run):
-            if _step(folder) > step:  # of steps that will be trained again
+            if checkpoint.step_of(folder) > step:  # of steps that will be trained again
                 _drop(folder)
 
     def offer(self, step: int) -> None:
