@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, NoUsableCheckpointError, reason
-from .files import DRAFT, said_if_not_writable, sync_folder, write_durably
+from .files import draft_of, said_if_not_writable, sync_folder, write_durably
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -76,7 +76,7 @@ def write(folder: Path, step: int, files: Iterable[tuple[str, bytes]], state: di
         CannotWriteError: the draft is removed, older checkpoints stay.
     """
     final = folder / name_of(step)
-    draft = folder / (DRAFT + final.name)
+    draft = draft_of(final)
     with said_if_not_writable(final):
         try:
             _draft(draft, step, files, state)
@@ -92,8 +92,6 @@ def write(folder: Path, step: int, files: Iterable[tuple[str, bytes]], state: di
 
 
 def _draft(draft: Path, step: int, files: Iterable[tuple[str, bytes]], state: dict[str, Any]) -> None:
-    if draft.exists():
-        shutil.rmtree(draft)
     draft.mkdir(parents=True)
     manifest = {}
     for name, content in _with_state(files, state):

@@ -164,6 +164,7 @@ class RunConfig:
     eval_images: int = 1000  # how many images are drawn for it
     feature_extractor: str | None = None  # of these metrics: digits, or a name of torch-fidelity; as in eval.py score if left out
     feature_extractor_weights: str | None = None  # its weight file; packaged or fetched if left out
+    cache_dir: str | None = None  # features of the training images are kept here; as in eval.py score if left out, "" keeps none
     keep_best: bool = False  # keep the best measured checkpoint beyond keep_checkpoints
     report_to: Literal["none", "tensorboard", "wandb"] = "none"  # tracker, through accelerate
     accept_changed_data: bool = False  # resume although the data set is not the one the run began with
@@ -335,7 +336,7 @@ NOT_STORED = {"output_dir", *(f.name for f in dataclasses.fields(HubConfig))}
 CHANGEABLE = {
     *NOT_STORED, "dry_run", "accept_changed_data", "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every",
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
-    "feature_extractor", "feature_extractor_weights", "keep_best", "skip_bad", "allow_pickle_import",
+    "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "allow_pickle_import",
     "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode",
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .config import ObjectiveConfig, PredictionType
 from .errors import InputError, raise_all, reason
-from .files import DRAFT, remove, said_if_not_writable, write_file
+from .files import DRAFT, draft_of, remove, remove_drafts, remove_old_drafts, said_if_not_writable, write_file
 from .guided import (
     DEFAULT_FLAGS,
     WHOLE_NUMBER,
@@ -243,10 +243,10 @@ def _objective(flags: Mapping[str, Any], learn_sigma: bool) -> ObjectiveConfig:
 
 def _save(pipeline: DiffusionPipeline, folder: Path) -> None:
     """A new folder is whole or absent; one that is there keeps its owner and mode and becomes a model with its last file."""
-    draft = folder / (DRAFT + "pipeline") if folder.exists() else folder.with_name(DRAFT + folder.name)
+    draft = draft_of(folder / "pipeline" if folder.exists() else folder)
     with said_if_not_writable(folder):
         try:
-            remove(draft)
+            remove_drafts(folder) if folder.exists() else remove_old_drafts(folder.parent)
             pipeline.save_pretrained(draft, safe_serialization=True)
             if folder.exists():
                 for path in sorted(draft.iterdir(), key=lambda path: path.name == "model_index.json"):
@@ -299,6 +299,7 @@ def export(model: str, out: str, allow_pickle_import: bool = False) -> None:
     }
     box = io.BytesIO()
     torch.save(state, box)
+    remove_old_drafts(Path(out).parent)
     write_file(flags_file, (json.dumps(flags, indent=2) + "\n").encode())
     try:
         write_file(Path(out), box.getvalue())

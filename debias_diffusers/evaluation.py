@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from . import checkpoint, hub, metrics
 from .config import DIGITS, BitsConfig, DataConfig, MeasureConfig, SampleConfig, ScoreConfig, StatsConfig, TrainConfig, read_config, stored
 from .errors import InputError, reason
 from .extractors import INCEPTION, SPATIAL, Extractor
+from .feature_cache import key_of, open_cache
 from .files import read_file, write_file
 from .imagesets import ImageSet, coloured, drawn, holds_images, npz_shape, of_folder, of_npz, of_source, read_npz_statistics
 from .machine import agreed, start_processes
@@ -64,14 +64,13 @@ class Measure:
             self.extractor.network.to(device)
         layers = dict(self.extractor.layers) if self.extractor else {}
         self.layers = {metric: COLOUR if metric == COLOUR else layers[metric] for metric in wanted}
-        default = Path.home() / ".cache" / "debias_diffusers" / "features"
-        self.cache = None if config.cache_dir == "" else Path(config.cache_dir or default)
+        self.cache = open_cache(config.cache_dir)
 
     def sample(self, images: ImageSet) -> Sample:
         """The features of a set, computed over all processes in one pass for all metrics, or read from the cache."""
-        path = self.cache / f"{self._key(images)}.safetensors" if self.cache else None
-        if path and (kept := self._kept(path, images.count)):
-            return Sample.of(kept)
+        key = self._key(images)
+        if images.kept and (found := self._kept(key, images.count)):
+            return Sample.of(found)
         mine = []
         share = -(-images.count // self.processes)
         with tqdm(total=share, desc=images.name, unit="image", leave=False, disable=self.process > 0) as progress:
@@ -80,8 +79,8 @@ class Measure:
                 progress.update(len(batch))
         parts = [part for _, part in sorted(gather_object(mine) if self.processes > 1 else mine, key=lambda pair: pair[0])]
         sample = Sample.joined(parts)
-        if path and self.process == 0:
-            write_file(path, safetensors.torch.save(dict(sample.features)))
+        if images.kept and self.process == 0:
+            self.cache.put(key, sample.features)
         return sample
 
     def features(self, batch: Tensor) -> dict[str, Tensor]:
@@ -94,28 +93,19 @@ class Measure:
         parts = [images.key]
         if self.extractor:
             parts += [self.extractor.name, self.extractor.weights_sha256, *sorted(self.extractor.layers.values())]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return key_of(*parts)
 
-    def _kept(self, path: Path, count: int) -> dict[str, Tensor] | None:
-        """Features of the cache. The first process decides whether they are there: if one computed alone, it would wait for ever."""
-        layers = {COLOUR, *self.layers.values()}
-        kept = _read_cached(path, layers, count)
-        there = [kept is not None]
-        if self.processes > 1:
-            broadcast_object_list(there)
-        if there[0] and kept is None and (kept := _read_cached(path, layers, count)) is None:
-            raise InputError(f"{path} is not seen by all processes; give them a shared --cache_dir, or none")
-        return kept if there[0] else None
+    def _kept(self, key: str, count: int) -> dict[str, Tensor] | None:
+        """Features of the cache, where all processes find them: if one computed alone, it would wait for ever."""
+        found = self.cache.get(key)
+        there = found is not None and _are_sound(found, {COLOUR, *self.layers.values()}, count)
+        everywhere = all(gather_object([there])) if self.processes > 1 else there
+        return found if everywhere else None
 
 
-def _read_cached(path: Path, layers: set[str], count: int) -> dict[str, Tensor] | None:
-    """None, so that they are computed again, where they are not there, damaged, or of something else."""
-    try:
-        kept = safetensors.torch.load(path.read_bytes())
-    except (OSError, SafetensorError):
-        return None
-    sound = kept.keys() == layers and all(v.ndim == 2 and len(v) == count and bool(v.isfinite().all()) for v in kept.values())
-    return kept if sound else None
+def _are_sound(found: Mapping[str, Tensor], layers: set[str], count: int) -> bool:
+    """Whether features of a cache are those of so many images; if not, they are computed again."""
+    return found.keys() == layers and all(v.ndim == 2 and len(v) == count and bool(v.isfinite().all()) for v in found.values())
 
 
 # ---- score and compare -----------------------------------------------------------------------------------------------
@@ -434,7 +424,10 @@ class Monitor:
             InputError: there is no such extractor, or too few images for the metrics.
         """
         assert config.run.eval_every and config.data.dataset and config.data.resolution
-        measure = MeasureConfig(metrics=config.run.eval_metrics, feature_extractor_weights=config.run.feature_extractor_weights)
+        chosen = config.run
+        measure = MeasureConfig(
+            metrics=chosen.eval_metrics, feature_extractor_weights=chosen.feature_extractor_weights, cache_dir=chosen.cache_dir
+        )
         self.measure = Measure(measure, config.run.feature_extractor or usual_extractor(config.data.dataset), device)
         self.reference = self.measure.sample(of_source(source, config.data.dataset, config.data.resolution))
         least = max(metrics.least_images(self.measure.layers, self.reference).values())

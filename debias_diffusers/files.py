@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import socket
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -20,9 +21,16 @@ from .errors import CannotWriteError, InputError, RunInUseError
 
 LOCK = ".lock"
 DRAFT = ".draft-"  # whatever begins so was being written when the process ended; nobody reads it
+_DRAFT_NAME = re.compile(re.escape(DRAFT) + r"[0-9]+-[0-9a-f]{8}-.*", re.DOTALL)
+DAY = 86400.0  # seconds after which a temporary file is taken for one of a process that has ended
 
 
-@contextmanager
+def draft_of(path: Path) -> Path:
+    """A name beside `path` for what will be renamed to it; another one for each call, since several processes may write the same path."""
+    return path.with_name(f"{DRAFT}{os.getpid()}-{secrets.token_hex(4)}-{path.name[:40]}")  # a name has 255 bytes at most
+
+
+@contextlib.contextmanager
 def said_if_not_writable(path: Path) -> Iterator[None]:
     """Turns what the system says into a sentence that names the path and the space left.
 
@@ -40,7 +48,7 @@ def _free(path: Path) -> str:
     return f"{shutil.disk_usage(there).free / 1e6:.1f} MB free"
 
 
-@contextmanager
+@contextlib.contextmanager
 def drafted(path: Path, wait: bool = True) -> Iterator[IO[bytes]]:
     """A file to write to that is renamed into place at the end; a power cut leaves the old file, the new one, or none.
 
@@ -51,10 +59,9 @@ def drafted(path: Path, wait: bool = True) -> Iterator[IO[bytes]]:
     """
     with said_if_not_writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(DRAFT + path.name)
+        draft = draft_of(path)
         try:
-            remove(draft)  # a link would be written through
-            with open(draft, "wb") as file:
+            with open(draft, "xb") as file:
                 yield file
                 file.flush()
                 if wait:
@@ -147,6 +154,14 @@ def remove_drafts(folder: Path) -> None:
     for path in folder.glob(DRAFT + "*"):
         with said_if_not_writable(path):
             remove(path)
+
+
+def remove_old_drafts(folder: Path) -> None:
+    """Removes what interrupted writes left in a folder that others may be writing to; as far as it is permitted."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if _DRAFT_NAME.fullmatch(path.name) and time.time() - path.lstat().st_mtime > DAY:
+                remove(path)
 
 
 def remove(path: Path) -> None:

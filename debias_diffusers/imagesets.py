@@ -42,6 +42,7 @@ class ImageSet:
     side: int | None  # pixels of a side; None where the images are brought to whatever is asked for
     key: str  # what identifies the images, for a cache
     batches: Callable[[int, int, int], Iterator[tuple[int, Tensor]]]
+    kept: bool = True  # whether their features are worth keeping: what a model draws is seldom drawn again
 
 
 def drawn(job: Job, count: int, name: str) -> ImageSet:
@@ -53,7 +54,7 @@ def drawn(job: Job, count: int, name: str) -> ImageSet:
             yield number, coloured(job.draw(indices))
 
     key = f"drawn {sorted(job.settings.items())!r} {count} {job.config.batch_size}"
-    return ImageSet(name, count, size if isinstance(size, int) else None, _hash(key.encode()), batches)
+    return ImageSet(name, count, size if isinstance(size, int) else None, _hash(key.encode()), batches, kept=False)
 
 
 def of_source(

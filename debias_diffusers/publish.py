@@ -28,7 +28,7 @@ from . import card, checkpoint, hub
 from .card import variant
 from .config import HubConfig, PushConfig, layered, read_config
 from .errors import DebiasError, HubError, InputError, RunInUseError, StoppedError
-from .files import DRAFT, read_file, remove, said_if_not_writable, take_lock, write_file
+from .files import draft_of, read_file, remove, remove_drafts, said_if_not_writable, take_lock, write_file
 from .hub import WEIGHTS, api, retried
 from .run import CHECKPOINTS, CONFIG, METRICS, SAMPLES, StopSignal, say, step_of
 
@@ -55,13 +55,12 @@ def snapshot(run: Path, step: int) -> Path:
         InputError: a file of the run is missing.
     """
     final = run / PENDING / checkpoint.name_of(step)
-    draft = final.with_name(DRAFT + final.name)
+    draft = draft_of(final)
     files = _files(run, step)
     if missing := [path for path in files.values() if not path.is_file()]:
         raise InputError(f"{run} cannot be pushed: {missing[0]} is missing")
     with said_if_not_writable(final):
         try:
-            remove(draft)
             for name, path in files.items():
                 (draft / name).parent.mkdir(parents=True, exist_ok=True)
                 _link(path, draft / name, step)
@@ -132,7 +131,7 @@ def _take(run: Path) -> Path | None:
 
 def _drop(folder: Path) -> None:
     """Removes a snapshot; under another name first, so that nobody takes what is half removed."""
-    out_of_sight = folder.with_name(f"{DRAFT}{os.getpid()}-{folder.name}")
+    out_of_sight = draft_of(folder)
     with contextlib.suppress(FileNotFoundError):
         folder.rename(out_of_sight)
         remove(out_of_sight)
@@ -281,6 +280,7 @@ def _add_as_it_stands(run: Path) -> None:
             return
         raise RunInUseError(f"{error}, and nothing of it waits to be pushed; a training pushes by itself with --push_to_hub") from error
     with lock:
+        remove_drafts(run / PENDING)
         found, damaged = checkpoint.latest_valid(run / CHECKPOINTS)
         for sentence in damaged:
             say(f"{sentence}; an older checkpoint is pushed")

@@ -124,7 +124,7 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
 def _evaluation_problems(run: RunConfig) -> list[str]:
     """Measuring while training: what would be ignored, or cannot be kept."""
     if not run.eval_every:
-        names = ("eval_metrics", "eval_images", "feature_extractor", "feature_extractor_weights", "keep_best")
+        names = ("eval_metrics", "eval_images", "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best")
         given = [name for name in names if getattr(run, name) != getattr(RunConfig(), name)]
         return [f"{name} is {getattr(run, name)}, but eval_every is 0; add --eval_every 5000 or leave {name} out" for name in given]
     found = metrics_problems("eval_metrics", run.eval_metrics)

@@ -16,7 +16,7 @@ from .background import Background
 from .card import model_card
 from .config import TrainConfig
 from .errors import CannotWriteError
-from .files import DRAFT, said_if_not_writable, write_file
+from .files import draft_of, said_if_not_writable, write_file
 from .pixels import PixelTask
 from .progress import due
 from .publish import Publisher
@@ -91,7 +91,7 @@ class Saver(Background[str | None]):
     def _export(self, folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
         network = self._with(tensors[checkpoint.ema_file(self.config.optimization.ema_decay[0])])
-        draft = folder / (DRAFT + "export")
+        draft = draft_of(folder / "export")
         with said_if_not_writable(folder):
             try:
                 self.task.pipeline(network).save_pretrained(draft, safe_serialization=True)

@@ -13,7 +13,7 @@ ORDER = [
     {"config", "files", "images", "cache"},
     {"rules", "schedule", "checkpoint", "model", "sources"},
     {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "card", "album", "guided", "extractors", "metrics"},
-    {"hub"},
+    {"hub", "feature_cache"},
     {"loss", "pipeline", "machine", "publish", "update"},
     {"pixels", "sampling", "window", "plots", "convert"},
     {"progress", "imagesets"},

@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import os
 import re
 import resource
 import shutil
+import time
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from debias_diffusers.config import ModelConfig, ObjectiveConfig
 from debias_diffusers.convert import export, guided, read_flags
 from debias_diffusers.errors import CannotWriteError, InputError
+from debias_diffusers.files import draft_of
 from debias_diffusers.guided import Shape, from_guided, join_qkv, modules, shape_of, split_qkv, to_guided
 from debias_diffusers.model import build_unet, unet_config
 from debias_diffusers.pipeline import PixelPipeline, load_pipeline
@@ -443,13 +446,16 @@ def test_an_empty_folder_is_filled_and_stays_the_same_folder(tmp_path):
 def test_what_a_killed_conversion_left_is_removed_and_not_written_through(kind, tmp_path):
     model, flags, _ = golden("unet_paper_32")
     (tmp_path / "elsewhere").mkdir()
-    for name in (".draft-out", ".draft-back.pt"):
-        draft = tmp_path / name
+    days_ago = time.time() - 3 * 86400
+    young, theirs = draft_of(tmp_path / "out"), tmp_path / ".draft-of-a-letter"
+    for draft in (draft_of(tmp_path / "out"), draft_of(tmp_path / "back.pt"), theirs, young):
         {"file": draft.touch, "link": lambda d=draft: d.symlink_to(tmp_path / "elsewhere"), "folder": draft.mkdir}[kind]()
+        os.utime(draft, (days_ago, days_ago) if draft != young else None, follow_symlinks=False)
     guided(str(model), str(flags), str(tmp_path / "out"))
     export(str(tmp_path / "out"), str(tmp_path / "back.pt"))
     assert load_pipeline(str(tmp_path / "out")) and (tmp_path / "back.pt").is_file()
-    assert not list(tmp_path.glob(".draft*")) and not list((tmp_path / "elsewhere").iterdir())
+    assert set(tmp_path.glob(".draft*")) == {young, theirs}  # of a process that may still write, and of somebody else
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):

@@ -321,6 +321,7 @@ FIELDS = {
     "eval_images": ({"eval_every": 2}, 80, None),
     "feature_extractor": ({"eval_every": 2}, "digits", None),
     "feature_extractor_weights": ({"eval_every": 2}, "some.safetensors", None),
+    "cache_dir": ({"eval_every": 2}, "elsewhere", None),
     "keep_best": ({"eval_every": 2, "checkpoint_every": 2}, True, None),
     "report_to": ({}, "tensorboard", None),
     "accept_changed_data": ({}, True, None),

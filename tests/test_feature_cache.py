@@ -1,0 +1,92 @@
+"""The features that are kept between commands: what stays, what goes, and what is never touched."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from debias_diffusers import evaluation
+from debias_diffusers.feature_cache import FeatureCache, key_of, open_cache
+from debias_diffusers.imagesets import ImageSet
+
+FEATURES = {"64": torch.arange(640.0).view(10, 64), "colour": torch.ones(10, 3)}
+
+
+def keys(folder):
+    return {path.stem for path in folder.iterdir()}
+
+
+def test_what_is_kept_is_read_again_also_where_the_first_version_kept_it(tmp_path):
+    cache = FeatureCache(tmp_path / "new" / "folder")
+    assert cache.get(key_of("a")) is None and cache.get_json(key_of("a")) is None
+    cache.put(key_of("a"), FEATURES)
+    cache.put_json(key_of("a"), {"size": 3, "key": None})
+    assert torch.equal(cache.get(key_of("a"))["64"], FEATURES["64"]) and cache.get_json(key_of("a")) == {"size": 3, "key": None}
+    save_file(FEATURES, tmp_path / "new" / "folder" / f"{key_of('b')}.safetensors")
+    assert torch.equal(cache.get(key_of("b"))["colour"], FEATURES["colour"])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"value": 1}', b"[" * 100_000, b"\xff"])
+def test_a_damaged_entry_is_none(content, tmp_path):
+    for suffix in ("json", "safetensors"):
+        (tmp_path / f"{key_of('a')}.{suffix}").write_bytes(content)
+    assert FeatureCache(tmp_path).get(key_of("a")) is None and FeatureCache(tmp_path).get_json(key_of("a")) is None
+
+
+def test_the_entries_that_were_not_used_for_longest_go_and_nothing_else(tmp_path):
+    theirs = {key_of("weights"): "safetensors", key_of("settings"): "json", "model": "safetensors"}
+    for name, suffix in theirs.items():
+        path = tmp_path / f"{name}.{suffix}"
+        save_file({"conv.weight": torch.ones(1000)}, path) if suffix == "safetensors" else path.write_text('{"a": 1}')
+        os.utime(path, (1, 1))
+    save_file(FEATURES, tmp_path / f"{key_of('first version')}.safetensors")
+    size = (tmp_path / f"{key_of('first version')}.safetensors").stat().st_size
+    cache = FeatureCache(tmp_path, most_bytes=3 * size + 500)  # metadata, too
+    for age, name in enumerate(("first version", "a", "b")):
+        if age:
+            cache.put(key_of(name), FEATURES)
+        os.utime(tmp_path / f"{key_of(name)}.safetensors", (age + 2, age + 2))
+    assert cache.get(key_of("first version"))  # which makes it the newest
+    cache.put(key_of("c"), FEATURES)
+    assert keys(tmp_path) == {*theirs, *map(key_of, ("first version", "b", "c"))}
+    cache.put_json(key_of("c"), "x" * 4 * size)
+    assert keys(tmp_path) == {*theirs, key_of("c")} and cache.get_json(key_of("c"))
+
+
+def test_what_a_model_draws_is_not_kept(tmp_path):
+    for kept in (True, False):
+        measure = evaluation.Measure(evaluation.MeasureConfig(metrics="colour", cache_dir=str(tmp_path / str(kept))), "digits", "cpu")
+        images = ImageSet("some", 2, 8, "key", lambda *_: iter([(0, torch.zeros(2, 3, 8, 8, dtype=torch.uint8))]), kept)
+        assert measure.sample(images).count == 2
+        assert len(list(tmp_path.glob(f"{kept}/*.safetensors"))) == kept
+
+
+@pytest.mark.row(55, "a cache or a home folder that cannot be written does not end the work")
+def test_a_cache_that_cannot_be_written_is_a_warning_said_once(tmp_path, capsys, trials):
+    (tmp_path / "file").write_text("a file")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere", "a\0b", tmp_path / ("n" * 300)):
+        trials()
+        cache = FeatureCache(folder) if isinstance(folder, os.PathLike) else open_cache(folder)
+        for _ in range(2):
+            cache.put(key_of("a"), FEATURES)
+            cache.put_json(key_of("a"), 1)
+            assert cache.get(key_of("a")) is None and cache.get_json(key_of("a")) is None
+        err = capsys.readouterr().err
+        assert err.count("warning: features are not kept") == 1 and "--cache_dir" in err and err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+@pytest.mark.row(55, "a cache or a home folder that cannot be written does not end the work")
+def test_without_a_home_nothing_is_kept(monkeypatch, capsys):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    assert open_cache(None).get(key_of("a")) is None
+    assert "no home folder" in capsys.readouterr().err and open_cache("").get(key_of("a")) is None
+
+
+def test_an_entry_says_who_wrote_it(tmp_path):
+    FeatureCache(tmp_path).put(key_of("a"), FEATURES)
+    assert load_file(tmp_path / f"{key_of('a')}.safetensors").keys() == FEATURES.keys()
