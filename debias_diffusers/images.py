@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from . import metadata
 from .errors import InputError, reason
 
 MOST_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 268 MB as colours in Pillow
@@ -17,40 +19,122 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 
 _GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I", "F"}
 
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow keeps the more significant byte of a 16-bit colour. In the other byte order it keeps the other byte; in the machine's (N), the
+# decoder has put the bytes into its order. Grey with alpha has no other order, but read as four bytes it has both at once.
+_GREY_ALPHA_16 = "LA;16B"
+_OTHER_BYTE = {
+    f"{colours};16{order}": f"{colours};16{other}"
+    for colours in ("RGB", "RGBA", "RGBX", "CMYK")
+    for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
+} | {_GREY_ALPHA_16: "RGBA"}
+_STRIP = 64  # rows that are worked on at once, so that a large image takes little memory beside itself
+
 
 def decode(data: bytes, where: str) -> Image.Image:
     """An image file's bytes as grey ("L") or colour ("RGB").
 
-    Rotated as its EXIF tag says; transparent parts lie on white; 16 bits are scaled to 8; CMYK becomes RGB; colour profiles are not
-    applied; of an animation, the first picture.
+    Rotated as its EXIF tag says, and no other metadata is looked at; transparent parts lie on white; 16 bits are scaled to 8; CMYK
+    becomes RGB; colour profiles are not applied; of an animation, the first picture.
 
     Raises:
         InputError: not an image, damaged, of 32-bit numbers without a stated range, or of more than `MOST_PIXELS`; names `where`.
     """
     try:
+        data, found = metadata.set_apart(data)
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {MOST_PIXELS}; make it smaller")
+            rawmode = _rawmode(image)
+            low = _low_bytes(data, rawmode) if rawmode in _OTHER_BYTE else None
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)  # a copy of a large one would take as much again
-            return _flat(image)
+            if low is not None:
+                _round_to_8(image, low)
+            flat = _flat(image, grey=image.mode in _GREY or rawmode == _GREY_ALPHA_16)
+            return _turned(flat, image, found)
     except UnidentifiedImageError:
         raise InputError(f"image {where} cannot be read: it is no image of a known kind") from None
     except Exception as error:  # a damaged or hostile file may provoke any
         raise InputError(f"image {where} cannot be read: {reason(error)}") from error
 
 
-def _flat(image: Image.Image) -> Image.Image:
-    grey = image.mode in _GREY
-    if image.mode in {"I", "F"}:
-        raise ValueError(f"mode {image.mode} has no stated range; convert it to 8 or 16 bits")
-    if image.mode.startswith("I;16"):  # convert("L") would cut every value above 255 to white
-        return Image.fromarray(((np.asarray(image, dtype=np.uint32) + 128) // 257).astype(np.uint8))  # to the nearest
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+def _rawmode(image: ImageFile.ImageFile) -> str:
+    """How the pixels lie in the file, as Pillow calls it; "" where it is not told."""
+    args = image.tile[0][3] if image.tile else ""
+    return str(args[0]) if isinstance(args, tuple) and args else str(args)
+
+
+def _low_bytes(data: bytes, rawmode: str) -> np.ndarray:
+    """(H, W, C) uint8: the less significant bytes of a 16-bit colour image."""
+    with Image.open(io.BytesIO(data)) as image:
+        swapped = _OTHER_BYTE[rawmode]
+        for k, (codec, extents, offset, args) in enumerate(image.tile):
+            image.tile[k] = ImageFile._Tile(codec, extents, offset, (swapped, *args[1:]) if isinstance(args, tuple) else swapped)
+        image.load()
+        low = np.empty((image.height, image.width, len(image.getbands())), np.uint8)
+        for box in _strips(image):
+            strip = np.asarray(image.crop(box))
+            low[box[1] : box[3]] = strip[..., [1, 1, 1, 3]] if rawmode == _GREY_ALPHA_16 else strip
+    return low
+
+
+def _round_to_8(image: Image.Image, low: np.ndarray) -> None:
+    """Brings 16-bit colours to 8, to the nearest, in an image that has their more significant bytes; a transparent colour becomes white."""
+    transparent = image.info.pop("transparency", None)
+    for box in _strips(image):
+        strip = image.crop(box)
+        levels = np.asarray(strip).astype(np.uint32) * 256 + low[box[1] : box[3]]
+        scaled = _nearest(levels)
+        if transparent is not None:
+            scaled[(levels == transparent).all(-1)] = 255
+        image.paste(Image.frombytes(strip.mode, strip.size, scaled.tobytes()), box)
+
+
+def _nearest(levels: np.ndarray) -> np.ndarray:
+    """0 to 65535 as 0 to 255."""
+    return ((levels + 128) // 257).astype(np.uint8)
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    for top in range(0, image.height, _STRIP):
+        yield 0, top, image.width, min(top + _STRIP, image.height)
+
+
+def _flat(image: Image.Image, grey: bool) -> Image.Image:
     wanted = "L" if grey else "RGB"
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # a grey PPM of more than 8 bits comes as 0 to 65535
+        raise ValueError(f"mode {image.mode} has no stated range; convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # convert("L") would cut every value above 255 to white
+        levels = np.asarray(image, dtype=np.uint32)
+        scaled = _nearest(levels)
+        if "transparency" in image.info:
+            scaled[levels == image.info["transparency"]] = 255
+        return Image.fromarray(scaled)
+    if image.has_transparency_data:
+        flat = Image.new(wanted, image.size)
+        for box in _strips(image):  # several copies of a large one would take as much each
+            strip = image.crop(box).convert("RGBA")
+            flat.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert(wanted), box)
+        return flat
     return image if image.mode == wanted else image.convert(wanted)
+
+
+def _turned(flat: Image.Image, image: Image.Image, found: dict[str, bytes]) -> Image.Image:
+    """As the file's orientation says; that of a TIFF file is no metadata, and Pillow has applied it."""
+    if image.format == "TIFF":
+        return flat
+    told = found or {name: value for name in ("exif", "xmp") if isinstance(value := image.info.get(name), bytes)}
+    method = _TURNED.get(metadata.orientation(told))
+    return flat if method is None else flat.transpose(method)
 
 
 def fit(image: Image.Image, resolution: int) -> Image.Image:
