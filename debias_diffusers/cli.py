@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import tyro
 
 from . import config as configuration
-from . import rules
+from . import launcher, rules
 from .config import (
     DIGITS,
     BitsConfig,
@@ -62,6 +62,7 @@ def push(argv: Sequence[str] | None = None) -> int:
 def _train(argv: list[str]) -> None:
     config = train_config(argv, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    raise_all(launcher.problems(os.environ), "launcher")
     raise_all(rules.train_problems(config, num_processes))
     if config.run.dry_run:
         from .training import dry_run
@@ -85,7 +86,10 @@ def _train(argv: list[str]) -> None:
 
     from . import training
 
-    training.train(config, run, stop, to)
+    try:
+        training.train(config, run, stop, to)
+    finally:
+        stop.ended = True
 
 
 TRAIN_HELP = f"""Train a diffusion model with the debiased loss (arXiv 2310.08442).
@@ -123,6 +127,7 @@ def _take_flag(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
 
 def _sample(argv: list[str]) -> None:
     config = _parse(SampleConfig, argv, None, "sample.py", "Draw images with a trained model.")
+    raise_all(launcher.problems(os.environ), "launcher")
     raise_all(rules.sample_problems(config))
     from .run import stop_with_launcher
 
@@ -155,6 +160,8 @@ def _evaluate(argv: list[str]) -> None:
     command, *rest = argv
     if command not in EVALUATIONS:
         raise InputError(f"eval.py {command} is not known; take one of {', '.join(EVALUATIONS)}")
+    if command != "weights" and not {"-h", "--help"} & set(rest):
+        raise_all(launcher.problems(os.environ), "launcher")
     EVALUATIONS[command](rest)
 
 

@@ -140,6 +140,7 @@ class OptimizationConfig:
     weight_decay: float = 0.0  # decoupled weight decay of AdamW
     max_grad_norm: float = 0.0  # gradients longer than this are shortened; 0 is off
     ema_decay: tuple[float, ...] = (0.9999,)  # rates of the averaged weights; the first is exported
+    ema_warmup: bool = True  # at step n the rates are at most (1 + n) / (10 + n), so that averages soon forget the initial weights
     init: str | None = None  # start from these weights: a run directory, a pipeline folder, or a Hub id (user/name@revision)
     allow_pickle_import: bool = False  # also from .bin weights, read as tensors only
     mixed_precision: Precision | None = None  # as the launcher says if left out, else no
@@ -339,6 +340,9 @@ CHANGEABLE = {
     "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "allow_pickle_import",
     "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode",
 }  # fmt: skip
+
+# Values of runs that began before the field was there, where the default is another. They keep them, whatever a command says.
+BEFORE_THE_FIELD = {"ema_warmup": False}
 
 # Names of Hub repositories, which a run writes down with the commit that it took: user/name@commit.
 PINNED = ("dataset", "init")

@@ -6,8 +6,9 @@ label, its u (which becomes the timestep) and its noise follow from (seed, p) al
 
 from __future__ import annotations
 
+import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,10 @@ from .errors import DebiasError, InputError
 from .sources import Source
 
 LOST_WORKER = "a process that reads images was killed, perhaps for lack of memory; take fewer --num_workers; the same command continues"
+NO_SHARED_MEMORY = (
+    "the processes that read images found no shared memory left in /dev/shm; give more of it (a container has 64 MB unless it is started "
+    "with, for example, docker run --shm-size 2g), or add --num_workers 0; the same command continues"
+)
 
 
 class TrainingData(Dataset):
@@ -132,12 +137,14 @@ def collate(samples: list[dict[str, Any] | DebiasError]) -> dict[str, Tensor] | 
     return batch
 
 
-def batches(data: TrainingData, positions: PositionBatches, pin_memory: bool) -> Iterator[dict[str, Tensor]]:
+def batches(data: TrainingData, positions: PositionBatches, pin_memory: bool) -> Generator[dict[str, Tensor], None, None]:
     """Micro-batches in the order of `positions`.
 
     Raises:
         InputError: an image cannot be read; the message names it.
         DebiasError: a worker is gone.
+
+    However it ends, by its last batch, an error or `close`, no worker is left.
     """
     loader = DataLoader(
         data,
@@ -147,13 +154,31 @@ def batches(data: TrainingData, positions: PositionBatches, pin_memory: bool) ->
         pin_memory=pin_memory,
         worker_init_fn=_prepare_worker,
     )
+    iterator = iter(loader)
     try:
-        for batch in loader:
+        for batch in iterator:
             if isinstance(batch, DebiasError):
                 raise batch
             yield batch
     except (ConnectionError, EOFError) as error:  # it was killed while it handed a batch over
         raise DebiasError(LOST_WORKER) from error
+    finally:
+        _end_workers(iterator)
+
+
+def _end_workers(iterator: Any) -> None:
+    """Ends the workers of a loader's iterator; those that stay are killed.
+
+    Python joins them without a limit when the process ends, and they ignore the SIGTERM that they are sent before. An error that is
+    raised keeps the iterator alive, so that it does not end them by itself.
+    """
+    workers = getattr(iterator, "_workers", [])  # none where the loop reads
+    if workers:
+        with contextlib.suppress(RuntimeError):  # of torch's handler of SIGCHLD: that one was killed is known, or does not matter any more
+            iterator._shutdown_workers()
+    for worker in workers:
+        worker.kill()
+        worker.join(5)  # no longer: not even SIGKILL ends one that waits for a disk that is gone
 
 
 def _prepare_worker(_: int) -> None:

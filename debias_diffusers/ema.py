@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, at constant rates."""
+"""Exponential moving averages (EMA) of the weights, at constant rates, which a warm-up limits at first."""
 
 from __future__ import annotations
 
@@ -9,18 +9,33 @@ from torch import Tensor
 
 
 class EMA:
-    """For each rate r and each weight w: average <- r average + (1 - r) w, after every step, beginning with w itself."""
+    """For each rate r and each weight w: average <- r average + (1 - r) w, after every step, beginning with w itself.
 
-    def __init__(self, weights: Mapping[str, Tensor], rates: Iterable[float]) -> None:
+    With a warm-up r is at most (1 + n) / (10 + n) in the update after n others (as in TensorFlow's ExponentialMovingAverage): the
+    initial weights are forgotten within some hundred steps, whatever the rate. A function of the step, so that nothing is saved.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], rates: Iterable[float], warmup: bool = False) -> None:
         """`weights` are the trained parameters by name; they are read again at each update."""
+        self.warmup = warmup
         self.weights = dict(weights)  # not detached: DistributedDataParallel may give a parameter other storage
         self.averages = {rate: {name: w.detach().clone() for name, w in weights.items()} for rate in rates}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, step: int = 0) -> None:
+        """`step`: the number of updates before this one."""
         weights = list(self.weights.values())
         for rate, average in self.averages.items():
+            if self.warmup:
+                rate = min(rate, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.values()), weights, 1 - rate)
+
+    def checksums(self) -> dict[float, list[int]]:
+        """Of the bits of each average by rate, to see whether it moved; waits for the device."""
+        return {
+            rate: torch.stack([tensor.view(torch.int32).sum() for tensor in average.values()]).tolist()
+            for rate, average in self.averages.items()
+        }
 
     @torch.no_grad()
     def load(self, rate: float, average: Mapping[str, Tensor]) -> None:

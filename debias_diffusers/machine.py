@@ -15,18 +15,27 @@ import accelerate
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from . import __version__
 from .config import TrainConfig
-from .data import LOST_WORKER
-from .errors import DebiasError, InputError
+from .data import LOST_WORKER, NO_SHARED_MEMORY
+from .errors import DebiasError, InputError, reason
 from .run import say
 
 T = TypeVar("T")
 N = TypeVar("N", bound=nn.Module)
+
+# Kinds of distribution in which every process holds the whole network, as the update, the averages and the saves need it.
+KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -52,22 +61,40 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     available = {"tensorboard": accelerate.utils.is_tensorboard_available, "wandb": accelerate.utils.is_wandb_available}
     if report_to != "none" and not available[report_to]():
         raise InputError(f"report_to is {report_to}, but it is not installed; run pip install {report_to}")
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            log_with=None if report_to == "none" else report_to,
-            project_dir=str(Path(config.run.output_dir or "") / "logs"),
-            # Gradients lie where they are exchanged: neither memory nor time for a second copy.
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        )
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"mixed_precision is {precision}, but this machine refuses: {' '.join(str(error).split())}") from error
-    _require_all_processes(accelerator.num_processes)
+    accelerator = _accelerator(
+        mixed_precision=precision,
+        log_with=None if report_to == "none" else report_to,
+        project_dir=str(Path(config.run.output_dir or "") / "logs"),
+        # Gradients lie where they are exchanged: neither memory nor time for a second copy.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision is fp16, but a CPU cannot train in it; take bf16 or no")
     if accelerator.device.type == "cpu":
         _keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # a training's shapes stay the same, so trying the kernels out pays
+    return accelerator
+
+
+def _accelerator(**options: Any) -> Accelerator:
+    """accelerate's handle, for the kinds of distribution that are built.
+
+    Raises:
+        InputError: accelerate refuses the machine or the launcher's configuration, or another kind of distribution is asked for.
+    """
+    try:
+        # By the plugin, because a number alone gives way to a variable of the environment, and divides every gradient.
+        accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), **options)
+    except (ValueError, RuntimeError, ImportError) as error:
+        precision = options.get("mixed_precision", "no")
+        refused = f"mixed_precision is {precision}, but" if precision != "no" and precision in str(error) else "accelerate cannot start:"
+        raise InputError(f"{refused} this machine or the launcher's configuration says: {reason(error)}") from error
+    if (kind := accelerator.distributed_type) not in KINDS:
+        raise InputError(
+            f"accelerate is configured for {kind.value}, but only one process, several CPUs or several GPUs (MULTI_CPU, MULTI_GPU) "
+            f"are supported; launch with --multi_gpu, or without a configuration"
+        )
+    _require_all_processes(accelerator.num_processes)
     return accelerator
 
 
@@ -123,8 +150,7 @@ class Fetched:
 def start_processes(num_threads: int | None) -> Accelerator:
     """accelerate's handle on devices and processes where nothing is trained."""
     # Processes meet at the beginning and at the end only, and may be hours apart by then.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
-    _require_all_processes(accelerator.num_processes)
+    accelerator = _accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
     set_threads(num_threads)
     return accelerator
 
@@ -152,19 +178,31 @@ def explained(error: RuntimeError, flag: str, size: int) -> DebiasError | None:
 
     `flag` decides how many images, now `size`, are computed with at once.
     """
-    said = str(error)
+    said = _chain(error)
     # Of a device, or of the main memory.
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
         advice = f"add {flag} {size // 2}, which does the same in less memory" if size > 1 else "take a smaller network or resolution"
         return InputError(f"out of memory with {size} images per forward; {advice}")
     if "CppCompiler" in said or "C++ compiler" in said:
         return InputError("compile needs a C++ compiler, and there is none that works; install one, or leave --compile out")
+    # A worker that cannot write its batch, or is killed by it: Linux gives the memory only when it is written to.
+    if any(words in said for words in ("Bus error", "(shm)", "shared memory object", "file </torch_")):
+        return DebiasError(NO_SHARED_MEMORY)
     if "DataLoader worker" in said:
         return DebiasError(LOST_WORKER)
     # Of gloo or NCCL: the process at the other end of an exchange is gone.
     if any(words in said for words in ("closed by peer", "Connection reset", "remote process exited")):
         return DebiasError("another process of this command has ended; the reason is what it said last")
     return None
+
+
+def _chain(error: BaseException | None) -> str:
+    """What an error says, and those that led to it."""
+    said = []
+    while error is not None:
+        said.append(str(error))
+        error = error.__cause__ or error.__context__
+    return "\n".join(said)
 
 
 def warn_of_little_space(folder: Path, parameters: int, rates: int) -> None:

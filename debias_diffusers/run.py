@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from . import checkpoint
 from .checkpoint import Checkpoint
-from .config import TrainConfig, differences, stored, to_json
+from .config import BEFORE_THE_FIELD, TrainConfig, differences, stored, to_json
 from .errors import CannotWriteError, InputError, raise_all
 from .files import LOCK, remove_drafts, said_if_not_writable, take_lock, write_file
 
@@ -86,7 +86,9 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _check_same(config: TrainConfig, resume: Checkpoint) -> None:
-    changed = differences(stored(TrainConfig()) | resume.state["config"], stored(config))  # a field may be younger than the run
+    before = resume.state["config"]
+    now = {name: value for name, value in stored(config).items() if name in before or name not in BEFORE_THE_FIELD}
+    changed = differences({name: value for name, value in stored(TrainConfig()).items() if name in now} | before, now)
     if changed:
         changed.append("continue with the old values, or name another --output_dir")
     if config.optimization.max_steps < resume.step:
@@ -145,15 +147,19 @@ def step_of(line: bytes) -> float:
 class StopSignal:
     """Remembers that SIGTERM or SIGINT asked the run to stop, so that it stops after the step at hand, saved.
 
-    A second SIGINT ends the process at once; the last checkpoint is whole, as always.
+    A second SIGINT ends the process at once; the last checkpoint is whole, as always. So does any signal once the run has `ended`:
+    nobody asks any more whether there was one, and a thread or process of a library may keep the process from ending.
     """
 
     def __init__(self) -> None:
         self.signum = 0
+        self.ended = False
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
+        if self.ended:
+            os._exit(128 + signum)
         if signum == signal.SIGINT and self.signum == signal.SIGINT:
             os.write(2, b"\nstopped at once; the last checkpoint is untouched\n")
             os._exit(128 + signum)

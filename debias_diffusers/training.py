@@ -23,7 +23,19 @@ from torch import Tensor, nn
 
 from . import chance, checkpoint, data, evaluation, hub, images, machine, sampling, snapshot
 from .checkpoint import Checkpoint
-from .config import DIGITS, PINNED, HubConfig, OptimizationConfig, TrainConfig, differences, flatten, stored, to_json, update
+from .config import (
+    BEFORE_THE_FIELD,
+    DIGITS,
+    PINNED,
+    HubConfig,
+    OptimizationConfig,
+    TrainConfig,
+    differences,
+    flatten,
+    stored,
+    to_json,
+    update,
+)
 from .ema import EMA
 from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
 from .files import write_file
@@ -64,8 +76,6 @@ def train(config: TrainConfig, run: Run | None, stop: StopSignal, to: HubConfig 
         Trainer(config, run, accelerator, to).train(stop)
     except RuntimeError as error:
         if known := machine.explained(error, "--micro_batch_size", micro_batch_size(config.optimization, accelerator.num_processes)):
-            # Or torch's handler says once more, from wherever it strikes while the process ends, that a loader's worker is gone.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise known from error
         raise
     finally:
@@ -90,6 +100,8 @@ class Trainer:
         self.run, self.accelerator = run, accelerator
         found = self._agree_on_checkpoint()
         self.config = config = machine.agreed(lambda: _pinned(config, found), accelerator)
+        # Fields that the run began before, which it goes on without: what is resumed tells by them what may be asked of it.
+        self.older = BEFORE_THE_FIELD.keys() - found.state["config"].keys() if found else set()
         self.optim = config.optimization
         self.num_threads = machine.set_threads(self.optim.num_threads)
         self.device = accelerator.device
@@ -105,7 +117,7 @@ class Trainer:
             self._start_from(unet, self.optim.init)
         network = machine.to_train(unet, accelerator)
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.ema = EMA(dict(network.named_parameters()), self.optim.ema_decay)
+        self.ema = EMA(dict(network.named_parameters()), self.optim.ema_decay, self.optim.ema_warmup)
         # A loss that is not finite is never the search of fp16 for its scale, an overflowing gradient may be.
         self.update = Update(self.parameters, self.ema, self.optim, SKIPS_IN_A_ROW - 1 if accelerator.scaler is not None else 0)
         self.adamw = self.update.adamw
@@ -124,6 +136,8 @@ class Trainer:
         self.best: dict[str, Any] | None = None  # step and figure of the best measurement, and what was measured
         self.measured: dict[str, Any] | None = None  # the last measurement: its step, by what, and all figures
         self._resume(found)
+        self.said_still = self.said_averages = False  # what is said once: that a gradient is 0, that averages have not moved
+        self.still_since = (self.step, self.ema.checksums())  # of the averages, as of the start or the last save
         self.positions = data.PositionBatches(
             self.optim.batch_size,
             self.micro_batch_size,
@@ -143,10 +157,17 @@ class Trainer:
 
     def train(self, stop: StopSignal) -> None:
         """All steps that are left, or until a signal or `max_hours`."""
-        every = self.config.run
         deadline = time.monotonic() + self.optim.max_hours * 3600 if self.optim.max_hours else math.inf
         self._settle_ddp()
-        micro_batches = data.batches(self.task.data, self.positions, pin_memory=self.device.type == "cuda")
+        with contextlib.closing(data.batches(self.task.data, self.positions, pin_memory=self.device.type == "cuda")) as micro_batches:
+            signum = self._train(micro_batches, stop, deadline)
+        self._say_end(signum)
+        if self.publisher:
+            self.publisher.finish(self.step, stop)
+
+    def _train(self, micro_batches: Iterator[dict[str, Tensor]], stop: StopSignal, deadline: float) -> int:
+        """The steps themselves; returns the signal that ended them, or 0."""
+        every = self.config.run
         signum = late = 0
         if self.publisher:
             self.publisher.resume()
@@ -167,9 +188,7 @@ class Trainer:
             while launched:
                 self._read(launched.popleft(), progress)
             self._save(final=True)
-        self._say_end(signum)
-        if self.publisher:
-            self.publisher.finish(self.step, stop)
+        return signum
 
     def _launch(self, micro_batches: Iterator[dict[str, Tensor]], signum: int, late: bool) -> Launched:
         """Starts the next step, without waiting for the device."""
@@ -197,6 +216,9 @@ class Trainer:
         loss, grad_norm, ended, signum, late = launched.numbers.read()
         if ended:
             raise self._not_finite(launched, loss, grad_norm)
+        if grad_norm == 0 and self.run and not self.said_still:
+            self.said_still = True
+            say(f"warning: the gradient of step {launched.step} is exactly 0, so that nothing is learned from it; see weighting and data")
         progress.record(launched.step, loss, launched.learning_rate, grad_norm, self.window)
         return int(signum), int(late)
 
@@ -243,7 +265,7 @@ class Trainer:
         """The update, where loss and gradient are finite; returns the learning rate and the norm () of the gradient."""
         self.accelerator.unscale_gradients()
         rate = learning_rate(self.optim, self.step)
-        grad_norm, clipped = self.update(loss, rate)
+        grad_norm, clipped = self.update(loss, rate, self.step)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
         self.window.step(clipped)
@@ -394,7 +416,7 @@ class Trainer:
             "weights": self._some_weights(),
             "best": self.best,
             "measured": self.measured,
-            "config": stored(self.config),
+            "config": {name: value for name, value in stored(self.config).items() if name not in self.older},
         }
 
     def _some_weights(self) -> dict[str, float]:
@@ -418,10 +440,24 @@ class Trainer:
             tensors[snapshot.SAMPLER] = self.sampler.state()
         window = self.window.state(self.accelerator.gather, self.accelerator.is_main_process)
         self.saving_step = self.step
+        if self.run:
+            self._say_if_still()
         if self.saver:
             self.saver.save(tensors, {**self._state(), "window": window}, final)
         if final:
             self._finish_save(final=True)
+
+    def _say_if_still(self) -> None:
+        """Says once which averages have not changed since the last save, though they should at every step."""
+        (since, before), now = self.still_since, self.ema.checksums()
+        still = [str(rate) for rate in now if now[rate] == before[rate]]
+        if still and not self.said_averages:
+            self.said_averages = True
+            say(
+                f"warning: the averaged weights of ema_decay {', '.join(still)} have not changed from step {since} to {self.step}: what is "
+                f"exported is not what is trained; a larger --learning_rate or a smaller --ema_decay moves them"
+            )
+        self.still_since = (self.step, now)
 
     def _finish_save(self, final: bool = False) -> None:
         """Waits for the save under way, if there is one; raises CannotWriteError where the final one failed."""
@@ -475,17 +511,18 @@ class Trainer:
 
 
 def _pinned(config: TrainConfig, found: Checkpoint | None) -> TrainConfig:
-    """The configuration with the commits of what comes from the Hub: those that the run began with, or the newest."""
+    """The configuration with the commits of what comes from the Hub, those that the run began with or the newest, and older values."""
     values = flatten(config)
     kinds = {"dataset": ("dataset", is_hub_id), "init": ("model", hub.is_id)}
     names = {name: values[name] for name in PINNED if values[name] and kinds[name][1](values[name])}
     if found is None:
         return update(config, {name: hub.pinned(value, kinds[name][0]) for name, value in names.items()})
-    kept = {name: found.state["config"].get(name, value) for name, value in names.items()}
+    before = found.state["config"]
+    kept = {name: before.get(name, value) for name, value in names.items()}
     for name, value in names.items():
         if hub.split(value)[1] and value != kept[name]:
             say(f"{name} is {value}, but the run keeps to what it began with, {kept[name]}")
-    return update(config, kept)
+    return update(config, kept | {name: value for name, value in BEFORE_THE_FIELD.items() if name not in before})
 
 
 def micro_batch_size(config: OptimizationConfig, num_processes: int) -> int:

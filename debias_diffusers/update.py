@@ -30,12 +30,13 @@ class Update:
         self.ended = torch.zeros((), dtype=torch.bool, device=device)
 
     @torch.no_grad()
-    def __call__(self, loss: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, loss: Tensor, learning_rate: float, step: int) -> tuple[Tensor, Tensor]:
         """Makes the step that the parameters' gradients stand for, and forgets them.
 
         Args:
             loss: () over all processes; a step whose loss is not finite ends the run.
             learning_rate: of this step.
+            step: the number of steps before this one, whether they were made or not.
 
         Returns:
             The norm () of the gradient before it is clipped, and whether () it was.
@@ -53,5 +54,5 @@ class Update:
             group["lr"] = learning_rate
         self.adamw.step()
         self.adamw.zero_grad()
-        self.ema.update()  # of a step that was not made, towards the weights as they stayed
+        self.ema.update(step)  # of a step that was not made, towards the weights as they stayed
         return grad_norm, clipped

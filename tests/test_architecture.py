@@ -9,7 +9,7 @@ PACKAGE = ROOT / "debias_diffusers"
 
 # Lower rooms first; a room may import rooms of lower rows only.
 ORDER = [
-    {"errors", "chance", "ema", "background", "memory", "metadata"},
+    {"errors", "chance", "ema", "background", "memory", "metadata", "launcher"},
     {"config", "files", "images", "cache"},
     {"rules", "schedule", "checkpoint", "model", "sources"},
     {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "card", "album", "guided", "extractors", "metrics"},
@@ -35,7 +35,7 @@ DOORS = {
     "psutil": {"memory"},
 }
 
-WITHOUT_TORCH = {"errors", "config", "rules", "files", "checkpoint", "run", "card", "hub", "publish", "cli"}
+WITHOUT_TORCH = {"errors", "config", "rules", "files", "checkpoint", "run", "card", "hub", "publish", "cli", "launcher"}
 
 
 def imports(path, everywhere=True):

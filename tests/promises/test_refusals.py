@@ -302,7 +302,8 @@ FIELDS = {
     "warmup_steps": ({}, 2, METRICS),
     "weight_decay": ({}, 0.5, METRICS),
     "max_grad_norm": ({}, 0.01, METRICS),
-    "ema_decay": ({}, (0.5,), WEIGHTS),
+    "ema_decay": ({"ema_warmup": False}, (0.5,), WEIGHTS),  # of three steps with a warm-up all rates are the same
+    "ema_warmup": ({}, False, WEIGHTS),
     "init": ({}, "TRAINED", METRICS),
     "allow_pickle_import": ({"init": "TRAINED"}, True, None),
     "mixed_precision": ({}, "bf16", METRICS),
