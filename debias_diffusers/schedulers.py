@@ -6,7 +6,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -52,15 +51,15 @@ def _require_shapes(model_output: Any, sample: Any, learned: bool = False) -> No
     expected = (*of_sample[:1], (1 + learned) * of_sample[1], *of_sample[2:]) if len(of_sample) > 1 else of_sample
     if not of_sample or shape != expected:
         raise InputError(
-            f"model_output has shape {shape} and sample {of_sample}, but they must be tensors of one shape, and with as many channels again "
-            f"in model_output for DDPM with a learned variance"
+            f"model_output has shape {shape} and sample {of_sample}, but they must be tensors of one shape, and with as many channels "
+            f"again in model_output for DDPM with a learned variance"
         )
 
 
 def _require_timesteps(steps: Any, timesteps: Any, levels: float = math.inf) -> None:
     """Raises InputError unless there is a number of steps, or a falling list of timesteps, of so many noise levels."""
     if timesteps is None:
-        if not (isinstance(steps, Integral) and 1 <= steps <= levels):
+        if not (isinstance(steps, int | np.integer) and 1 <= steps <= levels):
             raise InputError(f"num_inference_steps is {steps!r}, but must be a whole number from 1{f' to {levels}' * (levels < math.inf)}")
         return
     try:
@@ -82,7 +81,7 @@ class DDPM(DDPMScheduler):
     def step(
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, generator: Any = None, return_dict: bool = True
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """x_t to x_s for the next timestep s < t of its list. All tensors (B, C, H, W); model_output with a learned variance (B, 2C, H, W)."""
+        """x_t to x_s for the next timestep s < t of its list. All tensors (B, C, H, W), model_output (B, 2C, H, W) if learned."""
         _require_shapes(model_output, sample, self.variance_type in ("learned", "learned_range"))
         t = self.timesteps[_index(self, timestep)]
         stepped: DDPMSchedulerOutput | tuple[Tensor, Tensor] = super().step(model_output, t, sample, generator, return_dict)
@@ -181,11 +180,7 @@ class Heun(DDIM):
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """One call of the network: forth, or back half of it. All tensors (B, C, H, W)."""
         _require_shapes(model_output, sample)
-        if self.num_inference_steps is None:
-            raise InputError("Heun's method has no timesteps yet; call set_timesteps first")
-        if self._place == len(self.timesteps) or self.timesteps[self._place] != self.timesteps[_index(self, timestep)]:
-            due = f"timestep {self.timesteps[self._place]}" if self._place < len(self.timesteps) else "none, it has ended"
-            raise InputError(f"timestep is {timestep}, but the next step of Heun's method is that of {due}; call set_timesteps to begin again")
+        self._require_next(timestep)
         acp_t = self.alphas_cumprod[int(timestep)]
         x_0, noise = self._x_0_and_noise(model_output, sample, acp_t)
         if self._begun is None:
@@ -198,6 +193,15 @@ class Heun(DDIM):
             self._begun = None
         self._place += 1
         return DDIMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
+
+    def _require_next(self, timestep: Any) -> None:
+        """Raises InputError unless the timestep is the next of the list: which half of a step it is depends on the place."""
+        if self.num_inference_steps is None or self._place == len(self.timesteps):
+            raise InputError("Heun's method has no timesteps yet, or has made all its steps; call set_timesteps first")
+        if self.timesteps[_index(self, timestep)] != self.timesteps[self._place]:
+            raise InputError(
+                f"timestep is {timestep}, but the next one is {self.timesteps[self._place]}; or call set_timesteps to begin again"
+            )
 
 
 def _corrected(x_s: Tensor, noise: Tensor, acp_s: Tensor, noise_before: Tensor, acp_t: Tensor) -> Tensor:
