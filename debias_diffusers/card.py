@@ -52,10 +52,10 @@ Step {step} of {config.optimization.max_steps}; the weights are averaged at the 
 ## Use it
 
 ```python
-{_use(num_classes, config.objective.num_train_timesteps)}
+{_use(num_classes, config.objective)}
 ```
-
-or, with debias_diffusers installed, `python sample.py "PATH" --scheduler unipc --steps 20 --output_dir samples`.
+{_others(num_classes, config.objective)}
+or, with debias_diffusers installed, `{_command(config.objective)}`.
 {_variants(config)}
 {_figures(measured)}
 ## Licence
@@ -147,7 +147,7 @@ def _data(config: TrainConfig, images: int | None) -> str:
     return said + "."
 
 
-def _use(num_classes: int, num_train_timesteps: int) -> str:
+def _use(num_classes: int, objective: ObjectiveConfig) -> str:
     if num_classes:
         return (
             "from debias_diffusers import PixelPipeline\n\n"
@@ -157,8 +157,24 @@ def _use(num_classes: int, num_train_timesteps: int) -> str:
     return (
         "from diffusers import DDPMPipeline\n\n"
         'pipeline = DDPMPipeline.from_pretrained("PATH")\n'
-        f"image = pipeline(num_inference_steps={num_train_timesteps}).images[0]"
+        f"image = pipeline(num_inference_steps={50 if objective.prediction_type == 'flow' else objective.num_train_timesteps}).images[0]"
     )
+
+
+def _others(num_classes: int, objective: ObjectiveConfig) -> str:
+    """What of other pipelines of diffusers: few know what a network predicts beside the noise, and none says so."""
+    if num_classes:
+        return "\nAfter this import `DiffusionPipeline.from_pretrained` loads it, too. Pipelines of diffusers itself know no labels.\n"
+    if objective.prediction_type == "flow":
+        return "\nNot with `DDIMPipeline`, which takes it for a model that predicts the noise and draws noise.\n"
+    if objective.learn_sigma:
+        return "\nNot with `DDIMPipeline`, which breaks on the channels of the learned variance.\n"
+    return "\nWith `DDIMPipeline`, pass `use_clipped_model_output=True`.\n"
+
+
+def _command(objective: ObjectiveConfig) -> str:
+    solver = "flow_heun" if objective.prediction_type == "flow" else "unipc"
+    return f"debias-sample {PLACEHOLDER} --scheduler {solver} --steps {min(20, objective.num_train_timesteps // 2)} --output_dir samples"
 
 
 def variant(rate: float) -> str:

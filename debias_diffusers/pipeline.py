@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -30,7 +32,8 @@ class PixelPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs = ("x_t", "x_0", "class_labels")
+    _callback_tensor_inputs = ("x_t", "x_0", "class_labels", "latents")
+    _guidance_scale, _num_timesteps, _interrupt = 1.0, 0, False  # until the first call
 
     def __init__(self, unet: UNet2DModel, scheduler: Any, null_label: int | None = None) -> None:
         super().__init__()
@@ -61,10 +64,14 @@ class PixelPipeline(DiffusionPipeline):
         clipping: Clipping | None = None,
         clipping_quantile: float = 0.995,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("x_t",),
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("x_t", "latents"),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draws a batch of images.
 
@@ -83,49 +90,64 @@ class PixelPipeline(DiffusionPipeline):
                 is configured to do.
             clipping_quantile: of the absolute values of an image, for "dynamic".
             generator: one for all, or a list with one for each image, which makes an image independent of its batch.
-            output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), both float in [0, 1].
+            latents: (B, C, H, W) standard normal noise to begin with, in place of noise of the generator.
+            output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), both float in [0, 1]; "latent" (B, C, H, W), the last
+                x_t as it is, in which images have [-1, 1].
             return_dict: an ImagePipelineOutput, or a plain tuple.
             callback_on_step_end: called after each step with this pipeline, the number of the step, its timestep, and a
-                dictionary of the tensors asked for; an `x_t` in what it returns takes the place of ours. It may set
-                `_interrupt` to stop.
-            callback_on_step_end_tensor_inputs: among x_t (B, C, H, W) after the step, x_0 (B, C, H, W) as predicted in it, and
-                class_labels (B,).
+                dictionary of the tensors asked for; another `x_t` or `latents` in what it returns takes the place of ours. It
+                may set `_interrupt` to stop, and `_guidance_scale` for the steps that follow. diffusers' PipelineCallback and
+                MultiPipelineCallbacks name their tensors themselves.
+            callback_on_step_end_tensor_inputs: among x_t (B, C, H, W) after the step, also called latents as in other
+                pipelines, x_0 (B, C, H, W) as predicted in it, and class_labels (B,).
 
         Raises:
-            InputError: labels, guidance, or tensors for the callback that the model or this pipeline does not have.
+            InputError: labels, guidance, noise, steps, or tensors for the callback that the model or this pipeline does not have.
             NotFiniteError: the network or the solver gave NaN or infinity.
         """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check(guidance_interval, clipping, output_type, callback_on_step_end_tensor_inputs)
         labels = self._labels(batch_size, class_labels, guidance_scale)
         if not isinstance(self.scheduler, DDPMScheduler) and self.unet.config.in_channels > 3:
             self.scheduler.register_to_config(variance_type=None)  # or DPM-Solver cuts off all channels after the third
         set_timesteps(self.scheduler, num_inference_steps, timesteps)
         chance = self._step_arguments(generator, eta)
-        x_t = self._noise(batch_size, generator)
+        x_t = self._noise(batch_size, generator, latents)
         scaled = getattr(self.scheduler, "scale_model_input", lambda x_t, t: x_t)
-        self._interrupt = False
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(self.scheduler.timesteps), False
+        with self.progress_bar(total=self._num_timesteps) as progress:
             for step, t in enumerate(self.scheduler.timesteps):
                 given = scaled(x_t, t)
-                prediction = self._predict(given, t, labels, guidance_scale if _within(guidance_interval, t) else 1.0)
+                prediction = self._predict(given, t, labels, self._guidance_scale if _within(guidance_interval, t) else 1.0)
                 prediction = self._clipped(prediction, given, t, clipping, clipping_quantile)
                 x_t = self.scheduler.step(prediction, t, x_t, **chance).prev_sample
                 if callback_on_step_end:
                     x_0 = self._x_0(prediction, given, t) if "x_0" in callback_on_step_end_tensor_inputs else None
-                    tensors = {"x_t": x_t, "x_0": x_0, "class_labels": labels}
+                    tensors = {"x_t": x_t, "x_0": x_0, "class_labels": labels, "latents": x_t}
                     asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    x_t = (callback_on_step_end(self, step, t, asked) or {}).get("x_t", x_t)
+                    x_t = _replaced(x_t, callback_on_step_end(self, step, t, asked) or {})
                 progress.update()
                 if self._interrupt:
                     break
         if not x_t.isfinite().all():
             raise NotFiniteError(f"{type(self.scheduler).__name__} with {num_inference_steps} steps drew images that are not finite")
-        images: Any = (x_t / 2 + 0.5).clamp(0, 1)
+        images: Any = x_t if output_type == "latent" else (x_t / 2 + 0.5).clamp(0, 1)
         self.maybe_free_model_hooks()
-        if output_type != "pt":
+        if output_type in ("pil", "np"):
             images = images.cpu().permute(0, 2, 3, 1).numpy()
             images = self.numpy_to_pil(images) if output_type == "pil" else images
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call at hand, or the last one."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Calls of the network in the call at hand, or the last one."""
+        return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
@@ -139,8 +161,8 @@ class PixelPipeline(DiffusionPipeline):
             raise InputError(f"guidance_interval is {guidance_interval}, but its first timestep must be the smaller one")
         if clipping not in (None, "off", "static", "dynamic"):
             raise InputError(f"clipping is {clipping!r}, but must be off, static or dynamic")
-        if output_type not in ("pil", "np", "pt"):
-            raise InputError(f"output_type is {output_type!r}, but must be pil, np or pt")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise InputError(f"output_type is {output_type!r}, but must be pil, np, pt or latent")
         if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
             raise InputError(f"a callback can be given {', '.join(self._callback_tensor_inputs)}, but not {', '.join(unknown)}")
 
@@ -151,13 +173,16 @@ class PixelPipeline(DiffusionPipeline):
             raise InputError(f"eta is {eta}, but {type(self.scheduler).__name__} has none; take ddim, or leave it out")
         return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in known}
 
-    def _noise(self, batch_size: int, generator: Any) -> Tensor:
-        """x_T of the scheduler, (B, C, H, W)."""
+    def _noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
+        """x_T of the scheduler, (B, C, H, W), from the noise given if any."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, self.unet.config.in_channels, height, width)
         dtype = torch.promote_types(self._dtype, torch.float32)
-        noise: Tensor = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
+        if latents is not None and latents.shape != shape:
+            raise InputError(f"latents has shape {tuple(latents.shape)}, but must have {shape}, for a batch_size of {batch_size}")
+        device = self._execution_device
+        noise = latents.to(device, dtype) if latents is not None else randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # those of flow matching have none, and scale nothing
 
     def _labels(self, batch_size: int, class_labels: Sequence[int] | Tensor | None, guidance_scale: float) -> Tensor | None:
@@ -172,7 +197,7 @@ class PixelPipeline(DiffusionPipeline):
     def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
         """What the scheduler takes: the guided prediction, and the values of a learned variance (of the label) if it uses them."""
         C = self.unet.config.in_channels
-        if labels is None or guidance_scale == 1:
+        if labels is None or guidance_scale == 1 or self.config.null_label is None:
             output = self._call(x_t, t, labels)
             prediction, values = output[:, :C], output[:, C:]
         else:
@@ -234,8 +259,16 @@ class PixelPipeline(DiffusionPipeline):
         return isinstance(self.scheduler, DDPMScheduler) and (self.scheduler.config.variance_type or "").startswith("learned")
 
 
+def _replaced(x_t: Tensor, returned: dict[str, Any]) -> Tensor:
+    """x_t as a callback wants it: it may return another one under either name, beside the one that it was given."""
+    return next((returned[name] for name in ("x_t", "latents") if returned.get(name, x_t) is not x_t), x_t)
+
+
 def _within(interval: tuple[float, float] | None, t: Tensor) -> bool:
     return interval is None or interval[0] <= float(t) <= interval[1]
+
+
+diffusers.PixelPipeline = PixelPipeline  # where DiffusionPipeline.from_pretrained looks for the class of a saved pipeline
 
 
 def check_labels(pipeline: PixelPipeline, class_labels: Sequence[int] | Tensor | None, guidance_scale: float) -> None:

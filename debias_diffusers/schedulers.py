@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -27,8 +30,62 @@ from .errors import InputError
 from .schedule import is_flow, make_schedule, predicted_x_0
 
 
+def _index(scheduler: Any, timestep: Any) -> int:
+    """Where a timestep stands in the list of a scheduler.
+
+    Raises:
+        InputError: it is not there.
+    """
+    try:
+        found = (scheduler.timesteps == float(timestep)).nonzero()
+    except (TypeError, ValueError, RuntimeError):  # no number, or several
+        found = torch.empty(0)
+    if not len(found):
+        raise InputError(f"timestep is {timestep}, which is none of the timesteps of this {type(scheduler).__name__}; step through those")
+    return int(found[0])
+
+
+def _require_shapes(model_output: Any, sample: Any, learned: bool = False) -> None:
+    """Raises InputError unless both are tensors (B, C, ...), the first with as many channels again of a `learned` variance."""
+    shape, of_sample = (tuple(tensor.shape) if isinstance(tensor, Tensor) else () for tensor in (model_output, sample))
+    expected = (*of_sample[:1], (1 + learned) * of_sample[1], *of_sample[2:]) if len(of_sample) > 1 else of_sample
+    if not of_sample or shape != expected:
+        raise InputError(
+            f"model_output has shape {shape} and sample {of_sample}, but they must be tensors of one shape, and with as many channels "
+            f"again in model_output for DDPM with a learned variance"
+        )
+
+
+def _require_timesteps(steps: Any, timesteps: Any, levels: float = math.inf) -> None:
+    """Raises InputError unless there is a number of steps, or a falling list of timesteps, of so many noise levels."""
+    if timesteps is None:
+        if not (isinstance(steps, int | np.integer) and 1 <= steps <= levels):
+            raise InputError(f"num_inference_steps is {steps!r}, but must be a whole number from 1{f' to {levels}' * (levels < math.inf)}")
+        return
+    try:
+        chosen = torch.as_tensor(timesteps)
+    except (TypeError, ValueError, RuntimeError):
+        chosen = torch.empty(0)
+    if chosen.is_floating_point() or chosen.ndim != 1 or not levels > chosen[0] or chosen[-1] < 0 or (chosen.diff() >= 0).any():
+        raise InputError(f"timesteps is {timesteps!r}, but must be whole numbers that fall, below {levels} and not below 0")
+
+
 class DDPM(DDPMScheduler):
     """DDPM (arXiv 2006.11239) that adds no noise after its last step, also where that is not t = 0 (spacing `trailing`)."""
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None) -> None:
+        """Spaced timesteps, or these (descending)."""
+        _require_timesteps(num_inference_steps, timesteps, self.config.num_train_timesteps)
+        super().set_timesteps(num_inference_steps if timesteps is None else None, device, timesteps)
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, generator: Any = None, return_dict: bool = True
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """x_t to x_s for the next timestep s < t of its list. All tensors (B, C, H, W), model_output (B, 2C, H, W) if learned."""
+        _require_shapes(model_output, sample, self.variance_type in ("learned", "learned_range"))
+        t = self.timesteps[_index(self, timestep)]
+        stepped: DDPMSchedulerOutput | tuple[Tensor, Tensor] = super().step(model_output, t, sample, generator, return_dict)
+        return stepped
 
     def _get_variance(self, t: int, predicted_variance: Tensor | None = None, variance_type: str | None = None) -> Tensor:
         variance: Tensor = super()._get_variance(t, predicted_variance, variance_type)
@@ -47,6 +104,7 @@ class DDIM(DDIMScheduler):
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None) -> None:
         """Spaced timesteps, or these (descending)."""
+        _require_timesteps(num_inference_steps, timesteps, self.config.num_train_timesteps)
         if timesteps is None:
             super().set_timesteps(num_inference_steps, device)
         else:
@@ -63,7 +121,8 @@ class DDIM(DDIMScheduler):
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """x_t to x_s for the next timestep s < t (equation 12). All tensors (B, C, H, W)."""
-        place = int((self.timesteps == int(timestep)).nonzero()[0])
+        _require_shapes(model_output, sample)
+        place = _index(self, timestep)
         acp_t = self.alphas_cumprod[int(timestep)]
         acp_s = self._alphas_cumprod_after(place)
         x_0, noise = self._x_0_and_noise(model_output, sample, acp_t)
@@ -120,6 +179,8 @@ class Heun(DDIM):
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """One call of the network: forth, or back half of it. All tensors (B, C, H, W)."""
+        _require_shapes(model_output, sample)
+        self._require_next(timestep)
         acp_t = self.alphas_cumprod[int(timestep)]
         x_0, noise = self._x_0_and_noise(model_output, sample, acp_t)
         if self._begun is None:
@@ -132,6 +193,15 @@ class Heun(DDIM):
             self._begun = None
         self._place += 1
         return DDIMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
+
+    def _require_next(self, timestep: Any) -> None:
+        """Raises InputError unless the timestep is the next of the list: which half of a step it is depends on the place."""
+        if self.num_inference_steps is None or self._place == len(self.timesteps):
+            raise InputError("Heun's method has no timesteps yet, or has made all its steps; call set_timesteps first")
+        if self.timesteps[_index(self, timestep)] != self.timesteps[self._place]:
+            raise InputError(
+                f"timestep is {timestep}, but the next one is {self.timesteps[self._place]}; or call set_timesteps to begin again"
+            )
 
 
 def _corrected(x_s: Tensor, noise: Tensor, acp_s: Tensor, noise_before: Tensor, acp_t: Tensor) -> Tensor:
@@ -151,11 +221,23 @@ class UniPC(UniPCMultistepScheduler):
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None) -> None:
         """Spaced timesteps, or these (descending)."""
+        _require_timesteps(num_inference_steps, timesteps, self.config.num_train_timesteps)
         super().set_timesteps(len(timesteps) if timesteps is not None else num_inference_steps, device)
         if timesteps is not None:
             acp = self.alphas_cumprod[list(timesteps)]
             self.timesteps = torch.tensor(timesteps, device=device)
             self.sigmas: Tensor = torch.cat([((1 - acp) / acp).sqrt(), self.sigmas[-1:]])
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """x_t to x_s for the next timestep s < t of its list. All tensors (B, C, H, W)."""
+        _require_shapes(model_output, sample)
+        if self.num_inference_steps is None or self.step_index == len(self.timesteps):
+            raise InputError("UniPC has no timesteps yet, or has made a step of each; call set_timesteps first")
+        _index(self, timestep)
+        stepped: SchedulerOutput | tuple[Tensor] = super().step(model_output, timestep, sample, return_dict)
+        return stepped
 
     def multistep_uni_p_bh_update(self, model_output: Tensor, *args: Any, sample: Tensor, order: int) -> Tensor:
         """The predictor, UniP: x_t (B, C, H, W) at the next level, from x_0 as predicted at this and at `order` - 1 levels before."""
@@ -258,7 +340,8 @@ def exported_scheduler(objective: ObjectiveConfig) -> DDPMScheduler | FlowMatchE
         prediction_type=objective.prediction_type,
         variance_type="learned_range" if objective.learn_sigma else objective.variance_type or "fixed_large",
         clip_sample=True,
-        timestep_spacing="linspace",
+        # Stock schedulers take it over. With the others DDIMScheduler steps to timesteps that it then does not visit.
+        timestep_spacing="leading",
     )
 
 
@@ -381,6 +464,7 @@ def _built(name: SchedulerName, own: Any, spacing: Spacing) -> Any:
 def set_timesteps(scheduler: Any, steps: int, timesteps: Sequence[int] | None = None) -> None:
     """Sets a scheduler to `steps` steps, or to these timesteps. They stay on the CPU: tables are looked up there, and reading
     a number back from a device would wait for it."""
+    _require_timesteps(steps, timesteps)
     if timesteps is None:
         scheduler.set_timesteps(steps, device="cpu")
         return

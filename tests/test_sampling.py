@@ -103,8 +103,8 @@ def test_all_output_types_are_the_same_images():
     np.testing.assert_array_equal(np.asarray(drawn["pil"][1]), (drawn["np"][1, :, :, 0] * 255).round())
     (images,) = pipeline(2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="pt", return_dict=False)
     assert torch.equal(images, drawn["pt"])
-    with pytest.raises(InputError, match="output_type is 'latent'"):
-        pipeline(output_type="latent")
+    with pytest.raises(InputError, match="output_type is 'jpeg'"):
+        pipeline(output_type="jpeg")
 
 
 @pytest.mark.parametrize("name", ("ddim", "heun", "dpmsolver++", "unipc"))
@@ -124,8 +124,8 @@ def test_a_callback_sees_each_step_and_may_change_or_end_it(name):
     assert [t for _, t, *_ in seen] == pipeline.scheduler.timesteps[:4].tolist()
     assert all(shape == (2, 1, 8, 8) for *_, x_t, x_0 in seen for shape in (x_t, x_0))
     assert (images == 0.5).all()
-    with pytest.raises(InputError, match="can be given x_t, x_0, class_labels, but not latents"):
-        pipeline(callback_on_step_end=look, callback_on_step_end_tensor_inputs=["latents"])
+    with pytest.raises(InputError, match="can be given x_t, x_0, class_labels, latents, but not prompt_embeds"):
+        pipeline(callback_on_step_end=look, callback_on_step_end_tensor_inputs=["prompt_embeds"])
 
 
 def test_the_x_0_that_a_callback_sees_is_the_one_that_the_solver_moves_to():

@@ -219,7 +219,8 @@ def test_ours_steps_as_diffusers_own_does_where_that_is_right(name, space):
     objective = ObjectiveConfig(prediction_type=space)
     schedule, own = make_schedule(objective), unclipped(objective)
     steps = 28  # 999 / 27 is whole, so that both visit the same levels
-    ours, theirs = make_scheduler(name, own, "linspace", steps), getattr(diffusers, OTHERS[name]).from_config(own.config)
+    ours = make_scheduler(name, own, "linspace", steps)
+    theirs = getattr(diffusers, OTHERS[name]).from_config(own.config, timestep_spacing="linspace")
     theirs.set_timesteps(steps)
     assert torch.equal(ours.timesteps.float(), theirs.timesteps.float())
     x_t = torch.randn(50, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

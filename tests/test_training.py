@@ -350,7 +350,20 @@ np.save(sys.argv[2], np.stack([np.asarray(image) for image in images]))
 
 
 def test_stock_diffusers_loads_the_run_and_draws_the_same_images(trained, tmp_path):
-    flags = ["--scheduler", "ddpm", "--steps", 15, "--num_images", 6, "--seed", 5, "--output_dir", tmp_path / "ours"]
+    flags = [
+        "--scheduler",
+        "ddpm",
+        "--steps",
+        15,
+        "--spacing",
+        "leading",
+        "--num_images",
+        6,
+        "--seed",
+        5,
+        "--output_dir",
+        tmp_path / "ours",
+    ]
     assert run("sample.py", trained, *flags)[0] == 0
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(trained), str(tmp_path / "stock.npy")], cwd=tmp_path, capture_output=True, text=True
