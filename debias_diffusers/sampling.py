@@ -16,12 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, hub, images, snapshot
-from .album import GRID, PACKED, TRAJECTORY, Album, Writer, require_place
+from .album import Album, Writer, require_place
 from .card import variant
 from .chance import uniform
 from .config import SampleConfig
 from .errors import InputError
 from .files import take_lock, write_file
+from .folders import GRID, PACKED, TRAJECTORY
 from .machine import agreed, explained, start_processes
 from .pipeline import PixelPipeline, check_labels, load_pipeline
 from .run import CHECKPOINTS, SAMPLES, say
