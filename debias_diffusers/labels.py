@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from .errors import InputError
+
+T = TypeVar("T")
 
 # How class names become labels: in natural order; in the plain order of text, as before names were written down and as
 # guided-diffusion has them; or as a model has them.
@@ -74,14 +76,19 @@ def with_images(counts: Sequence[int]) -> list[int]:
     return [label for label, count in enumerate(counts) if count]
 
 
-def in_proportion(counts: Sequence[int]) -> list[int]:
-    """Labels such that repeating them gives each class its share: sum(counts) labels, each as often as it has images.
+def in_proportion(counts: Sequence[int], num_images: int) -> list[int]:
+    """Labels of images 0 .. num_images - 1 such that each class has its share of them; a longer list begins with a shorter one.
 
-    The first N are those of the Sainte-Lague method, so every N is as near to the shares as whole numbers allow.
+    By the method of Sainte-Lague: image j of a class with n images stands at (j + 1/2) / n. With as many images as there are in all,
+    each class has exactly its own number.
     """
-    places = np.concatenate([(np.arange(count) + 0.5) / max(1, count) for count in counts])
-    labels: list[int] = np.repeat(np.arange(len(counts)), counts)[np.argsort(places, kind="stable")].tolist()
-    return labels
+    if not (total := sum(counts)):
+        return []
+    last = (num_images + len(counts) / 2) / total  # before it stand enough
+    each = [np.arange(int(count * last) + 2) if count else np.arange(0) for count in counts]
+    places = np.concatenate([(number + 0.5) / max(1, count) for number, count in zip(each, counts)])
+    labels = np.repeat(np.arange(len(counts)), [len(number) for number in each])
+    return list(map(int, labels[np.argsort(places, kind="stable")[:num_images]]))
 
 
 def listed(items: Iterable[object], most: int = 10) -> str:
@@ -97,6 +104,15 @@ def described(names: Sequence[str], counts: Sequence[int]) -> str:
     return f"{len(names)} classes ({each})" + (f", without images: {listed(empty)}" if empty else "")
 
 
-def numbered(values: Sequence[object] | None) -> Mapping[str, object] | None:
-    """A value for each label by the text of its number, as a JSON object. (diffusers takes a list for a component.)"""
+def as_config(values: Sequence[T] | None) -> dict[str, T] | None:
+    """A value for each label by the text of its number, for model_index.json. (diffusers takes a list there for a component.)"""
     return None if values is None else {str(label): value for label, value in enumerate(values)}
+
+
+def by_label(values: Any, classes: int, kind: type[T]) -> list[T] | None:
+    """What `as_config` was given; None where it is not of so many classes, or of values of another kind."""
+    keys = [str(label) for label in range(classes)]
+    if not classes or not isinstance(values, Mapping) or set(keys) != set(values):
+        return None
+    found = [values[key] for key in keys]
+    return found if all(type(value) is kind and (not isinstance(value, int) or value >= 0) for value in found) else None
