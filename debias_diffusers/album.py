@@ -18,14 +18,8 @@ from . import images
 from .config import ImageFormat
 from .errors import InputError
 from .files import DRAFT, LOCK, drafted, read_file, remove, remove_drafts, said_if_not_writable, write_file
+from .folders import GRID, METADATA, PACKED, PARTS, SETTINGS
 
-SETTINGS = ".sampling.json"  # what the images of a folder were drawn with
-PREVIEW = "preview"
-GRID = f"{PREVIEW}/grid.png"
-TRAJECTORY = f"{PREVIEW}/trajectory.png"
-METADATA = "metadata.jsonl"
-PACKED = "samples.npz"
-PARTS = "parts"  # images on their way into PACKED
 GRID_IMAGES = 100
 PNG_END = b"IEND\xaeB`\x82"
 WRITERS = min(8, os.cpu_count() or 1)  # threads; more of them would only take turns on the interpreter with the drawing

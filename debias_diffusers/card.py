@@ -14,6 +14,7 @@ TITLE = "# A diffusion model trained with debias_diffusers"
 TASK = "unconditional-image-generation"
 ON_HUB = re.compile(rf"([\w-][\w.-]*/)?[\w-][\w.-]*@{COMMIT.pattern}", re.ASCII)  # a repository and its commit
 UNKNOWN = "unknown"  # an identifier of the Hub's for a licence that nobody named
+MOST_CLASSES = 1000  # in the table of a card
 PLACEHOLDER = '"PATH"'  # where the model will be
 
 CITATION = """```bibtex
@@ -27,7 +28,12 @@ CITATION = """```bibtex
 
 
 def model_card(
-    config: TrainConfig, step: int, num_classes: int, images: int | None = None, measured: Mapping[str, Any] | None = None
+    config: TrainConfig,
+    step: int,
+    num_classes: int,
+    images: int | None = None,
+    measured: Mapping[str, Any] | None = None,
+    classes: Mapping[str, int] | None = None,
 ) -> str:
     """README.md of a run: what was trained, how to draw with it, its figures, and every field of the configuration.
 
@@ -37,6 +43,7 @@ def model_card(
         num_classes: labels of the model; 0 without.
         images: how many it learns from.
         measured: `step`, `by` (about the measurement) and `figures`, as the run's state.json has them.
+        classes: images of each class by its name, in the order of the labels.
     """
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in stored(config).items())
     return f"""---
@@ -57,7 +64,7 @@ Step {step} of {config.optimization.max_steps}; the weights are averaged at the 
 {_others(num_classes, config.objective)}
 or, with debias_diffusers installed, `{_command(config.objective)}`.
 {_variants(config)}
-{_figures(measured)}
+{_figures(measured)}{_classes(classes)}
 ## Licence
 
 {_licence(config)}
@@ -192,6 +199,16 @@ def _figures(measured: Mapping[str, Any] | None) -> str:
         return ""
     rows = "\n".join(f"| {_cell(name)} | {value:.4g} |" for name, value in measured["figures"].items())
     return f"## Figures\n\nAgainst the training images, {_by(measured)}:\n\n| figure | value |\n|---|---|\n{rows}\n"
+
+
+def _classes(classes: Mapping[str, int] | None) -> str:
+    """The labels and what they stand for."""
+    if not classes:
+        return ""
+    rows = [f"| {label} | {_cell(name)} | {count} |" for label, (name, count) in enumerate(classes.items())]
+    more = f"\nand {len(rows) - MOST_CLASSES} more, which `model_index.json` names.\n" if len(rows) > MOST_CLASSES else ""
+    table = "\n".join(rows[:MOST_CLASSES])
+    return f"\n## Classes\n\n`class_labels` takes names or numbers.\n\n| label | name | images |\n|---|---|---|\n{table}\n{more}"
 
 
 def _licence(config: TrainConfig) -> str:

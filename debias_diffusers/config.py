@@ -221,7 +221,9 @@ class SampleConfig:
     num_images: int = 64  # how many images
     batch_size: int = 64  # images drawn together in each process
     seed: int = 0  # image k is drawn from seed + k
-    class_labels: tuple[int, ...] | Literal["balanced", "drawn"] = "balanced"  # given, and repeated; all in turn; or at random
+    # Labels of a model with classes: names or numbers, repeated; balanced: all that were trained in turn; drawn: at random among
+    # them; data: in proportion to the images of each that it was trained on.
+    class_labels: Literal["balanced", "drawn", "data"] | tuple[str | int, ...] = "balanced"
     guidance_scale: float = 1.0  # strength of classifier-free guidance; 1 is off
     guidance_interval: tuple[int, int] | None = None  # least and greatest timestep that is guided; all if left out
     weights: str = "ema"  # ema (as exported), raw, or an EMA rate of the run such as 0.999
@@ -263,6 +265,7 @@ class ScoreConfig:
     checkpoints: str = ""  # of runs: all, or steps apart by commas; the exported weights if left out
     weights: str = "ema"  # of models: ema, raw, or an EMA rate of the run
     guidance_scale: float = 1.0  # of models: strength of classifier-free guidance; 1 is off
+    class_labels: Literal["data", "balanced", "drawn"] = "data"  # of models with classes: in proportion as trained, all in turn, at random
     seed: int = 0  # of models, of KID's subsets and of the bootstrap
     bootstrap: int | None = None  # redrawn sets of images for confidence intervals; 0 is off; if left out 200 in compare, else 0
     allow_few_images: bool = False  # measure although a metric needs more images

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, hub, metrics
+from . import checkpoint, folders, hub, metrics
 from .config import DIGITS, BitsConfig, DataConfig, MeasureConfig, SampleConfig, ScoreConfig, StatsConfig, TrainConfig, read_config, stored
 from .errors import InputError, reason
 from .extractors import INCEPTION, SPATIAL, Extractor
@@ -32,7 +32,7 @@ from .metrics import COLOUR, Sample, Statistics
 from .plots import curves
 from .run import CHECKPOINTS, CONFIG, say
 from .sampling import make_job, pinned_model
-from .sources import Folder, Source, is_hub_id, open_readable, open_source
+from .sources import Folder, Source, is_hub_id, open_readable, open_source, summary
 
 MOST_DRAWN = 50_000
 ORDER = ("fid", "sfid", "is", "is_std", "kid", "kid_std", "kid_subset", "precision", "recall", "brightness_bias", "colour_distance")
@@ -119,6 +119,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     """
     accelerator = start_processes(config.measure.num_threads)
     targets = (target if target.endswith(".npz") else pinned_model(target, accelerator) for target in config.targets)
+    targets = (str(folders.packed(Path(target)) or target) for target in targets)
     config = dataclasses.replace(config, targets=tuple(targets), reference=_pinned_data(config.reference, accelerator))
     if config.reference is None:
         data = reference_data(config.measure, None, config.targets)
@@ -143,11 +144,19 @@ def as_json(result: Mapping[str, Any]) -> bytes:
 
 def _scored(config: ScoreConfig, reference: str, accelerator: Accelerator) -> dict[str, Any]:
     if Path(reference).suffix not in (".npz", ".safetensors"):
-        open_source(reference_data(config.measure, reference))  # before an extractor is fetched for nothing
+        say_found(
+            open_source(reference_data(config.measure, reference)), reference, accelerator
+        )  # before an extractor is fetched for nothing
     measure = _measure(config.measure, reference, accelerator)
     compared = _References(reference, measure, config.allow_few_images)
     rows = [_row(config, measure, compared, images, how) for images, how in _targets(config, compared, accelerator)]
     return _result(config, measure, compared, reference, rows)
+
+
+def say_found(source: Source, name: str | None, accelerator: Accelerator) -> None:
+    """What was found of a data set, and what was passed over; by the first process."""
+    for sentence in summary(source, name) if accelerator.is_main_process else ():
+        say(sentence)
 
 
 def _measure(config: MeasureConfig, reference: str, accelerator: Accelerator) -> Measure:
@@ -264,7 +273,9 @@ def _values_of_run(target: str) -> dict[str, Any] | None:
 
 
 def _pinned_data(reference: Any, accelerator: Accelerator) -> Any:
-    """A Hub id of a data set with its commit, the same in all processes; anything else as it is."""
+    """A Hub id of a data set with its commit, the same in all processes, and the file of packed samples; anything else as it is."""
+    if isinstance(reference, str) and (file := folders.packed(Path(reference))):
+        return str(file)
     named = isinstance(reference, str) and Path(reference).suffix not in (".npz", ".safetensors") and is_hub_id(reference)
     return agreed(lambda: hub.pinned(reference, "dataset"), accelerator) if named else reference
 
@@ -279,6 +290,7 @@ def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerato
             folder = open_source(DataConfig(dataset=target))
             if not isinstance(folder, Folder):
                 raise InputError(f"target {target} is a saved data set; name it as --reference, or give its images as a folder")
+            say_found(folder, target, accelerator)
             yield of_folder(folder, target, config.num_images), {}
         else:
             yield from _drawn(config, target, compared, accelerator)
@@ -298,9 +310,14 @@ def _drawn(config: ScoreConfig, target: str, compared: _References, accelerator:
                     seed=config.seed,
                     weights=config.weights,
                     guidance_scale=config.guidance_scale,
+                    class_labels=config.class_labels,
                     allow_pickle_import=config.allow_pickle_import,
                 )
                 job = make_job(command, accelerator.device, step)
+                if config.class_labels == "balanced" and not job.pipeline.num_classes:
+                    raise InputError(f"class_labels is balanced, but {target} is unconditional; leave it out")
+                if job.pipeline.num_classes and job.config.class_labels != config.class_labels and accelerator.is_main_process:
+                    say(f"{target} does not say how many images of each class it was trained on: as many are drawn of each")
                 yield drawn(job, count, target), {"scheduler": job.settings["scheduler"], "steps": steps, "checkpoint": step}
 
 
@@ -434,7 +451,8 @@ class Monitor:
         if (fewest := min(config.run.eval_images, len(source))) < least:
             raise InputError(f"eval_metrics {config.run.eval_metrics} need {least} images, but there are {fewest}; take more --eval_images")
 
-        self.about = {"images": config.run.eval_images, **_of_extractor(self.measure)}  # what figures must share to be compared
+        labels = {"class_labels": "data"} if source.class_names else {}
+        self.about = {"images": config.run.eval_images, **_of_extractor(self.measure), **labels}  # what figures must share to be compared
 
     def figures(self, drawn: Iterator[Tensor]) -> dict[str, float]:
         """Of batches (B, C, H, W) uint8."""
@@ -454,6 +472,8 @@ def stats(config: StatsConfig) -> None:
     accelerator = start_processes(config.measure.num_threads)
     config = dataclasses.replace(config, reference=_pinned_data(config.reference, accelerator))
     measure = _measure(config.measure, config.reference, accelerator)
+    if Path(config.reference).suffix != ".npz":
+        say_found(open_source(reference_data(config.measure, config.reference)), config.reference, accelerator)
     images = open_reference(config.reference, config.measure, config.measure.resolution)
     sample = measure.sample(images)
     if not accelerator.is_main_process:

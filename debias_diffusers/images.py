@@ -6,6 +6,7 @@ import io
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from . import metadata
 from .errors import InputError, reason
 
 MOST_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 268 MB as colours in Pillow
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Pillow's formats of raster images. No documents, drawings, films or stubs, which need other programs or are not pictures.
+FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+EXTENSIONS = tuple(extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS)
 
 _GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I", "F"}
 
@@ -38,6 +41,17 @@ _OTHER_BYTE = {
     for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
 } | {_GREY_ALPHA_16: "RGBA"}
 _STRIP = 64  # rows that are worked on at once, so that a large image takes little memory beside itself
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file begins as an image of `FORMATS` does, whatever its name. (TGA has no such beginning.)"""
+    try:
+        with Image.open(path, formats=[kind for kind in FORMATS if kind != "TGA" and kind in Image.OPEN]):
+            return True
+    except Image.DecompressionBombError:
+        return True
+    except Exception:  # a damaged or hostile file may provoke any
+        return False
 
 
 def decode(data: bytes, where: str) -> Image.Image:

@@ -16,7 +16,7 @@ from . import chance
 from .config import BitsConfig
 from .data import TrainingData
 from .errors import InputError
-from .evaluation import as_json, reference_data
+from .evaluation import as_json, reference_data, say_found
 from .files import write_file
 from .imagesets import numbered
 from .machine import start_processes
@@ -45,6 +45,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     pipeline.to(accelerator.device)
     bound = Bound(pipeline, config.clipping)
     data = _data(config, pipeline)
+    say_found(data.source, data.config.dataset, accelerator)
     count = min(config.num_images, len(data.source))
     dealt = list(numbered(count, config.batch_size, accelerator.process_index, accelerator.num_processes))
     mine = []
@@ -135,7 +136,9 @@ def _data(config: BitsConfig, pipeline: PixelPipeline) -> TrainingData:
         channels=pipeline.unet.config.in_channels,
         num_workers=0,
     )
-    data = TrainingData(open_readable(given), given, config.seed)
+    # A model without names has its classes in the plain order.
+    source = open_readable(given, pipeline.class_names or "plain")
+    data = TrainingData(source, given, config.seed)
     if data.num_classes != pipeline.num_classes:
         raise InputError(f"reference {chosen.dataset} has {data.num_classes} classes, but the model has {pipeline.num_classes}")
     return data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from . import hub
 from .config import Clipping, PredictionType
 from .errors import InputError, NotFiniteError, reason
+from .labels import by_label, numbers
 from .schedule import is_flow, predicted_x_0, prediction_of_x_0
 from .schedulers import set_timesteps
 
@@ -29,16 +30,25 @@ class PixelPipeline(DiffusionPipeline):
         unet: predicts what the scheduler's `prediction_type` says.
         scheduler: any diffusers scheduler, of the kind that the model was trained for.
         null_label: the label that stands for "no label", for guidance; None where the model was trained without one.
+        class_names: of each label by its number as text; None where the classes have no names.
+        class_counts: images of each class that the model was trained on, likewise.
     """
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("x_t", "x_0", "class_labels", "latents")
     _guidance_scale, _num_timesteps, _interrupt = 1.0, 0, False  # until the first call
 
-    def __init__(self, unet: UNet2DModel, scheduler: Any, null_label: int | None = None) -> None:
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: Any,
+        null_label: int | None = None,
+        class_names: Mapping[str, str] | None = None,
+        class_counts: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(null_label=null_label)
+        self.register_to_config(null_label=null_label, class_names=class_names, class_counts=class_counts)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -51,11 +61,21 @@ class PixelPipeline(DiffusionPipeline):
         embeds = self.unet.config.num_class_embeds or 0
         return embeds - (self.config.null_label is not None)
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """In the order of the labels; None where the model does not know them."""
+        return by_label(self.config.class_names, self.num_classes, str)
+
+    @property
+    def class_counts(self) -> list[int] | None:
+        """Images of each class that the model was trained on; None where it does not know them."""
+        return by_label(self.config.class_counts, self.num_classes, int)
+
     @torch.no_grad()
     def __call__(
         self,
         batch_size: int = 1,
-        class_labels: Sequence[int] | Tensor | None = None,
+        class_labels: Sequence[int | str] | Tensor | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         num_inference_steps: int = 20,
@@ -79,7 +99,7 @@ class PixelPipeline(DiffusionPipeline):
 
         Args:
             batch_size: how many.
-            class_labels: (batch_size,) a label for each image of a class-conditional model.
+            class_labels: (batch_size,) a label for each image of a class-conditional model: its number, or the name of its class.
             guidance_scale: g of classifier-free guidance (arXiv 2207.12598): none + g (label - none); 1 is off.
             guidance_interval: the least and the greatest timestep that is guided (arXiv 2404.07724); all if left out.
             num_inference_steps: steps of the scheduler.
@@ -185,7 +205,9 @@ class PixelPipeline(DiffusionPipeline):
         noise = latents.to(device, dtype) if latents is not None else randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # those of flow matching have none, and scale nothing
 
-    def _labels(self, batch_size: int, class_labels: Sequence[int] | Tensor | None, guidance_scale: float) -> Tensor | None:
+    def _labels(self, batch_size: int, class_labels: Sequence[int | str] | Tensor | None, guidance_scale: float) -> Tensor | None:
+        if class_labels is not None and not isinstance(class_labels, Tensor) and self.num_classes:
+            class_labels = numbers(class_labels, self.class_names)
         check_labels(self, class_labels, guidance_scale)
         if class_labels is None:
             return None
@@ -271,7 +293,7 @@ def _within(interval: tuple[float, float] | None, t: Tensor) -> bool:
 diffusers.PixelPipeline = PixelPipeline  # where DiffusionPipeline.from_pretrained looks for the class of a saved pipeline
 
 
-def check_labels(pipeline: PixelPipeline, class_labels: Sequence[int] | Tensor | None, guidance_scale: float) -> None:
+def check_labels(pipeline: PixelPipeline, class_labels: Sequence[Any] | Tensor | None, guidance_scale: float) -> None:
     """Raises InputError where a model does not have the labels or the guidance asked for."""
     classes = pipeline.num_classes
     if class_labels is not None and classes == 0:

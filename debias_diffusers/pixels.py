@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from .config import TrainConfig
 from .data import TrainingData
 from .errors import InputError, raise_all
+from .labels import as_config
 from .loss import Network
 from .model import build_unet, differing_fields, require_finite, unet_config
 from .pipeline import PixelPipeline, load_pipeline
 from .schedule import is_flow, schedule_of_scheduler
 from .schedulers import exported_scheduler
-from .sources import Source
+from .sources import Source, class_counts
 
 
 def network_arguments(config: TrainConfig, channels: int, num_labels: int) -> dict[str, Any]:
@@ -36,6 +37,7 @@ class PixelTask:
         """
         self.config = config
         self.data = TrainingData(source, config.data, config.optimization.seed)
+        self.class_names, self.class_counts = source.class_names, class_counts(source)
         num_labels = self.data.num_classes + (self.data.null_label is not None)
         self.arguments = network_arguments(config, self.data.channels, num_labels)
 
@@ -109,16 +111,17 @@ class PixelTask:
     def pipeline(self, unet: UNet2DModel) -> DiffusionPipeline:
         """What is exported. Without labels it is diffusers' own, so that nobody needs this package to use it."""
         scheduler = exported_scheduler(self.config.objective)
-        if self.data.num_classes:
-            return PixelPipeline(unet, scheduler, null_label=self.data.null_label)
-        return DDPMPipeline(unet, scheduler)
+        return self._by_class(unet, scheduler) if self.data.num_classes else DDPMPipeline(unet, scheduler)
 
-    def preview(self, unet: UNet2DModel) -> tuple[PixelPipeline, list[int] | None]:
-        """A pipeline to draw samples with while training, and all classes in turn as labels."""
-        classes = self.data.num_classes
-        pipeline = PixelPipeline(unet, exported_scheduler(self.config.objective), null_label=self.data.null_label)
+    def _by_class(self, unet: UNet2DModel, scheduler: Any) -> PixelPipeline:
+        names, counts = as_config(self.class_names), as_config(self.class_counts)
+        return PixelPipeline(unet, scheduler, self.data.null_label, names, counts)
+
+    def preview(self, unet: UNet2DModel) -> PixelPipeline:
+        """A pipeline to draw samples with while training."""
+        pipeline = self._by_class(unet, exported_scheduler(self.config.objective))
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline, list(range(classes)) or None
+        return pipeline
 
 
 # Fields of a UNet2DModel that neither its weights nor its computation depend on, or that training may change.

@@ -417,7 +417,7 @@ def sample_problems(config: SampleConfig) -> list[str]:
         if not 0 <= low <= high:
             found.append(f"guidance_interval is {low} {high}, but must be a least and a greatest timestep, such as 200 800")
     if config.class_labels == ():
-        found.append("class_labels has no value; give one or more labels, balanced or drawn")
+        found.append("class_labels has no value; give one or more labels, balanced, drawn or data")
     found += _choice_problems(config.weights)
     return found
 

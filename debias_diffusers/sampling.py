@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, hub, images, snapshot
-from .album import GRID, PACKED, TRAJECTORY, Album, Writer, require_place
+from .album import Album, Writer, require_place
 from .card import variant
 from .chance import uniform
 from .config import SampleConfig
 from .errors import InputError
 from .files import take_lock, write_file
+from .folders import GRID, PACKED, TRAJECTORY
+from .labels import in_proportion, listed, numbers, taken_for_names, with_images
 from .machine import agreed, explained, start_processes
 from .pipeline import PixelPipeline, check_labels, load_pipeline
 from .run import CHECKPOINTS, SAMPLES, say
@@ -61,6 +64,12 @@ def sample(config: SampleConfig) -> Path:
     accelerator = start_processes(config.num_threads)
     config = replace(config, model=pinned_model(config.model, accelerator))
     job = make_job(config, accelerator.device)
+    if config.class_labels == "data" and job.config.class_labels != "data":
+        raise InputError(
+            "class_labels is data, but the model does not say how many images of which classes it was trained on; leave it out"
+        )
+    if accelerator.is_main_process:
+        _say_labels(config, job.pipeline)
     folder = Path(config.output_dir or Path(config.model) / SAMPLES / job.name)
     if accelerator.is_main_process:
         require_place(folder)
@@ -95,14 +104,22 @@ class Job:
 
     def labels(self, indices: Sequence[int]) -> list[int] | None:
         """Of the images of these indices; None where the model has no classes."""
-        wanted, classes = self.config.class_labels, self.pipeline.num_classes
-        if isinstance(wanted, tuple):
-            return [wanted[k % len(wanted)] for k in indices]
-        if not classes:
+        every = self._in_turn
+        if not every:
             return None
-        if wanted == "balanced":
-            return [k % classes for k in indices]
-        return [int(uniform(0, "class label", own) * classes) for own in seeds(self.config.seed, indices)]
+        if self.config.class_labels == "drawn":
+            return [every[int(uniform(0, "class label", own) * len(every))] for own in seeds(self.config.seed, indices)]
+        return [every[k % len(every)] for k in indices]
+
+    @cached_property
+    def _in_turn(self) -> list[int]:
+        """Labels to be repeated."""
+        wanted, pipeline = self.config.class_labels, self.pipeline
+        if isinstance(wanted, tuple):
+            return numbers(wanted, None)
+        if wanted == "data":
+            return in_proportion(pipeline.class_counts or [], self.config.num_images)
+        return trained_labels(pipeline)
 
 
 def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
@@ -125,7 +142,7 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
     steps = len(timesteps) if timesteps else config.steps or DEFAULT_STEPS
     spacing = "linspace" if config.spacing == "stride" else config.spacing
     pipeline.scheduler = make_scheduler(name, own, spacing, steps, timesteps, config.clipping)
-    _check_labels(config, pipeline)
+    config = replace(config, class_labels=_class_labels(config, pipeline))
     settings = {
         "scheduler": name,
         "steps": steps,
@@ -153,13 +170,33 @@ def _timesteps(config: SampleConfig, T: int) -> list[int] | None:
     return strided(T, config.steps or DEFAULT_STEPS) if config.spacing == "stride" else None
 
 
-def _check_labels(config: SampleConfig, pipeline: PixelPipeline) -> None:
-    given = config.class_labels if isinstance(config.class_labels, tuple) else None
-    if config.class_labels == "drawn" and not pipeline.num_classes:
+def _class_labels(config: SampleConfig, pipeline: PixelPipeline) -> Any:
+    """The labels of a command: numbers in place of names, and balanced where the model cannot have them as the data."""
+    wanted = config.class_labels
+    if wanted == "drawn" and not pipeline.num_classes:
         raise InputError("class_labels is drawn, but the model is unconditional; leave it out")
-    if given is None and pipeline.num_classes:
-        given = tuple(range(pipeline.num_classes))
-    check_labels(pipeline, given, config.guidance_scale)
+    if isinstance(wanted, tuple):
+        wanted = tuple(numbers(wanted, pipeline.class_names)) if pipeline.num_classes else wanted
+        check_labels(pipeline, wanted, config.guidance_scale)
+    else:
+        check_labels(pipeline, trained_labels(pipeline) or None, config.guidance_scale)
+    return "balanced" if wanted == "data" and not any(pipeline.class_counts or ()) else wanted
+
+
+def trained_labels(pipeline: PixelPipeline) -> list[int]:
+    """Labels of the classes that a model had images of; of all where it does not say."""
+    return with_images(pipeline.class_counts or ()) or list(range(pipeline.num_classes))
+
+
+def _say_labels(config: SampleConfig, pipeline: PixelPipeline) -> None:
+    """What may be unexpected of the labels that were asked for."""
+    if not isinstance(config.class_labels, tuple):
+        return
+    names, counts = pipeline.class_names, pipeline.class_counts
+    for sentence in taken_for_names(config.class_labels, names):
+        say(sentence)
+    if counts and (untrained := sorted({k for k in numbers(config.class_labels, names) if not counts[k]})):
+        say(f"warning: the model was trained on no images of class {listed(names[k] if names else k for k in untrained)}")
 
 
 def open_model(model: str, weights: str = "ema", allow_pickle: bool = False, step: int | None = None) -> PixelPipeline:

@@ -100,5 +100,6 @@ class Saver(Background[str | None]):
                     write_file(folder / path.relative_to(draft), path.read_bytes())
             finally:  # before the space that is left is told
                 shutil.rmtree(draft, ignore_errors=True)
-        card = model_card(self.config, state["step"], self.task.data.num_classes, len(self.task.data.source), state["measured"])
+        classes = dict(zip(self.task.class_names or (), self.task.class_counts or ()))
+        card = model_card(self.config, state["step"], self.task.data.num_classes, len(self.task.data.source), state["measured"], classes)
         write_file(folder / "README.md", card.encode())

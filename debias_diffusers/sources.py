@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib import resources
@@ -13,10 +15,11 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from . import images
+from . import folders, images
 from .config import DIGITS, DataConfig
 from .errors import InputError, raise_all
 from .files import read_file
+from .labels import ClassOrder, described, in_order, with_images
 
 MOST_CLASSES = 100_000
 WAITING = 10_000  # images that threads have before them
@@ -28,53 +31,88 @@ class Source(Protocol):
     """Images in a fixed order."""
 
     class_names: list[str] | None  # None where the images have no labels
+    split: str  # which of which splits, in words; empty where there is one
+    passed_over: list[tuple[str, str]]  # paths and why
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[bytes, int, str]:
         """The image file's bytes, its label (0 without labels), and its name for messages."""
 
+    def labels(self) -> Sequence[int | None]:
+        """The label of every image; None where it is missing."""
+
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data between runs: the number of images, and a hash of their names and sizes."""
 
 
 class Folder:
-    """A folder of image files, in the order of their paths.
+    """A folder of image files, in the order of their paths; where its folders are splits, those of one split.
 
-    Labels are the first-level sub-folders; without sub-folders, what stands before the first "_" of the file name.
+    Labels are those of metadata.jsonl or metadata.csv, else the first-level folders, else what stands before the first "_" of the names.
     """
 
-    def __init__(self, root: Path, config: DataConfig) -> None:
-        default = DataConfig()
-        for name in ("split", "image_column", "label_column"):
-            if getattr(config, name) != getattr(default, name):
-                raise InputError(f"{name} is {getattr(config, name)}, but dataset {root} is a folder of images; leave {name} out")
-        self.root = root
-        self.names = sorted(_image_files(root))
+    def __init__(self, found: folders.Listing, config: DataConfig, order: ClassOrder = "natural") -> None:
+        self.root = found.root
+        if folders.packed(self.root):
+            raise InputError(f"dataset {self.root} holds samples packed in one file; draw them with --format png to train on them")
+        split, splits = folders.chosen_split(found, config.split, DataConfig().split)
+        self.split = f"split {split} of {', '.join(splits)}" if split else ""
+        beside = [(name, "image beside the split folders") for name in found.images if split and "/" not in name]
+        found = found.below(split)
+        self.passed_over = found.passed_over + beside
+        self.names = found.images
         if not self.names:
-            raise InputError(f"dataset {root} holds no images ({', '.join(images.EXTENSIONS)})")
+            raise InputError(f"dataset {self.root} holds no images" + (f" ({self._passed_over()})" if self.passed_over else ""))
+        given = folders.read_metadata(self.root, split, config.label_column) if config.class_conditional and order != "plain" else None
+        self._refuse_columns(config, ("image_column",) if given else ("image_column", "label_column"))
         self.class_names: list[str] | None = None
-        if config.class_conditional:
-            self.labels = [self._label(name) for name in self.names]
-            self.class_names = sorted(set(self.labels))
-            self._index = {name: k for k, name in enumerate(self.class_names)}
+        self._in_metadata = b""  # the labels, where they are not in the names
+        if given:
+            self._label_by_metadata(*given, split, order)
+        elif config.class_conditional:
+            self._label_by_folder(found, split, order)
 
-    def _label(self, name: str) -> str:
-        if "/" in name:
-            return name.split("/")[0]
-        if "_" in name:
-            return name.split("_")[0]
-        raise InputError(
-            f"image {self.root / name} has no label; put it in a sub-folder named after its class, "
-            f"name it CLASS_{name}, or leave --class_conditional out"
-        )
+    def _refuse_columns(self, config: DataConfig, columns: Sequence[str]) -> None:
+        for name in columns:
+            if (value := getattr(config, name)) is not None:
+                raise InputError(f"{name} is {value}, but dataset {self.root} is a folder of images; leave {name} out")
+
+    def _label_by_metadata(self, path: Path, rows: Mapping[str, Any], split: str, order: ClassOrder) -> None:
+        rows = folders.as_labels({name: label for name, label in rows.items() if name.startswith(f"{split}/" if split else "")}, str(path))
+        there = set(self.names)
+        self.passed_over += [(name, f"image without a row in {path.name}") for name in self.names if name not in rows]
+        self.passed_over += [(name, f"row of {path.name} without an image") for name in rows if name not in there]
+        self.passed_over = [(name, why) for name, why in self.passed_over if self.root / name != path]
+        self.names = [name for name in self.names if name in rows]
+        values = [rows[name] for name in self.names]
+        self.class_names, number = _numbers_of(values, order, str(path))
+        self._labels = [number.get(value) for value in values]
+        self._in_metadata = json.dumps(values).encode()
+
+    def _label_by_folder(self, found: folders.Listing, split: str, order: ClassOrder) -> None:
+        class_of = folders.classes_of(found, split)
+        self.passed_over += [(name, "image beside the class folders") for name in self.names if name not in class_of]
+        self.names = list(class_of)
+        empty = folders.class_folders(found, split) if "/" in self.names[0].removeprefix(f"{split}/") else []
+        self.class_names = in_order(class_of.values(), empty, order, f"dataset {self.root}")
+        number = {name: label for label, name in enumerate(self.class_names)}
+        self._labels = [number[class_of[name]] for name in self.names]
+
+    def _passed_over(self) -> str:
+        return folders.summed(self.passed_over)
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def labels(self) -> Sequence[int | None]:
+        return self._labels if self.class_names else [0] * len(self)
+
     def read(self, index: int) -> tuple[bytes, int, str]:
         path = self.root / self.names[index]
-        label = self._index[self.labels[index]] if self.class_names else 0
+        label = self._labels[index] if self.class_names else 0
+        if label is None:
+            raise InputError(f"image {path} has no label in its metadata")
         return read_file(path), label, str(path)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -85,6 +123,7 @@ class Folder:
         digest = hashlib.sha256()
         for name in self.names:
             digest.update(os.fsencode(f"{name}\0{_size(self.root / name)}\n"))
+        digest.update(self._in_metadata)  # empty where names and sizes say all
         return {"images": len(self), "sha256": digest.hexdigest()}
 
 
@@ -95,44 +134,24 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _image_files(root: Path) -> Iterator[str]:
-    """Paths of image files below a folder, relative to it; links are followed, hidden names are not looked at."""
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"dataset {root}: {error.filename} cannot be read: {error.strerror}")
-
-    seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        seen.add(os.path.realpath(folder))
-        # A folder that sample.py wrote keeps a picture of all its images in preview/.
-        hidden = {"preview"} if "metadata.jsonl" in names else set()
-        # Sorted: where two links lead to one folder, the same one is followed everywhere.
-        folders[:] = [
-            f
-            for f in sorted(folders)
-            if not f.startswith(".") and f not in hidden and os.path.realpath(os.path.join(folder, f)) not in seen
-        ]
-        for name in names:
-            path = Path(folder, name)
-            if path.suffix.lower() in images.EXTENSIONS and not name.startswith("."):
-                yield path.relative_to(root).as_posix()
-
-
 class Table:
     """A dataset of the `datasets` library with a column of images."""
 
-    def __init__(self, table: Any, config: DataConfig) -> None:
+    def __init__(self, table: Any, config: DataConfig, order: ClassOrder = "natural") -> None:
         import datasets
 
         self.name = config.dataset
+        splits = list(table.info.splits or ())
+        self.split = f"split {config.split} of {', '.join(splits)}" if len(splits) > 1 else ""
+        self.passed_over: list[tuple[str, str]] = []
         self.image_column = config.image_column or _only_column(table, datasets.Image, "image")
         _check_column(table, self.image_column, "image_column")
         self.label_column: str | None = None
-        self.class_names = None
+        self.class_names: list[str] | None = None
         if config.class_conditional:
             self.label_column = config.label_column or _only_column(table, datasets.ClassLabel, "label")
             _check_column(table, self.label_column, "label_column")
-            self.class_names = _class_names(table, self.label_column)
+            self.class_names, self._number = _classes_of(table, self.label_column, order)
         self.table = _undecoded(table.select_columns([c for c in (self.image_column, self.label_column) if c]), self.image_column)
 
     def __len__(self) -> int:
@@ -144,10 +163,15 @@ class Table:
         where = f"{index} of dataset {self.name}"
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise InputError(f"image {where} is missing")
-        label = row[self.label_column] if self.label_column else 0
+        label = self._number.get(row[self.label_column], row[self.label_column]) if self.label_column else 0
         if label is None:
             raise InputError(f"image {where} has no label in column {self.label_column}")
         return cell["bytes"] if cell["bytes"] is not None else read_file(Path(cell["path"])), label, where
+
+    def labels(self) -> Sequence[int | None]:
+        if not self.label_column:
+            return [0] * len(self)
+        return [self._number.get(value, value) for value in self.table[self.label_column][:]]
 
     def fingerprint(self) -> dict[str, Any]:
         columns = sorted(self.table.column_names)
@@ -160,7 +184,7 @@ class Without:
 
     def __init__(self, source: Source, skipped: Sequence[int]) -> None:
         self.source, self.skipped = source, sorted(skipped)
-        self.class_names = source.class_names
+        self.class_names, self.split, self.passed_over = source.class_names, source.split, source.passed_over
         left_out = set(skipped)
         self.indices = [k for k in range(len(source)) if k not in left_out]
 
@@ -169,6 +193,10 @@ class Without:
 
     def read(self, index: int) -> tuple[bytes, int, str]:
         return self.source.read(self.indices[index])
+
+    def labels(self) -> Sequence[int | None]:
+        every = self.source.labels()
+        return [every[index] for index in self.indices]
 
     def fingerprint(self) -> dict[str, Any]:
         return self.source.fingerprint() | ({"skipped": self.skipped} if self.skipped else {})
@@ -205,13 +233,13 @@ def require_skippable(bad: Mapping[int, str], name: str, total: int, skip: bool)
         raise_all(bad.values(), f"{count}, and no more than {MOST_SKIPPED:.0%} are skipped; remove them")
 
 
-def open_readable(config: DataConfig) -> Source:
+def open_readable(config: DataConfig, order: ClassOrder = "natural") -> Source:
     """Opens what `config.dataset` names, without what cannot be read if that is to be skipped.
 
     Raises:
         InputError: as `open_source`; more than `MOST_SKIPPED` of the images cannot be read.
     """
-    source = open_source(config)
+    source = open_source(config, order)
     if not config.skip_bad:
         return source
     bad = unreadable(source, range(len(source)))
@@ -245,51 +273,112 @@ def _undecoded(table: Any, column: str) -> Any:
         raise InputError(f"image_column {column} holds {table.features[column]} and no images; name another") from error
 
 
-def _class_names(table: Any, column: str) -> list[str]:
-    feature = table.features[column]
-    if hasattr(feature, "names"):
-        return list(feature.names)
-    if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
-        raise InputError(f"label_column {column} holds {feature} and no whole numbers; name another")
-    labels = [label for label in table.unique(column) if label is not None]
-    if not labels or min(labels) < 0 or max(labels) >= MOST_CLASSES:
-        raise InputError(f"label_column {column} must hold classes from 0, fewer than {MOST_CLASSES}, but holds {labels[:5]}")
-    return [str(k) for k in range(max(labels) + 1)]
+def _classes_of(table: Any, column: str, order: ClassOrder) -> tuple[list[str], dict[Any, int | None]]:
+    """Names of the classes of a column, and the label of each of its values; a value that is none of these is its own label."""
+    feature, where = table.features[column], f"label_column {column}"
+    dtype = str(getattr(feature, "dtype", ""))
+    if not hasattr(feature, "names"):
+        if not (dtype.startswith(("int", "uint")) or dtype in ("string", "large_string")):
+            raise InputError(f"{where} holds {feature} and no whole numbers or text; name another")
+        return _numbers_of(table.unique(column), order, where)
+    names = list(feature.names)
+    if isinstance(order, str) or names == list(order):
+        return names, {}
+    present = {value: names[value] for value in table.unique(column) if value is not None and 0 <= value < len(names)}
+    ours = in_order(present.values(), (), order, where)
+    return ours, {value: ours.index(name) for value, name in present.items()}
 
 
-def open_source(config: DataConfig) -> Source:
+def _numbers_of(values: Iterable[Any], order: ClassOrder, where: str) -> tuple[list[str], dict[Any, int | None]]:
+    """Class names and the label of each value: text in the order asked for, whole numbers as they are."""
+    known = {value for value in values if value is not None}
+    if known and all(isinstance(value, str) for value in known):
+        names = in_order(known, (), order, where)
+        return names, {name: label for label, name in enumerate(names)}
+    if not known or min(known) < 0 or max(known) >= MOST_CLASSES:
+        raise InputError(f"{where} must hold classes from 0, fewer than {MOST_CLASSES}, but holds {list(known)[:5]}")
+    names = [str(k) for k in range(max(known) + 1)] if isinstance(order, str) else list(order)
+    if max(known) >= len(names):
+        raise InputError(f"{where} has label {max(known)}, but the model has {len(names)} classes")
+    return names, {value: value for value in known}
+
+
+def class_counts(source: Source) -> list[int] | None:
+    """How many images each class has; None where there are no labels."""
+    if not source.class_names:
+        return None
+    count = Counter(source.labels())
+    return [count[label] for label in range(len(source.class_names))]
+
+
+def summary(source: Source, name: str | None) -> list[str]:
+    """What was found, and what was passed over and why: a line each."""
+    parts = [f"{len(source)} images"]
+    if source.class_names:
+        parts.append(described(source.class_names, class_counts(source) or []))
+    found = f"dataset {name}: {', '.join([*parts, source.split] if source.split else parts)}"
+    return [found, f"passed over: {folders.summed(source.passed_over)}"] if source.passed_over else [found]
+
+
+def open_source(config: DataConfig, order: ClassOrder = "natural") -> Source:
     """Opens what `config.dataset` names.
+
+    Args:
+        config: what is asked for.
+        order: of the labels; that of a model's class names where images are for this model.
 
     Raises:
         InputError: it does not exist, is empty, or lacks the split, columns or labels asked for.
     """
-    source = _open(config)
+    source = _open(config, order)
     if len(source) == 0:
         raise InputError(f"dataset {config.dataset} is empty")
-    if source.class_names and len(source.class_names) == 1:
+    if isinstance(order, str) and source.class_names and len(names := _with_images(source, source.class_names)) == 1:
         raise InputError(
-            f"class_conditional is on, but dataset {config.dataset} has a single class, {source.class_names[0]}; "
+            f"class_conditional is on, but dataset {config.dataset} has a single class, {names[0]}; "
             f"name the folder that holds one folder for each class, or leave --class_conditional out"
         )
     return source
 
 
-def _open(config: DataConfig) -> Source:
+def _with_images(source: Source, names: list[str]) -> list[str]:
+    """Names of the classes; of a folder, those that have images, for a folder without any may be none."""
+    return [names[label] for label in with_images(class_counts(source) or [])] if isinstance(source, Folder) else names
+
+
+def _open(config: DataConfig, order: ClassOrder) -> Source:
     assert config.dataset is not None
     path = Path(config.dataset).expanduser()
     if config.dataset == DIGITS:
         path = Path(str(resources.files(__package__).joinpath("digits.parquet")))
+    if path.is_dir():
+        return _open_folder(path, config, order)
     if path.suffix == ".parquet":
         if not path.is_file():
             raise InputError(f"dataset {path} does not exist")
-        return Table(_load("parquet", config, data_files=str(path)), config)
-    if path.is_dir():
-        saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-        return Table(_load_saved(path, config), config) if saved else Folder(path, config)
+        return Table(_load("parquet", config, data_files=str(path)), config, order)
     if not is_hub_id(config.dataset):
         raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id")
     repo, _, revision = config.dataset.partition("@")
-    return Table(_load(repo, config, revision=revision or None), config)
+    return Table(_load(repo, config, revision=revision or None), config, order)
+
+
+def _open_folder(path: Path, config: DataConfig, order: ClassOrder) -> Source:
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return Table(_load_saved(path, config), config, order)
+    found = folders.look(path)
+    if not found.images and any(name.endswith(".parquet") for name, _ in found.passed_over):
+        return Table(_load("parquet", config, data_files=_shards(path)), config, order)
+    return Folder(found, config, order)
+
+
+def _shards(path: Path) -> dict[str, list[str]]:
+    """The parquet files of a folder by split, as `datasets` reads it from their names."""
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    base = str(path.resolve())
+    files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base, allowed_extensions=[".parquet"])
+    return {str(split): list(names) for split, names in files.items() if names}
 
 
 def is_hub_id(dataset: str) -> bool:

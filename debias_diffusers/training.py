@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from .config import (
 from .ema import EMA
 from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
 from .files import write_file
+from .labels import in_proportion, with_images
 from .loss import Terms, make_objective
 from .metrics import as_loss
 from .model import build_unet
@@ -49,7 +50,7 @@ from .run import SAMPLES, Run, StopSignal, say
 from .saving import Saver
 from .schedule import at
 from .schedulers import default_scheduler, make_scheduler
-from .sources import Source, Without, is_hub_id, open_readable, open_source, require_skippable, unreadable
+from .sources import Source, Without, is_hub_id, open_readable, open_source, require_skippable, summary, unreadable
 from .timesteps import make_timestep_sampler
 from .update import Update
 from .weighting import effective_sample_size
@@ -108,7 +109,7 @@ class Trainer:
         self.micro_batch_size = micro_batch_size(self.optim, accelerator.num_processes)
 
         self.objective = make_objective(config.objective)  # first, because it may refuse the configuration
-        self.task = PixelTask(config, self._readable(open_source(config.data), found))
+        self.task = PixelTask(config, self._readable(self._open_source(found), found))
         self.sampler = make_timestep_sampler(config.objective, self.objective.schedule, self.optim.batch_size)
         self.window = Window(len(self.objective.schedule), self.device)
         torch.manual_seed(chance.mixed(self.optim.seed, "weights", 0))
@@ -336,6 +337,13 @@ class Trainer:
         """The checkpoint that the first process chose, in every process."""
         return machine.agreed(lambda: self.run.resume if self.run else None, self.accelerator)
 
+    def _open_source(self, found: Checkpoint | None) -> Source:
+        """The data, its labels in the order of the run; a run that did not write down its class names has the plain one."""
+        source = open_source(self.config.data, (found.state.get("class_names") or "plain") if found else "natural")
+        for sentence in summary(source, self.config.data.dataset) if self.run else ():
+            say(sentence)
+        return source
+
     def _readable(self, source: Source, found: Checkpoint | None) -> Source:
         """The source less its unreadable images: the processes share the look at all, unless a checkpoint says what was seen before."""
         known = machine.agreed(lambda: self._known_to_be_skipped(source, found), self.accelerator)
@@ -412,6 +420,8 @@ class Trainer:
             "versions": machine.versions(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "data": self.fingerprint,
+            "class_names": self.task.class_names,
+            "class_counts": self.task.class_counts,
             "network": self.task.arguments,
             "weights": self._some_weights(),
             "best": self.best,
@@ -476,15 +486,16 @@ class Trainer:
         if self.saver is None:
             return
         try:
-            drawn = [image for batch in self._drawn(self.saver, GRID_IMAGES) for image in batch.cpu().numpy()]
+            classes = with_images(self.task.class_counts or [])
+            drawn = [image for batch in self._drawn(self.saver, GRID_IMAGES, classes) for image in batch.cpu().numpy()]
             picture = images.grid([images.from_array(array) for array in drawn])
             write_file(self.saver.run.folder / SAMPLES / f"{checkpoint.name_of(self.step)}.png", images.png(picture))
         except (CannotWriteError, InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
             say(f"no sample grid at step {self.step}: {error}")
 
-    def _drawn(self, saver: Saver, count: int) -> Iterator[Tensor]:
-        """Images of the averaged weights from the seeds 0, 1, ..., as batches (B, C, H, W) uint8."""
-        pipeline, labels = self.task.preview(saver.averaged(self.ema.averages[self.optim.ema_decay[0]]))
+    def _drawn(self, saver: Saver, count: int, labels: Sequence[int]) -> Iterator[Tensor]:
+        """Images of the averaged weights from the seeds 0, 1, ..., as batches (B, C, H, W) uint8; `labels` in turn, if there are any."""
+        pipeline = self.task.preview(saver.averaged(self.ema.averages[self.optim.ema_decay[0]]))
         steps = min(GRID_STEPS, len(self.objective.schedule) // 2)
         pipeline.scheduler = make_scheduler(default_scheduler(pipeline.scheduler), pipeline.scheduler, "linspace", steps)
         for first in range(0, count, self.micro_batch_size):  # no more at once than the training has memory for
@@ -497,7 +508,8 @@ class Trainer:
         if self.monitor is None or self.saver is None:
             return {}
         try:
-            figures = self.monitor.figures(self._drawn(self.saver, self.config.run.eval_images))
+            count = self.config.run.eval_images
+            figures = self.monitor.figures(self._drawn(self.saver, count, in_proportion(self.task.class_counts or [], count)))
         except (InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
             say(f"no figures at step {self.step}: {error}")
             return {}
@@ -556,6 +568,8 @@ def dry_run(config: TrainConfig) -> None:
         weights, p = sampler.corrections * objective.weights, sampler.probabilities
         size = effective_sample_size(weights, p)
         print(f"weights as t is drawn: mean {(p * weights).sum():.4g}, largest {weights.max():.4g}, effective sample size {size:.2g}")
+    for sentence in summary(source, config.data.dataset):
+        say(sentence)
     task, batch_size = PixelTask(config, source), config.optimization.batch_size
     print(f"parameters: {_count_parameters(task.arguments)}")
     if config.optimization.init:

@@ -10,7 +10,8 @@ PACKAGE = ROOT / "debias_diffusers"
 # Lower rooms first; a room may import rooms of lower rows only.
 ORDER = [
     {"errors", "chance", "ema", "background", "memory", "metadata", "launcher"},
-    {"config", "files", "images", "cache"},
+    {"config", "files", "images", "cache", "labels"},
+    {"folders"},
     {"rules", "schedule", "checkpoint", "model", "sources"},
     {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "card", "album", "guided", "extractors", "metrics"},
     {"hub", "feature_cache"},
