@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,16 @@ def grid(images: Sequence[Image.Image], smallest: int = 48, columns: int | None 
 def png(image: Image.Image) -> bytes:
     """The image as a PNG file's bytes."""
     return _encoded(image, "PNG")
+
+
+def software(path: Path) -> str | None:
+    """What a PNG file says that it was written by; None where it says nothing, or is no PNG file."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            found = image.info.get("Software")
+            return found if isinstance(found, str) else None
+    except Exception:  # a damaged or hostile file may provoke any
+        return None
 
 
 def webp(image: Image.Image) -> bytes:

@@ -9,7 +9,7 @@ PACKAGE = ROOT / "debias_diffusers"
 
 # Lower rooms first; a room may import rooms of lower rows only.
 ORDER = [
-    {"errors", "chance", "ema", "background", "memory"},
+    {"errors", "chance", "console", "ema", "background", "memory"},
     {"config", "files", "images", "cache"},
     {"rules", "schedule", "checkpoint", "model", "sources"},
     {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "card", "album", "guided", "extractors", "metrics"},
@@ -24,6 +24,7 @@ ORDER = [
 
 DOORS = {
     "datasets": {"sources"},
+    "pyarrow": {"sources"},
     "diffusers": {"model", "schedulers", "pipeline", "pixels", "machine", "convert"},
     "accelerate": {"machine", "progress", "training", "sampling", "evaluation", "likelihood"},
     "torch_fidelity": {"extractors", "metrics"},
@@ -35,7 +36,7 @@ DOORS = {
     "psutil": {"memory"},
 }
 
-WITHOUT_TORCH = {"errors", "config", "rules", "files", "checkpoint", "run", "card", "hub", "publish", "cli"}
+WITHOUT_TORCH = {"errors", "config", "console", "rules", "files", "checkpoint", "run", "card", "hub", "publish", "cli"}
 
 
 def imports(path, everywhere=True):
