@@ -17,7 +17,7 @@ from PIL import Image
 from . import images
 from .config import ImageFormat
 from .errors import InputError
-from .files import DRAFT, LOCK, drafted, read_file, remove, remove_drafts, said_if_not_writable, write_file
+from .files import contents, drafted, read_file, remove, remove_drafts, said_if_not_writable, write_file
 from .folders import GRID, METADATA, PACKED, PARTS, SETTINGS
 
 GRID_IMAGES = 100
@@ -158,7 +158,7 @@ def require_place(folder: Path) -> None:
         kind = "a file" if folder.exists() else "a link to nowhere"
         raise InputError(f"output_dir {folder} is {kind}; name a new or empty folder")
     if folder.is_dir():
-        there = sorted(name for name in os.listdir(folder) if name != LOCK and not name.startswith(DRAFT))
+        there = contents(folder)
         if there and SETTINGS not in there:
             raise InputError(f"output_dir {folder} holds other files, such as {there[0]}; name a new or empty folder")
 

@@ -176,6 +176,14 @@ def verified(path: Path) -> Checkpoint:
     return Checkpoint(path, step_of(path), json.loads(state))
 
 
+def has_sound_manifest(path: Path) -> bool:
+    """Whether a folder has a manifest of this package; the files that it lists are not looked at."""
+    try:
+        return bool(_read_manifest(path))
+    except DamagedError:
+        return False
+
+
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     try:
         content = (path / MANIFEST).read_bytes()

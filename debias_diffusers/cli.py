@@ -11,12 +11,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
 from . import config as configuration
-from . import launcher, rules
+from . import console, launcher, rules
 from .config import (
     DIGITS,
     BitsConfig,
@@ -29,7 +29,10 @@ from .config import (
     TrainConfig,
     WeightsConfig,
 )
-from .errors import DebiasError, InputError, raise_all
+from .errors import CannotWriteError, DebiasError, InputError, raise_all
+
+if TYPE_CHECKING:
+    from .run import Run, StopSignal
 
 T = TypeVar("T")
 
@@ -70,13 +73,19 @@ def _train(argv: list[str]) -> None:
         dry_run(config)
         return
 
-    from . import hub
-    from .publish import Publisher
-    from .run import StopSignal, open_run, say, stop_with_launcher
+    from .run import StopSignal, open_run, stop_with_launcher
 
     stop_with_launcher()
-    run = open_run(config) if _first_process() else None
-    stop = StopSignal()  # before torch, which takes seconds to import
+    # The signals before torch, which takes seconds to import.
+    with open_run(config) if _first_process() else contextlib.nullcontext() as run, StopSignal() as stop:
+        _train_in(config, run, stop, num_processes)
+
+
+def _train_in(config: TrainConfig, run: Run | None, stop: StopSignal, num_processes: int) -> None:
+    from . import hub
+    from .publish import Publisher
+    from .run import say
+
     to = dataclasses.replace(config.hub, hub_model_id=hub.preflight(config.hub)) if run and config.hub.push_to_hub else None
     if run and run.resume and run.resume.step == config.optimization.max_steps and num_processes == 1:
         say(f"{run.folder} is finished at step {run.resume.step}; raise --max_steps to go on")
@@ -86,10 +95,7 @@ def _train(argv: list[str]) -> None:
 
     from . import training
 
-    try:
-        training.train(config, run, stop, to)
-    finally:
-        stop.ended = True
+    training.train(config, run, stop, to)
 
 
 TRAIN_HELP = f"""Train a diffusion model with the debiased loss (arXiv 2310.08442).
@@ -181,6 +187,8 @@ def _scored(config: ScoreConfig) -> None:
     from . import evaluation
 
     evaluation.score(config)
+    if not config.output and (problem := console.problem_of_stdout()):
+        raise CannotWriteError(f"the figures cannot be printed: {problem.strerror}; write them to a file with --output scores.json")
 
 
 def _stats(argv: list[str]) -> None:
@@ -291,6 +299,7 @@ def _said(main: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
 
     What all processes find in the configuration is said by the first alone, what one meets later by that one.
     """
+    console.make_unfailing()
     try:
         main(list(sys.argv[1:] if argv is None else argv))
     except DebiasError as error:
@@ -304,5 +313,7 @@ def _said(main: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
     else:
         return 0
     if _first_process() or "torch" in sys.modules:
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        from .run import say
+
+        say(f"error: {sentence}")
     return code

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .config import ObjectiveConfig, PredictionType
 from .errors import InputError, raise_all, reason
-from .files import DRAFT, draft_of, remove, remove_drafts, remove_old_drafts, said_if_not_writable, write_file
+from .files import contents, draft_of, remove, remove_drafts, remove_old_drafts, said_if_not_writable, write_file
 from .guided import (
     DEFAULT_FLAGS,
     WHOLE_NUMBER,
@@ -200,7 +200,7 @@ def _new_folder(out: str) -> Path:
     try:
         folder = Path(out).resolve()
         # A draft is what a conversion that was killed has left.
-        free = not folder.exists() or (folder.is_dir() and all(path.name.startswith(DRAFT) for path in folder.iterdir()))
+        free = not folder.exists() or (folder.is_dir() and not contents(folder))
     except (OSError, RuntimeError, ValueError) as error:  # of a loop of links, among others
         raise InputError(f"{out!r:.80} cannot be a folder ({reason(error)}); name a new or empty one") from error
     if not (out and free):

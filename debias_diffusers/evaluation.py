@@ -25,11 +25,11 @@ from .config import DIGITS, BitsConfig, DataConfig, MeasureConfig, SampleConfig,
 from .errors import InputError, reason
 from .extractors import INCEPTION, SPATIAL, Extractor
 from .feature_cache import key_of, open_cache
-from .files import read_file, write_file
+from .files import read_file, require_replaceable, write_file
 from .imagesets import ImageSet, coloured, drawn, holds_images, npz_shape, of_folder, of_npz, of_source, read_npz_statistics
 from .machine import agreed, start_processes
 from .metrics import COLOUR, Sample, Statistics
-from .plots import curves
+from .plots import curves, is_our_picture
 from .run import CHECKPOINTS, CONFIG, say
 from .sampling import make_job, pinned_model
 from .sources import Folder, Source, is_hub_id, open_readable, open_source, summary
@@ -118,6 +118,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         InputError: targets or reference cannot be read, or are too few for a metric.
     """
     accelerator = start_processes(config.measure.num_threads)
+    if accelerator.is_main_process and config.output:
+        _require_output(config, config.output)
     targets = (target if target.endswith(".npz") else pinned_model(target, accelerator) for target in config.targets)
     targets = (str(folders.packed(Path(target)) or target) for target in targets)
     config = dataclasses.replace(config, targets=tuple(targets), reference=_pinned_data(config.reference, accelerator))
@@ -128,12 +130,36 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     assert config.reference is not None
     result = _scored(config, config.reference, accelerator)
     if accelerator.is_main_process:
+        if config.output:  # before the table, which may have nowhere to go
+            figures, picture = _files_of(config.output)
+            write_file(figures, as_json(result))
+            _draw_curves(result["targets"], picture)
         print(table(result))
-        if config.output:
-            stem = re.sub(r"\.(json|png)$", "", str(Path(config.output)))  # and no more: a name may have points in it
-            write_file(Path(f"{stem}.json"), as_json(result))
-            _draw_curves(result["targets"], Path(f"{stem}.png"))
     return result
+
+
+def _files_of(output: str) -> tuple[Path, Path]:
+    """The files of figures and of their curves."""
+    stem = re.sub(r"\.(json|png)$", "", str(Path(output)))  # and no more: a name may have points in it
+    return Path(f"{stem}.json"), Path(f"{stem}.png")
+
+
+def _require_output(config: ScoreConfig, output: str) -> None:
+    """Looks whether the files of a command can be written. Raises as `require_replaceable`."""
+    figures, picture = _files_of(output)
+    before = has_fields(figures, "reference", "extractor", "targets")
+    require_replaceable("output", figures, lambda _: before)
+    if config.checkpoints or "," in config.steps:
+        require_replaceable("output", picture, lambda path: is_our_picture(path, before))
+
+
+def has_fields(path: Path, *names: str) -> bool:
+    """Whether a file is a JSON object with these fields, by which a result of this package is recognised."""
+    try:
+        found = json.loads(read_file(path))
+    except (InputError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() >= set(names)
 
 
 def as_json(result: Mapping[str, Any]) -> bytes:
@@ -470,6 +496,8 @@ def stats(config: StatsConfig) -> None:
         InputError: the reference cannot be read.
     """
     accelerator = start_processes(config.measure.num_threads)
+    if accelerator.is_main_process:
+        require_replaceable("out", Path(config.out), _is_of_stats)
     config = dataclasses.replace(config, reference=_pinned_data(config.reference, accelerator))
     measure = _measure(config.measure, config.reference, accelerator)
     if Path(config.reference).suffix != ".npz":
@@ -486,6 +514,13 @@ def stats(config: StatsConfig) -> None:
 
 def _of_extractor(measure: Measure) -> dict[str, str]:
     return {"extractor": measure.extractor.name, "weights_sha256": measure.extractor.weights_sha256} if measure.extractor else {}
+
+
+def _is_of_stats(path: Path) -> bool:
+    try:
+        return _about(path).keys() >= {"reference", "images", "resolution"}
+    except InputError:
+        return False
 
 
 def read_statistics(path: Path, measure: Measure, side: int | None) -> Sample:

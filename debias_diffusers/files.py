@@ -11,7 +11,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -21,7 +21,10 @@ from .errors import CannotWriteError, InputError, RunInUseError
 
 LOCK = ".lock"
 DRAFT = ".draft-"  # whatever begins so was being written when the process ended; nobody reads it
+# Of the first versions, at the beginning of a folder.
+_FIRST_DRAFTS = {DRAFT + name for name in ("config.json", ".sampling.json", "pipeline")}
 _DRAFT_NAME = re.compile(re.escape(DRAFT) + r"[0-9]+-[0-9a-f]{8}-.*", re.DOTALL)
+_HOLDER = re.compile(r"process (\d+) on (.+)")  # what a lock holds
 DAY = 86400.0  # seconds after which a temporary file is taken for one of a process that has ended
 
 
@@ -101,6 +104,53 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def contents(folder: Path) -> list[str]:
+    """What lies in a folder beside what a process of ours leaves that is killed at its very beginning: its lock, temporary files."""
+    if not folder.is_dir():
+        return []
+    names = (name for name in os.listdir(folder) if name not in _FIRST_DRAFTS and not _DRAFT_NAME.fullmatch(name))
+    return sorted(name for name in names if name != LOCK or not (_is_empty(folder / LOCK) or was_locked(folder)))
+
+
+def _is_empty(path: Path) -> bool:
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_size == 0
+
+
+def was_locked(folder: Path) -> bool:
+    """Whether a process of ours has ever had the lock of a folder."""
+    try:
+        return bool(_HOLDER.fullmatch(read_file(folder / LOCK).decode(errors="replace")))
+    except InputError:
+        return False
+
+
+def require_writable(path: Path) -> None:
+    """Raises CannotWriteError where a file cannot be written. Nothing is left behind."""
+    with said_if_not_writable(path):
+        path.is_dir()  # a name that is too long is said here
+        there = next(p for p in path.absolute().parents if os.path.lexists(p))
+        draft = draft_of(there / path.name)
+        try:
+            open(draft, "xb").close()
+        finally:
+            remove(draft)
+
+
+def require_replaceable(field: str, path: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Looks before the work whether a result can be written. Nothing is left behind.
+
+    Raises:
+        InputError: something is there that `is_ours` does not recognise as written by this package.
+        CannotWriteError: the file cannot be written.
+    """
+    require_writable(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{field} {path} is there and is no file; name a new file")
+    if path.exists() and not is_ours(path):
+        raise InputError(f"{field} {path} is there already and was not written by this command; name a new file, or remove it")
+
+
 def take_lock(folder: Path) -> IO[str]:
     """Makes the folder this process's own until the file that is returned is closed. The kernel does that when it ends.
 
@@ -136,7 +186,7 @@ def _holder(lock: IO[str]) -> str:
 
 
 def _may_live(name: str) -> bool:
-    found = re.fullmatch(r"process (\d+) on (.+)", name)
+    found = _HOLDER.fullmatch(name)
     if found is None:
         return False
     try:

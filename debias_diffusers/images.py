@@ -189,6 +189,16 @@ def png(image: Image.Image) -> bytes:
     return _encoded(image, "PNG")
 
 
+def software(path: Path) -> str | None:
+    """What a PNG file says that it was written by; None where it says nothing, or is no PNG file."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            found = image.info.get("Software")
+            return found if isinstance(found, str) else None
+    except Exception:  # a damaged or hostile file may provoke any
+        return None
+
+
 def webp(image: Image.Image) -> bytes:
     """The image as a lossless WebP file's bytes. WebP has no grey: it becomes colour of three equal channels."""
     return _encoded(image, "WEBP", lossless=True)

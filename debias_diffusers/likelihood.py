@@ -16,8 +16,8 @@ from . import chance
 from .config import BitsConfig
 from .data import TrainingData
 from .errors import InputError
-from .evaluation import as_json, reference_data, say_found
-from .files import write_file
+from .evaluation import as_json, has_fields, reference_data, say_found
+from .files import require_replaceable, write_file
 from .imagesets import numbered
 from .machine import start_processes
 from .pipeline import PixelPipeline
@@ -40,6 +40,8 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
         InputError: model or images cannot be read, or the model is a rectified flow.
     """
     accelerator = start_processes(config.num_threads)
+    if accelerator.is_main_process and config.output:
+        require_replaceable("output", Path(config.output), lambda path: has_fields(path, "total", "standard_error", "prior", "terms"))
     config = dataclasses.replace(config, model=pinned_model(config.model, accelerator))
     pipeline = open_model(config.model, config.weights, config.allow_pickle_import)
     pipeline.to(accelerator.device)
@@ -63,10 +65,10 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
         "variance_type": pipeline.scheduler.config.variance_type,
     }
     if accelerator.is_main_process:
-        say(f"{result['total']:.4f} bits per dimension (standard error {result['standard_error']:.2g}) over {count} images")
-        say(f"of which {result['terms'][0]:.4f} are for the last step and {result['prior']:.2g} for the prior")
         if config.output:
             write_file(Path(config.output), as_json(result))
+        say(f"{result['total']:.4f} bits per dimension (standard error {result['standard_error']:.2g}) over {count} images")
+        say(f"of which {result['terms'][0]:.4f} are for the last step and {result['prior']:.2g} for the prior")
     return result
 
 

@@ -13,8 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from . import images
 from .config import ObjectiveConfig, PredictionType, WeightsConfig
-from .files import write_file
+from .errors import InputError
+from .files import read_file, require_replaceable, write_file
 from .loss import weight_table
 from .rules import SPACES_OF_OTHERS
 from .run import say
@@ -22,6 +24,8 @@ from .schedule import Schedule, make_schedule
 
 SPACES: tuple[PredictionType, ...] = get_args(PredictionType)
 DECADES = 7  # of weights that a picture shows
+COLUMNS = ("weighting", "t", "snr", "log_snr")
+SOFTWARE = "debias_diffusers"  # in pictures, so that they are known again
 
 Tables = dict[str, dict[PredictionType, Tensor]]  # weighting: space: (T,) weights
 
@@ -31,15 +35,41 @@ def draw_weights(config: WeightsConfig) -> None:
 
     Raises:
         CannotWriteError: the directory cannot be made or written to.
+        InputError: it has files of these names that this command did not write.
     """
+    folder = Path(config.output_dir)
+    numbers, picture = folder / "weights.csv", folder / "weights.png"
+    before = _is_our_csv(numbers)
+    require_replaceable("output_dir has", numbers, lambda _: before)
+    require_replaceable("output_dir has", picture, lambda path: is_our_picture(path, before))
     schedule = make_schedule(config.objective)
     tables = {name: _table(config.objective, schedule, name) for name in (config.objective.weighting, *config.against)}
-    folder = Path(config.output_dir)
+    drawn = _png(_figure(schedule, tables))
+    write_file(numbers, _csv(schedule, tables).encode())
+    write_file(picture, drawn)
+    say(f"weights of {len(schedule)} noise levels in {numbers}, drawn in {picture}")
+
+
+def _png(figure: Figure) -> bytes:
     box = io.BytesIO()
-    _figure(schedule, tables).savefig(box, format="png", dpi=90)
-    write_file(folder / "weights.csv", _csv(schedule, tables).encode())
-    write_file(folder / "weights.png", box.getvalue())
-    say(f"weights of {len(schedule)} noise levels in {folder / 'weights.csv'}, drawn in {folder / 'weights.png'}")
+    figure.savefig(box, format="png", dpi=90, metadata={"Software": SOFTWARE})
+    return box.getvalue()
+
+
+def is_our_picture(path: Path, beside_ours: bool) -> bool:
+    """Whether a PNG file says that this package drew it.
+
+    Those of the first versions say matplotlib, so that `beside_ours` decides: whether the file of numbers beside it is ours.
+    """
+    software = images.software(path)
+    return software == SOFTWARE or (beside_ours and software is not None and software.startswith("Matplotlib"))
+
+
+def _is_our_csv(path: Path) -> bool:
+    try:
+        return read_file(path).startswith(",".join(COLUMNS).encode())
+    except InputError:
+        return False
 
 
 def _table(objective: ObjectiveConfig, schedule: Schedule, name: str) -> dict[PredictionType, Tensor]:
@@ -53,7 +83,7 @@ def _csv(schedule: Schedule, tables: Tables) -> str:
     """One line for each weighting and level: its t, SNR, log SNR, and the weight in each space (empty without a meaning)."""
     box = io.StringIO()
     writer = csv.writer(box)
-    writer.writerow(["weighting", "t", "snr", "log_snr", *SPACES])
+    writer.writerow([*COLUMNS, *SPACES])
     for name, table in tables.items():
         columns = [table[space].tolist() if space in table else [""] * len(schedule) for space in SPACES]
         writer.writerows(
@@ -104,6 +134,4 @@ def curves(lines: dict[str, dict[str, list[tuple[float, float]]]], along: str) -
         panel.set(title=name, xlabel=along)
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
-    box = io.BytesIO()
-    figure.savefig(box, format="png", dpi=90)
-    return box.getvalue()
+    return _png(figure)

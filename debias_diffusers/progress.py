@@ -32,8 +32,8 @@ class Progress:
             total=config.optimization.max_steps,
             initial=step,
             unit="step",
-            disable=run is None,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
+            disable=run is None or sys.stderr is None,  # None: its descriptor is closed
+            mininterval=0.5 if sys.stderr is not None and sys.stderr.isatty() else 10,
         )
         if config.run.report_to != "none":
             values = stored(config).items()

@@ -18,28 +18,43 @@ from . import checkpoint
 from .checkpoint import Checkpoint
 from .config import BEFORE_THE_FIELD, TrainConfig, differences, stored, to_json
 from .errors import CannotWriteError, InputError, raise_all
-from .files import LOCK, remove_drafts, said_if_not_writable, take_lock, write_file
+from .files import contents, read_file, remove_drafts, said_if_not_writable, take_lock, was_locked, write_file
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 CONFIG = "config.json"
+MARKER = ".debias_diffusers.json"  # says that a folder is a run directory
+MARK = {"debias_diffusers": "run"}
+USUAL = {"dataset", "prediction_type", "weighting", "noise_schedule", "ema_decay", "max_steps"}  # fields of every run's config.json
 METRICS = "metrics.jsonl"
 
 
 def say(message: str) -> None:
-    """A line for the person in front of the screen; stderr, as the progress bar."""
-    print(message, file=sys.stderr, flush=True)
+    """A line for the person in front of the screen; stderr, as the progress bar. Where nobody can be told, the work goes on."""
+    if sys.stderr is not None:  # as it is where the descriptor was closed; print would take stdout
+        with contextlib.suppress(OSError, ValueError):
+            print(message, file=sys.stderr, flush=True)
 
 
 class Run:
-    """A run directory that this process holds until it ends."""
+    """A run directory that this process holds until it is closed, or the process ends. `training.train` closes it."""
 
     def __init__(self, folder: Path, lock: IO[str], resume: Checkpoint | None) -> None:
         self.folder = folder
         self.resume = resume
-        self._lock = lock  # the kernel gives it back when the process ends, however it ends
+        self._lock = lock  # if it is not closed, the kernel gives it back when the process ends, however it ends
         os.register_at_fork(after_in_child=lock.close)  # and not when the last of its loader's workers has ended
         self.metrics = Metrics(folder / METRICS)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the directory back."""
+        self._lock.close()
 
     @property
     def checkpoints(self) -> Path:
@@ -54,7 +69,7 @@ class Run:
 
 
 def open_run(config: TrainConfig) -> Run:
-    """Takes the run directory and finds where to resume, without changing anything in it but its lock.
+    """Takes the run directory and finds where to resume, without changing anything in it but its lock and its marker.
 
     Raises:
         RunInUseError: another process holds it.
@@ -65,11 +80,17 @@ def open_run(config: TrainConfig) -> Run:
     folder = Path(config.run.output_dir or "")
     _refuse_foreign(folder)
     lock = take_lock(folder)
-    resume, damaged = checkpoint.latest_valid(folder / CHECKPOINTS)
-    for sentence in damaged:
-        say(f"{sentence}; an older checkpoint is used")
-    if resume:
-        _check_same(config, resume)
+    try:
+        if not _is_marked(folder):
+            write_file(folder / MARKER, (json.dumps(MARK) + "\n").encode())
+        resume, damaged = checkpoint.latest_valid(folder / CHECKPOINTS)
+        for sentence in damaged:
+            say(f"{sentence}; an older checkpoint is used")
+        if resume:
+            _check_same(config, resume)
+    except BaseException:
+        lock.close()
+        raise
     return Run(folder, lock, resume)
 
 
@@ -77,12 +98,32 @@ def _refuse_foreign(folder: Path) -> None:
     """A run writes README.md, unet/ and more into its directory: never into one that holds somebody's other files."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file; name a new or empty folder, such as runs/first")
-    ours = {LOCK, CHECKPOINTS}
-    if folder.is_dir() and (names := set(os.listdir(folder))) and not names & ours:
+    names = contents(folder)
+    if names and not (_is_marked(folder) or _is_of_an_older_version(folder)):
         raise InputError(
-            f"output_dir {folder} is no run directory and holds other files, such as {min(names)}; "
+            f"output_dir {folder} is no run directory and holds other files, such as {names[0]}; "
             f"name a new or empty folder, such as {folder / 'run'}"
         )
+
+
+def _is_marked(folder: Path) -> bool:
+    return bool(_json_of(folder / MARKER) == MARK)
+
+
+def _is_of_an_older_version(folder: Path) -> bool:
+    """Whether a folder is a run of a version that wrote no marker: our configuration, and a lock or a manifest of ours beside it."""
+    values = _json_of(folder / CONFIG)
+    if not (isinstance(values, dict) and values.keys() >= USUAL):
+        return False
+    return was_locked(folder) or any(map(checkpoint.has_sound_manifest, checkpoint.checkpoints(folder / CHECKPOINTS)))
+
+
+def _json_of(path: Path) -> Any:
+    """What a JSON file holds; None where there is none."""
+    try:
+        return json.loads(read_file(path))
+    except (InputError, ValueError, RecursionError):
+        return None
 
 
 def _check_same(config: TrainConfig, resume: Checkpoint) -> None:
@@ -147,21 +188,33 @@ def step_of(line: bytes) -> float:
 class StopSignal:
     """Remembers that SIGTERM or SIGINT asked the run to stop, so that it stops after the step at hand, saved.
 
-    A second SIGINT ends the process at once; the last checkpoint is whole, as always. So does any signal once the run has `ended`:
-    nobody asks any more whether there was one, and a thread or process of a library may keep the process from ending.
+    A second SIGINT ends the process at once; the last checkpoint is whole, as always. `close`, which `training.train` calls, gives the
+    signals back. In a thread that is not the main one there is nothing to take: Python delivers signals to the main one.
     """
 
     def __init__(self) -> None:
         self.signum = 0
-        self.ended = False
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._on_signal)
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {signum: signal.signal(signum, self._on_signal) for signum in (signal.SIGTERM, signal.SIGINT)}
+
+    def __enter__(self) -> StopSignal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Puts back the handlers that were there before, unless others have been installed since."""
+        for signum, handler in self._before.items():
+            if signal.getsignal(signum) == self._on_signal:
+                signal.signal(signum, signal.SIG_DFL if handler is None else handler)  # None: it was not installed from Python
+        self._before = {}
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
-        if self.ended:
-            os._exit(128 + signum)
         if signum == signal.SIGINT and self.signum == signal.SIGINT:
-            os.write(2, b"\nstopped at once; the last checkpoint is untouched\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopped at once; the last checkpoint is untouched\n")
             os._exit(128 + signum)
         self.signum = signum
 

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from . import folders, images
 from .config import DIGITS, DataConfig
-from .errors import InputError, raise_all
-from .files import read_file
+from .errors import CannotWriteError, InputError, raise_all
+from .files import read_file, require_writable
 from .labels import ClassOrder, described, in_order, with_images
 
+DIGITS_FILE = Path(str(resources.files(__package__).joinpath("digits.parquet")))
 MOST_CLASSES = 100_000
 WAITING = 10_000  # images that threads have before them
 MOST_SKIPPED = 0.01  # share of unreadable images: with more of them, something else is wrong
@@ -350,7 +351,9 @@ def _open(config: DataConfig, order: ClassOrder) -> Source:
     assert config.dataset is not None
     path = Path(config.dataset).expanduser()
     if config.dataset == DIGITS:
-        path = Path(str(resources.files(__package__).joinpath("digits.parquet")))
+        path = DIGITS_FILE
+        if config.split == DataConfig().split:
+            return Table(_digits(), config, order)
     if path.is_dir():
         return _open_folder(path, config, order)
     if path.suffix == ".parquet":
@@ -381,6 +384,23 @@ def _shards(path: Path) -> dict[str, list[str]]:
     return {str(split): list(names) for split, names in files.items() if names}
 
 
+def _digits() -> Any:
+    """The embedded digits in memory, without the cache of `datasets`, for which there may be no place.
+
+    In the form in which that cache has them, pieces of 100 rows: of that form runs have written down the fingerprint.
+    """
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(DIGITS_FILE)
+    form = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(form, file.schema_arrow) as writer:
+        for piece in file.iter_batches(100):
+            writer.write_batch(piece)
+    return datasets.Dataset(pyarrow.ipc.open_stream(form.getvalue()).read_all())
+
+
 def is_hub_id(dataset: str) -> bool:
     """Whether a name is that of a dataset on the Hub: user/name or name, and nothing of the sort on this disk."""
     path = Path(dataset).expanduser()
@@ -397,7 +417,17 @@ def _load(path: str, config: DataConfig, **kwargs: Any) -> Any:
     # load_dataset raises whatever its builders, the Hub client and the network raise.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"dataset {config.dataset} with split {config.split} cannot be loaded: {reason}") from error
+        place = _where_no_cache_can_be(datasets.config.HF_DATASETS_CACHE)
+        raise InputError(f"dataset {config.dataset} with split {config.split} cannot be loaded: {reason}{place}") from error
+
+
+def _where_no_cache_can_be(folder: Any) -> str:
+    """What to do about it, where the library has no place for its files; nothing where it has."""
+    try:
+        require_writable(Path(folder) / "file")
+    except CannotWriteError:
+        return f"; its cache {folder} cannot be written: name a folder that can with the environment variable HF_HOME"
+    return ""
 
 
 def _load_saved(path: Path, config: DataConfig) -> Any:

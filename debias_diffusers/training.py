@@ -65,13 +65,18 @@ def train(config: TrainConfig, run: Run | None, stop: StopSignal, to: HubConfig 
 
     Args:
         config: checked and resolved.
-        run: the run directory; None in all processes but the first.
-        stop: remembers signals, already since before torch was imported.
+        run: the run directory, which is closed at the end; None in all processes but the first.
+        stop: remembers signals, already since before torch was imported; closed at the end.
         to: where the first process pushes to, as the Hub allowed it; None where nothing is pushed.
 
     Raises:
         DebiasError: of the kind that tells what stopped it; StoppedError after a signal, saved.
     """
+    with run or contextlib.nullcontext(), stop if isinstance(stop, StopSignal) else contextlib.nullcontext():
+        _train(config, run, stop, to)
+
+
+def _train(config: TrainConfig, run: Run | None, stop: StopSignal, to: HubConfig | None) -> None:
     accelerator = machine.start_accelerator(config)
     try:
         Trainer(config, run, accelerator, to).train(stop)

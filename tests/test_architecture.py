@@ -9,7 +9,7 @@ PACKAGE = ROOT / "debias_diffusers"
 
 # Lower rooms first; a room may import rooms of lower rows only.
 ORDER = [
-    {"errors", "chance", "ema", "background", "memory", "metadata", "launcher"},
+    {"errors", "chance", "console", "ema", "background", "memory", "metadata", "launcher"},
     {"config", "files", "images", "cache", "labels"},
     {"folders"},
     {"rules", "schedule", "checkpoint", "model", "sources"},
@@ -25,6 +25,7 @@ ORDER = [
 
 DOORS = {
     "datasets": {"sources"},
+    "pyarrow": {"sources"},
     "diffusers": {"model", "schedulers", "pipeline", "pixels", "machine", "convert"},
     "accelerate": {"machine", "progress", "training", "sampling", "evaluation", "likelihood"},
     "torch_fidelity": {"extractors", "metrics"},
@@ -36,7 +37,7 @@ DOORS = {
     "psutil": {"memory"},
 }
 
-WITHOUT_TORCH = {"errors", "config", "rules", "files", "checkpoint", "run", "card", "hub", "publish", "cli", "launcher"}
+WITHOUT_TORCH = {"errors", "config", "console", "rules", "files", "checkpoint", "run", "card", "hub", "publish", "cli", "launcher"}
 
 
 def imports(path, everywhere=True):
