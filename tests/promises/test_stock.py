@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from diffusers import (
     DEISMultistepScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     ModelMixin,
@@ -34,7 +36,7 @@ from debias_diffusers.config import ObjectiveConfig, update
 from debias_diffusers.errors import InputError
 from debias_diffusers.sampling import draw, sample
 from debias_diffusers.schedule import make_schedule, prediction_of_x_0
-from debias_diffusers.schedulers import FLOW, SCHEDULERS, exported_scheduler
+from debias_diffusers.schedulers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
 
 STOCK = "stock pipelines of diffusers draw from the right distribution with the exported scheduler, or the docs say that they do not"
 SHOWN = "the code and the commands of the README, of docs/sampling.md and of model cards run as they stand"
@@ -126,7 +128,7 @@ def test_stock_pipelines_draw_the_right_spread(objective, trials):
 @pytest.mark.parametrize("shift", (1.0, 64.0))
 def test_a_flow_is_drawn_by_stock_ddpm_alone(shift):
     unet, scheduler = exact(prediction_type="flow", schedule_shift=shift)
-    assert spread(DDPMPipeline(unet, scheduler), num_inference_steps=100) == pytest.approx(1, abs=0.03)
+    assert spread(DDPMPipeline(unet, scheduler), num_inference_steps=100) == pytest.approx(1, abs=0.05)
     for kind in (DDIMPipeline, PNDMPipeline):  # which ask the network for something else than it predicts
         assert kind(unet, scheduler).scheduler.config.prediction_type == "epsilon"
 
@@ -134,14 +136,20 @@ def test_a_flow_is_drawn_by_stock_ddpm_alone(shift):
 @pytest.mark.row(74, STOCK)
 def test_what_the_docs_say_does_not_work_does_not():
     ours = small_pipeline()
-    for kind in (UniPCMultistepScheduler, DEISMultistepScheduler, PNDMScheduler):
+    for kind in (UniPCMultistepScheduler, DEISMultistepScheduler, PNDMScheduler, HeunDiscreteScheduler):
         with pytest.raises(TypeError, match="generator"):
             DDPMPipeline(ours.unet, kind.from_config(ours.scheduler.config))(num_inference_steps=5)
-    learned = small_pipeline(learn_sigma=True)
+    learned = small_pipeline(channels=3, learn_sigma=True)
     with pytest.raises(RuntimeError, match="size of tensor"):
         DDIMPipeline(learned.unet, learned.scheduler)(num_inference_steps=2)
+    for channels in (3, 1):
+        learned = small_pipeline(channels=channels, learn_sigma=True)
+        pipeline = DDPMPipeline(learned.unet, DPMSolverMultistepScheduler.from_config(learned.scheduler.config))
+        with nullcontext() if channels == 3 else pytest.raises(RuntimeError):
+            pipeline(num_inference_steps=3)
     unet, scheduler = exact()
-    assert spread(DDPMPipeline(unet, EulerDiscreteScheduler.from_config(scheduler.config)), num_inference_steps=20) > 2
+    for kind in (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler):
+        assert spread(DDPMPipeline(unet, kind.from_config(scheduler.config)), num_inference_steps=20) > 2
 
 
 @pytest.mark.row(74, STOCK)
@@ -155,15 +163,10 @@ def test_stock_ddim_with_the_noise_of_the_clipped_image_draws_what_ours_draws(st
         ).images
         for used in (True, None)
     }
-    drawn = draw(solved_leading(ours, steps), range(3), 0, num_inference_steps=steps)[:, 0].numpy()
+    solved = PixelPipeline(ours.unet, make_scheduler("ddim", ours.scheduler, "leading", steps))
+    drawn = draw(solved, range(3), 0, num_inference_steps=steps)[:, 0].numpy()
     assert np.abs(np.stack(images[True]).astype(int) - drawn).max() <= 1
     assert np.abs(np.stack(images[None]).astype(int) - drawn).max() > 10
-
-
-def solved_leading(pipeline, steps):
-    from debias_diffusers.schedulers import make_scheduler
-
-    return PixelPipeline(pipeline.unet, make_scheduler("ddim", pipeline.scheduler, "leading", steps))
 
 
 @pytest.mark.row(74, STOCK)
