@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -120,6 +122,22 @@ def launched(processes, *args):
     process = launch(processes, *args)
     _, err = process.communicate(timeout=HANG)
     return process.returncode, err
+
+
+def _add_to_environment(variables):
+    os.environ.update(variables)  # whose own method cannot be handed to another process
+
+
+def as_ranks(processes, *args):
+    """What `launched` gives, of processes forked as in `run` and told by the environment, as the launcher does it, which they are."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_MIXED_PRECISION": "no"}
+    places = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    environments = [{name: str(value) for name, value in place.items()} for place in places]
+    ranks = [Forked(*args, before=partial(_add_to_environment, environment)) for environment in environments]
+    results = [rank.result() for rank in ranks]
+    return max(abs(code) for code, _, _ in results), "".join(err for _, _, err in results)
 
 
 def train_args(output_dir, *flags):

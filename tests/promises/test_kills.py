@@ -19,6 +19,7 @@ import torch
 from conftest import (
     HANG,
     Forked,
+    as_ranks,
     command,
     computed,
     gone,
@@ -493,7 +494,7 @@ def test_several_processes_train_what_one_trains_and_resume_with_the_same_bits(t
     flags = ["--dropout", 0, "--lr_schedule", "constant", "--batch_size", 4 * processes]
     assert run(*train_args(one, *flags))[0] == 0
     for folder, more in ((several, []), (resumed, ["--max_steps", 6]), (resumed, [])):
-        code, err = launched(processes, *train_args(folder, *flags, *more))
+        code, err = as_ranks(processes, *train_args(folder, *flags, *more))
         assert code == 0, err
     same(several, resumed, 24)
     state = json.loads((several / "checkpoints" / "step-00000024" / "state.json").read_text())
