@@ -91,8 +91,8 @@ class Worker:
         self.close()
         self.begin()
 
-    def run(self, program, *args, token="hf_write"):
-        self.start(program, *args, token=token)
+    def run(self, program, *args, **options):
+        self.start(program, *args, **options)
         return self.result()
 
     def push(self, run, *flags):

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import HANG, ROOT, command, cpu_of_children, gone, metrics, newest_step, tensors, train_args, wait_for
 from pushing import Worker, copy_of, environment, repository, served, settle
@@ -27,7 +28,7 @@ MODES = {"lfs": False, "xet": True}
 @pytest.fixture(scope="module", params=MODES)
 def both(request, tmp_path_factory):
     """A Hub of each kind of transfer, and a process that pushes to it."""
-    with served(tmp_path_factory.mktemp("served") / request.param, MODES[request.param], TIMEOUT="1") as pair:
+    with served(tmp_path_factory.mktemp("served") / request.param, MODES[request.param], TIMEOUT="1", TORCH="") as pair:
         yield pair
 
 
@@ -40,6 +41,7 @@ OVER_XET = pytest.mark.parametrize("both", ["xet"], indirect=True)
 def hub(both):
     both[1].drain()
     both[0].clear()
+    both[0].worker = both[1]
     yield both[0]
     both[0].clear()
 
@@ -354,11 +356,11 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, worker, run, tm
 def trained_and_pushed(hub, folder, *flags, during=None, token="hf_write"):
     """A tiny training that pushes: (exit code, what it said). `during` gets the process, and a function that reads what was said so far."""
     args = train_args(folder / "run", "--push_to_hub", "--hub_model_id", "run", *flags)
-    with open(folder / "said", "w+") as file:
-        process = command(*args, env=environment(hub, folder / "home", token), stderr=file)
-        if during:
-            during(process, (folder / "said").read_text)
-        return process.wait(HANG), (folder / "said").read_text()
+    pid = hub.worker.start(*["train", *args[1:]], timeout=60, token=token)
+    if during:
+        during(psutil.Process(pid), Path(f"/proc/{pid}/fd/2").read_text)
+    code, said = hub.worker.result()
+    return code, re.sub(r"waited \S+ s\n$", "", said)
 
 
 @pytest.fixture
@@ -422,7 +424,7 @@ def test_a_training_does_not_wait_for_a_hub_that_hangs(fresh, trained, tmp_path)
     release = fresh.hold(path="/preupload/")
 
     def wait(process, said):
-        wait_for(lambda: "pushing step 24" in said() or process.poll() is not None)
+        wait_for(lambda: "pushing step 24" in said())
         release.set()
 
     code, said = trained_and_pushed(fresh, tmp_path, during=wait)
@@ -579,9 +581,8 @@ def test_bin_weights_are_taken_only_when_asked_for_and_as_tensors(hub, worker, r
     client(hub, tmp_path, BIN_ONLY, repo, run, kind)
     flags = ["--steps", 2, "--num_images", 2, "--num_threads", 1, "--output_dir"]
     for more, code, named in (([], 2, "--allow_pickle_import"), (["--allow_pickle_import"], 0 if kind == "tensors" else 2, "")):
-        process = command("sample.py", repo, *flags, tmp_path / f"drawn{code}{len(more)}", *more, env=environment(hub, tmp_path / "home"))
-        _, said = process.communicate(timeout=HANG)
-        assert process.returncode == code and named in said and "Traceback" not in said, said
+        ended, said = worker.run("sample", repo, *flags, tmp_path / f"drawn{code}{len(more)}", *more, timeout=60)
+        assert ended == code and named in said and "Traceback" not in said, said
     assert not (run / "it-ran").exists()
 
 
@@ -590,11 +591,10 @@ def test_bin_weights_are_taken_only_when_asked_for_and_as_tensors(hub, worker, r
 def test_a_run_keeps_to_the_commit_that_it_started_from(hub, worker, run, repo, tmp_path):
     assert worker.push(run, "--hub_model_id", repo)[0] == 0
     first = hub.commits(repo)[0]["id"]
-    settings = environment(hub, tmp_path / "home")
 
     def train(steps):
-        process = command(*train_args(tmp_path / "more", "--init", repo, "--max_steps", steps), env=settings)
-        assert process.wait(HANG) == 0, process.stderr.read()
+        code, said = worker.run("train", *train_args(tmp_path / "more", "--init", repo, "--max_steps", steps)[1:], timeout=60)
+        assert code == 0, said
         return json.loads((tmp_path / "more" / "config.json").read_text())["init"]
 
     assert train(6) == f"{repo}@{first}"
