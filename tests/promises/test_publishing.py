@@ -262,6 +262,15 @@ def test_a_run_is_pushed_by_one_process_at_a_time(hub, worker, run, repo, tmp_pa
 
 
 @OVER_LFS
+def test_a_command_that_a_test_has_left_is_ended_and_answers_for_no_other(hub, worker, run, repo):
+    hub.hold(path="/api/whoami-v2")
+    pid = worker.start("push", "push", run, "--hub_model_id", repo, timeout=HANG)
+    wait_for(lambda: hub.log)
+    code, said = worker.push(run)
+    assert code == 2 and "never pushed" in said and gone(pid)
+
+
+@OVER_LFS
 def test_the_newest_checkpoint_is_pushed_and_not_what_was_left_over(hub, worker, run, repo):
     publish.snapshot(run, 18)
     assert worker.push(run, "--hub_model_id", repo)[0] == 0
