@@ -1,21 +1,28 @@
 """What several tests use: the repository's root, the tiny configuration, and commands in processes of their own."""
 
+import contextlib
 import json
+import math
 import multiprocessing
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
 GOLDEN = ROOT / "tests" / "golden"
+HANG = 600  # seconds after which what a test waits for is taken to hang; no test depends on them, however busy the machine is
 
 # A shell that starts the tests in the background has SIGINT ignored, which commands would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -25,10 +32,22 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CP
 os.environ.update(OFFLINE)
 
 
+STARTED = []  # by the test at hand: what has a `kill`
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    """A test that fails leaves no training behind that slows the others down."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 def command(*args, **options):
     """Starts `python ARGS` in the repository's root, as a user would."""
     usual = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *map(str, args)], **{**usual, **options})
+    STARTED.append(subprocess.Popen([sys.executable, *map(str, args)], **{**usual, **options}))
+    return STARTED[-1]
 
 
 # Most commands run in processes forked from one that has imported torch and diffusers: seconds less for each.
@@ -37,28 +56,34 @@ SERVER.set_forkserver_preload(["debias_diffusers.training", "debias_diffusers.cl
 COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate"}
 
 
-def _command(name, args, out, err):
-    """In the forked process: what `python NAME ARGS` does."""
+def _command(name, args, out, err, before=None):
+    """In the forked process: what `python NAME ARGS` does; leaves its CPU seconds beside what it says."""
     os.chdir(ROOT)
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     from debias_diffusers import cli
 
     multiprocessing.set_start_method("fork", force=True)  # loaders start their workers as in a process of their own
-    sys.exit(getattr(cli, COMMANDS[name])(args))
+    if before:
+        before()
+    try:
+        sys.exit(getattr(cli, COMMANDS[name])(args))
+    finally:
+        Path(err).with_name("cpu").write_text(f"{time.process_time()}")
 
 
 class Forked:
-    """A command in a forked process, with what the tests need of Popen."""
+    """A command in a forked process, with what the tests need of Popen; `before` is called in it before the command."""
 
-    def __init__(self, name, *args):
+    def __init__(self, name, *args, before=None):
         self.folder = tempfile.TemporaryDirectory()
         self.out, self.err = (Path(self.folder.name) / stream for stream in ("out", "err"))
-        self.process = SERVER.Process(target=_command, args=(name, [str(a) for a in args], str(self.out), str(self.err)))
+        self.process = SERVER.Process(target=_command, args=(name, [str(a) for a in args], str(self.out), str(self.err), before))
         self.process.start()
         self.pid = self.process.pid
+        STARTED.append(self)
 
-    def wait(self, timeout=300):
+    def wait(self, timeout=HANG):
         """The exit code; that of a signal is negative."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running after {timeout} s: {self.err.read_text()}"
@@ -67,7 +92,15 @@ class Forked:
     def send_signal(self, signum):
         os.kill(self.pid, signum)
 
-    def result(self, timeout=300):
+    def kill(self):
+        self.process.kill()
+
+    @property
+    def cpu(self):
+        """CPU seconds of a command that has ended by itself."""
+        return float((Path(self.folder.name) / "cpu").read_text())
+
+    def result(self, timeout=HANG):
         """(exit code, stdout, stderr) when it has ended."""
         return self.wait(timeout), self.out.read_text(), self.err.read_text()
 
@@ -87,8 +120,24 @@ def launch(processes, *args):
 def launched(processes, *args):
     """The launcher's exit code and what was said."""
     process = launch(processes, *args)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=HANG)
     return process.returncode, err
+
+
+def _add_to_environment(variables):
+    os.environ.update(variables)  # whose own method cannot be handed to another process
+
+
+def as_ranks(processes, *args):
+    """What `launched` gives, of processes forked as in `run` and told by the environment, as the launcher does it, which they are."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_MIXED_PRECISION": "no"}
+    places = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    environments = [{name: str(value) for name, value in place.items()} for place in places]
+    ranks = [Forked(*args, before=partial(_add_to_environment, environment)) for environment in environments]
+    results = [rank.result() for rank in ranks]
+    return max(abs(code) for code, _, _ in results), "".join(err for _, _, err in results)
 
 
 def train_args(output_dir, *flags):
@@ -126,11 +175,40 @@ def newest_step(folder):
     return max((int(p.name[5:]) for p in (Path(folder) / "checkpoints").glob("step-*")), default=0)
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=HANG):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.002)
+
+
+def computed(pid):
+    """CPU seconds of a process so far; infinite when it has ended."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.NoSuchProcess:
+        return math.inf
+    return times.user + times.system
+
+
+def gone(pid):
+    """Whether a process has ended, be it that nobody has asked how."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@contextlib.contextmanager
+def cpu_of_children():
+    """Gives a function: CPU seconds of the processes that this one has started and waited for within the block."""
+
+    def used():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = used()
+    yield lambda: used() - before
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-from conftest import ROOT, wait_for
+import psutil
+from conftest import HANG, ROOT, wait_for
 from hub.server import HubServer
 
 # Reads a command a line, with the token of its user, and answers with the process that does it, and then with how that ended and what it
@@ -27,7 +28,8 @@ hub.TIMEOUT = float(os.environ.get("TIMEOUT", hub.TIMEOUT))
 if "TORCH" in os.environ:  # what the commands import, once for all
     from debias_diffusers import likelihood, training  # noqa: F401
 for line in sys.stdin:
-    program, token, arguments = json.loads(line)
+    program, token, arguments, limit = json.loads(line)
+    hub.TIMEOUT = limit or hub.TIMEOUT
     with tempfile.TemporaryFile("w+") as said:
         pid = os.fork()
         if pid == 0:
@@ -57,28 +59,40 @@ class Worker:
     """A process that has imported the client, and does commands in children of its own."""
 
     def __init__(self, hub, home, **settings):
-        self.home = home
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            cwd=ROOT,
-            env=environment(hub, home, **settings),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.home, self.environment = home, environment(hub, home, **settings)
+        self.begin()
 
-    def start(self, program, *args, token="hf_write"):
-        """The process that does `train`, `sample`, `evaluate` or `push` now."""
-        self.process.stdin.write(json.dumps([program, token, [str(arg) for arg in args]]) + "\n")
+    def begin(self):
+        self.busy = False
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, "-c", WORKER], cwd=ROOT, env=self.environment, **streams)
+
+    def start(self, program, *args, token="hf_write", timeout=None):
+        """The process that does `train`, `sample`, `evaluate` or `push` now; `timeout` is of its requests, in seconds."""
+        self.drain()
+        self.process.stdin.write(json.dumps([program, token, [str(arg) for arg in args], timeout]) + "\n")
         self.process.stdin.flush()
+        self.busy = True
         return int(self.process.stdout.readline())
 
     def result(self):
         """(exit code, what was said)."""
-        return json.loads(self.process.stdout.readline())
+        answer = json.loads(self.process.stdout.readline())
+        self.busy = False
+        return answer
 
-    def run(self, program, *args, token="hf_write"):
-        self.start(program, *args, token=token)
+    def drain(self):
+        """Forgets a command that a test left which failed: in a process anew, so that no answer is taken for that of another command."""
+        ended = self.process.poll() is not None
+        if not ended and not self.busy:
+            return
+        for process in [] if ended else [*psutil.Process(self.process.pid).children(), self.process]:
+            process.kill()
+        self.close()
+        self.begin()
+
+    def run(self, program, *args, **options):
+        self.start(program, *args, **options)
         return self.result()
 
     def push(self, run, *flags):
@@ -86,7 +100,7 @@ class Worker:
 
     def killed(self, run, *flags, when):
         """Pushes until `when()`, and kills it; whether it was still at work."""
-        pid = self.start("push", "push", run, *flags)
+        pid = self.start("push", "push", run, *flags, timeout=HANG)
         when()
         os.kill(pid, signal.SIGKILL)
         return self.result()[0] == -signal.SIGKILL
@@ -94,6 +108,7 @@ class Worker:
     def close(self):
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 @contextmanager

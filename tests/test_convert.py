@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import GOLDEN, command, run
+from conftest import GOLDEN, HANG, command, run
 from diffusers import CMStochasticIterativeScheduler, DDPMPipeline, RePaintScheduler, UNet2DModel, UniPCMultistepScheduler
 from safetensors.torch import load_file
 
@@ -50,7 +50,7 @@ def test_a_converted_network_computes_what_the_reference_computes(name, tmp_path
 def test_the_command_converts_and_stock_diffusers_draws_with_the_result(tmp_path):
     model, flags, _ = golden("unet_paper_32")
     process = command("-m", "debias_diffusers.convert", "guided", model, "--flags", flags, tmp_path / "out")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 0 and "1915590 parameters" in err
     pipeline = DDPMPipeline.from_pretrained(str(tmp_path / "out"))
     pipeline.set_progress_bar_config(disable=True)

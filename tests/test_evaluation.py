@@ -4,14 +4,15 @@ import importlib.util
 import json
 import math
 import sys
-import time
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import ROOT, launched, run
+from conftest import HANG, ROOT, launched, run
 from PIL import Image
 from safetensors.torch import load, save, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -529,15 +530,23 @@ def test_a_run_of_the_claim_that_says_nothing_is_told_by_its_exit_code(claim):
 
 
 def test_a_failure_of_the_claim_ends_it_without_the_runs_that_wait(claim, tmp_path, monkeypatch):
-    began = []
+    began, over = [], threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            over.set()
+            super().shutdown(wait)
 
     def train(folder, *_):
         began.append(folder)
-        time.sleep(0.3)
         if len(began) == 2:
             raise SystemExit("of the second")
+        if len(began) > 2:
+            over.wait(HANG)
 
     monkeypatch.setattr(claim, "train", train)
+    monkeypatch.setattr(claim, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(sys, "argv", ["claim.py", str(tmp_path), "--parallel", "1"])
     with pytest.raises(SystemExit, match="of the second"):
         claim.main()

@@ -33,6 +33,7 @@ def worker(tmp_path_factory, trained, trained_by_class):
 
 @pytest.fixture
 def server(worker):
+    worker.drain()
     worker.server.clear()
     return worker.server
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, launched, metrics, newest_step, run, same, tensors, train_args
+from conftest import HANG, TINY, command, launched, metrics, newest_step, run, same, tensors, train_args
 from diffusers import (
     CMStochasticIterativeScheduler,
     DDPMPipeline,
@@ -85,7 +85,7 @@ def test_a_script_with_a_weighting_of_its_own_is_launched(tmp_path):
     assert code == 2 and "weighting is fourth_root, which is not known" in err
     script.write_text(OWN_WEIGHTING.replace("snr**-0.25", "snr**-0.5"))
     process = command(script, *flags, "--max_steps", 6)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 2 and "holds another weighting" in err
     assert "weight at t = 999: the run has 4.43575, this command says 19.6759" in err
 

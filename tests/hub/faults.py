@@ -25,7 +25,7 @@ class Fault:
         skip: how many matching requests pass before.
         status, message, code, headers, body: of the answer, as in HubError.
         fin: close in order, and read what is still coming; without it the connection is reset. Clients treat the two differently.
-        delay: seconds to wait before anything else; goes with every action.
+        delay, until: seconds to wait before anything else, and an event to wait for; they go with every action.
     """
 
     method: str = ".*"
@@ -41,6 +41,7 @@ class Fault:
     after_bytes: int = 0
     fin: bool = False
     delay: float = 0
+    until: threading.Event | None = None
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
@@ -66,6 +67,9 @@ class Faults:
 
     def clear(self) -> None:
         with self._lock:
+            for fault in self._waiting:
+                if fault.until:
+                    fault.until.set()
             self._waiting.clear()
 
     @property

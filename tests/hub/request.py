@@ -72,6 +72,8 @@ class Request(BaseHTTPRequestHandler):
     def _answer_or_fail(self) -> None:
         if self.fault is not None:
             time.sleep(self.fault.delay)
+            if self.fault.until:
+                self.fault.until.wait()
         if self._suffers("status"):
             raise self.fault.error()
         if self._suffers("drop"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import time
 import uuid
@@ -69,6 +70,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        self.faults.clear()
         self._listener.shutdown()
         self._listener.server_close()
 
@@ -78,8 +80,14 @@ class HubServer:
         """Lays a fault in the way of requests to come: see `faults.Fault`."""
         self.faults.add(Fault(**options))
 
+    def hold(self, **options: Any) -> threading.Event:
+        """Holds requests to come until the event that is returned is set or `clear` is called; options as of `faults.Fault`."""
+        until = threading.Event()
+        self.fault(action="delay", until=until, **{"times": math.inf, **options})
+        return until
+
     def clear(self) -> None:
-        """Forgets faults and the log."""
+        """Forgets faults and the log; what was held goes on."""
         self.faults.clear()
         self.log.clear()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import metrics, newest_step, run, train_args
+from conftest import Forked, cpu_of_children, metrics, newest_step, run, train_args
 from PIL import Image, ImageCms
 
 from debias_diffusers import images
@@ -91,9 +91,9 @@ def test_all_bad_files_are_found_and_no_good_one(good, trials):
     (good / "a" / "folder.png").mkdir()  # its name is no reason to read it
     (good / "b" / "really-a-jpeg.png").write_bytes(JPEG)  # a wrong name does not matter
     source = open_source(DataConfig(dataset=str(good)))
-    began = time.monotonic()
+    began = time.process_time()
     found = unreadable(source, range(len(source)))
-    assert time.monotonic() - began < 4  # a second or so, on a machine that does nothing else
+    assert time.process_time() - began < 4
     assert {str(good / source.names[k]) for k in found} == bad and len(bad) == 41
     for sentence in found.values():
         trials()
@@ -242,9 +242,9 @@ def test_a_bomb_is_refused_in_little_memory_and_time(bomb):
         except InputError as error:
             return said in str(error)
 
-    began = time.monotonic()
-    assert grown(read) < 500_000
-    assert time.monotonic() - began < 5
+    with cpu_of_children() as cpu:
+        assert grown(read) < 500_000
+        assert cpu() < 5
 
 
 @pytest.mark.nightly
@@ -429,10 +429,10 @@ def test_an_odd_archive_is_refused_and_writes_nothing(tmp_path, case):
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in ARCHIVES[case].items():
             archive.writestr(name, data)
-    began = time.monotonic()
-    code, _, err = run("eval.py", "score", path, "--reference", "digits", "--metrics", "colour", "--cache_dir", "")
-    other, _, also = run("eval.py", "score", path.parent.parent, "--reference", path, "--metrics", "colour", "--cache_dir", "")
-    assert (code, other) == (2, 2) and "Traceback" not in err + also and time.monotonic() - began < 60
+    first = Forked("eval.py", "score", path, "--reference", "digits", "--metrics", "colour", "--cache_dir", "")
+    second = Forked("eval.py", "score", path.parent.parent, "--reference", path, "--metrics", "colour", "--cache_dir", "")
+    (code, _, err), (other, _, also) = first.result(), second.result()
+    assert (code, other) == (2, 2) and "Traceback" not in err + also and first.cpu + second.cpu < 60
     assert "odd.npz" in err.strip().splitlines()[-1]
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["in", "odd.npz"]
 

@@ -10,7 +10,7 @@ import stat
 import time
 
 import pytest
-from conftest import SERVER, Forked, _command, metrics, newest_step, run, same, train_args, wait_for
+from conftest import HANG, SERVER, Forked, _command, metrics, newest_step, run, same, train_args, wait_for
 
 from debias_diffusers import checkpoint, files
 from debias_diffusers.run import Metrics
@@ -204,7 +204,7 @@ def test_every_file_of_a_run_directory_has_the_mode_that_the_umask_allows(tmp_pa
     args = train_args(folder, *LEARNING, "--max_steps", 4, "--checkpoint_every", 2, "--sample_every", 4)
     process = SERVER.Process(target=_under_umask, args=(umask, args[0], [str(a) for a in args[1:]], *(str(tmp_path / n) for n in "oe")))
     process.start()
-    process.join(120)
+    process.join(HANG)
     assert process.exitcode == 0, (tmp_path / "e").read_text()
     assert {p.name for p in folder.iterdir()} > {"samples", "unet", "checkpoints", "metrics.jsonl", ".lock"}
     for path in folder.rglob("*"):

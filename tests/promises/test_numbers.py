@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, metrics, newest_step, run, same, tensors, train_args
+from conftest import HANG, ROOT, command, metrics, newest_step, run, same, tensors, train_args
 from here import tiny, trained_here
 from safetensors.torch import load
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -315,6 +315,6 @@ def test_language_time_zone_hash_seed_and_folder_do_not_matter(surroundings, tra
     (tmp_path / "elsewhere").mkdir()
     _, *flags = train_args("../run")
     process = command(ROOT / "train.py", *flags, env={**os.environ, **surroundings}, cwd=tmp_path / "elsewhere")
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
     same(trained, tmp_path / "run", 24)

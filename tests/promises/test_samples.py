@@ -1,15 +1,18 @@
 """Rows 49 and 50 of docs/reliability.md: which images are drawn, and what a kill leaves of them."""
 
+import os
 import random
 import shutil
 import signal
-import time
+from functools import partial
 
 import numpy as np
+import psutil
 import pytest
-from conftest import Forked, launch, launched, run, sample_config
+from conftest import Forked, gone, launch, launched, run, sample_config, wait_for
 from PIL import Image
 
+from debias_diffusers.album import Album
 from debias_diffusers.errors import InputError
 from debias_diffusers.files import take_lock
 from debias_diffusers.sampling import sample
@@ -44,16 +47,24 @@ def test_one_and_two_processes_draw_the_same_bytes_and_each_image_once(trained, 
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path
 
 
+def be_killed_at(folder, least):
+    """In a process that draws: a thread that writes images kills it when so many are there, wherever the others are."""
+    write = Album.write
+
+    def last(album, k, array):
+        write(album, k, array)
+        if len(list(folder.glob("0*.png"))) >= least:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Album.write = last
+
+
 def killed_and_finished(trained, folder, whole, moments, trials):
     """Kills a command when so many images are there, each time anew; then lets it finish and compares."""
     command = ["sample.py", trained, *FLAGS, "--output_dir", folder]
     for least in moments:
-        process = Forked(*command)
-        deadline = time.monotonic() + 60
-        while len(list(folder.glob("0*.png"))) < least and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process = Forked(*command, before=partial(be_killed_at, folder, least))
+        assert process.wait() == -signal.SIGKILL
         trials()
         for path in folder.glob("0*.png"):
             Image.open(path).load()
@@ -129,14 +140,11 @@ def test_damaged_images_are_drawn_again(trained, tmp_path, kind):
 def test_when_the_launcher_dies_nobody_draws_on(trained, tmp_path):
     flags = ["--num_images", 5000, "--batch_size", 8, "--steps", 50, "--num_threads", 1, "--output_dir", tmp_path / "out"]
     process = launch(2, "sample.py", trained, *flags)
-    deadline = time.monotonic() + 120
-    while len(list((tmp_path / "out").glob("0*.png"))) < 16 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: len(list((tmp_path / "out").glob("0*.png"))) >= 16)
+    drawing = psutil.Process(process.pid).children(recursive=True)
+    assert len(drawing) >= 2
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(2)
-    there = len(list((tmp_path / "out").glob("0*.png")))
-    assert 16 <= there < 5000
+    wait_for(lambda: all(gone(child.pid) for child in drawing))
+    assert 16 <= len(list((tmp_path / "out").glob("0*.png"))) < 5000
     take_lock(tmp_path / "out").close()
-    time.sleep(2)
-    assert len(list((tmp_path / "out").glob("0*.png"))) == there
