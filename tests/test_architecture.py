@@ -20,6 +20,7 @@ ORDER = [
     {"evaluation", "saving"},
     {"training", "likelihood"},
     {"cli"},
+    {"__main__"},
 ]
 
 DOORS = {
