@@ -177,10 +177,16 @@ def test_our_own_results_are_replaced(name, tmp_path):
     assert Path(name) in written and everything(tmp_path / "out").keys() == written.keys()
 
 
+def begun(*_):
+    raise NotImplementedError("the work has begun")
+
+
 @pytest.mark.row(52, FOREIGN)
-def test_results_of_a_model_are_replaced_and_pictures_of_the_first_version_too(trained, tmp_path):
-    for _ in range(2):
-        likelihood.bits_per_dimension(BitsConfig(model=str(trained), num_images=2, output=str(tmp_path / "bits.json"), num_threads=1))
+def test_results_of_a_model_are_replaced_and_pictures_of_the_first_version_too(tmp_path, monkeypatch):
+    (tmp_path / "bits.json").write_bytes(evaluation.as_json(likelihood._result(torch.ones(2, 3), torch.ones(2))))
+    monkeypatch.setattr(likelihood, "pinned_model", begun)
+    with pytest.raises(NotImplementedError, match="the work has begun"):
+        likelihood.bits_per_dimension(BitsConfig(model="model", output=str(tmp_path / "bits.json")))
     scores = {"reference": 0, "extractor": 0, "targets": 0}
     for text, ours in ((json.dumps(scores), True), ('{"targets": 0}', False)):
         (tmp_path / "scores.json").write_text(text)
@@ -328,7 +334,7 @@ def test_a_second_training_in_one_process_finds_its_run_and_signals_free(tmp_pat
         assert cli.train([*flags, "--max_steps", str(steps)]) == code, capsys.readouterr().err
         assert handlers() == before
         files.take_lock(folder).close()
-    config = tiny(folder, "--checkpoint_every", 0, "--warmup_steps", 0, "--max_steps", 4)
+    config = tiny(folder, "--checkpoint_every", 0, "--warmup_steps", 0, "--max_steps", 9)
     stop = StopSignal()
     stop._on_signal(signal.SIGTERM, None)
     with pytest.raises(DebiasError, match="stopped by SIGTERM"):
