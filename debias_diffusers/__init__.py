@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -24,3 +26,18 @@ def __getattr__(name: str) -> Any:
 
         return PixelPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _require_command(argv: list[str], arguments: list[str]) -> None:
+    """Ends `python -m debias_diffusers.MODULE` with a sentence where the module is no command: it would do nothing, and return 0.
+
+    While Python looks for the module to run, `argv[0]` is "-m"; `arguments` are those of the interpreter.
+    """
+    named = next(filter(None, (re.fullmatch(r"(?:-\w*m)?debias_diffusers\.(\w+)", argument) for argument in arguments)), None)
+    if argv[:1] == ["-m"] and named and named[1] not in ("__main__", "convert", "hub"):
+        commands = "python -m debias_diffusers {train,sample,eval,convert,hub}"
+        print(f"error: debias_diffusers.{named[1]} is no command; run {commands}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+_require_command(sys.argv, sys.orig_argv)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import io
+import difflib
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
+from tyro import _errors as errors_of_tyro  # of a private module, so that pyproject.toml bounds the version
 
 from . import config as configuration
 from . import console, launcher, rules
@@ -29,7 +31,7 @@ from .config import (
     TrainConfig,
     WeightsConfig,
 )
-from .errors import CannotWriteError, DebiasError, InputError, raise_all
+from .errors import CannotWriteError, DebiasError, InputError, raise_all, shortened
 
 if TYPE_CHECKING:
     from .run import Run, StopSignal
@@ -62,11 +64,42 @@ def push(argv: Sequence[str] | None = None) -> int:
     return _said(_hub, argv)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m debias_diffusers COMMAND`: returns the exit code."""
+    return _said(_main, argv)
+
+
+HELP = """usage: python -m debias_diffusers {train,sample,eval,convert,hub} ...
+
+  train      train a model, or resume a run
+  sample     draw images with a trained model
+  eval       evaluate models and objectives
+  convert    checkpoints of guided-diffusion to pipelines, and back
+  hub        push a run to the Hub"""
+
+
+def _main(argv: list[str]) -> None:
+    _dispatch("debias_diffusers", {"train": _train, "sample": _sample, "eval": _evaluate, "convert": _convert, "hub": _hub}, HELP, argv)
+
+
+def _dispatch(program: str, commands: Mapping[str, Callable[[list[str]], None]], usage: str, argv: list[str]) -> None:
+    """Runs the command that the first argument names.
+
+    Raises:
+        InputError: it names none.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage)
+        return
+    if argv[0] not in commands:
+        raise InputError(f"{program} {argv[0]} is not known; take one of {', '.join(commands)}")
+    commands[argv[0]](argv[1:])
+
+
 def _train(argv: list[str]) -> None:
     config = train_config(argv, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    raise_all(launcher.problems(os.environ), "launcher")
-    raise_all(rules.train_problems(config, num_processes))
+    _raise_all(rules.train_problems(config, num_processes))
     if config.run.dry_run:
         from .training import dry_run
 
@@ -131,10 +164,15 @@ def _take_flag(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
     return getattr(found, name), rest
 
 
+def _raise_all(problems: list[str]) -> None:
+    """Raises InputError for a launcher's environment that cannot be obeyed, then for problems of a configuration."""
+    raise_all(launcher.problems(os.environ), "launcher")
+    raise_all(problems)
+
+
 def _sample(argv: list[str]) -> None:
     config = _parse(SampleConfig, argv, None, "sample.py", "Draw images with a trained model.")
-    raise_all(launcher.problems(os.environ), "launcher")
-    raise_all(rules.sample_problems(config))
+    _raise_all(rules.sample_problems(config))
     from .run import stop_with_launcher
 
     stop_with_launcher()  # or the others would go on writing into a folder that a new command may take
@@ -160,15 +198,7 @@ drawn anyhow."""
 
 
 def _evaluate(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(EVAL_HELP)
-        return
-    command, *rest = argv
-    if command not in EVALUATIONS:
-        raise InputError(f"eval.py {command} is not known; take one of {', '.join(EVALUATIONS)}")
-    if command != "weights" and not {"-h", "--help"} & set(rest):
-        raise_all(launcher.problems(os.environ), "launcher")
-    EVALUATIONS[command](rest)
+    _dispatch("eval.py", EVALUATIONS, EVAL_HELP, argv)
 
 
 def _score(argv: list[str]) -> None:
@@ -183,7 +213,7 @@ def _compare(argv: list[str]) -> None:
 
 
 def _scored(config: ScoreConfig) -> None:
-    raise_all(rules.score_problems(config))
+    _raise_all(rules.score_problems(config))
     from . import evaluation
 
     evaluation.score(config)
@@ -193,7 +223,7 @@ def _scored(config: ScoreConfig) -> None:
 
 def _stats(argv: list[str]) -> None:
     config = _parse(StatsConfig, argv, None, "eval.py stats", StatsConfig.__doc__ or "")
-    raise_all(rules.stats_problems(config))
+    _raise_all(rules.stats_problems(config))
     from . import evaluation
 
     evaluation.stats(config)
@@ -201,7 +231,7 @@ def _stats(argv: list[str]) -> None:
 
 def _bits(argv: list[str]) -> None:
     config = _parse(BitsConfig, argv, None, "eval.py bpd", BitsConfig.__doc__ or "")
-    raise_all(rules.bits_problems(config))
+    _raise_all(rules.bits_problems(config))
     from . import likelihood
 
     likelihood.bits_per_dimension(config)
@@ -259,35 +289,58 @@ def _hub(argv: list[str]) -> None:
 
 
 def _parse(kind: type[T], argv: list[str], default: T | None, program: str, description: str) -> T:
-    """Flags to a dataclass. What tyro says of a wrong flag becomes one sentence.
+    """Flags to a dataclass. What tyro finds wrong becomes one sentence.
 
     Raises:
         InputError: an unknown flag (with the nearest known one) or a malformed value.
     """
+
+    def refuse(event: errors_of_tyro.ParseErrorEvent) -> None:
+        raise InputError(f"{_sentence(event, kind)}; {program} --help lists all flags")
+
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)
-    box = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(box):
-            parsed: T = tyro.cli(kind, args=argv, prog=program, description=description, use_underscores=True, config=markers, **options)
-            return parsed
-    except SystemExit as error:
-        if error.code:
-            raise InputError(f"{_sentence(box.getvalue())}; {program} --help lists all flags") from None
-        raise
+    with errors_of_tyro.on_parse_error(refuse):
+        parsed: T = tyro.cli(kind, args=argv, prog=program, description=description, use_underscores=True, config=markers, **options)
+    return parsed
 
 
-def _sentence(box: str) -> str:
-    """The first section of tyro's box as one line, and the flag that it thinks was meant."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines() if line[:1] == "│"]
-    sections = " ".join("\0" if line.startswith("─") else line for line in lines).split("\0")
-    near = re.search(r"Perhaps you meant:.*?(--\w+)", " ".join(sections[1:]))
-    said = re.sub(r"one of \((.+)\)", lambda choices: f"one of {_in_order(choices[1])}", sections[0].strip())
-    return said + (f"; did you mean {near[1]}?" if near else "")
+BOLD = r"\[/?bold\]"  # tyro's mark
 
 
-def _in_order(choices: str) -> str:
-    return ", ".join(sorted(set(re.findall(r"'([^']+)'", choices)) - {"None"}))
+def _sentence(event: errors_of_tyro.ParseErrorEvent, kind: type[Any]) -> str:
+    """What is wrong with the arguments for a dataclass."""
+    if isinstance(event, errors_of_tyro.UnrecognizedArgs):
+        return f"Unrecognized options: {', '.join(event.tokens)}{_nearest(event.tokens, kind)}"
+    if isinstance(event, errors_of_tyro.MissingArgs):
+        fields = [argument.arg.field for argument in event.missing_arguments]
+        helptexts = [field.helptext() if callable(field.helptext) else field.helptext for field in fields]
+        return "; ".join(f"{field.intern_name} is missing: {text}" for field, text in zip(fields, helptexts))
+    argument = getattr(event, "argument", None)
+    flag = argument.display_name() if argument else "the arguments"
+    if isinstance(event, errors_of_tyro.InvalidChoice):
+        choices = ", ".join(sorted(set(event.choices) - {"None"}))
+        return f"invalid choice {event.value!r} for argument {flag!r}. Expected one of {choices}."
+    if isinstance(event, errors_of_tyro.InstantiationFailure):
+        return f"Error parsing {flag}: {shortened(re.sub(BOLD, '', event.message))}"
+    if isinstance(event, errors_of_tyro.BadValue):
+        return f"Missing value for argument {flag!r}. Expected {event.argument.lowered.nargs} values."
+    return "the arguments cannot be read"
+
+
+def _nearest(tokens: Sequence[str], kind: type[Any]) -> str:
+    """The flag that may have been meant by the first unknown one that is near to some."""
+    known = list(_names(kind))
+    for name in (token.split("=")[0].lstrip("-").replace("-", "_") for token in tokens if token.startswith("--")):
+        if near := difflib.get_close_matches(name, known, n=1) or [flag for flag in known if flag.startswith(name)]:
+            return f"; did you mean --{near[0]}?"
+    return ""
+
+
+def _names(kind: type[Any]) -> Iterator[str]:
+    """Of the fields of a dataclass and of those that it is made of."""
+    for name, type_of_it in typing.get_type_hints(kind).items():
+        yield from _names(type_of_it) if isinstance(type_of_it, type) and dataclasses.is_dataclass(type_of_it) else [name]
 
 
 def _first_process() -> bool:

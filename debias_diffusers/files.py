@@ -47,7 +47,7 @@ def said_if_not_writable(path: Path) -> Iterator[None]:
 
 
 def _free(path: Path) -> str:
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    there = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))  # False of a name that is too long, too
     return f"{shutil.disk_usage(there).free / 1e6:.1f} MB free"
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from . import metadata
 from .errors import InputError, reason
 
+SOFTWARE = "debias_diffusers"  # in pictures that are results of their own, so that they are known again
 MOST_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 268 MB as colours in Pillow
 # Pillow's formats of raster images. No documents, drawings, films or stubs, which need other programs or are not pictures.
 FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
@@ -187,6 +189,13 @@ def grid(images: Sequence[Image.Image], smallest: int = 48, columns: int | None 
 def png(image: Image.Image) -> bytes:
     """The image as a PNG file's bytes."""
     return _encoded(image, "PNG")
+
+
+def signed_png(image: Image.Image) -> bytes:
+    """The image as a PNG file's bytes, which say that this package wrote them."""
+    text = PngInfo()
+    text.add_text("Software", SOFTWARE)
+    return _encoded(image, "PNG", pnginfo=text)
 
 
 def software(path: Path) -> str | None:

@@ -25,7 +25,6 @@ from .schedule import Schedule, make_schedule
 SPACES: tuple[PredictionType, ...] = get_args(PredictionType)
 DECADES = 7  # of weights that a picture shows
 COLUMNS = ("weighting", "t", "snr", "log_snr")
-SOFTWARE = "debias_diffusers"  # in pictures, so that they are known again
 
 Tables = dict[str, dict[PredictionType, Tensor]]  # weighting: space: (T,) weights
 
@@ -52,7 +51,7 @@ def draw_weights(config: WeightsConfig) -> None:
 
 def _png(figure: Figure) -> bytes:
     box = io.BytesIO()
-    figure.savefig(box, format="png", dpi=90, metadata={"Software": SOFTWARE})
+    figure.savefig(box, format="png", dpi=90, metadata={"Software": images.SOFTWARE})
     return box.getvalue()
 
 
@@ -62,7 +61,7 @@ def is_our_picture(path: Path, beside_ours: bool) -> bool:
     Those of the first versions say matplotlib, so that `beside_ours` decides: whether the file of numbers beside it is ours.
     """
     software = images.software(path)
-    return software == SOFTWARE or (beside_ours and software is not None and software.startswith("Matplotlib"))
+    return software == images.SOFTWARE or (beside_ours and software is not None and software.startswith("Matplotlib"))
 
 
 def _is_our_csv(path: Path) -> bool:

@@ -206,6 +206,8 @@ def push(config: PushConfig) -> None:
     run = Path(config.run)
     if not (run / CONFIG).is_file() or not (run / hub.MODEL_INDEX).is_file():
         raise InputError(f"{run} is no run with an exported model; name the directory of a run that has saved once")
+    if not waiting(run) and not checkpoint.checkpoints(run / CHECKPOINTS):
+        raise InputError(f"{run} has no checkpoint; train it first")
     to = _where_to(config)
     if config.background:
         _end_with_standard_input()

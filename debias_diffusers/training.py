@@ -38,7 +38,7 @@ from .config import (
 )
 from .ema import EMA
 from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
-from .files import write_file
+from .files import require_replaceable, write_file
 from .labels import in_proportion, with_images
 from .loss import Terms, make_objective
 from .metrics import as_loss
@@ -560,6 +560,8 @@ def learning_rate(config: OptimizationConfig, step: int) -> float:
 def dry_run(config: TrainConfig) -> None:
     """Shows what would be trained: configuration, size of the network, length of an epoch, picture of the first batch."""
     objective = make_objective(config.objective)
+    picture = Path(f"{Path(config.run.output_dir or '')}-first-batch.png")
+    require_replaceable("picture of the first batch", picture, lambda path: images.software(path) == images.SOFTWARE)
     print(to_json(config), end="")
     try:
         source = open_readable(config.data)
@@ -584,8 +586,7 @@ def dry_run(config: TrainConfig) -> None:
     print(f"steps per epoch: {len(source) / batch_size:.1f}")
     first = data.PositionBatches(min(batch_size, GRID_IMAGES), batch_size, 0, 1, range(1))
     (batch,) = data.batches(task.data, first, pin_memory=False)
-    picture = Path(f"{Path(config.run.output_dir or '')}-first-batch.png")
-    write_file(picture, images.png(images.grid([images.from_array(image.numpy()) for image in batch["image"]])))
+    write_file(picture, images.signed_png(images.grid([images.from_array(image.numpy()) for image in batch["image"]])))
     print(f"first batch: {picture}")
 
 

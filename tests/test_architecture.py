@@ -21,6 +21,7 @@ ORDER = [
     {"evaluation", "saving"},
     {"training", "likelihood"},
     {"cli"},
+    {"__main__"},
 ]
 
 DOORS = {

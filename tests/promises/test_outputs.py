@@ -1,0 +1,412 @@
+"""What is written where: nothing foreign is replaced, results do not depend on a screen, and locks and signals are given back."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import SERVER, TINY, command, metrics
+from here import tiny
+from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import debias_diffusers
+from debias_diffusers import cli, evaluation, files, images, likelihood, plots, sources, training
+from debias_diffusers.config import BitsConfig, DataConfig, MeasureConfig, ScoreConfig, StatsConfig, TrainConfig, to_json
+from debias_diffusers.convert import guided
+from debias_diffusers.errors import CannotWriteError, DebiasError, InputError
+from debias_diffusers.run import MARKER, StopSignal, open_run
+
+FOREIGN = "nothing is written over what this package did not write"
+
+
+def everything(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def pictures(folder, count=4):
+    folder.mkdir()
+    for k in range(count):
+        Image.fromarray(np.full((8, 8), 40 * k, np.uint8)).save(folder / f"{k}.png")
+    return folder
+
+
+# ---- the run directory ------------------------------------------------------------------------------------------------
+
+LOCKED = "process 7 on some-machine"
+OURS = to_json(TrainConfig())
+THEIRS = {
+    "a training of another program": {"checkpoints/last.ckpt": "", "config.json": "{}", "README.md": "", "metrics.jsonl": ""},
+    "a lock that nobody of us had": {".lock": "", "README.md": "mine"},
+    "our lock beside other files": {".lock": LOCKED, "README.md": "mine", "config.json": '{"model_type": "bert"}'},
+    "a configuration of ours alone": {"config.json": OURS},
+    "and folders named like checkpoints": {"config.json": OURS, "checkpoints/step-00000001/manifest.json": '{"format": 1, "files": {}}'},
+    "a lock of another program": {".lock": '{"packages": []}'},
+    "another marker": {MARKER: '{"debias_diffusers": "other"}', "unet/config.json": "{}"},
+    "a hidden letter": {".draft-letter.md": "dear"},
+}
+
+
+@pytest.mark.row(52, FOREIGN)
+@pytest.mark.parametrize("kind", THEIRS)
+def test_a_folder_of_somebody_else_is_no_run_directory(kind, tmp_path):
+    for name, text in THEIRS[kind].items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = everything(tmp_path)
+    with pytest.raises(InputError, match="is no run directory and holds other files, such as"):
+        open_run(tiny(tmp_path))
+    assert everything(tmp_path) == before
+
+
+# What a process that is killed at its beginning leaves, of this version and of the first ones.
+BEGUN = {
+    "nothing": {},
+    "a lock that was just made": {".lock": ""},
+    "a lock": {".lock": LOCKED},
+    "half a marker": {".lock": LOCKED, f".draft-77-0123abcd-{MARKER}": '{"deb'},
+    "a marker": {".lock": LOCKED, MARKER: '{"debias_diffusers": "run"}'},
+    "half a configuration": {".lock": LOCKED, ".draft-config.json": "{"},
+    "a configuration": {".lock": LOCKED, "config.json": OURS, "metrics.jsonl": '{"step": 1}\n'},
+    "a marker without a lock, as a copy may have it": {MARKER: '{"debias_diffusers": "run"}', "config.json": OURS},
+}
+
+
+@pytest.mark.row(52, FOREIGN)
+@pytest.mark.parametrize("kind", BEGUN)
+def test_a_run_that_was_killed_at_its_beginning_goes_on(kind, tmp_path):
+    for name, text in BEGUN[kind].items():
+        (tmp_path / name).write_text(text)
+    with open_run(tiny(tmp_path)) as opened:
+        assert opened.resume is None and json.loads((tmp_path / MARKER).read_text()) == {"debias_diffusers": "run"}
+
+
+@pytest.mark.row(52, FOREIGN)
+@pytest.mark.parametrize("without", [(MARKER,), (MARKER, ".lock")])
+def test_a_run_of_a_version_without_markers_gets_one(without, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    for name in without:
+        (tmp_path / "run" / name).unlink()
+    for _ in range(2):
+        with open_run(tiny(tmp_path / "run")) as opened:
+            assert opened.resume.step == 24 and (tmp_path / "run" / MARKER).is_file()
+
+
+# ---- files of results -------------------------------------------------------------------------------------------------
+
+
+def figures_of(folder, **options):
+    measure = MeasureConfig(metrics="colour", cache_dir="", num_threads=1)
+    return ScoreConfig(targets=(str(folder),), reference=str(folder), measure=measure, allow_few_images=True, **options)
+
+
+def results(data, out):
+    """Commands by the files that they write: what runs them, and the first of those files."""
+    measure = MeasureConfig(metrics="colour", cache_dir="", resolution=8, num_threads=1)
+    dry = ["--config", str(TINY), "--dry_run", "--output_dir", str(out / "run")]
+    return {
+        "scores.json": lambda: evaluation.score(figures_of(data, output=str(out / "scores.json"))),
+        "scores.png": lambda: evaluation.score(figures_of(data, output=str(out / "scores.png"), steps="5,10")),
+        "stats.safetensors": lambda: evaluation.stats(
+            StatsConfig(reference=str(data), out=str(out / "stats.safetensors"), measure=measure)
+        ),
+        "bits.json": lambda: likelihood.bits_per_dimension(BitsConfig(model=str(data), output=str(out / "bits.json"))),
+        "weights.csv": lambda: plots.draw_weights(cli._parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
+        "weights.png": lambda: plots.draw_weights(cli._parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
+        "run-first-batch.png": lambda: training.dry_run(cli.train_config(dry, None)),
+    }
+
+
+NAMES = list(results(Path(), Path()))
+
+
+def foreign(path):
+    """Somebody's file of the same kind."""
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file({"conv.weight": torch.ones(3)}, path)
+    elif path.suffix == ".png":
+        Figure().savefig(path)
+    else:
+        path.write_text('{"reference": "the Bible"}' if path.suffix == ".json" else "weight,kg\n")
+
+
+@pytest.mark.row(52, FOREIGN)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("there", [foreign, lambda path: path.mkdir(parents=True), lambda path: (path.parent.mkdir(), os.mkfifo(path))])
+def test_a_file_of_somebody_else_is_refused_before_the_work(name, there, tmp_path, monkeypatch):
+    for module, work in ((evaluation, "_measure"), (likelihood, "open_model"), (plots, "_table"), (training, "open_readable")):
+        monkeypatch.setattr(module, work, lambda *_: pytest.fail("the work has begun"))
+    there(tmp_path / "out" / name)
+    before = everything(tmp_path / "out")
+    with pytest.raises(InputError, match=rf"{name} is there (already|and is no file)"):
+        results(pictures(tmp_path / "data"), tmp_path / "out")[name]()
+    assert everything(tmp_path / "out") == before and [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+@pytest.mark.row(54, "what cannot be printed does not cost the result, and what cannot be written is said before the work")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_result_that_cannot_be_written_is_said_before_the_work(name, tmp_path, monkeypatch):
+    for module, work in ((evaluation, "_measure"), (likelihood, "open_model"), (plots, "_table"), (training, "open_readable")):
+        monkeypatch.setattr(module, work, lambda *_: pytest.fail("the work has begun"))
+    data = pictures(tmp_path / "data")
+    for out in (data / "0.png", Path("/proc/nowhere"), tmp_path / ("n" * 300)):
+        with pytest.raises(CannotWriteError, match="cannot be written"):
+            results(data, out)[name]()
+    assert [path.name for path in tmp_path.iterdir()] == ["data"] and len(everything(data)) == 4
+
+
+@pytest.mark.row(52, FOREIGN)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("scores.png", "bits.json", "weights.png")])  # two need a model
+def test_our_own_results_are_replaced(name, tmp_path):
+    data = pictures(tmp_path / "data")
+    for _ in range(2):
+        results(data, tmp_path / "out")[name]()
+        written = everything(tmp_path / "out")
+        (tmp_path / "out" / name).touch()
+    assert Path(name) in written and everything(tmp_path / "out").keys() == written.keys()
+
+
+def begun(*_):
+    raise NotImplementedError("the work has begun")
+
+
+@pytest.mark.row(52, FOREIGN)
+def test_results_of_a_model_are_replaced_and_pictures_of_the_first_version_too(tmp_path, monkeypatch):
+    (tmp_path / "bits.json").write_bytes(evaluation.as_json(likelihood._result(torch.ones(2, 3), torch.ones(2))))
+    monkeypatch.setattr(likelihood, "pinned_model", begun)
+    with pytest.raises(NotImplementedError, match="the work has begun"):
+        likelihood.bits_per_dimension(BitsConfig(model="model", output=str(tmp_path / "bits.json")))
+    scores = {"reference": 0, "extractor": 0, "targets": 0}
+    for text, ours in ((json.dumps(scores), True), ('{"targets": 0}', False)):
+        (tmp_path / "scores.json").write_text(text)
+        Figure().savefig(tmp_path / "scores.png")  # which says matplotlib, as the first version's do
+        refused = contextlib.nullcontext() if ours else pytest.raises(InputError)
+        with refused:
+            evaluation._require_output(figures_of(tmp_path, steps="5,10"), str(tmp_path / "scores"))
+    images_of_theirs = tmp_path / "theirs.png"
+    Image.new("L", (8, 8)).save(images_of_theirs)
+    assert not plots.is_our_picture(images_of_theirs, True) and images.software(tmp_path / "scores.json") is None
+
+
+@pytest.mark.row(52, FOREIGN)
+def test_a_letter_that_is_named_like_a_temporary_file_stays(trained, tmp_path):
+    (tmp_path / ".draft-letter").write_text("dear")
+    with pytest.raises(InputError, match=r"holds other files, such as \.draft-letter"):
+        files_of = cli._parse(cli.SampleConfig, [str(trained), "--output_dir", str(tmp_path), "--num_images", "1"], None, "", "")
+        cli_sample(files_of)
+    with pytest.raises(InputError, match="is there already"):
+        guided("model.pt", "--image_size 8 --num_heads 1", str(tmp_path))
+    assert everything(tmp_path) == {Path(".draft-letter"): b"dear"}
+    assert files.contents(tmp_path) == [".draft-letter"]
+
+
+def cli_sample(config):
+    from debias_diffusers.sampling import sample
+
+    sample(config)
+
+
+# ---- standard streams -------------------------------------------------------------------------------------------------
+
+PRINTED = "what cannot be printed does not cost the result, and what cannot be written is said before the work"
+
+
+def _with_streams(args, broken, state, code):
+    """In a forked process: a command whose standard output, or error, is in some state."""
+    place = {"stdout": 1, "stderr": 2}[broken]
+    if state == "closed":
+        os.close(place)
+        setattr(sys, broken, None)
+        setattr(sys, f"__{broken}__", None)
+    elif state == "ascii":
+        getattr(sys, broken).reconfigure(encoding="ascii", errors="strict")
+    elif state == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), place)
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, place)
+    code.value = getattr(cli, args[0])([str(arg) for arg in args[1:]])
+    sys.exit(code.value)
+
+
+def with_streams(broken, state, *args):
+    """(what the command returned, the exit code of its process)."""
+    code = SERVER.Value("i", -1)
+    process = SERVER.Process(target=_with_streams, args=(args, broken, state, code))
+    process.start()
+    process.join(300)
+    return code.value, process.exitcode
+
+
+STATES = ("closed", "ascii", "full", "without a reader")
+
+
+@pytest.mark.row(54, PRINTED)
+@pytest.mark.parametrize("state", STATES)
+def test_figures_are_written_whatever_becomes_of_the_table(state, tmp_path, trials):
+    data = pictures(tmp_path / "фото")
+    flags = ["--reference", data, "--metrics", "colour", "--cache_dir", "", "--allow_few_images", "--num_threads", 1]
+    for broken in ("stdout", "stderr"):
+        trials()
+        out = tmp_path / f"{broken}.json"
+        assert with_streams(broken, state, "evaluate", "score", data, *flags, "--output", out) == (0, 0)
+        assert json.loads(out.read_text())["targets"][0]["target"] == str(data)
+    lost = state not in ("closed", "ascii")  # who closes it wants nothing of it
+    assert with_streams("stdout", state, "evaluate", "score", data, *flags) == ((4, 4) if lost else (0, 0))
+
+
+@pytest.mark.row(54, PRINTED)
+@pytest.mark.parametrize("state", STATES)
+def test_training_and_sampling_go_on_whatever_becomes_of_the_progress(state, trained, tmp_path, trials):
+    for broken in ("stdout", "stderr"):
+        trials()
+        out = tmp_path / broken
+        flags = ["--config", TINY, "--max_steps", 4, "--output_dir", out / "run"]
+        assert with_streams(broken, state, "train", *flags) == (0, 0)
+        assert [line["step"] for line in metrics(out / "run")][-1] == 4
+        flags = ["--num_images", 2, "--steps", 2, "--num_threads", 1, "--output_dir", out / "images"]
+        assert with_streams(broken, state, "sample", trained, *flags) == (0, 0)
+        assert len(list((out / "images").glob("0*.png"))) == 2
+        assert with_streams(broken, state, "train", "--help") == (0, 0)
+        assert with_streams(broken, state, "train", "--max_stepz", 3) == (2, 2)
+
+
+# ---- places that cannot be written ------------------------------------------------------------------------------------
+
+CACHES = "a cache or a home folder that cannot be written does not end the work"
+
+
+@pytest.mark.row(55, CACHES)
+@pytest.mark.parametrize("options", [{}, {"class_conditional": True}])
+def test_the_digits_need_no_cache_and_are_what_runs_have_written_down(options, monkeypatch):
+    config = DataConfig(dataset="digits", **options)
+    theirs = sources.Table(datasets.load_dataset("parquet", split="train", data_files=str(sources.DIGITS_FILE)), config)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("needs its cache"))
+    ours = sources.open_source(config)
+    assert ours.fingerprint() == theirs.fingerprint() and ours.class_names == theirs.class_names
+    assert [ours.read(k) for k in range(len(ours))] == [theirs.read(k) for k in range(len(theirs))]
+
+
+@pytest.mark.row(55, CACHES)
+def test_a_data_set_that_needs_a_cache_says_how_to_name_another(tmp_path, monkeypatch):
+    shutil.copy(sources.DIGITS_FILE, tmp_path / "mine.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nowhere/datasets")
+    with pytest.raises(InputError, match=r"/proc/nowhere/datasets cannot be written: name a folder that can with .* HF_HOME"):
+        sources.open_source(DataConfig(dataset=str(tmp_path / "mine.parquet")))
+
+
+@pytest.mark.row(55, CACHES)
+def test_training_is_measured_without_a_home(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    config = tiny(tmp_path / "run", "--max_steps", 4, "--eval_every", 4, "--eval_images", 80, "--eval_metrics", "colour")
+    training.train(config, open_run(config), StopSignal())
+    assert "eval_brightness_bias" in metrics(tmp_path / "run")[-1]
+    assert "warning: features are not kept" in capsys.readouterr().err
+
+
+# ---- one process after the other in one ------------------------------------------------------------------------------
+
+GIVEN_BACK = "locks and signal handlers are given back when a training ends, in whatever way"
+
+
+def handlers():
+    return [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.row(56, GIVEN_BACK)
+def test_a_second_training_in_one_process_finds_its_run_and_signals_free(tmp_path, capsys, trials):
+    before, folder = handlers(), tmp_path / "run"
+    flags = ["--config", str(TINY), "--checkpoint_every", "0", "--warmup_steps", "0", "--output_dir", str(folder)]
+    for steps, code in ((2, 0), (1, 2), (3, 0), (3, 0)):  # begun; refused; resumed; finished
+        trials()
+        assert cli.train([*flags, "--max_steps", str(steps)]) == code, capsys.readouterr().err
+        assert handlers() == before
+        files.take_lock(folder).close()
+    config = tiny(folder, "--checkpoint_every", 0, "--warmup_steps", 0, "--max_steps", 9)
+    stop = StopSignal()
+    stop._on_signal(signal.SIGTERM, None)
+    with pytest.raises(DebiasError, match="stopped by SIGTERM"):
+        training.train(config, open_run(config), stop)
+    trials()
+    assert handlers() == before
+    files.take_lock(folder).close()
+
+
+@pytest.mark.row(56, GIVEN_BACK)
+def test_training_works_in_a_thread(tmp_path):
+    before, codes = handlers(), []
+    flags = ["--config", str(TINY), "--max_steps", "4", "--output_dir", str(tmp_path / "run")]
+    thread = threading.Thread(target=lambda: codes.append(cli.train(flags)))
+    thread.start()
+    thread.join()
+    assert codes == [0] and handlers() == before
+
+
+@pytest.mark.row(56, GIVEN_BACK)
+def test_a_handler_that_was_installed_meanwhile_stays():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        assert signal.getsignal(signal.SIGTERM) == stop._on_signal
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    assert signal.signal(signal.SIGTERM, before) == signal.SIG_IGN
+
+
+# ---- the commands ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.row(36, "wrong values and combinations are refused at once with exit code 2, both names and a way out")
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_a_wrong_flag_is_told_whatever_the_encoding_and_the_width(encoding, monkeypatch, trials):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    monkeypatch.setenv("COLUMNS", "20")
+    for arguments, sentence in (
+        (["--max_stepz", "3"], "Unrecognized options: --max_stepz, 3; did you mean --max_steps?; train.py --help lists all flags"),
+        (["--max_steps", "many"], "Error parsing --max_steps: invalid literal for int() with base 10: 'many'; "),
+        (["--max_steps"], "Missing value for argument '--max_steps'. Expected 1 values."),
+        (["--prediction_type", "noise"], "invalid choice 'noise' for argument '--prediction_type'. Expected one of epsilon, flow, "),
+    ):
+        trials()
+        with pytest.raises(InputError) as error:
+            cli.train_config(arguments, None)
+        assert str(error.value).startswith(sentence)
+    with pytest.raises(InputError, match=r"^model is missing: a run directory, .*; sample\.py --help lists all flags$"):
+        cli._parse(cli.SampleConfig, [], None, "sample.py", "")
+
+
+def test_a_module_that_is_no_command_says_what_to_run(capsys):
+    for arguments in (["-m", "debias_diffusers.training"], ["-mdebias_diffusers.plots"], ["-Im", "debias_diffusers.data", "--x"]):
+        with pytest.raises(SystemExit, match="2"):
+            debias_diffusers._require_command(["-m", "--x"], ["python", *arguments])
+        assert "is no command; run python -m debias_diffusers {train,sample,eval,convert,hub}" in capsys.readouterr().err
+    for arguments in (["-m", "debias_diffusers.hub"], ["-m", "debias_diffusers"], ["-m", "pytest", "debias_diffusers"]):
+        debias_diffusers._require_command(["-m"], ["python", *arguments])
+    debias_diffusers._require_command(["train.py"], ["python", "train.py", "debias_diffusers.training"])
+    process = command("-m", "debias_diffusers.training", "--max_steps", 3)
+    assert "is no command" in process.communicate(timeout=60)[1] and process.returncode == 2
+
+
+def test_the_package_is_the_command(capsys):
+    process = command("-m", "debias_diffusers", "draw")
+    said = "error: debias_diffusers draw is not known; take one of train, sample, eval, convert, hub\n"
+    assert process.communicate(timeout=60) == ("", said) and process.returncode == 2
+    for arguments, usage in (([], "-m debias_diffusers {train"), (["eval"], "eval.py {score"), (["convert", "-h"], "{guided,export}")):
+        assert cli.main(arguments) == 0 and usage in capsys.readouterr().out
+    assert cli.main(["train", "--max_steps", "0"]) == 2 and "max_steps is 0" in capsys.readouterr().err
+
+
+def test_statistics_that_were_replaced_can_be_read(tmp_path):
+    data = pictures(tmp_path / "data")
+    results(data, tmp_path)["stats.safetensors"]()
+    assert set(load_file(tmp_path / "stats.safetensors")) == {"colour/mu", "colour/sigma"}
