@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -212,5 +213,5 @@ def as_labels(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     known = {name: value for name, value in values.items() if value is not None and value != ""}
     if wrong := [value for value in known.values() if isinstance(value, bool) or not isinstance(value, int | str)]:
         raise InputError(f"{where} has label {wrong[0]!r}, but labels must be whole numbers or text")
-    whole = all(str(value).isascii() and str(value).isdecimal() for value in known.values())
+    whole = all(re.fullmatch("-?[0-9]{1,18}", str(value)) for value in known.values())
     return {name: None if name not in known else int(known[name]) if whole else str(known[name]) for name in values}
