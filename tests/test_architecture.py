@@ -36,7 +36,7 @@ DOORS = {
     "psutil": {"memory"},
 }
 
-WITHOUT_TORCH = {"errors", "config", "rules", "files", "checkpoint", "run", "card", "hub", "publish", "cli"}
+WITHOUT_TORCH = {"errors", "config", "rules", "files", "labels", "checkpoint", "run", "card", "hub", "publish", "cli"}
 
 
 def imports(path, everywhere=True):
