@@ -58,9 +58,9 @@ class Folder:
             raise InputError(f"dataset {self.root} holds samples packed in one file; draw them with --format png to train on them")
         split, splits = folders.chosen_split(found, config.split, DataConfig().split)
         self.split = f"split {split} of {', '.join(splits)}" if split else ""
-        beside = [(name, "beside the split folders") for name in found.images if split and "/" not in name]
+        beside = [(name, "beside the split folders") for name in found.images] + found.passed_over if split else []
         found = found.below(split)
-        self.passed_over = found.passed_over + beside
+        self.passed_over = found.passed_over + [(name, why) for name, why in beside if "/" not in name]
         self.names = found.images
         if not self.names:
             raise InputError(

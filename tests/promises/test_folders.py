@@ -69,12 +69,13 @@ def labels_of(source):
 )
 def test_split_folders_are_splits(tmp_path, folders, split, chosen):
     put(tmp_path, *(f"{folder}/{name}" for folder in folders for name in ("cat/a.png", "dog/b.png", "dog/c.png")), "contact.png")
+    (tmp_path / "notes.txt").write_text("x")
     source = opened(tmp_path, split=split, class_conditional=True)
     assert labels_of(source) == {f"{chosen}/cat/a.png": "cat", f"{chosen}/dog/b.png": "dog", f"{chosen}/dog/c.png": "dog"}
     assert opened(tmp_path, split=split).names == source.names  # without labels, too
     said = summary(source, "pets")
     assert said[0] == f"dataset pets: 3 images, 2 classes (cat 1, dog 2), split {chosen} of {', '.join(sorted(folders))}"
-    assert said[1] == "passed over: 1 beside the split folders"
+    assert said[1] == "passed over: 1 beside the split folders, 1 .txt (no image)"
 
 
 @pytest.mark.row(57, SPLITS)
