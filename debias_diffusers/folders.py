@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import os
+import re
+import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -101,7 +103,7 @@ def _no_image(path: Path) -> str | None:
         return "hidden"
     if path.suffix.lower() in images.EXTENSIONS or (path.is_file() and images.is_image(path)):
         return None
-    return f"no image ({path.suffix.lower() or 'no extension'})"
+    return f"{path.suffix.lower() or 'without extension'} (no image)"
 
 
 def chosen_split(found: Listing, wanted: str, default: str) -> tuple[str, list[str]]:
@@ -172,7 +174,7 @@ def read_metadata(root: Path, split: str, column: str | None) -> tuple[Path, dic
             if not path.is_file():
                 continue
             rows = _rows(path)
-            columns = list(dict.fromkeys(name for row in rows for name in row))
+            columns = list(dict.fromkeys(str(name) for row in rows for name in row))
             if column and column not in columns:
                 raise InputError(f"label_column is {column}, but {path} has only: {', '.join(columns)}")
             if label := column or next((name for name in ("label", "class") if name in columns), None):
@@ -211,6 +213,6 @@ def as_labels(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """
     known = {name: value for name, value in values.items() if value is not None and value != ""}
     if wrong := [value for value in known.values() if isinstance(value, bool) or not isinstance(value, int | str)]:
-        raise InputError(f"{where} has label {wrong[0]!r}, but labels must be whole numbers or text")
-    whole = all(str(value).isascii() and str(value).isdecimal() for value in known.values())
+        raise InputError(f"{where} has label {reprlib.repr(wrong[0])}, but labels must be whole numbers or text")
+    whole = all(re.fullmatch("-?[0-9]{1,18}", str(value)) for value in known.values())
     return {name: None if name not in known else int(known[name]) if whole else str(known[name]) for name in values}

@@ -19,6 +19,7 @@ from .errors import InputError
 from .evaluation import as_json, has_fields, reference_data, say_found
 from .files import require_replaceable, write_file
 from .imagesets import numbered
+from .labels import ClassOrder
 from .machine import start_processes
 from .pipeline import PixelPipeline
 from .run import say
@@ -46,7 +47,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     pipeline = open_model(config.model, config.weights, config.allow_pickle_import)
     pipeline.to(accelerator.device)
     bound = Bound(pipeline, config.clipping)
-    data = _data(config, pipeline)
+    data = _data(config, pipeline, pipeline.class_names or "plain")  # in which it has its classes if it does not know their names
     say_found(data.source, data.config.dataset, accelerator)
     count = min(config.num_images, len(data.source))
     dealt = list(numbered(count, config.batch_size, accelerator.process_index, accelerator.num_processes))
@@ -128,7 +129,7 @@ class Bound:
         return ((a * x_0.double()).square() + s**2 - 1 - 2 * math.log(s)).flatten(1).mean(1) / 2 * BITS
 
 
-def _data(config: BitsConfig, pipeline: PixelPipeline) -> TrainingData:
+def _data(config: BitsConfig, pipeline: PixelPipeline, order: ClassOrder = "plain") -> TrainingData:
     chosen = reference_data(config, config.reference, [config.model])
     given = dataclasses.replace(
         chosen,
@@ -138,9 +139,7 @@ def _data(config: BitsConfig, pipeline: PixelPipeline) -> TrainingData:
         channels=pipeline.unet.config.in_channels,
         num_workers=0,
     )
-    # A model without names has its classes in the plain order.
-    source = open_readable(given, pipeline.class_names or "plain")
-    data = TrainingData(source, given, config.seed)
+    data = TrainingData(open_readable(given, order), given, config.seed)
     if data.num_classes != pipeline.num_classes:
         raise InputError(f"reference {chosen.dataset} has {data.num_classes} classes, but the model has {pipeline.num_classes}")
     return data

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import TrainConfig
 from .data import TrainingData
 from .errors import InputError, raise_all
-from .labels import as_config
+from .labels import as_config, listed
 from .loss import Network
 from .model import build_unet, differing_fields, require_finite, unet_config
 from .pipeline import PixelPipeline, load_pipeline
@@ -63,7 +63,10 @@ class PixelTask:
         raise_all(differ, f"init {model} is another network ({self._advice(names, theirs, unet.config)})")
         require_finite(pipeline.unet.state_dict(), f"init {model}")
         unet.load_state_dict(pipeline.unet.state_dict())
-        return self._trained_otherwise(pipeline.scheduler, model) + self._labelled_otherwise(pipeline.config.null_label, model)
+        found = self._trained_otherwise(pipeline.scheduler, model) + self._labelled_otherwise(pipeline.config.null_label, model)
+        if pipeline.class_names and self.class_names and pipeline.class_names != self.class_names:
+            found.append(f"classes were {listed(pipeline.class_names)} in {model}, here they are {listed(self.class_names)}")
+        return found
 
     def _advice(self, names: list[str], theirs: Any, ours: Any) -> str:
         """How to take a network as it is, whose configuration differs in some fields."""

@@ -59,12 +59,14 @@ class Folder:
             raise InputError(f"dataset {self.root} holds samples packed in one file; draw them with --format png to train on them")
         split, splits = folders.chosen_split(found, config.split, DataConfig().split)
         self.split = f"split {split} of {', '.join(splits)}" if split else ""
-        beside = [(name, "image beside the split folders") for name in found.images if split and "/" not in name]
+        beside = [(name, "beside the split folders") for name in found.images] + found.passed_over if split else []
         found = found.below(split)
-        self.passed_over = found.passed_over + beside
+        self.passed_over = found.passed_over + [(name, why) for name, why in beside if "/" not in name]
         self.names = found.images
         if not self.names:
-            raise InputError(f"dataset {self.root} holds no images" + (f" ({self._passed_over()})" if self.passed_over else ""))
+            raise InputError(
+                f"dataset {self.root} holds no images" + (f"; passed over: {folders.summed(self.passed_over)}" if self.passed_over else "")
+            )
         given = folders.read_metadata(self.root, split, config.label_column) if config.class_conditional and order != "plain" else None
         self._refuse_columns(config, ("image_column",) if given else ("image_column", "label_column"))
         self.class_names: list[str] | None = None
@@ -82,8 +84,8 @@ class Folder:
     def _label_by_metadata(self, path: Path, rows: Mapping[str, Any], split: str, order: ClassOrder) -> None:
         rows = folders.as_labels({name: label for name, label in rows.items() if name.startswith(f"{split}/" if split else "")}, str(path))
         there = set(self.names)
-        self.passed_over += [(name, f"image without a row in {path.name}") for name in self.names if name not in rows]
-        self.passed_over += [(name, f"row of {path.name} without an image") for name in rows if name not in there]
+        self.passed_over += [(name, f"without a row in {path.name}") for name in self.names if name not in rows]
+        self.passed_over += [(name, f"in {path.name} without an image") for name in rows if name not in there]
         self.passed_over = [(name, why) for name, why in self.passed_over if self.root / name != path]
         self.names = [name for name in self.names if name in rows]
         values = [rows[name] for name in self.names]
@@ -93,15 +95,12 @@ class Folder:
 
     def _label_by_folder(self, found: folders.Listing, split: str, order: ClassOrder) -> None:
         class_of = folders.classes_of(found, split)
-        self.passed_over += [(name, "image beside the class folders") for name in self.names if name not in class_of]
+        self.passed_over += [(name, "beside the class folders") for name in self.names if name not in class_of]
         self.names = list(class_of)
         empty = folders.class_folders(found, split) if "/" in self.names[0].removeprefix(f"{split}/") else []
         self.class_names = in_order(class_of.values(), empty, order, f"dataset {self.root}")
         number = {name: label for label, name in enumerate(self.class_names)}
         self._labels = [number[class_of[name]] for name in self.names]
-
-    def _passed_over(self) -> str:
-        return folders.summed(self.passed_over)
 
     def __len__(self) -> int:
         return len(self.names)
