@@ -48,13 +48,13 @@ def state(folder):
 def test_one_image_in_colours_decides_and_resumes_keep_to_it(tmp_path):
     data, out = folder_of(tmp_path / "mixed", "LLL" + "C"), tmp_path / "run"
     args = train_args(out, "--dataset", data)
-    code, _, err = run(*args, "--max_steps", 2)
+    code, _, err = run(*args, "--max_steps", 4)
     assert code == 0 and "1 of 4 images have colours, so the model learns 3 channels; --channels 1 converts them to grey" in err
     assert state(out)["network"]["in_channels"] == 3 and state(out)["config"]["channels"] is None
-    for steps, flags in ((3, ["--channels", 3]), (4, [])):  # what was decided may be typed, and left out again
+    for steps, flags in ((5, ["--channels", 3]), (6, [])):  # what was decided may be typed, and left out again
         code, _, err = run(*args, *flags, "--max_steps", steps)
         assert code == 0 and "so the model learns" not in err, err
-    code, _, err = run(*args, "--channels", 1, "--max_steps", 5)
+    code, _, err = run(*args, "--channels", 1, "--max_steps", 7)
     assert code == 2 and "channels: the run has None, this command says 1" in err
     code, said, _ = run(*args, "--dry_run")
     assert code == 0 and "1 of 4 images have colours" in said and "3 channel(s)" in said
@@ -63,7 +63,7 @@ def test_one_image_in_colours_decides_and_resumes_keep_to_it(tmp_path):
 @pytest.mark.row(79, ROW_79)
 def test_two_processes_decide_the_same(tmp_path):
     data = folder_of(tmp_path / "mixed", "LCLL")  # the second process has the one in colours
-    code, err = launched(2, *train_args(tmp_path / "run", "--dataset", data, "--max_steps", 2))
+    code, err = launched(2, *train_args(tmp_path / "run", "--dataset", data, "--max_steps", 4))
     assert code == 0 and err.count("1 of 4 images have colours") == 1, err
     assert state(tmp_path / "run")["network"]["in_channels"] == 3
 
@@ -72,11 +72,11 @@ def test_two_processes_decide_the_same(tmp_path):
 def test_a_run_that_decided_for_grey_keeps_to_it_when_colours_come(tmp_path):
     data, out = folder_of(tmp_path / "grey", "LLLL"), tmp_path / "run"
     args = train_args(out, "--dataset", data)
-    assert run(*args, "--max_steps", 2)[0] == 0
+    assert run(*args, "--max_steps", 4)[0] == 0
     (data / "4.png").write_bytes(encoded(noise(4, 8, "C")))
-    code, _, err = run(*args, "--max_steps", 3, "--accept_changed_data")
+    code, _, err = run(*args, "--max_steps", 5, "--accept_changed_data")
     assert code == 2 and "1 of 5 images have colours, but this run learns grey ones; add --channels 1" in err
-    code, _, err = run(*args, "--max_steps", 3, "--accept_changed_data", "--channels", 1)
+    code, _, err = run(*args, "--max_steps", 5, "--accept_changed_data", "--channels", 1)
     assert code == 0, err
 
 
@@ -110,7 +110,7 @@ def test_a_label_of_no_class_is_a_bad_image(tmp_path, feature):
     config = DataConfig(dataset=str(path), class_conditional=True, label_column="label")
     bad, coloured = look_at(open_source(config), range(121))
     assert list(bad) == [120] and "has label -1, but there are 2 classes" in bad[120] and coloured == 0
-    args = train_args(tmp_path / "run", "--dataset", path, "--class_conditional", "--label_column", "label", "--max_steps", 2)
+    args = train_args(tmp_path / "run", "--dataset", path, "--class_conditional", "--label_column", "label", "--max_steps", 4)
     code, _, err = run(*args)
     assert code == 2 and "1 of 121 images cannot be read; remove them, or add --skip_bad" in err and "label -1" in err
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -136,7 +136,7 @@ def known(tmp_path_factory):
     """A run on a folder, typed as a relative path; (the folder that holds both, as tests run in the repository's root)."""
     root = tmp_path_factory.mktemp("known")
     folder_of(root / "data" / "five", "LLLLL")
-    code, _, err = run(*train_args(root / "run", "--dataset", root / "data" / "five", "--max_steps", 2))
+    code, _, err = run(*train_args(root / "run", "--dataset", root / "data" / "five", "--max_steps", 4))
     assert code == 0, err
     return root
 
@@ -170,16 +170,16 @@ def test_the_same_files_are_the_same_data_whatever_they_are_called(again, trials
     (again / "job2").symlink_to(five)
     shutil.copytree(five, again / "scratch" / "copied")
     spellings = [f"{five}/", f"{again}/./data/../data/five", again / "job2", again / "scratch" / "copied"]
-    for step, name in enumerate(spellings, start=3):
+    for step, name in enumerate(spellings, start=5):
         code, _, err = run(*train_args(again / "run", "--dataset", name, "--max_steps", step))
         assert code == 0 and newest_step(again / "run") == step, err
         trials()
     (again / "scratch" / "copied" / "0.png").write_bytes(encoded(noise(9, 8, "C")))
-    args = train_args(again / "run", "--dataset", again / "scratch" / "copied", "--max_steps", 9)
+    args = train_args(again / "run", "--dataset", again / "scratch" / "copied", "--max_steps", 11)
     code, _, err = run(*args)
     assert code == 2 and "is not the one this run began with (5 images then, 5 now)" in err and "--accept_changed_data" in err
     for other in ("digits", "user/five@main"):
-        code, _, err = run(*train_args(again / "run", "--dataset", other, "--max_steps", 9))
+        code, _, err = run(*train_args(again / "run", "--dataset", other, "--max_steps", 11))
         assert code == 2 and "dataset: the run has" in err
 
 
@@ -234,7 +234,7 @@ def test_runs_of_the_same_files_are_compared_and_others_are_not(again):
     (again / "scratch" / "6.png").write_bytes(encoded(Image.new("L", (8, 8))))
     (again / "second" / "checkpoints").rename(again / "aside")
     (again / "second" / "checkpoints").mkdir()
-    with pytest.raises(InputError, match="second was trained on dataset .*scratch, not"):
+    with pytest.raises(InputError, match=r"second was trained on dataset .*scratch, not"):
         evaluation.reference_data(MeasureConfig(), None, both)
 
 
