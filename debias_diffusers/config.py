@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 import reprlib
 import types
@@ -74,7 +75,7 @@ class DataConfig:
     image_column: str | None = None  # column of the images; found by its type if left out
     label_column: str | None = None  # column of the class labels; found by its type if left out
     resolution: int | None = None  # pixels a side: the shorter side is resized to it, then the centre is cut out
-    channels: int | None = None  # 1 grey, 3 colour; that of the first image if left out
+    channels: int | None = None  # 1 grey (colours are converted), 3 colour; 3 as soon as one image has colours if left out
     class_conditional: bool = False  # train with class labels
     label_dropout: float = 0.1  # share of labels replaced by "none", which guidance needs
     random_flip: bool = False  # mirror half of the images
@@ -247,6 +248,7 @@ class MeasureConfig:
     image_column: str | None = None  # its column of images; that of the run if both are left out, else found by its type
     skip_bad: bool = False  # leave out images of a reference that cannot be read, up to 1% of them; as the run did if left out
     resolution: int | None = None  # pixels a side that the reference is brought to; as the targets have if left out
+    channels: int | None = None  # 1 brings the reference to grey; as the run learned if both are left out, else 3
     batch_size: int = 64  # images computed with at once in each process
     cache_dir: str | None = None  # features are kept here; ~/.cache/debias_diffusers/features if left out, "" keeps none
     num_threads: int | None = None  # CPU threads of a process; all cores, shared by the machine's processes, if left out
@@ -350,6 +352,7 @@ BEFORE_THE_FIELD = {"ema_warmup": False}
 # Names of Hub repositories, which a run writes down with the commit that it took: user/name@commit.
 PINNED = ("dataset", "init")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+_DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?", re.ASCII)
 
 # What `model_config` replaces.
 MODEL_NUMBERS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name != "model_config")
@@ -385,6 +388,28 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in names
         if before.get(name, absent) != now.get(name, absent) and not (name in PINNED and _was_pinned(before.get(name), now.get(name)))
     ]
+
+
+def is_pinned(name: str) -> bool:
+    """Whether a name has the commit with which a run writes down what it took from the Hub; what it took from a disk has none."""
+    return bool(COMMIT.fullmatch(name.partition("@")[2]))
+
+
+def is_hub_id(dataset: str) -> bool:
+    """Whether a name that was typed is that of a dataset on the Hub: user/name or name@revision, and nothing that is meant on this disk."""
+    path = Path(dataset)
+    return bool(_DATASET_ID.fullmatch(dataset)) and dataset != DIGITS and path.suffix != ".parquet" and not is_here(dataset)
+
+
+def is_here(name: str) -> bool:
+    """Whether a name means a path: it is there, or the folder is that it would be in. A revision (`user/name@main`) means the Hub."""
+    path = Path(name)
+    return path.exists() or ("@" not in name and path.parent.is_dir())
+
+
+def place_of(path: str) -> str:
+    """Where a path is, whatever the working directory."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _was_pinned(before: str | None, now: str | None) -> bool:

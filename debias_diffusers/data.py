@@ -20,7 +20,7 @@ from . import chance, images
 from .cache import make_cache
 from .config import DataConfig
 from .errors import DebiasError, InputError
-from .sources import Source
+from .sources import Source, require_class
 
 LOST_WORKER = "a process that reads images was killed, perhaps for lack of memory; take fewer --num_workers; the same command continues"
 NO_SHARED_MEMORY = (
@@ -37,13 +37,14 @@ class TrainingData(Dataset):
     loader's worker would turn a raised one into a traceback.
     """
 
-    def __init__(self, source: Source, config: DataConfig, seed: int) -> None:
+    def __init__(self, source: Source, config: DataConfig, seed: int, channels: int | None = None) -> None:
+        """`channels`: of the network, where `config` leaves them out and all images were looked at; else those of the first image."""
         assert config.resolution is not None
         self.source, self.config, self.seed = source, config, seed
         self.resolution = config.resolution
         self.num_classes = len(source.class_names) if source.class_names else 0
         self.null_label = self.num_classes if self.num_classes and config.label_dropout > 0 else None
-        self.channels = config.channels or self._channels_of_the_first()
+        self.channels = config.channels or channels or self._channels_of_the_first()
         self.shape = (self.channels, self.resolution, self.resolution)
         # The processes that read are forked from this one, or are sent what they share.
         self.cache = make_cache(len(source), self.shape, config.cache_images_mb, shared=config.num_workers > 0)
@@ -94,10 +95,9 @@ class TrainingData(Dataset):
     def _decode(self, index: int) -> tuple[Tensor, int]:
         content, label, where = self.source.read(index)
         image = images.decode(content, where)
-        if image.mode == "RGB" and self.channels == 1:
-            raise InputError(f"image {where} has colours, but the model learns grey ones; add --channels 3")
-        if self.num_classes and not 0 <= label < self.num_classes:
-            raise InputError(f"image {where} has label {label}, but there are {self.num_classes} classes")
+        if image.mode == "RGB" and self.channels == 1 and self.config.channels is None:
+            raise InputError(f"image {where} has colours, but the model learns grey ones; add --channels 1, which converts it to grey")
+        require_class(label, self.source.class_names, where)
         image = images.fit(image.convert("L" if self.channels == 1 else "RGB"), self.resolution)
         return torch.from_numpy(images.to_array(image)), label
 

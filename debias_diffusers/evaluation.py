@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, folders, hub, metrics
-from .config import DIGITS, BitsConfig, DataConfig, MeasureConfig, SampleConfig, ScoreConfig, StatsConfig, TrainConfig, read_config, stored
+from .config import (
+    DIGITS,
+    BitsConfig,
+    DataConfig,
+    MeasureConfig,
+    SampleConfig,
+    ScoreConfig,
+    StatsConfig,
+    TrainConfig,
+    is_hub_id,
+    is_pinned,
+    place_of,
+    read_config,
+    stored,
+)
 from .errors import InputError, reason
 from .extractors import INCEPTION, SPATIAL, Extractor
 from .feature_cache import key_of, open_cache
@@ -32,7 +47,7 @@ from .metrics import COLOUR, Sample, Statistics
 from .plots import curves, is_our_picture
 from .run import CHECKPOINTS, CONFIG, say
 from .sampling import make_job, pinned_model
-from .sources import Folder, Source, is_hub_id, open_readable, open_source, summary
+from .sources import Folder, Source, open_readable, open_source, summary
 
 MOST_DRAWN = 50_000
 ORDER = ("fid", "sfid", "is", "is_std", "kid", "kid_std", "kid_subset", "precision", "recall", "brightness_bias", "colour_distance")
@@ -125,7 +140,10 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     config = dataclasses.replace(config, targets=tuple(targets), reference=_pinned_data(config.reference, accelerator))
     if config.reference is None:
         data = reference_data(config.measure, None, config.targets)
-        measure = dataclasses.replace(config.measure, split=data.split, image_column=data.image_column, skip_bad=data.skip_bad)
+        channels = config.measure.channels or data.channels
+        measure = dataclasses.replace(
+            config.measure, split=data.split, image_column=data.image_column, skip_bad=data.skip_bad, channels=channels
+        )
         config = dataclasses.replace(config, reference=data.dataset, measure=measure)
     assert config.reference is not None
     result = _scored(config, config.reference, accelerator)
@@ -249,10 +267,10 @@ def open_reference(name: str, config: MeasureConfig, side: int | None) -> ImageS
         return images
     source = open_readable(reference_data(config, name))
     if side is None and isinstance(source, Folder):
-        return of_folder(source, name)
+        return of_folder(source, name, channels=config.channels)
     if side is None:
         raise InputError(f"resolution is missing, which reference {name} is brought to; add --resolution, such as 64")
-    return of_source(source, name, side)
+    return of_source(source, name, side, channels=config.channels)
 
 
 def reference_data(config: MeasureConfig | BitsConfig, reference: str | None, targets: Sequence[str] = ()) -> DataConfig:
@@ -279,23 +297,76 @@ def _trained_on(targets: Sequence[str]) -> DataConfig:
     (named, first), *others = values_of.items()
     names = ("dataset", "split", "image_column")
     for run, values in others:
+        if _of_same_files(values, first):
+            values = {**values, "dataset": first["dataset"]}
         if apart := [f"{name} {values[name]}, not {first[name]}" for name in names if values[name] != first[name]]:
             said = f"{run} was trained on {', '.join(apart)} as {named}"
             raise InputError(f"reference is missing, and {said}; add --reference, such as {first['dataset']}")
-    return DataConfig(**{name: first[name] for name in (*names, "label_column")}, skip_bad=first.get("skip_bad", False))
+    grey = all(values.get("channels") == 1 for values in values_of.values())
+    return DataConfig(
+        **{name: first[name] for name in (*names, "label_column")},
+        skip_bad=first.get("skip_bad", False),
+        channels=1 if grey else None,
+    )
+
+
+def _of_same_files(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs learned the same files of a disk, whatever they are called."""
+    names = (one["dataset"], other["dataset"])
+    if any(name == DIGITS or is_pinned(name) for name in names):
+        return False
+    return names[0] == names[1] or _fingerprint(one) == _fingerprint(other) is not None
+
+
+def _fingerprint(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Of the data of a run; None where they cannot be opened."""
+    fields = {field.name: values[field.name] for field in dataclasses.fields(DataConfig) if field.name in values}
+    try:
+        return open_source(DataConfig(**fields)).fingerprint()
+    except InputError:
+        return None
 
 
 def _values_of_run(target: str) -> dict[str, Any] | None:
-    """The configuration of a run, on this disk or pushed to the Hub; None of what is no run."""
+    """The configuration of a run, on this disk or pushed to the Hub, with its data where they are now; None of what is no run.
+
+    Raises:
+        InputError: the data are not there.
+    """
     if not hub.is_id(target):
         run = Path(target)
-        return read_config(str(run / CONFIG)) if (run / CHECKPOINTS).is_dir() and (run / CONFIG).is_file() else None
+        if not (run / CHECKPOINTS).is_dir() or not (run / CONFIG).is_file():
+            return None
+        return _with_data(target, read_config(str(run / CONFIG)), _newest_state(run))
     path = hub.fetched_files(target, [CONFIG]) / CONFIG
     try:
         values = read_config(str(path)) if path.is_file() else {}
     except InputError:  # somebody else's model has another config.json
         values = {}
-    return {**stored(TrainConfig()), **values} if "dataset" in values else None
+    return _with_data(target, {**stored(TrainConfig()), **values}, {}) if "dataset" in values else None
+
+
+def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Data of a disk are taken as the run names them where these are the same files, else where they lay when it was trained."""
+    typed, lay = values["dataset"], state.get("paths", {}).get("dataset")
+    if typed == DIGITS or is_pinned(typed):  # of the Hub, a run writes down the commit
+        return values
+    if os.path.exists(os.path.expanduser(typed)):
+        before = {name: value for name, value in state.get("data", {}).items() if name != "skipped"}
+        if lay is None or place_of(typed) == lay or _fingerprint(values) == before:
+            return values
+    if lay is None or not os.path.exists(lay):
+        raise InputError(f"{target} was trained on {lay or typed}, which is not there; name the data with --reference")
+    return {**values, "dataset": lay}
+
+
+def _newest_state(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint of a run says; {} where there is none that can be read."""
+    try:
+        found = json.loads((checkpoint.checkpoints(run / CHECKPOINTS)[-1] / checkpoint.STATE).read_bytes())
+    except (OSError, ValueError, IndexError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("paths"), dict) else {}
 
 
 def _pinned_data(reference: Any, accelerator: Accelerator) -> Any:
@@ -472,7 +543,8 @@ class Monitor:
             metrics=chosen.eval_metrics, feature_extractor_weights=chosen.feature_extractor_weights, cache_dir=chosen.cache_dir
         )
         self.measure = Measure(measure, config.run.feature_extractor or usual_extractor(config.data.dataset), device)
-        self.reference = self.measure.sample(of_source(source, config.data.dataset, config.data.resolution))
+        images = of_source(source, config.data.dataset, config.data.resolution, channels=config.data.channels)
+        self.reference = self.measure.sample(images)
         least = max(metrics.least_images(self.measure.layers, self.reference).values())
         if (fewest := min(config.run.eval_images, len(source))) < least:
             raise InputError(f"eval_metrics {config.run.eval_metrics} need {least} images, but there are {fewest}; take more --eval_images")

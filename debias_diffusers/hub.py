@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .config import COMMIT, HubConfig
+from .config import COMMIT, HubConfig, is_here
 from .errors import HubError, InputError, shortened
 from .run import say
 
@@ -39,8 +39,8 @@ class UnreachableError(HubError):
 
 
 def is_id(name: str) -> bool:
-    """Whether a name is that of a repository: of the form user/name or user/name@revision, and nothing of the sort on this disk."""
-    return bool(_ID.fullmatch(name)) and not name.startswith("..") and not Path(name).exists()
+    """Whether a name is that of a repository: of the form user/name or user/name@revision, and nothing that is meant on this disk."""
+    return bool(_ID.fullmatch(name)) and not name.startswith("..") and not is_here(name)
 
 
 def split(name: str) -> tuple[str, str | None]:

@@ -58,9 +58,14 @@ def drawn(job: Job, count: int, name: str) -> ImageSet:
 
 
 def of_source(
-    source: Source, name: str, side: int, count: int | None = None, check: Callable[[Image, str], None] | None = None
+    source: Source,
+    name: str,
+    side: int,
+    count: int | None = None,
+    check: Callable[[Image, str], None] | None = None,
+    channels: int | None = None,
 ) -> ImageSet:
-    """The first images of a data set, brought to a size as training does it, without flips.
+    """The first images of a data set, brought to a size as training does it, and to grey if of one channel; without flips.
 
     Raises:
         InputError: an image cannot be read; names it.
@@ -72,16 +77,17 @@ def of_source(
         image = images.decode(data, where)
         if check:
             check(image, where)
-        return torch.from_numpy(images.to_array(images.fit(image.convert("RGB"), side)))
+        image = images.fit(image.convert("L" if channels == 1 else "RGB"), side)
+        return torch.from_numpy(images.to_array(image.convert("RGB")))
 
     # Features that are kept of images without the check must not stand for those with it.
-    digest = hashlib.sha256(f"{side} as they are".encode() if check else f"{side}".encode())
+    digest = hashlib.sha256(f"{side}{' as they are' if check else ''}{' grey' if channels == 1 else ''}".encode())
     for own in in_threads(lambda k: hashlib.sha256(source.read(k)[0]).digest(), range(count)):
         digest.update(own)
     return ImageSet(name, count, side, digest.hexdigest(), _reader(read, count))
 
 
-def of_folder(source: Folder, name: str, count: int | None = None) -> ImageSet:
+def of_folder(source: Folder, name: str, count: int | None = None, channels: int | None = None) -> ImageSet:
     """The images of a folder as they are, which must be squares of one size.
 
     Raises:
@@ -97,7 +103,7 @@ def of_folder(source: Folder, name: str, count: int | None = None) -> ImageSet:
             size = f"{image.width}x{image.height}"
             raise InputError(f"image {where} has {size} pixels, the first {first.width}x{first.height}; remove one kind")
 
-    return of_source(source, name, first.width, count, require_same_size)
+    return of_source(source, name, first.width, count, require_same_size, channels)
 
 
 def of_npz(path: Path, count: int | None = None) -> ImageSet:

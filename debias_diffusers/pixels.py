@@ -29,14 +29,14 @@ def network_arguments(config: TrainConfig, channels: int, num_labels: int) -> di
 class PixelTask:
     """Clean images in [-1, 1] and their labels, and UNets that learn them."""
 
-    def __init__(self, config: TrainConfig, source: Source) -> None:
-        """Fits a network to the data.
+    def __init__(self, config: TrainConfig, source: Source, channels: int | None = None) -> None:
+        """Fits a network to the data, whose images have so many channels if the configuration leaves that out.
 
         Raises:
             InputError: the first image cannot be read, or the network does not fit.
         """
         self.config = config
-        self.data = TrainingData(source, config.data, config.optimization.seed)
+        self.data = TrainingData(source, config.data, config.optimization.seed, channels)
         self.class_names, self.class_counts = source.class_names, class_counts(source)
         num_labels = self.data.num_classes + (self.data.null_label is not None)
         self.arguments = network_arguments(config, self.data.channels, num_labels)

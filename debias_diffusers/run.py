@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from . import checkpoint
 from .checkpoint import Checkpoint
-from .config import BEFORE_THE_FIELD, TrainConfig, differences, stored, to_json
+from .config import BEFORE_THE_FIELD, DIGITS, TrainConfig, differences, is_hub_id, is_pinned, place_of, stored, to_json
 from .errors import CannotWriteError, InputError, raise_all
 from .files import contents, read_file, remove_drafts, said_if_not_writable, take_lock, was_locked, write_file
 
@@ -127,14 +127,30 @@ def _json_of(path: Path) -> Any:
 
 
 def _check_same(config: TrainConfig, resume: Checkpoint) -> None:
-    before = resume.state["config"]
-    now = {name: value for name, value in stored(config).items() if name in before or name not in BEFORE_THE_FIELD}
-    changed = differences({name: value for name, value in stored(TrainConfig()).items() if name in now} | before, now)
+    began = resume.state["config"]
+    now = {name: value for name, value in stored(config).items() if name in began or name not in BEFORE_THE_FIELD}
+    before = {name: value for name, value in stored(TrainConfig()).items() if name in now} | began  # a field may be younger than the run
+    changed = differences(before | {name: now[name] for name in _decided_otherwise(before, now, resume.state)}, now)
     if changed:
         changed.append("continue with the old values, or name another --output_dir")
     if config.optimization.max_steps < resume.step:
         changed.append(f"max_steps is {config.optimization.max_steps}, but the run is at step {resume.step}; take at least that")
     raise_all(changed, f"run directory {config.run.output_dir} holds another run")
+
+
+def _decided_otherwise(before: dict[str, Any], now: dict[str, Any], state: dict[str, Any]) -> list[str]:
+    """Fields that may be typed in another way, because their text does not decide whether it is the same run."""
+    init, began = now["init"], state.get("paths", {}).get("init", before["init"])
+    same = {
+        # The names and sizes of the files are compared when they are opened.
+        "dataset": not is_pinned(before["dataset"]) and not is_hub_id(now["dataset"]) and DIGITS not in (before["dataset"], now["dataset"]),
+        # The networks are compared when this one is known.
+        "model_config": bool(before["model_config"] and now["model_config"]),
+        "init": bool(init and began) and os.path.realpath(place_of(init)) == os.path.realpath(place_of(began)),
+        # What was left out was decided by the images.
+        "channels": before["channels"] is None and now["channels"] == state["network"]["in_channels"],
+    }
+    return [name for name, holds in same.items() if holds]
 
 
 class Metrics:

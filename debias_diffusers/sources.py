@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from . import folders, images
-from .config import DIGITS, DataConfig
+from .config import DIGITS, DataConfig, is_hub_id, place_of
 from .errors import CannotWriteError, InputError, raise_all
 from .files import read_file, require_writable
 from .labels import ClassOrder, described, in_order, with_images
@@ -209,19 +209,34 @@ def in_threads(work: Callable[[int], Any], indices: Sequence[int]) -> Iterator[A
             yield from pool.map(work, indices[first : first + WAITING])
 
 
-def unreadable(source: Source, indices: Sequence[int]) -> dict[int, str]:
-    """The images among these that cannot be decoded, or whose label is missing: a sentence for each index."""
+def look_at(source: Source, indices: Sequence[int]) -> tuple[dict[int, str], int]:
+    """What is to be known of images before they are learned.
 
-    def problem(index: int) -> str | None:
+    Returns:
+        A sentence for the index of each that cannot be decoded, or whose label is missing or of no class; and how many others have colours.
+    """
+
+    def seen(index: int) -> str | bool:
         try:
-            data, _, where = source.read(index)
-            images.decode(data, where)
+            data, label, where = source.read(index)
+            require_class(label, source.class_names, where)
+            return images.decode(data, where).mode == "RGB"
         except InputError as error:
             return str(error)
-        return None
 
-    found = tqdm(in_threads(problem, indices), "looking at the images", len(indices), leave=False, delay=5)
-    return {index: sentence for index, sentence in zip(indices, found) if sentence}
+    found = list(tqdm(in_threads(seen, indices), "looking at the images", len(indices), leave=False, delay=5))
+    return {index: answer for index, answer in zip(indices, found) if isinstance(answer, str)}, sum(answer is True for answer in found)
+
+
+def unreadable(source: Source, indices: Sequence[int]) -> dict[int, str]:
+    """The images among these that cannot be learned: a sentence for each index."""
+    return look_at(source, indices)[0]
+
+
+def require_class(label: int, class_names: Sequence[str] | None, where: str) -> None:
+    """Raises InputError where a label is none of the classes."""
+    if class_names is not None and not 0 <= label < len(class_names):
+        raise InputError(f"image {where} has label {label}, but there are {len(class_names)} classes, from 0 on")
 
 
 def require_skippable(bad: Mapping[int, str], name: str, total: int, skip: bool) -> None:
@@ -295,7 +310,7 @@ def _numbers_of(values: Iterable[Any], order: ClassOrder, where: str) -> tuple[l
     if known and all(isinstance(value, str) for value in known):
         names = in_order(known, (), order, where)
         return names, {name: label for label, name in enumerate(names)}
-    if not known or min(known) < 0 or max(known) >= MOST_CLASSES:
+    if max(known, default=-1) < 0 or max(known) >= MOST_CLASSES:  # one below 0 is the fault of its image
         raise InputError(f"{where} must hold classes from 0, fewer than {MOST_CLASSES}, but holds {list(known)[:5]}")
     names = [str(k) for k in range(max(known) + 1)] if isinstance(order, str) else list(order)
     if max(known) >= len(names):
@@ -360,7 +375,7 @@ def _open(config: DataConfig, order: ClassOrder) -> Source:
             raise InputError(f"dataset {path} does not exist")
         return Table(_load("parquet", config, data_files=str(path)), config, order)
     if not is_hub_id(config.dataset):
-        raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id")
+        raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id{_meant(config.dataset)}")
     repo, _, revision = config.dataset.partition("@")
     return Table(_load(repo, config, revision=revision or None), config, order)
 
@@ -400,11 +415,9 @@ def _digits() -> Any:
     return datasets.Dataset(pyarrow.ipc.open_stream(form.getvalue()).read_all())
 
 
-def is_hub_id(dataset: str) -> bool:
-    """Whether a name is that of a dataset on the Hub: user/name or name, and nothing of the sort on this disk."""
-    path = Path(dataset).expanduser()
-    foreign = dataset.split("@")[0].count("/") > 1 or dataset.startswith((".", "/", "~"))
-    return not (foreign or dataset == DIGITS or path.suffix == ".parquet" or path.exists())
+def _meant(dataset: str) -> str:
+    """How to ask the Hub all the same for what looks like a path."""
+    return f": {place_of(dataset)} is not there; {dataset}@main asks the Hub for it" if is_hub_id(f"{dataset}@main") else ""
 
 
 def _load(path: str, config: DataConfig, **kwargs: Any) -> Any:

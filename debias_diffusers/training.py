@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ from .config import (
     TrainConfig,
     differences,
     flatten,
+    is_hub_id,
+    is_pinned,
+    place_of,
     stored,
     to_json,
     update,
@@ -50,7 +53,7 @@ from .run import SAMPLES, Run, StopSignal, say
 from .saving import Saver
 from .schedule import at
 from .schedulers import default_scheduler, make_scheduler
-from .sources import Source, Without, is_hub_id, open_readable, open_source, require_skippable, summary, unreadable
+from .sources import Source, Without, look_at, open_source, require_skippable, summary
 from .timesteps import make_timestep_sampler
 from .update import Update
 from .weighting import effective_sample_size
@@ -105,6 +108,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: Run | None, accelerator: Accelerator, to: HubConfig | None = None) -> None:
         self.run, self.accelerator = run, accelerator
         found = self._agree_on_checkpoint()
+        typed = config.data.channels
         self.config = config = machine.agreed(lambda: _pinned(config, found), accelerator)
         # Fields that the run began before, which it goes on without: what is resumed tells by them what may be asked of it.
         self.older = BEFORE_THE_FIELD.keys() - found.state["config"].keys() if found else set()
@@ -114,7 +118,8 @@ class Trainer:
         self.micro_batch_size = micro_batch_size(self.optim, accelerator.num_processes)
 
         self.objective = make_objective(config.objective)  # first, because it may refuse the configuration
-        self.task = PixelTask(config, self._readable(self._open_source(found), found))
+        learned = update(config, {"channels": typed})  # those of the run may stand there as left out
+        self.task = PixelTask(learned, *self._readable(self._open_source(found), found, typed))
         self.sampler = make_timestep_sampler(config.objective, self.objective.schedule, self.optim.batch_size)
         self.window = Window(len(self.objective.schedule), self.device)
         torch.manual_seed(chance.mixed(self.optim.seed, "weights", 0))
@@ -132,6 +137,7 @@ class Trainer:
             network.enable_gradient_checkpointing()
         if self.optim.compile:  # in place, so that weights keep their names; within DDP, which then exchanges while it computes
             network.compile(mode=self.optim.compile_mode)
+        self.paths = _paths(config) if found is None else {**found.state.get("paths", {}), **_paths(config, ("dataset",))}
         # Looks at every file of a folder, so only the process that writes it down takes it.
         self.fingerprint = self.task.data.source.fingerprint() if run else None
 
@@ -349,11 +355,24 @@ class Trainer:
             say(sentence)
         return source
 
-    def _readable(self, source: Source, found: Checkpoint | None) -> Source:
-        """The source less its unreadable images: the processes share the look at all, unless a checkpoint says what was seen before."""
+    def _readable(self, source: Source, found: Checkpoint | None, typed: int | None) -> tuple[Source, int | None]:
+        """The source less its unreadable images, and the channels that are learned.
+
+        The processes share the look at all, unless a checkpoint says what was seen before. The channels are None for the digits, of
+        which the first says them, too.
+        """
         known = machine.agreed(lambda: self._known_to_be_skipped(source, found), self.accelerator)
-        skipped = self._look(source) if known is None else known
-        return Without(source, skipped) if skipped else source
+        channels = found.state["network"]["in_channels"] if found else typed
+        if known is None:
+            known, coloured = self._look(source)
+            count = len(source) - len(known)
+            if channels == 1 and typed is None and coloured:
+                raise self._said_by_the_first(
+                    f"dataset {self.config.data.dataset}: {coloured} of {count} images have colours, but this run learns grey ones; "
+                    f"add --channels 1, which converts them to grey"
+                )
+            channels = channels or _channels(coloured, count, say if self.run else None)
+        return Without(source, known) if known else source, channels
 
     def _known_to_be_skipped(self, source: Source, found: Checkpoint | None) -> list[int] | None:
         """None where the images are still to be looked at."""
@@ -365,19 +384,22 @@ class Trainer:
             self._require_same_data(before, source.fingerprint())
         return [] if self.config.data.dataset == DIGITS else None  # they come with the package, and its tests read them
 
-    def _look(self, source: Source) -> list[int]:
-        mine = unreadable(source, range(len(source))[self.accelerator.process_index :: self.accelerator.num_processes])
+    def _look(self, source: Source) -> tuple[list[int], int]:
+        """The images that are skipped, and how many of the others have colours."""
+        mine = look_at(source, range(len(source))[self.accelerator.process_index :: self.accelerator.num_processes])
         parts = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
-        bad = dict(sorted(item for part in parts for item in part.items()))
+        bad = dict(sorted(item for part, _ in parts for item in part.items()))
         try:
             require_skippable(bad, str(self.config.data.dataset), len(source), self.config.data.skip_bad)
         except InputError as error:
-            if self.run is None:  # the first process says it
-                raise SystemExit(error.exit_code) from error
-            raise
+            raise self._said_by_the_first(str(error)) from error
         for sentence in bad.values() if self.run else ():
             say(f"skipped: {sentence}")
-        return list(bad)
+        return list(bad), sum(coloured for _, coloured in parts)
+
+    def _said_by_the_first(self, sentence: str) -> BaseException:
+        """What all processes have found: the error for the first, and a silent end with its exit code for the others."""
+        return InputError(sentence) if self.run else SystemExit(InputError.exit_code)
 
     def _resume(self, found: Checkpoint | None) -> None:
         """Puts everything back as it was after the checkpoint's step."""
@@ -427,6 +449,7 @@ class Trainer:
             "data": self.fingerprint,
             "class_names": self.task.class_names,
             "class_counts": self.task.class_counts,
+            "paths": self.paths,
             "network": self.task.arguments,
             "weights": self._some_weights(),
             "best": self.best,
@@ -531,15 +554,34 @@ def _pinned(config: TrainConfig, found: Checkpoint | None) -> TrainConfig:
     """The configuration with the commits of what comes from the Hub, those that the run began with or the newest, and older values."""
     values = flatten(config)
     kinds = {"dataset": ("dataset", is_hub_id), "init": ("model", hub.is_id)}
-    names = {name: values[name] for name in PINNED if values[name] and kinds[name][1](values[name])}
+    began = found.state["config"] if found else {}
+    names = {n: values[n] for n in PINNED if values[n] and (is_pinned(began.get(n) or "") or kinds[n][1](values[n]))}
     if found is None:
         return update(config, {name: hub.pinned(value, kinds[name][0]) for name, value in names.items()})
-    before = found.state["config"]
-    kept = {name: before.get(name, value) for name, value in names.items()}
+    _require_local_data(config, found)
+    kept = {name: began.get(name, value) for name, value in names.items()}
     for name, value in names.items():
         if hub.split(value)[1] and value != kept[name]:
             say(f"{name} is {value}, but the run keeps to what it began with, {kept[name]}")
-    return update(config, kept | {name: value for name, value in BEFORE_THE_FIELD.items() if name not in before})
+    older = {name: value for name, value in BEFORE_THE_FIELD.items() if name not in began}
+    return update(config, kept | older | {"channels": began.get("channels")})
+
+
+def _require_local_data(config: TrainConfig, found: Checkpoint) -> None:
+    """Raises InputError where a run began with data of a disk and they are not where the command says: the Hub is not asked for them."""
+    typed, began = str(config.data.dataset), found.state["config"]["dataset"]
+    paths = found.state.get("paths")
+    on_disk = began != DIGITS and not is_pinned(began) and (paths is None or "dataset" in paths)
+    if on_disk and not Path(typed).expanduser().exists():
+        lay = f" at {paths['dataset']}" if paths else f" {began}"
+        raise InputError(f"dataset {typed} is not there; this run began with the data{lay}; name where they are now with --dataset")
+
+
+def _paths(config: TrainConfig, names: tuple[str, ...] = PINNED) -> dict[str, str]:
+    """Where the data and the first weights of a run are, as far as they are on this disk."""
+    values = flatten(config)
+    ids = {"dataset": is_hub_id, "init": hub.is_id}
+    return {name: place_of(values[name]) for name in names if values[name] and values[name] != DIGITS and not ids[name](values[name])}
 
 
 def micro_batch_size(config: OptimizationConfig, num_processes: int) -> int:
@@ -564,7 +606,7 @@ def dry_run(config: TrainConfig) -> None:
     require_replaceable("picture of the first batch", picture, lambda path: images.software(path) == images.SOFTWARE)
     print(to_json(config), end="")
     try:
-        source = open_readable(config.data)
+        source, channels = _seen(config)
     except InputError as error:
         if config.data.channels and not config.data.class_conditional:
             print(f"parameters: {_count_parameters(network_arguments(config, config.data.channels, 0))}")
@@ -577,7 +619,7 @@ def dry_run(config: TrainConfig) -> None:
         print(f"weights as t is drawn: mean {(p * weights).sum():.4g}, largest {weights.max():.4g}, effective sample size {size:.2g}")
     for sentence in summary(source, config.data.dataset):
         say(sentence)
-    task, batch_size = PixelTask(config, source), config.optimization.batch_size
+    task, batch_size = PixelTask(config, source, channels), config.optimization.batch_size
     print(f"parameters: {_count_parameters(task.arguments)}")
     if config.optimization.init:
         for sentence in task.start_from(task.build(), config.optimization.init):
@@ -588,6 +630,23 @@ def dry_run(config: TrainConfig) -> None:
     (batch,) = data.batches(task.data, first, pin_memory=False)
     write_file(picture, images.signed_png(images.grid([images.from_array(image.numpy()) for image in batch["image"]])))
     print(f"first batch: {picture}")
+
+
+def _seen(config: TrainConfig) -> tuple[Source, int | None]:
+    """The data of a run that begins, and the channels that it learns, as `Trainer` finds them."""
+    source = open_source(config.data)
+    if config.data.dataset == DIGITS:
+        return source, None
+    bad, coloured = look_at(source, range(len(source)))
+    require_skippable(bad, str(config.data.dataset), len(source), config.data.skip_bad)
+    return Without(source, list(bad)), config.data.channels or _channels(coloured, len(source) - len(bad), print)
+
+
+def _channels(coloured: int, count: int, tell: Callable[[str], None] | None) -> int:
+    """Those of all images where so many have colours, into which grey fits, too; that they are mixed is told."""
+    if tell and 0 < coloured < count:
+        tell(f"{coloured} of {count} images have colours, so the model learns 3 channels; --channels 1 converts them to grey")
+    return 3 if coloured else 1
 
 
 def _count_parameters(arguments: dict[str, Any]) -> int:

@@ -38,7 +38,21 @@ DOORS = {
     "psutil": {"memory"},
 }
 
-WITHOUT_TORCH = {"errors", "config", "console", "rules", "files", "labels", "checkpoint", "run", "card", "hub", "publish", "cli", "launcher"}
+WITHOUT_TORCH = {
+    "errors",
+    "config",
+    "console",
+    "rules",
+    "files",
+    "labels",
+    "checkpoint",
+    "run",
+    "card",
+    "hub",
+    "publish",
+    "cli",
+    "launcher",
+}
 
 
 def imports(path, everywhere=True):

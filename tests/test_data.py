@@ -228,10 +228,11 @@ def test_colour_in_a_grey_data_set_is_refused_and_grey_in_a_coloured_one_is_take
     data = TrainingData(open_source(config), config, seed=0)
     assert data.channels == 1
     refused = [data[p] for p in range(2) if isinstance(data[p], InputError)]
-    assert len(refused) == 1 and "--channels 3" in str(refused[0])
-    config = DataConfig(dataset=str(tmp_path), resolution=8, channels=3)
-    data = TrainingData(open_source(config), config, seed=0)
-    assert {tuple(data[p]["image"].shape) for p in range(2)} == {(3, 8, 8)}
+    assert len(refused) == 1 and "--channels 1, which converts it to grey" in str(refused[0])
+    for channels in (1, 3):
+        config = DataConfig(dataset=str(tmp_path), resolution=8, channels=channels)
+        data = TrainingData(open_source(config), config, seed=0)
+        assert {tuple(data[p]["image"].shape) for p in range(2)} == {(channels, 8, 8)}
 
 
 def test_a_changed_folder_has_another_fingerprint(folder):

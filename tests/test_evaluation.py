@@ -414,7 +414,9 @@ def run_on(root, **values):
     return str(root)
 
 
-def test_a_reference_that_is_left_out_is_the_data_of_the_run_but_flags_win(tmp_path):
+def test_a_reference_that_is_left_out_is_the_data_of_the_run_but_flags_win(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faces").mkdir()
     one = run_on(tmp_path / "one", split="test", image_column="photo", label_column="kind")
     for given, split, column in (({}, "test", "photo"), ({"split": "train", "image_column": "sketch"}, "train", "sketch")):
         for config in (MeasureConfig(**given), BitsConfig(model=one, **given)):
@@ -424,7 +426,9 @@ def test_a_reference_that_is_left_out_is_the_data_of_the_run_but_flags_win(tmp_p
             assert (named.dataset, named.split, named.image_column) == ("other", "train", given.get("image_column"))
 
 
-def test_runs_of_different_data_are_not_compared_with_the_data_of_the_first(tmp_path):
+def test_runs_of_different_data_are_not_compared_with_the_data_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faces").mkdir()
     one, other, third = (run_on(tmp_path / name, split=split) for name, split in (("one", "a"), ("other", "b"), ("third", "a")))
     assert evaluation.reference_data(MeasureConfig(), None, [one, third]).split == "a"
     with pytest.raises(InputError, match=r"other was trained on split b, not a as .*one; add --reference"):
