@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,18 +24,31 @@ from tqdm import tqdm
 
 from . import checkpoint, hub, metrics
 from .config import DIGITS, BitsConfig, DataConfig, MeasureConfig, SampleConfig, ScoreConfig, StatsConfig, TrainConfig, read_config, stored
-from .errors import InputError, reason
+from .errors import CannotWriteError, InputError, reason
 from .extractors import INCEPTION, SPATIAL, Extractor
 from .files import read_file, write_file
-from .imagesets import ImageSet, coloured, drawn, holds_images, npz_shape, of_folder, of_npz, of_source, read_npz_statistics
-from .machine import agreed, start_processes
+from .imagesets import (
+    ImageSet,
+    coloured,
+    content_hashes,
+    content_key,
+    drawn,
+    holds_images,
+    npz_shape,
+    of_folder,
+    of_npz,
+    of_source,
+    read_npz_statistics,
+)
+from .machine import agreed, gathered, start_processes
 from .metrics import COLOUR, Sample, Statistics
 from .plots import curves
 from .run import CHECKPOINTS, CONFIG, say
 from .sampling import make_job, pinned_model
-from .sources import Folder, Source, is_hub_id, open_readable, open_source
+from .sources import Folder, Source, is_hub_id, open_readable, open_source, state_of_files
 
 MOST_DRAWN = 50_000
+USUALLY_DRAWN = 1000  # for a measurement while training
 ORDER = ("fid", "sfid", "is", "is_std", "kid", "kid_std", "kid_subset", "precision", "recall", "brightness_bias", "colour_distance")
 
 
@@ -72,17 +86,27 @@ class Measure:
         path = self.cache / f"{self._key(images)}.safetensors" if self.cache else None
         if path and (kept := self._kept(path, images.count)):
             return Sample.of(kept)
-        mine = []
         share = -(-images.count // self.processes)
         with tqdm(total=share, desc=images.name, unit="image", leave=False, disable=self.process > 0) as progress:
-            for number, batch in images.batches(self.config.batch_size, self.process, self.processes):
-                mine.append((number, self.features(batch)))
-                progress.update(len(batch))
-        parts = [part for _, part in sorted(gather_object(mine) if self.processes > 1 else mine, key=lambda pair: pair[0])]
-        sample = Sample.joined(parts)
+            sample = self.joined(images.batches(self.config.batch_size, self.process, self.processes), progress)
         if path and self.process == 0:
             write_file(path, safetensors.torch.save(dict(sample.features)))
         return sample
+
+    def joined(self, batches: Iterator[tuple[int, Tensor]], progress: Any = None) -> Sample:
+        """The features of all processes' batches (B, 3, H, W) uint8, in the order of their numbers.
+
+        Raises:
+            Exception: what any process met, in all of them.
+        """
+
+        def share() -> Iterator[tuple[int, dict[str, Tensor]]]:
+            for number, batch in batches:
+                yield number, self.features(batch)
+                if progress is not None:
+                    progress.update(len(batch))
+
+        return Sample.joined([part for _, part in sorted(gathered(lambda: list(share()), self.processes), key=lambda pair: pair[0])])
 
     def features(self, batch: Tensor) -> dict[str, Tensor]:
         """Of a batch (B, 3, H, W) uint8: (B, D) by layer."""
@@ -425,28 +449,64 @@ def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 class Monitor:
-    """Measures what a network in training draws against the images that it learns. For one process."""
+    """Measures what a network in training draws against the images that it learns. Of several processes, each does its share."""
 
-    def __init__(self, config: TrainConfig, source: Source, device: Any) -> None:
-        """Loads the extractor and computes the features of the training images, or finds them in the cache.
+    def __init__(self, config: TrainConfig, source: Source, device: Any, process: int = 0, processes: int = 1) -> None:
+        """Loads the extractor; reads no image.
 
         Raises:
             InputError: there is no such extractor, or too few images for the metrics.
         """
         assert config.run.eval_every and config.data.dataset and config.data.resolution
+        self.name, self.side, wanted = config.data.dataset, config.data.resolution, config.run.eval_images
         measure = MeasureConfig(metrics=config.run.eval_metrics, feature_extractor_weights=config.run.feature_extractor_weights)
-        self.measure = Measure(measure, config.run.feature_extractor or usual_extractor(config.data.dataset), device)
-        self.reference = self.measure.sample(of_source(source, config.data.dataset, config.data.resolution))
-        least = max(metrics.least_images(self.measure.layers, self.reference).values())
-        if (fewest := min(config.run.eval_images, len(source))) < least:
-            raise InputError(f"eval_metrics {config.run.eval_metrics} need {least} images, but there are {fewest}; take more --eval_images")
+        extractor = config.run.feature_extractor or usual_extractor(config.data.dataset)
+        self.measure = Measure(measure, extractor, device, process, processes)
+        # How wide the layers are, on which it depends how many images are needed, one image tells as well.
+        like = Sample.of(self.measure.features(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8)))
+        least = max(metrics.least_images(self.measure.layers, like).values())
+        self.count = wanted or max(USUALLY_DRAWN, least)
+        if (fewest := min(self.count, len(source))) < least:
+            more = "take more --eval_images" if fewest < len(source) else "the data set has no more: take other --eval_metrics"
+            raise InputError(f"eval_metrics {config.run.eval_metrics} need {least} images, but there are {fewest}; {more}")
+        self.about = {"images": self.count, **_of_extractor(self.measure)}  # what figures must share to be compared
 
-        self.about = {"images": config.run.eval_images, **_of_extractor(self.measure)}  # what figures must share to be compared
+    def read(self, source: Source) -> None:
+        """Computes the features of the training images, or finds them in the cache; then no image is read whose file did not change.
 
-    def figures(self, drawn: Iterator[Tensor]) -> dict[str, float]:
-        """Of batches (B, C, H, W) uint8."""
-        sample = Sample.joined([self.measure.features(coloured(batch)) for batch in drawn])
-        return metrics.figures(sample, self.reference, self.measure.layers)
+        Raises:
+            InputError: an image cannot be read.
+        """
+        self.reference = self.measure.sample(of_source(source, self.name, self.side, key=self._key(source)))
+
+    def _key(self, source: Source) -> str:
+        """The content key of the images: as written down when their files were as they are now, else by reading them."""
+        processes = self.measure.processes
+        state = state_of_files(source) if self.measure.cache and self.measure.process == 0 else None
+        path = self.measure.cache / f"{state}-{self.side}.key" if self.measure.cache and state else None
+        known = gathered(lambda: [_known_key(path)], processes)[0]
+        if known:
+            return known
+        indices = range(self.measure.process, len(source), processes)
+        parts = gathered(lambda: [list(content_hashes(source, indices))], processes)
+        key = content_key(f"{self.side}", (parts[k % processes][k // processes] for k in range(len(source))))
+        if path:
+            with contextlib.suppress(CannotWriteError):  # which costs no more than reading them again
+                write_file(path, key.encode())
+        return key
+
+    def figures(self, drawn: Iterator[tuple[int, Tensor]]) -> dict[str, float]:
+        """Of this process's batches (number, (B, C, H, W) uint8); {} in all processes but the first."""
+        sample = self.measure.joined((number, coloured(batch)) for number, batch in drawn)
+        return metrics.figures(sample, self.reference, self.measure.layers) if self.measure.process == 0 else {}
+
+
+def _known_key(path: Path | None) -> str | None:
+    try:
+        found = path.read_text() if path else ""
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found if re.fullmatch("[0-9a-f]{64}", found) else None
 
 
 # ---- statistics of a reference ---------------------------------------------------------------------------------------

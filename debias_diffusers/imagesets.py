@@ -9,7 +9,7 @@ import tokenize
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +57,16 @@ def drawn(job: Job, count: int, name: str) -> ImageSet:
 
 
 def of_source(
-    source: Source, name: str, side: int, count: int | None = None, check: Callable[[Image, str], None] | None = None
+    source: Source,
+    name: str,
+    side: int,
+    count: int | None = None,
+    check: Callable[[Image, str], None] | None = None,
+    key: str | None = None,
 ) -> ImageSet:
     """The first images of a data set, brought to a size as training does it, without flips.
+
+    `key`: as of `content_key`, where it is known; else all images are read for it.
 
     Raises:
         InputError: an image cannot be read; names it.
@@ -74,10 +81,21 @@ def of_source(
         return torch.from_numpy(images.to_array(images.fit(image.convert("RGB"), side)))
 
     # Features that are kept of images without the check must not stand for those with it.
-    digest = hashlib.sha256(f"{side} as they are".encode() if check else f"{side}".encode())
-    for own in in_threads(lambda k: hashlib.sha256(source.read(k)[0]).digest(), range(count)):
+    key = key or content_key(f"{side} as they are" if check else f"{side}", content_hashes(source, range(count)))
+    return ImageSet(name, count, side, key, _reader(read, count))
+
+
+def content_hashes(source: Source, indices: range) -> Iterator[bytes]:
+    """Of the files of some images."""
+    yield from in_threads(lambda k: hashlib.sha256(source.read(k)[0]).digest(), indices)
+
+
+def content_key(size: str, hashes: Iterable[bytes]) -> str:
+    """What identifies images by their content and the size that they are brought to."""
+    digest = hashlib.sha256(size.encode())
+    for own in hashes:
         digest.update(own)
-    return ImageSet(name, count, side, digest.hexdigest(), _reader(read, count))
+    return digest.hexdigest()
 
 
 def of_folder(source: Folder, name: str, count: int | None = None) -> ImageSet:

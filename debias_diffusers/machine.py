@@ -21,6 +21,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
 )
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -65,8 +66,11 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=precision,
         log_with=None if report_to == "none" else report_to,
         project_dir=str(Path(config.run.output_dir or "") / "logs"),
-        # Gradients lie where they are exchanged: neither memory nor time for a second copy.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            # Gradients lie where they are exchanged: neither memory nor time for a second copy.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.ddp_timeout)),
+        ],
     )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision is fp16, but a CPU cannot train in it; take bf16 or no")
@@ -164,6 +168,28 @@ def agreed(decide: Callable[[], T], accelerator: Accelerator) -> T:
     return answer  # type: ignore[no-any-return]
 
 
+def gathered(work: Callable[[], list[T]], processes: int) -> list[T]:
+    """What `work`, each process's share of some work, finds in all of them, in their order; all processes must call it.
+
+    Raises:
+        Exception: what `work` raised in any process, in all of them: none waits for one that has failed.
+    """
+    if processes == 1:
+        return work()
+    found: list[T] = []
+    failed = None
+    try:
+        found = work()
+    except Exception as error:  # whatever it is, the others must know
+        failed = error
+    known = failed is None or isinstance(failed, (DebiasError, RuntimeError, OSError))  # others may not be sent as they are
+    everyone = gather_object([(found, failed if known else RuntimeError(f"another process met {failed!r}"))])
+    for _, other in everyone:
+        if other:
+            raise failed or other
+    return [item for part, _ in everyone for item in part]
+
+
 def _require_all_processes(seen: int) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if seen != world_size:
@@ -173,10 +199,10 @@ def _require_all_processes(seen: int) -> None:
         )
 
 
-def explained(error: RuntimeError, flag: str, size: int) -> DebiasError | None:
+def explained(error: RuntimeError, flag: str, size: int, limit: int | None = None) -> DebiasError | None:
     """What stopped a command, in a sentence, where torch has only a RuntimeError for it; None where we do not know better.
 
-    `flag` decides how many images, now `size`, are computed with at once.
+    `flag` decides how many images, now `size`, are computed with at once; `limit` is --ddp_timeout, where a command has it.
     """
     said = _chain(error)
     # Of a device, or of the main memory.
@@ -190,6 +216,12 @@ def explained(error: RuntimeError, flag: str, size: int) -> DebiasError | None:
         return DebiasError(NO_SHARED_MEMORY)
     if "DataLoader worker" in said:
         return DebiasError(LOST_WORKER)
+    # Of gloo, of NCCL's watchdog, and of the store where processes meet.
+    if limit and any(words in said for words in ("Timed out", "timed out", "wait timeout", "collective operation timeout")):
+        return DebiasError(
+            f"waited longer for another process than --ddp_timeout allows ({limit} s): it was slow to read data, to measure or to save, or "
+            f"hangs; see what it said last, or raise --ddp_timeout; the same command continues"
+        )
     # Of gloo or NCCL: the process at the other end of an exchange is gone.
     if any(words in said for words in ("closed by peer", "Connection reset", "remote process exited")):
         return DebiasError("another process of this command has ended; the reason is what it said last")

@@ -87,6 +87,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sample_every": (_at_least(0), "0 (off) or more, such as 1000"),
     "eval_every": (_at_least(0), "0 (off) or more, such as 5000"),
     "eval_images": (_at_least(1), "at least 1, such as 1000"),
+    "ddp_timeout": (lambda value: 1 <= value <= 10**8, "at least 1 (and at most 3 years), such as 1800"),
     "hub_every": (_at_least(0), "0 (at the end only) or more, such as 10000"),
     "log_every": (_at_least(0), "0 (off) or more, such as 10"),
     "steps": (_at_least(1), "at least 1, such as 20"),
