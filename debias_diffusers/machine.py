@@ -30,7 +30,7 @@ from . import __version__
 from .config import TrainConfig
 from .data import LOST_WORKER, NO_SHARED_MEMORY
 from .errors import DebiasError, InputError, reason
-from .run import say
+from .run import launched, say
 
 T = TypeVar("T")
 N = TypeVar("N", bound=nn.Module)
@@ -42,14 +42,32 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def set_threads(asked: int | None) -> int:
-    """Sets and returns the CPU threads of this process.
-
-    `accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise, which would leave all cores but one idle.
-    """
+    """Sets and returns the CPU threads of this process: `asked`, else OMP_NUM_THREADS of the user, else its share of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = asked or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    given = _omp_num_threads()
+    threads = asked or given or share
+    if not asked and given and given != share and os.environ.get("RANK", "0") == "0":
+        say(f"{given} CPU threads for each process, as OMP_NUM_THREADS says; --num_threads {share} takes all cores")
     torch.set_num_threads(threads)
     return threads
+
+
+def _omp_num_threads() -> int | None:
+    """OMP_NUM_THREADS as the user set it.
+
+    `accelerate launch` and torchrun set it, too, for their children, mostly to 1, which would leave all cores but one idle. What the
+    launcher itself was started with tells one from the other (Linux); elsewhere a 1 is taken for theirs.
+    """
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    if launched():
+        try:
+            environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().decode(errors="replace").split("\0")
+            value = dict(entry.partition("=")[::2] for entry in environment).get("OMP_NUM_THREADS", "")
+        except OSError:
+            value = "" if value == "1" else value
+    first = value.split(",")[0].strip()  # of nested regions, the outermost
+    return int(first) if first.isdecimal() and int(first) else None
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:

@@ -188,12 +188,13 @@ class Trainer:
                 launched.append(self._launch(micro_batches, stop.signum, time.monotonic() > deadline))
                 for _ in range(len(launched) - self._may_stay_unread(launched[-1])):
                     signum, late = self._read(launched.popleft(), progress)
-                if due(self.step, every.sample_every):
-                    self._draw_grid()
-                if due(self.step, every.eval_every):
-                    progress.record_figures(self.step, self._measure())
-                if due(self.step, every.checkpoint_every) and self.step < self.optim.max_steps:
-                    self._save()
+                with progress.apart():
+                    if due(self.step, every.sample_every):
+                        self._draw_grid()
+                    if due(self.step, every.eval_every):
+                        progress.record_figures(self.step, self._measure())
+                    if due(self.step, every.checkpoint_every) and self.step < self.optim.max_steps:
+                        self._save()
             while launched:
                 self._read(launched.popleft(), progress)
             self._save(final=True)

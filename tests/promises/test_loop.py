@@ -25,9 +25,10 @@ from safetensors.torch import load
 
 from debias_diffusers import checkpoint, cli, data, evaluation, launcher, machine, sampling, sources, training
 from debias_diffusers import metrics as metrics_of_images
-from debias_diffusers.config import DataConfig, RunConfig, TrainConfig, packaged_configs
+from debias_diffusers.config import DataConfig, RunConfig, TrainConfig, flatten, packaged_configs
 from debias_diffusers.ema import EMA
 from debias_diffusers.errors import DebiasError, InputError, NotFiniteError
+from debias_diffusers.rules import train_problems
 from debias_diffusers.sources import open_source
 
 # ---- 64: the ways out -------------------------------------------------------------------------------------------------
@@ -582,3 +583,52 @@ def test_with_wide_features_more_are_drawn(tmp_path, reads, monkeypatch, trials)
         evaluation.Monitor(config, open_source(config.data), "cpu")
     monkeypatch.setattr(sources.Table, "__len__", lambda self: 5000)
     assert evaluation.Monitor(config, open_source(config.data), "cpu").count == 2049
+
+
+# ---- 69: presets ------------------------------------------------------------------------------------------------------
+
+GIVES_WAY = "a value of a preset gives way to a flag that it does not go with, with a word; what was typed itself is refused"
+
+
+@pytest.mark.row(69, GIVES_WAY)
+@pytest.mark.parametrize(
+    "preset, flags, changed",
+    [
+        ({}, ["--max_steps", "12"], {"warmup_steps": 1}),
+        ({}, ["--max_steps", "5"], {"warmup_steps": 0}),
+        ({}, ["--resolution", "16"], {"attention_resolutions": (16, 8)}),
+        ({"weighting": "p2", "p2_gamma": 0.5, "p2_k": 2.0}, ["--weighting", "debiased"], {"p2_gamma": 1.0, "p2_k": 1.0}),
+        ({"weighting": "min_snr", "snr_gamma": 7.0}, ["--weighting", "constant"], {"snr_gamma": 5.0}),
+        ({"class_conditional": True, "label_dropout": 0.0}, ["--no_class_conditional"], {"label_dropout": 0.1}),
+        ({"learn_sigma": True, "noise_schedule": "linear"}, ["--prediction_type", "flow"], {"learn_sigma": False, "noise_schedule": None}),
+        ({"eval_every": 100, "keep_best": True, "checkpoint_every": 100}, ["--eval_every", "0"], {"keep_best": False}),
+        ({"eval_every": 100, "keep_best": True, "checkpoint_every": 100}, ["--checkpoint_every", "70"], {"keep_best": False}),
+        ({"timestep_sampler": "logit_normal", "timestep_std": 0.5}, ["--timestep_sampler", "uniform"], {"timestep_std": 1.0}),
+    ],
+)
+def test_a_value_of_a_preset_gives_way(preset, flags, changed, tmp_path, capfd, trials):
+    trials()
+    file = tmp_path / "preset.json"
+    file.write_text(json.dumps({"dataset": "digits", **preset}))
+    config = cli.train_config(["--config", str(file), *flags], None)
+    values, said = flatten(config), capfd.readouterr().err.splitlines()
+    assert {name: values[name] for name in changed} == changed and train_problems(config) == []
+    assert len(said) == len(changed) and all(any(line.startswith(f"{name} is ") for line in said) for name in changed), said
+
+
+@pytest.mark.row(69, GIVES_WAY)
+@pytest.mark.parametrize(
+    "preset, flags, named",
+    [
+        ({}, ["--max_steps", "12", "--warmup_steps", "100"], "warmup_steps is 100"),
+        ({"max_steps": 12}, ["--seed", "1"], "warmup_steps is 100"),  # the file is wrong by itself
+        ({}, ["--weighting", "constant", "--p2_k", "2"], "p2_k is 2.0"),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, ["--prediction_type", "epsilon"], "rescale_betas_zero_snr"),
+    ],
+)
+def test_what_was_typed_or_defines_the_objective_does_not_give_way(preset, flags, named, tmp_path, capfd, trials):
+    trials()
+    file = tmp_path / "preset.json"
+    file.write_text(json.dumps({"dataset": "digits", **preset}))
+    config = cli.train_config(["--config", str(file), *flags], None)
+    assert any(named in problem for problem in train_problems(config)) and capfd.readouterr().err == ""
