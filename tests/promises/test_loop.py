@@ -84,6 +84,22 @@ def test_on_every_way_out_no_worker_is_left(way, soon, trials):
     assert set(multiprocessing.active_children()) == before
 
 
+@pytest.mark.row(64, NO_WORKER)
+def test_where_a_worker_cannot_be_started_those_before_it_end(monkeypatch, trials):
+    trials()
+    before, original = set(multiprocessing.active_children()), multiprocessing.Process.start
+
+    def start(process):
+        if set(multiprocessing.active_children()) - before:
+            raise OSError(11, "Resource temporarily unavailable")
+        original(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
+    with pytest.raises(OSError, match="temporarily unavailable") as kept:
+        next(loaded(data.TrainingData))
+    assert set(multiprocessing.active_children()) == before and kept.tb
+
+
 BOOM = """
 import sys, signal
 from debias_diffusers import cli, training
