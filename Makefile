@@ -1,4 +1,5 @@
-# `make demo` and `make test` do all the set-up themselves. VENV=DIR puts the environment elsewhere.
+# `make demo` and `make test` do all the set-up themselves. VENV=DIR puts the environment elsewhere,
+# THREADS=N takes so many CPU threads.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -6,9 +7,9 @@ BIN := $(VENV)/bin
 .PHONY: demo test nightly lint
 
 demo: $(VENV)/.installed
-	$(BIN)/accelerate launch train.py
-	$(BIN)/python sample.py runs/digits --scheduler unipc --steps 20
-	$(BIN)/python eval.py score runs/digits --num_images 1000
+	$(BIN)/accelerate launch train.py $(THREADS:%=--num_threads %)
+	$(BIN)/python sample.py runs/digits --scheduler unipc --steps 20 $(THREADS:%=--num_threads %)
+	$(BIN)/python eval.py score runs/digits --num_images 1000 $(THREADS:%=--num_threads %)
 	@echo
 	@echo "Digits drawn while it was training:  runs/digits/samples/step-*.png"
 	@echo "Digits drawn by the trained model:   runs/digits/samples/unipc-20/preview/grid.png"

@@ -150,6 +150,10 @@ def train_config(argv: list[str], launcher_precision: str | None) -> TrainConfig
             raise InputError(f"model_config describes the whole network; leave out {', '.join(twice)}")
         defaults = configuration.layered(configuration.flatten(defaults), {"model_config": "given by a flag"})
     config = _parse(TrainConfig, flags, defaults, "train.py", TRAIN_HELP)
+    typed = given | {name.removeprefix("no_") for name in given}
+    config, said = rules.yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
+    for sentence in said if _first_process() else ():
+        print(sentence, file=sys.stderr, flush=True)
     return configuration.resolved(config, launcher_precision)
 
 

@@ -163,11 +163,12 @@ class RunConfig:
     log_every: int = 10  # steps between lines of metrics.jsonl; 0 is off
     eval_every: int = 0  # steps between measurements of what the averaged weights draw, against the training images; 0 is off
     eval_metrics: str = "fid,colour"  # what is measured, as in eval.py score; the first decides which checkpoint is the best
-    eval_images: int = 1000  # how many images are drawn for it
+    eval_images: int | None = None  # how many images are drawn for it; 1000, or more where the metrics need more, if left out
     feature_extractor: str | None = None  # of these metrics: digits, or a name of torch-fidelity; as in eval.py score if left out
     feature_extractor_weights: str | None = None  # its weight file; packaged or fetched if left out
     cache_dir: str | None = None  # features of the training images are kept here; as in eval.py score if left out, "" keeps none
     keep_best: bool = False  # keep the best measured checkpoint beyond keep_checkpoints
+    ddp_timeout: int = 1800  # seconds that a process waits for another, which may measure or save alone, before the run ends
     report_to: Literal["none", "tensorboard", "wandb"] = "none"  # tracker, through accelerate
     accept_changed_data: bool = False  # resume although the data set is not the one the run began with
     dry_run: bool = False  # show what would be trained, then stop
@@ -343,7 +344,7 @@ CHANGEABLE = {
     *NOT_STORED, "dry_run", "accept_changed_data", "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every",
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
     "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "allow_pickle_import",
-    "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode",
+    "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode", "ddp_timeout",
 }  # fmt: skip
 
 # Values of runs that began before the field was there, where the default is another. They keep them, whatever a command says.

@@ -7,8 +7,9 @@ label, its u (which becomes the timestep) and its noise follow from (seed, p) al
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -154,7 +155,12 @@ def batches(data: TrainingData, positions: PositionBatches, pin_memory: bool) ->
         pin_memory=pin_memory,
         worker_init_fn=_prepare_worker,
     )
-    iterator = iter(loader)
+    others = set(multiprocessing.active_children())
+    try:
+        iterator = iter(loader)
+    except BaseException:  # between two workers, of which the first has begun
+        _kill(set(multiprocessing.active_children()) - others)
+        raise
     try:
         for batch in iterator:
             if isinstance(batch, DebiasError):
@@ -176,6 +182,10 @@ def _end_workers(iterator: Any) -> None:
     if workers:
         with contextlib.suppress(RuntimeError):  # of torch's handler of SIGCHLD: that one was killed is known, or does not matter any more
             iterator._shutdown_workers()
+    _kill(workers)
+
+
+def _kill(workers: Iterable[Any]) -> None:
     for worker in workers:
         worker.kill()
         worker.join(5)  # no longer: not even SIGKILL ends one that waits for a disk that is gone

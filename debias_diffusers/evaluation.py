@@ -41,15 +41,29 @@ from .errors import InputError, reason
 from .extractors import INCEPTION, SPATIAL, Extractor
 from .feature_cache import key_of, open_cache
 from .files import read_file, require_replaceable, write_file
-from .imagesets import ImageSet, coloured, drawn, holds_images, npz_shape, of_folder, of_npz, of_source, read_npz_statistics
-from .machine import agreed, start_processes
+from .imagesets import (
+    ImageSet,
+    coloured,
+    content_hashes,
+    content_key,
+    drawn,
+    holds_images,
+    npz_shape,
+    of_folder,
+    of_npz,
+    of_source,
+    read_npz_statistics,
+    transform,
+)
+from .machine import agreed, gathered, start_processes
 from .metrics import COLOUR, Sample, Statistics
 from .plots import curves, is_our_picture
 from .run import CHECKPOINTS, CONFIG, say
 from .sampling import make_job, pinned_model
-from .sources import Folder, Source, open_readable, open_source, summary
+from .sources import Folder, Source, open_readable, open_source, state_of_files, summary
 
 MOST_DRAWN = 50_000
+USUALLY_DRAWN = 1000  # for a measurement while training
 ORDER = ("fid", "sfid", "is", "is_std", "kid", "kid_std", "kid_subset", "precision", "recall", "brightness_bias", "colour_distance")
 
 
@@ -86,17 +100,27 @@ class Measure:
         key = self._key(images)
         if images.kept and (found := self._kept(key, images.count)):
             return Sample.of(found)
-        mine = []
         share = -(-images.count // self.processes)
         with tqdm(total=share, desc=images.name, unit="image", leave=False, disable=self.process > 0) as progress:
-            for number, batch in images.batches(self.config.batch_size, self.process, self.processes):
-                mine.append((number, self.features(batch)))
-                progress.update(len(batch))
-        parts = [part for _, part in sorted(gather_object(mine) if self.processes > 1 else mine, key=lambda pair: pair[0])]
-        sample = Sample.joined(parts)
+            sample = self.joined(images.batches(self.config.batch_size, self.process, self.processes), progress)
         if images.kept and self.process == 0:
             self.cache.put(key, sample.features)
         return sample
+
+    def joined(self, batches: Iterator[tuple[int, Tensor]], progress: Any = None) -> Sample:
+        """The features of all processes' batches (B, 3, H, W) uint8, in the order of their numbers.
+
+        Raises:
+            Exception: what any process met, in all of them.
+        """
+
+        def share() -> Iterator[tuple[int, dict[str, Tensor]]]:
+            for number, batch in batches:
+                yield number, self.features(batch)
+                if progress is not None:
+                    progress.update(len(batch))
+
+        return Sample.joined([part for _, part in sorted(gathered(lambda: list(share()), self.processes), key=lambda pair: pair[0])])
 
     def features(self, batch: Tensor) -> dict[str, Tensor]:
         """Of a batch (B, 3, H, W) uint8: (B, D) by layer."""
@@ -529,33 +553,60 @@ def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 class Monitor:
-    """Measures what a network in training draws against the images that it learns. For one process."""
+    """Measures what a network in training draws against the images that it learns. Of several processes, each does its share."""
 
-    def __init__(self, config: TrainConfig, source: Source, device: Any) -> None:
-        """Loads the extractor and computes the features of the training images, or finds them in the cache.
+    def __init__(self, config: TrainConfig, source: Source, device: Any, process: int = 0, processes: int = 1) -> None:
+        """Loads the extractor; reads no image.
 
         Raises:
             InputError: there is no such extractor, or too few images for the metrics.
         """
         assert config.run.eval_every and config.data.dataset and config.data.resolution
-        chosen = config.run
+        chosen, data = config.run, config.data
+        self.name, self.side, self.channels, wanted = str(data.dataset), int(data.resolution or 0), data.channels, chosen.eval_images
         measure = MeasureConfig(
             metrics=chosen.eval_metrics, feature_extractor_weights=chosen.feature_extractor_weights, cache_dir=chosen.cache_dir
         )
-        self.measure = Measure(measure, config.run.feature_extractor or usual_extractor(config.data.dataset), device)
-        images = of_source(source, config.data.dataset, config.data.resolution, channels=config.data.channels)
-        self.reference = self.measure.sample(images)
-        least = max(metrics.least_images(self.measure.layers, self.reference).values())
-        if (fewest := min(config.run.eval_images, len(source))) < least:
-            raise InputError(f"eval_metrics {config.run.eval_metrics} need {least} images, but there are {fewest}; take more --eval_images")
-
+        self.measure = Measure(measure, chosen.feature_extractor or usual_extractor(self.name), device, process, processes)
+        # How wide the layers are, on which it depends how many images are needed, one image tells as well.
+        like = Sample.of(self.measure.features(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8)))
+        least = max(metrics.least_images(self.measure.layers, like).values())
+        self.count = wanted or max(USUALLY_DRAWN, least)
+        if (fewest := min(self.count, len(source))) < least:
+            more = "take more --eval_images" if fewest < len(source) else "the data set has no more: take other --eval_metrics"
+            raise InputError(f"eval_metrics {chosen.eval_metrics} need {least} images, but there are {fewest}; {more}")
         labels = {"class_labels": "data"} if source.class_names else {}
-        self.about = {"images": config.run.eval_images, **_of_extractor(self.measure), **labels}  # what figures must share to be compared
+        self.about = {"images": self.count, **_of_extractor(self.measure), **labels}  # what figures must share to be compared
 
-    def figures(self, drawn: Iterator[Tensor]) -> dict[str, float]:
-        """Of batches (B, C, H, W) uint8."""
-        sample = Sample.joined([self.measure.features(coloured(batch)) for batch in drawn])
-        return metrics.figures(sample, self.reference, self.measure.layers)
+    def read(self, source: Source) -> None:
+        """Computes the features of the training images, or finds them in the cache; then no image is read whose file did not change.
+
+        Raises:
+            InputError: an image cannot be read.
+        """
+        images = of_source(source, self.name, self.side, channels=self.channels, key=self._key(source))
+        self.reference = self.measure.sample(images)
+
+    def _key(self, source: Source) -> str:
+        """The content key of the images: as written down when their files were as they are now, else by reading them."""
+        processes, cache = self.measure.processes, self.measure.cache
+        state = state_of_files(source) if self.measure.process == 0 and cache.folder else None
+        how = transform(self.side, self.channels)
+        entry = key_of("content", state, how) if state else None
+        known = gathered(lambda: [cache.get_json(entry) if entry else None], processes)[0]
+        if isinstance(known, str):
+            return known
+        indices = range(self.measure.process, len(source), processes)
+        parts = gathered(lambda: [list(content_hashes(source, indices))], processes)
+        key = content_key(how, (parts[k % processes][k // processes] for k in range(len(source))))
+        if entry:
+            cache.put_json(entry, key)
+        return key
+
+    def figures(self, drawn: Iterator[tuple[int, Tensor]]) -> dict[str, float]:
+        """Of this process's batches (number, (B, C, H, W) uint8); {} in all processes but the first."""
+        sample = self.measure.joined((number, coloured(batch)) for number, batch in drawn)
+        return metrics.figures(sample, self.reference, self.measure.layers) if self.measure.process == 0 else {}
 
 
 # ---- statistics of a reference ---------------------------------------------------------------------------------------

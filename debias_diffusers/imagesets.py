@@ -9,7 +9,7 @@ import tokenize
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +64,11 @@ def of_source(
     count: int | None = None,
     check: Callable[[Image, str], None] | None = None,
     channels: int | None = None,
+    key: str | None = None,
 ) -> ImageSet:
     """The first images of a data set, brought to a size as training does it, and to grey if of one channel; without flips.
+
+    `key`: as of `content_key`, where it is known; else all images are read for it.
 
     Raises:
         InputError: an image cannot be read; names it.
@@ -81,10 +84,26 @@ def of_source(
         return torch.from_numpy(images.to_array(image.convert("RGB")))
 
     # Features that are kept of images without the check must not stand for those with it.
-    digest = hashlib.sha256(f"{side}{' as they are' if check else ''}{' grey' if channels == 1 else ''}".encode())
-    for own in in_threads(lambda k: hashlib.sha256(source.read(k)[0]).digest(), range(count)):
+    key = key or content_key(transform(side, channels, check is not None), content_hashes(source, range(count)))
+    return ImageSet(name, count, side, key, _reader(read, count))
+
+
+def transform(side: int, channels: int | None = None, as_they_are: bool = False) -> str:
+    """What is done to the images, as a part of their key."""
+    return f"{side}{' as they are' if as_they_are else ''}{' grey' if channels == 1 else ''}"
+
+
+def content_hashes(source: Source, indices: range) -> Iterator[bytes]:
+    """Of the files of some images."""
+    yield from in_threads(lambda k: hashlib.sha256(source.read(k)[0]).digest(), indices)
+
+
+def content_key(how: str, hashes: Iterable[bytes]) -> str:
+    """What identifies images by their content and by what is done to them (as of `transform`)."""
+    digest = hashlib.sha256(how.encode())
+    for own in hashes:
         digest.update(own)
-    return ImageSet(name, count, side, digest.hexdigest(), _reader(read, count))
+    return digest.hexdigest()
 
 
 def of_folder(source: Folder, name: str, count: int | None = None, channels: int | None = None) -> ImageSet:

@@ -21,6 +21,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
 )
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from . import __version__
 from .config import TrainConfig
 from .data import LOST_WORKER, NO_SHARED_MEMORY
 from .errors import DebiasError, InputError, reason
-from .run import say
+from .run import launched, say
 
 T = TypeVar("T")
 N = TypeVar("N", bound=nn.Module)
@@ -41,14 +42,32 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def set_threads(asked: int | None) -> int:
-    """Sets and returns the CPU threads of this process.
-
-    `accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise, which would leave all cores but one idle.
-    """
+    """Sets and returns the CPU threads of this process: `asked`, else OMP_NUM_THREADS of the user, else its share of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = asked or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    given = _omp_num_threads()
+    threads = asked or given or share
+    if not asked and given and given != share and os.environ.get("RANK", "0") == "0":
+        say(f"{given} CPU threads for each process, as OMP_NUM_THREADS says; --num_threads {share} takes all cores")
     torch.set_num_threads(threads)
     return threads
+
+
+def _omp_num_threads() -> int | None:
+    """OMP_NUM_THREADS as the user set it.
+
+    `accelerate launch` and torchrun set it, too, for their children, mostly to 1, which would leave all cores but one idle. What the
+    launcher itself was started with tells one from the other (Linux); elsewhere a 1 is taken for theirs.
+    """
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    if launched():
+        try:
+            environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().decode(errors="replace").split("\0")
+            value = dict(entry.partition("=")[::2] for entry in environment).get("OMP_NUM_THREADS", "")
+        except OSError:
+            value = "" if value == "1" else value
+    first = value.split(",")[0].strip()  # of nested regions, the outermost
+    return int(first) if first.isdecimal() and int(first) else None
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -65,8 +84,11 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=precision,
         log_with=None if report_to == "none" else report_to,
         project_dir=str(Path(config.run.output_dir or "") / "logs"),
-        # Gradients lie where they are exchanged: neither memory nor time for a second copy.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            # Gradients lie where they are exchanged: neither memory nor time for a second copy.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.ddp_timeout)),
+        ],
     )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision is fp16, but a CPU cannot train in it; take bf16 or no")
@@ -164,6 +186,28 @@ def agreed(decide: Callable[[], T], accelerator: Accelerator) -> T:
     return answer  # type: ignore[no-any-return]
 
 
+def gathered(work: Callable[[], list[T]], processes: int) -> list[T]:
+    """What `work`, each process's share of some work, finds in all of them, in their order; all processes must call it.
+
+    Raises:
+        Exception: what `work` raised in any process, in all of them: none waits for one that has failed.
+    """
+    if processes == 1:
+        return work()
+    found: list[T] = []
+    failed = None
+    try:
+        found = work()
+    except Exception as error:  # whatever it is, the others must know
+        failed = error
+    known = failed is None or isinstance(failed, (DebiasError, RuntimeError, OSError))  # others may not be sent as they are
+    everyone = gather_object([(found, failed if known else RuntimeError(f"another process met {failed!r}"))])
+    for _, other in everyone:
+        if other:
+            raise failed or other
+    return [item for part, _ in everyone for item in part]
+
+
 def _require_all_processes(seen: int) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if seen != world_size:
@@ -173,10 +217,10 @@ def _require_all_processes(seen: int) -> None:
         )
 
 
-def explained(error: RuntimeError, flag: str, size: int) -> DebiasError | None:
+def explained(error: RuntimeError, flag: str, size: int, limit: int | None = None) -> DebiasError | None:
     """What stopped a command, in a sentence, where torch has only a RuntimeError for it; None where we do not know better.
 
-    `flag` decides how many images, now `size`, are computed with at once.
+    `flag` decides how many images, now `size`, are computed with at once; `limit` is --ddp_timeout, where a command has it.
     """
     said = _chain(error)
     # Of a device, or of the main memory.
@@ -190,6 +234,12 @@ def explained(error: RuntimeError, flag: str, size: int) -> DebiasError | None:
         return DebiasError(NO_SHARED_MEMORY)
     if "DataLoader worker" in said:
         return DebiasError(LOST_WORKER)
+    # Of gloo, of NCCL's watchdog, and of the store where processes meet.
+    if limit and any(words in said for words in ("Timed out", "timed out", "wait timeout", "collective operation timeout")):
+        return DebiasError(
+            f"waited longer for another process than --ddp_timeout allows ({limit} s): it was slow to read data, to measure or to save, or "
+            f"hangs; see what it said last, or raise --ddp_timeout; the same command continues"
+        )
     # Of gloo or NCCL: the process at the other end of an exchange is gone.
     if any(words in said for words in ("closed by peer", "Connection reset", "remote process exited")):
         return DebiasError("another process of this command has ended; the reason is what it said last")

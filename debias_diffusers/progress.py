@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import secrets
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from .config import TrainConfig, stored
-from .run import Run
+from .files import write_file
+from .run import LAST, Run
 from .window import BINS, Window
+
+PROJECT = "debias_diffusers"  # of wandb, where WANDB_PROJECT names no other
 
 
 def due(step: int, every: int) -> bool:
@@ -37,7 +44,18 @@ class Progress:
         )
         if config.run.report_to != "none":
             values = stored(config).items()
-            accelerator.init_trackers("", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values})
+            own = {"wandb": _of_wandb(run)} if run and config.run.report_to == "wandb" else {}
+            project = os.environ.get("WANDB_PROJECT", PROJECT) if config.run.report_to == "wandb" else ""
+            accelerator.init_trackers(project, {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values}, own)
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """For what is no training step: its time does not count for images_per_second."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.began += time.monotonic() - began
 
     def __enter__(self) -> Progress:
         return self
@@ -52,11 +70,15 @@ class Progress:
         rate = self.images / max(time.monotonic() - self.began, 1e-9)
         self.bar.set_postfix_str(f"loss {self.smooth:.3f}, {rate:.0f} images/s{self.quality}", refresh=False)
         self.bar.update()
-        if not due(step, self.config.run.log_every):
+        every = self.config.run.log_every
+        # A line that is only due because the run ends leaves the window open: of a run that goes on, the next has all steps since the last.
+        last = {} if due(step, every) else {LAST: True}
+        if last and not (every and step == self.config.optimization.max_steps):
             return
-        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **window.close(self.accelerator.gather)}
+        close = window.values if last else window.close
+        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **close(self.accelerator.gather)}
         if self.run:
-            self.run.metrics.append({"step": step, **values, "images_per_second": rate})
+            self.run.metrics.append({"step": step, **values, **last, "images_per_second": rate})
         self.accelerator.log({**_scalars(values), "images_per_second": rate}, step=step)
         self.began, self.images = time.monotonic(), 0
 
@@ -70,6 +92,14 @@ class Progress:
             name, value = next(iter(figures.items()))
             self.quality = f", {name} {value:.4g}"
         self.accelerator.log(values, step=step)
+
+
+def _of_wandb(run: Run) -> dict[str, Any]:
+    """What makes a resume the same run there: an id, which the run directory keeps."""
+    path = run.folder / "logs" / "wandb-id"
+    if not path.is_file():
+        write_file(path, secrets.token_hex(8).encode())
+    return {"name": run.folder.name, "id": os.environ.get("WANDB_RUN_ID") or path.read_text(), "resume": "allow"}
 
 
 def _scalars(values: dict[str, Any]) -> dict[str, float]:

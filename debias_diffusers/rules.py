@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from itertools import pairwise
 from pathlib import PurePath
 from typing import Any, get_args
@@ -35,6 +35,7 @@ from .config import (
     WeightsConfig,
     flatten,
     noise_schedule,
+    update,
 )
 
 
@@ -87,6 +88,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sample_every": (_at_least(0), "0 (off) or more, such as 1000"),
     "eval_every": (_at_least(0), "0 (off) or more, such as 5000"),
     "eval_images": (_at_least(1), "at least 1, such as 1000"),
+    "ddp_timeout": (lambda value: 1 <= value <= 10**8, "at least 1 (and at most 3 years), such as 1800"),
     "hub_every": (_at_least(0), "0 (at the end only) or more, such as 10000"),
     "log_every": (_at_least(0), "0 (off) or more, such as 10"),
     "steps": (_at_least(1), "at least 1, such as 20"),
@@ -119,6 +121,41 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
     if config.run.output_dir is None:
         found.append("output_dir is missing: name the run directory, such as --output_dir runs/first")
     return found
+
+
+# Values of a preset (--config, or the digits' own) that give way to a flag which they do not go with. Not what defines the objective.
+YIELDING = (
+    "warmup_steps", "label_dropout", "label_column", "attention_resolutions", "attention_head_dim", "channel_mult",
+    "snr_gamma", "p2_k", "p2_gamma", "sigma_data", "snr_floor", "snr_ceiling", "terminal_weight_floor", "normalize_weights",
+    "timestep_mean", "timestep_std", "noise_schedule", "learn_sigma", "variance_type", "micro_batch_size", "compile_mode",
+    "keep_best", "eval_metrics", "eval_images", "feature_extractor", "feature_extractor_weights",
+    "hub_model_id", "hub_private", "hub_every", "hub_tags", "hub_license",
+)  # fmt: skip
+
+
+def yielded(
+    config: TrainConfig, preset: TrainConfig, typed: Container[str], resolve: Callable[[TrainConfig], TrainConfig]
+) -> tuple[TrainConfig, list[str]]:
+    """A configuration whose values of the preset go with the flags that were typed, and a sentence for each value that gave way.
+
+    Args:
+        config: the preset, changed by flags.
+        preset: what it was without them; what is wrong with it alone stays wrong.
+        typed: names of the flags.
+        resolve: fills in what was left out.
+    """
+    wrong_alone, before, defaults = set(train_problems(resolve(preset))), flatten(preset), flatten(TrainConfig())
+    defaults["warmup_steps"] = config.optimization.max_steps // 10
+    said = []
+    for name in YIELDING:
+        problems = set(train_problems(resolve(config))) - wrong_alone
+        if not problems or name in typed or before[name] == defaults[name]:
+            continue
+        other = update(config, {name: defaults[name]})
+        if (left := set(train_problems(resolve(other))) - wrong_alone) < problems:
+            config = other
+            said.append(f"{name} is {defaults[name]}, and not as configured: {min(problems - left)}")
+    return config, said
 
 
 def _evaluation_problems(run: RunConfig) -> list[str]:

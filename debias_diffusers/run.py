@@ -27,6 +27,7 @@ MARKER = ".debias_diffusers.json"  # says that a folder is a run directory
 MARK = {"debias_diffusers": "run"}
 USUAL = {"dataset", "prediction_type", "weighting", "noise_schedule", "ema_decay", "max_steps"}  # fields of every run's config.json
 METRICS = "metrics.jsonl"
+LAST = "last"  # marks a line of metrics that is there because the run ended, not because it was due
 
 
 def say(message: str) -> None:
@@ -65,7 +66,8 @@ class Run:
         for folder in (self.folder, *(path for path in self.folder.iterdir() if path.is_dir())):
             remove_drafts(folder)
         write_file(self.folder / CONFIG, to_json(config).encode())
-        self.metrics.begin_after(self.resume.step if self.resume else 0)
+        step = self.resume.step if self.resume else 0
+        self.metrics.begin_after(step, goes_on=step < config.optimization.max_steps)
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -161,10 +163,10 @@ class Metrics:
         self._unwritten = b""
         self._writing = threading.Lock()  # a save beside the training syncs what the training appends to
 
-    def begin_after(self, step: int) -> None:
-        """Drops the lines of later steps, which will be trained again, and a last line that was cut off."""
+    def begin_after(self, step: int, goes_on: bool = True) -> None:
+        """Drops the lines of later steps, which will be trained again, a last line that was cut off, and that of an end that is none."""
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if step_of(line) <= step]
+        kept = [line for line in lines if step_of(line) <= step and not (goes_on and LAST in json.loads(line))]
         if kept != lines:
             write_file(self.path, b"".join(kept))
 
@@ -235,14 +237,18 @@ class StopSignal:
         self.signum = signum
 
 
+def launched() -> bool:
+    """Whether `accelerate launch` or torchrun started this process."""
+    return any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
+
+
 def stop_with_launcher() -> None:
     """Under `accelerate launch` or torchrun: when the launcher dies, be told as by SIGTERM (Linux).
 
     A launcher that is terminated does not pass the signal on, and its training would go on unseen. Not without a launcher:
     a shell that ends must not end the training that was started from it.
     """
-    launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
-    if launched and sys.platform == "linux":
+    if launched() and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         parent = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

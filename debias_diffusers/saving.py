@@ -25,6 +25,14 @@ from .run import Run, say
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file and name, as `snapshot.gather` gives them
 
 
+@torch.no_grad()
+def filled(network: nn.Module, average: Mapping[str, Tensor]) -> nn.Module:
+    """The network, with these weights."""
+    for name, parameter in network.named_parameters():
+        parameter.copy_(average[name])
+    return network
+
+
 class Saver(Background[str | None]):
     """Saves one step after the other; the result of a save is what went wrong with it, or None."""
 
@@ -51,13 +59,7 @@ class Saver(Background[str | None]):
     def averaged(self, average: Mapping[str, Tensor]) -> nn.Module:
         """A network with these weights, to draw with; waits for a save under way, which exports with the same."""
         self.wait()
-        return self._with(average)
-
-    @torch.no_grad()
-    def _with(self, average: Mapping[str, Tensor]) -> nn.Module:
-        for name, parameter in self._network.named_parameters():
-            parameter.copy_(average[name])
-        return self._network
+        return filled(self._network, average)
 
     def _save(self, tensors: Tensors, state: dict[str, Any], final: bool) -> str | None:
         """Writes, and hands over what is to be pushed; says at once what went wrong, if something did, unless it will end the run."""
@@ -90,7 +92,7 @@ class Saver(Background[str | None]):
 
     def _export(self, folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
-        network = self._with(tensors[checkpoint.ema_file(self.config.optimization.ema_decay[0])])
+        network = filled(self._network, tensors[checkpoint.ema_file(self.config.optimization.ema_decay[0])])
         draft = draft_of(folder / "export")
         with said_if_not_writable(folder):
             try:

@@ -46,6 +46,9 @@ class Source(Protocol):
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data between runs: the number of images, and a hash of their names and sizes."""
 
+    def files(self) -> list[str] | None:
+        """The files that hold the images, in an order that follows from theirs; None where not all are known."""
+
 
 class Folder:
     """A folder of image files, in the order of their paths; where its folders are splits, those of one split.
@@ -118,6 +121,9 @@ class Folder:
     def fingerprint(self) -> dict[str, Any]:
         return self._fingerprint
 
+    def files(self) -> list[str] | None:
+        return [str(self.root / name) for name in self.names]
+
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:  # looks at every file, and is asked for more than once
         digest = hashlib.sha256()
@@ -178,6 +184,12 @@ class Table:
         digest = hashlib.sha256(f"{columns} {len(self)} {self.table.data.nbytes}".encode())
         return {"images": len(self), "sha256": digest.hexdigest()}
 
+    def files(self) -> list[str] | None:
+        files = [file["filename"] for file in self.table.cache_files]  # none of a table in memory
+        cells = self.table.data.column(self.image_column)
+        inside = all(chunk.field("bytes").null_count == 0 for chunk in cells.chunks)  # else cells name files elsewhere
+        return files if files and inside else None
+
 
 class Without:
     """A source less some of its images."""
@@ -200,6 +212,23 @@ class Without:
 
     def fingerprint(self) -> dict[str, Any]:
         return self.source.fingerprint() | ({"skipped": self.skipped} if self.skipped else {})
+
+    def files(self) -> list[str] | None:
+        return self.source.files()
+
+
+def state_of_files(source: Source) -> str | None:
+    """A hash of what the file system says of all files of a source, which changes when one is written to; None where that is not known."""
+    digest = hashlib.sha256(repr(source.fingerprint()).encode())
+    files = source.files()
+    for path in files or []:
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        facts = (os.path.realpath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+        digest.update(repr(facts).encode())
+    return digest.hexdigest() if files else None
 
 
 def in_threads(work: Callable[[int], Any], indices: Sequence[int]) -> Iterator[Any]:

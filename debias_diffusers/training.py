@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from . import chance, checkpoint, data, evaluation, hub, images, machine, sampling, snapshot
+from . import chance, checkpoint, data, evaluation, hub, images, machine, sampling, saving, snapshot
 from .checkpoint import Checkpoint
 from .config import (
     BEFORE_THE_FIELD,
@@ -42,6 +42,7 @@ from .config import (
 from .ema import EMA
 from .errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
 from .files import require_replaceable, write_file
+from .imagesets import numbered
 from .labels import in_proportion, with_images
 from .loss import Terms, make_objective
 from .metrics import as_loss
@@ -84,7 +85,8 @@ def _train(config: TrainConfig, run: Run | None, stop: StopSignal, to: HubConfig
     try:
         Trainer(config, run, accelerator, to).train(stop)
     except RuntimeError as error:
-        if known := machine.explained(error, "--micro_batch_size", micro_batch_size(config.optimization, accelerator.num_processes)):
+        size = micro_batch_size(config.optimization, accelerator.num_processes)
+        if known := machine.explained(error, "--micro_batch_size", size, config.run.ddp_timeout):
             raise known from error
         raise
     finally:
@@ -118,8 +120,12 @@ class Trainer:
         self.micro_batch_size = micro_batch_size(self.optim, accelerator.num_processes)
 
         self.objective = make_objective(config.objective)  # first, because it may refuse the configuration
+        source = self._open_source(found)
+        self.monitor = self._monitor(source) if config.run.eval_every else None
+        if self.monitor:
+            self.config = config = update(config, {"eval_images": self.monitor.count})
         learned = update(config, {"channels": typed})  # those of the run may stand there as left out
-        self.task = PixelTask(learned, *self._readable(self._open_source(found), found, typed))
+        self.task = PixelTask(learned, *self._readable(source, found, typed))
         self.sampler = make_timestep_sampler(config.objective, self.objective.schedule, self.optim.batch_size)
         self.window = Window(len(self.objective.schedule), self.device)
         torch.manual_seed(chance.mixed(self.optim.seed, "weights", 0))
@@ -160,10 +166,13 @@ class Trainer:
         if run:
             run.begin(config)
             machine.warn_of_little_space(run.folder, sum(p.numel() for p in self.parameters), len(self.optim.ema_decay))
-        measures = run is not None and config.run.eval_every > 0
-        self.monitor = evaluation.Monitor(config, self.task.data.source, self.device) if measures else None
+        if self.monitor:
+            with self._said_by_the_first():
+                self.monitor.read(self.task.data.source)
         self.publisher = Publisher(run.folder, to, self.step) if run and to else None
         self.saver = Saver(run, config, self.task, self.device, self.publisher) if run else None
+        draws = self.saver is None and (config.run.sample_every or config.run.eval_every)
+        self.drawing = self.task.build().to(self.device).eval() if draws else None  # its network where none is saved from
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -191,12 +200,13 @@ class Trainer:
                 launched.append(self._launch(micro_batches, stop.signum, time.monotonic() > deadline))
                 for _ in range(len(launched) - self._may_stay_unread(launched[-1])):
                     signum, late = self._read(launched.popleft(), progress)
-                if due(self.step, every.sample_every):
-                    self._draw_grid()
-                if due(self.step, every.eval_every):
-                    progress.record_figures(self.step, self._measure())
-                if due(self.step, every.checkpoint_every) and self.step < self.optim.max_steps:
-                    self._save()
+                with progress.apart():
+                    if due(self.step, every.sample_every):
+                        self._draw_grid()
+                    if due(self.step, every.eval_every):
+                        progress.record_figures(self.step, self._measure())
+                    if due(self.step, every.checkpoint_every) and self.step < self.optim.max_steps:
+                        self._save()
             while launched:
                 self._read(launched.popleft(), progress)
             self._save(final=True)
@@ -367,10 +377,11 @@ class Trainer:
             known, coloured = self._look(source)
             count = len(source) - len(known)
             if channels == 1 and typed is None and coloured:
-                raise self._said_by_the_first(
-                    f"dataset {self.config.data.dataset}: {coloured} of {count} images have colours, but this run learns grey ones; "
-                    f"add --channels 1, which converts them to grey"
-                )
+                with self._said_by_the_first():
+                    raise InputError(
+                        f"dataset {self.config.data.dataset}: {coloured} of {count} images have colours, but this run learns grey ones; "
+                        f"add --channels 1, which converts them to grey"
+                    )
             channels = channels or _channels(coloured, count, say if self.run else None)
         return Without(source, known) if known else source, channels
 
@@ -384,22 +395,39 @@ class Trainer:
             self._require_same_data(before, source.fingerprint())
         return [] if self.config.data.dataset == DIGITS else None  # they come with the package, and its tests read them
 
+    def _monitor(self, source: Source) -> evaluation.Monitor:
+        made: list[evaluation.Monitor] = []
+
+        def make() -> list[None]:
+            made.append(
+                evaluation.Monitor(self.config, source, self.device, self.accelerator.process_index, self.accelerator.num_processes)
+            )
+            return []
+
+        with self._said_by_the_first():
+            machine.gathered(make, self.accelerator.num_processes)
+        return made[0]
+
+    @contextlib.contextmanager
+    def _said_by_the_first(self) -> Iterator[None]:
+        """For what is refused by all processes at once."""
+        try:
+            yield
+        except InputError as error:
+            if self.run is None:
+                raise SystemExit(error.exit_code) from error
+            raise
+
     def _look(self, source: Source) -> tuple[list[int], int]:
         """The images that are skipped, and how many of the others have colours."""
         mine = look_at(source, range(len(source))[self.accelerator.process_index :: self.accelerator.num_processes])
         parts = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
         bad = dict(sorted(item for part, _ in parts for item in part.items()))
-        try:
+        with self._said_by_the_first():
             require_skippable(bad, str(self.config.data.dataset), len(source), self.config.data.skip_bad)
-        except InputError as error:
-            raise self._said_by_the_first(str(error)) from error
         for sentence in bad.values() if self.run else ():
             say(f"skipped: {sentence}")
         return list(bad), sum(coloured for _, coloured in parts)
-
-    def _said_by_the_first(self, sentence: str) -> BaseException:
-        """What all processes have found: the error for the first, and a silent end with its exit code for the others."""
-        return InputError(sentence) if self.run else SystemExit(InputError.exit_code)
 
     def _resume(self, found: Checkpoint | None) -> None:
         """Puts everything back as it was after the checkpoint's step."""
@@ -510,36 +538,46 @@ class Trainer:
         self.saving_step = self.saved_step
 
     def _draw_grid(self) -> None:
-        """Samples of the averaged weights, always from the same seeds, as one picture."""
-        if self.saver is None:
-            return
+        """Samples of the averaged weights, always from the same seeds, as one picture; each process draws its share."""
         try:
             classes = with_images(self.task.class_counts or [])
-            drawn = [image for batch in self._drawn(self.saver, GRID_IMAGES, classes) for image in batch.cpu().numpy()]
-            picture = images.grid([images.from_array(array) for array in drawn])
-            write_file(self.saver.run.folder / SAMPLES / f"{checkpoint.name_of(self.step)}.png", images.png(picture))
+            parts = machine.gathered(lambda: list(self._drawn(GRID_IMAGES, classes)), self.accelerator.num_processes)
+            if self.saver:
+                arrays = [image for _, batch in sorted(parts, key=lambda part: part[0]) for image in batch.numpy()]
+                picture = images.grid([images.from_array(array) for array in arrays])
+                write_file(self.saver.run.folder / SAMPLES / f"{checkpoint.name_of(self.step)}.png", images.png(picture))
         except (CannotWriteError, InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
-            say(f"no sample grid at step {self.step}: {error}")
+            if self.saver:
+                say(f"no sample grid at step {self.step}: {error}")
 
-    def _drawn(self, saver: Saver, count: int, labels: Sequence[int]) -> Iterator[Tensor]:
-        """Images of the averaged weights from the seeds 0, 1, ..., as batches (B, C, H, W) uint8; `labels` in turn, if there are any."""
-        pipeline = self.task.preview(saver.averaged(self.ema.averages[self.optim.ema_decay[0]]))
+    def _drawn(self, count: int, labels: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """This process's share of the images of the averaged weights from the seeds 0, 1, ...: (number, (B, C, H, W) uint8) of batches.
+
+        `labels` in turn, if there are any.
+        """
+        average = self.ema.averages[self.optim.ema_decay[0]]
+        network = saving.filled(self.drawing, average) if self.drawing else self.saver.averaged(average)  # type: ignore[union-attr]
+        pipeline = self.task.preview(network)
         steps = min(GRID_STEPS, len(self.objective.schedule) // 2)
         pipeline.scheduler = make_scheduler(default_scheduler(pipeline.scheduler), pipeline.scheduler, "linspace", steps)
-        for first in range(0, count, self.micro_batch_size):  # no more at once than the training has memory for
-            indices = range(first, min(first + self.micro_batch_size, count))
+        processes = self.accelerator.num_processes
+        size = min(self.micro_batch_size, -(-count // processes))  # no more at once than the training has memory for
+        for number, indices in numbered(count, size, self.accelerator.process_index, processes):
             own = [labels[k % len(labels)] for k in indices] if labels else None
-            yield sampling.draw(pipeline, indices, 0, own, num_inference_steps=steps)
+            yield number, sampling.draw(pipeline, indices, 0, own, num_inference_steps=steps).cpu()
 
     def _measure(self) -> dict[str, float]:
         """Figures of what the averaged weights draw; {} in all processes but the first, and where they drew nothing finite."""
-        if self.monitor is None or self.saver is None:
+        if self.monitor is None:
             return {}
         try:
-            count = self.config.run.eval_images
-            figures = self.monitor.figures(self._drawn(self.saver, count, in_proportion(self.task.class_counts or [], count)))
+            count = self.monitor.count
+            figures = self.monitor.figures(self._drawn(count, in_proportion(self.task.class_counts or [], count)))
         except (InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
-            say(f"no figures at step {self.step}: {error}")
+            if self.saver:
+                say(f"no figures at step {self.step}: {error}")
+            return {}
+        if self.saver is None:
             return {}
         self.measured = {"step": self.step, "by": self.monitor.about, "figures": figures}
         name, value = next(iter(figures.items()))

@@ -43,7 +43,15 @@ class Window:
         self.clipped += clipped
 
     def close(self, gather: Gather) -> dict[str, Any]:
-        """The values of a line, over all processes, which all must call it; begins anew.
+        """The `values` of a line; begins anew."""
+        values = self.values(gather)
+        self.sums.zero_()
+        self.clipped.zero_()
+        self.steps = 0
+        return values
+
+    def values(self, gather: Gather) -> dict[str, Any]:
+        """The values of a line, over all processes, which all must call it.
 
         Returns:
             `loss_by_t`, `mse_by_t`, `bound_by_t`: the mean weighted loss, mean square error, and term of the variational bound of
@@ -55,17 +63,13 @@ class Window:
         def means(sums: list[float]) -> list[float | None]:
             return [total / n if n else None for total, n in zip(sums, samples)]
 
-        values = {
+        return {
             "loss_by_t": means(losses),
             "mse_by_t": means(squares),
             **({"bound_by_t": means(bounds)} if any(bounds) else {}),
             "effective_sample_size": sum(weights) ** 2 / (sum(samples) * sum(squared_weights) or 1),
             "clip_rate": self.clipped.item() / max(1, self.steps),
         }
-        self.sums.zero_()
-        self.clipped.zero_()
-        self.steps = 0
-        return values
 
     def state(self, gather: Gather, first: bool) -> dict[str, Any]:
         """What a checkpoint must hold, over all processes, which all must call it.

@@ -1,6 +1,7 @@
 """The promises of a run, with real processes: resume, stop, lock, several processes, export."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import HANG, TINY, command, launched, metrics, newest_step, run, same, tensors, train_args
+from conftest import HANG, ROOT, TINY, command, launched, metrics, newest_step, run, same, tensors, train_args
 from diffusers import (
     CMStochasticIterativeScheduler,
     DDPMPipeline,
@@ -21,7 +22,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load
 
-from debias_diffusers import chance, checkpoint, training
+from debias_diffusers import chance, checkpoint, machine, training
 from debias_diffusers.card import model_card
 from debias_diffusers.cli import train_config
 from debias_diffusers.config import OptimizationConfig, update
@@ -29,6 +30,7 @@ from debias_diffusers.ema import EMA
 from debias_diffusers.errors import InputError
 from debias_diffusers.loss import make_objective
 from debias_diffusers.pipeline import PixelPipeline, load_pipeline
+from debias_diffusers.progress import Progress
 from debias_diffusers.run import open_run
 from debias_diffusers.timesteps import make_timestep_sampler
 from debias_diffusers.training import learning_rate
@@ -518,3 +520,84 @@ def test_a_run_that_is_older_than_a_field_goes_on(tmp_path):
     assert open_run(config).resume.step == 6
     with pytest.raises(InputError, match="random_flip: the run has False, this command says True"):
         open_run(update(config, {"random_flip": True, "output_dir": str(shutil.copytree(folder, tmp_path / "copy"))}))
+
+
+def tracked(folder, monkeypatch):
+    """What wandb would be begun with."""
+    begun = []
+    accelerator = SimpleNamespace(init_trackers=lambda *arguments: begun.append(arguments))
+    config = train_config(["--config", str(TINY), "--output_dir", str(folder), "--report_to", "wandb"], None)
+    folder.mkdir(exist_ok=True)
+    Progress(config, SimpleNamespace(folder=folder), accelerator, 0).bar.close()
+    ((project, values, own),) = begun
+    assert values["batch_size"] == 8
+    return project, own["wandb"]
+
+
+def test_a_resume_is_the_same_run_of_wandb(tmp_path, monkeypatch):
+    for name in ("WANDB_PROJECT", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    project, own = tracked(tmp_path / "run", monkeypatch)
+    assert project == "debias_diffusers" and own["name"] == "run" and own["resume"] == "allow"
+    assert tracked(tmp_path / "run", monkeypatch)[1] == own
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    assert tracked(tmp_path / "moved", monkeypatch)[1]["id"] == own["id"]
+    assert tracked(tmp_path / "run", monkeypatch)[1]["id"] != own["id"]  # another run of the same name
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    project, own = tracked(tmp_path / "run", monkeypatch)
+    assert project == "mine" and own["id"] == "abc"
+
+
+def test_images_per_second_are_those_of_the_steps(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("debias_diffusers.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path), "--log_every", "1"], None)
+    lines = []
+    run_folder = SimpleNamespace(metrics=SimpleNamespace(append=lines.append))
+    progress = Progress(config, run_folder, SimpleNamespace(log=lambda *_, **__: None, gather=None), 0)
+    for step in (1, 2, 3):
+        now[0] += 2
+        progress.record(step, 1.0, 0.1, 1.0, SimpleNamespace(close=lambda _: {}))
+        with progress.apart():  # a grid
+            now[0] += 100
+    progress.bar.close()
+    assert [line["images_per_second"] for line in lines] == [4.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "given, of_launcher, threads",
+    [
+        ("3", None, 3),  # without a launcher
+        ("", None, None),
+        ("1", "", None),  # the launcher's own
+        ("3", "3", 3),
+        ("1", "1", 1),  # the user's, though it is the launcher's own, too
+        ("6,2", None, 6),
+        ("many", None, None),
+    ],
+)
+def test_omp_num_threads_of_the_user_is_obeyed_and_that_of_the_launcher_not(given, of_launcher, threads, monkeypatch, capsys):
+    script = "from debias_diffusers import machine; print(machine._omp_num_threads())"
+    if of_launcher is None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+            monkeypatch.delenv(name, raising=False)
+        assert machine._omp_num_threads() == threads
+        return
+    # A process with another environment than that it was started with, as the launcher's children have one.
+    parent = f"import os, subprocess, sys; os.environ.update(OMP_NUM_THREADS={given!r}, ACCELERATE_MIXED_PRECISION='no');"
+    parent += f"sys.exit(subprocess.call([sys.executable, '-c', {script!r}]))"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": of_launcher} if of_launcher else {}
+    found = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == str(threads), found.stderr
+
+
+def test_what_is_taken_of_omp_num_threads_is_said(monkeypatch, capfd):
+    monkeypatch.setattr(machine.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(machine, "_omp_num_threads", lambda: 77)
+    assert machine.set_threads(None) == 77 and "77 CPU threads" in capfd.readouterr().err
+    assert machine.set_threads(2) == 2 and capfd.readouterr().err == ""
+    monkeypatch.setattr(machine, "_omp_num_threads", lambda: None)
+    assert machine.set_threads(None) >= 1 and capfd.readouterr().err == ""

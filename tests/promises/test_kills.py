@@ -554,3 +554,17 @@ def test_the_bytes_that_are_compared_are_those_of_a_training(trained):
     """So that `same` cannot pass on nothing: steps differ, and so do seeds."""
     assert tensors(trained, 18)["model.safetensors"] != tensors(trained, 24)["model.safetensors"]
     assert len(metrics(trained)) == 24 and len({line["loss"] for line in metrics(trained)}) == 24
+
+
+@pytest.mark.row(18, "metrics.jsonl has every step exactly once, cut lines and later steps are dropped")
+def test_the_last_step_has_its_line_which_goes_when_the_run_goes_on(tmp_path):
+    """Lines at 4 and 8; the end at 6 has one, too, but leaves the sums open for that of 8."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = ["--log_every", 4, "--warmup_steps", 0, "--lr_schedule", "constant"]
+    train_here(whole, [*flags, "--max_steps", 9])
+    for steps, lines in ((2, [2]), (6, [4, 6]), (9, [4, 8, 9])):
+        train_here(resumed, [*flags, "--max_steps", steps])
+        assert [line["step"] for line in metrics(resumed)] == lines
+    assert metrics(resumed) == metrics(whole)
+    train_here(resumed, [*flags, "--max_steps", 9])  # finished
+    assert metrics(resumed) == metrics(whole)

@@ -5,22 +5,30 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import datasets
+import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from conftest import ROOT, TINY, command, metrics, run, tensors, train_args, wait_for
+from conftest import HANG, ROOT, SERVER, TINY, command, metrics, tensors, train_args, wait_for
+from datasets import Dataset, Features
 from here import tiny, trained_here
+from PIL import Image
 from safetensors.torch import load
 
-from debias_diffusers import checkpoint, cli, data, launcher, machine, training
-from debias_diffusers.config import packaged_configs
+from debias_diffusers import checkpoint, cli, data, evaluation, launcher, machine, sampling, sources, training
+from debias_diffusers import metrics as metrics_of_images
+from debias_diffusers.config import DataConfig, RunConfig, TrainConfig, flatten, packaged_configs
 from debias_diffusers.ema import EMA
-from debias_diffusers.errors import DebiasError, InputError
+from debias_diffusers.errors import DebiasError, InputError, NotFiniteError
+from debias_diffusers.rules import train_problems
 from debias_diffusers.sources import open_source
 
 # ---- 64: the ways out -------------------------------------------------------------------------------------------------
@@ -76,6 +84,22 @@ def test_on_every_way_out_no_worker_is_left(way, soon, trials):
     assert set(multiprocessing.active_children()) == before
 
 
+@pytest.mark.row(64, NO_WORKER)
+def test_where_a_worker_cannot_be_started_those_before_it_end(monkeypatch, trials):
+    trials()
+    before, original = set(multiprocessing.active_children()), multiprocessing.Process.start
+
+    def start(process):
+        if set(multiprocessing.active_children()) - before:
+            raise OSError(11, "Resource temporarily unavailable")
+        original(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
+    with pytest.raises(OSError, match="temporarily unavailable") as kept:
+        next(loaded(data.TrainingData))
+    assert set(multiprocessing.active_children()) == before and kept.tb
+
+
 BOOM = """
 import sys, signal
 from debias_diffusers import cli, training
@@ -93,7 +117,7 @@ sys.exit(cli.train(sys.argv[1:]))
 def test_an_error_that_is_not_ours_ends_a_process_with_workers(tmp_path, trials):
     trials()
     process = command("-c", BOOM, *train_args(tmp_path / "run", "--num_workers", 2)[1:])
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 1 and "illegal memory access" in err.splitlines()[-1]
 
 
@@ -102,13 +126,13 @@ def test_a_signal_ends_a_process_whose_training_has_ended(trials):
     """A thread of a library may keep it from ending by itself."""
     trials()
     script = (
-        "import time; from debias_diffusers.run import StopSignal; stop = StopSignal(); stop.ended = True; print('there', flush=True);"
+        "import time; from debias_diffusers.run import StopSignal; stop = StopSignal(); stop.close(); print('there', flush=True);"
         "time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "there\n"
     process.terminate()
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert process.wait(timeout=HANG) == -signal.SIGTERM
 
 
 @pytest.mark.row(64, NO_WORKER)
@@ -139,7 +163,7 @@ def test_with_a_tiny_dev_shm_it_says_so_and_ends(tmp_path, trials):
     script = 'mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 77; exec "$@"'
     flags = ["--num_workers", 2, "--batch_size", 512, "--cache_images_mb", 0]
     inner = [sys.executable, *map(str, train_args(tmp_path / "run", *flags))]
-    found = subprocess.run(["unshare", "-m", "bash", "-c", script, "-", *inner], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    found = subprocess.run(["unshare", "-m", "bash", "-c", script, "-", *inner], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     if "unshare" in found.stderr or found.returncode == 77:
         pytest.skip("this user may not mount here")
     assert found.returncode == 1 and "Traceback" not in found.stderr and "--shm-size" in found.stderr.splitlines()[-1]
@@ -214,7 +238,7 @@ def test_an_error_of_the_launchers_configuration_is_not_blamed_on_the_precision(
     config = tiny(tmp_path / "run")
     AcceleratorState._reset_state(True)
     monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="configuration says: .*perhaps") as caught:
+    with pytest.raises(InputError, match=r"configuration says: .*perhaps") as caught:
         machine.start_accelerator(config)
     assert "mixed_precision" not in str(caught.value)
     AcceleratorState._reset_state(True)
@@ -302,3 +326,325 @@ def test_a_gradient_of_zero_and_averages_that_do_not_move_are_said_once(tmp_path
     assert [line for line in said if "gradient of step 1 is exactly 0" in line] == said[:1]
     assert "ema_decay 0.9, 0.99 have not changed from step 0 to 3" in said[1]
     assert len(said) == 2
+
+
+# ---- 67: work shared between processes --------------------------------------------------------------------------------
+
+SHARED = "grids and measurements are shared by the processes, and none waits for one that failed, or longer than ddp_timeout"
+
+
+def _slow(rank, folder):
+    """Each batch takes a third of a second."""
+
+    def draw(pipeline, indices, *args, **kwargs):
+        time.sleep(1 / 3)
+        return torch.randint(256, (len(indices), 1, 8, 8), dtype=torch.uint8)
+
+    sampling.draw = draw
+
+
+def _first_waits_for_the_second(rank, folder):
+    original = metrics_of_images.figures
+
+    def figures(*args, **kwargs):
+        wait_for((folder / "second-has-ended").exists)
+        return original(*args, **kwargs)
+
+    metrics_of_images.figures = figures
+
+
+def _failing(error):
+    original = sampling.draw
+
+    def draw(pipeline, indices, *args, **kwargs):
+        if 5 in indices:  # in one of the processes
+            raise error
+        return original(pipeline, indices, *args, **kwargs)
+
+    sampling.draw = draw
+
+
+def _not_finite(rank, folder):
+    _failing(NotFiniteError("image 5 is not finite"))
+
+
+def _out_of_memory(rank, folder):
+    _failing(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"))
+
+
+def _of_our_own_making(rank, folder):
+    _failing(ZeroDivisionError("a mistake"))
+
+
+def _nothing(rank, folder):
+    pass
+
+
+def _rank(rank, processes, port, patch, folder, args):
+    """In a forked process: one of several that train together."""
+    os.chdir(ROOT)
+    descriptor = os.open(folder / f"err-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 2)
+    os.environ.update(
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOME": str(folder), "HF_HOME": str(folder / "hf")}
+    )
+    multiprocessing.set_start_method("fork", force=True)
+    patch(rank, folder)
+    sys.exit(cli.train(args))
+
+
+class Together:
+    """Several processes that train together."""
+
+    def __init__(self, processes, patch, folder, *flags):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.folder, args = folder, [str(arg) for arg in train_args(folder / "run", *flags)[1:]]
+        self.ranks = [SERVER.Process(target=_rank, args=(k, processes, port, patch, folder, args)) for k in range(processes)]
+        for rank in self.ranks:
+            rank.start()
+
+    def ended(self, rank):
+        """(exit code, what it said)."""
+        self.ranks[rank].join(300)
+        return self.ranks[rank].exitcode, (self.folder / f"err-{rank}").read_text()
+
+
+FEW_STEPS = ["--max_steps", 2, "--warmup_steps", 0, "--lr_schedule", "constant"]
+MEASURING = [*FEW_STEPS, "--eval_every", 2, "--eval_images", 66, "--eval_metrics", "fid"]
+
+
+@pytest.mark.row(67, SHARED)
+def test_a_measurement_that_takes_longer_than_the_limit_is_shared(tmp_path, trials):
+    """33 batches of a third of a second: 11 seconds for one process, and more than the limit for each of two."""
+    trials()
+    both = Together(2, _slow, tmp_path, *MEASURING, "--micro_batch_size", 2, "--ddp_timeout", 5)
+    for rank in range(2):
+        code, err = both.ended(rank)
+        assert code == 0 and "Traceback" not in err, err
+    assert "eval_fid" in metrics(tmp_path / "run")[-1]
+
+
+@pytest.mark.row(67, SHARED)
+def test_a_process_that_waits_longer_than_the_limit_says_so(tmp_path, trials):
+    trials()
+    both = Together(2, _first_waits_for_the_second, tmp_path, *MEASURING, "--max_steps", 4, "--ddp_timeout", 5)
+    code, err = both.ended(1)
+    assert code == 1 and "Traceback" not in err
+    assert "waited longer for another process than --ddp_timeout allows (5 s)" in err.splitlines()[-1]
+    (tmp_path / "second-has-ended").touch()
+    code, err = both.ended(0)
+    assert code == 1 and "Traceback" not in err and "another process of this command has ended" in err.splitlines()[-1]
+
+
+@pytest.mark.row(67, SHARED)
+@pytest.mark.parametrize(
+    "patch, code, said",
+    [
+        (_not_finite, 0, "no figures at step 2: image 5 is not finite"),
+        (_out_of_memory, 2, "out of memory with 4 images per forward; add --micro_batch_size 2"),
+        pytest.param(_of_our_own_making, 1, "ZeroDivisionError: a mistake", marks=pytest.mark.nightly),
+    ],
+)
+def test_no_process_waits_for_one_that_failed(tmp_path, trials, patch, code, said):
+    """The limit, of half an hour, would be longer than this test may take."""
+    trials()
+    both = Together(2, patch, tmp_path, *MEASURING)
+    ends = [both.ended(rank) for rank in range(2)]
+    assert [end[0] for end in ends] == [code] * 2, ends
+    assert any(said in err for _, err in ends)
+
+
+@pytest.mark.row(67, SHARED)
+def test_a_grid_does_not_depend_on_the_number_of_processes(tmp_path, trials):
+    """Of the initial weights, which are the same."""
+    pictures = []
+    for processes in (1, 2):
+        trials()
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        together = Together(processes, _nothing, folder, *FEW_STEPS, "--sample_every", 2, "--learning_rate", 1e-12)
+        assert [together.ended(rank)[0] for rank in range(processes)] == [0] * processes
+        pictures.append(np.asarray(Image.open(folder / "run" / "samples" / "step-00000002.png")).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1 and pictures[0].std() > 10
+
+
+# ---- 68: the reference of a measurement -------------------------------------------------------------------------------
+
+ONCE = "the images of a measurement's reference are read once, and again when one of their files has changed"
+
+
+def pictures(root, count=70):
+    root.mkdir()
+    for k in range(count):
+        Image.fromarray(np.random.default_rng(k).integers(0, 255, (8, 8), np.uint8)).save(root / f"{k:03d}.png")
+    return root
+
+
+def table_of(folder, root):
+    files = sorted(folder.iterdir())
+    content = {"image": [{"bytes": file.read_bytes(), "path": None} for file in files]}
+    Dataset.from_dict(content, features=Features({"image": datasets.Image()})).save_to_disk(str(root))
+    return root
+
+
+@pytest.fixture
+def reads(monkeypatch, tmp_path):
+    """How many images were read since the last look."""
+    monkeypatch.setenv("HOME", str(tmp_path))  # of the cache
+    counted = []
+    for kind in (sources.Folder, sources.Table):
+        original = kind.read
+        monkeypatch.setattr(kind, "read", lambda self, k, original=original: counted.append(k) or original(self, k))
+
+    def since():
+        count = len(counted)
+        counted.clear()
+        return count
+
+    return since
+
+
+def monitored(data, skipped=()):
+    config = DataConfig(dataset=str(data), resolution=8)
+    source = open_source(config)
+    source = sources.Without(source, skipped) if skipped else source
+    run_config = RunConfig(eval_every=1, eval_metrics="fid,colour", feature_extractor="digits", eval_images=65)
+    monitor = evaluation.Monitor(TrainConfig(data=config, run=run_config), source, "cpu")
+    monitor.read(source)
+    return monitor.reference
+
+
+@pytest.mark.row(68, ONCE)
+@pytest.mark.parametrize("kind", ["folder", "table"])
+def test_the_reference_is_read_once(kind, tmp_path, reads, trials):
+    folder = pictures(tmp_path / "pictures")
+    data = folder if kind == "folder" else table_of(folder, tmp_path / "table")
+    first = monitored(data)
+    assert reads() == 140  # for the hash, and for the features
+    again = monitored(data)
+    assert reads() == 0 and torch.equal(first.features["64"], again.features["64"])
+    trials()
+    (key,) = (tmp_path / ".cache").rglob("*.key")
+    key.write_text("nonsense")
+    monitored(data)
+    assert reads() == 70
+    trials()
+    assert len(monitored(data, [3]).features["64"]) == 69
+    assert reads() == 138
+    trials()
+
+
+@pytest.mark.row(68, ONCE)
+@pytest.mark.parametrize("change", ["content", "time", "other file"])
+def test_a_changed_file_is_read_again(change, tmp_path, reads, trials):
+    trials()
+    folder = pictures(tmp_path / "pictures")
+    before = monitored(folder)
+    reads()
+    path = folder / "005.png"
+    stat, content = path.stat(), path.read_bytes()
+    if change == "content":  # of the same size, and with the same time of writing
+        path.write_bytes(content[:-1] + b"?")
+        path.write_bytes(content.replace(content[41:-16], content[41:-16]))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif change == "time":
+        os.utime(path, ns=(1, 1))
+    else:
+        path.unlink()
+        path.write_bytes((folder / "006.png").read_bytes())
+    after = monitored(folder)
+    assert reads() >= 70
+    assert torch.equal(before.features["64"], after.features["64"]) == (change != "other file")
+
+
+@pytest.mark.row(68, ONCE)
+def test_a_table_that_names_files_elsewhere_is_read_each_time(tmp_path, reads, trials):
+    trials()
+    cells = [{"bytes": None, "path": str(path)} for path in sorted(pictures(tmp_path / "pictures").iterdir())]
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array(cells, kind)}), tmp_path / "table.parquet")
+    for _ in range(2):
+        monitored(tmp_path / "table.parquet")
+        assert reads() >= 70
+    assert sources.state_of_files(open_source(DataConfig(dataset=str(tmp_path / "table.parquet")))) is None
+
+
+@pytest.mark.row(68, ONCE)
+def test_what_a_measurement_needs_is_said_before_an_image_is_read(tmp_path, reads, trials):
+    """And how many are drawn where nothing is said follows from what the metrics need."""
+    trials()
+    folder = pictures(tmp_path / "pictures", 12)
+    run_config = RunConfig(eval_every=1, eval_metrics="fid", feature_extractor="digits")
+    with pytest.raises(InputError, match="eval_metrics fid need 65 images, but there are 12; the data set has no more"):
+        trained_here(
+            tiny(tmp_path / "run", "--dataset", folder, "--eval_every", 1, "--eval_metrics", "fid", "--feature_extractor", "digits")
+        )
+    assert reads() == 0
+    many = pictures(tmp_path / "many", 66)
+    config = TrainConfig(data=DataConfig(dataset=str(many), resolution=8), run=run_config)
+    assert evaluation.Monitor(config, open_source(config.data), "cpu").count == 1000
+
+
+@pytest.mark.row(68, ONCE)
+def test_with_wide_features_more_are_drawn(tmp_path, reads, monkeypatch, trials):
+    trials()
+    monkeypatch.setattr(evaluation.Measure, "features", lambda self, batch: {"64": torch.zeros(len(batch), 2048)})
+    config = TrainConfig(
+        data=DataConfig(dataset="digits", resolution=8), run=RunConfig(eval_every=1, eval_metrics="fid", feature_extractor="digits")
+    )
+    with pytest.raises(InputError, match="need 2049 images, but there are 1797"):
+        evaluation.Monitor(config, open_source(config.data), "cpu")
+    monkeypatch.setattr(sources.Table, "__len__", lambda self: 5000)
+    assert evaluation.Monitor(config, open_source(config.data), "cpu").count == 2049
+
+
+# ---- 69: presets ------------------------------------------------------------------------------------------------------
+
+GIVES_WAY = "a value of a preset gives way to a flag that it does not go with, with a word; what was typed itself is refused"
+
+
+@pytest.mark.row(69, GIVES_WAY)
+@pytest.mark.parametrize(
+    "preset, flags, changed",
+    [
+        ({}, ["--max_steps", "12"], {"warmup_steps": 1}),
+        ({}, ["--max_steps", "5"], {"warmup_steps": 0}),
+        ({}, ["--resolution", "16"], {"attention_resolutions": (16, 8)}),
+        ({"weighting": "p2", "p2_gamma": 0.5, "p2_k": 2.0}, ["--weighting", "debiased"], {"p2_gamma": 1.0, "p2_k": 1.0}),
+        ({"weighting": "min_snr", "snr_gamma": 7.0}, ["--weighting", "constant"], {"snr_gamma": 5.0}),
+        ({"class_conditional": True, "label_dropout": 0.0}, ["--no_class_conditional"], {"label_dropout": 0.1}),
+        ({"learn_sigma": True, "noise_schedule": "linear"}, ["--prediction_type", "flow"], {"learn_sigma": False, "noise_schedule": None}),
+        ({"eval_every": 100, "keep_best": True, "checkpoint_every": 100}, ["--eval_every", "0"], {"keep_best": False}),
+        ({"eval_every": 100, "keep_best": True, "checkpoint_every": 100}, ["--checkpoint_every", "70"], {"keep_best": False}),
+        ({"timestep_sampler": "logit_normal", "timestep_std": 0.5}, ["--timestep_sampler", "uniform"], {"timestep_std": 1.0}),
+    ],
+)
+def test_a_value_of_a_preset_gives_way(preset, flags, changed, tmp_path, capfd, trials):
+    trials()
+    file = tmp_path / "preset.json"
+    file.write_text(json.dumps({"dataset": "digits", **preset}))
+    config = cli.train_config(["--config", str(file), *flags], None)
+    values, said = flatten(config), capfd.readouterr().err.splitlines()
+    assert {name: values[name] for name in changed} == changed and train_problems(config) == []
+    assert len(said) == len(changed) and all(any(line.startswith(f"{name} is ") for line in said) for name in changed), said
+
+
+@pytest.mark.row(69, GIVES_WAY)
+@pytest.mark.parametrize(
+    "preset, flags, named",
+    [
+        ({}, ["--max_steps", "12", "--warmup_steps", "100"], "warmup_steps is 100"),
+        ({"max_steps": 12}, ["--seed", "1"], "warmup_steps is 100"),  # the file is wrong by itself
+        ({}, ["--weighting", "constant", "--p2_k", "2"], "p2_k is 2.0"),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, ["--prediction_type", "epsilon"], "rescale_betas_zero_snr"),
+    ],
+)
+def test_what_was_typed_or_defines_the_objective_does_not_give_way(preset, flags, named, tmp_path, capfd, trials):
+    trials()
+    file = tmp_path / "preset.json"
+    file.write_text(json.dumps({"dataset": "digits", **preset}))
+    config = cli.train_config(["--config", str(file), *flags], None)
+    assert any(named in problem for problem in train_problems(config)) and capfd.readouterr().err == ""

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import SERVER, TINY, command, metrics
+from conftest import HANG, SERVER, TINY, command, metrics
 from here import tiny
 from matplotlib.figure import Figure
 from PIL import Image
@@ -394,13 +394,13 @@ def test_a_module_that_is_no_command_says_what_to_run(capsys):
         debias_diffusers._require_command(["-m"], ["python", *arguments])
     debias_diffusers._require_command(["train.py"], ["python", "train.py", "debias_diffusers.training"])
     process = command("-m", "debias_diffusers.training", "--max_steps", 3)
-    assert "is no command" in process.communicate(timeout=60)[1] and process.returncode == 2
+    assert "is no command" in process.communicate(timeout=HANG)[1] and process.returncode == 2
 
 
 def test_the_package_is_the_command(capsys):
     process = command("-m", "debias_diffusers", "draw")
     said = "error: debias_diffusers draw is not known; take one of train, sample, eval, convert, hub\n"
-    assert process.communicate(timeout=60) == ("", said) and process.returncode == 2
+    assert process.communicate(timeout=HANG) == ("", said) and process.returncode == 2
     for arguments, usage in (([], "-m debias_diffusers {train"), (["eval"], "eval.py {score"), (["convert", "-h"], "{guided,export}")):
         assert cli.main(arguments) == 0 and usage in capsys.readouterr().out
     assert cli.main(["train", "--max_steps", "0"]) == 2 and "max_steps is 0" in capsys.readouterr().err

@@ -324,6 +324,7 @@ FIELDS = {
     "feature_extractor_weights": ({"eval_every": 2}, "some.safetensors", None),
     "cache_dir": ({"eval_every": 2}, "elsewhere", None),
     "keep_best": ({"eval_every": 2, "checkpoint_every": 2}, True, None),
+    "ddp_timeout": ({}, 60, None),
     "report_to": ({}, "tensorboard", None),
     "accept_changed_data": ({}, True, None),
     "dry_run": ({}, True, None),
