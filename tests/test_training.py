@@ -382,7 +382,7 @@ def test_the_run_directory_is_laid_out_as_documented(trained):
     files = ("model.safetensors", "ema_0.9.safetensors", "ema_0.99.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
     kept = {f"checkpoints/step-{step:08d}/{name}" for step in (18, 24) for name in files}
     drawn = {path for path in there if path.startswith("samples/")}
-    assert there - drawn == {".lock", "config.json", "metrics.jsonl", "README.md"} | pipeline | kept
+    assert there - drawn == {".lock", ".debias_diffusers.json", "config.json", "metrics.jsonl", "README.md"} | pipeline | kept
     assert json.loads((trained / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"
     line = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
     told = {"loss", "loss_by_t", "mse_by_t", "learning_rate", "grad_norm", "clip_rate", "effective_sample_size"}
