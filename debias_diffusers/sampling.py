@@ -148,7 +148,7 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
         "steps": steps,
         "timesteps": timesteps,
         **{field: getattr(config, field) for field in _SETTINGS},
-        "model_sha256": _fingerprint(pipeline, own, (Path(config.model) / CHECKPOINTS).is_dir()),
+        "model_sha256": _fingerprint(pipeline, own),
     }
     if hub.is_id(config.model):
         settings["model"] = config.model  # with its commit; a folder may be moved
@@ -242,13 +242,10 @@ def _checkpoint_at(run: Path, step: int) -> checkpoint.Checkpoint:
         raise InputError(f"{run} has no usable checkpoint at step {step}: {error}") from error
 
 
-def _fingerprint(pipeline: PixelPipeline, own: Any, of_run: bool) -> str:
+def _fingerprint(pipeline: PixelPipeline, own: Any) -> str:
     """Of the weights and of the schedule that they were trained for."""
     digest = hashlib.sha256(safetensors.torch.save(pipeline.unet.state_dict()))
-    schedule = own.to_json_string()
-    if of_run:  # the spacing changes no image here, and runs were exported with the other one before
-        schedule = schedule.replace('"timestep_spacing": "leading"', '"timestep_spacing": "linspace"')
-    digest.update(schedule.encode())
+    digest.update(own.to_json_string().encode())
     return digest.hexdigest()
 
 

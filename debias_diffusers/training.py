@@ -571,7 +571,7 @@ class Trainer:
         if self.monitor is None:
             return {}
         try:
-            count = self.monitor.count
+            count = self.config.run.eval_images or 0
             figures = self.monitor.figures(self._drawn(count, in_proportion(self.task.class_counts or [], count)))
         except (InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
             if self.saver:

@@ -556,7 +556,7 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path):
     "argv, named",
     [
         (["guide"], "guided or export"),
-        (["guided", "x.pt"], "a new folder for the pipeline (required)"),
+        (["guided", "x.pt"], "out is missing: a new folder for the pipeline"),
         (["export", "none", "o.pt"], "none"),
     ],
 )

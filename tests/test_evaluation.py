@@ -474,7 +474,7 @@ def test_compare_gives_intervals(trained, tmp_path):
 
 def test_the_best_checkpoint_is_the_nearest_to_no_bias_and_starts_anew_with_another_metric(monkeypatch):
     trainer = Trainer.__new__(Trainer)
-    trainer.best, trainer.config = None, TrainConfig()
+    trainer.best, trainer.config, trainer.task = None, TrainConfig(), SimpleNamespace(class_counts=None)
     monkeypatch.setattr(Trainer, "_drawn", lambda *_: iter(()))
 
     def best_after(step, figures, about):
@@ -500,7 +500,7 @@ def test_a_measurement_that_fails_does_not_end_the_training(monkeypatch):
         return metrics.figures(Sample.of({"x": torch.full((5, 2), math.nan)}), Sample.of({"x": torch.zeros(5, 2)}), {"fid": "x"})
 
     trainer = Trainer.__new__(Trainer)
-    trainer.best, trainer.step, trainer.config = None, 1, TrainConfig()
+    trainer.best, trainer.step, trainer.config, trainer.task = None, 1, TrainConfig(), SimpleNamespace(class_counts=None)
     trainer.monitor = SimpleNamespace(figures=broken)
     trainer.saver = SimpleNamespace()  # the first process has one
     monkeypatch.setattr(Trainer, "_drawn", lambda *_: iter(()))

@@ -144,7 +144,6 @@ def test_when_there_is_room_again_the_next_save_succeeds(mounts, monkeypatch):
     """Somebody makes room when they read that a step was not saved."""
     folder = mounts.disk("disk", "4m") / "run"
     folder.mkdir()
-    (folder / "checkpoints").mkdir()
     ballast = folder.parent / "ballast"
     ballast.write_bytes(bytes(3_500_000))
     said = []

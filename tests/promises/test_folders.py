@@ -258,7 +258,7 @@ def test_a_name_in_the_card_is_text():
 @pytest.mark.row(60, NAMES)
 def test_a_run_of_the_version_before_keeps_the_labels_that_it_was_trained_with(pets, tmp_path, monkeypatch):
     """It had the plain order, no label for an empty folder, and wrote down no names."""
-    flags = ("--dataset", pets / "data", "--class_conditional", "--lr_schedule", "constant", "--max_steps")
+    flags = ("--dataset", pets / "data", "--class_conditional", "--lr_schedule", "constant", "--warmup_steps", 0, "--max_steps")
     from debias_diffusers import training
 
     with monkeypatch.context() as before:

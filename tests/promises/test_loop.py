@@ -276,7 +276,7 @@ def test_what_a_short_run_exports_is_what_it_learned(tmp_path, trials):
     trials()
     flags = ["--max_steps", 200, "--checkpoint_every", 0, "--ema_decay", 0.9999, "--log_every", 0]
     left = []
-    for name, more in (("with", []), ("without", ["--no_ema_warmup"])):
+    for name, more in (("with", ["--ema_warmup"]), ("without", [])):
         config = tiny(tmp_path / name, *flags, *more)
         trained_here(config)
         found = load(tensors(tmp_path / name, 200)["ema_0.9999.safetensors"])
@@ -290,18 +290,18 @@ def test_a_run_that_began_before_the_warm_up_goes_on_without_it(tmp_path, trials
     """Twice, with the same command; and what it learns is what a run without learns."""
     trials()
     old, plain = tmp_path / "old", tmp_path / "plain"
-    trained_here(tiny(plain, "--max_steps", 12, "--no_ema_warmup", "--lr_schedule", "constant", "--checkpoint_every", 4))
-    trained_here(tiny(old, "--max_steps", 4, "--no_ema_warmup", "--lr_schedule", "constant"))
+    trained_here(tiny(plain, "--max_steps", 12, "--lr_schedule", "constant", "--checkpoint_every", 4))
+    trained_here(tiny(old, "--max_steps", 4, "--lr_schedule", "constant"))
     found, _ = checkpoint.latest_valid(old / "checkpoints")
     state = {**found.state, "config": {name: value for name, value in found.state["config"].items() if name != "ema_warmup"}}
     contents = [(name, (found.path / name).read_bytes()) for name in tensors(old, 4)]
     checkpoint.write(old / "checkpoints", 4, contents, state, 1, None)
     for steps in (8, 12):
-        trained_here(tiny(old, "--max_steps", steps, "--lr_schedule", "constant"))
+        trained_here(tiny(old, "--max_steps", steps, "--lr_schedule", "constant", "--ema_warmup"))
     assert tensors(old, 12) == tensors(plain, 12)
     assert json.loads((old / "config.json").read_text())["ema_warmup"] is False
     with pytest.raises(InputError, match="ema_warmup: the run has False, this command says True"):
-        trained_here(tiny(plain, "--max_steps", 12, "--lr_schedule", "constant"))
+        trained_here(tiny(plain, "--max_steps", 12, "--lr_schedule", "constant", "--ema_warmup"))
 
 
 @pytest.mark.row(66, AVERAGES)

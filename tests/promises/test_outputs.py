@@ -145,7 +145,7 @@ def foreign(path):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("there", [foreign, lambda path: path.mkdir(parents=True), lambda path: (path.parent.mkdir(), os.mkfifo(path))])
 def test_a_file_of_somebody_else_is_refused_before_the_work(name, there, tmp_path, monkeypatch):
-    for module, work in ((evaluation, "_measure"), (likelihood, "open_model"), (plots, "_table"), (training, "open_readable")):
+    for module, work in ((evaluation, "_measure"), (likelihood, "open_model"), (plots, "_table"), (training, "_seen")):
         monkeypatch.setattr(module, work, lambda *_: pytest.fail("the work has begun"))
     there(tmp_path / "out" / name)
     before = everything(tmp_path / "out")
@@ -157,7 +157,7 @@ def test_a_file_of_somebody_else_is_refused_before_the_work(name, there, tmp_pat
 @pytest.mark.row(54, "what cannot be printed does not cost the result, and what cannot be written is said before the work")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_result_that_cannot_be_written_is_said_before_the_work(name, tmp_path, monkeypatch):
-    for module, work in ((evaluation, "_measure"), (likelihood, "open_model"), (plots, "_table"), (training, "open_readable")):
+    for module, work in ((evaluation, "_measure"), (likelihood, "open_model"), (plots, "_table"), (training, "_seen")):
         monkeypatch.setattr(module, work, lambda *_: pytest.fail("the work has begun"))
     data = pictures(tmp_path / "data")
     for out in (data / "0.png", Path("/proc/nowhere"), tmp_path / ("n" * 300)):

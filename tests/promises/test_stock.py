@@ -1,16 +1,14 @@
 """Rows 74 to 76 of docs/reliability.md: runs in stock diffusers, code and commands as they are shown, and what generic tools ask of us."""
 
-import json
 import re
 import shlex
-import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, sample_config
+from conftest import ROOT, TINY
 from diffusers import (
     DDIMPipeline,
     DDPMPipeline,
@@ -34,7 +32,7 @@ from debias_diffusers import PixelPipeline, cli
 from debias_diffusers.card import model_card
 from debias_diffusers.config import ObjectiveConfig, update
 from debias_diffusers.errors import InputError
-from debias_diffusers.sampling import draw, sample
+from debias_diffusers.sampling import draw
 from debias_diffusers.schedule import make_schedule, prediction_of_x_0
 from debias_diffusers.schedulers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
 
@@ -167,24 +165,6 @@ def test_stock_ddim_with_the_noise_of_the_clipped_image_draws_what_ours_draws(st
     drawn = draw(solved, range(3), 0, num_inference_steps=steps)[:, 0].numpy()
     assert np.abs(np.stack(images[True]).astype(int) - drawn).max() <= 1
     assert np.abs(np.stack(images[None]).astype(int) - drawn).max() > 10
-
-
-@pytest.mark.row(74, STOCK)
-def test_a_folder_is_completed_whichever_spacing_its_run_was_exported_with(trained, tmp_path):
-    """Runs of the version before say linspace."""
-    model, scheduler = tmp_path / "run", "scheduler/scheduler_config.json"
-    shutil.copytree(trained, model)
-    exported = (model / scheduler).read_text()
-    before = exported.replace('"timestep_spacing": "leading"', '"timestep_spacing": "linspace"')
-    assert before != exported
-    (model / scheduler).write_text(before)
-    sample(sample_config(model, tmp_path / "one", num_images=4, scheduler="ddpm"))
-    (model / scheduler).write_text(exported)
-    sample(sample_config(model, tmp_path / "one", num_images=8, scheduler="ddpm"))
-    sample(sample_config(model, tmp_path / "other", num_images=8, scheduler="ddpm"))
-    settings = [json.loads((tmp_path / name / ".sampling.json").read_text()) for name in ("one", "other")]
-    assert settings[0] == settings[1]
-    assert all((tmp_path / "one" / f"{k:06d}.png").read_bytes() == (tmp_path / "other" / f"{k:06d}.png").read_bytes() for k in range(8))
 
 
 # ---- code and commands -----------------------------------------------------------------------------------------------
