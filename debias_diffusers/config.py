@@ -221,7 +221,7 @@ class SampleConfig:
     clipping_quantile: float = 0.995  # share of an image's values that dynamic clipping leaves as they are
     num_images: int = 64  # how many images
     batch_size: int = 64  # images drawn together in each process
-    seed: int = 0  # image k is drawn from seed + k
+    seed: int = 0  # image k is drawn from a generator of (seed * 2654435761 + k) mod 2^32
     # Labels of a model with classes: names or numbers, repeated; balanced: all that were trained in turn; drawn: at random among
     # them; data: in proportion to the images of each that it was trained on.
     class_labels: Literal["balanced", "drawn", "data"] | tuple[str | int, ...] = "balanced"

@@ -46,7 +46,7 @@ class ImageSet:
 
 
 def drawn(job: Job, count: int, name: str) -> ImageSet:
-    """What a model draws, image k from seed + k; nothing touches the disk."""
+    """What a model draws, image k as `sample.py` draws it with the same seed; nothing touches the disk."""
     size = job.pipeline.unet.config.sample_size
 
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
