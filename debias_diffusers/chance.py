@@ -31,7 +31,14 @@ def generator(seed: int, purpose: str, position: int) -> torch.Generator:
 
 
 def subset(seed: int, total: int, count: int) -> Sequence[int]:
-    """`count` of the indices 0 .. total - 1, ascending, each set of them equally likely; all where there are no more."""
+    """`count` of the indices 0 .. total - 1, ascending, each set of them equally likely; all where there are no more.
+
+    By Floyd's algorithm (Bentley and Floyd, 1987), whose memory does not grow with the total, which a file may claim to be anything.
+    """
     if count >= total:
         return range(total)
-    return sorted(torch.randperm(total, generator=generator(seed, "subset", total))[:count].tolist())
+    chosen = set[int]()
+    for last in range(total - count, total):
+        drawn = int(uniform(seed, "subset", last) * (last + 1))
+        chosen.add(last if drawn in chosen else drawn)
+    return sorted(chosen)
