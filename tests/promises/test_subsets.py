@@ -85,6 +85,19 @@ def test_sets_of_all_kinds_are_the_same_subset_in_batches_and_parts_of_any_numbe
 
 
 @row
+@pytest.mark.parametrize("channels", (1, 3))
+@pytest.mark.parametrize("name", SAVES)
+def test_an_npz_of_every_layout_is_read(name, channels, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (9, 8, 8, channels), dtype=np.uint8)
+    SAVES[name](tmp_path / "positional.npz", noise)
+    SAVES[name](tmp_path / "named.npz", labels=np.arange(9), arr_0=noise)
+    for path in tmp_path.glob("*.npz"):
+        batches = [batch for _, batch in of_npz(path).batches(4, 0, 1)]
+        assert [len(batch) for batch in batches] == [4, 4, 1]
+        assert np.array_equal(torch.cat(batches).permute(0, 2, 3, 1).numpy(), np.broadcast_to(noise, (9, 8, 8, 3)))
+
+
+@row
 def test_the_key_of_a_subset_is_its_own_and_that_of_a_whole_set_as_before(two_classes, tmp_path):
     by_images = hashlib.sha256(b"8")
     for path in sorted(two_classes.rglob("*.png")):
