@@ -92,7 +92,7 @@ def test_flow_solvers_draw_the_right_distribution(name, steps, close, shift):
 @pytest.mark.parametrize("steps", (1, 2, 3, 30))
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_very_few_steps_and_all_steps_draw_near_the_data_whatever_is_predicted(name, steps):
-    """Few steps have the right mean (and two of flow_heun, from noise to nearly none, a wide spread); all have about the right spread, too."""
+    """Few steps have the right mean, if with two of flow_heun a wide spread; all have about the right spread, too."""
     drawn = []
     for space in ("flow",) if name in FLOW else ("epsilon", "sample", "v_prediction"):
         objective = ObjectiveConfig(prediction_type=space, num_train_timesteps=30)
