@@ -86,6 +86,11 @@ class Album:
             before = None
         if not isinstance(before, dict) or not before:
             raise InputError(f"{self.folder / SETTINGS} is damaged; remove its folder, or name another --output_dir")
+        if before.get("seed") and "seed_factor" not in before:
+            raise InputError(
+                f"output_dir {self.folder} holds images of seed {before['seed']} by an older version, which drew image k from seed + k "
+                f"and not from seed * 2654435761 + k; name another --output_dir"
+            )
         changed = [
             f"{name} was {before.get(name)}, now {settings.get(name)}"
             for name in sorted(before.keys() | settings.keys())

@@ -5,6 +5,7 @@ was interrupted. So no random state is ever saved.
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
@@ -27,3 +28,17 @@ def uniform(seed: int, purpose: str, position: int) -> float:
 def generator(seed: int, purpose: str, position: int) -> torch.Generator:
     """A CPU generator for longer draws."""
     return torch.Generator().manual_seed(mixed(seed, purpose, position) % 2**32)
+
+
+def subset(seed: int, total: int, count: int) -> Sequence[int]:
+    """`count` of the indices 0 .. total - 1, ascending, each set of them equally likely; all where there are no more.
+
+    By Floyd's algorithm (Bentley and Floyd, 1987), whose memory does not grow with the total, which a file may claim to be anything.
+    """
+    if count >= total:
+        return range(total)
+    chosen = set[int]()
+    for last in range(total - count, total):
+        drawn = int(uniform(seed, "subset", last) * (last + 1))
+        chosen.add(last if drawn in chosen else drawn)
+    return sorted(chosen)

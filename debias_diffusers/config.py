@@ -222,7 +222,7 @@ class SampleConfig:
     clipping_quantile: float = 0.995  # share of an image's values that dynamic clipping leaves as they are
     num_images: int = 64  # how many images
     batch_size: int = 64  # images drawn together in each process
-    seed: int = 0  # image k is drawn from seed + k
+    seed: int = 0  # image k is drawn from a generator of (seed * 2654435761 + k) mod 2^32
     # Labels of a model with classes: names or numbers, repeated; balanced: all that were trained in turn; drawn: at random among
     # them; data: in proportion to the images of each that it was trained on.
     class_labels: Literal["balanced", "drawn", "data"] | tuple[str | int, ...] = "balanced"
@@ -262,14 +262,15 @@ class ScoreConfig:
     targets: tuple[str, ...]  # run directories, pipeline folders, Hub ids, folders of images, .npz files
     reference: str | None = None  # a data set, folder, .npz or file of `eval.py stats`; what a run was trained on if left out
     measure: MeasureConfig = field(default_factory=MeasureConfig)
-    num_images: int | None = None  # how many of each target; as many as the reference has if left out
+    # How many of each target: of a folder or an .npz a random subset, all if left out; of a model as many as the reference has if left out.
+    num_images: int | None = None
     schedulers: str = ""  # of models, several apart by commas; unipc or flow_heun if left out
     steps: str = "20"  # of models, several apart by commas
     checkpoints: str = ""  # of runs: all, or steps apart by commas; the exported weights if left out
     weights: str = "ema"  # of models: ema, raw, or an EMA rate of the run
     guidance_scale: float = 1.0  # of models: strength of classifier-free guidance; 1 is off
     class_labels: Literal["data", "balanced", "drawn"] = "data"  # of models with classes: in proportion as trained, all in turn, at random
-    seed: int = 0  # of models, of KID's subsets and of the bootstrap
+    seed: int = 0  # of models, of which images of other targets, of KID's subsets and of the bootstrap
     bootstrap: int | None = None  # redrawn sets of images for confidence intervals; 0 is off; if left out 200 in compare, else 0
     allow_few_images: bool = False  # measure although a metric needs more images
     allow_pickle_import: bool = False  # also take models that have .bin weights only, read as tensors
@@ -295,11 +296,11 @@ class BitsConfig:
     image_column: str | None = None  # its column of images; that of the run if both are left out, else found by its type
     label_column: str | None = None  # its column of labels, for models with classes; likewise
     skip_bad: bool = False  # leave out images that cannot be read, up to 1% of them; as the run did if left out
-    num_images: int = 64  # how many of its images
+    num_images: int = 64  # how many of its images, a random subset
     batch_size: int = 64  # images computed with at once in each process
     clipping: bool = True  # bring the predicted x_0 to [-1, 1], as sampling does
     weights: str = "ema"  # ema, raw, or an EMA rate of the run
-    seed: int = 0  # of the noise
+    seed: int = 0  # of which images, and of the noise
     num_threads: int | None = None  # CPU threads of a process
     allow_pickle_import: bool = False  # also take a model that has .bin weights only, read as tensors
     output: str | None = None  # FILE.json for the terms of all noise levels

@@ -74,6 +74,7 @@ class Row:
     target: str
     images: int
     figures: dict[str, float]
+    total_images: int | None = None  # of a folder or an .npz, of which `images` were taken
     scheduler: str | None = None
     steps: int | None = None
     checkpoint: int | None = None
@@ -406,13 +407,13 @@ def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerato
     for target in config.targets:
         path = Path(target)
         if path.suffix == ".npz":
-            yield of_npz(path, config.num_images), {}
+            yield of_npz(path, config.num_images, config.seed), {}
         elif path.is_dir() and not (path / "model_index.json").is_file():
             folder = open_source(DataConfig(dataset=target))
             if not isinstance(folder, Folder):
                 raise InputError(f"target {target} is a saved data set; name it as --reference, or give its images as a folder")
             say_found(folder, target, accelerator)
-            yield of_folder(folder, target, config.num_images), {}
+            yield of_folder(folder, target, config.num_images, seed=config.seed), {}
         else:
             yield from _drawn(config, target, compared, accelerator)
 
@@ -457,7 +458,7 @@ def _row(config: ScoreConfig, measure: Measure, compared: _References, images: I
     target = measure.sample(images)
     figures = metrics.figures(target, reference, measure.layers, config.seed)
     intervals = metrics.intervals(figures, _redrawn(config, measure, target, reference, images.name)) if config.bootstrap else None
-    return Row(images.name, images.count, figures, intervals=intervals, **how)
+    return Row(images.name, images.count, figures, images.total, intervals=intervals, **how)
 
 
 def _redrawn(config: ScoreConfig, measure: Measure, target: Sample, reference: Sample, name: str) -> list[dict[str, float]]:
@@ -490,6 +491,7 @@ def _result(config: ScoreConfig, measure: Measure, compared: _References, refere
             "transform": "bytes of 0 to 255, grey as three equal channels; the extractor resizes them itself; no flips",
         },
         "halves_of_the_reference": _yardstick(known[1], measure.layers, config),
+        "seed": config.seed,
         "targets": [_plain(row) for row in rows],
     }
 

@@ -9,7 +9,7 @@ import tokenize
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,13 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from . import images
+from . import chance, images
 from .errors import InputError, reason
 from .sampling import Job
 from .sources import READERS, Folder, Source, in_threads
 
 MOST_BYTES = 2**40  # that an .npz may claim to hold
+READ_AT_ONCE = 2**24  # bytes of a file
 # What zipfile and numpy raise of a damaged file; RuntimeError of one that is encrypted or compressed by other means.
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)
 
@@ -43,14 +44,15 @@ class ImageSet:
     key: str  # what identifies the images, for a cache
     batches: Callable[[int, int, int], Iterator[tuple[int, Tensor]]]
     kept: bool = True  # whether their features are worth keeping: what a model draws is seldom drawn again
+    total: int | None = None  # images that there are, of which these are a random subset; None of what a model draws
 
 
 def drawn(job: Job, count: int, name: str) -> ImageSet:
-    """What a model draws, image k from seed + k; nothing touches the disk."""
+    """What a model draws, image k as `sample.py` draws it with the same seed; nothing touches the disk."""
     size = job.pipeline.unet.config.sample_size
 
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
-        for number, indices in numbered(count, batch_size, part, parts):
+        for number, indices in numbered(range(count), batch_size, part, parts):
             yield number, coloured(job.draw(indices))
 
     key = f"drawn {sorted(job.settings.items())!r} {count} {job.config.batch_size}"
@@ -65,15 +67,18 @@ def of_source(
     check: Callable[[Image, str], None] | None = None,
     channels: int | None = None,
     key: str | None = None,
+    seed: int = 0,
 ) -> ImageSet:
-    """The first images of a data set, brought to a size as training does it, and to grey if of one channel; without flips.
+    """The images of a data set, brought to a size as training does it, and to grey if of one channel; without flips.
+
+    Of a smaller `count` they are a random subset, a function of the seed.
 
     `key`: as of `content_key`, where it is known; else all images are read for it.
 
     Raises:
         InputError: an image cannot be read; names it.
     """
-    count = min(count or len(source), len(source))
+    chosen = chance.subset(seed, len(source), count or len(source))
 
     def read(k: int) -> Tensor:
         data, _, where = source.read(k)
@@ -84,8 +89,8 @@ def of_source(
         return torch.from_numpy(images.to_array(image.convert("RGB")))
 
     # Features that are kept of images without the check must not stand for those with it.
-    key = key or content_key(transform(side, channels, check is not None), content_hashes(source, range(count)))
-    return ImageSet(name, count, side, key, _reader(read, count))
+    key = key or content_key(transform(side, channels, check is not None), content_hashes(source, chosen))
+    return ImageSet(name, len(chosen), side, key, _reader(read, chosen), total=len(source))
 
 
 def transform(side: int, channels: int | None = None, as_they_are: bool = False) -> str:
@@ -93,7 +98,7 @@ def transform(side: int, channels: int | None = None, as_they_are: bool = False)
     return f"{side}{' as they are' if as_they_are else ''}{' grey' if channels == 1 else ''}"
 
 
-def content_hashes(source: Source, indices: range) -> Iterator[bytes]:
+def content_hashes(source: Source, indices: Sequence[int]) -> Iterator[bytes]:
     """Of the files of some images."""
     yield from in_threads(lambda k: hashlib.sha256(source.read(k)[0]).digest(), indices)
 
@@ -106,8 +111,8 @@ def content_key(how: str, hashes: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def of_folder(source: Folder, name: str, count: int | None = None, channels: int | None = None) -> ImageSet:
-    """The images of a folder as they are, which must be squares of one size.
+def of_folder(source: Folder, name: str, count: int | None = None, channels: int | None = None, seed: int = 0) -> ImageSet:
+    """The images of a folder as they are, which must be squares of one size; of a smaller `count` a random subset as of `of_source`.
 
     Raises:
         InputError: one cannot be read, or has another size; names it.
@@ -122,27 +127,35 @@ def of_folder(source: Folder, name: str, count: int | None = None, channels: int
             size = f"{image.width}x{image.height}"
             raise InputError(f"image {where} has {size} pixels, the first {first.width}x{first.height}; remove one kind")
 
-    return of_source(source, name, first.width, count, require_same_size, channels)
+    return of_source(source, name, first.width, count, require_same_size, channels, seed=seed)
 
 
-def of_npz(path: Path, count: int | None = None) -> ImageSet:
-    """`arr_0` of an `.npz`, (N, H, W, C) uint8 with one or three channels, read batch by batch.
+def of_npz(path: Path, count: int | None = None, seed: int = 0) -> ImageSet:
+    """`arr_0` of an `.npz`, (N, H, W, C) uint8 with one or three channels, read as a stream.
+
+    Of a smaller `count` they are a random subset, a function of the seed.
 
     Raises:
         InputError: there is no such array, or it is damaged.
     """
-    shape = npz_shape(path)
-    count = min(count or shape[0], shape[0])
+    total, *shape = npz_shape(path)
+    size = math.prod(shape)
+    chosen = chance.subset(seed, total, count or total)
 
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
         with _npz_array(path) as (_, member):
-            for number, indices in numbered(count, batch_size, 0, 1):
-                data = _exactly(member, len(indices) * math.prod(shape[1:]), path)
-                if number % parts == part:
-                    array = np.frombuffer(data, np.uint8).reshape(len(indices), *shape[1:])
-                    yield number, coloured(torch.from_numpy(array.copy()).permute(0, 3, 1, 2))
+            place = 0
+            for number, own in numbered(chosen, batch_size, part, parts):
+                data = bytearray()
+                for k in own:
+                    _skip(member, (k - place) * size, path)
+                    data += _exactly(member, size, path)
+                    place = k + 1
+                yield number, coloured(torch.frombuffer(data, dtype=torch.uint8).view(-1, *shape).permute(0, 3, 1, 2))
+            _skip(member, (total - place) * size, path)  # at the end its checksum is compared
 
-    return ImageSet(str(path), count, shape[1], _hash(f"{count} {_file_hash(path)}".encode()), batches)
+    which = f"{len(chosen)} {seed} of {total}" if len(chosen) < total else f"{total}"
+    return ImageSet(str(path), len(chosen), shape[0], _hash(f"{which} {_file_hash(path)}".encode()), batches, total=total)
 
 
 def npz_shape(path: Path) -> tuple[int, ...]:
@@ -208,13 +221,19 @@ def _exactly(member: IO[bytes], size: int, path: Path) -> bytes:
     return data
 
 
-def _reader(read: Callable[[int], Tensor], count: int) -> Callable[[int, int, int], Iterator[tuple[int, Tensor]]]:
+def _skip(member: IO[bytes], size: int, path: Path) -> None:
+    """Reads over so many bytes, a few at a time."""
+    for place in range(0, size, READ_AT_ONCE):
+        _exactly(member, min(READ_AT_ONCE, size - place), path)
+
+
+def _reader(read: Callable[[int], Tensor], chosen: Sequence[int]) -> Callable[[int, int, int], Iterator[tuple[int, Tensor]]]:
     """Batches of images that are decoded by a few threads, some batches ahead of whoever takes them."""
 
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
         with ThreadPoolExecutor(READERS) as pool:
             waiting: deque[tuple[int, list[Any]]] = deque()
-            for number, indices in numbered(count, batch_size, part, parts):
+            for number, indices in numbered(chosen, batch_size, part, parts):
                 waiting.append((number, [pool.submit(read, k) for k in indices]))
                 if len(waiting) > 2:
                     yield _stacked(*waiting.popleft())
@@ -228,11 +247,11 @@ def _stacked(number: int, futures: list[Any]) -> tuple[int, Tensor]:
     return number, torch.stack([future.result() for future in futures])
 
 
-def numbered(count: int, batch_size: int, part: int, parts: int) -> Iterator[tuple[int, range]]:
-    """(number, indices) of every `parts`-th batch."""
-    for number, first in enumerate(range(0, count, batch_size)):
+def numbered(chosen: Sequence[int], batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Sequence[int]]]:
+    """(number, indices) of every `parts`-th batch of some indices."""
+    for number, first in enumerate(range(0, len(chosen), batch_size)):
         if number % parts == part:
-            yield number, range(first, min(first + batch_size, count))
+            yield number, chosen[first : first + batch_size]
 
 
 def coloured(batch: Tensor) -> Tensor:
@@ -247,6 +266,6 @@ def _hash(data: bytes) -> str:
 def _file_hash(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(2**24):
+        while block := file.read(READ_AT_ONCE):
             digest.update(block)
     return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ FIXED = {"fixed_small": -1.0, "fixed_small_log": -1.0, "fixed_large": 1.0, "fixe
 def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     """Bounds, says and writes; returns what the JSON holds.
 
-    The first images of the reference are taken in their order, without flips. Noise is a function of (seed, image, t).
+    The images of the reference are a random subset, a function of the seed, without flips. Noise is a function of (seed, image, t).
 
     Raises:
         InputError: model or images cannot be read, or the model is a rectified flow.
@@ -49,8 +50,8 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     bound = Bound(pipeline, config.clipping)
     data = _data(config, pipeline, pipeline.class_names or "plain")  # in which it has its classes if it does not know their names
     say_found(data.source, data.config.dataset, accelerator)
-    count = min(config.num_images, len(data.source))
-    dealt = list(numbered(count, config.batch_size, accelerator.process_index, accelerator.num_processes))
+    chosen = chance.subset(config.seed, len(data.source), config.num_images)
+    dealt = list(numbered(chosen, config.batch_size, accelerator.process_index, accelerator.num_processes))
     mine = []
     for number, indices in tqdm(dealt, unit="batch", disable=not accelerator.is_main_process):
         images, labels = zip(*(data.decoded(k) for k in indices))
@@ -61,14 +62,17 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     result = _result(torch.cat([terms for _, terms, _ in parts]), torch.cat([prior for *_, prior in parts]))
     result |= {
         "model": config.model,
-        "images": count,
+        "images": len(chosen),
+        "total_images": len(data.source),
+        "seed": config.seed,
         "clipping": config.clipping,
         "variance_type": pipeline.scheduler.config.variance_type,
     }
     if accelerator.is_main_process:
         if config.output:
             write_file(Path(config.output), as_json(result))
-        say(f"{result['total']:.4f} bits per dimension (standard error {result['standard_error']:.2g}) over {count} images")
+        over = f"{len(chosen)} of {len(data.source)} images"
+        say(f"{result['total']:.4f} bits per dimension (standard error {result['standard_error']:.2g}) over {over}")
         say(f"of which {result['terms'][0]:.4f} are for the last step and {result['prior']:.2g} for the prior")
     return result
 
@@ -98,7 +102,7 @@ class Bound:
         self.bound = VariationalBound.of(self.schedule)
 
     @torch.no_grad()
-    def terms(self, x_0: Tensor, labels: Tensor | None, seed: int, indices: range) -> Tensor:
+    def terms(self, x_0: Tensor, labels: Tensor | None, seed: int, indices: Sequence[int]) -> Tensor:
         """(B, T) float64 bits per dimension of each step, at t = 0 of the image itself; images (B, C, H, W) in [-1, 1]."""
         device, T = self.pipeline.device, len(self.schedule)
         x_0, labels = x_0.to(device), labels.to(device) if labels is not None else None

@@ -1,4 +1,4 @@
-"""Seeds to images to files. Image k of seed s is drawn from its own generator, seeded with (s + k) mod 2^32."""
+"""Seeds to images to files. Image k of seed s is drawn from its own generator, seeded with (s * 2654435761 + k) mod 2^32."""
 
 from __future__ import annotations
 
@@ -32,11 +32,15 @@ from .schedulers import default_scheduler, in_sections, make_scheduler, strided
 
 DEFAULT_STEPS = 20
 TRAJECTORY_IMAGES, TRAJECTORY_STAGES = 6, 10
+SEED_FACTOR = 2654435761  # 2^32 over the golden ratio: its multiples mod 2^32 lie far apart
 
 
 def seeds(seed: int, indices: Sequence[int]) -> list[int]:
-    """Of the images of these indices. A torch CPU generator takes 32 bits."""
-    return [(seed + k) % 2**32 for k in indices]
+    """The seeds of the generators of the images of these indices, of which sets of different small seeds share none.
+
+    A torch CPU generator takes 32 bits.
+    """
+    return [(seed * SEED_FACTOR + k) % 2**32 for k in indices]
 
 
 def draw(pipeline: PixelPipeline, indices: Sequence[int], seed: int, labels: Sequence[int] | None = None, **options: Any) -> Tensor:
@@ -152,6 +156,8 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
     }
     if hub.is_id(config.model):
         settings["model"] = config.model  # with its commit; a folder may be moved
+    if config.seed:  # the version before drew image k from seed + k, which for seed 0 is the same
+        settings["seed_factor"] = SEED_FACTOR
     _make_ready(pipeline, config, device)
     options = {field: getattr(config, field) for field in _OPTIONS} | {"num_inference_steps": steps, "timesteps": timesteps}
     # As they will be read back, so that they can be compared: lists in place of tuples.

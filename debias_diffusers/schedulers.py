@@ -278,14 +278,14 @@ class UniPC(UniPCMultistepScheduler):
         a, lambdas = 1 / np.sqrt(1 + sigma**2), -np.log(sigma)
         h = lambdas[1] - lambdas[0]
         r = np.append((lambdas[2:] - lambdas[1]) / -h, 1.0)
-        phi, factorial, g = np.expm1(h) / h - 1, 1, []
-        for k in range(1, order + 1):
+        known = order if correct else order - 1
+        phi, factorial, g = np.expm1(h) / h - 1 if known else 0.0, 1, []  # h is 0 in a last step from t = 0, which is of order 1
+        for k in range(1, known + 1):
             g.append(phi * factorial / h)
             factorial *= k + 1
             phi = phi / h - 1 / factorial
-        known = order if correct else order - 1
         # The lowest orders are the paper's code's, which takes the limit for small h.
-        rho = np.full(1, 0.5) if known == 1 else np.linalg.solve(np.vander(r[:known], known, increasing=True).T, g[:known])
+        rho = np.full(1, 0.5) if known == 1 else np.linalg.solve(np.vander(r[:known], known, increasing=True).T, g)
         on_differences = -a[0] * h * rho / r[:known]
         others = on_differences[: order - 1].tolist()
         on_newest = -a[0] * np.expm1(h) - on_differences.sum()

@@ -562,7 +562,7 @@ class Trainer:
         pipeline.scheduler = make_scheduler(default_scheduler(pipeline.scheduler), pipeline.scheduler, "linspace", steps)
         processes = self.accelerator.num_processes
         size = min(self.micro_batch_size, -(-count // processes))  # no more at once than the training has memory for
-        for number, indices in numbered(count, size, self.accelerator.process_index, processes):
+        for number, indices in numbered(range(count), size, self.accelerator.process_index, processes):
             own = [labels[k % len(labels)] for k in indices] if labels else None
             yield number, sampling.draw(pipeline, indices, 0, own, num_inference_steps=steps).cpu()
 

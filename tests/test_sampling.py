@@ -77,16 +77,15 @@ def test_image_k_does_not_depend_on_its_batch(name):
     for indices in (range(3, 10), range(11, 12)):
         own = pixels(draw(pipeline, indices, 7, num_inference_steps=5))
         assert np.abs(own - together[list(indices)]).max() <= 1
-    moved = pixels(draw(pipeline, range(2), 8, num_inference_steps=5))
-    assert np.abs(moved[0] - together[1]).max() <= 1
-    assert not np.array_equal(together[0], together[1])
+    other = pixels(draw(pipeline, range(12), 8, num_inference_steps=5))
+    assert len({image.tobytes() for image in (*together, *other)}) == 24
 
 
 def test_a_stock_pipeline_with_the_seeds_of_the_images_draws_the_same():
     ours = small_pipeline()
     theirs = DDPMPipeline(ours.unet, ours.scheduler)
     theirs.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(5 + k) for k in range(3)]
+    generators = [torch.Generator().manual_seed((5 * 2654435761 + k) % 2**32) for k in range(3)]
     stock = theirs(batch_size=3, generator=generators, num_inference_steps=6).images
     drawn = pixels(draw(small_pipeline(), range(3), 5, num_inference_steps=6))
     assert [np.asarray(image).tolist() for image in stock] == [array[0].tolist() for array in drawn]
@@ -393,11 +392,10 @@ def test_labels_are_balanced_drawn_or_given_and_written_beside_the_images(traine
     assert labels_in(sample(sample_config(trained_by_class, tmp_path / "balanced"))) == list(range(10))
     drawn = labels_in(sample(sample_config(trained_by_class, tmp_path / "drawn", class_labels="drawn", num_images=40)))
     assert set(drawn) <= set(range(10)) and len(set(drawn)) > 5 and drawn[:10] != list(range(10))
-    moved = sample(sample_config(trained_by_class, tmp_path / "moved", class_labels="drawn", num_images=20, batch_size=7, seed=5))
-    assert labels_in(moved) == drawn[5:25]  # image k of seed s + 5 is image k + 5 of seed s, label and all
-    for k in range(5, 10):
-        first, second = (np.asarray(Image.open(d / f"{n:06d}.png"), int) for d, n in ((tmp_path / "drawn", k), (moved, k - 5)))
-        assert np.abs(first - second).max() <= 1
+    fewer = sample(sample_config(trained_by_class, tmp_path / "fewer", class_labels="drawn", num_images=20, batch_size=7))
+    assert labels_in(fewer) == drawn[:20]  # the label of image k does not depend on what is drawn with it
+    other = sample(sample_config(trained_by_class, tmp_path / "other", class_labels="drawn", num_images=20, batch_size=7, seed=1))
+    assert labels_in(other) not in (drawn[:20], drawn[1:21])
 
 
 def test_all_formats_hold_the_same_images(trained_by_class, tmp_path):

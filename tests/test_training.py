@@ -340,12 +340,12 @@ def test_a_folder_with_other_files_is_not_made_a_run_directory(tmp_path):
 
 
 STOCK = """
-import sys
+import json, sys
 sys.modules["debias_diffusers"] = None  # as if it were not installed
 import numpy as np, torch
 from diffusers import DDPMPipeline
 pipeline = DDPMPipeline.from_pretrained(sys.argv[1])
-generators = [torch.Generator().manual_seed(5 + k) for k in range(6)]
+generators = [torch.Generator().manual_seed(json.loads(line)["seed"]) for line in open(sys.argv[3])]
 images = pipeline(batch_size=6, generator=generators, num_inference_steps=15).images
 np.save(sys.argv[2], np.stack([np.asarray(image) for image in images]))
 """
@@ -368,7 +368,7 @@ def test_stock_diffusers_loads_the_run_and_draws_the_same_images(trained, tmp_pa
     ]
     assert run("sample.py", trained, *flags)[0] == 0
     done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(trained), str(tmp_path / "stock.npy")], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", STOCK, str(trained), "stock.npy", "ours/metadata.jsonl"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     stock = np.load(tmp_path / "stock.npy")

@@ -381,7 +381,7 @@ def of_sizes(folder, *sizes):
 
 SMALL = {
     "one image": ([(8, 8)], [], 0, "finished"),
-    "fewer than a batch": ([(8, 8)] * 3, [], 0, "finished"),
+    "fewer than a batch": ([(8, 8)] * 5, [], 0, "finished"),
     "not square": ([(30, 8), (8, 21)], [], 0, "finished"),
     "smaller than the resolution": ([(3, 2), (1, 1)], [], 0, "finished"),
     "none": ([], [], 2, "holds no images"),

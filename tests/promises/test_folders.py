@@ -240,6 +240,25 @@ def Generators():
 
 
 @pytest.mark.row(60, NAMES)
+def test_names_with_spaces_and_of_other_alphabets_go_all_the_way(tmp_path):
+    """From the folders of classes, one of them linked, over a run to samples of a class and their figures."""
+    names = ["big dog", "кошка", "犬"]
+    put(tmp_path / "elsewhere", *(f"a {k}.png" for k in range(5)))
+    put(tmp_path / "mes données", *(f"{name}/é {k}.png" for name in names[:2] for k in range(5)))
+    (tmp_path / "mes données" / names[2]).symlink_to(tmp_path / "elsewhere")
+    run = tmp_path / "läufe" / "one more"
+    trained_here(tiny(run, "--dataset", tmp_path / "mes données", "--class_conditional", "--max_steps", 2))
+    assert load_pipeline(str(run)).class_names == names
+    for kind in ("png", "npz"):
+        folder = sample(sample_config(run, tmp_path / f"цвет {kind}", class_labels=("犬", "кошка"), num_images=4, steps=1, format=kind))
+        measure = MeasureConfig(metrics="colour", cache_dir="", num_threads=1)
+        found = evaluation.score(ScoreConfig(targets=(str(folder),), reference=str(tmp_path / "mes données"), measure=measure))
+        assert (found["targets"][0]["images"], found["reference"]["images"]) == (4, 15)
+    rows = (tmp_path / "цвет png" / "metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in rows] == [2, 1, 2, 1]
+
+
+@pytest.mark.row(60, NAMES)
 def test_labels_are_asked_for_by_name_or_number():
     assert numbers(["dog", "0", 1], ["cat", "dog"]) == [1, 0, 1]
     assert numbers(["2", 2], ["1", "2", "3"]) == [1, 2]  # text is a name first

@@ -1,5 +1,6 @@
-"""Rows 49 and 50 of docs/reliability.md: which images are drawn, and what a kill leaves of them."""
+"""Rows 49, 50 and 70 of docs/reliability.md: which images are drawn, and what a kill leaves of them."""
 
+import json
 import os
 import random
 import shutil
@@ -15,9 +16,10 @@ from PIL import Image
 from debias_diffusers.album import Album
 from debias_diffusers.errors import InputError
 from debias_diffusers.files import take_lock
-from debias_diffusers.sampling import sample
+from debias_diffusers.sampling import sample, seeds
 
 SAME_IMAGE = "image k of a seed is the same image, whatever the batch, the processes, or a kill before"
+APART = "no image repeats within a set, and sets of different seeds share none"
 MISSING = "killed at any moment, the same command draws only what is missing, and nothing foreign is touched"
 
 
@@ -32,6 +34,54 @@ def test_image_k_is_the_same_in_batches_of_any_size(trained, tmp_path, trials):
             assert np.abs(one - other).max() <= 1
             trials()
     assert len({image.tobytes() for image in drawn[64]}) == 64
+
+
+@pytest.mark.row(70, APART)
+def test_sets_of_50_000_images_of_any_two_of_the_seeds_0_to_200_share_no_generator(trials):
+    """A set is an interval on the circle of 2^32 seeds: neighbours, last and first among them, begin further apart than its length."""
+    count, circle = 50_000, 2**32
+    begins = sorted(seeds(seed, [0])[0] for seed in range(201))
+    for one, other in zip(begins, [*begins[1:], begins[0] + circle]):
+        assert other - one >= count
+        trials()
+    assert seeds(0, range(5)) == [0, 1, 2, 3, 4]  # as versions before
+
+
+@pytest.mark.row(70, APART)
+@pytest.mark.parametrize("seed", (0, 1, 200, 2**32 - 1))
+def test_a_set_has_consecutive_seeds_of_32_bits(seed):
+    """So none repeats, be it that they go on at 0 after 2^32 - 1."""
+    found = seeds(seed, range(50_000))
+    assert len(set(found)) == 50_000 and set(found) <= {(found[0] + k) % 2**32 for k in range(50_000)}
+
+
+@pytest.mark.row(70, APART)
+def test_sets_of_two_seeds_have_no_image_in_common(trained, tmp_path):
+    folders = [sample(sample_config(trained, tmp_path / str(seed), seed=seed, num_images=32, batch_size=32)) for seed in (0, 1, 2)]
+    assert len({path.read_bytes() for folder in folders for path in folder.glob("0*.png")}) == 3 * 32
+
+
+@pytest.mark.row(70, APART)
+@pytest.mark.parametrize("kind", ("png", "webp", "npz"))
+def test_a_folder_that_the_version_before_drew_is_completed_for_seed_0_only(trained, tmp_path, kind):
+    """It wrote no seed_factor, and all else as now."""
+    for seed in (0, 5):
+        folder = sample(sample_config(trained, tmp_path / str(seed), seed=seed, num_images=4, format=kind))
+        path = folder / ".sampling.json"
+        settings = json.loads(path.read_text())
+        assert settings["seed"] == seed and ("seed_factor" in settings) == (seed > 0)
+        settings.pop("seed_factor", None)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+    before = contents_of(tmp_path / "5")
+    for seed in (0, 1, 5):  # whole or not, and whatever is asked for
+        with pytest.raises(InputError, match="holds images of seed 5 by an older version"):
+            sample(sample_config(trained, tmp_path / "5", seed=seed, num_images=4, format=kind))
+    assert contents_of(tmp_path / "5") == before
+    assert sample(sample_config(trained, tmp_path / "0", num_images=4, format=kind)) == tmp_path / "0"
+
+
+def contents_of(folder):
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.row(49, SAME_IMAGE)
