@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -450,15 +450,19 @@ class Trainer:
         if self.saver is None:
             return
         try:
-            classes = with_images(self.task.class_counts or [])
-            drawn = [image for batch in self._drawn(self.saver, GRID_IMAGES, classes) for image in batch.cpu().numpy()]
+            drawn = [image for batch in self._drawn(self.saver, GRID_IMAGES, True) for image in batch.cpu().numpy()]
             picture = images.grid([images.from_array(array) for array in drawn])
             write_file(self.saver.run.folder / SAMPLES / f"{checkpoint.name_of(self.step)}.png", images.png(picture))
         except (CannotWriteError, InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
             say(f"no sample grid at step {self.step}: {error}")
 
-    def _drawn(self, saver: Saver, count: int, labels: Sequence[int]) -> Iterator[Tensor]:
-        """Images of the averaged weights from the seeds 0, 1, ..., as batches (B, C, H, W) uint8; `labels` in turn, if there are any."""
+    def _drawn(self, saver: Saver, count: int, balanced: bool) -> Iterator[Tensor]:
+        """Images of the averaged weights from the seeds 0, 1, ..., as batches (B, C, H, W) uint8.
+
+        Labels are those of all trained classes in turn, or else in proportion to their images.
+        """
+        counts = self.task.class_counts or []
+        labels = with_images(counts) if balanced else in_proportion(counts, count)
         pipeline = self.task.preview(saver.averaged(self.ema.averages[self.optim.ema_decay[0]]))
         steps = min(GRID_STEPS, len(self.objective.schedule) // 2)
         pipeline.scheduler = make_scheduler(default_scheduler(pipeline.scheduler), pipeline.scheduler, "linspace", steps)
@@ -472,8 +476,7 @@ class Trainer:
         if self.monitor is None or self.saver is None:
             return {}
         try:
-            count = self.config.run.eval_images
-            figures = self.monitor.figures(self._drawn(self.saver, count, in_proportion(self.task.class_counts or [], count)))
+            figures = self.monitor.figures(self._drawn(self.saver, self.config.run.eval_images, False))
         except (InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
             say(f"no figures at step {self.step}: {error}")
             return {}
