@@ -168,6 +168,11 @@ def guided(model: str, flags: str, out: str) -> None:
     names = ("use_new_attention_order", "noise_schedule", "diffusion_steps", "predict_xstart", "predict_v")
     if assumed := [f"{name} {values[name]}" for name in names if name not in given]:
         say(f"assumed, as the reference does where flags are left out: {', '.join(assumed)}")
+    if values["predict_xstart"]:  # The weights of both targets have the same shapes, so they cannot tell.
+        say(
+            "flag predict_xstart is True: check that the network was trained with it and not only sampled with it (the README of the "
+            "paper's code samples a network trained for noise so); if it was trained without, convert again with predict_xstart False"
+        )
     say(f"{out}: {sum(p.numel() for p in unet.parameters())} parameters, images of {values['image_size']} pixels; sample.py draws with it")
 
 

@@ -80,7 +80,7 @@ WEIGHTINGS: dict[str, Callable[..., Tensor]] = {
 WEIGHTINGS_OF_OTHERS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
     # The paper's code: the weight of the noise error whatever the target.
     "debiased_as_is": {"epsilon": debiased, "sample": debiased, "v_prediction": debiased},
-    # diffengine, OneTrainer: too heavy by 1/a on v.
+    # diffengine: too heavy by 1/a on v. OneTrainer is not repeated: it bounds the SNR at 1000 in both spaces.
     "debiased_diffengine": {"epsilon": debiased, "v_prediction": lambda snr: (snr + 1).rsqrt()},
     # sd-scripts bound the SNR at 1000. On v this is the uniform error of x_0.
     "debiased_kohya": {"epsilon": lambda snr: snr.clamp(max=1000).rsqrt(), "v_prediction": lambda snr: 1 / (snr.clamp(max=1000) + 1)},

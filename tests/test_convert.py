@@ -552,6 +552,13 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path):
     assert not list(tmp_path.glob("back*"))
 
 
+@pytest.mark.parametrize("target, warned", [("--predict_xstart True", True), ("--predict_v True", False), ("", False)])
+def test_a_target_that_the_weights_cannot_tell_is_to_be_checked(target, warned, tmp_path, capfd):
+    model, _, _ = golden("unet_paper_32")
+    guided(str(model), f"--image_size 32 --num_head_channels 32 {target}", str(tmp_path / "out"))
+    assert ("flag predict_xstart is True: check" in capfd.readouterr().err) is warned
+
+
 @pytest.mark.parametrize(
     "argv, named",
     [
