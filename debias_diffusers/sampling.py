@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +29,7 @@ from .labels import in_proportion, listed, numbers, taken_for_names, with_images
 from .machine import agreed, explained, start_processes
 from .pipeline import PixelPipeline, check_labels, load_pipeline
 from .run import CHECKPOINTS, SAMPLES, say
+from .schedule import schedule_of_scheduler, terminal_snr_problem
 from .schedulers import default_scheduler, in_sections, make_scheduler, strided
 
 DEFAULT_STEPS = 20
@@ -141,6 +143,7 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
         raise InputError("dtype is float16, which this CPU is slow and inexact in; take bfloat16 or float32")
     pipeline = open_model(config.model, config.weights, config.allow_pickle_import, step)
     own = pipeline.scheduler
+    _warn_of_terminal_snr(config.model, own)
     name = config.scheduler or default_scheduler(own)
     timesteps = _timesteps(config, own.config.num_train_timesteps)
     steps = len(timesteps) if timesteps else config.steps or DEFAULT_STEPS
@@ -166,6 +169,20 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
 
 _OPTIONS = ("guidance_scale", "guidance_interval", "eta", "clipping", "clipping_quantile")
 _SETTINGS = (*_OPTIONS, "spacing", "seed", "class_labels", "dtype", "format")
+
+
+_warned = set[str]()  # models, of which several jobs may be made
+
+
+def _warn_of_terminal_snr(model: str, own: Any) -> None:
+    """Says once that the schedule of a model does not end in noise; by the first process."""
+    try:
+        problem = terminal_snr_problem(schedule_of_scheduler(own))
+    except InputError:  # of a scheduler that does not tell its schedule
+        return
+    if problem and model not in _warned and os.environ.get("RANK", "0") == "0":
+        say(f"warning: {model}: {problem}")
+        _warned.add(model)
 
 
 def _timesteps(config: SampleConfig, T: int) -> list[int] | None:

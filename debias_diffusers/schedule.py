@@ -24,6 +24,9 @@ from .errors import InputError
 # SNR of the first level: less holds hardly an image; more has an alphas_cumprod that is 1 in float32, as solvers keep it.
 LEAST_SNR, MOST_SNR = 0.01, 2.0**23
 MOST_SNR_OF_FLOW = 1e12  # t = 1e-6, a thousandth of a timestep
+# SNR of the last level from which on sampling, which starts from pure noise, starts from what the network never saw: a tenth of the
+# image's amplitude is left there. Stable Diffusion's schedule (scaled_linear) ends at 0.0047, that of the packaged digits at 0.0026.
+MAX_TERMINAL_SNR = 0.01
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,29 @@ def _with_betas(config: ObjectiveConfig) -> Schedule:
         # Also where the betas are rescaled already, which changes them no more: it tells solvers to expect an SNR of 0.
         named["rescale_betas_zero_snr"] = True
     return variance_preserving(snr, named)
+
+
+def require_noise_at_the_end(config: ObjectiveConfig, schedule: Schedule) -> None:
+    """Refuses a schedule that cannot be sampled from pure noise (arXiv 2305.08891, section 3.1).
+
+    Raises:
+        InputError: the SNR of the last timestep is above `MAX_TERMINAL_SNR`; names the largest shift that works.
+    """
+    if problem := terminal_snr_problem(schedule):
+        largest = 0.9 * MAX_TERMINAL_SNR / schedule.snr[-1].item() * config.schedule_shift  # with room for its two digits
+        shift = f"--schedule_shift {float(f'{largest:.2g}'):g} (now {config.schedule_shift:g})"
+        raise InputError(f"{problem}; take {shift}, or --rescale_betas_zero_snr --prediction_type v_prediction, or --prediction_type flow")
+
+
+def terminal_snr_problem(schedule: Schedule) -> str | None:
+    """What is wrong with the end of a schedule, if something is."""
+    last = schedule.snr[-1].item()
+    if last <= MAX_TERMINAL_SNR:
+        return None
+    return (
+        f"the noise schedule ends at timestep {len(schedule) - 1} with an SNR of {last:.2g}, above {MAX_TERMINAL_SNR}: sampling starts "
+        f"from pure noise (SNR 0), which the network never sees"
+    )
 
 
 def schedule_of_scheduler(scheduler: Any) -> Schedule:

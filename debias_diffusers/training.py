@@ -52,7 +52,7 @@ from .progress import Progress, due
 from .publish import Publisher
 from .run import SAMPLES, Run, StopSignal, say
 from .saving import Saver
-from .schedule import at
+from .schedule import at, require_noise_at_the_end, terminal_snr_problem
 from .schedulers import default_scheduler, make_scheduler
 from .sources import Source, Without, look_at, open_source, require_skippable, summary
 from .timesteps import make_timestep_sampler
@@ -120,6 +120,7 @@ class Trainer:
         self.micro_batch_size = micro_batch_size(self.optim, accelerator.num_processes)
 
         self.objective = make_objective(config.objective)  # first, because it may refuse the configuration
+        self._require_noise_at_the_end(resumes=found is not None)
         source = self._open_source(found)
         self.monitor = self._monitor(source) if config.run.eval_every else None
         if self.monitor:
@@ -353,6 +354,14 @@ class Trainer:
                 say(f"warning: {sentence}")
         if self.run:
             say(f"starting from the weights of {model}")
+
+    def _require_noise_at_the_end(self, resumes: bool) -> None:
+        """Refuses a schedule that cannot be sampled; a run that began before this was looked at may end, with a warning."""
+        if not resumes:
+            with self._said_by_the_first():
+                require_noise_at_the_end(self.config.objective, self.objective.schedule)
+        elif self.run and (problem := terminal_snr_problem(self.objective.schedule)):
+            say(f"warning: {problem}")
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
         """The checkpoint that the first process chose, in every process."""
@@ -640,6 +649,7 @@ def learning_rate(config: OptimizationConfig, step: int) -> float:
 def dry_run(config: TrainConfig) -> None:
     """Shows what would be trained: configuration, size of the network, length of an epoch, picture of the first batch."""
     objective = make_objective(config.objective)
+    require_noise_at_the_end(config.objective, objective.schedule)
     picture = Path(f"{Path(config.run.output_dir or '')}-first-batch.png")
     require_replaceable("picture of the first batch", picture, lambda path: images.software(path) == images.SOFTWARE)
     print(to_json(config), end="")
