@@ -13,8 +13,10 @@ SNR / (sqrt(SNR) + 1)^2 w = (1 - t)^2 w on u.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -200,12 +202,11 @@ def loss_weight(
 
     Raises:
         InputError: an unknown name, a parameter the weighting does not have or that is out of range, a prediction type that is
-            not the scheduler's kind or not known to the code that the weighting repeats, timesteps that the scheduler does
-            not have, or a weight that is not finite.
+            not the scheduler's kind or not known to the code that the weighting repeats; on a CPU also timesteps that the scheduler
+            does not have, or a weight that is not finite. An accelerator is not waited for: there these weights are not finite.
     """
     flow = is_flow(scheduler)
-    snr = _snr_of_flow(scheduler, timesteps) if flow else _snr_of_levels(scheduler, timesteps)
-    prediction_type = prediction_type or ("flow" if flow else scheduler.config.prediction_type)
+    prediction_type = prediction_type or ("flow" if flow else scheduler.config.get("prediction_type", "epsilon"))
     _require_known("weighting", weighting, (*WEIGHTINGS, *WEIGHTINGS_OF_OTHERS))
     _require_known("prediction_type", prediction_type, get_args(PredictionType))
     if (prediction_type == "flow") != flow:
@@ -215,30 +216,69 @@ def loss_weight(
     for name in parameters:
         _require_known("parameter", name, (*WEIGHTING_PARAMETERS[weighting], "snr_floor", "snr_ceiling"))
     raise_all(range_problems(parameters) + bound_problems(parameters), "loss_weight")
-    weights = weight(snr, weighting, prediction_type, **{**_defaults(WEIGHTING_PARAMETERS[weighting]), **parameters})
-    if not weights.isfinite().all():
+    if flow:
+        weights = _weights(_snr_of_flow(scheduler, timesteps), weighting, prediction_type, parameters)
+    else:
+        weights = _at(_table(scheduler, weighting, prediction_type, parameters, timesteps.device), timesteps)
+    if timesteps.device.type == "cpu" and not weights.isfinite().all():
         raise InputError(
-            f"weighting {weighting} on {prediction_type} is not finite at timesteps {timesteps.cpu()[~weights.isfinite()].tolist()}, "
+            f"weighting {weighting} on {prediction_type} is not finite at timesteps {timesteps[~weights.isfinite()].tolist()}, "
             f"where the SNR is 0; add snr_floor=1e-3, or take weighting debiased and predict v"
         )
     return weights.to(timesteps.device, torch.float32)
 
 
-def _snr_of_levels(scheduler: Any, timesteps: Tensor) -> Tensor:
-    table = schedule_of_scheduler(scheduler).snr
-    t = timesteps.cpu()
-    if t.is_floating_point() or not ((t >= 0) & (t < len(table))).all():
-        raise InputError(f"timesteps must be whole numbers from 0 to {len(table) - 1}, but are {t.tolist()}")
-    return table[t.long()]
+def _weights(snr: Tensor, weighting: str, prediction_type: PredictionType, parameters: Mapping[str, float]) -> Tensor:
+    return weight(snr, weighting, prediction_type, **{**_defaults(WEIGHTING_PARAMETERS[weighting]), **parameters})
+
+
+# Weights of all timesteps by scheduler: what the schedule was made of when they were computed, and the tables by what was asked for.
+_tables: WeakKeyDictionary[Any, tuple[list[Any], list[int], dict[Any, Tensor]]] = WeakKeyDictionary()
+MAX_TABLES = 32  # of one scheduler: parameters may change at every step
+
+
+def _table(scheduler: Any, weighting: str, prediction_type: PredictionType, parameters: Mapping[str, float], device: Any) -> Tensor:
+    """(T,) float32 on a device, computed once, and again where the scheduler's configuration or its tensors are others by now."""
+    parts, versions = _parts(scheduler)
+    parts_before, versions_before, tables = _tables.get(scheduler, ([], [], {}))
+    if versions != versions_before or any(one is not other for one, other in zip(parts, parts_before)):
+        tables = {}
+        _tables[scheduler] = parts, versions, tables
+    asked = (weighting, WEIGHTINGS.get(weighting), prediction_type, tuple(sorted(parameters.items())), device)
+    if asked not in tables:
+        if len(tables) >= MAX_TABLES:
+            tables.clear()
+        weights = _weights(schedule_of_scheduler(scheduler).snr, weighting, prediction_type, parameters)
+        tables[asked] = weights.to(device, torch.float32)
+    return tables[asked]
+
+
+def _parts(scheduler: Any) -> tuple[list[Any], list[int]]:
+    """What the schedule of a scheduler is made of, and the versions of the tensors among it: one that is written to has another."""
+    tensors = [getattr(scheduler, name, None) for name in ("betas", "alphas_cumprod")]
+    versions = [t._version if isinstance(t, Tensor) and not t.is_inference() else 0 for t in tensors]
+    return [scheduler.config, *tensors], versions
+
+
+def _at(table: Tensor, timesteps: Tensor) -> Tensor:
+    """Entries (B,) of a table. On an accelerator nothing waits for the timesteps: NaN where the scheduler does not have one."""
+    T = len(table)
+    if timesteps.is_floating_point():
+        raise InputError(f"timesteps must be whole numbers from 0 to {T - 1}, but are {timesteps.tolist()}")
+    known = (timesteps >= 0) & (timesteps < T)
+    if timesteps.device.type == "cpu" and not known.all():
+        raise InputError(f"timesteps must be whole numbers from 0 to {T - 1}, but are {timesteps.tolist()}")
+    return torch.where(known, table[timesteps.long().clamp(0, T - 1)], math.nan)
 
 
 def _snr_of_flow(scheduler: Any, timesteps: Tensor) -> Tensor:
-    """((1 - t) / t)^2: whatever shift the scheduler has is in its timesteps already."""
+    """((1 - t) / t)^2: whatever shift the scheduler has is in its timesteps already. NaN as of `_at`."""
     T: int = scheduler.config.num_train_timesteps
-    t = timesteps.double().cpu() / T
-    if not ((t >= 0) & (t <= 1)).all():
+    t = (timesteps.cpu() if timesteps.device.type == "mps" else timesteps).double() / T  # which has no float64
+    known = (t >= 0) & (t <= 1)
+    if t.device.type == "cpu" and not known.all():
         raise InputError(f"timesteps must be from 0 to {T}, but are {timesteps.tolist()}")
-    return ((1 - t) / t).square()
+    return torch.where(known, ((1 - t) / t).square(), math.nan)
 
 
 def _require_known(what: str, value: str, known: Iterable[str]) -> None:

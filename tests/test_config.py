@@ -309,7 +309,7 @@ PAPER = {
     "ffhq256": 93_563_910,
     "afhq_dog256": 93_563_910,
     "metfaces256": 93_563_910,
-    "cifar10": 30_468_870,
+    "cifar10": 30_468_870 + 10 * 512,
     "imagenet256": 93_563_910 + 1000 * 512,
 }
 
@@ -328,13 +328,14 @@ def test_the_runs_of_the_paper_are_configurations(name, tmp_path, capsys):
     assert (optim.learning_rate, optim.max_steps, optim.ema_decay) == (2e-5, 500_000, (0.9999,))
     assert (optim.weight_decay, optim.max_grad_norm, optim.lr_schedule) == (0, 0, "constant")
     assert optim.batch_size == (32 if name == "cifar10" else 8)
-    num_labels = 1000 if config.data.class_conditional else 0
+    num_labels = {"imagenet256": 1000, "cifar10": 10}.get(name, 0)
+    assert config.data.class_conditional == bool(num_labels) and (not num_labels or config.data.label_dropout == 0)
     with torch.device("meta"):
         network = build_unet(network_arguments(config, 3, num_labels))
     assert sum(p.numel() for p in network.parameters()) == PAPER[name]
     dry_run(config)
     said = capsys.readouterr().out
-    assert "cannot be seen" in said and (f"parameters: {PAPER[name]}\n" in said) == (name != "imagenet256")
+    assert "cannot be seen" in said and (f"parameters: {PAPER[name]}\n" in said) == (not num_labels)
     for weighting in ("constant", "p2", "min_snr", "debiased"):
         assert train_problems(train_config(["--config", name, "--dataset", "x", "--weighting", weighting], None)) == []
 

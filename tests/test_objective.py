@@ -1,6 +1,8 @@
 """Schedule, weighting and loss against the reference implementation, diffusers, and closed forms."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from diffusers import (
 from diffusers.training_utils import compute_snr
 from safetensors.torch import load_file
 
-from debias_diffusers import loss_weight, register_weighting
+from debias_diffusers import loss_weight, register_weighting, weighting
 from debias_diffusers.config import WEIGHTING_PARAMETERS, ObjectiveConfig
 from debias_diffusers.errors import InputError
 from debias_diffusers.loss import Objective, make_objective
@@ -466,6 +468,45 @@ def test_loss_weight_of_a_flow_is_a_function_of_its_timesteps():
     for scheduler, space in ((FlowMatchEulerDiscreteScheduler(), "epsilon"), (DDPMScheduler(), "flow")):
         with pytest.raises(InputError, match=f"prediction_type is {space}, which does not go with {type(scheduler).__name__}"):
             loss_weight(scheduler, torch.tensor([10]), prediction_type=space)
+
+
+def test_loss_weight_computes_the_table_of_a_scheduler_once(monkeypatch):
+    scheduler, t, made = DDPMScheduler(), torch.tensor([3, 700]), []
+    original = weighting.schedule_of_scheduler
+    monkeypatch.setattr(weighting, "schedule_of_scheduler", lambda own: made.append(own) or original(own))
+    first = [loss_weight(scheduler, t, **options) for options in ({}, {"weighting": "min_snr"}, {"weighting": "min_snr", "snr_gamma": 1})]
+    for _ in range(5):
+        assert torch.equal(loss_weight(scheduler, t), first[0])
+        assert torch.equal(loss_weight(scheduler, t, weighting="min_snr", snr_gamma=1), first[2])
+    assert len(made) == 3 and not torch.equal(first[1], first[2])
+    for gamma in range(1, 100):
+        loss_weight(scheduler, t, weighting="min_snr", snr_gamma=gamma)
+    assert len(weighting._tables[scheduler][2]) <= weighting.MAX_TABLES
+    gone = weakref.ref(scheduler)
+    made.clear()
+    del scheduler
+    gc.collect()
+    assert gone() is None
+
+
+def test_loss_weight_of_a_scheduler_that_changed_is_that_of_the_new_one():
+    scheduler, t = DDPMScheduler(), torch.tensor([3, 700])
+    before = loss_weight(scheduler, t)
+    scheduler.register_to_config(beta_schedule="scaled_linear")
+    other = DDPMScheduler(beta_schedule="scaled_linear")
+    scheduler.betas, scheduler.alphas_cumprod = other.betas.clone(), other.alphas_cumprod.clone()
+    assert torch.equal(loss_weight(scheduler, t), loss_weight(other, t)) and not torch.equal(loss_weight(scheduler, t), before)
+    with torch.no_grad():
+        scheduler.alphas_cumprod.mul_(0.5)  # in place
+    halved = scheduler.alphas_cumprod[t].double()
+    torch.testing.assert_close(loss_weight(scheduler, t).double(), ((1 - halved) / halved).sqrt(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler()], ids=["levels", "flow"])
+def test_loss_weight_does_not_wait_for_a_device(scheduler):
+    """A tensor on "meta" has no values: whatever reads one raises."""
+    weights = loss_weight(scheduler, torch.empty(4, dtype=torch.long, device="meta"))
+    assert weights.shape == (4,) and weights.dtype == torch.float32 and weights.device.type == "meta"
 
 
 @pytest.mark.row(34, "weights that grow without bound as the SNR falls to 0 are refused")

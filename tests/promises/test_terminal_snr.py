@@ -1,6 +1,7 @@
 """Row 72 of docs/reliability.md: a schedule that cannot be sampled from pure noise is refused."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -23,7 +24,7 @@ def last_snr(name, T, shift=1.0):
     ends = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "sigmoid": (1e-4, 0.02)}.get(name)
     if name == "cosine":
         f = [np.cos((i / T + 0.008) / 1.008 * np.pi / 2) ** 2 for i in range(T + 1)]
-        betas = np.array([min(1 - after / before, 0.999) for before, after in zip(f, f[1:])])
+        betas = np.array([min(1 - after / before, 0.999) for before, after in itertools.pairwise(f)])
     else:
         start, end = (1000 / T * beta for beta in ends)
         betas = {
@@ -52,7 +53,7 @@ def test_every_schedule_shift_and_number_of_timesteps_is_judged_by_its_last_snr(
         if shift < bound:
             require_noise_at_the_end(config, made)
             continue
-        with pytest.raises(InputError, match=f"ends at timestep {T - 1} with an SNR of 0.01, above 0.01") as refused:
+        with pytest.raises(InputError, match=rf"ends at timestep {T - 1} with an SNR of 0.01, above 0.01") as refused:
             require_noise_at_the_end(config, made)
         advised = float(re.search(r"--schedule_shift (\S+) ", str(refused.value))[1])
         assert 0.8 * bound < advised < bound
@@ -82,7 +83,7 @@ def test_a_new_run_is_refused_before_its_data_are_read_and_one_that_began_before
         unread.setattr(training, "_seen", lambda *_: pytest.fail("the data were read"))
         for start in (trained_here, training.dry_run):
             trials()
-            with pytest.raises(InputError, match="SNR of 0.3, above 0.01: sampling starts from pure noise"):
+            with pytest.raises(InputError, match=r"SNR of 0.3, above 0.01: sampling starts from pure noise"):
                 start(config)
     with monkeypatch.context() as before:
         before.setattr(schedule, "MAX_TERMINAL_SNR", 1.0)
