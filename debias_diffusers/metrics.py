@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ class Sample:
     features: Mapping[str, Tensor]  # (N, D) float32; empty where there are statistics only
     statistics: dict[str, Statistics]  # those given, and those worked out: a reference is compared with more than once
     count: int | None  # of images; None where nobody wrote it down
+    rows: dict[str, np.ndarray] = field(default_factory=dict)  # (N, D) with rows^T rows = sigma, of what was worked out of N < D images
 
     @staticmethod
     def of(features: Mapping[str, Tensor]) -> Sample:
@@ -58,7 +60,10 @@ class Sample:
         if layer in self.features and layer not in self.statistics:
             if (images := len(self.features[layer])) < 2:
                 raise InputError(f"mean and covariance need at least 2 images, but there is {images}; take more")
-            self.statistics[layer] = fid_features_to_statistics(self.features[layer].double())
+            features = self.features[layer].double()
+            self.statistics[layer] = fid_features_to_statistics(features)
+            if images < features.shape[1]:
+                self.rows[layer] = (features - features.mean(0)).numpy() / math.sqrt(images - 1)
         if layer not in self.statistics:
             raise InputError(
                 f"the reference has statistics of {', '.join(self.statistics)}, but not of {layer}; take images, or other metrics"
@@ -70,18 +75,37 @@ class Sample:
         return self.features[layer].shape[1] if layer in self.features else len(self.moments(layer)["mu"])
 
 
-def frechet(one: Statistics, other: Statistics) -> float:
+def frechet(one: Statistics, other: Statistics, rows: np.ndarray | None = None) -> float:
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), the distance of two Gaussians (arXiv 1706.08500, equation 6).
+
+    Args:
+        one: mean and covariance.
+        other: those it is compared with.
+        rows: (N, D) float64 with rows^T rows = S1, where N < D: the trace of the root is then computed from an N x N matrix.
 
     Raises:
         InputError: they are of different extractors, or not finite.
     """
     if one["mu"].shape != other["mu"].shape:
-        raise InputError(f"the target has {len(one['mu'])} features, the reference {len(other['mu'])}; they are of different extractors")
+        sizes = f"{len(one['mu'])} and {len(other['mu'])} features"
+        raise InputError(f"target and reference have {sizes}, so of different extractors; compare features of the same one")
     try:
+        if rows is not None:
+            return _frechet_of_few(one, other, rows)
         return float(fid_statistics_to_metric(one, other, verbose=False)["frechet_inception_distance"])
     except np.linalg.LinAlgError as error:
         raise InputError(f"the Frechet distance of these features cannot be computed: {reason(error)}; take other images") from error
+
+
+def _frechet_of_few(one: Statistics, other: Statistics, rows: np.ndarray) -> float:
+    """With S1 = A^T A, the eigenvalues of S1 S2 that are not 0 are those of A S2 A^T, which is symmetric, N x N and positive."""
+    product = rows @ other["sigma"] @ rows.T
+    if not np.isfinite(product).all():  # which eigvalsh does not check
+        raise np.linalg.LinAlgError("Array must not contain infs or NaNs")
+    squares = np.linalg.eigvalsh(product)
+    apart = one["mu"] - other["mu"]
+    trace = np.trace(one["sigma"]) + np.trace(other["sigma"]) - 2 * np.sqrt(squares.clip(0)).sum()
+    return float(apart @ apart + trace)
 
 
 def as_loss(name: str, value: float) -> float:
@@ -120,7 +144,9 @@ def figures(target: Sample, reference: Sample, layers: Mapping[str, str], seed: 
 
 
 def _distance(name: str, target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
-    return {name: frechet(target.moments(layer), reference.moments(layer))}
+    # The distance is symmetric: the smaller set comes first, whose matrix is the smaller one.
+    one, other = sorted((target, reference), key=lambda sample: len(sample.rows.get(layer, sample.moments(layer)["sigma"])))
+    return {name: frechet(one.moments(layer), other.moments(layer), one.rows.get(layer))}
 
 
 def _inception_score(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:

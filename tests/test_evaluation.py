@@ -52,6 +52,36 @@ def test_the_distance_is_unchanged_by_a_rotation():
     assert turned == pytest.approx(plain, rel=1e-6)
 
 
+@pytest.mark.parametrize("count, other_count", [(12, 12), (12, 30), (30, 12), (12, 500), (500, 12), (2, 2)])
+def test_the_distance_of_fewer_images_than_features_is_the_formula_without_the_large_matrix(count, other_count, monkeypatch):
+    """The root's trace is the sum of the singular values of A B^T, where S1 = A^T A and S2 = B^T B."""
+    scale = [0.9**k for k in range(40)]
+    one, other = normal(count, [0.0] * 40, scale), normal(other_count, [0.5] * 40, scale, seed=5)
+    A, B = (((x - x.mean(0)) / math.sqrt(len(x) - 1)).numpy() for x in (one, other))
+    root = np.linalg.svd(A @ B.T, compute_uv=False).sum()
+    expected = (one.mean(0) - other.mean(0)).square().sum().item() + np.square(A).sum() + np.square(B).sum() - 2 * root
+    monkeypatch.setattr(metrics, "fid_statistics_to_metric", None)  # takes seconds for 2048 features
+    found = metrics.figures(Sample.of({"x": one}), Sample.of({"x": other}), {"fid": "x"})["fid"]
+    assert found == pytest.approx(expected, rel=1e-7)
+
+
+def test_the_distance_from_given_statistics_is_theirs_and_not_that_of_the_few_images_beside_them():
+    few, many = normal(12, [0.0] * 40, [1.0] * 40), normal(500, [0.5] * 40, [1.5] * 40, seed=5)
+    given = Sample.of({"x": many}).moments("x")
+    beside = Sample({"x": normal(9, [9.0] * 40, [1.0] * 40)}, {"x": given}, 9)
+    by_few = metrics.figures(Sample.of({"x": few}), beside, {"fid": "x"})["fid"]
+    assert by_few == pytest.approx(metrics.frechet(Sample.of({"x": few}).moments("x"), given), rel=1e-5)  # torch-fidelity's
+    same = metrics.figures(Sample.of({"x": few}), Sample.of({"x": few}), {"fid": "x"})["fid"]
+    assert same == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [3, 50])
+def test_features_of_different_extractors_are_not_compared(count):
+    one, other = Sample.of({"x": normal(count, [0.0] * 5, [1.0] * 5)}), Sample.of({"x": normal(50, [0.0] * 4, [1.0] * 4)})
+    with pytest.raises(InputError, match="features, so of different extractors"):
+        metrics.figures(one, other, {"fid": "x"})
+
+
 def plain_precision(generated, real, neighbours=3):
     """Share of generated points within the ball of a real point that reaches to its third neighbour, in loops (arXiv 1904.06991)."""
     radii = [sorted((real[i] - real[j]).norm().item() for j in range(len(real)))[neighbours] for i in range(len(real))]
@@ -104,6 +134,8 @@ def test_features_that_are_not_finite_have_no_distance():
     broken = Sample.of({"x": torch.full((5, 2), math.nan)})
     with pytest.raises(InputError, match="the Frechet distance of these features cannot be computed"):
         metrics.figures(broken, Sample.of({"x": normal(9, [0.0, 1], [1.0, 1])}), {"fid": "x"})
+    with pytest.raises(InputError, match="the Frechet distance of these features cannot be computed"):
+        metrics.figures(Sample.of({"x": torch.full((5, 9), math.nan)}), Sample.of({"x": torch.zeros(5, 9)}), {"fid": "x"})
     with pytest.raises(InputError, match="need at least 2 images, but there is 1"):
         Sample.of({"x": torch.zeros(1, 2)}).moments("x")
 
