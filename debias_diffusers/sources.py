@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -135,6 +136,25 @@ class Folder:
             digest.update(os.fsencode(f"{name}\0{_size(self.root / name)}\n"))
         digest.update(self._in_metadata)  # empty where names and sizes say all
         return {"images": len(self), "sha256": digest.hexdigest()}
+
+
+class EarlierFolder(Folder):
+    """A folder as the version before read it, for the runs that it began: few extensions, no splits, and a label for every image."""
+
+    EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+    def __init__(self, root: Path, config: DataConfig, order: ClassOrder) -> None:
+        found = folders.look(root)
+        self.root, self.split, self._in_metadata = root, "", b""
+        self.names = [name for name in found.images if Path(name).suffix.lower() in self.EXTENSIONS]
+        unknown = sorted(set(found.images) - set(self.names))
+        self.passed_over = [(name, "not read by the version that began this run") for name in unknown] + found.passed_over
+        self.class_names = None
+        if config.class_conditional:
+            classes = [name.split("/" if "/" in name else "_")[0] for name in self.names]
+            self.class_names = in_order(classes, (), order, f"dataset {root}")
+            number = {name: label for label, name in enumerate(self.class_names)}
+            self._labels = [number[name] for name in classes]
 
 
 def _size(path: Path) -> int:
@@ -388,6 +408,26 @@ def open_source(config: DataConfig, order: ClassOrder = "natural") -> Source:
             f"name the folder that holds one folder for each class, or leave --class_conditional out"
         )
     return source
+
+
+def open_again(config: DataConfig, order: ClassOrder, known: Mapping[str, Any]) -> Source:
+    """Opens the data of a run that wrote down the fingerprint `known`: as the version before, where only so they are the same.
+
+    Raises:
+        InputError: as `open_source`.
+    """
+
+    def same(source: Source) -> bool:
+        return Without(source, known.get("skipped", [])).fingerprint() == known
+
+    path = Path(str(config.dataset)).expanduser()
+    with contextlib.suppress(InputError):
+        if same(source := open_source(config, order)):
+            return source
+    with contextlib.suppress(InputError):
+        if path.is_dir() and same(source := EarlierFolder(path, config, order)):
+            return source
+    return open_source(config, order)
 
 
 def _with_images(source: Source, names: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Rows 57 to 62 of docs/reliability.md: which images and which labels a data set has."""
 
+import hashlib
 import io
 import json
 import zipfile
@@ -262,7 +263,7 @@ def test_a_run_of_the_version_before_keeps_the_labels_that_it_was_trained_with(p
     from debias_diffusers import training
 
     with monkeypatch.context() as before:
-        before.setattr(training, "open_source", lambda config, order: open_source(config, "plain"))
+        before.setattr(training, "open_source", lambda config: open_source(config, "plain"))
         whole = trained_here(tiny(tmp_path / "whole", *flags, 4))
         state = training.Trainer._state
         before.setattr(training.Trainer, "_state", lambda self: {k: v for k, v in state(self).items() if not k.startswith("class_")})
@@ -273,6 +274,40 @@ def test_a_run_of_the_version_before_keeps_the_labels_that_it_was_trained_with(p
     files = [sorted((tmp_path / name / "checkpoints" / "step-00000004").glob("*.safetensors")) for name in ("whole", "old")]
     assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*files, strict=True)) and files[0]
     assert load_pipeline(str(tmp_path / "old")).class_names == plain
+
+
+@pytest.mark.row(60, NAMES)
+@pytest.mark.parametrize(
+    "names, labelled",
+    [
+        (("train/1.png", "train/2.png", "test/3.png"), True),  # no class folders in the split
+        (("train/1.png", "train/2.png", "test/3.png"), False),
+        (("10/1.png", "2/1.png", "2/2.jfif", "a_1.png"), True),
+        (("a.png", "b.avif", "c"), False),
+    ],
+)
+def test_a_run_of_the_version_before_keeps_the_images_that_it_was_trained_with(tmp_path, names, labelled):
+    """It took every folder for a class, knew ten extensions, and hashed names and sizes."""
+    put(tmp_path, *names, kind="PNG")
+    known = sorted(name for name in names if name.endswith(".png"))
+    text = "".join(f"{name}\0{(tmp_path / name).stat().st_size}\n" for name in known)
+    state = {"images": len(known), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    config = DataConfig(dataset=str(tmp_path), class_conditional=labelled)
+    source = sources.open_again(config, "plain", state)
+    assert source.names == known and source.fingerprint() == state
+    if labelled:
+        assert labels_of(source) == {name: name.split("/" if "/" in name else "_")[0] for name in known}
+        assert source.class_names == sorted(set(labels_of(source).values()))
+        assert sources.open_again(config, source.class_names, state).fingerprint() == state  # as it is after the first resume
+    changed = state | {"images": 7}  # neither way of reading it
+    if labelled and "train/1.png" in names:
+        with pytest.raises(InputError, match="has no label"):
+            sources.open_again(config, "plain", changed)
+    else:
+        assert (
+            sources.open_again(config, "plain", changed).fingerprint()
+            == opened(tmp_path, "plain", class_conditional=labelled).fingerprint()
+        )
 
 
 # ---- which labels are drawn ------------------------------------------------------------------------------------------
