@@ -400,7 +400,7 @@ def is_pinned(name: str) -> bool:
 def is_hub_id(dataset: str) -> bool:
     """Whether a name that was typed is that of a dataset on the Hub: user/name or name@revision, and nothing that is meant on this disk."""
     path = Path(dataset)
-    return bool(_DATASET_ID.fullmatch(dataset)) and dataset != DIGITS and path.suffix != ".parquet" and not is_here(dataset)
+    return bool(_DATASET_ID.fullmatch(dataset)) and dataset != DIGITS and path.suffix.lower() != ".parquet" and not is_here(dataset)
 
 
 def is_here(name: str) -> bool:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import posixpath
 import re
 import reprlib
 from collections import Counter
@@ -167,7 +168,7 @@ def read_metadata(root: Path, split: str, column: str | None) -> tuple[Path, dic
         The file and its labels; None where there is no such file, or none with labels.
 
     Raises:
-        InputError: it cannot be read, or lacks the column.
+        InputError: it cannot be read, lacks the column, or has two labels for one image.
     """
     for place in dict.fromkeys((split, "")):
         for path in (root / place / METADATA, root / place / "metadata.csv"):
@@ -178,9 +179,18 @@ def read_metadata(root: Path, split: str, column: str | None) -> tuple[Path, dic
             if column and column not in columns:
                 raise InputError(f"label_column is {column}, but {path} has only: {', '.join(columns)}")
             if label := column or next((name for name in ("label", "class") if name in columns), None):
-                start = f"{place}/" if place else ""
-                return path, {start + row["file_name"].removeprefix("./"): row.get(label) for row in rows}
+                return path, _by_name(path, place, [(row["file_name"], row.get(label)) for row in rows])
     return None
+
+
+def _by_name(path: Path, place: str, rows: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Labels by the path of an image, relative to the root, of the rows of a metadata file in the folder `place`."""
+    found: dict[str, Any] = {}
+    for name, label in rows:
+        key = posixpath.normpath(posixpath.join(place, name))
+        if found.setdefault(key, label) != label:
+            raise InputError(f"{path} has two labels for {name}, {reprlib.repr(found[key])} and {reprlib.repr(label)}; keep one row")
+    return found
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -91,6 +92,10 @@ class Folder:
         self.passed_over += [(name, f"in {path.name} without an image") for name in rows if name not in there]
         self.passed_over = [(name, why) for name, why in self.passed_over if self.root / name != path]
         self.names = [name for name in self.names if name in rows]
+        if not self.names:
+            raise InputError(
+                f"{path} has no row for any image of dataset {self.root}; its file_name must be a path relative to {path.parent}"
+            )
         values = [rows[name] for name in self.names]
         self.class_names, number = _numbers_of(values, order, str(path))
         self._labels = [number.get(value) for value in values]
@@ -131,6 +136,25 @@ class Folder:
             digest.update(os.fsencode(f"{name}\0{_size(self.root / name)}\n"))
         digest.update(self._in_metadata)  # empty where names and sizes say all
         return {"images": len(self), "sha256": digest.hexdigest()}
+
+
+class EarlierFolder(Folder):
+    """A folder as the version before read it, for the runs that it began: few extensions, no splits, and a label for every image."""
+
+    EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+    def __init__(self, root: Path, config: DataConfig, order: ClassOrder) -> None:
+        found = folders.look(root)
+        self.root, self.split, self._in_metadata = root, "", b""
+        self.names = [name for name in found.images if Path(name).suffix.lower() in self.EXTENSIONS]
+        unknown = sorted(set(found.images) - set(self.names))
+        self.passed_over = [(name, "not read by the version that began this run") for name in unknown] + found.passed_over
+        self.class_names = None
+        if config.class_conditional:
+            classes = [name.split("/" if "/" in name else "_")[0] for name in self.names]
+            self.class_names = in_order(classes, (), order, f"dataset {root}")
+            number = {name: label for label, name in enumerate(self.class_names)}
+            self._labels = [number[name] for name in classes]
 
 
 def _size(path: Path) -> int:
@@ -377,12 +401,33 @@ def open_source(config: DataConfig, order: ClassOrder = "natural") -> Source:
     source = _open(config, order)
     if len(source) == 0:
         raise InputError(f"dataset {config.dataset} is empty")
-    if isinstance(order, str) and source.class_names and len(names := _with_images(source, source.class_names)) == 1:
+    names = _with_images(source, source.class_names) if isinstance(order, str) and source.class_names else []
+    if len(names) == 1 and len(set(source.labels())) == 1:  # others are labels of no class: a look at all images names them
         raise InputError(
             f"class_conditional is on, but dataset {config.dataset} has a single class, {names[0]}; "
             f"name the folder that holds one folder for each class, or leave --class_conditional out"
         )
     return source
+
+
+def open_again(config: DataConfig, order: ClassOrder, known: Mapping[str, Any]) -> Source:
+    """Opens the data of a run that wrote down the fingerprint `known`: as the version before, where only so they are the same.
+
+    Raises:
+        InputError: as `open_source`.
+    """
+
+    def same(source: Source) -> bool:
+        return Without(source, known.get("skipped", [])).fingerprint() == known
+
+    path = Path(str(config.dataset)).expanduser()
+    with contextlib.suppress(InputError):
+        if same(source := open_source(config, order)):
+            return source
+    with contextlib.suppress(InputError):
+        if path.is_dir() and same(source := EarlierFolder(path, config, order)):
+            return source
+    return open_source(config, order)
 
 
 def _with_images(source: Source, names: list[str]) -> list[str]:
@@ -399,7 +444,7 @@ def _open(config: DataConfig, order: ClassOrder) -> Source:
             return Table(_digits(), config, order)
     if path.is_dir():
         return _open_folder(path, config, order)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         if not path.is_file():
             raise InputError(f"dataset {path} does not exist")
         return Table(_load("parquet", config, data_files=str(path)), config, order)
@@ -413,8 +458,12 @@ def _open_folder(path: Path, config: DataConfig, order: ClassOrder) -> Source:
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return Table(_load_saved(path, config), config, order)
     found = folders.look(path)
-    if not found.images and any(name.endswith(".parquet") for name, _ in found.passed_over):
-        return Table(_load("parquet", config, data_files=_shards(path)), config, order)
+    shards = {name for name, _ in found.passed_over if name.endswith(".parquet")}
+    if len(shards) > len(found.images):  # a picture beside a table is no data, nor is a table beside images
+        table = Table(_load("parquet", config, data_files=_shards(path)), config, order)
+        beside = [(name, "beside the parquet files") for name in found.images]
+        table.passed_over = beside + [(name, why) for name, why in found.passed_over if name not in shards]
+        return table
     return Folder(found, config, order)
 
 
@@ -445,8 +494,10 @@ def _digits() -> Any:
 
 
 def _meant(dataset: str) -> str:
-    """How to ask the Hub all the same for what looks like a path."""
-    return f": {place_of(dataset)} is not there; {dataset}@main asks the Hub for it" if is_hub_id(f"{dataset}@main") else ""
+    """How to ask the Hub all the same for what looks like a path; nothing where the path is there."""
+    if Path(dataset).exists() or not is_hub_id(f"{dataset}@main"):
+        return ""
+    return f": {place_of(dataset)} is not there; {dataset}@main asks the Hub for it"
 
 
 def _load(path: str, config: DataConfig, **kwargs: Any) -> Any:
@@ -457,7 +508,7 @@ def _load(path: str, config: DataConfig, **kwargs: Any) -> Any:
         return datasets.load_dataset(path, split=config.split, **kwargs)
     # load_dataset raises whatever its builders, the Hub client and the network raise.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error.__cause__ or error).split())  # where an error is wrapped, the wrapper does not tell what is wrong
         place = _where_no_cache_can_be(datasets.config.HF_DATASETS_CACHE)
         raise InputError(f"dataset {config.dataset} with split {config.split} cannot be loaded: {reason}{place}") from error
 

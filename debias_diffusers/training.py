@@ -54,7 +54,7 @@ from .run import SAMPLES, Run, StopSignal, say
 from .saving import Saver
 from .schedule import at, require_noise_at_the_end, terminal_snr_problem
 from .schedulers import default_scheduler, make_scheduler
-from .sources import Source, Without, look_at, open_source, require_skippable, summary
+from .sources import Source, Without, look_at, open_again, open_source, require_skippable, summary
 from .timesteps import make_timestep_sampler
 from .update import Update
 from .weighting import effective_sample_size
@@ -369,7 +369,8 @@ class Trainer:
 
     def _open_source(self, found: Checkpoint | None) -> Source:
         """The data, its labels in the order of the run; a run that did not write down its class names has the plain one."""
-        source = open_source(self.config.data, (found.state.get("class_names") or "plain") if found else "natural")
+        data = self.config.data
+        source = open_again(data, found.state.get("class_names") or "plain", found.state["data"]) if found else open_source(data)
         for sentence in summary(source, self.config.data.dataset) if self.run else ():
             say(sentence)
         return source

@@ -1,5 +1,6 @@
 """Rows 57 to 62 of docs/reliability.md: which images and which labels a data set has."""
 
+import hashlib
 import io
 import json
 import zipfile
@@ -281,7 +282,7 @@ def test_a_run_of_the_version_before_keeps_the_labels_that_it_was_trained_with(p
     from debias_diffusers import training
 
     with monkeypatch.context() as before:
-        before.setattr(training, "open_source", lambda config, order: open_source(config, "plain"))
+        before.setattr(training, "open_source", lambda config: open_source(config, "plain"))
         whole = trained_here(tiny(tmp_path / "whole", *flags, 4))
         state = training.Trainer._state
         before.setattr(training.Trainer, "_state", lambda self: {k: v for k, v in state(self).items() if not k.startswith("class_")})
@@ -292,6 +293,40 @@ def test_a_run_of_the_version_before_keeps_the_labels_that_it_was_trained_with(p
     files = [sorted((tmp_path / name / "checkpoints" / "step-00000004").glob("*.safetensors")) for name in ("whole", "old")]
     assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*files, strict=True)) and files[0]
     assert load_pipeline(str(tmp_path / "old")).class_names == plain
+
+
+@pytest.mark.row(60, NAMES)
+@pytest.mark.parametrize(
+    "names, labelled",
+    [
+        (("train/1.png", "train/2.png", "test/3.png"), True),  # no class folders in the split
+        (("train/1.png", "train/2.png", "test/3.png"), False),
+        (("10/1.png", "2/1.png", "2/2.jfif", "a_1.png"), True),
+        (("a.png", "b.avif", "c"), False),
+    ],
+)
+def test_a_run_of_the_version_before_keeps_the_images_that_it_was_trained_with(tmp_path, names, labelled):
+    """It took every folder for a class, knew ten extensions, and hashed names and sizes."""
+    put(tmp_path, *names, kind="PNG")
+    known = sorted(name for name in names if name.endswith(".png"))
+    text = "".join(f"{name}\0{(tmp_path / name).stat().st_size}\n" for name in known)
+    state = {"images": len(known), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    config = DataConfig(dataset=str(tmp_path), class_conditional=labelled)
+    source = sources.open_again(config, "plain", state)
+    assert source.names == known and source.fingerprint() == state
+    if labelled:
+        assert labels_of(source) == {name: name.split("/" if "/" in name else "_")[0] for name in known}
+        assert source.class_names == sorted(set(labels_of(source).values()))
+        assert sources.open_again(config, source.class_names, state).fingerprint() == state  # as it is after the first resume
+    changed = state | {"images": 7}  # neither way of reading it
+    if labelled and "train/1.png" in names:
+        with pytest.raises(InputError, match="has no label"):
+            sources.open_again(config, "plain", changed)
+    else:
+        assert (
+            sources.open_again(config, "plain", changed).fingerprint()
+            == opened(tmp_path, "plain", class_conditional=labelled).fingerprint()
+        )
 
 
 # ---- which labels are drawn ------------------------------------------------------------------------------------------
@@ -397,12 +432,41 @@ def test_a_folder_of_parquet_files_is_one_table(tmp_path):
         table(k, label=datasets.Value("int64")).to_parquet(tmp_path / "x.parquet" / f"part-{k}.parquet")
     (tmp_path / "x.parquet" / "_SUCCESS").write_text("")
     (tmp_path / "shards" / "README.md").write_text("x")
+    put(tmp_path / "shards", "assets/logo.png")
     train, test = (opened(tmp_path / "shards", split=split, class_conditional=split == "train") for split in ("train", "test"))
     assert [train.read(k)[1] for k in range(len(train))] == [0, 0, 1, 1] and len(test) == 2
-    assert summary(train, "x") == ["dataset x: 4 images, 2 classes (0 2, 1 2), split train of train, test"]
+    assert summary(train, "x") == [
+        "dataset x: 4 images, 2 classes (0 2, 1 2), split train of train, test",
+        "passed over: 1 beside the parquet files, 1 .md (no image)",
+    ]
     assert len(opened(tmp_path / "x.parquet")) == 3
     with pytest.raises(InputError, match="with split valid cannot be loaded"):
         opened(tmp_path / "shards", split="valid")
+
+
+@pytest.mark.row(62, TABLES)
+def test_a_table_beside_images_is_no_data(tmp_path):
+    put(tmp_path, "a.png", "b.png")
+    table(0, label=datasets.Value("int64")).to_parquet(tmp_path / "metadata.parquet")
+    assert summary(opened(tmp_path), "x") == ["dataset x: 2 images", "passed over: 1 .parquet (no image)"]
+
+
+@pytest.mark.row(62, TABLES)
+def test_a_parquet_file_is_known_by_its_extension_in_any_case(tmp_path):
+    table(0, 1, label=datasets.Value("int64")).to_parquet(tmp_path / "T.PARQUET")
+    assert len(opened(tmp_path / "T.PARQUET", class_conditional=True)) == 2
+
+
+@pytest.mark.row(62, TABLES)
+def test_what_cannot_be_opened_is_told(tmp_path):
+    put(tmp_path, "a.png")
+    with pytest.raises(InputError, match=r"a\.png is neither digits, a folder, a \.parquet file nor a Hub id$"):
+        opened(tmp_path / "a.png")
+    (tmp_path / "unlike").mkdir()
+    for k, label in enumerate((1, "x")):
+        table(label, label=datasets.Value("string" if k else "int64")).to_parquet(tmp_path / "unlike" / f"{k}.parquet")
+    with pytest.raises(InputError, match="cannot be loaded: Failed to parse"):
+        opened(tmp_path / "unlike")
 
 
 @pytest.mark.row(62, TABLES)
@@ -469,3 +533,31 @@ def test_a_damaged_metadata_file_is_named(tmp_path, text):
     (tmp_path / "metadata.jsonl").write_text(text)
     with pytest.raises(InputError, match=r"metadata\.jsonl"):
         opened(tmp_path, class_conditional=True)
+
+
+@pytest.mark.row(62, TABLES)
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_rows_are_of_the_paths_that_they_mean(tmp_path, kind):
+    put(tmp_path, "train/a.png", "train/b.png")
+
+    def given(*names):
+        rows = [{"file_name": name, "label": label} for name, label in zip(names, "xyx")]
+        (tmp_path / f"metadata.{kind}").write_text(written(rows, kind))
+        return opened(tmp_path, class_conditional=True)
+
+    assert labels_of(given("./train//a.png", "train/./b.png", "train/a.png")) == {"train/a.png": "x", "train/b.png": "y"}
+    with pytest.raises(InputError, match=rf"metadata\.{kind} has two labels for \./train/a\.png, 'x' and 'y'; keep one row"):
+        given("train/a.png", "./train/a.png")
+    with pytest.raises(
+        InputError, match=rf"metadata\.{kind} has no row for any image of dataset .*; its file_name must be a path relative to"
+    ):
+        given("a.png", r"train\b.png")
+
+
+@pytest.mark.row(62, TABLES)
+def test_a_label_of_no_class_is_none_of_the_classes(tmp_path):
+    """With -1 and 1 there is a single class with images, but what is wrong is the -1."""
+    put(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,-1\nb.png,1\n")
+    (told,) = sources.unreadable(opened(tmp_path, class_conditional=True), range(2)).values()
+    assert "a.png has label -1, but there are 2 classes, from 0 on" in told
