@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from .run import Run, StopSignal
 
 T = TypeVar("T")
+
+FIRST_SAYS_WITHIN = 10.0  # seconds
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -328,6 +331,8 @@ def _sentence(event: errors_of_tyro.ParseErrorEvent, kind: type[Any]) -> str:
     if isinstance(event, errors_of_tyro.InstantiationFailure):
         return f"Error parsing {flag}: {shortened(re.sub(BOLD, '', event.message))}"
     if isinstance(event, errors_of_tyro.BadValue):
+        if not flag.startswith("-"):
+            return f"{flag} is missing: it stands without a flag, before the options"
         return f"Missing value for argument {flag!r}. Expected {event.argument.lowered.nargs} values."
     return "the arguments cannot be read"
 
@@ -365,7 +370,9 @@ def _said(main: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
         sentence, code = f"{error.filename or 'a file'}: {error.strerror or error}", InputError.exit_code
     except KeyboardInterrupt:
         sentence, code = "interrupted", 128 + signal.SIGINT
-    except SystemExit as done:  # --help
+    except SystemExit as done:  # 0 of --help; else of a process that leaves the sentence to the first
+        if done.code:
+            _wait_for_the_first()
         return int(done.code or 0)
     else:
         return 0
@@ -373,4 +380,12 @@ def _said(main: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
         from .run import say
 
         say(f"error: {sentence}")
+    else:
+        _wait_for_the_first()
     return code
+
+
+def _wait_for_the_first() -> None:
+    """Gives the first process time for its sentence: a launcher kills all processes as soon as one has failed, and this one with them."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(FIRST_SAYS_WITHIN)

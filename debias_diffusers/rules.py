@@ -162,7 +162,8 @@ def _evaluation_problems(run: RunConfig) -> list[str]:
     """Measuring while training: what would be ignored, or cannot be kept."""
     if not run.eval_every:
         names = ("eval_metrics", "eval_images", "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best")
-        given = [name for name in names if getattr(run, name) != getattr(RunConfig(), name)]
+        older = {"eval_images": 1000}  # its default in the config.json of older runs
+        given = [name for name in names if getattr(run, name) not in (getattr(RunConfig(), name), older.get(name))]
         return [f"{name} is {getattr(run, name)}, but eval_every is 0; add --eval_every 5000 or leave {name} out" for name in given]
     found = metrics_problems("eval_metrics", run.eval_metrics)
     if run.keep_best and (not run.checkpoint_every or run.eval_every % run.checkpoint_every):

@@ -35,6 +35,14 @@ def test_names_of_choices_are_those_of_the_functions_behind_them():
     assert set(get_args(configuration.SchedulerName)) == set(SCHEDULERS)
 
 
+def test_the_config_json_of_an_older_run_is_a_configuration(tmp_path):
+    """It has the number of images of a measurement, which was 1000 by default, though nothing is measured."""
+    (tmp_path / "config.json").write_text(json.dumps({"eval_every": 0, "eval_images": 1000}))
+    config = train_config(["--config", str(tmp_path / "config.json")], None)
+    assert not [problem for problem in train_problems(config) if "eval_images" in problem]
+    assert [problem for problem in train_problems(update(config, {"eval_images": 80})) if "eval_images is 80" in problem]
+
+
 def test_field_names_are_unique_over_the_sections():
     fields = [f.name for section in dataclasses.fields(TrainConfig) for f in dataclasses.fields(getattr(GOOD, section.name))]
     assert len(fields) == len(set(fields))

@@ -202,6 +202,25 @@ def test_what_is_not_built_is_refused_by_name(name, program, args, monkeypatch, 
 
 
 @pytest.mark.row(65, LAUNCHER)
+@pytest.mark.parametrize("error", [InputError("refused"), SystemExit(2)])
+def test_another_process_does_not_end_before_the_first_has_said_it(error, monkeypatch, capfd, trials):
+    """torchrun kills all processes when one has failed: the first, too, which alone says what all of them found."""
+
+    def fail(_):
+        raise error
+
+    trials()
+    waits = []
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    monkeypatch.setattr(cli, "_train", fail)
+    monkeypatch.setattr(cli.sys, "modules", {name: module for name, module in sys.modules.items() if name != "torch"})
+    monkeypatch.setenv("RANK", "1")
+    assert cli.train([]) == 2 and not waits  # without a launcher that kills there is nothing to wait for
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert cli.train([]) == 2 and waits == [cli.FIRST_SAYS_WITHIN] and not capfd.readouterr().err
+
+
+@pytest.mark.row(65, LAUNCHER)
 def test_what_accelerate_launch_sets_by_itself_is_no_problem(trials):
     trials()
     usual = dict.fromkeys(launcher.REFUSED, "false") | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_DYNAMO_BACKEND": "NO"}

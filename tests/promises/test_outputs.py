@@ -381,6 +381,8 @@ def test_a_wrong_flag_is_told_whatever_the_encoding_and_the_width(encoding, monk
         with pytest.raises(InputError) as error:
             cli.train_config(arguments, None)
         assert str(error.value).startswith(sentence)
+    with pytest.raises(InputError, match=r"^model is missing: it stands without a flag, before the options; sample\.py --help"):
+        cli._parse(cli.SampleConfig, ["--model", "run"], None, "sample.py", "")
     with pytest.raises(InputError, match=r"^model is missing: a run directory, .*; sample\.py --help lists all flags$"):
         cli._parse(cli.SampleConfig, [], None, "sample.py", "")
 
