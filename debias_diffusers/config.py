@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -461,13 +462,19 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring = 2, 80
 
 
+@functools.cache  # a start asks tens of times
+def _hints() -> dict[str, Any]:
+    """The type of every field, by its name."""
+    return {name: hint for section in get_type_hints(TrainConfig).values() for name, hint in get_type_hints(section).items()}
+
+
 def checked_values(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
     """Values with the types of their fields.
 
     Raises:
         InputError: names all unknown fields and all values of a wrong type at once.
     """
-    hints = {name: hint for section in get_type_hints(TrainConfig).values() for name, hint in get_type_hints(section).items()}
+    hints = _hints()
     result, problems = {}, []
     for name, value in values.items():
         if name not in hints:

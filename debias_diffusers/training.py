@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from . import chance, checkpoint, data, evaluation, hub, images, machine, sampling, saving, snapshot
+from . import chance, checkpoint, data, hub, images, machine, sampling, saving, snapshot
 from .checkpoint import Checkpoint
 from .config import (
     BEFORE_THE_FIELD,
@@ -45,7 +45,6 @@ from .files import require_replaceable, write_file
 from .imagesets import numbered
 from .labels import in_proportion, with_images
 from .loss import Terms, make_objective
-from .metrics import as_loss
 from .model import build_unet
 from .pixels import PixelTask, network_arguments
 from .progress import Progress, due
@@ -59,6 +58,9 @@ from .timesteps import make_timestep_sampler
 from .update import Update
 from .weighting import effective_sample_size
 from .window import Window
+
+if TYPE_CHECKING:
+    from . import evaluation
 
 SKIPS_IN_A_ROW = 20  # fp16 steps with overflowing gradients that are taken for a search of the loss scale
 GRID_IMAGES, GRID_STEPS = 64, 20
@@ -406,6 +408,8 @@ class Trainer:
         return [] if self.config.data.dataset == DIGITS else None  # they come with the package, and its tests read them
 
     def _monitor(self, source: Source) -> evaluation.Monitor:
+        from . import evaluation  # with torch-fidelity, whose import takes seconds that a run without figures need not wait
+
         made: list[evaluation.Monitor] = []
 
         def make() -> list[None]:
@@ -592,6 +596,8 @@ class Trainer:
         self.measured = {"step": self.step, "by": self.monitor.about, "figures": figures}
         name, value = next(iter(figures.items()))
         # A best of another figure says nothing: of a checkpoint, it may be of other --eval_metrics or another extractor.
+        from .metrics import as_loss  # see `_monitor`
+
         loss, by = as_loss(name, value), {"figure": name, **self.monitor.about}
         if math.isfinite(loss) and (self.best is None or self.best.get("by") != by or loss < self.best["value"]):
             self.best = {"step": self.step, "value": loss, "by": by}

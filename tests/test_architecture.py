@@ -101,6 +101,16 @@ def test_configuration_and_run_directory_need_no_torch(room):
     assert set(neighbours(path, everywhere=False)) <= WITHOUT_TORCH
 
 
+@pytest.mark.parametrize("library", ["torch_fidelity", "matplotlib"])
+def test_training_without_figures_does_not_wait_for_the_import_of(library):
+    imported, found = {"training"}, set()
+    while imported:
+        room = imported.pop()
+        found.add(room)
+        imported |= set(neighbours(rooms()[room], everywhere=False)) - found
+    assert {"pipeline", "sources"} < found and not found & DOORS[library]
+
+
 @pytest.mark.row(40, "no line of the package runs foreign code")
 def test_nothing_in_the_package_runs_foreign_code():
     words = ("pickle", "eval(", "exec(", "yaml.load(", "weights_only=False", "shell=True", "extractall", "trust_remote_code")
