@@ -155,8 +155,11 @@ def train_config(argv: list[str], launcher_precision: str | None) -> TrainConfig
     config = _parse(TrainConfig, flags, defaults, "train.py", TRAIN_HELP)
     typed = given | {name.removeprefix("no_") for name in given}
     config, said = rules.yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
-    for sentence in said if _first_process() else ():
-        print(sentence, file=sys.stderr, flush=True)
+    if said and _first_process():
+        from .run import say
+
+        for sentence in said:
+            say(sentence)
     return configuration.resolved(config, launcher_precision)
 
 

@@ -40,7 +40,7 @@ from .config import (
 from .errors import InputError, reason
 from .extractors import INCEPTION, SPATIAL, Extractor
 from .feature_cache import key_of, open_cache
-from .files import read_file, require_replaceable, write_file
+from .files import read_file, read_json, require_replaceable, write_file
 from .imagesets import (
     ImageSet,
     coloured,
@@ -98,13 +98,13 @@ class Measure:
 
     def sample(self, images: ImageSet) -> Sample:
         """The features of a set, computed over all processes in one pass for all metrics, or read from the cache."""
-        key = self._key(images)
-        if images.kept and (found := self._kept(key, images.count)):
+        key = self._key(images.key) if images.key else None
+        if key and (found := self._kept(key, images.count)):
             return Sample.of(found)
         share = -(-images.count // self.processes)
         with tqdm(total=share, desc=images.name, unit="image", leave=False, disable=self.process > 0) as progress:
             sample = self.joined(images.batches(self.config.batch_size, self.process, self.processes), progress)
-        if images.kept and self.process == 0:
+        if key and self.process == 0:
             self.cache.put(key, sample.features)
         return sample
 
@@ -128,9 +128,9 @@ class Measure:
         found = self.extractor(batch.to(self.device)) if self.extractor else {}
         return found | {COLOUR: batch.float().mean((2, 3)).cpu()}
 
-    def _key(self, images: ImageSet) -> str:
+    def _key(self, of_images: str) -> str:
         """Of content and transform, extractor and weights."""
-        parts = [images.key]
+        parts = [of_images]
         if self.extractor:
             parts += [self.extractor.name, self.extractor.weights_sha256, *sorted(self.extractor.layers.values())]
         return key_of(*parts)
@@ -198,10 +198,7 @@ def _require_output(config: ScoreConfig, output: str) -> None:
 
 def has_fields(path: Path, *names: str) -> bool:
     """Whether a file is a JSON object with these fields, by which a result of this package is recognised."""
-    try:
-        found = json.loads(read_file(path))
-    except (InputError, ValueError, RecursionError):
-        return False
+    found = read_json(path)
     return isinstance(found, dict) and found.keys() >= set(names)
 
 
@@ -387,10 +384,8 @@ def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) ->
 
 def _newest_state(run: Path) -> dict[str, Any]:
     """What the newest checkpoint of a run says; {} where there is none that can be read."""
-    try:
-        found = json.loads((checkpoint.checkpoints(run / CHECKPOINTS)[-1] / checkpoint.STATE).read_bytes())
-    except (OSError, ValueError, IndexError, RecursionError):
-        return {}
+    there = checkpoint.checkpoints(run / CHECKPOINTS)
+    found = read_json(there[-1] / checkpoint.STATE) if there else None
     return found if isinstance(found, dict) and isinstance(found.get("paths"), dict) else {}
 
 

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import posixpath
-import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from . import images
 from .errors import InputError, reason
 from .files import read_file
-from .labels import listed
+from .labels import WHOLE_NUMBER, listed
 
 SETTINGS = ".sampling.json"  # what the images of a folder were drawn with
 PREVIEW = "preview"
@@ -224,5 +223,5 @@ def as_labels(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     known = {name: value for name, value in values.items() if value is not None and value != ""}
     if wrong := [value for value in known.values() if isinstance(value, bool) or not isinstance(value, int | str)]:
         raise InputError(f"{where} has label {reprlib.repr(wrong[0])}, but labels must be whole numbers or text")
-    whole = all(re.fullmatch("-?[0-9]{1,18}", str(value)) for value in known.values())
+    whole = all(WHOLE_NUMBER.fullmatch(str(value)) for value in known.values())
     return {name: None if name not in known else int(known[name]) if whole else str(known[name]) for name in values}

@@ -41,9 +41,8 @@ class ImageSet:
     name: str
     count: int
     side: int | None  # pixels of a side; None where the images are brought to whatever is asked for
-    key: str  # what identifies the images, for a cache
+    key: str | None  # what identifies the images, for a cache; None of what a model draws, which is seldom drawn again
     batches: Callable[[int, int, int], Iterator[tuple[int, Tensor]]]
-    kept: bool = True  # whether their features are worth keeping: what a model draws is seldom drawn again
     total: int | None = None  # images that there are, of which these are a random subset; None of what a model draws
 
 
@@ -55,8 +54,7 @@ def drawn(job: Job, count: int, name: str) -> ImageSet:
         for number, indices in numbered(range(count), batch_size, part, parts):
             yield number, coloured(job.draw(indices))
 
-    key = f"drawn {sorted(job.settings.items())!r} {count} {job.config.batch_size}"
-    return ImageSet(name, count, size if isinstance(size, int) else None, _hash(key.encode()), batches, kept=False)
+    return ImageSet(name, count, size if isinstance(size, int) else None, None, batches)
 
 
 def of_source(

@@ -11,7 +11,7 @@ import numpy as np
 from .errors import InputError
 
 T = TypeVar("T")
-_NUMBER = re.compile("-?[0-9]{1,18}")
+WHOLE_NUMBER = re.compile("-?[0-9]{1,18}")
 
 # How class names become labels: in natural order; in the plain order of text, as before names were written down and as
 # guided-diffusion has them; or as a model has them.
@@ -55,7 +55,7 @@ def numbers(wanted: Sequence[int | str], names: Sequence[str] | None) -> list[in
     by_name = {name: label for label, name in enumerate(names or ())}
     found = []
     for label in wanted:
-        if isinstance(label, str) and label not in by_name and not _NUMBER.fullmatch(label):
+        if isinstance(label, str) and label not in by_name and not WHOLE_NUMBER.fullmatch(label):
             known = f"the model's classes are {listed(names)}" if names else "the model knows its classes by numbers only"
             raise InputError(f"class_labels has {label}, but {known}")
         found.append(by_name[label] if label in by_name else int(label))
@@ -68,7 +68,7 @@ def taken_for_names(wanted: Sequence[int | str], names: Sequence[str] | None) ->
     return [
         f"class_labels {label} is the class of that name, whose number is {number}"
         for label, number in dict(pairs).items()
-        if isinstance(label, str) and _NUMBER.fullmatch(label) and int(label) != number
+        if isinstance(label, str) and WHOLE_NUMBER.fullmatch(label) and int(label) != number
     ]
 
 

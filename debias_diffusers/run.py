@@ -18,7 +18,7 @@ from . import checkpoint
 from .checkpoint import Checkpoint
 from .config import BEFORE_THE_FIELD, DIGITS, TrainConfig, differences, is_hub_id, is_pinned, place_of, stored, to_json
 from .errors import CannotWriteError, InputError, raise_all
-from .files import contents, read_file, remove_drafts, said_if_not_writable, take_lock, was_locked, write_file
+from .files import contents, read_json, remove_drafts, said_if_not_writable, take_lock, was_locked, write_file
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -109,23 +109,15 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _is_marked(folder: Path) -> bool:
-    return bool(_json_of(folder / MARKER) == MARK)
+    return bool(read_json(folder / MARKER) == MARK)
 
 
 def _is_of_an_older_version(folder: Path) -> bool:
     """Whether a folder is a run of a version that wrote no marker: our configuration, and a lock or a manifest of ours beside it."""
-    values = _json_of(folder / CONFIG)
+    values = read_json(folder / CONFIG)
     if not (isinstance(values, dict) and values.keys() >= USUAL):
         return False
     return was_locked(folder) or any(map(checkpoint.has_sound_manifest, checkpoint.checkpoints(folder / CHECKPOINTS)))
-
-
-def _json_of(path: Path) -> Any:
-    """What a JSON file holds; None where there is none."""
-    try:
-        return json.loads(read_file(path))
-    except (InputError, ValueError, RecursionError):
-        return None
 
 
 def _check_same(config: TrainConfig, resume: Checkpoint) -> None:
