@@ -22,11 +22,11 @@ from PIL import Image
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from debias_diffusers.config import DIGITS, DataConfig, MeasureConfig
-from debias_diffusers.evaluation import Measure
-from debias_diffusers.extractors import INCEPTION
-from debias_diffusers.imagesets import of_folder, of_npz
-from debias_diffusers.sources import Folder, open_source
+from debias_diffusers.config.schema import DIGITS, DataConfig, MeasureConfig
+from debias_diffusers.data.sources import Folder, open_source
+from debias_diffusers.evaluation.feature_extractors import INCEPTION
+from debias_diffusers.evaluation.image_sets import of_folder, of_npz
+from debias_diffusers.evaluation.measure import Measure
 
 
 def measures(device: str) -> dict[str, Measure]:

@@ -16,9 +16,9 @@ from typing import Any
 
 from training import make_images
 
-from debias_diffusers.config import DataConfig
-from debias_diffusers.data import PositionBatches, TrainingData, batches
-from debias_diffusers.sources import open_source
+from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.data.dataset import PositionBatches, TrainingData, batches
+from debias_diffusers.data.sources import open_source
 
 BATCH = 16
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from debias_diffusers.album import Album, Writer
 from debias_diffusers.cli import train_config
-from debias_diffusers.config import SampleConfig
-from debias_diffusers.model import build_unet, unet_config
-from debias_diffusers.pipeline import PixelPipeline
-from debias_diffusers.sampling import Job, make_job
-from debias_diffusers.schedulers import exported_scheduler
+from debias_diffusers.config.schema import SampleConfig
+from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline
+from debias_diffusers.pipelines.solvers import exported_scheduler
+from debias_diffusers.sampling.generate import Job, make_job
+from debias_diffusers.sampling.image_writer import Album, Writer
+from debias_diffusers.tasks.unet import build_unet, unet_config
 
 ROWS = [("ddpm", 50), ("ddim", 20), ("ddim", 50), ("dpmsolver++", 20), ("dpmsolver++sde", 20), ("unipc", 10), ("unipc", 20), ("heun", 20)]
 

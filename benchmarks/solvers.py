@@ -14,9 +14,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from debias_diffusers.config import ObjectiveConfig, SchedulerName
-from debias_diffusers.schedule import Schedule, make_schedule, prediction_of_x_0
-from debias_diffusers.schedulers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
+from debias_diffusers.config.schema import ObjectiveConfig, SchedulerName
+from debias_diffusers.diffusion.noise_schedule import Schedule, make_schedule, prediction_of_x_0
+from debias_diffusers.pipelines.solvers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
 
 WEIGHTS, MEANS, STDS = torch.tensor([[0.35, 0.65], [-0.5, 0.4], [0.15, 0.25]], dtype=torch.float64)
 CLEAN = torch.tensor([1.0, 0.0], dtype=torch.float64)  # a and s

@@ -24,8 +24,8 @@ ROWS = {
     "train.py with a mistake": ["train.py", "--batch_size", "0"],
     "import debias_diffusers": ["-c", "import debias_diffusers"],
     "import torch": ["-c", "import torch"],
-    "import what train.py needs": ["-c", "import debias_diffusers.training"],
-    "import what sample.py needs": ["-c", "import debias_diffusers.sampling"],
+    "import what train.py needs": ["-c", "import debias_diffusers.training.trainer"],
+    "import what sample.py needs": ["-c", "import debias_diffusers.sampling.generate"],
     "train.py, one step of the digits, saved": ["train.py", "--max_steps", "1", "--warmup_steps", "0", "--output_dir", "FOLDER"],
 }
 

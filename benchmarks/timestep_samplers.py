@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from debias_diffusers.config import layered, read_config, update
-from debias_diffusers.loss import Objective, make_objective
-from debias_diffusers.pipeline import load_pipeline
-from debias_diffusers.pixels import PixelTask
-from debias_diffusers.schedule import make_schedule
-from debias_diffusers.sources import open_source
-from debias_diffusers.timesteps import HISTORY, TimestepSampler, make_timestep_sampler
+from debias_diffusers.config.loading import layered, read_config, update
+from debias_diffusers.data.sources import open_source
+from debias_diffusers.diffusion.loss import Objective, make_objective
+from debias_diffusers.diffusion.noise_schedule import make_schedule
+from debias_diffusers.diffusion.timestep_samplers import HISTORY, TimestepSampler, make_timestep_sampler
+from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
+from debias_diffusers.tasks.pixels import PixelTask
 
 SAMPLERS = ("uniform", "stratified", "log_normal_corrected", "logit_normal_corrected", "loss_second_moment", "log_normal", "logit_normal")
 

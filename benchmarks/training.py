@@ -142,20 +142,20 @@ def ours(flags: list[str], clock: Clock) -> dict[str, Any]:
     """`train.py` with these flags."""
     from accelerate import Accelerator
 
-    from debias_diffusers import machine, training
     from debias_diffusers.cli import train_config
-    from debias_diffusers.run import open_run
+    from debias_diffusers.runs.run_directory import open_run
+    from debias_diffusers.training import device, trainer
 
     config = train_config([flag for flag in flags if flag != "OTHER_LAYOUT"], None)
-    parts = [(training.Trainer, "_terms", "forward"), (Accelerator, "backward", "backward"), (training.Trainer, "_update", "update")]
-    parts += [(training.Progress, "record", "logging"), (training.Trainer, "_save", "checkpoint")]
+    parts = [(trainer.Trainer, "_terms", "forward"), (Accelerator, "backward", "backward"), (trainer.Trainer, "_update", "update")]
+    parts += [(trainer.Progress, "record", "logging"), (trainer.Trainer, "_save", "checkpoint")]
     with contextlib.ExitStack() as patches:
         for owner, name, part in parts:
             patches.enter_context(patch.object(owner, name, clock.counted(part, getattr(owner, name))))
         if "OTHER_LAYOUT" in flags:
-            patches.enter_context(patch.object(machine, "memory_format", other_layout(machine.memory_format)))
-        patches.enter_context(patch.object(training.data, "batches", clock.batches(training.data.batches)))
-        trainer = training.Trainer(config, open_run(config), machine.start_accelerator(config))
+            patches.enter_context(patch.object(device, "memory_format", other_layout(device.memory_format)))
+        patches.enter_context(patch.object(trainer.data, "batches", clock.batches(trainer.data.batches)))
+        trainer = trainer.Trainer(config, open_run(config), device.start_accelerator(config))
         trainer.train(clock)  # type: ignore[arg-type]
     return {"checkpoint_s": clock.seconds["checkpoint"]}
 
@@ -166,30 +166,31 @@ def baseline(flags: list[str], clock: Clock) -> dict[str, Any]:
 
     import torch
 
-    from debias_diffusers import data, machine
     from debias_diffusers.cli import train_config
-    from debias_diffusers.loss import make_objective
-    from debias_diffusers.pixels import PixelTask
-    from debias_diffusers.sources import open_source
-    from debias_diffusers.timesteps import make_timestep_sampler
+    from debias_diffusers.data import dataset
+    from debias_diffusers.data.sources import open_source
+    from debias_diffusers.diffusion.loss import make_objective
+    from debias_diffusers.diffusion.timestep_samplers import make_timestep_sampler
+    from debias_diffusers.tasks.pixels import PixelTask
+    from debias_diffusers.utils import distributed
 
     config = train_config(flags, None)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = "cuda" if torch.cuda.is_available() else "cpu"
     objective, task = make_objective(config.objective), PixelTask(config, open_source(config.data))
     sampler = make_timestep_sampler(config.objective, objective.schedule)
     torch.manual_seed(0)
-    machine.set_threads(config.optimization.num_threads)
-    network = task.build().to(device).train()
+    distributed.set_threads(config.optimization.num_threads)
+    network = task.build().to(target).train()
     average = copy.deepcopy(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, foreach=False, fused=False)
     size, steps = config.optimization.batch_size, config.optimization.max_steps
-    positions = data.PositionBatches(size, size, 0, 1, range(steps))
-    batches = clock.batches(data.batches)(task.data, positions, pin_memory=device == "cuda")
+    positions = dataset.PositionBatches(size, size, 0, 1, range(steps))
+    batches = clock.batches(dataset.batches)(task.data, positions, pin_memory=target == "cuda")
     for step, batch in enumerate(batches):
         with clock.part("forward"):
-            x_0, noise = task.clean(batch, device), batch["noise"].to(device)
+            x_0, noise = task.clean(batch, target), batch["noise"].to(target)
             t = sampler.draw(batch["u"], range(step * size, (step + 1) * size))
-            terms = objective(task.network(network, batch, device), x_0, noise, t)
+            terms = objective(task.network(network, batch, target), x_0, noise, t)
             loss = terms.loss.mean()
         with clock.part("backward"):
             loss.backward()
@@ -238,8 +239,8 @@ def network_and_batch(flags: list[str]) -> tuple[Any, dict[str, Any], int]:
     import torch
 
     from debias_diffusers.cli import train_config
-    from debias_diffusers.model import build_unet
-    from debias_diffusers.pixels import network_arguments
+    from debias_diffusers.tasks.pixels import network_arguments
+    from debias_diffusers.tasks.unet import build_unet
 
     config = train_config(flags, None)
     channels = config.data.channels or (1 if config.data.dataset == "digits" else 3)
@@ -373,7 +374,7 @@ def case(name: str, variants: dict[str, str], options: argparse.Namespace, image
     """All variants of a case in turn, several times."""
     import torch
 
-    from debias_diffusers.machine import set_threads
+    from debias_diffusers.utils.distributed import set_threads
 
     options = argparse.Namespace(**{**vars(options), "warm": max(options.warm, WARM.get(name, 0))})
     flags = f"{CASES[name].replace('IMAGES', str(images))} {USUAL} {'--num_threads 1' if options.cpu_time else ''}"

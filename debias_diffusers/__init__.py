@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -9,23 +10,31 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .pipeline import PixelPipeline
-    from .weighting import loss_weight, register_weighting
+    from .config.schema import TrainConfig
+    from .diffusion.loss import make_objective
+    from .diffusion.noise_schedule import make_schedule
+    from .diffusion.weighting import loss_weight, register_weighting
+    from .pipelines.pixel_pipeline import PixelPipeline
+    from .training.ema import EMA
 
-__all__ = ["PixelPipeline", "loss_weight", "register_weighting"]
+__all__ = ["EMA", "PixelPipeline", "TrainConfig", "loss_weight", "make_objective", "make_schedule", "register_weighting"]
+
+# Imported on first use: importing the package alone must not import torch (the command line answers at once).
+_MODULES = {
+    "EMA": "training.ema",
+    "PixelPipeline": "pipelines.pixel_pipeline",
+    "TrainConfig": "config.schema",
+    "loss_weight": "diffusion.weighting",
+    "make_objective": "diffusion.loss",
+    "make_schedule": "diffusion.noise_schedule",
+    "register_weighting": "diffusion.weighting",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: importing the package alone must not import torch (the command line answers at once).
-    if name in ("loss_weight", "register_weighting"):
-        from . import weighting
-
-        return getattr(weighting, name)
-    if name == "PixelPipeline":
-        from .pipeline import PixelPipeline
-
-        return PixelPipeline
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def _require_command(argv: list[str], arguments: list[str]) -> None:
@@ -33,7 +42,7 @@ def _require_command(argv: list[str], arguments: list[str]) -> None:
 
     While Python looks for the module to run, `argv[0]` is "-m"; `arguments` are those of the interpreter.
     """
-    named = next(filter(None, (re.fullmatch(r"(?:-\w*m)?debias_diffusers\.(\w+)", argument) for argument in arguments)), None)
+    named = next(filter(None, (re.fullmatch(r"(?:-\w*m)?debias_diffusers\.([\w.]+)", argument) for argument in arguments)), None)
     if argv[:1] == ["-m"] and named and named[1] not in ("__main__", "convert", "hub"):
         commands = "python -m debias_diffusers {train,sample,eval,convert,hub}"
         print(f"error: debias_diffusers.{named[1]} is no command; run {commands}", file=sys.stderr)

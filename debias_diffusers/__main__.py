@@ -1,6 +1,6 @@
 """`python -m debias_diffusers COMMAND ...`: every command of the package."""
 
 if __name__ == "__main__":
-    from debias_diffusers.cli import main
+    from .cli import main
 
     raise SystemExit(main())

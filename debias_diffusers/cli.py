@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tyro
 from tyro import _errors as errors_of_tyro  # of a private module, so that pyproject.toml bounds the version
 
-from . import config as configuration
-from . import console, launcher, rules
-from .config import (
+from .config import loading as configuration
+from .config import validation
+from .config.schema import (
     DIGITS,
     BitsConfig,
     ExportConfig,
@@ -33,9 +33,11 @@ from .config import (
     WeightsConfig,
 )
 from .errors import CannotWriteError, DebiasError, InputError, raise_all, shortened
+from .utils import console, launcher
 
 if TYPE_CHECKING:
-    from .run import Run, StopSignal
+    from .runs.run_directory import Run
+    from .utils.signals import StopSignal
 
 T = TypeVar("T")
 
@@ -102,14 +104,15 @@ def _dispatch(program: str, commands: Mapping[str, Callable[[list[str]], None]],
 def _train(argv: list[str]) -> None:
     config = train_config(argv, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    _raise_all(rules.train_problems(config, num_processes))
+    _raise_all(validation.train_problems(config, num_processes))
     if config.run.dry_run:
-        from .training import dry_run
+        from .training.trainer import dry_run
 
         dry_run(config)
         return
 
-    from .run import StopSignal, open_run, stop_with_launcher
+    from .runs.run_directory import open_run
+    from .utils.signals import StopSignal, stop_with_launcher
 
     stop_with_launcher()
     # The signals before torch, which takes seconds to import.
@@ -118,20 +121,20 @@ def _train(argv: list[str]) -> None:
 
 
 def _train_in(config: TrainConfig, run: Run | None, stop: StopSignal, num_processes: int) -> None:
-    from . import hub
-    from .publish import Publisher
-    from .run import say
+    from .hub import client
+    from .hub.publish import Publisher
+    from .utils.console import say
 
-    to = dataclasses.replace(config.hub, hub_model_id=hub.preflight(config.hub)) if run and config.hub.push_to_hub else None
+    to = dataclasses.replace(config.hub, hub_model_id=client.preflight(config.hub)) if run and config.hub.push_to_hub else None
     if run and run.resume and run.resume.step == config.optimization.max_steps and num_processes == 1:
         say(f"{run.folder} is finished at step {run.resume.step}; raise --max_steps to go on")
         if to:
             Publisher(run.folder, to, run.resume.step).finish(run.resume.step, stop)
         return
 
-    from . import training
+    from .training import trainer
 
-    training.train(config, run, stop, to)
+    trainer.train(config, run, stop, to)
 
 
 TRAIN_HELP = f"""Train a diffusion model with the debiased loss (arXiv 2310.08442).
@@ -154,9 +157,9 @@ def train_config(argv: list[str], launcher_precision: str | None) -> TrainConfig
         defaults = configuration.layered(configuration.flatten(defaults), {"model_config": "given by a flag"})
     config = _parse(TrainConfig, flags, defaults, "train.py", TRAIN_HELP)
     typed = given | {name.removeprefix("no_") for name in given}
-    config, said = rules.yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
+    config, said = validation.yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
     if said and _first_process():
-        from .run import say
+        from .utils.console import say
 
         for sentence in said:
             say(sentence)
@@ -182,13 +185,13 @@ def _raise_all(problems: list[str]) -> None:
 
 def _sample(argv: list[str]) -> None:
     config = _parse(SampleConfig, argv, None, "sample.py", "Draw images with a trained model.")
-    _raise_all(rules.sample_problems(config))
-    from .run import stop_with_launcher
+    _raise_all(validation.sample_problems(config))
+    from .utils.signals import stop_with_launcher
 
     stop_with_launcher()  # or the others would go on writing into a folder that a new command may take
-    from . import sampling
+    from .sampling import generate
 
-    sampling.sample(config)
+    generate.sample(config)
 
 
 EVAL_HELP = """usage: eval.py {score,compare,stats,bpd,weights} ...
@@ -223,34 +226,34 @@ def _compare(argv: list[str]) -> None:
 
 
 def _scored(config: ScoreConfig) -> None:
-    _raise_all(rules.score_problems(config))
-    from . import evaluation
+    _raise_all(validation.score_problems(config))
+    from .evaluation import score
 
-    evaluation.score(config)
+    score.score(config)
     if not config.output and (problem := console.problem_of_stdout()):
         raise CannotWriteError(f"the figures cannot be printed: {problem.strerror}; write them to a file with --output scores.json")
 
 
 def _stats(argv: list[str]) -> None:
     config = _parse(StatsConfig, argv, None, "eval.py stats", StatsConfig.__doc__ or "")
-    _raise_all(rules.stats_problems(config))
-    from . import evaluation
+    _raise_all(validation.stats_problems(config))
+    from .evaluation import statistics
 
-    evaluation.stats(config)
+    statistics.stats(config)
 
 
 def _bits(argv: list[str]) -> None:
     config = _parse(BitsConfig, argv, None, "eval.py bpd", BitsConfig.__doc__ or "")
-    _raise_all(rules.bits_problems(config))
-    from . import likelihood
+    _raise_all(validation.bits_problems(config))
+    from .evaluation import likelihood
 
     likelihood.bits_per_dimension(config)
 
 
 def _weights(argv: list[str]) -> None:
     config = _parse(WeightsConfig, argv, None, "eval.py weights", WEIGHTS_HELP)
-    raise_all(rules.weights_problems(config))
-    from . import plots
+    raise_all(validation.weights_problems(config))
+    from .evaluation import plots
 
     plots.draw_weights(config)
 
@@ -276,7 +279,7 @@ def _convert(argv: list[str]) -> None:
     if command not in kinds:
         raise InputError(f"convert {command} is not known; take guided or export")
     config: Any = _parse(kinds[command], rest, None, f"convert {command}", CONVERT_HELP)
-    from . import convert as room
+    from .convert import guided_diffusion as room
 
     getattr(room, command)(**dataclasses.asdict(config))
 
@@ -293,7 +296,7 @@ def _hub(argv: list[str]) -> None:
     if argv[0] != "push":
         raise InputError(f"hub {argv[0]} is not known; take push")
     config = _parse(PushConfig, argv[1:], None, "hub push", PushConfig.__doc__ or "")
-    from . import publish
+    from .hub import publish
 
     publish.push(config)
 
@@ -380,7 +383,7 @@ def _said(main: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
     else:
         return 0
     if _first_process() or "torch" in sys.modules:
-        from .run import say
+        from .utils.console import say
 
         say(f"error: {sentence}")
     else:

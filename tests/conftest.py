@@ -52,7 +52,7 @@ def command(*args, **options):
 
 # Most commands run in processes forked from one that has imported torch and diffusers: seconds less for each.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["debias_diffusers.training", "debias_diffusers.cli", "datasets"])
+SERVER.set_forkserver_preload(["debias_diffusers.training.trainer", "debias_diffusers.cli", "datasets"])
 COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate"}
 
 
@@ -157,7 +157,7 @@ def tensors(run_dir, step):
 
 
 def sample_config(model, folder, **changes):
-    from debias_diffusers.config import SampleConfig
+    from debias_diffusers.config.schema import SampleConfig
 
     options = {"steps": 5, "num_images": 10, "batch_size": 4, "num_threads": 1, **changes}
     return SampleConfig(model=str(model), output_dir=str(folder), **options)

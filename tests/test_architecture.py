@@ -1,114 +1,155 @@
-"""The rooms import each other in one direction only, and third parties enter by few doors."""
+"""Folders import lower folders only, modules form no circle, and third parties enter by few modules."""
 
 import ast
+import importlib
+import pkgutil
 
 import pytest
 from conftest import ROOT
 
+import debias_diffusers
+
 PACKAGE = ROOT / "debias_diffusers"
 
-# Lower rooms first; a room may import rooms of lower rows only.
+# Lower ones first: a folder (or a module directly in the package) imports those before it only.
 ORDER = [
-    {"errors", "chance", "console", "ema", "background", "memory", "metadata", "launcher"},
-    {"config", "files", "images", "cache", "labels"},
-    {"folders"},
-    {"rules", "schedule", "checkpoint", "model", "sources"},
-    {"weighting", "timesteps", "variational", "data", "run", "schedulers", "snapshot", "card", "album", "guided", "extractors", "metrics"},
-    {"hub", "feature_cache"},
-    {"loss", "pipeline", "machine", "publish", "update"},
-    {"pixels", "sampling", "window", "plots", "convert"},
-    {"progress", "imagesets"},
-    {"evaluation", "saving"},
-    {"training", "likelihood"},
-    {"cli"},
-    {"__main__"},
+    "errors",
+    "utils",
+    "config",
+    "diffusion",
+    "data",
+    "runs",
+    "hub",
+    "pipelines",
+    "tasks",
+    "sampling",
+    "evaluation",
+    "training",
+    "convert",
+    "cli",
 ]
 
-DOORS = {
-    "datasets": {"sources"},
-    "pyarrow": {"sources"},
-    "diffusers": {"model", "schedulers", "pipeline", "pixels", "machine", "convert"},
-    "accelerate": {"machine", "progress", "training", "sampling", "evaluation", "likelihood"},
-    "torch_fidelity": {"extractors", "metrics"},
+MAX_MODULES = 12  # directly in the package, and in each folder
+
+# The modules, or whole folders, that may import a library.
+USERS = {
+    "datasets": {"data.sources"},
+    "pyarrow": {"data.sources"},
+    "diffusers": {"pipelines", "tasks", "training.device", "convert.guided_diffusion"},
+    "accelerate": {"utils.distributed", "training", "sampling.generate", "evaluation"},
+    "torch_fidelity": {"evaluation.feature_extractors", "evaluation.metrics"},
     "tyro": {"cli"},
-    "yaml": {"config"},
-    "huggingface_hub": {"card", "hub", "publish"},
-    "PIL": {"images", "album", "imagesets"},
-    "matplotlib": {"plots"},
-    "psutil": {"memory"},
+    "yaml": {"config.loading"},
+    "huggingface_hub": {"hub"},
+    "PIL": {"data.images", "sampling.image_writer", "evaluation.image_sets"},
+    "matplotlib": {"evaluation.plots"},
+    "psutil": {"utils.memory"},
 }
 
-WITHOUT_TORCH = {
-    "errors",
-    "config",
-    "console",
-    "rules",
-    "files",
-    "labels",
-    "checkpoint",
-    "run",
-    "card",
-    "hub",
-    "publish",
-    "cli",
-    "launcher",
-}
+WITHOUT_TORCH = {"errors", "utils.console", "utils.files", "utils.launcher", "utils.signals", "config", "data.labels", "runs", "hub", "cli"}
 
 
-def imports(path, everywhere=True):
-    """(module, names) of each import; `everywhere` also within functions."""
-    tree = ast.parse(path.read_text())
-    # A block for `python -m` stands at the end; there the command line, above all rooms, may be imported.
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))]
+def modules():
+    """Dotted names within the package by path, without `__init__` and the entry points of `python -m`."""
+    paths = [path for path in PACKAGE.rglob("*.py") if not path.stem.startswith("__")]
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in paths}
+
+
+MODULES = modules()
+
+
+def imports(module, everywhere=True):
+    """(library, None) or (None, module of the package) for each import; `everywhere` also within functions."""
+    tree = ast.parse(MODULES[module].read_text())
     for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
-            yield from ((alias.name.split(".")[0], 0, []) for alias in node.names)
+            yield from ((alias.name.split(".")[0], None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0], None
         elif isinstance(node, ast.ImportFrom):
-            yield (node.module or "").split(".")[0], node.level, [alias.name for alias in node.names]
+            base = module.split(".")[: -node.level] + ([node.module] if node.module else [])
+            names = {".".join([*base, alias.name]) for alias in node.names}
+            yield from ((None, name) for name in (names & MODULES.keys()) | ({".".join(base)} & MODULES.keys()))
 
 
-def rooms():
-    return {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+def neighbours(module, everywhere=True):
+    return {other for _, other in imports(module, everywhere) if other}
 
 
-def neighbours(path, everywhere=True):
-    for module, level, names in imports(path, everywhere):
-        if level:
-            yield from ({module} if module else set(names)) & set(rooms())
+def folder(module):
+    return module.split(".")[0]
 
 
-def test_every_room_has_its_place():
-    assert set(rooms()) == set().union(*ORDER)
+def belongs(module, names):
+    return module in names or folder(module) in names
 
 
-@pytest.mark.parametrize("room", sorted(set().union(*ORDER)))
-def test_a_room_imports_only_rooms_below_it(room):
-    level = next(k for k, row in enumerate(ORDER) if room in row)
-    below = set().union(*ORDER[:level])
-    assert set(neighbours(rooms()[room])) <= below
+def test_every_folder_has_its_place():
+    assert {folder(module) for module in MODULES} == {*ORDER, "schedulers"}
 
 
-@pytest.mark.parametrize("library", DOORS)
-def test_a_library_enters_by_its_doors(library):
-    users = {room for room, path in rooms().items() if library in {module for module, level, _ in imports(path) if not level}}
-    assert users == DOORS[library]
+@pytest.mark.parametrize("name", ORDER)
+def test_a_folder_imports_lower_folders_only(name):
+    allowed = {name, *ORDER[: ORDER.index(name)]}
+    found = {(module, other) for module in MODULES if folder(module) == name for other in neighbours(module)}
+    assert {(module, other) for module, other in found if folder(other) not in allowed} == set()
 
 
-@pytest.mark.parametrize("room", sorted(WITHOUT_TORCH))
-def test_configuration_and_run_directory_need_no_torch(room):
-    path = rooms()[room]
-    assert "torch" not in {module for module, _, _ in imports(path, everywhere=False)}
-    assert set(neighbours(path, everywhere=False)) <= WITHOUT_TORCH
+def test_no_module_imports_itself_through_others():
+    below = {module: neighbours(module) for module in MODULES}
+    for module in MODULES:
+        seen, left = set(), set(below[module])
+        while left:
+            seen.add(found := left.pop())
+            left |= below[found] - seen
+        assert module not in seen
+
+
+def test_no_folder_has_more_modules_than_one_looks_through():
+    counts = {}
+    for path in MODULES.values():
+        counts[path.parent.name] = counts.get(path.parent.name, 0) + 1
+    assert {name: count for name, count in counts.items() if count > MAX_MODULES} == {}
+
+
+@pytest.mark.parametrize("library", USERS)
+def test_a_library_is_imported_by_few_modules(library):
+    users = {module for module in MODULES if (library, None) in imports(module)}
+    assert {module for module in users if not belongs(module, USERS[library])} == set()
+    assert all(any(belongs(module, {name}) for module in users) for name in USERS[library])
+
+
+@pytest.mark.parametrize("module", sorted(module for module in MODULES if belongs(module, WITHOUT_TORCH)))
+def test_configuration_and_run_directory_need_no_torch(module):
+    assert ("torch", None) not in imports(module, everywhere=False)
+    assert {other for other in neighbours(module, everywhere=False) if not belongs(other, WITHOUT_TORCH)} == set()
+
+
+@pytest.mark.parametrize("library", ["diffusers", "accelerate", "PIL", "transformers", "peft"])
+def test_the_mathematics_needs_tensors_alone(library):
+    assert {module for module in MODULES if folder(module) == "diffusion" and (library, None) in imports(module)} == set()
 
 
 @pytest.mark.parametrize("library", ["torch_fidelity", "matplotlib"])
 def test_training_without_figures_does_not_wait_for_the_import_of(library):
-    imported, found = {"training"}, set()
-    while imported:
-        room = imported.pop()
-        found.add(room)
-        imported |= set(neighbours(rooms()[room], everywhere=False)) - found
-    assert {"pipeline", "sources"} < found and not found & DOORS[library]
+    left, found = {"training.trainer"}, set()
+    while left:
+        found.add(module := left.pop())
+        left |= neighbours(module, everywhere=False) - found
+    assert {"pipelines.pixel_pipeline", "data.sources"} < found
+    assert not {module for module in found if (library, None) in imports(module, everywhere=False)}
+
+
+@pytest.mark.parametrize("name", debias_diffusers.__all__)
+def test_what_the_package_offers_is_there_and_only_imported_when_asked_for(name):
+    assert callable(getattr(debias_diffusers, name))
+    assert name not in vars(debias_diffusers)
+
+
+def test_every_module_can_be_imported():
+    for found in pkgutil.walk_packages(debias_diffusers.__path__, "debias_diffusers."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
 
 
 @pytest.mark.row(40, "no line of the package runs foreign code")

@@ -1,6 +1,6 @@
 """A checkpoint is whole or absent, at any moment and whatever happens to its files."""
 
-from debias_diffusers import checkpoint
+from debias_diffusers.runs import checkpoints
 
 CONTENT = {"model.safetensors": bytes(range(256)) * 40, "optimizer.safetensors": b"moments" * 300}
 
@@ -10,12 +10,12 @@ def content(step):
 
 
 def write(folder, step, keep=2):
-    return checkpoint.write(folder, step, content(step).items(), {"step": step, "config": {}}, keep)
+    return checkpoints.write(folder, step, content(step).items(), {"step": step, "config": {}}, keep)
 
 
 def test_what_was_written_is_read_back(tmp_path):
     write(tmp_path, 10)
-    found, damaged = checkpoint.latest_valid(tmp_path)
+    found, damaged = checkpoints.latest_valid(tmp_path)
     assert (found.step, found.state["step"], damaged) == (10, 10, [])
     assert {name: found.read(name) for name in CONTENT} == content(10)
 
@@ -23,7 +23,7 @@ def test_what_was_written_is_read_back(tmp_path):
 def test_only_the_newest_are_kept(tmp_path):
     for step in (5, 10, 15, 100_000_000):
         write(tmp_path, step)
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000015", "step-100000000"]
+    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["step-00000015", "step-100000000"]
 
 
 def test_damaged_newer_checkpoints_do_not_push_out_sound_ones(tmp_path):
@@ -32,7 +32,7 @@ def test_damaged_newer_checkpoints_do_not_push_out_sound_ones(tmp_path):
     for step in (20, 30):
         (tmp_path / f"step-000000{step}" / "model.safetensors").write_bytes(b"")
     write(tmp_path, 11, keep=1)
-    assert checkpoint.latest_valid(tmp_path)[0].step == 11
+    assert checkpoints.latest_valid(tmp_path)[0].step == 11
     for step in (20, 30):  # trained again, the damaged are replaced
         write(tmp_path, step, keep=2)
-    assert checkpoint.latest_valid(tmp_path)[0].step == 30 and len(checkpoint.checkpoints(tmp_path)) == 2
+    assert checkpoints.latest_valid(tmp_path)[0].step == 30 and len(checkpoints.checkpoints(tmp_path)) == 2

@@ -12,15 +12,16 @@ import yaml
 from conftest import ROOT, TINY, cpu_of_children, run
 
 from debias_diffusers import cli
-from debias_diffusers import config as configuration
 from debias_diffusers.cli import train_config
-from debias_diffusers.config import BitsConfig, ScoreConfig, StatsConfig, TrainConfig, flatten, layered, read_config, resolved, update
+from debias_diffusers.config import loading, schema
+from debias_diffusers.config.loading import flatten, layered, read_config, resolved, update
+from debias_diffusers.config.schema import BitsConfig, ScoreConfig, StatsConfig, TrainConfig
+from debias_diffusers.config.validation import bits_problems, score_problems, stats_problems, train_problems
 from debias_diffusers.errors import InputError
-from debias_diffusers.model import build_unet
-from debias_diffusers.pixels import network_arguments
-from debias_diffusers.rules import bits_problems, score_problems, stats_problems, train_problems
-from debias_diffusers.schedulers import SCHEDULERS
-from debias_diffusers.training import dry_run
+from debias_diffusers.pipelines.solvers import SCHEDULERS
+from debias_diffusers.tasks.pixels import network_arguments
+from debias_diffusers.tasks.unet import build_unet
+from debias_diffusers.training.trainer import dry_run
 
 FLOW = {"prediction_type": "flow", "noise_schedule": None}
 GOOD = resolved(layered(read_config("digits"), {"output_dir": "runs/x"}), None)
@@ -28,11 +29,11 @@ GOOD = resolved(layered(read_config("digits"), {"output_dir": "runs/x"}), None)
 
 def test_the_packaged_configuration_is_sound():
     assert train_problems(GOOD) == []
-    assert "digits" in configuration.packaged_configs()
+    assert "digits" in loading.packaged_configs()
 
 
 def test_names_of_choices_are_those_of_the_functions_behind_them():
-    assert set(get_args(configuration.SchedulerName)) == set(SCHEDULERS)
+    assert set(get_args(schema.SchedulerName)) == set(SCHEDULERS)
 
 
 def test_the_config_json_of_an_older_run_is_a_configuration(tmp_path):
@@ -323,7 +324,7 @@ PAPER = {
 
 
 def test_every_packaged_configuration_has_a_test():
-    assert set(configuration.packaged_configs()) == {*PAPER, "digits", "reference_parity"}
+    assert set(loading.packaged_configs()) == {*PAPER, "digits", "reference_parity"}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -368,20 +369,20 @@ def test_an_unknown_configuration_lists_the_known():
 
 def test_config_json_reads_back_as_the_same_configuration(tmp_path):
     file = tmp_path / "config.json"
-    file.write_text(configuration.to_json(GOOD))
+    file.write_text(loading.to_json(GOOD))
     assert update(layered(read_config(str(file))), {"output_dir": "runs/x"}) == GOOD
 
 
 def test_every_field_is_written_down_but_the_places():
     """Of the run, and of what is published of it: who trains with the same configuration must overwrite neither."""
-    written = json.loads(configuration.to_json(GOOD))
+    written = json.loads(loading.to_json(GOOD))
     assert set(flatten(GOOD)) - set(written) == {"output_dir", *(field.name for field in dataclasses.fields(GOOD.hub))}
 
 
 def test_a_resumed_run_is_compared_field_by_field():
-    before = json.loads(configuration.to_json(GOOD))
-    now = json.loads(configuration.to_json(update(GOOD, {"max_steps": 9, "weighting": "p2", "seed": 3})))
-    lines = configuration.differences(before, now)
+    before = json.loads(loading.to_json(GOOD))
+    now = json.loads(loading.to_json(update(GOOD, {"max_steps": 9, "weighting": "p2", "seed": 3})))
+    lines = loading.differences(before, now)
     assert [line.split(":")[0] for line in lines] == ["seed", "weighting"]
     assert "debiased" in lines[1] and "p2" in lines[1]
 

@@ -14,14 +14,14 @@ from conftest import GOLDEN, HANG, command, run
 from diffusers import CMStochasticIterativeScheduler, DDPMPipeline, RePaintScheduler, UNet2DModel, UniPCMultistepScheduler
 from safetensors.torch import load_file
 
-from debias_diffusers.config import ModelConfig, ObjectiveConfig
-from debias_diffusers.convert import export, guided, read_flags
+from debias_diffusers.config.schema import ModelConfig, ObjectiveConfig
+from debias_diffusers.convert.guided_diffusion import export, guided, read_flags
+from debias_diffusers.convert.state_dicts import Shape, from_guided, join_qkv, modules, shape_of, split_qkv, to_guided
 from debias_diffusers.errors import CannotWriteError, InputError
-from debias_diffusers.files import draft_of
-from debias_diffusers.guided import Shape, from_guided, join_qkv, modules, shape_of, split_qkv, to_guided
-from debias_diffusers.model import build_unet, unet_config
-from debias_diffusers.pipeline import PixelPipeline, load_pipeline
-from debias_diffusers.schedulers import exported_scheduler
+from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline, load_pipeline
+from debias_diffusers.pipelines.solvers import exported_scheduler
+from debias_diffusers.tasks.unet import build_unet, unet_config
+from debias_diffusers.utils.files import draft_of
 
 NETWORKS = ("unet_paper_32", "unet_classcond_32")
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from debias_diffusers import chance
-from debias_diffusers.config import DataConfig
-from debias_diffusers.data import PositionBatches, TrainingData, batches
+from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.data.dataset import PositionBatches, TrainingData, batches
+from debias_diffusers.data.sources import open_source
 from debias_diffusers.errors import DebiasError, InputError
-from debias_diffusers.sources import open_source
+from debias_diffusers.utils import seeding
 
 DIGITS = DataConfig(dataset="digits", resolution=8, num_workers=0)
 
@@ -58,9 +58,9 @@ def test_a_sample_does_not_depend_on_history():
 
 
 def test_draws_of_neighbouring_seeds_and_positions_share_nothing():
-    draws = {chance.mixed(seed, purpose, p) for seed in range(20) for purpose in ("a", "b") for p in range(500)}
+    draws = {seeding.mixed(seed, purpose, p) for seed in range(20) for purpose in ("a", "b") for p in range(500)}
     assert len(draws) == 20 * 2 * 500
-    u = torch.tensor([chance.uniform(0, "timestep", p) for p in range(20_000)], dtype=torch.float64)
+    u = torch.tensor([seeding.uniform(0, "timestep", p) for p in range(20_000)], dtype=torch.float64)
     assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.002 and u.min() >= 0 and u.max() < 1
 
 

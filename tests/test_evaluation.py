@@ -17,13 +17,14 @@ from PIL import Image
 from safetensors.torch import load, save, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from debias_diffusers import evaluation, extractors, metrics
-from debias_diffusers.config import BitsConfig, DataConfig, MeasureConfig, RunConfig, ScoreConfig, StatsConfig, TrainConfig
+from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig, RunConfig, ScoreConfig, StatsConfig, TrainConfig
+from debias_diffusers.data.sources import open_source
 from debias_diffusers.errors import InputError
-from debias_diffusers.extractors import Extractor
-from debias_diffusers.metrics import Sample
-from debias_diffusers.sources import open_source
-from debias_diffusers.training import Trainer
+from debias_diffusers.evaluation import feature_extractors, metrics, monitor, reference, results, score, statistics
+from debias_diffusers.evaluation.feature_extractors import Extractor
+from debias_diffusers.evaluation.measure import Measure
+from debias_diffusers.evaluation.metrics import Sample
+from debias_diffusers.training.trainer import Trainer
 
 
 def normal(count, mean, scale, seed=0):
@@ -141,7 +142,7 @@ def test_features_that_are_not_finite_have_no_distance():
 
 
 def test_json_has_null_for_what_is_not_finite():
-    assert json.loads(evaluation.as_json({"a": [math.nan, 1.5], "b": {"c": -math.inf}})) == {"a": [None, 1.5], "b": {"c": None}}
+    assert json.loads(results.as_json({"a": [math.nan, 1.5], "b": {"c": -math.inf}})) == {"a": [None, 1.5], "b": {"c": None}}
 
 
 class NotDrawn:
@@ -150,17 +151,17 @@ class NotDrawn:
 
 def test_too_few_images_are_refused_before_any_is_drawn(tmp_path):
     config = ScoreConfig(targets=("target",), measure=MeasureConfig(metrics="is,colour", feature_extractor="digits", cache_dir=""))
-    measure = evaluation.Measure(config.measure, "digits", "cpu")
-    reference = evaluation._References(str(folder_of(tmp_path / "reference", 5, 0)), measure, False)
+    measure = Measure(config.measure, "digits", "cpu")
+    reference = score._References(str(folder_of(tmp_path / "reference", 5, 0)), measure, False)
     with pytest.raises(InputError, match="target has 5 images, but metrics is of these features need 10"):
-        evaluation._row(config, measure, reference, NotDrawn, {})
+        score._row(config, measure, reference, NotDrawn, {})
 
 
 def test_statistics_are_refused_for_metrics_of_images_before_any_is_drawn(tmp_path):
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
-    measure = evaluation.Measure(MeasureConfig(metrics="kid", cache_dir=""), "digits", "cpu")
+    measure = Measure(MeasureConfig(metrics="kid", cache_dir=""), "digits", "cpu")
     with pytest.raises(InputError, match="metric kid compares images"):
-        evaluation._References(str(tmp_path / "statistics.npz"), measure, False).sample(8)
+        score._References(str(tmp_path / "statistics.npz"), measure, False).sample(8)
 
 
 def test_halves_of_the_reference_are_measured_only_where_they_are_enough(tmp_path):
@@ -187,7 +188,7 @@ def folder_of(root, count, seed, size=8, colour=False):
 
 def scored(tmp_path, *targets, reference, metrics="fid,is,kid,prc,colour", **options):
     measure = MeasureConfig(metrics=metrics, cache_dir=str(tmp_path / "cache"), num_threads=1, **options.pop("measure", {}))
-    return evaluation.score(ScoreConfig(targets=tuple(map(str, targets)), reference=str(reference), measure=measure, **options))
+    return score.score(ScoreConfig(targets=tuple(map(str, targets)), reference=str(reference), measure=measure, **options))
 
 
 @pytest.mark.row(51, "bad, few or odd images are named, and a figure is that of a direct call of torch-fidelity")
@@ -240,7 +241,7 @@ def test_spatial_features_are_the_first_seven_channels_of_the_block_that_sfid_na
     found = extractor(images)
     assert found["spatial"].shape == (2, 7 * 17 * 17) and found["2048"].shape == (2, 2048)
     net = extractor.network
-    x = extractors.FeatureExtractorInceptionV3.forward.__globals__["interpolate_bilinear_2d_like_tensorflow1x"](
+    x = feature_extractors.FeatureExtractorInceptionV3.forward.__globals__["interpolate_bilinear_2d_like_tensorflow1x"](
         images.float(), size=(299, 299), align_corners=False
     )
     x = (x - 128) / 128
@@ -287,7 +288,7 @@ def test_weights_that_cannot_be_read_or_are_of_another_network_are_refused(tmp_p
 
 
 def test_the_digits_classifier_tells_digits_apart(tmp_path):
-    from debias_diffusers.images import decode, to_array
+    from debias_diffusers.data.images import decode, to_array
 
     source = open_source(DataConfig(dataset="digits", resolution=8, class_conditional=True))
     read = [source.read(k) for k in range(0, len(source), 5)]  # those that it has not learned
@@ -324,7 +325,7 @@ def test_a_model_its_folder_and_its_npz_have_the_same_figures(trained, tmp_path)
 def test_statistics_stand_for_the_images_of_a_reference(tmp_path):
     target = folder_of(tmp_path / "target", 70, 5)
     measure = {"metrics": "fid,colour", "cache_dir": "", "num_threads": 1}
-    evaluation.stats(
+    statistics.stats(
         StatsConfig(reference="digits", out=str(tmp_path / "stats.safetensors"), measure=MeasureConfig(resolution=8, **measure))
     )
     by_images = scored(tmp_path, target, reference="digits", metrics="fid,colour")
@@ -416,8 +417,8 @@ def test_an_npz_reference_keeps_its_size_and_is_read_once(trained, tmp_path, mon
     result = scored(tmp_path, big, reference=tmp_path / "eight.npz", metrics="colour", measure={"resolution": 8})
     assert result["reference"]["resolution"] == 8
     seen = []
-    original = evaluation.Measure.sample
-    monkeypatch.setattr(evaluation.Measure, "sample", lambda self, images: seen.append(images.name) or original(self, images))
+    original = Measure.sample
+    monkeypatch.setattr(Measure, "sample", lambda self, images: seen.append(images.name) or original(self, images))
     result = scored(tmp_path, trained, reference=tmp_path / "eight.npz", metrics="colour", steps="1")
     assert sorted(seen) == sorted([str(tmp_path / "eight.npz"), str(trained)])
     assert result["targets"][0]["images"] == 9 and result["reference"]["resolution"] == 8
@@ -452,9 +453,9 @@ def test_a_reference_that_is_left_out_is_the_data_of_the_run_but_flags_win(tmp_p
     one = run_on(tmp_path / "one", split="test", image_column="photo", label_column="kind")
     for given, split, column in (({}, "test", "photo"), ({"split": "train", "image_column": "sketch"}, "train", "sketch")):
         for config in (MeasureConfig(**given), BitsConfig(model=one, **given)):
-            data = evaluation.reference_data(config, None, [str(tmp_path), one])
+            data = reference.reference_data(config, None, [str(tmp_path), one])
             assert (data.dataset, data.split, data.image_column, data.label_column) == ("faces", split, column, "kind")
-            named = evaluation.reference_data(config, "other", [one])
+            named = reference.reference_data(config, "other", [one])
             assert (named.dataset, named.split, named.image_column) == ("other", "train", given.get("image_column"))
 
 
@@ -462,9 +463,9 @@ def test_runs_of_different_data_are_not_compared_with_the_data_of_the_first(tmp_
     monkeypatch.chdir(tmp_path)
     (tmp_path / "faces").mkdir()
     one, other, third = (run_on(tmp_path / name, split=split) for name, split in (("one", "a"), ("other", "b"), ("third", "a")))
-    assert evaluation.reference_data(MeasureConfig(), None, [one, third]).split == "a"
+    assert reference.reference_data(MeasureConfig(), None, [one, third]).split == "a"
     with pytest.raises(InputError, match=r"other was trained on split b, not a as .*one; add --reference"):
-        evaluation.score(ScoreConfig(targets=(one, other)))
+        score.score(ScoreConfig(targets=(one, other)))
 
 
 def test_redrawn_sets_are_dealt_to_the_processes_and_take_few_subsets(monkeypatch):
@@ -474,9 +475,9 @@ def test_redrawn_sets_are_dealt_to_the_processes_and_take_few_subsets(monkeypatc
     kid = metrics.kid_features_to_metric
     monkeypatch.setattr(metrics, "KID_SUBSET", 25)
     monkeypatch.setattr(metrics, "kid_features_to_metric", lambda *a, **more: asked.append(more["kid_subsets"]) or kid(*a, **more))
-    monkeypatch.setattr(evaluation, "gather_object", lambda mine: mine)
+    monkeypatch.setattr(score, "gather_object", lambda mine: mine)
     alone, first, second = (
-        evaluation._redrawn(config, SimpleNamespace(process=k, processes=n, layers=layers), one, other, "one")
+        score._redrawn(config, SimpleNamespace(process=k, processes=n, layers=layers), one, other, "one")
         for k, n in ((0, 1), (0, 2), (1, 2))
     )
     assert (alone[::2], alone[1::2]) == (first, second) and len({row["fid"] for row in alone}) == 20
@@ -545,7 +546,7 @@ def test_a_training_that_draws_too_few_images_is_refused_at_its_start(tmp_path, 
     for metric, least in (("prc", 4), ("is", 10), ("kid", 2), ("colour", 4)):
         run_config = RunConfig(eval_every=1, eval_metrics=metric, eval_images=least - 1, feature_extractor="digits")
         with pytest.raises(InputError, match=f"eval_metrics {metric} need {least} images, but there are {least - 1}"):
-            evaluation.Monitor(TrainConfig(data=data, run=run_config), open_source(data), "cpu")
+            monitor.Monitor(TrainConfig(data=data, run=run_config), open_source(data), "cpu")
 
 
 # ---- the claim -------------------------------------------------------------------------------------------------------

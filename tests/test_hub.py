@@ -14,10 +14,11 @@ from hub.card import checked
 from pushing import Worker, copy_of, environment, repository, served
 from safetensors.torch import load
 
-from debias_diffusers import card, hub
 from debias_diffusers.cli import train_config
-from debias_diffusers.config import differences, layered, stored, update
+from debias_diffusers.config import hub_names
+from debias_diffusers.config.loading import differences, layered, stored, update
 from debias_diffusers.errors import HubError
+from debias_diffusers.hub import client, model_card
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,7 @@ print(commit.oid)
 
 
 def test_a_run_learns_from_the_commit_of_a_data_set_that_it_began_with(worker, server, tmp_path):
-    digits = ROOT / "debias_diffusers" / "digits.parquet"
+    digits = ROOT / "debias_diffusers" / "data" / "digits.parquet"
     first = python(server, tmp_path, UPLOAD, digits).strip()
 
     def train(steps, folder="run"):
@@ -244,7 +245,7 @@ def test_a_run_learns_from_the_commit_of_a_data_set_that_it_began_with(worker, s
 )
 def test_names_of_repositories(name, is_one, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert hub.is_id(name) == is_one
+    assert hub_names.is_id(name) == is_one
 
 
 def test_a_resume_may_say_the_name_without_the_commit_but_not_another_one():
@@ -278,7 +279,7 @@ MEASURED = {"step": 20, "by": {"images": 80, "extractor": "digits"}, "figures": 
 def test_the_card_is_valid_by_the_hubs_own_rules_and_names_what_was_trained(change, license):
     config = update(layered(stored(train_config([str(arg) for arg in train_args("x")[1:]], None))), change)
     for measured in (None, MEASURED):
-        text = card.published(card.model_card(config, 20, 0, 1797, measured), "alice/digits", license, "samples.png")
+        text = model_card.published(model_card.model_card(config, 20, 0, 1797, measured), "alice/digits", license, "samples.png")
         errors, warnings = checked(text)
         assert errors == [] and warnings == []
         front = yaml.safe_load(text.split("---\n")[1])
@@ -297,21 +298,21 @@ def test_the_card_is_valid_by_the_hubs_own_rules_and_names_what_was_trained(chan
 
 def test_a_token_that_cannot_be_one_is_not_quoted(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_with a blank")
-    hub.api.cache_clear()
+    client.api.cache_clear()
     with pytest.raises(HubError, match="characters that no token has") as error:
-        hub.api()
+        client.api()
     assert "blank" not in str(error.value)
-    hub.api.cache_clear()
+    client.api.cache_clear()
 
 
 def test_what_the_client_says_is_told_without_the_token(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert hub.said(RuntimeError("Bearer hf_secret was\nrefused")) == "Bearer TOKEN was refused"
-    assert "hf_" not in hub.said(RuntimeError("x" * 394 + " hf_secret"))
+    assert client.said(RuntimeError("Bearer hf_secret was\nrefused")) == "Bearer TOKEN was refused"
+    assert "hf_" not in client.said(RuntimeError("x" * 394 + " hf_secret"))
 
 
 @pytest.mark.parametrize("name", ["a/b--c", "x/y.git"])
 def test_a_name_that_the_hub_does_not_allow_is_not_asked_for_again(name):
     with pytest.raises(HubError, match=re.escape(name)) as error:
-        hub.pinned(name)
-    assert not isinstance(error.value, hub.UnreachableError)
+        client.pinned(name)
+    assert not isinstance(error.value, client.UnreachableError)

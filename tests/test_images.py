@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from debias_diffusers import images
+from debias_diffusers.data import images
 from debias_diffusers.errors import InputError
 
 

@@ -11,10 +11,10 @@ from conftest import run
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from debias_diffusers.config import BitsConfig, ObjectiveConfig
+from debias_diffusers.config.schema import BitsConfig, ObjectiveConfig
+from debias_diffusers.diffusion.noise_schedule import make_schedule, prediction_of_x_0
 from debias_diffusers.errors import InputError
-from debias_diffusers.likelihood import Bound, _data
-from debias_diffusers.schedule import make_schedule, prediction_of_x_0
+from debias_diffusers.evaluation.likelihood import Bound, _data
 
 MEAN, STD, T = 0.1, 0.2, 40
 OBJECTIVE = ObjectiveConfig(noise_schedule="cosine", num_train_timesteps=T)

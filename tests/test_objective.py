@@ -17,12 +17,12 @@ from diffusers import (
 from diffusers.training_utils import compute_snr
 from safetensors.torch import load_file
 
-from debias_diffusers import loss_weight, register_weighting, weighting
-from debias_diffusers.config import WEIGHTING_PARAMETERS, ObjectiveConfig
-from debias_diffusers.errors import InputError
-from debias_diffusers.loss import Objective, make_objective
-from debias_diffusers.rules import SPACES_OF_OTHERS, objective_problems
-from debias_diffusers.schedule import (
+from debias_diffusers import loss_weight, register_weighting
+from debias_diffusers.config.schema import WEIGHTING_PARAMETERS, ObjectiveConfig
+from debias_diffusers.config.validation import SPACES_OF_OTHERS, objective_problems
+from debias_diffusers.diffusion import weighting
+from debias_diffusers.diffusion.loss import Objective, make_objective
+from debias_diffusers.diffusion.noise_schedule import (
     Schedule,
     betas_of_snr,
     make_schedule,
@@ -31,8 +31,9 @@ from debias_diffusers.schedule import (
     snr_of_betas,
     variance_preserving,
 )
-from debias_diffusers.schedulers import exported_scheduler, make_scheduler
-from debias_diffusers.weighting import WEIGHTINGS, WEIGHTINGS_OF_OTHERS, effective_sample_size, weight
+from debias_diffusers.diffusion.weighting import WEIGHTINGS, WEIGHTINGS_OF_OTHERS, effective_sample_size, weight
+from debias_diffusers.errors import InputError
+from debias_diffusers.pipelines.solvers import exported_scheduler, make_scheduler
 
 # The names of the reference implementation.
 NAMES = {"constant": "constant", "p2": "p2", "min_snr": "min_snr", "inverse_snr": "snr", "debiased": "debias"}

@@ -17,14 +17,17 @@ from here import tiny, trained_here
 from PIL import Image
 from safetensors.torch import load
 
-from debias_diffusers import cache, checkpoint, images, machine, memory, training
-from debias_diffusers.background import Background
-from debias_diffusers.cache import make_cache
-from debias_diffusers.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from debias_diffusers.data import PositionBatches, TrainingData, batches
-from debias_diffusers.model import build_unet
-from debias_diffusers.pixels import network_arguments
-from debias_diffusers.sources import open_source
+from debias_diffusers.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
+from debias_diffusers.data import decoded_cache, images
+from debias_diffusers.data.dataset import PositionBatches, TrainingData, batches
+from debias_diffusers.data.decoded_cache import make_cache
+from debias_diffusers.data.sources import open_source
+from debias_diffusers.runs import checkpoints
+from debias_diffusers.tasks.pixels import network_arguments
+from debias_diffusers.tasks.unet import build_unet
+from debias_diffusers.training import device, trainer
+from debias_diffusers.utils import memory
+from debias_diffusers.utils.background import Background
 
 START = Background.start
 
@@ -34,7 +37,7 @@ class Slow:
 
     def __init__(self, patch):
         self.gone_on, self.trainer, self.waits = [], None, False
-        write, launch, finish = checkpoint.write, training.Trainer._launch, training.Trainer._finish_save
+        write, launch, finish = checkpoints.write, trainer.Trainer._launch, trainer.Trainer._finish_save
 
         def start(background, work, beside=True):
             self.waits = not beside
@@ -54,9 +57,9 @@ class Slow:
             return launch(trainer, *args)
 
         patch.setattr(Background, "start", start)
-        patch.setattr(checkpoint, "write", slow)
-        patch.setattr(training.Trainer, "_finish_save", waiting)
-        patch.setattr(training.Trainer, "_launch", seen)
+        patch.setattr(checkpoints, "write", slow)
+        patch.setattr(trainer.Trainer, "_finish_save", waiting)
+        patch.setattr(trainer.Trainer, "_launch", seen)
 
 
 def test_a_save_beside_the_training_has_the_tensors_of_its_step(trained, tmp_path, monkeypatch):
@@ -98,7 +101,7 @@ def test_what_goes_wrong_beside_is_raised_where_the_result_is_asked_for():
 
 
 def test_a_mistake_of_ours_in_what_is_done_beside_ends_the_training_with_the_next_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "write", lambda *_: 1 / 0)
+    monkeypatch.setattr(checkpoints, "write", lambda *_: 1 / 0)
     monkeypatch.setattr(Background, "start", lambda self, work, beside: START(self, work, beside=False))
     with pytest.raises(ZeroDivisionError):
         trained_here(tiny(tmp_path / "run"))
@@ -137,7 +140,7 @@ def test_free_memory_is_what_the_tightest_control_group_has_left(tmp_path, monke
 )
 def test_convolutions_lie_channels_last_where_that_is_faster(device, precision, last):
     accelerator = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
-    assert machine.memory_format(accelerator) == (torch.channels_last if last else torch.contiguous_format)
+    assert device.memory_format(accelerator) == (torch.channels_last if last else torch.contiguous_format)
 
 
 @pytest.mark.parametrize("attention", (8, 4))
@@ -151,7 +154,7 @@ def test_where_convolutions_lie_channels_last_nothing_in_between_lies_otherwise(
         run=RunConfig(output_dir=str(tmp_path)),
     )
     accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
-    network = machine.to_train(build_unet(network_arguments(config, 3, 0)), accelerator)
+    network = device.to_train(build_unet(network_arguments(config, 3, 0)), accelerator)
     seen = []
 
     def note(module, inputs, output):
@@ -240,7 +243,7 @@ def test_kept_images_have_the_pixels_of_decoded_ones_and_are_decoded_once(tmp_pa
 def test_sets_that_do_not_fit_are_not_kept(monkeypatch):
     assert make_cache(1000, (1, 100, 100), 10, shared=False) is not None
     assert make_cache(1001, (1, 100, 100), 10, shared=False) is None
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: cache.shutil._ntuple_diskusage(64_000_000, 0, 64_000_000))
+    monkeypatch.setattr(decoded_cache.shutil, "disk_usage", lambda _: decoded_cache.shutil._ntuple_diskusage(64_000_000, 0, 64_000_000))
     assert make_cache(1000, (1, 100, 100), 1000, shared=True) is not None
     assert make_cache(4000, (1, 100, 100), 1000, shared=True) is None  # more than half of a container's shared memory
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
@@ -249,7 +252,7 @@ def test_sets_that_do_not_fit_are_not_kept(monkeypatch):
 
 @pytest.mark.parametrize("shared", (False, True))
 def test_sets_that_would_fill_the_main_memory_are_not_kept(monkeypatch, shared):
-    monkeypatch.setattr(cache, "free_memory", lambda: 20_000_000)
+    monkeypatch.setattr(decoded_cache, "free_memory", lambda: 20_000_000)
     assert make_cache(1000, (1, 100, 100), 1000, shared) is not None
     assert make_cache(1001, (1, 100, 100), 1000, shared) is None
 
@@ -303,7 +306,7 @@ LAUNCHERS = {"one_gpu": (1, 1, False), "eight_gpus": (8, 1, False), "two_nodes":
 
 
 def test_the_packaged_configurations_of_the_launcher_are_accelerates_own():
-    folder = ROOT / "debias_diffusers" / "configs" / "accelerate"
+    folder = ROOT / "debias_diffusers" / "config" / "presets" / "accelerate"
     assert {path.stem for path in folder.glob("*.yaml")} == set(LAUNCHERS)
     for name, (processes, machines, cpu) in LAUNCHERS.items():
         config = load_config_from_file(str(folder / f"{name}.yaml"))  # refuses keys that it does not know
@@ -325,7 +328,7 @@ def test_the_script_for_slurm_starts_the_launcher_on_each_node(tmp_path):
         (tmp_path / name).chmod(0o755)
     given = {"SLURM_CPUS_PER_TASK": "64", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "host[1-2]"}
     environment = {**os.environ, **given, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    script = ROOT / "debias_diffusers" / "configs" / "accelerate" / "slurm.sh"
+    script = ROOT / "debias_diffusers" / "config" / "presets" / "accelerate" / "slurm.sh"
     done = subprocess.run(
         ["bash", script, "--config", "celebahq256", "--output_dir", "a b"], cwd=ROOT, env=environment, text=True, capture_output=True
     )
@@ -339,7 +342,7 @@ def test_the_script_for_slurm_starts_the_launcher_on_each_node(tmp_path):
 
 @pytest.mark.nightly
 def test_the_packaged_configuration_starts_two_processes_on_a_cpu(tmp_path):
-    file = ROOT / "debias_diffusers" / "configs" / "accelerate" / "two_cpu_processes.yaml"
+    file = ROOT / "debias_diffusers" / "config" / "presets" / "accelerate" / "two_cpu_processes.yaml"
     process = command("-m", "accelerate.commands.launch", "--config_file", file, *train_args(tmp_path / "run", "--max_steps", 6))
     _, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err

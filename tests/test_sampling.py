@@ -27,14 +27,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from debias_diffusers import PixelPipeline
-from debias_diffusers.album import Album, Writer
-from debias_diffusers.config import ObjectiveConfig
+from debias_diffusers.config.schema import ObjectiveConfig
 from debias_diffusers.errors import CannotWriteError, InputError, NotFiniteError
-from debias_diffusers.files import take_lock
-from debias_diffusers.model import build_unet
-from debias_diffusers.pipeline import load_pipeline
-from debias_diffusers.sampling import draw, sample
-from debias_diffusers.schedulers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
+from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
+from debias_diffusers.pipelines.solvers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
+from debias_diffusers.sampling.generate import draw, sample
+from debias_diffusers.sampling.image_writer import Album, Writer
+from debias_diffusers.tasks.unet import build_unet
+from debias_diffusers.utils.files import take_lock
 
 # ---- a small random model --------------------------------------------------------------------------------------------
 

@@ -10,12 +10,21 @@ import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file
 
-from debias_diffusers.config import ObjectiveConfig
-from debias_diffusers.convert import guided
+from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.convert.guided_diffusion import guided
+from debias_diffusers.diffusion.noise_schedule import make_schedule, predicted_x_0, prediction_of_x_0
 from debias_diffusers.errors import InputError
-from debias_diffusers.pipeline import load_pipeline
-from debias_diffusers.schedule import make_schedule, predicted_x_0, prediction_of_x_0
-from debias_diffusers.schedulers import FLOW, SCHEDULERS, UniPC, default_scheduler, exported_scheduler, in_sections, make_scheduler, strided
+from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
+from debias_diffusers.pipelines.solvers import (
+    FLOW,
+    SCHEDULERS,
+    UniPC,
+    default_scheduler,
+    exported_scheduler,
+    in_sections,
+    make_scheduler,
+    strided,
+)
 
 MEAN, STD = 0.3, 0.2
 

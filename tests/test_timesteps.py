@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from debias_diffusers import chance
-from debias_diffusers.config import ObjectiveConfig
-from debias_diffusers.schedule import make_schedule
-from debias_diffusers.timesteps import HISTORY, LossSecondMoment, TimestepSampler, make_timestep_sampler
+from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.diffusion.noise_schedule import make_schedule
+from debias_diffusers.diffusion.timestep_samplers import HISTORY, LossSecondMoment, TimestepSampler, make_timestep_sampler
+from debias_diffusers.utils import seeding
 
 CORRECTED = ("uniform", "stratified", "log_normal_corrected", "logit_normal_corrected", "loss_second_moment")
 
@@ -19,7 +19,7 @@ def sampler_of(name, batch_size=16, **options):
 
 
 def uniforms(n):
-    return torch.tensor([chance.uniform(0, "timestep", p) for p in range(n)], dtype=torch.float64)
+    return torch.tensor([seeding.uniform(0, "timestep", p) for p in range(n)], dtype=torch.float64)
 
 
 def test_every_timestep_is_drawn_equally_often():

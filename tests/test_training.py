@@ -22,19 +22,22 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load
 
-from debias_diffusers import chance, checkpoint, machine, training
-from debias_diffusers.card import model_card
 from debias_diffusers.cli import train_config
-from debias_diffusers.config import OptimizationConfig, update
-from debias_diffusers.ema import EMA
+from debias_diffusers.config.loading import update
+from debias_diffusers.config.schema import OptimizationConfig
+from debias_diffusers.diffusion.loss import make_objective
+from debias_diffusers.diffusion.timestep_samplers import make_timestep_sampler
+from debias_diffusers.diffusion.weighting import effective_sample_size
 from debias_diffusers.errors import InputError
-from debias_diffusers.loss import make_objective
-from debias_diffusers.pipeline import PixelPipeline, load_pipeline
-from debias_diffusers.progress import Progress
-from debias_diffusers.run import open_run
-from debias_diffusers.timesteps import make_timestep_sampler
-from debias_diffusers.training import learning_rate
-from debias_diffusers.weighting import effective_sample_size
+from debias_diffusers.hub.model_card import model_card
+from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline, load_pipeline
+from debias_diffusers.runs import checkpoints
+from debias_diffusers.runs.run_directory import open_run
+from debias_diffusers.training import trainer
+from debias_diffusers.training.ema import EMA
+from debias_diffusers.training.logger import Progress
+from debias_diffusers.training.trainer import learning_rate
+from debias_diffusers.utils import distributed, seeding
 
 LEARNING = ["--timestep_sampler", "loss_second_moment", "--num_train_timesteps", 8, "--noise_schedule", "cosine", "--snr_floor", 1e-3]
 
@@ -79,7 +82,7 @@ def test_a_script_with_a_weighting_of_its_own_is_launched(tmp_path):
     assert code == 0, err
     assert json.loads((tmp_path / "run" / "config.json").read_text())["weighting"] == "fourth_root"
     (line, *_) = metrics(tmp_path / "run")
-    u = torch.tensor([chance.uniform(0, "timestep", p) for p in range(8)], dtype=torch.float64)
+    u = torch.tensor([seeding.uniform(0, "timestep", p) for p in range(8)], dtype=torch.float64)
     schedule = make_objective(train_config(["--config", str(TINY)], None).objective).schedule
     expected = effective_sample_size(schedule.snr[(u * 1000).long()] ** -0.25)
     assert line["effective_sample_size"] == pytest.approx(expected, rel=1e-5)
@@ -118,7 +121,7 @@ def test_a_line_of_metrics_tells_what_every_noise_level_costs(tmp_path):
     assert line["loss_by_t"] == sorted(line["loss_by_t"])  # the debiased weight of the noise grows with t
     assert 0 < line["clip_rate"] < 1
     weights = make_objective(train_config(["--config", str(TINY)], None).objective).weights
-    u = torch.tensor([chance.uniform(0, "timestep", p) for p in range(192)], dtype=torch.float64)
+    u = torch.tensor([seeding.uniform(0, "timestep", p) for p in range(192)], dtype=torch.float64)
     assert line["effective_sample_size"] == pytest.approx(effective_sample_size(weights[(u * 1000).long()]), rel=1e-5)
 
 
@@ -128,7 +131,7 @@ def test_losses_are_corrected_for_how_t_is_drawn(tmp_path):
     assert run(*train_args(tmp_path / "run", *flags))[0] == 0
     config = train_config(["--config", str(TINY), *map(str, flags)], None).objective
     sampler = make_timestep_sampler(config, make_objective(config).schedule)
-    u = torch.tensor([chance.uniform(0, "timestep", p) for p in range(24)], dtype=torch.float64)
+    u = torch.tensor([seeding.uniform(0, "timestep", p) for p in range(24)], dtype=torch.float64)
     t = sampler.draw(u, range(24)).view(12, 2)
     apart = [step for step in range(12) if t[step, 0] // 100 != t[step, 1] // 100]
     assert len(apart) > 6
@@ -257,8 +260,8 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_training(tmp_path, monk
         raise torch.linalg.LinAlgError("singular")
 
     config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path / "run"), "--max_steps", "4", "--sample_every", "2"], None)
-    monkeypatch.setattr(training, "make_scheduler", refuse)
-    training.train(config, open_run(config), SimpleNamespace(signum=0))
+    monkeypatch.setattr(trainer, "make_scheduler", refuse)
+    trainer.train(config, open_run(config), SimpleNamespace(signum=0))
     assert newest_step(tmp_path / "run") == 4
 
 
@@ -466,9 +469,9 @@ def test_averages_follow_their_closed_form():
 
 def test_out_of_memory_proposes_a_smaller_micro_batch(tmp_path, monkeypatch):
     config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path / "run")], None)
-    monkeypatch.setattr(training.Trainer, "_terms", lambda *_: torch.empty(2**60))
+    monkeypatch.setattr(trainer.Trainer, "_terms", lambda *_: torch.empty(2**60))
     with pytest.raises(InputError, match="8 images per forward; add --micro_batch_size 4"):
-        training.train(config, open_run(config), SimpleNamespace(signum=0))
+        trainer.train(config, open_run(config), SimpleNamespace(signum=0))
 
 
 def test_the_averaged_weights_are_measured_while_training_and_the_best_checkpoint_is_kept(tmp_path):
@@ -513,10 +516,10 @@ def test_a_run_that_is_older_than_a_field_goes_on(tmp_path):
     folder = tmp_path / "run"
     assert run(*train_args(folder, "--max_steps", 6, "--lr_schedule", "constant"))[0] == 0
     config = train_config(["--config", str(TINY), "--output_dir", str(folder), "--lr_schedule", "constant"], None)
-    found = checkpoint.latest_valid(folder / "checkpoints")[0]
+    found = checkpoints.latest_valid(folder / "checkpoints")[0]
     old = {name: value for name, value in found.state["config"].items() if name != "random_flip"}
     shutil.rmtree(folder / "checkpoints")
-    checkpoint.write(folder / "checkpoints", 6, {"model.safetensors": b"weights"}.items(), found.state | {"config": old}, keep=2)
+    checkpoints.write(folder / "checkpoints", 6, {"model.safetensors": b"weights"}.items(), found.state | {"config": old}, keep=2)
     assert open_run(config).resume.step == 6
     with pytest.raises(InputError, match="random_flip: the run has False, this command says True"):
         open_run(update(config, {"random_flip": True, "output_dir": str(shutil.copytree(folder, tmp_path / "copy"))}))
@@ -551,7 +554,7 @@ def test_a_resume_is_the_same_run_of_wandb(tmp_path, monkeypatch):
 
 def test_images_per_second_are_those_of_the_steps(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("debias_diffusers.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("debias_diffusers.training.logger.time", SimpleNamespace(monotonic=lambda: now[0]))
     config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path), "--log_every", "1"], None)
     lines = []
     run_folder = SimpleNamespace(metrics=SimpleNamespace(append=lines.append))
@@ -578,12 +581,12 @@ def test_images_per_second_are_those_of_the_steps(tmp_path, monkeypatch):
     ],
 )
 def test_omp_num_threads_of_the_user_is_obeyed_and_that_of_the_launcher_not(given, of_launcher, threads, monkeypatch, capsys):
-    script = "from debias_diffusers import machine; print(machine._omp_num_threads())"
+    script = "from debias_diffusers.utils import distributed; print(distributed._omp_num_threads())"
     if of_launcher is None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
         for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
             monkeypatch.delenv(name, raising=False)
-        assert machine._omp_num_threads() == threads
+        assert distributed._omp_num_threads() == threads
         return
     # A process with another environment than that it was started with, as the launcher's children have one.
     parent = f"import os, subprocess, sys; os.environ.update(OMP_NUM_THREADS={given!r}, ACCELERATE_MIXED_PRECISION='no');"
@@ -595,9 +598,9 @@ def test_omp_num_threads_of_the_user_is_obeyed_and_that_of_the_launcher_not(give
 
 
 def test_what_is_taken_of_omp_num_threads_is_said(monkeypatch, capfd):
-    monkeypatch.setattr(machine.torch, "set_num_threads", lambda _: None)
-    monkeypatch.setattr(machine, "_omp_num_threads", lambda: 77)
-    assert machine.set_threads(None) == 77 and "77 CPU threads" in capfd.readouterr().err
-    assert machine.set_threads(2) == 2 and capfd.readouterr().err == ""
-    monkeypatch.setattr(machine, "_omp_num_threads", lambda: None)
-    assert machine.set_threads(None) >= 1 and capfd.readouterr().err == ""
+    monkeypatch.setattr(distributed.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(distributed, "_omp_num_threads", lambda: 77)
+    assert distributed.set_threads(None) == 77 and "77 CPU threads" in capfd.readouterr().err
+    assert distributed.set_threads(2) == 2 and capfd.readouterr().err == ""
+    monkeypatch.setattr(distributed, "_omp_num_threads", lambda: None)
+    assert distributed.set_threads(None) >= 1 and capfd.readouterr().err == ""

@@ -7,10 +7,10 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
-from debias_diffusers.config import ObjectiveConfig
-from debias_diffusers.loss import make_objective
-from debias_diffusers.schedule import make_schedule
-from debias_diffusers.variational import BITS, VariationalBound, discretized_gaussian_log_likelihood
+from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.diffusion.loss import make_objective
+from debias_diffusers.diffusion.noise_schedule import make_schedule
+from debias_diffusers.diffusion.variational_bound import BITS, VariationalBound, discretized_gaussian_log_likelihood
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 from conftest import run
 from PIL import Image
 
-from debias_diffusers.config import ObjectiveConfig
-from debias_diffusers.loss import make_objective
+from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.diffusion.loss import make_objective
 
 
 def rows(folder):

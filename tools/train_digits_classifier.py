@@ -1,4 +1,4 @@
-"""Trains the classifier whose features compare sets of digits, `debias_diffusers/digits_classifier.safetensors`.
+"""Trains the classifier whose features compare sets of digits, `debias_diffusers/evaluation/digits_classifier.safetensors`.
 
     python tools/train_digits_classifier.py
 
@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from debias_diffusers.config import DataConfig
-from debias_diffusers.extractors import DigitsClassifier
-from debias_diffusers.images import decode, to_array
-from debias_diffusers.sources import open_source
+from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.data.images import decode, to_array
+from debias_diffusers.data.sources import open_source
+from debias_diffusers.evaluation.feature_extractors import DigitsClassifier
 
-WEIGHTS = Path(__file__).parent.parent / "debias_diffusers" / "digits_classifier.safetensors"
+WEIGHTS = Path(__file__).parent.parent / "debias_diffusers" / "evaluation" / "digits_classifier.safetensors"
 EPOCHS, BATCH, NOISE = 60, 64, 20.0  # noise in grey levels of 255
 
 

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 from accelerate.state import AcceleratorState
 from conftest import TINY
 
-from debias_diffusers import machine, training
 from debias_diffusers.cli import train_config
-from debias_diffusers.run import open_run
+from debias_diffusers.runs.run_directory import open_run
+from debias_diffusers.training import device
+from debias_diffusers.training.trainer import Trainer
 
 
 def tiny(folder, *flags):
@@ -18,11 +19,11 @@ def tiny(folder, *flags):
 def trained_here(config, scaler=None):
     """Trains; returns the trainer as it ended. `scaler` is fp16's, which a CPU is otherwise refused."""
     AcceleratorState._reset_state(True)  # which remembers the precision of the first run of a process
-    accelerator = machine.start_accelerator(config)
+    accelerator = device.start_accelerator(config)
     accelerator.scaler = scaler
     run = open_run(config)
     try:
-        trainer = training.Trainer(config, run, accelerator)
+        trainer = Trainer(config, run, accelerator)
         if scaler:
             accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.adamw)
         trainer.train(SimpleNamespace(signum=0))

@@ -14,13 +14,13 @@ import pytest
 from conftest import Forked, cpu_of_children, metrics, newest_step, run, train_args
 from PIL import Image, ImageCms
 
-from debias_diffusers import images
-from debias_diffusers.config import DataConfig
-from debias_diffusers.data import TrainingData
+from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.data import images
+from debias_diffusers.data.dataset import TrainingData
+from debias_diffusers.data.sources import Without, open_readable, open_source, unreadable
 from debias_diffusers.errors import InputError
-from debias_diffusers.files import read_file
-from debias_diffusers.imagesets import of_npz
-from debias_diffusers.sources import Without, open_readable, open_source, unreadable
+from debias_diffusers.evaluation.image_sets import of_npz
+from debias_diffusers.utils.files import read_file
 
 
 def encoded(image, kind="PNG", **options):

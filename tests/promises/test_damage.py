@@ -12,8 +12,9 @@ import time
 import pytest
 from conftest import HANG, SERVER, Forked, _command, metrics, newest_step, run, same, train_args, wait_for
 
-from debias_diffusers import checkpoint, files
-from debias_diffusers.run import Metrics
+from debias_diffusers.runs import checkpoints
+from debias_diffusers.runs.metrics_file import Metrics
+from debias_diffusers.utils import files
 
 FILES = [
     "model.safetensors", "ema_0.9.safetensors", "ema_0.99.safetensors", "optimizer.safetensors", "sampler.safetensors",
@@ -30,7 +31,7 @@ def tree(folder):
 
 
 def newest(folder):
-    return checkpoint.checkpoints(folder / "checkpoints")[-1]
+    return checkpoints.checkpoints(folder / "checkpoints")[-1]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def damages(name, content, of_another_step):
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(learned, tmp_path, name, trials):
     folder = shutil.copytree(learned, tmp_path / "checkpoints")
-    older, newer = checkpoint.checkpoints(folder)
+    older, newer = checkpoints.checkpoints(folder)
     assert sorted(FILES) == sorted(p.name for p in newer.iterdir())
     whole = (newer / name).read_bytes()
     for damage in damages(name, whole, (older / name).read_bytes()):
@@ -72,11 +73,11 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(learned, tmp_
             (newer / name).unlink()
         else:
             (newer / name).write_bytes(damage)
-        found, damaged = checkpoint.latest_valid(folder)
+        found, damaged = checkpoints.latest_valid(folder)
         assert found.path == older
         assert len(damaged) == 1 and f"{newer}: {name}" in damaged[0]
     (newer / name).write_bytes(whole)
-    assert checkpoint.latest_valid(folder)[0].path == newer  # so it was the damage
+    assert checkpoints.latest_valid(folder)[0].path == newer  # so it was the damage
 
 
 @pytest.mark.row(12, "a damaged file of a checkpoint is named, and the checkpoint before is used")
@@ -98,15 +99,15 @@ def test_a_manifest_without_a_hash_of_its_own_is_read_as_before(learned, tmp_pat
     values = json.loads(manifest.read_text())
     del values["sha256"]
     manifest.write_text(json.dumps(values, indent=2) + "\n")
-    assert checkpoint.latest_valid(folder)[0].step == 12
+    assert checkpoints.latest_valid(folder)[0].step == 12
     manifest.write_text(json.dumps(values | {"shc256": ""}, indent=2) + "\n")
-    assert checkpoint.latest_valid(folder)[0].step == 6
+    assert checkpoints.latest_valid(folder)[0].step == 6
 
 
 @pytest.mark.row(13, "where all checkpoints are damaged nothing is trained and nothing deleted")
 @pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
 def test_when_all_checkpoints_are_damaged_nothing_is_trained_and_nothing_deleted(copied, name):
-    for path in checkpoint.checkpoints(copied / "checkpoints"):
+    for path in checkpoints.checkpoints(copied / "checkpoints"):
         (path / name).write_bytes(b"")
     (copied / "checkpoints" / ".draft-step-00000030").mkdir()
     before = tree(copied)
@@ -147,7 +148,7 @@ def test_stray_folders_files_and_links_are_neither_checkpoints_nor_removed(train
     same(trained, copied, 24)
     assert strays == {p: os.lstat(p).st_mtime_ns for p in strays}
     assert not any(os.path.lexists(p) for p in drafts) and (real / "model.safetensors").exists()
-    assert {p.name for p in checkpoint.checkpoints(folder)} == {"step-00000018", "step-00000024"}
+    assert {p.name for p in checkpoints.checkpoints(folder)} == {"step-00000018", "step-00000024"}
 
 
 @pytest.mark.row(15, "a newer version's checkpoint and another configuration are refused, with what differs")
@@ -155,11 +156,11 @@ def test_a_checkpoint_of_a_newer_version_is_refused(copied, monkeypatch):
     path = newest(copied)
     content = [(p.name, p.read_bytes()) for p in path.glob("*.safetensors")]
     with monkeypatch.context() as newer:
-        newer.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
-        checkpoint.write(path.parent, 30, content, json.loads((path / "state.json").read_text()), keep=9)
+        newer.setattr(checkpoints, "FORMAT", checkpoints.FORMAT + 1)
+        checkpoints.write(path.parent, 30, content, json.loads((path / "state.json").read_text()), keep=9)
     before = tree(copied)
     code, _, err = run(*train_args(copied, "--max_steps", 40))
-    assert code == 2 and f"step-00000030 has format {checkpoint.FORMAT + 1}, but this version reads {checkpoint.FORMAT}" in err
+    assert code == 2 and f"step-00000030 has format {checkpoints.FORMAT + 1}, but this version reads {checkpoints.FORMAT}" in err
     assert tree(copied) == before
 
 
@@ -183,7 +184,7 @@ def test_another_configuration_is_refused_field_by_field(trained):
 def test_verifying_costs_a_second_of_one_core_per_gigabyte(tmp_path):
     """By the time of the processor, which others that are at work do not change much; where it hashes slowly, by that."""
     content = os.urandom(1 << 24) * 16
-    path = checkpoint.write(tmp_path, 10, [("model.safetensors", content)], {"step": 10}, keep=2)
+    path = checkpoints.write(tmp_path, 10, [("model.safetensors", content)], {"step": 10}, keep=2)
 
     def median(work):
         times = []
@@ -194,7 +195,7 @@ def test_verifying_costs_a_second_of_one_core_per_gigabyte(tmp_path):
         return sorted(times)[1]
 
     hashed = median(lambda: hashlib.sha256(content))
-    assert median(lambda: checkpoint.verified(path)) <= max(1.0 * len(content) / 1e9, 1.5 * hashed)
+    assert median(lambda: checkpoints.verified(path)) <= max(1.0 * len(content) / 1e9, 1.5 * hashed)
 
 
 @pytest.mark.row(17, "files have the mode that the umask allows")

@@ -17,9 +17,11 @@ from conftest import HANG, ROOT, Forked, command, cpu_of_children, metrics, run,
 from here import tiny, trained_here
 from recorder import Killed, kill_at
 
-from debias_diffusers import checkpoint, files, machine, saving
 from debias_diffusers.errors import CannotWriteError, RunInUseError
-from debias_diffusers.run import Metrics
+from debias_diffusers.runs import checkpoints
+from debias_diffusers.runs.metrics_file import Metrics
+from debias_diffusers.training import device, saver
+from debias_diffusers.utils import distributed, files
 
 HOST = socket.gethostname()
 STEADY = ["--lr_schedule", "constant", "--checkpoint_every", 2, "--warmup_steps", 0]
@@ -111,7 +113,7 @@ def test_on_a_full_disk_the_checkpoint_before_stays_and_the_run_ends_with_the_sa
         assert "step 4 was not saved" in err and "training goes on" in err and err.strip().splitlines()[-1].startswith("error: ")
         for free, needed in (missed, last):
             assert float(free) < float(needed) and 0.8 * checkpoint_size < 1e6 * float(needed) < 1.3 * checkpoint_size
-        found, damaged = checkpoint.latest_valid(folder / "checkpoints")
+        found, damaged = checkpoints.latest_valid(folder / "checkpoints")
         assert (found.step, damaged) == (2, []) and not list(folder.rglob(".draft*"))
         mounts.resize(f"disk-{eighths}", "64m")
         code, _, err = run(*train_args(folder, *STEADY, "--max_steps", 6))
@@ -125,18 +127,18 @@ def test_wherever_the_disk_is_full_the_checkpoint_before_verifies_and_no_draft_s
     draws = random.Random(0)
     content = [(f"{pages}.safetensors", draws.randbytes(4096 * pages - 9)) for pages in (2, 3, 4, 5)]
     disk = mounts.disk("disk", "16m")
-    checkpoint.write(disk, 10, content, {}, keep=2)
+    checkpoints.write(disk, 10, content, {}, keep=2)
     needed = used(disk)
     for pages in range(needed // 4096):
         trials()
         mounts.resize("disk", needed + 4096 * pages)
         said = rf"step-00000020 cannot be written: No space left on device \({4096 * pages / 1e6:.1f} MB free"
         with pytest.raises(CannotWriteError, match=said):
-            checkpoint.write(disk, 20, content, {}, keep=2)
-        assert checkpoint.latest_valid(disk)[0].step == 10 and [p.name for p in disk.iterdir()] == ["step-00000010"]
+            checkpoints.write(disk, 20, content, {}, keep=2)
+        assert checkpoints.latest_valid(disk)[0].step == 10 and [p.name for p in disk.iterdir()] == ["step-00000010"]
     mounts.resize("disk", 2 * needed)
-    checkpoint.write(disk, 20, content, {}, keep=2)
-    assert checkpoint.latest_valid(disk)[0].step == 20
+    checkpoints.write(disk, 20, content, {}, keep=2)
+    assert checkpoints.latest_valid(disk)[0].step == 20
 
 
 @pytest.mark.row(19, "on a full disk the checkpoint before stays whole, training goes on, and the last save must succeed")
@@ -152,10 +154,10 @@ def test_when_there_is_room_again_the_next_save_succeeds(mounts, monkeypatch):
         said.append(sentence)
         ballast.unlink()
 
-    monkeypatch.setattr(saving, "say", make_room)
+    monkeypatch.setattr(saver, "say", make_room)
     trained_here(tiny(folder, *STEADY, "--max_steps", 30))
     assert len(said) == 1 and "step 2 was not saved" in said[0] and "error" not in said[0]
-    assert [found.step for found in map(checkpoint.verified, checkpoint.checkpoints(folder / "checkpoints"))] == [28, 30]
+    assert [found.step for found in map(checkpoints.verified, checkpoints.checkpoints(folder / "checkpoints"))] == [28, 30]
     assert [line["step"] for line in metrics(folder)] == list(range(1, 31))
 
 
@@ -217,8 +219,8 @@ def test_the_limit_is_two_and_a_half_checkpoints(tmp_path, monkeypatch, capfd, f
     """A checkpoint holds weights, two moments and the averages."""
     tensors = {name: torch.zeros(25_000).numpy().tobytes() for name in ("weights", "moment", "other moment", "0.9", "0.99")}
     size = sum(len(content) for content in tensors.values())
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10 * size, 0, int(free * size)))
-    machine.warn_of_little_space(tmp_path, 25_000, 2)
+    monkeypatch.setattr(distributed.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10 * size, 0, int(free * size)))
+    device.warn_of_little_space(tmp_path, 25_000, 2)
     assert ("warning" in capfd.readouterr().err) == warned
 
 
@@ -323,15 +325,15 @@ CONTENT = {"model.safetensors": bytes(range(256)) * 4, "optimizer.safetensors": 
 
 
 def write(folder, step, keep=9, best=None):
-    return checkpoint.write(folder, step, CONTENT.items(), {"step": step}, keep, best)
+    return checkpoints.write(folder, step, CONTENT.items(), {"step": step}, keep, best)
 
 
 def valid(folder):
     """The steps of the checkpoints that verify."""
     steps = []
-    for path in checkpoint.checkpoints(folder):
-        with contextlib.suppress(checkpoint.DamagedError):
-            steps.append(checkpoint.verified(path).step)
+    for path in checkpoints.checkpoints(folder):
+        with contextlib.suppress(checkpoints.DamagedError):
+            steps.append(checkpoints.verified(path).step)
     return steps
 
 
@@ -350,20 +352,20 @@ def test_killed_at_any_removal_what_is_to_stay_is_whole(tmp_path, before, damage
     for step in before:
         write(tmp_path / "before", step)
     for step in damaged:
-        (tmp_path / "before" / checkpoint.name_of(step) / "model.safetensors").write_bytes(b"")
+        (tmp_path / "before" / checkpoints.name_of(step) / "model.safetensors").write_bytes(b"")
     for k in range(1, 200):
         trials()
         folder = shutil.copytree(tmp_path / "before", tmp_path / f"{k}")
         with pytest.MonkeyPatch.context() as patch:
             kill_at(patch, k)
             try:
-                checkpoint.prune(folder, before[-1], keep, best)
+                checkpoints.prune(folder, before[-1], keep, best)
                 finished = True
             except Killed:
                 finished = False
         assert set(kept) <= set(valid(folder))
-        assert checkpoint.latest_valid(folder)[0].step == before[-1]
-        checkpoint.prune(folder, before[-1], keep, best)  # as the next save does
+        assert checkpoints.latest_valid(folder)[0].step == before[-1]
+        checkpoints.prune(folder, before[-1], keep, best)  # as the next save does
         assert valid(folder) == kept
         if finished:
             assert k > 4
@@ -381,7 +383,7 @@ def test_killed_again_and_again_while_saving_one_checkpoint_is_always_whole(tmp_
     for step in (10, 20):
         write(tmp_path, step)
     for step in damaged:
-        (tmp_path / checkpoint.name_of(step) / "model.safetensors").write_bytes(b"")
+        (tmp_path / checkpoints.name_of(step) / "model.safetensors").write_bytes(b"")
     for k in range(1, 200):
         trials()
         step = valid(tmp_path)[-1] + 10  # where the run would be: 20 once more where 20 is damaged
@@ -395,7 +397,7 @@ def test_killed_again_and_again_while_saving_one_checkpoint_is_always_whole(tmp_
         assert len(valid(tmp_path)) >= 1
         files.remove_drafts(tmp_path)
         if finished:
-            assert valid(tmp_path)[-1] == step and len(checkpoint.checkpoints(tmp_path)) == min(keep, len(valid(tmp_path)))
+            assert valid(tmp_path)[-1] == step and len(checkpoints.checkpoints(tmp_path)) == min(keep, len(valid(tmp_path)))
             return
     raise AssertionError("the save never came to its end")
 

@@ -15,14 +15,15 @@ from conftest import sample_config
 from here import tiny, trained_here
 from PIL import Image
 
-from debias_diffusers import evaluation, sources
-from debias_diffusers.card import model_card
-from debias_diffusers.config import DataConfig, MeasureConfig, ScoreConfig
+from debias_diffusers.config.schema import DataConfig, MeasureConfig, ScoreConfig
+from debias_diffusers.data import sources
+from debias_diffusers.data.labels import in_order, in_proportion, numbers
+from debias_diffusers.data.sources import class_counts, open_source, summary
 from debias_diffusers.errors import InputError
-from debias_diffusers.labels import in_order, in_proportion, numbers
-from debias_diffusers.pipeline import load_pipeline
-from debias_diffusers.sampling import make_job, sample
-from debias_diffusers.sources import class_counts, open_source, summary
+from debias_diffusers.evaluation import score
+from debias_diffusers.hub.model_card import model_card
+from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
+from debias_diffusers.sampling.generate import make_job, sample
 
 SPLITS = "the folders train, validation and test are splits, and --split chooses one"
 EXTENSIONS = "every image is found whatever its extension, and what is passed over is counted"
@@ -170,7 +171,7 @@ def test_packed_samples_are_scored_and_for_training_it_is_said_how_to_draw_them(
     measure = MeasureConfig(metrics="colour", cache_dir="", num_threads=1)
     figures = []
     for target, reference in ((drawn["png"], drawn["npz"]), (drawn["npz"], drawn["png"]), (drawn["npz"], drawn["npz"])):
-        result = evaluation.score(ScoreConfig(targets=(str(target),), reference=str(reference), measure=measure))
+        result = score.score(ScoreConfig(targets=(str(target),), reference=str(reference), measure=measure))
         figures.append((result["targets"][0]["brightness_bias"], result["targets"][0]["images"], result["reference"]["images"]))
     assert figures == [(0, 20, 20)] * 3
 
@@ -253,7 +254,7 @@ def test_names_with_spaces_and_of_other_alphabets_go_all_the_way(tmp_path):
     for kind in ("png", "npz"):
         folder = sample(sample_config(run, tmp_path / f"цвет {kind}", class_labels=("犬", "кошка"), num_images=4, steps=1, format=kind))
         measure = MeasureConfig(metrics="colour", cache_dir="", num_threads=1)
-        found = evaluation.score(ScoreConfig(targets=(str(folder),), reference=str(tmp_path / "mes données"), measure=measure))
+        found = score.score(ScoreConfig(targets=(str(folder),), reference=str(tmp_path / "mes données"), measure=measure))
         assert (found["targets"][0]["images"], found["reference"]["images"]) == (4, 15)
     rows = (tmp_path / "цвет png" / "metadata.jsonl").read_text().splitlines()
     assert [json.loads(line)["label"] for line in rows] == [2, 1, 2, 1]
@@ -279,13 +280,13 @@ def test_a_name_in_the_card_is_text():
 def test_a_run_of_the_version_before_keeps_the_labels_that_it_was_trained_with(pets, tmp_path, monkeypatch):
     """It had the plain order, no label for an empty folder, and wrote down no names."""
     flags = ("--dataset", pets / "data", "--class_conditional", "--lr_schedule", "constant", "--warmup_steps", 0, "--max_steps")
-    from debias_diffusers import training
+    from debias_diffusers.training import trainer
 
     with monkeypatch.context() as before:
-        before.setattr(training, "open_source", lambda config: open_source(config, "plain"))
+        before.setattr(trainer, "open_source", lambda config: open_source(config, "plain"))
         whole = trained_here(tiny(tmp_path / "whole", *flags, 4))
-        state = training.Trainer._state
-        before.setattr(training.Trainer, "_state", lambda self: {k: v for k, v in state(self).items() if not k.startswith("class_")})
+        state = trainer.Trainer._state
+        before.setattr(trainer.Trainer, "_state", lambda self: {k: v for k, v in state(self).items() if not k.startswith("class_")})
         trained_here(tiny(tmp_path / "old", *flags, 2))
     resumed = trained_here(tiny(tmp_path / "old", *flags, 4))
     plain = ["0", "1", "10", "11", "2", "4", "5", "6", "7", "8", "9"]
@@ -380,18 +381,18 @@ def drawn_by(config):
 
     jobs = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "drawn", lambda job, count, name: jobs.append(job))
-        list(evaluation._drawn(config, config.targets[0], None, Accelerator()))
+        patch.setattr(score, "drawn", lambda job, count, name: jobs.append(job))
+        list(score._drawn(config, config.targets[0], None, Accelerator()))
     return jobs[0].labels(range(config.num_images))
 
 
 @pytest.mark.row(61, PROPORTION)
 def test_a_measurement_while_training_has_the_labels_of_the_data(pets, tmp_path, monkeypatch):
-    from debias_diffusers import sampling
+    from debias_diffusers.sampling import generate
 
-    seen, draw = [], sampling.draw
+    seen, draw = [], generate.draw
     monkeypatch.setattr(
-        sampling, "draw", lambda pipeline, indices, seed, labels, **o: seen.extend(labels) or draw(pipeline, indices, seed, labels, **o)
+        generate, "draw", lambda pipeline, indices, seed, labels, **o: seen.extend(labels) or draw(pipeline, indices, seed, labels, **o)
     )
     every = ("--eval_every", 1, "--eval_metrics", "colour", "--eval_images", 19)
     trained_here(tiny(tmp_path, "--dataset", pets / "data", "--class_conditional", "--max_steps", 1, *every))

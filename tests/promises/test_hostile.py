@@ -25,12 +25,14 @@ import yaml
 from conftest import TINY, run, train_args
 from PIL import Image as Picture
 
-from debias_diffusers import checkpoint, cli, extractors
-from debias_diffusers.card import model_card
-from debias_diffusers.config import layered, read_config, update
+from debias_diffusers import cli
+from debias_diffusers.config.loading import layered, read_config, update
 from debias_diffusers.errors import DebiasError, InputError
-from debias_diffusers.extractors import Extractor
-from debias_diffusers.pipeline import load_pipeline
+from debias_diffusers.evaluation import feature_extractors
+from debias_diffusers.evaluation.feature_extractors import Extractor
+from debias_diffusers.hub.model_card import model_card
+from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
+from debias_diffusers.runs import checkpoints
 
 # ---- weights that are programs ---------------------------------------------------------------------------------------
 
@@ -196,7 +198,7 @@ def test_a_name_that_promises_safetensors_changes_nothing(tmp_path):
 def test_a_poisoned_file_in_the_place_of_fetched_weights_does_not_run(extractor, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    sha256 = extractors.MODEL_METADATA["clip-vit-b-32"]["hash"]
+    sha256 = feature_extractors.MODEL_METADATA["clip-vit-b-32"]["hash"]
     kept, mark = tmp_path / "hub" / "checkpoints", tmp_path / "mark"
     kept.mkdir(parents=True)
     for name in ("weights-inception-2015-12-05-6726825d.pth", "vgg16-397923af.pth", f"clip-vit-b-32-{sha256}.pt"):
@@ -303,7 +305,7 @@ def read_model(folder):
 
 
 def read_checkpoint(folder):
-    checkpoint.latest_valid(folder / "checkpoints")
+    checkpoints.latest_valid(folder / "checkpoints")
 
 
 def read_configuration(folder):
@@ -455,7 +457,7 @@ def test_a_checkpoint_that_names_files_elsewhere_is_damaged(name, trained, tmp_p
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     there = sorted(tmp_path.rglob("*"))
     with pytest.raises(DebiasError, match="every checkpoint is damaged"):
-        checkpoint.latest_valid(folder.parent)
+        checkpoints.latest_valid(folder.parent)
     assert sorted(tmp_path.rglob("*")) == there
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_bad_data import chunk, encoded, grown
 
-from debias_diffusers import images
+from debias_diffusers.data import images
 from debias_diffusers.errors import InputError
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)

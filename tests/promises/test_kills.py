@@ -36,9 +36,13 @@ from conftest import (
 from here import tiny
 from PIL import Image
 
-from debias_diffusers import checkpoint, machine, training
-from debias_diffusers.pipeline import load_pipeline
-from debias_diffusers.run import StopSignal, open_run
+from debias_diffusers.errors import StoppedError
+from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
+from debias_diffusers.runs import checkpoints
+from debias_diffusers.runs.run_directory import open_run
+from debias_diffusers.training import device
+from debias_diffusers.training.trainer import Trainer, train
+from debias_diffusers.utils.signals import StopSignal
 
 LONG = ["--max_steps", 240, "--checkpoint_every", 20]
 SAME_AGAIN = "killed at any moment, the same command ends with the same bits"
@@ -122,9 +126,9 @@ def trainer_at(folder, step, *flags):
         def signum(self):
             return signal.SIGTERM if trainer.step >= step - 1 else 0
 
-    trainer = training.Trainer(config, open_run(config), training.machine.start_accelerator(config))
+    trainer = Trainer(config, open_run(config), device.start_accelerator(config))
     save, trainer._save = trainer._save, lambda final=False: None if trainer.step == step else save(final)
-    with contextlib.suppress(training.StoppedError):
+    with contextlib.suppress(StoppedError):
         trainer.train(StopAt())
     assert trainer.step == step
     trainer._save = save
@@ -158,7 +162,7 @@ def test_killed_at_any_operation_of_a_save_the_old_or_the_new_checkpoint_is_whol
     old = newest_step(before)
     for k in range(1, 400):
         finished = killed_in_save(trainer, k)
-        found, damaged = checkpoint.latest_valid(folder / "checkpoints")
+        found, damaged = checkpoints.latest_valid(folder / "checkpoints")
         assert (found.step if found else 0) in ((step,) if finished else (old, step)) and not [d for d in damaged if f"{step:08d}" in d]
         trainer.run.begin(trainer.config)  # as the next start does
         assert not list(folder.rglob(".draft*"))
@@ -228,7 +232,7 @@ def test_after_a_power_cut_the_old_or_the_new_checkpoint_loads(recorded, tmp_pat
     for prefix in range(len(log.log) + 1):
         folder = tmp_path / "found"
         log.after_power_cut(prefix, before, folder)
-        found, damaged = checkpoint.latest_valid(folder / "checkpoints")
+        found, damaged = checkpoints.latest_valid(folder / "checkpoints")
         assert found and found.step in (18, 24) and not [d for d in damaged if "step-00000024" in d]
         assert found.step == 24 or prefix < len(log.log)
         shutil.rmtree(folder)
@@ -312,7 +316,7 @@ def test_interrupted_once_it_saves_and_the_same_command_continues(whole, tmp_pat
 
 def note_interrupts(path, held):
     """In a process that trains: makes a file when a signal is noted; `held` saves, from step 21 on, write a file and never end."""
-    write, obey = checkpoint.write, StopSignal._on_signal
+    write, obey = checkpoints.write, StopSignal._on_signal
 
     def begun(tensors):
         yield next(iter(tensors))
@@ -325,7 +329,7 @@ def note_interrupts(path, held):
         obey(stop, signum, frame)
         path.touch()
 
-    checkpoint.write, StopSignal._on_signal = held_write, noted
+    checkpoints.write, StopSignal._on_signal = held_write, noted
 
 
 @pytest.mark.row(5, "interrupted once: saved, 130; twice: stopped at once, the checkpoint before is whole")
@@ -342,7 +346,7 @@ def test_interrupted_twice_it_stops_at_once(whole, tmp_path, trials):
             process.send_signal(signal.SIGINT)
         code, _, err = process.result()
         assert code == 130 and "Traceback" not in err
-        found, damaged = checkpoint.latest_valid(folder / "checkpoints")
+        found, damaged = checkpoints.latest_valid(folder / "checkpoints")
         assert found.step >= 20 and not damaged
         trials()
     assert "stopped at once; the last checkpoint is untouched" in err and found.step == 20
@@ -413,8 +417,8 @@ def train_here(folder, flags, stop=None):
     config = tiny(folder, *flags)
     held = open_run(config)
     try:
-        training.train(config, held, StopAfter(stop - 1) if stop else SimpleNamespace(signum=0))
-    except training.StoppedError:
+        train(config, held, StopAfter(stop - 1) if stop else SimpleNamespace(signum=0))
+    except StoppedError:
         assert newest_step(folder) == stop
     finally:
         held._lock.close()
@@ -539,14 +543,14 @@ def test_another_number_of_threads_is_said(tmp_path):
 
 
 @pytest.mark.row(10, "another number of threads or version on resume is said, with both values")
-@pytest.mark.parametrize("name", machine.versions())
+@pytest.mark.parametrize("name", device.versions())
 def test_another_version_is_said(trained, capsys, name):
     before = json.loads((trained / "checkpoints" / "step-00000024" / "state.json").read_text())
     now = before | {"versions": before["versions"] | {name: "99.9"}}
-    machine.say_what_changed(before, now)
+    device.say_what_changed(before, now)
     (line,) = capsys.readouterr().err.splitlines()
     assert f"the version of {name} was {before['versions'][name]}, now it is 99.9" in line
-    machine.say_what_changed(before, before)
+    device.say_what_changed(before, before)
     assert capsys.readouterr().err == ""
 
 

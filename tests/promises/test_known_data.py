@@ -10,13 +10,16 @@ from conftest import launched, newest_step, run, train_args
 from PIL import Image
 from test_bad_data import encoded, noise
 
-from debias_diffusers import evaluation, hub
-from debias_diffusers.config import BitsConfig, DataConfig, MeasureConfig, is_hub_id
-from debias_diffusers.data import TrainingData
+from debias_diffusers.config import hub_names
+from debias_diffusers.config.hub_names import is_hub_id
+from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig
+from debias_diffusers.data.dataset import TrainingData
+from debias_diffusers.data.images import decode
+from debias_diffusers.data.sources import look_at, open_source
 from debias_diffusers.errors import InputError
-from debias_diffusers.images import decode
-from debias_diffusers.imagesets import of_source
-from debias_diffusers.sources import look_at, open_source
+from debias_diffusers.evaluation import reference
+from debias_diffusers.evaluation.image_sets import of_source
+from debias_diffusers.hub import client
 
 ROW_79 = "grey or colour and every label are known at the start, from all images"
 ROW_80 = "data are known by their files and not by the text of their path, and no local name is asked of the Hub"
@@ -190,7 +193,7 @@ def test_a_run_writes_where_its_data_are_into_what_is_not_pushed(known):
 
 
 def data_of(target):
-    return evaluation.reference_data(MeasureConfig(), None, [target]).dataset
+    return reference.reference_data(MeasureConfig(), None, [target]).dataset
 
 
 @pytest.mark.row(80, ROW_80)
@@ -198,7 +201,7 @@ def test_data_of_a_run_are_found_from_another_folder(again, monkeypatch):
     five = str(again / "data" / "five")
     target = retyped(again, "data/five", five)
     assert data_of(target) == five
-    assert evaluation.reference_data(BitsConfig(model=target), None, [target]).dataset == five
+    assert reference.reference_data(BitsConfig(model=target), None, [target]).dataset == five
     folder_of(again / "other" / "data" / "five", "CC")  # of the same name, and other images
     monkeypatch.chdir(again / "other")
     assert data_of(target) == five
@@ -216,7 +219,7 @@ def test_data_of_a_run_are_found_from_another_folder(again, monkeypatch):
 @pytest.mark.parametrize("typed", ("five", "d/five", "five/", "./five", "../five", "~/none/five"))
 @pytest.mark.parametrize("recorded", (True, False))
 def test_the_hub_is_not_asked_for_what_a_run_took_from_a_disk(again, typed, recorded, monkeypatch):
-    monkeypatch.setattr(hub, "api", lambda: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(client, "api", lambda: pytest.fail("the Hub was asked"))
     target = retyped(again, typed, again / "gone" if recorded else None)
     with pytest.raises(InputError, match=r"was trained on .*, which is not there; name the data with --reference"):
         data_of(target)
@@ -230,12 +233,12 @@ def test_runs_of_the_same_files_are_compared_and_others_are_not(again):
     values = json.loads((again / "second" / "config.json").read_text())
     (again / "second" / "config.json").write_text(json.dumps({**values, "dataset": str(again / "scratch")}))
     both = [one, str(again / "second")]
-    assert evaluation.reference_data(MeasureConfig(), None, both).dataset == str(values["dataset"])
+    assert reference.reference_data(MeasureConfig(), None, both).dataset == str(values["dataset"])
     (again / "scratch" / "6.png").write_bytes(encoded(Image.new("L", (8, 8))))
     (again / "second" / "checkpoints").rename(again / "aside")
     (again / "second" / "checkpoints").mkdir()
     with pytest.raises(InputError, match=r"second was trained on dataset .*scratch, not"):
-        evaluation.reference_data(MeasureConfig(), None, both)
+        reference.reference_data(MeasureConfig(), None, both)
 
 
 @pytest.mark.row(80, ROW_80)
@@ -243,9 +246,9 @@ def test_a_name_that_means_a_path_is_none_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d").mkdir()
     for name in ("five", "d/five", "d/five/", "user/set/", "./five", "../five", "/no/five", "~/five", "a/b/c", "my images", "x.parquet"):
-        assert not is_hub_id(name) and not hub.is_id(name), name
+        assert not is_hub_id(name) and not hub_names.is_id(name), name
     for name in ("user/set", "user/set@main", "d/five@main", f"user/set@{'a' * 40}"):
-        assert is_hub_id(name) and hub.is_id(name), name
+        assert is_hub_id(name) and hub_names.is_id(name), name
     assert is_hub_id("mnist@main")
     with pytest.raises(InputError, match=r"d/five is neither .*: /.*/d/five is not there; d/five@main asks the Hub for it"):
         open_source(DataConfig(dataset="d/five"))

@@ -24,20 +24,28 @@ from here import tiny, trained_here
 from PIL import Image
 from safetensors.torch import load
 
-from debias_diffusers import checkpoint, cli, data, evaluation, launcher, machine, sampling, sources, training
-from debias_diffusers import metrics as metrics_of_images
-from debias_diffusers.config import DataConfig, RunConfig, TrainConfig, flatten, packaged_configs
-from debias_diffusers.ema import EMA
+from debias_diffusers import cli
+from debias_diffusers.config.loading import flatten, packaged_configs
+from debias_diffusers.config.schema import DataConfig, RunConfig, TrainConfig
+from debias_diffusers.config.validation import train_problems
+from debias_diffusers.data import dataset, sources
+from debias_diffusers.data.sources import open_source
 from debias_diffusers.errors import DebiasError, InputError, NotFiniteError
-from debias_diffusers.rules import train_problems
-from debias_diffusers.sources import open_source
+from debias_diffusers.evaluation import measure
+from debias_diffusers.evaluation import metrics as metrics_of_images
+from debias_diffusers.evaluation.monitor import Monitor
+from debias_diffusers.runs import checkpoints
+from debias_diffusers.sampling import generate
+from debias_diffusers.training import device, trainer
+from debias_diffusers.training.ema import EMA
+from debias_diffusers.utils import distributed, launcher, torch_errors
 
 # ---- 64: the ways out -------------------------------------------------------------------------------------------------
 
 NO_WORKER = "however a training ends, no process that reads images is left, and the command ends"
 
 
-class Stuck(data.TrainingData):
+class Stuck(dataset.TrainingData):
     """One worker never returns from an image."""
 
     def _sample(self, position):
@@ -50,7 +58,7 @@ class Stuck(data.TrainingData):
 def loaded(kind, steps=20):
     config = tiny("nowhere", "--num_workers", 2)
     source = kind(open_source(config.data), config.data, 0)
-    return data.batches(source, data.PositionBatches(8, 8, 0, 1, range(steps)), pin_memory=False)
+    return dataset.batches(source, dataset.PositionBatches(8, 8, 0, 1, range(steps)), pin_memory=False)
 
 
 @pytest.fixture
@@ -64,7 +72,7 @@ def soon(monkeypatch):
 def test_on_every_way_out_no_worker_is_left(way, soon, trials):
     trials()
     before = set(multiprocessing.active_children())
-    batches = loaded(Stuck if way == "stuck" else data.TrainingData, 2 if way == "exhausted" else 20)
+    batches = loaded(Stuck if way == "stuck" else dataset.TrainingData, 2 if way == "exhausted" else 20)
     kept = None
     try:
         with contextlib.closing(batches):
@@ -98,7 +106,7 @@ def test_where_a_worker_cannot_be_started_those_before_it_end(monkeypatch, trial
 
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
     with pytest.raises(OSError, match="temporarily unavailable") as kept:
-        next(loaded(data.TrainingData))
+        next(loaded(dataset.TrainingData))
     assert set(multiprocessing.active_children()) == before and kept.tb
     del kept
     gc.collect()  # now, and not in some later test
@@ -130,7 +138,7 @@ def test_a_signal_ends_a_process_whose_training_has_ended(trials):
     """A thread of a library may keep it from ending by itself."""
     trials()
     script = (
-        "import time; from debias_diffusers.run import StopSignal; stop = StopSignal(); stop.close(); print('there', flush=True);"
+        "import time; from debias_diffusers.utils.signals import StopSignal; stop = StopSignal(); stop.close(); print('there', flush=True);"
         "time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -153,11 +161,11 @@ def test_workers_without_shared_memory_are_explained(said, trials):
     outer = RuntimeError("DataLoader worker (pid(s) 9) exited unexpectedly")
     outer.__cause__ = RuntimeError(said)
     for error in (RuntimeError(said), outer):
-        sentence = str(machine.explained(error, "--micro_batch_size", 8))
+        sentence = str(torch_errors.explained(error, "--micro_batch_size", 8))
         assert all(words in sentence for words in ("/dev/shm", "--shm-size", "--num_workers 0"))
-    other = machine.explained(RuntimeError("DataLoader worker (pid(s) 9) exited unexpectedly"), "--micro_batch_size", 8)
-    assert str(other) == data.LOST_WORKER
-    assert machine.explained(RuntimeError("out of resource: shared memory, Required: 263168"), "--micro_batch_size", 8) is None
+    other = torch_errors.explained(RuntimeError("DataLoader worker (pid(s) 9) exited unexpectedly"), "--micro_batch_size", 8)
+    assert str(other) == torch_errors.LOST_WORKER
+    assert torch_errors.explained(RuntimeError("out of resource: shared memory, Required: 263168"), "--micro_batch_size", 8) is None
 
 
 @pytest.mark.nightly
@@ -246,10 +254,10 @@ def test_every_other_kind_of_distribution_is_refused_by_name(kind, start, tmp_pa
     trials()
     config = tiny(tmp_path / "run")
     AcceleratorState._reset_state(True)
-    monkeypatch.setattr(machine.Accelerator, "distributed_type", kind)
+    monkeypatch.setattr(distributed.Accelerator, "distributed_type", kind)
     try:
         with pytest.raises(InputError, match=f"configured for {kind.value}, but only one process"):
-            machine.start_accelerator(config) if start == "train" else machine.start_processes(1)
+            device.start_accelerator(config) if start == "train" else distributed.start_processes(1)
     finally:
         AcceleratorState._reset_state(True)
 
@@ -262,7 +270,7 @@ def test_an_error_of_the_launchers_configuration_is_not_blamed_on_the_precision(
     AcceleratorState._reset_state(True)
     monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=r"configuration says: .*perhaps") as caught:
-        machine.start_accelerator(config)
+        device.start_accelerator(config)
     assert "mixed_precision" not in str(caught.value)
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
@@ -311,10 +319,10 @@ def test_a_run_that_began_before_the_warm_up_goes_on_without_it(tmp_path, trials
     old, plain = tmp_path / "old", tmp_path / "plain"
     trained_here(tiny(plain, "--max_steps", 12, "--lr_schedule", "constant", "--checkpoint_every", 4))
     trained_here(tiny(old, "--max_steps", 4, "--lr_schedule", "constant"))
-    found, _ = checkpoint.latest_valid(old / "checkpoints")
+    found, _ = checkpoints.latest_valid(old / "checkpoints")
     state = {**found.state, "config": {name: value for name, value in found.state["config"].items() if name != "ema_warmup"}}
     contents = [(name, (found.path / name).read_bytes()) for name in tensors(old, 4)]
-    checkpoint.write(old / "checkpoints", 4, contents, state, 1, None)
+    checkpoints.write(old / "checkpoints", 4, contents, state, 1, None)
     for steps in (8, 12):
         trained_here(tiny(old, "--max_steps", steps, "--lr_schedule", "constant", "--ema_warmup"))
     assert tensors(old, 12) == tensors(plain, 12)
@@ -337,13 +345,13 @@ def test_a_gradient_of_zero_and_averages_that_do_not_move_are_said_once(tmp_path
     flags = ["--max_steps", 6, "--checkpoint_every", 3, "--lr_schedule", "constant"]
     trained_here(tiny(tmp_path / "sound", *flags))
     assert "warning" not in capfd.readouterr().err
-    original = training.Trainer._terms
+    original = trainer.Trainer._terms
 
     def detached(trainer, batch, t):
         terms = original(trainer, batch, t)
         return type(terms)(**{**vars(terms), "loss": terms.loss * 0})
 
-    monkeypatch.setattr(training.Trainer, "_terms", detached)
+    monkeypatch.setattr(trainer.Trainer, "_terms", detached)
     trained_here(tiny(tmp_path / "still", *flags))
     said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert [line for line in said if "gradient of step 1 is exactly 0" in line] == said[:1]
@@ -363,7 +371,7 @@ def _slow(rank, folder):
         time.sleep(1 / 3)
         return torch.randint(256, (len(indices), 1, 8, 8), dtype=torch.uint8)
 
-    sampling.draw = draw
+    generate.draw = draw
 
 
 def _first_waits_for_the_second(rank, folder):
@@ -377,14 +385,14 @@ def _first_waits_for_the_second(rank, folder):
 
 
 def _failing(error):
-    original = sampling.draw
+    original = generate.draw
 
     def draw(pipeline, indices, *args, **kwargs):
         if 5 in indices:  # in one of the processes
             raise error
         return original(pipeline, indices, *args, **kwargs)
 
-    sampling.draw = draw
+    generate.draw = draw
 
 
 def _not_finite(rank, folder):
@@ -535,7 +543,7 @@ def monitored(data, skipped=()):
     source = open_source(config)
     source = sources.Without(source, skipped) if skipped else source
     run_config = RunConfig(eval_every=1, eval_metrics="fid,colour", feature_extractor="digits", eval_images=65)
-    monitor = evaluation.Monitor(TrainConfig(data=config, run=run_config), source, "cpu")
+    monitor = Monitor(TrainConfig(data=config, run=run_config), source, "cpu")
     monitor.read(source)
     return monitor.reference
 
@@ -608,20 +616,20 @@ def test_what_a_measurement_needs_is_said_before_an_image_is_read(tmp_path, read
     assert reads() == 0
     many = pictures(tmp_path / "many", 66)
     config = TrainConfig(data=DataConfig(dataset=str(many), resolution=8), run=run_config)
-    assert evaluation.Monitor(config, open_source(config.data), "cpu").count == 1000
+    assert Monitor(config, open_source(config.data), "cpu").count == 1000
 
 
 @pytest.mark.row(68, ONCE)
 def test_with_wide_features_more_are_drawn(tmp_path, reads, monkeypatch, trials):
     trials()
-    monkeypatch.setattr(evaluation.Measure, "features", lambda self, batch: {"64": torch.zeros(len(batch), 2048)})
+    monkeypatch.setattr(measure.Measure, "features", lambda self, batch: {"64": torch.zeros(len(batch), 2048)})
     config = TrainConfig(
         data=DataConfig(dataset="digits", resolution=8), run=RunConfig(eval_every=1, eval_metrics="fid", feature_extractor="digits")
     )
     with pytest.raises(InputError, match="need 2049 images, but there are 1797"):
-        evaluation.Monitor(config, open_source(config.data), "cpu")
+        Monitor(config, open_source(config.data), "cpu")
     monkeypatch.setattr(sources.Table, "__len__", lambda self: 5000)
-    assert evaluation.Monitor(config, open_source(config.data), "cpu").count == 2049
+    assert Monitor(config, open_source(config.data), "cpu").count == 2049
 
 
 # ---- 69: presets ------------------------------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ from here import tiny, trained_here
 from safetensors.torch import load
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from debias_diffusers import snapshot, training
-from debias_diffusers.config import ObjectiveConfig
+from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.config.validation import UNBOUNDED, objective_problems
+from debias_diffusers.diffusion.loss import Terms, make_objective
 from debias_diffusers.errors import InputError, NotFiniteError
-from debias_diffusers.loss import Terms, make_objective
-from debias_diffusers.pixels import PixelTask
-from debias_diffusers.rules import UNBOUNDED, objective_problems
+from debias_diffusers.tasks.pixels import PixelTask
+from debias_diffusers.training import state_dicts
+from debias_diffusers.training.trainer import SKIPS_IN_A_ROW, Trainer
 
 SPOILT = 3  # the step that is spoilt, counted from 0: steps 1 to 3 are made, the fourth is not
 
@@ -27,8 +28,8 @@ class Spoiler:
     def __init__(self, patch, place, value):
         self.place, self.value, self.trainer, self.t = place, value, None, None
         for owner, name, spoilt in (
-            (training.Trainer, "_gradients", self._gradients),
-            (training.Trainer, "_terms", self._terms),
+            (Trainer, "_gradients", self._gradients),
+            (Trainer, "_terms", self._terms),
             (PixelTask, "clean", self._clean),
         ):
             patch.setattr(owner, name, self._wrapped(getattr(owner, name), spoilt))
@@ -122,7 +123,7 @@ def test_a_step_that_was_launched_before_this_was_read_makes_no_update_either(pl
     trainer = spoiler.trainer
     assert trainer.step == SPOILT + 2 and newest_step(tmp_path / "run") == SPOILT
     kept = {name: load(content) for name, content in tensors(tmp_path / "run", SPOILT).items()}
-    left = {name: load(content) for name, content in snapshot.contents(snapshot.gather(trainer.model, trainer.adamw, trainer.ema))}
+    left = {name: load(content) for name, content in state_dicts.contents(state_dicts.gather(trainer.model, trainer.adamw, trainer.ema))}
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert all(torch.equal(kept[name][key], left[name][key]) for key in kept[name]), name
 
@@ -138,13 +139,13 @@ class Asked(TorchDispatchMode):
 
 
 def test_a_step_is_launched_without_waiting_for_any_of_its_numbers(tmp_path, monkeypatch):
-    original, asked = training.Trainer._launch, Asked()
+    original, asked = Trainer._launch, Asked()
 
     def launch(trainer, *args):
         with asked if trainer.step else contextlib.nullcontext():  # in the first step the loader seeds itself, from a number of the CPU
             return original(trainer, *args)
 
-    monkeypatch.setattr(training.Trainer, "_launch", launch)
+    monkeypatch.setattr(Trainer, "_launch", launch)
     flags = ["--max_grad_norm", 1, "--learn_sigma", "--ema_decay", 0.9, 0.99, "--timestep_sampler", "logit_normal"]
     trainer = trained_here(tiny(tmp_path / "run", *flags, "--max_steps", 6, "--log_every", 0))
     assert trainer.step == 6 and asked.count == 0
@@ -174,7 +175,7 @@ class Overflowing:
 
     def __init__(self, patch, steps):
         self.seen = {}  # step: (the weights before it, how many were skipped in a row by then)
-        original = training.Trainer._gradients
+        original = Trainer._gradients
 
         def gradients(trainer, micro_batches):
             weights = torch.cat([parameter.detach().flatten() for parameter in trainer.parameters])
@@ -185,7 +186,7 @@ class Overflowing:
             hook.remove()
             return found
 
-        patch.setattr(training.Trainer, "_gradients", gradients)
+        patch.setattr(Trainer, "_gradients", gradients)
 
 
 def scaler_of_fp16():
@@ -194,7 +195,7 @@ def scaler_of_fp16():
 
 @pytest.mark.row(32, "fp16 may skip steps while it finds its scale, but not 20 in a row")
 def test_steps_that_overflow_in_fp16_are_skipped_and_counted(tmp_path, trials):
-    most = training.SKIPS_IN_A_ROW - 1
+    most = SKIPS_IN_A_ROW - 1
     runs = [range(1, 1 + most), range(2 + most, 2 + 2 * most)]  # 19 in a row, one sound step, 19 in a row
     scaler = scaler_of_fp16()
     with pytest.MonkeyPatch.context() as patch:
@@ -219,7 +220,7 @@ def test_the_twentieth_step_in_a_row_that_overflows_ends_the_run(tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(NotFiniteError, match=r"in step 25 .*each loss finite"):
         spoilt = Overflowing(patch, range(5, 60))
         trained_here(tiny(tmp_path / "run", "--max_steps", 60), scaler=scaler_of_fp16())
-    assert max(spoilt.seen) == 5 + training.SKIPS_IN_A_ROW - 1 == 24
+    assert max(spoilt.seen) == 5 + SKIPS_IN_A_ROW - 1 == 24
     assert torch.equal(spoilt.seen[24][0], spoilt.seen[5][0])
 
 

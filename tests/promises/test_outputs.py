@@ -21,11 +21,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import debias_diffusers
-from debias_diffusers import cli, evaluation, files, images, likelihood, plots, sources, training
-from debias_diffusers.config import BitsConfig, DataConfig, MeasureConfig, ScoreConfig, StatsConfig, TrainConfig, to_json
-from debias_diffusers.convert import guided
+from debias_diffusers import cli
+from debias_diffusers.config.loading import to_json
+from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig, ScoreConfig, StatsConfig, TrainConfig
+from debias_diffusers.convert.guided_diffusion import guided
+from debias_diffusers.data import images, sources
 from debias_diffusers.errors import CannotWriteError, DebiasError, InputError
-from debias_diffusers.run import MARKER, StopSignal, open_run
+from debias_diffusers.evaluation import likelihood, plots, score, statistics
+from debias_diffusers.evaluation.results import as_json
+from debias_diffusers.runs.run_directory import MARKER, open_run
+from debias_diffusers.training import trainer
+from debias_diffusers.utils import files
+from debias_diffusers.utils.signals import StopSignal
 
 FOREIGN = "nothing is written over what this package did not write"
 
@@ -115,15 +122,15 @@ def results(data, out):
     measure = MeasureConfig(metrics="colour", cache_dir="", resolution=8, num_threads=1)
     dry = ["--config", str(TINY), "--dry_run", "--output_dir", str(out / "run")]
     return {
-        "scores.json": lambda: evaluation.score(figures_of(data, output=str(out / "scores.json"))),
-        "scores.png": lambda: evaluation.score(figures_of(data, output=str(out / "scores.png"), steps="5,10")),
-        "stats.safetensors": lambda: evaluation.stats(
+        "scores.json": lambda: score.score(figures_of(data, output=str(out / "scores.json"))),
+        "scores.png": lambda: score.score(figures_of(data, output=str(out / "scores.png"), steps="5,10")),
+        "stats.safetensors": lambda: statistics.stats(
             StatsConfig(reference=str(data), out=str(out / "stats.safetensors"), measure=measure)
         ),
         "bits.json": lambda: likelihood.bits_per_dimension(BitsConfig(model=str(data), output=str(out / "bits.json"))),
         "weights.csv": lambda: plots.draw_weights(cli._parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
         "weights.png": lambda: plots.draw_weights(cli._parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
-        "run-first-batch.png": lambda: training.dry_run(cli.train_config(dry, None)),
+        "run-first-batch.png": lambda: trainer.dry_run(cli.train_config(dry, None)),
     }
 
 
@@ -145,7 +152,7 @@ def foreign(path):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("there", [foreign, lambda path: path.mkdir(parents=True), lambda path: (path.parent.mkdir(), os.mkfifo(path))])
 def test_a_file_of_somebody_else_is_refused_before_the_work(name, there, tmp_path, monkeypatch):
-    for module, work in ((evaluation, "_measure"), (likelihood, "open_model"), (plots, "_table"), (training, "_seen")):
+    for module, work in ((score, "_measure"), (likelihood, "open_model"), (plots, "_table"), (trainer, "_seen")):
         monkeypatch.setattr(module, work, lambda *_: pytest.fail("the work has begun"))
     there(tmp_path / "out" / name)
     before = everything(tmp_path / "out")
@@ -157,7 +164,7 @@ def test_a_file_of_somebody_else_is_refused_before_the_work(name, there, tmp_pat
 @pytest.mark.row(54, "what cannot be printed does not cost the result, and what cannot be written is said before the work")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_result_that_cannot_be_written_is_said_before_the_work(name, tmp_path, monkeypatch):
-    for module, work in ((evaluation, "_measure"), (likelihood, "open_model"), (plots, "_table"), (training, "_seen")):
+    for module, work in ((score, "_measure"), (likelihood, "open_model"), (plots, "_table"), (trainer, "_seen")):
         monkeypatch.setattr(module, work, lambda *_: pytest.fail("the work has begun"))
     data = pictures(tmp_path / "data")
     for out in (data / "0.png", Path("/proc/nowhere"), tmp_path / ("n" * 300)):
@@ -183,7 +190,7 @@ def begun(*_):
 
 @pytest.mark.row(52, FOREIGN)
 def test_results_of_a_model_are_replaced_and_pictures_of_the_first_version_too(tmp_path, monkeypatch):
-    (tmp_path / "bits.json").write_bytes(evaluation.as_json(likelihood._result(torch.ones(2, 3), torch.ones(2))))
+    (tmp_path / "bits.json").write_bytes(as_json(likelihood._result(torch.ones(2, 3), torch.ones(2))))
     monkeypatch.setattr(likelihood, "pinned_model", begun)
     with pytest.raises(NotImplementedError, match="the work has begun"):
         likelihood.bits_per_dimension(BitsConfig(model="model", output=str(tmp_path / "bits.json")))
@@ -193,7 +200,7 @@ def test_results_of_a_model_are_replaced_and_pictures_of_the_first_version_too(t
         Figure().savefig(tmp_path / "scores.png")  # which says matplotlib, as the first version's do
         refused = contextlib.nullcontext() if ours else pytest.raises(InputError)
         with refused:
-            evaluation._require_output(figures_of(tmp_path, steps="5,10"), str(tmp_path / "scores"))
+            score._require_output(figures_of(tmp_path, steps="5,10"), str(tmp_path / "scores"))
     images_of_theirs = tmp_path / "theirs.png"
     Image.new("L", (8, 8)).save(images_of_theirs)
     assert not plots.is_our_picture(images_of_theirs, True) and images.software(tmp_path / "scores.json") is None
@@ -212,7 +219,7 @@ def test_a_letter_that_is_named_like_a_temporary_file_stays(trained, tmp_path):
 
 
 def cli_sample(config):
-    from debias_diffusers.sampling import sample
+    from debias_diffusers.sampling.generate import sample
 
     sample(config)
 
@@ -311,7 +318,7 @@ def test_a_data_set_that_needs_a_cache_says_how_to_name_another(tmp_path, monkey
 def test_training_is_measured_without_a_home(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/proc/nowhere")
     config = tiny(tmp_path / "run", "--max_steps", 4, "--eval_every", 4, "--eval_images", 80, "--eval_metrics", "colour")
-    training.train(config, open_run(config), StopSignal())
+    trainer.train(config, open_run(config), StopSignal())
     assert "eval_brightness_bias" in metrics(tmp_path / "run")[-1]
     assert "warning: features are not kept" in capsys.readouterr().err
 
@@ -338,7 +345,7 @@ def test_a_second_training_in_one_process_finds_its_run_and_signals_free(tmp_pat
     stop = StopSignal()
     stop._on_signal(signal.SIGTERM, None)
     with pytest.raises(DebiasError, match="stopped by SIGTERM"):
-        training.train(config, open_run(config), stop)
+        trainer.train(config, open_run(config), stop)
     trials()
     assert handlers() == before
     files.take_lock(folder).close()

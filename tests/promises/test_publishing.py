@@ -18,9 +18,10 @@ from conftest import HANG, ROOT, command, cpu_of_children, gone, metrics, newest
 from pushing import Worker, copy_of, environment, repository, served, settle
 from safetensors.numpy import load, save
 
-from debias_diffusers import checkpoint, publish
-from debias_diffusers.config import HubConfig
-from debias_diffusers.hub import PREFLIGHT
+from debias_diffusers.config.schema import HubConfig
+from debias_diffusers.hub import publish
+from debias_diffusers.hub.client import PREFLIGHT
+from debias_diffusers.runs import checkpoints
 
 MODES = {"lfs": False, "xet": True}
 
@@ -69,12 +70,12 @@ def run(trained, tmp_path):
 def unlike_others(run):
     """Weights that no store has seen, or they would not be sent."""
     generator = np.random.default_rng(next(UNIQUE))
-    found = checkpoint.verified(run / "checkpoints" / "step-00000024")
+    found = checkpoints.verified(run / "checkpoints" / "step-00000024")
     files = {path.name: path.read_bytes() for path in found.path.glob("*.safetensors")}
     for name in ("ema_0.9.safetensors", "ema_0.99.safetensors"):
         weights = {key: generator.standard_normal(value.shape, np.float32) for key, value in load(files[name]).items()}
         files[name] = save(weights)
-    checkpoint.write(run / "checkpoints", 24, files.items(), found.state, keep=2)
+    checkpoints.write(run / "checkpoints", 24, files.items(), found.state, keep=2)
     return run
 
 

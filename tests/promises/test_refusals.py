@@ -14,10 +14,11 @@ from PIL import Image as Picture
 from test_config import WITHOUT_TORCH
 
 from debias_diffusers.cli import _parse, train_config
-from debias_diffusers.config import CHANGEABLE, NOT_STORED, SampleConfig, ScoreConfig, TrainConfig, differences, flatten, stored, to_json
-from debias_diffusers.config import update as updated
+from debias_diffusers.config.loading import CHANGEABLE, NOT_STORED, differences, flatten, stored, to_json
+from debias_diffusers.config.loading import update as updated
+from debias_diffusers.config.schema import SampleConfig, ScoreConfig, TrainConfig
+from debias_diffusers.config.validation import train_problems
 from debias_diffusers.errors import InputError
-from debias_diffusers.rules import train_problems
 
 TRAIN = ["--output_dir", "never/made"]
 PUSH = ["--push_to_hub", "--hub_model_id", "user/digits"]

@@ -13,10 +13,10 @@ import pytest
 from conftest import Forked, gone, launch, launched, run, sample_config, wait_for
 from PIL import Image
 
-from debias_diffusers.album import Album
 from debias_diffusers.errors import InputError
-from debias_diffusers.files import take_lock
-from debias_diffusers.sampling import sample, seeds
+from debias_diffusers.sampling.generate import sample, seeds
+from debias_diffusers.sampling.image_writer import Album
+from debias_diffusers.utils.files import take_lock
 
 SAME_IMAGE = "image k of a seed is the same image, whatever the batch, the processes, or a kill before"
 APART = "no image repeats within a set, and sets of different seeds share none"

@@ -29,12 +29,13 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from test_sampling import loud_pipeline, small_pipeline, solved
 
 from debias_diffusers import PixelPipeline, cli
-from debias_diffusers.card import model_card
-from debias_diffusers.config import ObjectiveConfig, update
+from debias_diffusers.config.loading import update
+from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.diffusion.noise_schedule import make_schedule, prediction_of_x_0
 from debias_diffusers.errors import InputError
-from debias_diffusers.sampling import draw
-from debias_diffusers.schedule import make_schedule, prediction_of_x_0
-from debias_diffusers.schedulers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
+from debias_diffusers.hub.model_card import model_card
+from debias_diffusers.pipelines.solvers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
+from debias_diffusers.sampling.generate import draw
 
 STOCK = "stock pipelines of diffusers draw from the right distribution with the exported scheduler, or the docs say that they do not"
 SHOWN = "the code and the commands of the README, of docs/sampling.md and of model cards run as they stand"

@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from debias_diffusers import chance, evaluation
-from debias_diffusers.config import BitsConfig, DataConfig, MeasureConfig, ScoreConfig
+from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig, ScoreConfig
+from debias_diffusers.data.sources import open_source
 from debias_diffusers.errors import InputError
-from debias_diffusers.imagesets import of_folder, of_npz, of_source
-from debias_diffusers.likelihood import Bound, bits_per_dimension
-from debias_diffusers.sources import open_source
+from debias_diffusers.evaluation import score
+from debias_diffusers.evaluation.image_sets import of_folder, of_npz, of_source
+from debias_diffusers.evaluation.likelihood import Bound, bits_per_dimension
+from debias_diffusers.utils import seeding
 
 row = pytest.mark.row(71, "fewer images than there are, are a random subset by the seed, of a folder, a data set or an `.npz`")
 SAVES = {"stored": np.savez, "compressed": np.savez_compressed}
@@ -23,7 +24,7 @@ SAVES = {"stored": np.savez, "compressed": np.savez_compressed}
 
 @row
 def test_every_subset_is_equally_likely():
-    found = Counter(tuple(chance.subset(seed, 7, 3)) for seed in range(35 * 60))
+    found = Counter(tuple(seeding.subset(seed, 7, 3)) for seed in range(35 * 60))
     assert len(found) == comb(7, 3) and all(list(chosen) == sorted(set(chosen)) and 0 <= chosen[0] <= chosen[2] < 7 for chosen in found)
     assert (
         sum((times - 60) ** 2 / 60 for times in found.values()) < 66
@@ -32,8 +33,8 @@ def test_every_subset_is_equally_likely():
 
 @row
 def test_a_subset_is_all_in_order_where_there_are_no_more_and_takes_no_memory_of_the_total():
-    assert list(chance.subset(5, 4, 4)) == list(chance.subset(5, 4, 9)) == [0, 1, 2, 3]
-    assert len({*chance.subset(0, 2**40, 5), *chance.subset(1, 2**40, 5)}) == 10
+    assert list(seeding.subset(5, 4, 4)) == list(seeding.subset(5, 4, 9)) == [0, 1, 2, 3]
+    assert len({*seeding.subset(0, 2**40, 5), *seeding.subset(1, 2**40, 5)}) == 10
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def kinds_of_sets(folder, tmp_path):
 def test_sets_of_all_kinds_are_the_same_subset_in_batches_and_parts_of_any_number(two_classes, tmp_path, trials):
     for images_of in kinds_of_sets(two_classes, tmp_path).values():
         for count, seed in ((1, 0), (10, 0), (10, 1), (79, 3), (80, 3), (None, 3), (500, 3)):
-            images, wanted = images_of(count, seed), list(chance.subset(seed, 80, count or 80))
+            images, wanted = images_of(count, seed), list(seeding.subset(seed, 80, count or 80))
             assert (images.count, images.total) == (len(wanted), 80)
             for batch_size, parts in ((7, 1), (3, 2), (100, 3)):
                 assert indices_of(images, two_classes, batch_size, parts) == wanted
@@ -121,7 +122,7 @@ def test_an_npz_that_is_damaged_behind_the_chosen_images_is_named(name, tmp_path
     data = bytearray((tmp_path / "images.npz").read_bytes())
     data[-500] ^= 1  # in the last images: the directory at the end has some 100 bytes
     (tmp_path / "images.npz").write_bytes(data)
-    seed = next(seed for seed in range(100) if max(chance.subset(seed, 50, 2)) < 25)
+    seed = next(seed for seed in range(100) if max(seeding.subset(seed, 50, 2)) < 25)
     with pytest.raises(InputError, match=r"images\.npz is damaged"):
         list(of_npz(tmp_path / "images.npz", 2, seed).batches(8, 0, 1))
 
@@ -137,7 +138,7 @@ def test_half_of_a_set_is_near_the_whole_and_the_figures_say_what_was_taken(two_
             targets=(str(two_classes), str(tmp_path / "images.npz")), reference=str(two_classes), num_images=40, seed=seed, measure=measure,
             output=str(tmp_path / "out.json"),
         )  # fmt: skip
-        evaluation.score(config)
+        score.score(config)
         found = json.loads((tmp_path / "out.json").read_text())
         one, other = found["targets"]
         assert found["seed"] == seed and all(row["images"] == 40 and row["total_images"] == 80 for row in (one, other))
@@ -160,7 +161,7 @@ def test_bits_per_dimension_are_of_images_of_both_classes(two_classes, trained, 
     found = bits_per_dimension(config)
     assert (found["images"], found["total_images"], found["seed"]) == (20, 80, seed)
     least = arrays_of(two_classes).min((1, 2))
-    assert [k for k, _ in seen] == list(chance.subset(seed, 80, 20)) and all(least[k] == value for k, value in seen)
+    assert [k for k, _ in seen] == list(seeding.subset(seed, 80, 20)) and all(least[k] == value for k, value in seen)
     assert 4 <= sum(k < 40 for k, _ in seen) <= 16
     seen.clear()
     assert bits_per_dimension(BitsConfig(**{**vars(config), "num_images": 500}))["images"] == 80

@@ -11,10 +11,14 @@ import pytest
 from conftest import metrics, sample_config
 from here import tiny, trained_here
 
-from debias_diffusers import cli, sampling, schedule, training
-from debias_diffusers.config import ObjectiveConfig, packaged_configs
+from debias_diffusers import cli
+from debias_diffusers.config.loading import packaged_configs
+from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.diffusion import noise_schedule
+from debias_diffusers.diffusion.noise_schedule import make_schedule, require_noise_at_the_end, terminal_snr_problem
 from debias_diffusers.errors import InputError
-from debias_diffusers.schedule import make_schedule, require_noise_at_the_end, terminal_snr_problem
+from debias_diffusers.sampling import generate
+from debias_diffusers.training import trainer
 
 END = "a noise schedule that does not end in noise is refused, with the largest shift that does"
 
@@ -79,14 +83,14 @@ FLAGS = ["--noise_schedule", "scaled_linear", "--schedule_shift", 64]
 def test_a_new_run_is_refused_before_its_data_are_read_and_one_that_began_before_ends(tmp_path, monkeypatch, capsys, trials):
     config = tiny(tmp_path / "run", *FLAGS, "--max_steps", 4)
     with monkeypatch.context() as unread:
-        unread.setattr(training, "open_source", lambda *_: pytest.fail("the data were read"))
-        unread.setattr(training, "_seen", lambda *_: pytest.fail("the data were read"))
-        for start in (trained_here, training.dry_run):
+        unread.setattr(trainer, "open_source", lambda *_: pytest.fail("the data were read"))
+        unread.setattr(trainer, "_seen", lambda *_: pytest.fail("the data were read"))
+        for start in (trained_here, trainer.dry_run):
             trials()
             with pytest.raises(InputError, match=r"SNR of 0.3, above 0.01: sampling starts from pure noise"):
                 start(config)
     with monkeypatch.context() as before:
-        before.setattr(schedule, "MAX_TERMINAL_SNR", 1.0)
+        before.setattr(noise_schedule, "MAX_TERMINAL_SNR", 1.0)
         trained_here(config)
     assert "warning" not in capsys.readouterr().err
     trained_here(tiny(tmp_path / "run", *FLAGS, "--max_steps", 8))
@@ -103,5 +107,5 @@ def test_drawing_with_such_a_model_warns_once(trained, tmp_path, capsys, trials)
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "trained_betas": None, "beta_schedule": "linear", "beta_start": 1e-5, "beta_end": 1e-3}))
     for _ in range(2):
-        sampling.make_job(sample_config(model, tmp_path / "drawn"), "cpu")
+        generate.make_job(sample_config(model, tmp_path / "drawn"), "cpu")
     assert capsys.readouterr().err.count("sampling starts from pure noise") == 1

@@ -5,7 +5,8 @@ import multiprocessing
 import pytest
 import torch
 
-from debias_diffusers import feature_cache, files
+from debias_diffusers.evaluation import feature_cache
+from debias_diffusers.utils import files
 
 PROCESSES, WRITES = 4, 40
 

@@ -1,0 +1,1 @@
+"""Configurations: dataclasses, their files, and what they must satisfy. No torch."""

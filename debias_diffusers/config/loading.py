@@ -1,0 +1,200 @@
+"""Configurations in and out: YAML and JSON, presets, layers of values, and what a resumed run may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import reprlib
+import types
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from ..errors import InputError, raise_all
+from .hub_names import PINNED, _was_pinned
+from .schema import CHANNEL_MULT, HubConfig, ModelConfig, TrainConfig, noise_schedule
+
+# Not written to config.json: a run directory can be moved, so it does not say where it lies; and who trains with the same
+# configuration must not publish over it.
+NOT_STORED = {"output_dir", *(f.name for f in dataclasses.fields(HubConfig))}
+
+# A resumed run may change these; everything else must be as it was.
+CHANGEABLE = {
+    *NOT_STORED, "dry_run", "accept_changed_data", "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every",
+    "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
+    "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "allow_pickle_import",
+    "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode", "ddp_timeout",
+}  # fmt: skip
+
+# Values of runs that began before the field was there, where the default is another. They keep them, whatever a command says.
+BEFORE_THE_FIELD = {"ema_warmup": False}
+
+# What `model_config` replaces.
+MODEL_NUMBERS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name != "model_config")
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """All fields of all sections under their own names."""
+    return {name: value for section in dataclasses.asdict(config).values() for name, value in section.items()}
+
+
+def update(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with some fields changed, given by their flat names."""
+    sections = {}
+    for section in dataclasses.fields(config):
+        part = getattr(config, section.name)
+        mine = {f.name: values[f.name] for f in dataclasses.fields(part) if f.name in values}
+        sections[section.name] = dataclasses.replace(part, **mine)
+    return TrainConfig(**sections)
+
+
+def stored(config: TrainConfig) -> dict[str, Any]:
+    """The flat fields as they stand in a run's config.json: lists in place of tuples."""
+    values = {name: value for name, value in flatten(config).items() if name not in NOT_STORED}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each name whose value differs, but for those that a resumed run may change. Both as read from JSON."""
+    names = sorted((before.keys() | now.keys()) - CHANGEABLE)
+    absent = "(not there)"
+    return [
+        f"{name}: the run has {before.get(name, absent)}, this command says {now.get(name, absent)}"
+        for name in names
+        if before.get(name, absent) != now.get(name, absent) and not (name in PINNED and _was_pinned(before.get(name), now.get(name)))
+    ]
+
+
+def packaged_configs() -> list[str]:
+    """Names that `--config` takes."""
+    return sorted(Path(p.name).stem for p in resources.files(__package__).joinpath("presets").iterdir() if p.name.endswith(".yaml"))
+
+
+def read_config(name_or_file: str) -> dict[str, Any]:
+    """Flat values of a packaged configuration (by name) or of a YAML or JSON file.
+
+    Raises:
+        InputError: no such name or file, not readable, or not a flat list of names and values.
+    """
+    try:
+        if Path(name_or_file).suffix in {".yaml", ".yml", ".json"}:
+            text = Path(name_or_file).read_text(encoding="utf-8")
+        elif name_or_file in packaged_configs():
+            text = resources.files(__package__).joinpath("presets", f"{name_or_file}.yaml").read_text(encoding="utf-8")
+        else:
+            raise InputError(
+                f"config {name_or_file!r} is neither a file ending in .yaml or .json nor one of: {', '.join(packaged_configs())}"
+            )
+        values = json.loads(text) if name_or_file.endswith(".json") else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config {name_or_file!r} cannot be read: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of JSON, and of YAML's dates that do not exist
+        raise InputError(f"config {name_or_file!r} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise InputError(f"config {name_or_file!r} is nested too deeply; write one 'name: value' a line") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"config {name_or_file!r} holds a {type(values).__name__}; write one 'name: value' a line")
+    return checked_values(values, f"config {name_or_file!r}")
+
+
+# YAML can name one list many times, and lists of such lists: written out in full, a small file would fill the memory.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring = 2, 80
+
+
+@functools.cache  # a start asks tens of times
+def _hints() -> dict[str, Any]:
+    """The type of every field, by its name."""
+    return {name: hint for section in get_type_hints(TrainConfig).values() for name, hint in get_type_hints(section).items()}
+
+
+def checked_values(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """Values with the types of their fields.
+
+    Raises:
+        InputError: names all unknown fields and all values of a wrong type at once.
+    """
+    hints = _hints()
+    result, problems = {}, []
+    for name, value in values.items():
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, n=1)
+            problems.append(f"{_SHORT.repr(name)} is not a field" + (f"; did you mean {near[0]}?" if near else ""))
+            continue
+        try:
+            result[name] = _convert(value, hints[name])
+        except (TypeError, ValueError, OverflowError):
+            problems.append(f"{name} is {_SHORT.repr(value)}, but must be {_describe(hints[name])}")
+    raise_all(problems, where)
+    return result
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`, without guessing: raises TypeError or ValueError where it does not fit."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _convert(value, next(a for a in args if a is not type(None)))
+    if origin is Literal:
+        if value is False and "no" in args:  # YAML reads a bare `no` as false
+            value = "no"
+        if value not in args:
+            raise ValueError
+        return value
+    if origin is tuple:
+        return tuple(_convert(v, args[0]) for v in (value if isinstance(value, (list, tuple)) else [value]))
+    if hint is float and not isinstance(value, bool):
+        return float(value)  # also of a string: YAML 1.1 reads 1e-4 as one
+    if type(value) is not hint:
+        raise TypeError
+    return value
+
+
+def _describe(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else _describe(a) for a in args)
+    if origin is Literal:
+        return "one of " + ", ".join(args)
+    if origin is tuple:
+        return f"a list, each {_describe(args[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
+
+
+def layered(*layers: Mapping[str, Any]) -> TrainConfig:
+    """The field defaults, changed by each layer in turn. A `model_config` replaces the network's numbers of lower layers."""
+    defaults = flatten(TrainConfig())
+    values: dict[str, Any] = {}
+    for layer in layers:
+        if layer.get("model_config"):
+            values |= {name: defaults[name] for name in MODEL_NUMBERS}
+        values |= layer
+    return update(TrainConfig(), values)
+
+
+def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig:
+    """The configuration with what was left out filled in (channel multipliers, noise schedule, precision), and one spelling of `init`.
+
+    Raises:
+        InputError: the launcher was configured with a precision that is not supported.
+    """
+    values: dict[str, Any] = {}
+    if not config.model.channel_mult and not config.model.model_config and config.data.resolution in CHANNEL_MULT:
+        values["channel_mult"] = CHANNEL_MULT[config.data.resolution]
+    values["noise_schedule"] = noise_schedule(config.objective)
+    if config.optimization.init:
+        values["init"] = config.optimization.init.rstrip("/") or "/"  # of a folder, with which a resume must not differ from without
+    if config.optimization.mixed_precision is None:
+        values["mixed_precision"] = checked_values({"mixed_precision": launcher_precision or "no"}, "launcher")["mixed_precision"]
+    return update(config, values)
+
+
+def to_json(config: TrainConfig) -> str:
+    """The text of a run's config.json; `--config` reads it back."""
+    return json.dumps(stored(config), indent=2) + "\n"

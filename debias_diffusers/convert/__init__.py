@@ -1,0 +1,1 @@
+"""Checkpoints of guided-diffusion to pipelines, and back."""

@@ -1,0 +1,6 @@
+"""`python -m debias_diffusers.convert {guided,export} ...`."""
+
+from ..cli import convert
+
+if __name__ == "__main__":
+    raise SystemExit(convert())

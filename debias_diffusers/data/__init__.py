@@ -1,0 +1,1 @@
+"""Images: decoding, sources, and the dataset by position."""

@@ -1,0 +1,219 @@
+"""Bytes to pixels and back: what is accepted, how it is brought to size, and grids to look at."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from ..errors import InputError, reason
+from . import image_metadata
+
+SOFTWARE = "debias_diffusers"  # in pictures that are results of their own, so that they are known again
+MOST_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 268 MB as colours in Pillow
+# Pillow's formats of raster images. No documents, drawings, films or stubs, which need other programs or are not pictures.
+FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+EXTENSIONS = tuple(extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+_GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I", "F"}
+
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow keeps the more significant byte of a 16-bit colour. In the other byte order it keeps the other byte; in the machine's (N), the
+# decoder has put the bytes into its order. Grey with alpha has no other order, but read as four bytes it has both at once.
+_GREY_ALPHA_16 = "LA;16B"
+_OTHER_BYTE = {
+    f"{colours};16{order}": f"{colours};16{other}"
+    for colours in ("RGB", "RGBA", "RGBX", "CMYK")
+    for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
+} | {_GREY_ALPHA_16: "RGBA"}
+_STRIP = 64  # rows that are worked on at once, so that a large image takes little memory beside itself
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file begins as an image of `FORMATS` does, whatever its name. (TGA has no such beginning.)"""
+    try:
+        with Image.open(path, formats=[kind for kind in FORMATS if kind != "TGA" and kind in Image.OPEN]):
+            return True
+    except Image.DecompressionBombError:
+        return True
+    except Exception:  # a damaged or hostile file may provoke any
+        return False
+
+
+def decode(data: bytes, where: str) -> Image.Image:
+    """An image file's bytes as grey ("L") or colour ("RGB").
+
+    Rotated as its EXIF tag says, and no other metadata is looked at; transparent parts lie on white; 16 bits are scaled to 8; CMYK
+    becomes RGB; colour profiles are not applied; of an animation, the first picture.
+
+    Raises:
+        InputError: not an image, damaged, of 32-bit numbers without a stated range, or of more than `MOST_PIXELS`; names `where`.
+    """
+    try:
+        data, found = image_metadata.set_apart(data)
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than {MOST_PIXELS}; make it smaller")
+            rawmode = _rawmode(image)
+            low = _low_bytes(data, rawmode) if rawmode in _OTHER_BYTE else None
+            image.load()
+            if low is not None:
+                _round_to_8(image, low)
+            flat = _flat(image, grey=image.mode in _GREY or rawmode == _GREY_ALPHA_16)
+            return _turned(flat, image, found)
+    except UnidentifiedImageError:
+        raise InputError(f"image {where} cannot be read: it is no image of a known kind") from None
+    except Exception as error:  # a damaged or hostile file may provoke any
+        raise InputError(f"image {where} cannot be read: {reason(error)}") from error
+
+
+def _rawmode(image: ImageFile.ImageFile) -> str:
+    """How the pixels lie in the file, as Pillow calls it; "" where it is not told."""
+    args = image.tile[0][3] if image.tile else ""
+    return str(args[0]) if isinstance(args, tuple) and args else str(args)
+
+
+def _low_bytes(data: bytes, rawmode: str) -> np.ndarray:
+    """(H, W, C) uint8: the less significant bytes of a 16-bit colour image."""
+    with Image.open(io.BytesIO(data)) as image:
+        swapped = _OTHER_BYTE[rawmode]
+        for k, (codec, extents, offset, args) in enumerate(image.tile):
+            image.tile[k] = ImageFile._Tile(codec, extents, offset, (swapped, *args[1:]) if isinstance(args, tuple) else swapped)
+        image.load()
+        low = np.empty((image.height, image.width, len(image.getbands())), np.uint8)
+        for box in _strips(image):
+            strip = np.asarray(image.crop(box))
+            low[box[1] : box[3]] = strip[..., [1, 1, 1, 3]] if rawmode == _GREY_ALPHA_16 else strip
+    return low
+
+
+def _round_to_8(image: Image.Image, low: np.ndarray) -> None:
+    """Brings 16-bit colours to 8, to the nearest, in an image that has their more significant bytes; a transparent colour becomes white."""
+    transparent = image.info.pop("transparency", None)
+    for box in _strips(image):
+        strip = image.crop(box)
+        levels = np.asarray(strip).astype(np.uint32) * 256 + low[box[1] : box[3]]
+        scaled = _nearest(levels)
+        if transparent is not None:
+            scaled[(levels == transparent).all(-1)] = 255
+        image.paste(Image.frombytes(strip.mode, strip.size, scaled.tobytes()), box)
+
+
+def _nearest(levels: np.ndarray) -> np.ndarray:
+    """0 to 65535 as 0 to 255."""
+    return ((levels + 128) // 257).astype(np.uint8)
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    for top in range(0, image.height, _STRIP):
+        yield 0, top, image.width, min(top + _STRIP, image.height)
+
+
+def _flat(image: Image.Image, grey: bool) -> Image.Image:
+    wanted = "L" if grey else "RGB"
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # a grey PPM of more than 8 bits comes as 0 to 65535
+        raise ValueError(f"mode {image.mode} has no stated range; convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # convert("L") would cut every value above 255 to white
+        levels = np.asarray(image, dtype=np.uint32)
+        scaled = _nearest(levels)
+        if "transparency" in image.info:
+            scaled[levels == image.info["transparency"]] = 255
+        return Image.fromarray(scaled)
+    if image.has_transparency_data:
+        flat = Image.new(wanted, image.size)
+        for box in _strips(image):  # several copies of a large one would take as much each
+            strip = image.crop(box).convert("RGBA")
+            flat.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert(wanted), box)
+        return flat
+    return image if image.mode == wanted else image.convert(wanted)
+
+
+def _turned(flat: Image.Image, image: Image.Image, found: dict[str, bytes]) -> Image.Image:
+    """As the file's orientation says; that of a TIFF file is no metadata, and Pillow has applied it."""
+    if image.format == "TIFF":
+        return flat
+    told = found or {name: value for name in ("exif", "xmp") if isinstance(value := image.info.get(name), bytes)}
+    method = _TURNED.get(image_metadata.orientation(told))
+    return flat if method is None else flat.transpose(method)
+
+
+def fit(image: Image.Image, resolution: int) -> Image.Image:
+    """Resized (bicubic, antialiased) so that the shorter side has `resolution` pixels, and the centre cut out."""
+    if image.size == (resolution, resolution):
+        return image
+    return ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """(C, H, W) uint8."""
+    array = np.array(image)  # a copy that may be written to, as torch wants it
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy()
+
+
+def from_array(array: np.ndarray) -> Image.Image:
+    """A (C, H, W) uint8 array of one or three channels as an image."""
+    return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
+
+
+def grid(images: Sequence[Image.Image], smallest: int = 48, columns: int | None = None) -> Image.Image:
+    """Images of one size in a grid (nearly square if not told its columns) with margins; small ones are enlarged without smoothing."""
+    width, height = images[0].size
+    scale = max(1, math.ceil(smallest / min(width, height)))
+    margin = max(2, scale)
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    cell_w, cell_h = scale * width + margin, scale * height + margin
+    sheet = Image.new(images[0].mode, (columns * cell_w + margin, rows * cell_h + margin), "white")
+    for k, image in enumerate(images):
+        enlarged = image.resize((scale * width, scale * height), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (margin + k % columns * cell_w, margin + k // columns * cell_h))
+    return sheet
+
+
+def png(image: Image.Image) -> bytes:
+    """The image as a PNG file's bytes."""
+    return _encoded(image, "PNG")
+
+
+def signed_png(image: Image.Image) -> bytes:
+    """The image as a PNG file's bytes, which say that this package wrote them."""
+    text = PngInfo()
+    text.add_text("Software", SOFTWARE)
+    return _encoded(image, "PNG", pnginfo=text)
+
+
+def software(path: Path) -> str | None:
+    """What a PNG file says that it was written by; None where it says nothing, or is no PNG file."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            found = image.info.get("Software")
+            return found if isinstance(found, str) else None
+    except Exception:  # a damaged or hostile file may provoke any
+        return None
+
+
+def webp(image: Image.Image) -> bytes:
+    """The image as a lossless WebP file's bytes. WebP has no grey: it becomes colour of three equal channels."""
+    return _encoded(image, "WEBP", lossless=True)
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()

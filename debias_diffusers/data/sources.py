@@ -1,0 +1,544 @@
+"""Where images come from: the embedded digits, a folder, a parquet file, a saved dataset, the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from ..config.hub_names import is_hub_id, place_of
+from ..config.schema import DIGITS, DataConfig
+from ..errors import CannotWriteError, InputError, raise_all
+from ..utils.files import read_file, require_writable
+from . import image_folders, images
+from .labels import ClassOrder, described, in_order, with_images
+
+DIGITS_FILE = Path(str(resources.files(__package__).joinpath("digits.parquet")))
+MOST_CLASSES = 100_000
+WAITING = 10_000  # images that threads have before them
+MOST_SKIPPED = 0.01  # share of unreadable images: with more of them, something else is wrong
+READERS = min(8, os.cpu_count() or 1)  # threads that decode beside whatever else is done
+
+
+class Source(Protocol):
+    """Images in a fixed order."""
+
+    class_names: list[str] | None  # None where the images have no labels
+    split: str  # which of which splits, in words; empty where there is one
+    passed_over: list[tuple[str, str]]  # paths and why
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[bytes, int, str]:
+        """The image file's bytes, its label (0 without labels), and its name for messages."""
+
+    def labels(self) -> Sequence[int | None]:
+        """The label of every image; None where it is missing."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the data between runs: the number of images, and a hash of their names and sizes."""
+
+    def files(self) -> list[str] | None:
+        """The files that hold the images, in an order that follows from theirs; None where not all are known."""
+
+
+class Folder:
+    """A folder of image files, in the order of their paths; where its folders are splits, those of one split.
+
+    Labels are those of metadata.jsonl or metadata.csv, else the first-level folders, else what stands before the first "_" of the names.
+    """
+
+    def __init__(self, found: image_folders.Listing, config: DataConfig, order: ClassOrder = "natural") -> None:
+        self.root = found.root
+        if image_folders.packed(self.root):
+            raise InputError(f"dataset {self.root} holds samples packed in one file; draw them with --format png to train on them")
+        split, splits = image_folders.chosen_split(found, config.split, DataConfig().split)
+        self.split = f"split {split} of {', '.join(splits)}" if split else ""
+        beside = [(name, "beside the split folders") for name in found.images] + found.passed_over if split else []
+        found = found.below(split)
+        self.passed_over = found.passed_over + [(name, why) for name, why in beside if "/" not in name]
+        self.names = found.images
+        if not self.names:
+            raise InputError(
+                f"dataset {self.root} holds no images"
+                + (f"; passed over: {image_folders.summed(self.passed_over)}" if self.passed_over else "")
+            )
+        given = (
+            image_folders.read_metadata(self.root, split, config.label_column) if config.class_conditional and order != "plain" else None
+        )
+        self._refuse_columns(config, ("image_column",) if given else ("image_column", "label_column"))
+        self.class_names: list[str] | None = None
+        self._in_metadata = b""  # the labels, where they are not in the names
+        if given:
+            self._label_by_metadata(*given, split, order)
+        elif config.class_conditional:
+            self._label_by_folder(found, split, order)
+
+    def _refuse_columns(self, config: DataConfig, columns: Sequence[str]) -> None:
+        for name in columns:
+            if (value := getattr(config, name)) is not None:
+                raise InputError(f"{name} is {value}, but dataset {self.root} is a folder of images; leave {name} out")
+
+    def _label_by_metadata(self, path: Path, rows: Mapping[str, Any], split: str, order: ClassOrder) -> None:
+        rows = image_folders.as_labels(
+            {name: label for name, label in rows.items() if name.startswith(f"{split}/" if split else "")}, str(path)
+        )
+        there = set(self.names)
+        self.passed_over += [(name, f"without a row in {path.name}") for name in self.names if name not in rows]
+        self.passed_over += [(name, f"in {path.name} without an image") for name in rows if name not in there]
+        self.passed_over = [(name, why) for name, why in self.passed_over if self.root / name != path]
+        self.names = [name for name in self.names if name in rows]
+        if not self.names:
+            raise InputError(
+                f"{path} has no row for any image of dataset {self.root}; its file_name must be a path relative to {path.parent}"
+            )
+        values = [rows[name] for name in self.names]
+        self.class_names, number = _numbers_of(values, order, str(path))
+        self._labels = [number.get(value) for value in values]
+        self._in_metadata = json.dumps(values).encode()
+
+    def _label_by_folder(self, found: image_folders.Listing, split: str, order: ClassOrder) -> None:
+        class_of = image_folders.classes_of(found, split)
+        self.passed_over += [(name, "beside the class folders") for name in self.names if name not in class_of]
+        self.names = list(class_of)
+        empty = image_folders.class_folders(found, split) if "/" in self.names[0].removeprefix(f"{split}/") else []
+        self.class_names = in_order(class_of.values(), empty, order, f"dataset {self.root}")
+        number = {name: label for label, name in enumerate(self.class_names)}
+        self._labels = [number[class_of[name]] for name in self.names]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def labels(self) -> Sequence[int | None]:
+        return self._labels if self.class_names else [0] * len(self)
+
+    def read(self, index: int) -> tuple[bytes, int, str]:
+        path = self.root / self.names[index]
+        label = self._labels[index] if self.class_names else 0
+        if label is None:
+            raise InputError(f"image {path} has no label in its metadata")
+        return read_file(path), label, str(path)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._fingerprint
+
+    def files(self) -> list[str] | None:
+        return [str(self.root / name) for name in self.names]
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:  # looks at every file, and is asked for more than once
+        digest = hashlib.sha256()
+        for name in self.names:
+            digest.update(os.fsencode(f"{name}\0{_size(self.root / name)}\n"))
+        digest.update(self._in_metadata)  # empty where names and sizes say all
+        return {"images": len(self), "sha256": digest.hexdigest()}
+
+
+class EarlierFolder(Folder):
+    """A folder as the version before read it, for the runs that it began: few extensions, no splits, and a label for every image."""
+
+    EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+    def __init__(self, root: Path, config: DataConfig, order: ClassOrder) -> None:
+        found = image_folders.look(root)
+        self.root, self.split, self._in_metadata = root, "", b""
+        self.names = [name for name in found.images if Path(name).suffix.lower() in self.EXTENSIONS]
+        unknown = sorted(set(found.images) - set(self.names))
+        self.passed_over = [(name, "not read by the version that began this run") for name in unknown] + found.passed_over
+        self.class_names = None
+        if config.class_conditional:
+            classes = [name.split("/" if "/" in name else "_")[0] for name in self.names]
+            self.class_names = in_order(classes, (), order, f"dataset {root}")
+            number = {name: label for label, name in enumerate(self.class_names)}
+            self._labels = [number[name] for name in classes]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a link to nowhere, which may be skipped
+        return -1
+
+
+class Table:
+    """A dataset of the `datasets` library with a column of images."""
+
+    def __init__(self, table: Any, config: DataConfig, order: ClassOrder = "natural") -> None:
+        import datasets
+
+        self.name = config.dataset
+        splits = list(table.info.splits or ())
+        self.split = f"split {config.split} of {', '.join(splits)}" if len(splits) > 1 else ""
+        self.passed_over: list[tuple[str, str]] = []
+        self.image_column = config.image_column or _only_column(table, datasets.Image, "image")
+        _check_column(table, self.image_column, "image_column")
+        self.label_column: str | None = None
+        self.class_names: list[str] | None = None
+        if config.class_conditional:
+            self.label_column = config.label_column or _only_column(table, datasets.ClassLabel, "label")
+            _check_column(table, self.label_column, "label_column")
+            self.class_names, self._number = _classes_of(table, self.label_column, order)
+        self.table = _undecoded(table.select_columns([c for c in (self.image_column, self.label_column) if c]), self.image_column)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def read(self, index: int) -> tuple[bytes, int, str]:
+        row = self.table[index]
+        cell = row[self.image_column]
+        where = f"{index} of dataset {self.name}"
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
+            raise InputError(f"image {where} is missing")
+        label = self._number.get(row[self.label_column], row[self.label_column]) if self.label_column else 0
+        if label is None:
+            raise InputError(f"image {where} has no label in column {self.label_column}")
+        return cell["bytes"] if cell["bytes"] is not None else read_file(Path(cell["path"])), label, where
+
+    def labels(self) -> Sequence[int | None]:
+        if not self.label_column:
+            return [0] * len(self)
+        return [self._number.get(value, value) for value in self.table[self.label_column][:]]
+
+    def fingerprint(self) -> dict[str, Any]:
+        columns = sorted(self.table.column_names)
+        digest = hashlib.sha256(f"{columns} {len(self)} {self.table.data.nbytes}".encode())
+        return {"images": len(self), "sha256": digest.hexdigest()}
+
+    def files(self) -> list[str] | None:
+        files = [file["filename"] for file in self.table.cache_files]  # none of a table in memory
+        cells = self.table.data.column(self.image_column)
+        inside = all(chunk.field("bytes").null_count == 0 for chunk in cells.chunks)  # else cells name files elsewhere
+        return files if files and inside else None
+
+
+class Without:
+    """A source less some of its images."""
+
+    def __init__(self, source: Source, skipped: Sequence[int]) -> None:
+        self.source, self.skipped = source, sorted(skipped)
+        self.class_names, self.split, self.passed_over = source.class_names, source.split, source.passed_over
+        left_out = set(skipped)
+        self.indices = [k for k in range(len(source)) if k not in left_out]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> tuple[bytes, int, str]:
+        return self.source.read(self.indices[index])
+
+    def labels(self) -> Sequence[int | None]:
+        every = self.source.labels()
+        return [every[index] for index in self.indices]
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self.source.fingerprint() | ({"skipped": self.skipped} if self.skipped else {})
+
+    def files(self) -> list[str] | None:
+        return self.source.files()
+
+
+def state_of_files(source: Source) -> str | None:
+    """A hash of what the file system says of all files of a source, which changes when one is written to; None where that is not known."""
+    digest = hashlib.sha256(repr(source.fingerprint()).encode())
+    files = source.files()
+    for path in files or []:
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        facts = (os.path.realpath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+        digest.update(repr(facts).encode())
+    return digest.hexdigest() if files else None
+
+
+def in_threads(work: Callable[[int], Any], indices: Sequence[int]) -> Iterator[Any]:
+    """What `work` returns for each index, in order; some thousands at a time, because one that waits takes memory, too."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for first in range(0, len(indices), WAITING):
+            yield from pool.map(work, indices[first : first + WAITING])
+
+
+def look_at(source: Source, indices: Sequence[int]) -> tuple[dict[int, str], int]:
+    """What is to be known of images before they are learned.
+
+    Returns:
+        A sentence for the index of each that cannot be decoded, or whose label is missing or of no class; and how many others have colours.
+    """
+
+    def seen(index: int) -> str | bool:
+        try:
+            data, label, where = source.read(index)
+            require_class(label, source.class_names, where)
+            return images.decode(data, where).mode == "RGB"
+        except InputError as error:
+            return str(error)
+
+    found = list(tqdm(in_threads(seen, indices), "looking at the images", len(indices), leave=False, delay=5))
+    return {index: answer for index, answer in zip(indices, found) if isinstance(answer, str)}, sum(answer is True for answer in found)
+
+
+def unreadable(source: Source, indices: Sequence[int]) -> dict[int, str]:
+    """The images among these that cannot be learned: a sentence for each index."""
+    return look_at(source, indices)[0]
+
+
+def require_class(label: int, class_names: Sequence[str] | None, where: str) -> None:
+    """Raises InputError where a label is none of the classes."""
+    if class_names is not None and not 0 <= label < len(class_names):
+        raise InputError(f"image {where} has label {label}, but there are {len(class_names)} classes, from 0 on")
+
+
+def require_skippable(bad: Mapping[int, str], name: str, total: int, skip: bool) -> None:
+    """Raises InputError, which names all, where there are unreadable images that are not to be skipped, or more than `MOST_SKIPPED`."""
+    count = f"dataset {name}: {len(bad)} of {total} images cannot be read"
+    if not skip:
+        raise_all(bad.values(), f"{count}; remove them, or add --skip_bad")
+    if len(bad) > MOST_SKIPPED * total:
+        raise_all(bad.values(), f"{count}, and no more than {MOST_SKIPPED:.0%} are skipped; remove them")
+
+
+def open_readable(config: DataConfig, order: ClassOrder = "natural") -> Source:
+    """Opens what `config.dataset` names, without what cannot be read if that is to be skipped.
+
+    Raises:
+        InputError: as `open_source`; more than `MOST_SKIPPED` of the images cannot be read.
+    """
+    source = open_source(config, order)
+    if not config.skip_bad:
+        return source
+    bad = unreadable(source, range(len(source)))
+    require_skippable(bad, str(config.dataset), len(source), skip=True)
+    return Without(source, list(bad))
+
+
+def _only_column(table: Any, kind: type, role: str) -> str:
+    found: list[str] = [name for name, feature in table.features.items() if isinstance(feature, kind)]
+    if not found and role in table.column_names:
+        found = [role]
+    if len(found) == 1:
+        return found[0]
+    several = f"several columns of {role}s: {', '.join(found)}"
+    which = several if found else f"no column of {role}s among {', '.join(table.column_names)}"
+    raise InputError(f"the dataset has {which}; name one with --{role}_column")
+
+
+def _check_column(table: Any, column: str, field: str) -> None:
+    if column not in table.column_names:
+        raise InputError(f"{field} is {column}, but the dataset has only: {', '.join(table.column_names)}")
+
+
+def _undecoded(table: Any, column: str) -> Any:
+    """The table with its images as bytes: decoding, with its limits and refusals, is the business of images.py."""
+    import datasets
+
+    try:
+        return table.cast_column(column, datasets.Image(decode=False))
+    except (ValueError, TypeError, NotImplementedError) as error:  # of pyarrow
+        raise InputError(f"image_column {column} holds {table.features[column]} and no images; name another") from error
+
+
+def _classes_of(table: Any, column: str, order: ClassOrder) -> tuple[list[str], dict[Any, int | None]]:
+    """Names of the classes of a column, and the label of each of its values; a value that is none of these is its own label."""
+    feature, where = table.features[column], f"label_column {column}"
+    dtype = str(getattr(feature, "dtype", ""))
+    if not hasattr(feature, "names"):
+        if not (dtype.startswith(("int", "uint")) or dtype in ("string", "large_string")):
+            raise InputError(f"{where} holds {feature} and no whole numbers or text; name another")
+        return _numbers_of(table.unique(column), order, where)
+    names = list(feature.names)
+    if isinstance(order, str) or names == list(order):
+        return names, {}
+    present = {value: names[value] for value in table.unique(column) if value is not None and 0 <= value < len(names)}
+    ours = in_order(present.values(), (), order, where)
+    return ours, {value: ours.index(name) for value, name in present.items()}
+
+
+def _numbers_of(values: Iterable[Any], order: ClassOrder, where: str) -> tuple[list[str], dict[Any, int | None]]:
+    """Class names and the label of each value: text in the order asked for, whole numbers as they are."""
+    known = {value for value in values if value is not None}
+    if known and all(isinstance(value, str) for value in known):
+        names = in_order(known, (), order, where)
+        return names, {name: label for label, name in enumerate(names)}
+    if max(known, default=-1) < 0 or max(known) >= MOST_CLASSES:  # one below 0 is the fault of its image
+        raise InputError(f"{where} must hold classes from 0, fewer than {MOST_CLASSES}, but holds {list(known)[:5]}")
+    names = [str(k) for k in range(max(known) + 1)] if isinstance(order, str) else list(order)
+    if max(known) >= len(names):
+        raise InputError(f"{where} has label {max(known)}, but the model has {len(names)} classes")
+    return names, {value: value for value in known}
+
+
+def class_counts(source: Source) -> list[int] | None:
+    """How many images each class has; None where there are no labels."""
+    if not source.class_names:
+        return None
+    count = Counter(source.labels())
+    return [count[label] for label in range(len(source.class_names))]
+
+
+def summary(source: Source, name: str | None) -> list[str]:
+    """What was found, and what was passed over and why: a line each."""
+    parts = [f"{len(source)} images"]
+    if source.class_names:
+        parts.append(described(source.class_names, class_counts(source) or []))
+    found = f"dataset {name}: {', '.join([*parts, source.split] if source.split else parts)}"
+    return [found, f"passed over: {image_folders.summed(source.passed_over)}"] if source.passed_over else [found]
+
+
+def open_source(config: DataConfig, order: ClassOrder = "natural") -> Source:
+    """Opens what `config.dataset` names.
+
+    Args:
+        config: what is asked for.
+        order: of the labels; that of a model's class names where images are for this model.
+
+    Raises:
+        InputError: it does not exist, is empty, or lacks the split, columns or labels asked for.
+    """
+    source = _open(config, order)
+    if len(source) == 0:
+        raise InputError(f"dataset {config.dataset} is empty")
+    names = _with_images(source, source.class_names) if isinstance(order, str) and source.class_names else []
+    if len(names) == 1 and len(set(source.labels())) == 1:  # others are labels of no class: a look at all images names them
+        raise InputError(
+            f"class_conditional is on, but dataset {config.dataset} has a single class, {names[0]}; "
+            f"name the folder that holds one folder for each class, or leave --class_conditional out"
+        )
+    return source
+
+
+def open_again(config: DataConfig, order: ClassOrder, known: Mapping[str, Any]) -> Source:
+    """Opens the data of a run that wrote down the fingerprint `known`: as the version before, where only so they are the same.
+
+    Raises:
+        InputError: as `open_source`.
+    """
+
+    def same(source: Source) -> bool:
+        return Without(source, known.get("skipped", [])).fingerprint() == known
+
+    path = Path(str(config.dataset)).expanduser()
+    with contextlib.suppress(InputError):
+        if same(source := open_source(config, order)):
+            return source
+    with contextlib.suppress(InputError):
+        if path.is_dir() and same(source := EarlierFolder(path, config, order)):
+            return source
+    return open_source(config, order)
+
+
+def _with_images(source: Source, names: list[str]) -> list[str]:
+    """Names of the classes; of a folder, those that have images, for a folder without any may be none."""
+    return [names[label] for label in with_images(class_counts(source) or [])] if isinstance(source, Folder) else names
+
+
+def _open(config: DataConfig, order: ClassOrder) -> Source:
+    assert config.dataset is not None
+    path = Path(config.dataset).expanduser()
+    if config.dataset == DIGITS:
+        path = DIGITS_FILE
+        if config.split == DataConfig().split:
+            return Table(_digits(), config, order)
+    if path.is_dir():
+        return _open_folder(path, config, order)
+    if path.suffix.lower() == ".parquet":
+        if not path.is_file():
+            raise InputError(f"dataset {path} does not exist")
+        return Table(_load("parquet", config, data_files=str(path)), config, order)
+    if not is_hub_id(config.dataset):
+        raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id{_meant(config.dataset)}")
+    repo, _, revision = config.dataset.partition("@")
+    return Table(_load(repo, config, revision=revision or None), config, order)
+
+
+def _open_folder(path: Path, config: DataConfig, order: ClassOrder) -> Source:
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return Table(_load_saved(path, config), config, order)
+    found = image_folders.look(path)
+    shards = {name for name, _ in found.passed_over if name.endswith(".parquet")}
+    if len(shards) > len(found.images):  # a picture beside a table is no data, nor is a table beside images
+        table = Table(_load("parquet", config, data_files=_shards(path)), config, order)
+        beside = [(name, "beside the parquet files") for name in found.images]
+        table.passed_over = beside + [(name, why) for name, why in found.passed_over if name not in shards]
+        return table
+    return Folder(found, config, order)
+
+
+def _shards(path: Path) -> dict[str, list[str]]:
+    """The parquet files of a folder by split, as `datasets` reads it from their names."""
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    base = str(path.resolve())
+    files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base, allowed_extensions=[".parquet"])
+    return {str(split): list(names) for split, names in files.items() if names}
+
+
+def _digits() -> Any:
+    """The embedded digits in memory, without the cache of `datasets`, for which there may be no place.
+
+    In the form in which that cache has them, pieces of 100 rows: of that form runs have written down the fingerprint.
+    """
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(DIGITS_FILE)
+    form = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(form, file.schema_arrow) as writer:
+        for piece in file.iter_batches(100):
+            writer.write_batch(piece)
+    return datasets.Dataset(pyarrow.ipc.open_stream(form.getvalue()).read_all())
+
+
+def _meant(dataset: str) -> str:
+    """How to ask the Hub all the same for what looks like a path; nothing where the path is there."""
+    if Path(dataset).exists() or not is_hub_id(f"{dataset}@main"):
+        return ""
+    return f": {place_of(dataset)} is not there; {dataset}@main asks the Hub for it"
+
+
+def _load(path: str, config: DataConfig, **kwargs: Any) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(path, split=config.split, **kwargs)
+    # load_dataset raises whatever its builders, the Hub client and the network raise.
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).split())  # where an error is wrapped, the wrapper does not tell what is wrong
+        place = _where_no_cache_can_be(datasets.config.HF_DATASETS_CACHE)
+        raise InputError(f"dataset {config.dataset} with split {config.split} cannot be loaded: {reason}{place}") from error
+
+
+def _where_no_cache_can_be(folder: Any) -> str:
+    """What to do about it, where the library has no place for its files; nothing where it has."""
+    try:
+        require_writable(Path(folder) / "file")
+    except CannotWriteError:
+        return f"; its cache {folder} cannot be written: name a folder that can with the environment variable HF_HOME"
+    return ""
+
+
+def _load_saved(path: Path, config: DataConfig) -> Any:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"dataset {path} cannot be loaded: {' '.join(str(error).split())}") from error
+    if not isinstance(saved, datasets.DatasetDict):
+        if config.split != DataConfig().split:
+            raise InputError(f"split is {config.split}, but dataset {path} has no splits; leave split out")
+        return saved
+    if config.split not in saved:
+        raise InputError(f"split is {config.split}, but dataset {path} has only: {', '.join(saved)}")
+    return saved[config.split]

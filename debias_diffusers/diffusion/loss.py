@@ -1,0 +1,119 @@
+"""Batch, network, schedule and weighting to loss terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config.schema import WEIGHTING_PARAMETERS, ObjectiveConfig, PredictionType
+from ..errors import InputError
+from .noise_schedule import Schedule, at, make_schedule
+from .timestep_samplers import make_timestep_sampler
+from .variational_bound import VariationalBound
+from .weighting import weight
+
+Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W), timestep (B,) -> prediction (B, C, H, W) or (B, 2 C, H, W)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a batch costs, sample by sample; all in the dtype of the images."""
+
+    loss: Tensor  # (B,) to be minimised
+    mse: Tensor  # (B,) mean square of prediction - target
+    bound: Tensor | None = None  # (B,) the variational bound's term in bits per dimension, where the variance is learned
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the mean over samples of weight(t) times the mean square of prediction - target.
+
+    With a learned variance the hybrid objective adds T / 1000 times the variational bound, whose gradient reaches the variance
+    only (Improved DDPM, arXiv 2102.09672, equation 16). Without weights it is T times the bound itself: the bits per dimension.
+    """
+
+    schedule: Schedule
+    prediction_type: PredictionType
+    weights: Tensor | None  # (T,) float64, in the space of prediction_type; None for the variational bound
+    bound: VariationalBound | None = None  # None where the variance is not learned
+
+    def __call__(self, network: Network, x_0: Tensor, noise: Tensor, t: Tensor) -> Terms:
+        """Loss of each sample.
+
+        Args:
+            network: maps x_t (B, C, H, W) and the timesteps (B,) to a prediction (B, C, H, W); with a learned variance
+                (B, 2 C, H, W), the second half of which are the values that `VariationalBound.log_variance` reads.
+            x_0: (B, C, H, W) clean images in [-1, 1].
+            noise: (B, C, H, W) standard normal.
+            t: (B,) int64 noise levels, on the CPU.
+        """
+        x_t = self.schedule.add_noise(x_0, noise, t)
+        prediction = network(x_t, self.schedule.timesteps[t].to(x_t.device, non_blocking=True))
+        return self.terms(prediction, x_0, noise, t)
+
+    def terms(self, prediction: Tensor, x_0: Tensor, noise: Tensor, t: Tensor) -> Terms:
+        """Loss of each sample, given the network's output."""
+        prediction, *values = prediction.to(x_0.dtype).split(x_0.shape[1], dim=1)
+        error = prediction - self.schedule.target(self.prediction_type, x_0, noise, t)
+        mse = error.square().flatten(1).mean(1)
+        if self.bound is None:
+            return Terms(self._weighted(mse, t), mse)
+        T = len(self.schedule)
+        if self.weights is None:
+            bound = self._bound(error, values[0], x_0, t)
+            return Terms(T * bound, mse, bound)
+        bound = self._bound(error.detach(), values[0], x_0, t)
+        return Terms(self._weighted(mse, t) + T / 1000 * bound, mse, bound)
+
+    def _weighted(self, mse: Tensor, t: Tensor) -> Tensor:
+        assert self.weights is not None
+        return at(self.weights, t, mse) * mse
+
+    def _bound(self, error: Tensor, values: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+        """(B,) in bits per dimension."""
+        assert self.bound is not None
+        x_0_error = at(self.schedule.x_0_per_prediction(self.prediction_type), t, error) * error
+        return self.bound.terms(x_0_error, values, x_0, t)
+
+
+def make_objective(config: ObjectiveConfig) -> Objective:
+    """The objective of a configuration.
+
+    Raises:
+        InputError: a noise level has no usable weight, or the schedule no noise that float32 can hold.
+    """
+    schedule = make_schedule(config)
+    weights = None if config.weighting == "variational" else weight_table(config, schedule, config.prediction_type)
+    if weights is not None:
+        _require_usable(weights, config, schedule)
+    return Objective(schedule, config.prediction_type, weights, VariationalBound.of(schedule) if config.learn_sigma else None)
+
+
+def weight_table(config: ObjectiveConfig, schedule: Schedule, prediction_type: PredictionType) -> Tensor:
+    """(T,) float64: the weight of each noise level in a space, with all options of the configuration."""
+    parameters = {name: getattr(config, name) for name in (*WEIGHTING_PARAMETERS[config.weighting], "snr_floor", "snr_ceiling")}
+    weights = weight(schedule.snr, config.weighting, prediction_type, **parameters)
+    if schedule.ends_in_noise and prediction_type != "epsilon":
+        # There an error of x_0 and one of v, or of u, are of the same size: one floor for all spaces.
+        weights[-1] = weights[-1].clamp(min=config.terminal_weight_floor)
+    if config.normalize_weights:
+        sampler = make_timestep_sampler(config, schedule)
+        density = sampler.probabilities * sampler.corrections  # of the levels in the objective
+        weights = weights / (density * weights).sum()
+    return weights
+
+
+def _require_usable(weights: Tensor, config: ObjectiveConfig, schedule: Schedule) -> None:
+    """Raises InputError where a weight is negative or beyond float32, in which losses are summed, or where all are 0."""
+    usable = (weights >= 0) & (weights <= torch.finfo(torch.float32).max)
+    if not usable.all():
+        t = int((~usable).nonzero()[0])
+        raise InputError(
+            f"weighting {config.weighting} on {config.prediction_type} gives {weights[t]:.3g} at t = {t}, where the SNR is "
+            f"{schedule.snr[t]:.3g}; take other parameters, or bound the SNR with --snr_floor or --snr_ceiling"
+        )
+    if weights.float().sum() == 0:
+        raise InputError(f"weighting {config.weighting} on {config.prediction_type} is 0 at every noise level; take other parameters")

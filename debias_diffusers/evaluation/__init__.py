@@ -1,0 +1,1 @@
+"""Comparing images: features, metrics, tables and plots; the likelihood."""

@@ -1,0 +1,242 @@
+"""Networks whose features compare images: a small classifier of the digits, and those of torch-fidelity.
+
+An extractor takes images as bytes, (B, 3, H, W) uint8, and resizes them itself, as its weights were meant to be used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_clip import MODEL_METADATA
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+from ..errors import InputError, reason
+from ..utils.files import read_file
+
+DIGITS = "digits"
+INCEPTION = "inception-v3-compat"
+SPATIAL = "spatial"  # the layer of sFID
+DIGITS_SIDE = 8
+
+NAMES_THERE = {"is": "isc"}  # of metrics that torch-fidelity calls otherwise
+
+
+class DigitsClassifier(nn.Module):
+    """A small network that tells 8x8 digits apart; trained by `tools/train_digits_classifier.py`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(32 * DIGITS_SIDE**2 // 4, 64),
+            nn.GELU(),
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1, 8, 8) float in 0 .. 255 to (B, 64) features and (B, 10) logits."""
+        features = self.body(images / 127.5 - 1)
+        return features, self.head(features)
+
+
+class FeatureExtractorDigits(FeatureExtractorBase):
+    """The digits' classifier as torch-fidelity takes it. Images of another size are resized (bilinear, antialiased)."""
+
+    def __init__(self, name: str, features_list: Sequence[str], feature_extractor_weights_path: str | None = None, **_: Any) -> None:
+        super().__init__(name, features_list)
+        self.network = DigitsClassifier()
+        packaged = resources.files(__package__).joinpath("digits_classifier.safetensors")
+        data = Path(feature_extractor_weights_path).read_bytes() if feature_extractor_weights_path else packaged.read_bytes()
+        self.network.load_state_dict(safetensors.torch.load(data))
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) uint8 to the layers asked for; colours are averaged."""
+        grey = images.float().mean(1, keepdim=True)
+        if grey.shape[-2:] != (DIGITS_SIDE, DIGITS_SIDE):
+            grey = nn.functional.interpolate(grey, (DIGITS_SIDE, DIGITS_SIDE), mode="bilinear", antialias=True)
+        found = dict(zip(self.get_provided_features_list(), self.network(grey)))
+        return tuple(found[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Names of the layers."""
+        return ("64", "logits")
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Which layer a metric compares."""
+        return "logits" if metric == "isc" else "64"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """Whether torch.compile may be tried."""
+        return True
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> Tensor:
+        """An image of the right kind."""
+        return torch.zeros(1, 3, DIGITS_SIDE, DIGITS_SIDE, dtype=torch.uint8)
+
+
+class FeatureExtractorInceptionSpatial(FeatureExtractorInceptionV3):
+    """Inception-v3 with the layer of sFID (arXiv 2103.03841): the first seven channels of `mixed_6/conv`, 17 x 17 places each.
+
+    In TensorFlow's graph that is the first branch of the sixth mixed block, here `Mixed_6d.branch1x1`.
+    """
+
+    def __init__(self, name: str, features_list: Sequence[str], **options: Any) -> None:
+        super().__init__(name, list(features_list), **options)
+        self._seen: Tensor | None = None
+        self.Mixed_6d.branch1x1.register_forward_hook(self._look)
+
+    def _look(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        self._seen = output[:, :7].permute(0, 2, 3, 1).flatten(1).float()  # in TensorFlow's order, as in its statistics
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) uint8 to the layers asked for."""
+        wanted: list[str] = list(self.get_requested_features_list())
+        self.features_list = [name for name in wanted if name != SPATIAL] or ["2048"]
+        try:
+            found = dict(zip(self.features_list, super().forward(images)))
+        finally:
+            self.features_list = wanted
+        assert self._seen is not None
+        return tuple(self._seen if name == SPATIAL else found[name] for name in wanted)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Names of the layers."""
+        return (*FeatureExtractorInceptionV3.get_provided_features_list(), SPATIAL)
+
+
+SPATIAL_INCEPTION = f"{INCEPTION}-{SPATIAL}"
+for _name, _kind in ((DIGITS, FeatureExtractorDigits), (SPATIAL_INCEPTION, FeatureExtractorInceptionSpatial)):
+    if _name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(_name, _kind)
+
+
+class Extractor:
+    """A network, the layers of it that some metrics compare, and what identifies its weights."""
+
+    def __init__(self, name: str, metrics: Sequence[str], weights: str | None = None) -> None:
+        """Loads the network.
+
+        Args:
+            name: `digits`, or a name of torch-fidelity.
+            metrics: among fid, sfid, is, kid, prc.
+            weights: its weight file, where it is not packaged or fetched.
+
+        Raises:
+            InputError: there is no such extractor or layer, or its weights cannot be had.
+        """
+        if name not in names():
+            raise InputError(f"feature_extractor is {name}, which is not known; take one of {', '.join(names())}")
+        if "sfid" in metrics and name != INCEPTION:
+            raise InputError(f"metric sfid is of {INCEPTION}, but feature_extractor is {name}; leave sfid out or take the other")
+        kind = SPATIAL_INCEPTION if "sfid" in metrics else name
+        default = FEATURE_EXTRACTORS_REGISTRY[kind].get_default_feature_layer_for_metric
+        self.name = name
+        self.layers = {metric: SPATIAL if metric == "sfid" else default(NAMES_THERE.get(metric, metric)) for metric in metrics}
+        self.network = _load(kind, sorted(set(self.layers.values())), weights)
+        self.weights_sha256 = _fingerprint(self.network)
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) uint8 on the network's device to (B, D) float32 features on the CPU for each layer."""
+        with torch.inference_mode():
+            return {name: value.float().cpu() for name, value in zip(self.network.features_list, self.network(images))}
+
+
+def names() -> list[str]:
+    """Extractors that can be asked for."""
+    return [DIGITS, *sorted(name for name in FEATURE_EXTRACTORS_REGISTRY if name not in (DIGITS, SPATIAL_INCEPTION))]
+
+
+def _load(kind: str, layers: list[str], weights: str | None) -> Any:
+    try:
+        with _harmless(kind, weights) as path:
+            return FEATURE_EXTRACTORS_REGISTRY[kind](kind, layers, feature_extractor_weights_path=path, verbose=False)
+    except InputError:
+        raise
+    except NotImplementedError:
+        raise InputError(f"feature_extractor_weights is {weights}, but {kind} fetches its own only; leave it out") from None
+    except Exception as error:  # of the network, a missing file, or a file of another network
+        name = kind.removesuffix(f"-{SPATIAL}")
+        source = f" ({URL_INCEPTION_V3})" if name == INCEPTION else ""
+        if weights:
+            raise InputError(f"feature_extractor_weights {weights} are no weights of {name}: {reason(error)}") from error
+        raise InputError(
+            f"the weights of {name} cannot be fetched: {reason(error)}; download them{source} and name the file with "
+            f"--feature_extractor_weights, or take --feature_extractor {DIGITS}, or --metrics colour, which needs none"
+        ) from error
+
+
+@contextlib.contextmanager
+def _harmless(kind: str, weights: str | None) -> Iterator[str | None]:
+    """A copy of a weight file that holds tensors only: torch-fidelity would run what else a file holds, a fetched one's, too.
+
+    Weights of CLIP are programs of TorchScript, so the original ones alone are taken.
+    """
+    if kind.startswith("clip"):
+        _require_original(kind, weights)
+        yield weights
+        return
+    if weights is None or kind == DIGITS:
+        with _tensors_only():
+            yield weights
+        return
+    try:
+        data = safetensors.torch.load_file(weights) if weights.endswith(".safetensors") else torch.load(weights, weights_only=True)
+    except Exception as error:  # a damaged or hostile file may provoke any
+        raise InputError(
+            f"feature_extractor_weights {weights} is missing, damaged, or holds more than tensors; give a .safetensors file, or a "
+            f"state dict that was saved alone"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.pth"
+        torch.save(data, path)
+        yield str(path)
+
+
+def _require_original(kind: str, weights: str | None) -> None:
+    """Raises InputError where a file of CLIP's weights, given or fetched before, is not the one that OpenAI published."""
+    sha256 = MODEL_METADATA[kind]["hash"]
+    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / f"{kind}-{sha256}.pt"
+    if (weights or path.exists()) and hashlib.sha256(read_file(path)).hexdigest() != sha256:
+        advice = "leave it out, and they are fetched" if weights else "remove it, and they are fetched again"
+        raise InputError(f"{path} is not the file of {kind} that OpenAI published, and others may hold any program; {advice}")
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """torch refuses files that hold more than tensors, whatever its caller asks for and the user has set."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[names[0]]
+        os.environ.update(before)
+
+
+def _fingerprint(network: nn.Module) -> str:
+    state = {name: value.contiguous() for name, value in network.state_dict().items()}
+    return hashlib.sha256(safetensors.torch.save(state)).hexdigest()

@@ -1,0 +1,150 @@
+"""The variational bound of a model in bits per dimension: every term, the prior, and their sum (arXiv 2006.11239, equation 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config.schema import BitsConfig
+from ..data.dataset import TrainingData
+from ..data.labels import ClassOrder
+from ..data.sources import open_readable
+from ..diffusion.noise_schedule import Schedule, is_flow, predicted_x_0, schedule_of_scheduler
+from ..diffusion.variational_bound import BITS, VariationalBound
+from ..errors import InputError
+from ..pipelines.pixel_pipeline import PixelPipeline
+from ..sampling.generate import open_model, pinned_model
+from ..utils import seeding
+from ..utils.console import say
+from ..utils.distributed import start_processes
+from ..utils.files import require_replaceable, write_file
+from .image_sets import numbered
+from .reference import reference_data, say_found
+from .results import as_json, has_fields
+
+# Values of the variance channels that stand for the fixed variances: from the least that makes sense to beta.
+FIXED = {"fixed_small": -1.0, "fixed_small_log": -1.0, "fixed_large": 1.0, "fixed_large_log": 1.0}
+
+
+def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
+    """Bounds, says and writes; returns what the JSON holds.
+
+    The images of the reference are a random subset, a function of the seed, without flips. Noise is a function of (seed, image, t).
+
+    Raises:
+        InputError: model or images cannot be read, or the model is a rectified flow.
+    """
+    accelerator = start_processes(config.num_threads)
+    if accelerator.is_main_process and config.output:
+        require_replaceable("output", Path(config.output), lambda path: has_fields(path, "total", "standard_error", "prior", "terms"))
+    config = dataclasses.replace(config, model=pinned_model(config.model, accelerator))
+    pipeline = open_model(config.model, config.weights, config.allow_pickle_import)
+    pipeline.to(accelerator.device)
+    bound = Bound(pipeline, config.clipping)
+    data = _data(config, pipeline, pipeline.class_names or "plain")  # in which it has its classes if it does not know their names
+    say_found(data.source, data.config.dataset, accelerator)
+    chosen = seeding.subset(config.seed, len(data.source), config.num_images)
+    dealt = list(numbered(chosen, config.batch_size, accelerator.process_index, accelerator.num_processes))
+    mine = []
+    for number, indices in tqdm(dealt, unit="batch", disable=not accelerator.is_main_process):
+        images, labels = zip(*(data.decoded(k) for k in indices))
+        x_0 = torch.stack(images).float() / 127.5 - 1
+        given = torch.tensor(labels) if data.num_classes else None
+        mine.append((number, bound.terms(x_0, given, config.seed, indices), bound.prior(x_0)))
+    parts = sorted(gather_object(mine) if accelerator.num_processes > 1 else mine, key=lambda part: part[0])
+    result = _result(torch.cat([terms for _, terms, _ in parts]), torch.cat([prior for *_, prior in parts]))
+    result |= {
+        "model": config.model,
+        "images": len(chosen),
+        "total_images": len(data.source),
+        "seed": config.seed,
+        "clipping": config.clipping,
+        "variance_type": pipeline.scheduler.config.variance_type,
+    }
+    if accelerator.is_main_process:
+        if config.output:
+            write_file(Path(config.output), as_json(result))
+        over = f"{len(chosen)} of {len(data.source)} images"
+        say(f"{result['total']:.4f} bits per dimension (standard error {result['standard_error']:.2g}) over {over}")
+        say(f"of which {result['terms'][0]:.4f} are for the last step and {result['prior']:.2g} for the prior")
+    return result
+
+
+def _result(terms: Tensor, prior: Tensor) -> dict[str, Any]:
+    """Means over images, (N, T) and (N,)."""
+    total = terms.sum(1) + prior
+    return {
+        "total": total.mean().item(),
+        "standard_error": total.std().item() / math.sqrt(len(total)) if len(total) > 1 else math.nan,
+        "prior": prior.mean().item(),
+        "terms": terms.mean(0).tolist(),
+    }
+
+
+class Bound:
+    """The bound of one model."""
+
+    def __init__(self, pipeline: PixelPipeline, clipping: bool) -> None:
+        """Raises InputError where the model has no variance of its steps."""
+        own = pipeline.scheduler
+        kind = own.config.get("variance_type")
+        if is_flow(own) or not (kind in FIXED or kind == "learned_range"):
+            raise InputError(f"the model's scheduler is {type(own).__name__} with variance_type {kind}, whose steps have no bound here")
+        self.pipeline, self.clipping, self.kind = pipeline, clipping, kind
+        self.schedule: Schedule = schedule_of_scheduler(own)
+        self.bound = VariationalBound.of(self.schedule)
+
+    @torch.no_grad()
+    def terms(self, x_0: Tensor, labels: Tensor | None, seed: int, indices: Sequence[int]) -> Tensor:
+        """(B, T) float64 bits per dimension of each step, at t = 0 of the image itself; images (B, C, H, W) in [-1, 1]."""
+        device, T = self.pipeline.device, len(self.schedule)
+        x_0, labels = x_0.to(device), labels.to(device) if labels is not None else None
+        columns = []
+        for level in range(T):
+            shape = x_0.shape[1:]
+            noise = torch.stack([torch.randn(shape, generator=seeding.generator(seed, "bits", k * T + level)) for k in indices])
+            t = torch.full((len(x_0),), level)
+            x_t = self.schedule.add_noise(x_0, noise.to(device), t)
+            predicted, values = self._predicted(x_t, level, labels)
+            columns.append(self.bound.terms(predicted - x_0, values, x_0, t).double().cpu())
+        return torch.stack(columns, dim=1)
+
+    def _predicted(self, x_t: Tensor, level: int, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The network's x_0, and values that say the variance of the step."""
+        C = x_t.shape[1]
+        output = self.pipeline.unet(x_t.to(self.pipeline.unet.dtype), level, labels, return_dict=False)[0].to(x_t.dtype)
+        a, s = self.schedule.a[level], self.schedule.s[level]
+        x_0 = predicted_x_0(self.pipeline.scheduler.config.prediction_type, output[:, :C], x_t, a, s)
+        x_0 = x_0.clamp(-1, 1) if self.clipping else x_0
+        # The large fixed variance is that of the first step at t = 0, as in the paper's code.
+        fixed = FIXED.get(self.kind, 0.0) if level else -1.0
+        return x_0, output[:, C:] if self.kind == "learned_range" else torch.full_like(x_0, fixed)
+
+    def prior(self, x_0: Tensor) -> Tensor:
+        """(B,) divergence of q(x_T | x_0) from pure noise in bits per dimension."""
+        a, s = self.schedule.a[-1].item(), self.schedule.s[-1].item()
+        return ((a * x_0.double()).square() + s**2 - 1 - 2 * math.log(s)).flatten(1).mean(1) / 2 * BITS
+
+
+def _data(config: BitsConfig, pipeline: PixelPipeline, order: ClassOrder = "plain") -> TrainingData:
+    chosen = reference_data(config, config.reference, [config.model])
+    given = dataclasses.replace(
+        chosen,
+        label_column=config.label_column or chosen.label_column,
+        class_conditional=pipeline.num_classes > 0,
+        resolution=pipeline.unet.config.sample_size,
+        channels=pipeline.unet.config.in_channels,
+        num_workers=0,
+    )
+    data = TrainingData(open_readable(given, order), given, config.seed)
+    if data.num_classes != pipeline.num_classes:
+        raise InputError(f"reference {chosen.dataset} has {data.num_classes} classes, but the model has {pipeline.num_classes}")
+    return data

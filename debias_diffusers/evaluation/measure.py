@@ -1,0 +1,117 @@
+"""Features of sets of images, and the metrics that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config.schema import DIGITS, MeasureConfig
+from ..errors import InputError, reason
+from ..utils.distributed import gathered
+from .feature_cache import key_of, open_cache
+from .feature_extractors import INCEPTION, Extractor
+from .image_sets import (
+    ImageSet,
+)
+from .metrics import COLOUR, Sample
+
+
+class Measure:
+    """An extractor with its cache, and everything that is the same for all sets of images."""
+
+    def __init__(self, config: MeasureConfig, extractor: str, device: Any, process: int = 0, processes: int = 1) -> None:
+        """Loads the extractor onto a device. Of several processes, each computes its share, and all know the result."""
+        wanted = config.metrics.split(",")
+        by_features = [metric for metric in wanted if metric != COLOUR]
+        self.config, self.device, self.process, self.processes = config, device, process, processes
+        self.extractor = Extractor(extractor, by_features, config.feature_extractor_weights) if by_features else None
+        if self.extractor:
+            self.extractor.network.to(device)
+        layers = dict(self.extractor.layers) if self.extractor else {}
+        self.layers = {metric: COLOUR if metric == COLOUR else layers[metric] for metric in wanted}
+        self.cache = open_cache(config.cache_dir)
+
+    def sample(self, images: ImageSet) -> Sample:
+        """The features of a set, computed over all processes in one pass for all metrics, or read from the cache."""
+        key = self._key(images.key) if images.key else None
+        if key and (found := self._kept(key, images.count)):
+            return Sample.of(found)
+        share = -(-images.count // self.processes)
+        with tqdm(total=share, desc=images.name, unit="image", leave=False, disable=self.process > 0) as progress:
+            sample = self.joined(images.batches(self.config.batch_size, self.process, self.processes), progress)
+        if key and self.process == 0:
+            self.cache.put(key, sample.features)
+        return sample
+
+    def joined(self, batches: Iterator[tuple[int, Tensor]], progress: Any = None) -> Sample:
+        """The features of all processes' batches (B, 3, H, W) uint8, in the order of their numbers.
+
+        Raises:
+            Exception: what any process met, in all of them.
+        """
+
+        def share() -> Iterator[tuple[int, dict[str, Tensor]]]:
+            for number, batch in batches:
+                yield number, self.features(batch)
+                if progress is not None:
+                    progress.update(len(batch))
+
+        return Sample.joined([part for _, part in sorted(gathered(lambda: list(share()), self.processes), key=lambda pair: pair[0])])
+
+    def features(self, batch: Tensor) -> dict[str, Tensor]:
+        """Of a batch (B, 3, H, W) uint8: (B, D) by layer."""
+        found = self.extractor(batch.to(self.device)) if self.extractor else {}
+        return found | {COLOUR: batch.float().mean((2, 3)).cpu()}
+
+    def _key(self, of_images: str) -> str:
+        """Of content and transform, extractor and weights."""
+        parts = [of_images]
+        if self.extractor:
+            parts += [self.extractor.name, self.extractor.weights_sha256, *sorted(self.extractor.layers.values())]
+        return key_of(*parts)
+
+    def _kept(self, key: str, count: int) -> dict[str, Tensor] | None:
+        """Features of the cache, where all processes find them: if one computed alone, it would wait for ever."""
+        found = self.cache.get(key)
+        there = found is not None and _are_sound(found, {COLOUR, *self.layers.values()}, count)
+        everywhere = all(gather_object([there])) if self.processes > 1 else there
+        return found if everywhere else None
+
+
+def _are_sound(found: Mapping[str, Tensor], layers: set[str], count: int) -> bool:
+    """Whether features of a cache are those of so many images; if not, they are computed again."""
+    return found.keys() == layers and all(v.ndim == 2 and len(v) == count and bool(v.isfinite().all()) for v in found.values())
+
+
+def usual_extractor(reference: str) -> str:
+    """What images are compared by where nothing is said: what statistics were made with, else by the data."""
+    if Path(reference).suffix == ".safetensors" and (made_with := statistics_metadata(Path(reference)).get("extractor")):
+        return made_with
+    return DIGITS if reference == DIGITS else INCEPTION
+
+
+def extractor_metadata(measure: Measure) -> dict[str, str]:
+    return {"extractor": measure.extractor.name, "weights_sha256": measure.extractor.weights_sha256} if measure.extractor else {}
+
+
+def statistics_metadata(path: Path) -> dict[str, str]:
+    """What a file of statistics says of itself."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"reference {path} cannot be read as a file of eval.py stats: {reason(error)}") from error
+
+
+def make_measure(config: MeasureConfig, reference: str, accelerator: Accelerator) -> Measure:
+    extractor = config.feature_extractor or usual_extractor(reference)
+    return Measure(config, extractor, accelerator.device, accelerator.process_index, accelerator.num_processes)

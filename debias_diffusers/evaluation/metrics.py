@@ -1,0 +1,229 @@
+"""Features to figures: how far one set of images is from another. torch-fidelity's formulas; sFID and colour are ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from ..errors import InputError, reason
+from ..utils import seeding
+
+COLOUR = "colour"  # the layer of means of an image's channels
+KID_SUBSET, KID_SUBSETS = 1000, 100
+KID_SUBSETS_REDRAWN = 10  # of each redrawn set: there are many of those
+NEIGHBOURS = 3  # of precision and recall (arXiv 1904.06991)
+SPLITS = 10  # of the Inception score
+FRECHET = ("fid", "sfid", "colour")
+OF_IMAGES = ("kid", "prc")  # metrics that need the reference's images, not its statistics alone
+# Of fewer images there is no such figure.
+LEAST = {"fid": 2, "sfid": 2, "is": SPLITS, "kid": 2, "prc": NEIGHBOURS + 1, "colour": 2}
+
+Statistics = dict[str, np.ndarray]  # mu (D,) and sigma (D, D)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is known of a set of images: features, or only their statistics, by layer."""
+
+    features: Mapping[str, Tensor]  # (N, D) float32; empty where there are statistics only
+    statistics: dict[str, Statistics]  # those given, and those worked out: a reference is compared with more than once
+    count: int | None  # of images; None where nobody wrote it down
+    rows: dict[str, np.ndarray] = field(default_factory=dict)  # (N, D) with rows^T rows = sigma, of what was worked out of N < D images
+
+    @staticmethod
+    def of(features: Mapping[str, Tensor]) -> Sample:
+        """A set of images that is there."""
+        return Sample(features, {}, len(next(iter(features.values()))))
+
+    @staticmethod
+    def joined(parts: Sequence[Mapping[str, Tensor]]) -> Sample:
+        """A set of images whose features come in batches."""
+        return Sample.of({layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]})
+
+    def moments(self, layer: str) -> Statistics:
+        """Mean and covariance of a layer, in float64.
+
+        Raises:
+            InputError: a reference of statistics has no such layer, or a single image has no covariance.
+        """
+        if layer in self.features and layer not in self.statistics:
+            if (images := len(self.features[layer])) < 2:
+                raise InputError(f"mean and covariance need at least 2 images, but there is {images}; take more")
+            features = self.features[layer].double()
+            self.statistics[layer] = fid_features_to_statistics(features)
+            if images < features.shape[1]:
+                self.rows[layer] = (features - features.mean(0)).numpy() / math.sqrt(images - 1)
+        if layer not in self.statistics:
+            raise InputError(
+                f"the reference has statistics of {', '.join(self.statistics)}, but not of {layer}; take images, or other metrics"
+            )
+        return self.statistics[layer]
+
+    def width(self, layer: str) -> int:
+        """How many features a layer has."""
+        return self.features[layer].shape[1] if layer in self.features else len(self.moments(layer)["mu"])
+
+
+def frechet(one: Statistics, other: Statistics, rows: np.ndarray | None = None) -> float:
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), the distance of two Gaussians (arXiv 1706.08500, equation 6).
+
+    Args:
+        one: mean and covariance.
+        other: those it is compared with.
+        rows: (N, D) float64 with rows^T rows = S1, where N < D: the trace of the root is then computed from an N x N matrix.
+
+    Raises:
+        InputError: they are of different extractors, or not finite.
+    """
+    if one["mu"].shape != other["mu"].shape:
+        sizes = f"{len(one['mu'])} and {len(other['mu'])} features"
+        raise InputError(f"target and reference have {sizes}, so of different extractors; compare features of the same one")
+    try:
+        if rows is not None:
+            return _frechet_of_few(one, other, rows)
+        return float(fid_statistics_to_metric(one, other, verbose=False)["frechet_inception_distance"])
+    except np.linalg.LinAlgError as error:
+        raise InputError(f"the Frechet distance of these features cannot be computed: {reason(error)}; take other images") from error
+
+
+def _frechet_of_few(one: Statistics, other: Statistics, rows: np.ndarray) -> float:
+    """With S1 = A^T A, the eigenvalues of S1 S2 that are not 0 are those of A S2 A^T, which is symmetric, N x N and positive."""
+    product = rows @ other["sigma"] @ rows.T
+    if not np.isfinite(product).all():  # which eigvalsh does not check
+        raise np.linalg.LinAlgError("Array must not contain infs or NaNs")
+    squares = np.linalg.eigvalsh(product)
+    apart = one["mu"] - other["mu"]
+    trace = np.trace(one["sigma"]) + np.trace(other["sigma"]) - 2 * np.sqrt(squares.clip(0)).sum()
+    return float(apart @ apart + trace)
+
+
+def as_loss(name: str, value: float) -> float:
+    """A figure as a number that is the smaller, the better it is."""
+    if name == "brightness_bias":  # images may be too dark as well as too bright
+        return abs(value)
+    return -value if name in ("is", "precision", "recall") else value
+
+
+def require_images(reference: Sample, layers: Mapping[str, str]) -> None:
+    """Raises InputError where a metric needs images of the reference, and there are statistics only."""
+    for metric, layer in layers.items():
+        if metric in OF_IMAGES and layer not in reference.features:
+            raise InputError(f"metric {metric} compares images, but the reference is statistics; take images, or leave {metric} out")
+
+
+def figures(target: Sample, reference: Sample, layers: Mapping[str, str], seed: int = 0, subsets: int = KID_SUBSETS) -> dict[str, float]:
+    """All figures of a target against a reference.
+
+    Args:
+        target: features of the images.
+        reference: features or statistics of those they are compared with.
+        layers: the layer that each metric compares, by metric: fid, sfid, is, kid, prc, colour.
+        seed: of the subsets of KID and the order for the Inception score.
+        subsets: how many KID takes.
+
+    Raises:
+        InputError: a metric needs images of the reference, and there are statistics only.
+    """
+    require_images(reference, layers)
+    functions = _FIGURES | {"kid": partial(_kid, subsets)}
+    found: dict[str, float] = {}
+    for metric, layer in layers.items():
+        found |= functions[metric](target, reference, layer, seed)
+    return found
+
+
+def _distance(name: str, target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
+    # The distance is symmetric: the smaller set comes first, whose matrix is the smaller one.
+    one, other = sorted((target, reference), key=lambda sample: len(sample.rows.get(layer, sample.moments(layer)["sigma"])))
+    return {name: frechet(one.moments(layer), other.moments(layer), one.rows.get(layer))}
+
+
+def _inception_score(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
+    found = isc_features_to_metric(target.features[layer], splits=SPLITS, shuffle=True, rng_seed=seed)
+    return {"is": found["inception_score_mean"], "is_std": found["inception_score_std"]}
+
+
+def _kid(subsets: int, target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
+    one, other = target.features[layer], reference.features[layer]
+    size = min(KID_SUBSET, len(one), len(other))
+    subsets = 1 if size == len(one) == len(other) else subsets  # each would be all images, and their spread rounding
+    found = kid_features_to_metric(one, other, kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False)
+    spread = {"kid_std": found["kernel_inception_distance_std"]} if subsets > 1 else {}
+    return {"kid": found["kernel_inception_distance_mean"], **spread, "kid_subset": size}
+
+
+def _precision_recall(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
+    """With balls that reach to the third neighbour, as the ADM evaluator has them, too."""
+    one, other = target.features[layer], reference.features[layer]
+    found = prc_features_to_metric(one, other, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+    return {"precision": found["precision"], "recall": found["recall"]}
+
+
+def _colour(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
+    """The colour shift that the paper speaks of: of the mean over all images, and of the distribution of each image's mean.
+
+    Both in grey levels of 255; the distance is the root of Frechet's, which has that unit.
+    """
+    one, other = target.moments(layer), reference.moments(layer)
+    return {"brightness_bias": float((one["mu"] - other["mu"]).mean()), "colour_distance": max(frechet(one, other), 0.0) ** 0.5}
+
+
+_FIGURES: dict[str, Any] = {
+    "fid": partial(_distance, "fid"),
+    "sfid": partial(_distance, "sfid"),
+    "is": _inception_score,
+    "prc": _precision_recall,
+    "colour": _colour,
+}
+
+
+def halves(sample: Sample, seed: int = 0) -> tuple[Sample, Sample] | None:
+    """A set of images cut in two at random: how far they are apart is what a perfect model gets where both sides have as many images.
+
+    None of statistics.
+    """
+    if not sample.features or sample.count is None:
+        return None
+    order = torch.randperm(sample.count, generator=torch.Generator().manual_seed(seed))
+    cut = sample.count // 2
+    parts = [Sample.of({layer: values[part] for layer, values in sample.features.items()}) for part in (order[:cut], order[cut:])]
+    return parts[0], parts[1]
+
+
+def redrawn(target: Sample, reference: Sample, layers: Mapping[str, str], seed: int, draw: int) -> dict[str, float]:
+    """Figures when the images of the target are drawn again from themselves (bootstrap), a function of (seed, draw)."""
+    count = len(next(iter(target.features.values())))
+    chosen = torch.randint(count, (count,), generator=seeding.generator(seed, "bootstrap", draw))
+    again = Sample.of({layer: values[chosen] for layer, values in target.features.items()})
+    return figures(again, reference, layers, seed, KID_SUBSETS_REDRAWN)
+
+
+def intervals(found: Mapping[str, float], rows: Sequence[Mapping[str, float]], level: float = 0.95) -> dict[str, tuple[float, float]]:
+    """Where each figure lies in `level` of the cases, by the figures of redrawn images.
+
+    It tells of the chance in the images, not in the training; Frechet distances of redrawn images are too large by the repetitions
+    among them, so the interval is moved to the middle of the figure itself.
+    """
+    low, high = (1 - level) / 2, (1 + level) / 2
+    ends = {name: np.quantile([row[name] for row in rows], (low, 0.5, high)) for name in found}
+    return {name: (value - ends[name][1] + ends[name][0], value - ends[name][1] + ends[name][2]) for name, value in found.items()}
+
+
+def least_images(layers: Mapping[str, str], sample: Sample, few: bool = False) -> dict[str, int]:
+    """How many images each metric needs on both sides; `sample` tells how wide the layers are.
+
+    Without `few`, Frechet's distances need one more than the features have numbers: fewer give a singular covariance, and with it
+    a distance that means little.
+    """
+    return {metric: LEAST[metric] if few or metric not in FRECHET else sample.width(layer) + 1 for metric, layer in layers.items()}

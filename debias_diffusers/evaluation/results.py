@@ -1,0 +1,87 @@
+"""Results of eval.py: tables, JSON, and curves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..utils.files import read_json, write_file
+from .plots import curves
+
+
+def has_fields(path: Path, *names: str) -> bool:
+    """Whether a file is a JSON object with these fields, by which a result of this package is recognised."""
+    found = read_json(path)
+    return isinstance(found, dict) and found.keys() >= set(names)
+
+
+def as_json(result: Mapping[str, Any]) -> bytes:
+    """The text of a file of figures. JSON knows neither NaN nor infinity: null stands for them."""
+    finite = json.loads(json.dumps(result), parse_constant=lambda _: None)
+    return (json.dumps(finite, indent=2) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A target, as it was drawn, and its figures."""
+
+    target: str
+    images: int
+    figures: dict[str, float]
+    total_images: int | None = None  # of a folder or an .npz, of which `images` were taken
+    scheduler: str | None = None
+    steps: int | None = None
+    checkpoint: int | None = None
+    intervals: dict[str, tuple[float, float]] | None = None
+
+
+ORDER = ("fid", "sfid", "is", "is_std", "kid", "kid_std", "kid_subset", "precision", "recall", "brightness_bias", "colour_distance")
+
+
+def as_row(row: Row) -> dict[str, Any]:
+    """What the JSON says of a target."""
+    about = {name: value for name, value in dataclasses.asdict(row).items() if value is not None and name != "figures"}
+    return about | row.figures
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The figures as a table in Markdown, the distance between two halves of the reference as the last row."""
+    targets = result["targets"]
+    names = [name for name in ORDER if any(name in row for row in targets)]
+    how = [name for name in ("checkpoint", "scheduler", "steps") if any(name in row for row in targets)]
+    head = ["target", *how, "images", *names]
+    lines = [" | ".join(head), "|".join(["---"] * len(head))]
+    for row in targets:
+        cells = [row["target"], *(str(row.get(name, "")) for name in how), str(row["images"])]
+        lines.append(" | ".join([*cells, *(_cell(row, name) for name in names)]))
+    if yardstick := result["halves_of_the_reference"]:
+        cells = ["two halves of the reference", *("" for _ in how), str(result["reference"]["images"] // 2)]
+        lines.append(" | ".join([*cells, *(_cell(yardstick, name) for name in names)]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    if name not in row:
+        return ""
+    low_high = (row.get("intervals") or {}).get(name)
+    return f"{row[name]:.4g}" + (f" ({low_high[0]:.4g} to {low_high[1]:.4g})" if low_high else "")
+
+
+def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """A picture of each figure over steps, or over checkpoints, where there are several."""
+    along = "checkpoint" if len({row.get("checkpoint") for row in rows}) > 1 else "steps"
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        if (place := row.get(along)) is None:
+            continue
+        parts = (row["target"], row["scheduler"], row.get("steps" if along == "checkpoint" else "checkpoint"))
+        label = " ".join(str(part) for part in parts if part is not None)
+        for name in ORDER:
+            if name in row and not name.endswith(("_std", "_subset")):
+                lines.setdefault(name, {}).setdefault(label, []).append((place, row[name]))
+    if any(len(points) > 1 for labelled in lines.values() for points in labelled.values()):
+        write_file(path, curves(lines, "training step" if along == "checkpoint" else "steps of the solver"))

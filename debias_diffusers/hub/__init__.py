@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: client, model card, publishing. No torch."""

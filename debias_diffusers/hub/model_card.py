@@ -1,0 +1,258 @@
+"""The model card of a run: what others must know to use it, and what was trained. No torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..config.hub_names import COMMIT
+from ..config.loading import stored
+from ..config.schema import DIGITS, ObjectiveConfig, TrainConfig
+from ..config.validation import SPACES_OF_OTHERS
+
+TITLE = "# A diffusion model trained with debias_diffusers"
+TASK = "unconditional-image-generation"
+ON_HUB = re.compile(rf"([\w-][\w.-]*/)?[\w-][\w.-]*@{COMMIT.pattern}", re.ASCII)  # a repository and its commit
+UNKNOWN = "unknown"  # an identifier of the Hub's for a licence that nobody named
+MOST_CLASSES = 1000  # in the table of a card
+PLACEHOLDER = '"PATH"'  # where the model will be
+
+CITATION = """```bibtex
+@article{yu2023unmasking,
+  title   = {Unmasking Bias in Diffusion Model Training},
+  author  = {Yu, Hu and Shen, Li and Huang, Jie and Li, Hongsheng and Zhao, Feng},
+  journal = {arXiv preprint arXiv:2310.08442},
+  year    = {2023}
+}
+```"""
+
+
+def model_card(
+    config: TrainConfig,
+    step: int,
+    num_classes: int,
+    images: int | None = None,
+    measured: Mapping[str, Any] | None = None,
+    classes: Mapping[str, int] | None = None,
+) -> str:
+    """README.md of a run: what was trained, how to draw with it, its figures, and every field of the configuration.
+
+    Args:
+        config: of the run.
+        step: that was reached.
+        num_classes: labels of the model; 0 without.
+        images: how many it learns from.
+        measured: `step`, `by` (about the measurement) and `figures`, as the run's state.json has them.
+        classes: images of each class by its name, in the order of the labels.
+    """
+    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in stored(config).items())
+    return f"""---
+{_front(config, measured)}
+---
+
+{TITLE}
+
+Step {step} of {config.optimization.max_steps}; the weights are averaged at the rate {config.optimization.ema_decay[0]}.
+{_objective(config.objective)}
+{_data(config, images)}
+
+## Use it
+
+```python
+{_use(num_classes, config.objective)}
+```
+{_others(num_classes, config.objective)}
+or, with debias_diffusers installed, `{_command(config.objective)}`.
+{_variants(config)}
+{_figures(measured)}{_classes(classes)}
+## Licence
+
+{_licence(config)}
+
+## Citation
+
+The debiased loss is that of [arXiv 2310.08442](https://arxiv.org/abs/2310.08442):
+
+{CITATION}
+
+## Configuration
+
+| field | value |
+|---|---|
+{rows}
+"""
+
+
+def published(card: str, repo: str, license: str | None, grid: str | None) -> str:
+    """The card of a run as that of a repository: it names the repository and the licence, and shows the picture."""
+    from huggingface_hub import ModelCard
+
+    parsed: Any = ModelCard(card)
+    parsed.data.license = license or UNKNOWN
+    parsed.data.model_name = repo.split("/")[-1] if parsed.data.eval_results else None
+    text = str(parsed).replace(PLACEHOLDER, f'"{repo}"').replace(f"model: {_code(UNKNOWN)}", f"model: {_code(parsed.data.license)}", 1)
+    return text.replace(f"{TITLE}\n", f"{TITLE}\n\n![Drawn while it was trained]({grid})\n", 1) if grid else text
+
+
+def _front(config: TrainConfig, measured: Mapping[str, Any] | None) -> str:
+    """What the Hub reads."""
+    from huggingface_hub import ModelCardData
+
+    objective, results = config.objective, _results(config, measured)
+    data = ModelCardData(
+        license=UNKNOWN,
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        tags=["debias_diffusers", objective.weighting, objective.prediction_type],
+        datasets=_on_hub(config.data.dataset),
+        base_model=_on_hub(config.optimization.init),
+        model_name="debias_diffusers" if results else None,
+        eval_results=results or None,
+    )
+    front: str = data.to_yaml()
+    return front
+
+
+def _on_hub(name: str | None) -> list[str] | None:
+    """The repository behind a name, which a run writes down with its commit; of models and data on a disk nobody else has heard."""
+    return [name.partition("@")[0]] if name and ON_HUB.fullmatch(name) else None
+
+
+def _results(config: TrainConfig, measured: Mapping[str, Any] | None) -> list[Any]:
+    """The figures in the form of a model-index. It knows no NaN."""
+    from huggingface_hub import EvalResult
+
+    if measured is None:
+        return []
+    name, _, commit = str(config.data.dataset).partition("@")
+    shown = name if name == DIGITS or _on_hub(config.data.dataset) else "images"
+    about: dict[str, Any] = {"task_type": TASK, "dataset_type": shown, "dataset_name": shown}
+    about["dataset_revision"] = commit if _on_hub(config.data.dataset) else None
+    figures = measured["figures"].items()
+    return [
+        EvalResult(**about, metric_type=kind, metric_value=value, metric_name=f"{kind} ({_by(measured)})")
+        for kind, value in figures
+        if math.isfinite(value)
+    ]
+
+
+def _by(measured: Mapping[str, Any]) -> str:
+    """How figures were measured."""
+    by = measured["by"]
+    features = f"features of {by['extractor']}, " if "extractor" in by else ""
+    return f"{features}{by['images']} images, step {measured['step']}"
+
+
+def _data(config: TrainConfig, images: int | None) -> str:
+    """What was learned from, and where it started."""
+    (repo,) = _on_hub(config.data.dataset) or [str(config.data.dataset)]
+    commit = str(config.data.dataset).removeprefix(repo).removeprefix("@")
+    said = f"Trained on {_code(repo)}, split {_code(config.data.split)}"
+    said += f" at revision `{commit}`" if commit else ""
+    said += f", {images} images" if images else ""
+    said += f", starting from the weights of {_code(config.optimization.init)}" if config.optimization.init else ""
+    return said + "."
+
+
+def _use(num_classes: int, objective: ObjectiveConfig) -> str:
+    if num_classes:
+        return (
+            "from debias_diffusers import PixelPipeline\n\n"
+            'pipeline = PixelPipeline.from_pretrained("PATH")\n'
+            f"image = pipeline(class_labels=[0]).images[0]  # labels 0 to {num_classes - 1}"
+        )
+    return (
+        "from diffusers import DDPMPipeline\n\n"
+        'pipeline = DDPMPipeline.from_pretrained("PATH")\n'
+        f"image = pipeline(num_inference_steps={50 if objective.prediction_type == 'flow' else objective.num_train_timesteps}).images[0]"
+    )
+
+
+def _others(num_classes: int, objective: ObjectiveConfig) -> str:
+    """What of other pipelines of diffusers: few know what a network predicts beside the noise, and none says so."""
+    if num_classes:
+        return "\nAfter this import `DiffusionPipeline.from_pretrained` loads it, too. Pipelines of diffusers itself know no labels.\n"
+    if objective.prediction_type == "flow":
+        return "\nNot with `DDIMPipeline`, which takes it for a model that predicts the noise and draws noise.\n"
+    if objective.learn_sigma:
+        return "\nNot with `DDIMPipeline`, which breaks on the channels of the learned variance.\n"
+    return "\nWith `DDIMPipeline`, pass `use_clipped_model_output=True`.\n"
+
+
+def _command(objective: ObjectiveConfig) -> str:
+    solver = "flow_heun" if objective.prediction_type == "flow" else "unipc"
+    return f"debias-sample {PLACEHOLDER} --scheduler {solver} --steps {min(20, objective.num_train_timesteps // 2)} --output_dir samples"
+
+
+def variant(rate: float) -> str:
+    """Name of the weights averaged at a rate among those of a pipeline. diffusers finds none with a point in it."""
+    return f"ema_{rate}".replace(".", "_")
+
+
+def _variants(config: TrainConfig) -> str:
+    others = [f"`{variant(rate)}`" for rate in config.optimization.ema_decay[1:]]
+    return f"On the Hub, weights averaged at other rates are variants: {', '.join(others)}.\n" if others else ""
+
+
+def _figures(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return ""
+    rows = "\n".join(f"| {_cell(name)} | {value:.4g} |" for name, value in measured["figures"].items())
+    return f"## Figures\n\nAgainst the training images, {_by(measured)}:\n\n| figure | value |\n|---|---|\n{rows}\n"
+
+
+def _classes(classes: Mapping[str, int] | None) -> str:
+    """The labels and what they stand for."""
+    if not classes:
+        return ""
+    rows = [f"| {label} | {_cell(name)} | {count} |" for label, (name, count) in enumerate(classes.items())]
+    more = f"\nand {len(rows) - MOST_CLASSES} more, which `model_index.json` names.\n" if len(rows) > MOST_CLASSES else ""
+    table = "\n".join(rows[:MOST_CLASSES])
+    return f"\n## Classes\n\n`class_labels` takes names or numbers.\n\n| label | name | images |\n|---|---|---|\n{table}\n{more}"
+
+
+def _licence(config: TrainConfig) -> str:
+    said = f"Licence of this model: {_code(UNKNOWN)}."
+    if config.data.dataset == DIGITS:
+        said += (
+            " The digits are from *Optical Recognition of Handwritten Digits* by E. Alpaydin and C. Kaynak (UCI Machine Learning "
+            "Repository, doi 10.24432/C50P49), CC BY 4.0."
+        )
+    return said
+
+
+def _objective(objective: ObjectiveConfig) -> str:
+    """What was minimised, in sentences; its numbers stand in the table."""
+    space, name = objective.prediction_type, objective.weighting
+    if name == "variational":
+        sentences = [f"The network predicts {space} and a variance; the variational bound was minimised, without weights."]
+    elif name in SPACES_OF_OTHERS:
+        sentences = [f"The squared error of the network's {space} is weighted with {_code(name)}, as other code has it."]
+    else:
+        sentences = [
+            f"The squared error of the network's {space} is weighted with {_code(name)}, a weight defined on the error of the noise and "
+            f"converted to what the network predicts."
+        ]
+    if name == "debiased":
+        sentences.append("`debiased` is 1/sqrt(SNR), from arXiv 2310.08442.")
+    if objective.timestep_sampler in ("log_normal", "logit_normal"):
+        sentences.append(
+            f"t was drawn with the density `{objective.timestep_sampler}` (mean {objective.timestep_mean}, standard deviation "
+            f"{objective.timestep_std}) without correction, so the objective is multiplied by this density."
+        )
+    if objective.learn_sigma and name != "variational":
+        sentences.append("The variance of a sampling step is learned by the variational bound.")
+    return "\n".join(sentences)
+
+
+def _cell(value: object) -> str:
+    """As code in a cell of a table."""
+    return _code(value).replace("|", "\\|")
+
+
+def _code(value: object) -> str:
+    """As code, in which no markup counts: a name of a data set may hold any, and what ends the line or the code."""
+    text = "".join(c if c.isprintable() else " " for c in str(value)).replace("`", "'").strip()
+    return f"`{text}`" if text else ""

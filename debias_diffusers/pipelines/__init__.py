@@ -1,0 +1,1 @@
+"""Solvers and the diffusers pipeline that draws pixels with them."""

@@ -1,0 +1,358 @@
+"""A diffusers pipeline for pixel UNets: class labels, guidance, any scheduler."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..config import hub_names
+from ..config.schema import Clipping, PredictionType
+from ..data.labels import by_label, numbers
+from ..diffusion.noise_schedule import is_flow, predicted_x_0, prediction_of_x_0
+from ..errors import InputError, NotFiniteError, reason
+from ..hub import client
+from .solvers import set_timesteps
+
+
+class PixelPipeline(DiffusionPipeline):
+    """Draws images with a UNet2DModel, unconditional or by class.
+
+    Args:
+        unet: predicts what the scheduler's `prediction_type` says.
+        scheduler: any diffusers scheduler, of the kind that the model was trained for.
+        null_label: the label that stands for "no label", for guidance; None where the model was trained without one.
+        class_names: of each label by its number as text; None where the classes have no names.
+        class_counts: images of each class that the model was trained on, likewise.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ("x_t", "x_0", "class_labels", "latents")
+    _guidance_scale, _num_timesteps, _interrupt = 1.0, 0, False  # until the first call
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: Any,
+        null_label: int | None = None,
+        class_names: Mapping[str, str] | None = None,
+        class_counts: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(null_label=null_label, class_names=class_names, class_counts=class_counts)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As diffusers' own, of a folder or a Hub id with `revision`; weights are read from safetensors unless told otherwise."""
+        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+
+    @property
+    def num_classes(self) -> int:
+        """Labels that can be asked for; 0 for an unconditional model."""
+        embeds = self.unet.config.num_class_embeds or 0
+        return embeds - (self.config.null_label is not None)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """In the order of the labels; None where the model does not know them."""
+        return by_label(self.config.class_names, self.num_classes, str)
+
+    @property
+    def class_counts(self) -> list[int] | None:
+        """Images of each class that the model was trained on; None where it does not know them."""
+        return by_label(self.config.class_counts, self.num_classes, int)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        class_labels: Sequence[int | str] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        num_inference_steps: int = 20,
+        timesteps: Sequence[int] | None = None,
+        eta: float = 0.0,
+        clipping: Clipping | None = None,
+        clipping_quantile: float = 0.995,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("x_t", "latents"),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draws a batch of images.
+
+        The network computes in the precision of its weights; x_t is kept in float32 at least.
+
+        Args:
+            batch_size: how many.
+            class_labels: (batch_size,) a label for each image of a class-conditional model: its number, or the name of its class.
+            guidance_scale: g of classifier-free guidance (arXiv 2207.12598): none + g (label - none); 1 is off.
+            guidance_interval: the least and the greatest timestep that is guided (arXiv 2404.07724); all if left out.
+            num_inference_steps: steps of the scheduler.
+            timesteps: the timesteps themselves, descending, for schedulers that take them; num_inference_steps is then unused.
+            eta: share of fresh noise in DDIM's steps (arXiv 2010.02502, equation 16); only schedulers that know it take it.
+            clipping: "static" bounds the predicted x_0 to [-1, 1] in each step, "dynamic" to its own quantile, and scales
+                that to 1 (arXiv 2205.11487, section 2.3), with any scheduler. Left out or "off", the scheduler does what it
+                is configured to do.
+            clipping_quantile: of the absolute values of an image, for "dynamic".
+            generator: one for all, or a list with one for each image, which makes an image independent of its batch.
+            latents: (B, C, H, W) standard normal noise to begin with, in place of noise of the generator.
+            output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), both float in [0, 1]; "latent" (B, C, H, W), the last
+                x_t as it is, in which images have [-1, 1].
+            return_dict: an ImagePipelineOutput, or a plain tuple.
+            callback_on_step_end: called after each step with this pipeline, the number of the step, its timestep, and a
+                dictionary of the tensors asked for; another `x_t` or `latents` in what it returns takes the place of ours. It
+                may set `_interrupt` to stop, and `_guidance_scale` for the steps that follow. diffusers' PipelineCallback and
+                MultiPipelineCallbacks name their tensors themselves.
+            callback_on_step_end_tensor_inputs: among x_t (B, C, H, W) after the step, also called latents as in other
+                pipelines, x_0 (B, C, H, W) as predicted in it, and class_labels (B,).
+
+        Raises:
+            InputError: labels, guidance, noise, steps, or tensors for the callback that the model or this pipeline does not have.
+            NotFiniteError: the network or the solver gave NaN or infinity.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._check(guidance_interval, clipping, output_type, callback_on_step_end_tensor_inputs)
+        labels = self._labels(batch_size, class_labels, guidance_scale)
+        if not isinstance(self.scheduler, DDPMScheduler) and self.unet.config.in_channels > 3:
+            self.scheduler.register_to_config(variance_type=None)  # or DPM-Solver cuts off all channels after the third
+        set_timesteps(self.scheduler, num_inference_steps, timesteps)
+        chance = self._step_arguments(generator, eta)
+        x_t = self._noise(batch_size, generator, latents)
+        scaled = getattr(self.scheduler, "scale_model_input", lambda x_t, t: x_t)
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(self.scheduler.timesteps), False
+        with self.progress_bar(total=self._num_timesteps) as progress:
+            for step, t in enumerate(self.scheduler.timesteps):
+                given = scaled(x_t, t)
+                prediction = self._predict(given, t, labels, self._guidance_scale if _within(guidance_interval, t) else 1.0)
+                prediction = self._clipped(prediction, given, t, clipping, clipping_quantile)
+                x_t = self.scheduler.step(prediction, t, x_t, **chance).prev_sample
+                if callback_on_step_end:
+                    x_0 = self._x_0(prediction, given, t) if "x_0" in callback_on_step_end_tensor_inputs else None
+                    tensors = {"x_t": x_t, "x_0": x_0, "class_labels": labels, "latents": x_t}
+                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    x_t = _replaced(x_t, callback_on_step_end(self, step, t, asked) or {})
+                progress.update()
+                if self._interrupt:
+                    break
+        if not x_t.isfinite().all():
+            raise NotFiniteError(f"{type(self.scheduler).__name__} with {num_inference_steps} steps drew images that are not finite")
+        images: Any = x_t if output_type == "latent" else (x_t / 2 + 0.5).clamp(0, 1)
+        self.maybe_free_model_hooks()
+        if output_type in ("pil", "np"):
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+            images = self.numpy_to_pil(images) if output_type == "pil" else images
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call at hand, or the last one."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Calls of the network in the call at hand, or the last one."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked to stop."""
+        return self._interrupt
+
+    def _check(
+        self, guidance_interval: tuple[float, float] | None, clipping: str | None, output_type: str, tensor_inputs: Sequence[str]
+    ) -> None:
+        if guidance_interval is not None and not guidance_interval[0] <= guidance_interval[1]:
+            raise InputError(f"guidance_interval is {guidance_interval}, but its first timestep must be the smaller one")
+        if clipping not in (None, "off", "static", "dynamic"):
+            raise InputError(f"clipping is {clipping!r}, but must be off, static or dynamic")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise InputError(f"output_type is {output_type!r}, but must be pil, np, pt or latent")
+        if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
+            raise InputError(f"a callback can be given {', '.join(self._callback_tensor_inputs)}, but not {', '.join(unknown)}")
+
+    def _step_arguments(self, generator: Any, eta: float) -> dict[str, Any]:
+        """What the scheduler's step knows of: solvers of ODEs draw nothing and have no such arguments."""
+        known = inspect.signature(self.scheduler.step).parameters
+        if eta and "eta" not in known:
+            raise InputError(f"eta is {eta}, but {type(self.scheduler).__name__} has none; take ddim, or leave it out")
+        return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in known}
+
+    def _noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
+        """x_T of the scheduler, (B, C, H, W), from the noise given if any."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, self.unet.config.in_channels, height, width)
+        dtype = torch.promote_types(self._dtype, torch.float32)
+        if latents is not None and latents.shape != shape:
+            raise InputError(f"latents has shape {tuple(latents.shape)}, but must have {shape}, for a batch_size of {batch_size}")
+        device = self._execution_device
+        noise = latents.to(device, dtype) if latents is not None else randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # those of flow matching have none, and scale nothing
+
+    def _labels(self, batch_size: int, class_labels: Sequence[int | str] | Tensor | None, guidance_scale: float) -> Tensor | None:
+        if class_labels is not None and not isinstance(class_labels, Tensor) and self.num_classes:
+            class_labels = numbers(class_labels, self.class_names)
+        check_labels(self, class_labels, guidance_scale)
+        if class_labels is None:
+            return None
+        labels = torch.as_tensor(class_labels, dtype=torch.long, device=self._execution_device)
+        if labels.shape != (batch_size,):
+            raise InputError(f"class_labels has shape {tuple(labels.shape)}, but must have one label for each of {batch_size} images")
+        return labels
+
+    def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
+        """What the scheduler takes: the guided prediction, and the values of a learned variance (of the label) if it uses them."""
+        C = self.unet.config.in_channels
+        if labels is None or guidance_scale == 1 or self.config.null_label is None:
+            output = self._call(x_t, t, labels)
+            prediction, values = output[:, :C], output[:, C:]
+        else:
+            null = torch.full_like(labels, self.config.null_label)
+            output, without = self._call(x_t.repeat(2, 1, 1, 1), t, torch.cat([labels, null])).chunk(2)
+            prediction, values = without[:, :C] + guidance_scale * (output[:, :C] - without[:, :C]), output[:, C:]
+        return torch.cat([prediction, values], dim=1) if self._uses_variance else prediction
+
+    def _call(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """The network in the precision of its weights, its output in that of x_t."""
+        output: Tensor = self.unet(x_t.to(self._dtype), t, labels, return_dict=False)[0]
+        return output.to(x_t.dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        weights: Tensor = next(self.unet.parameters())  # `unet.dtype` looks at all modules, which takes a millisecond
+        return weights.dtype
+
+    def _clipped(self, prediction: Tensor, x_t: Tensor, t: Tensor, clipping: Clipping | None, quantile: float) -> Tensor:
+        """The prediction that implies the x_0 of this one, brought to [-1, 1]. Values of a learned variance stay."""
+        if clipping in (None, "off"):
+            return prediction
+        x_0 = self._x_0(prediction, x_t, t)
+        if clipping == "static":
+            x_0 = x_0.clamp(-1, 1)
+        else:
+            bound = x_0.abs().flatten(1).quantile(quantile, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+            x_0 = x_0.clamp(-bound, bound) / bound
+        values = prediction[:, x_t.shape[1] :]
+        return torch.cat([prediction_of_x_0(self._prediction_type, x_0, x_t, *self._a_s(t)), values], dim=1)
+
+    def _x_0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """(B, C, H, W) the clean image that a prediction implies."""
+        return predicted_x_0(self._prediction_type, prediction[:, : x_t.shape[1]], x_t, *self._a_s(t))
+
+    @property
+    def _prediction_type(self) -> PredictionType:
+        kind: PredictionType = "flow" if is_flow(self.scheduler) else self.scheduler.config.prediction_type
+        return kind
+
+    def _a_s(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a and s of the noise level t. Between whole ones s / a is interpolated, as schedulers with such timesteps do it."""
+        if is_flow(self.scheduler):
+            s = t.double() / self.scheduler.config.num_train_timesteps
+            return 1 - s, s
+        if not hasattr(self.scheduler, "alphas_cumprod"):
+            name = type(self.scheduler).__name__
+            raise InputError(f"{name} has no alphas_cumprod, which clipping and the x_0 of a callback need; leave them out")
+        acp = self.scheduler.alphas_cumprod.double()
+        if t != t.floor():
+            sigma = ((1 - acp) / acp).sqrt()
+            sigma = torch.lerp(sigma[int(t)], sigma[int(t) + 1], t.double().frac())
+            return (1 + sigma**2).rsqrt(), sigma * (1 + sigma**2).rsqrt()
+        return acp[int(t)].sqrt(), (1 - acp[int(t)]).sqrt()
+
+    @property
+    def _uses_variance(self) -> bool:
+        """DDPM alone; the others keep the name of the variance in their configuration, but know nothing of it."""
+        return isinstance(self.scheduler, DDPMScheduler) and (self.scheduler.config.variance_type or "").startswith("learned")
+
+
+def _replaced(x_t: Tensor, returned: dict[str, Any]) -> Tensor:
+    """x_t as a callback wants it: it may return another one under either name, beside the one that it was given."""
+    return next((returned[name] for name in ("x_t", "latents") if returned.get(name, x_t) is not x_t), x_t)
+
+
+def _within(interval: tuple[float, float] | None, t: Tensor) -> bool:
+    return interval is None or interval[0] <= float(t) <= interval[1]
+
+
+diffusers.PixelPipeline = PixelPipeline  # where DiffusionPipeline.from_pretrained looks for the class of a saved pipeline
+
+
+def check_labels(pipeline: PixelPipeline, class_labels: Sequence[Any] | Tensor | None, guidance_scale: float) -> None:
+    """Raises InputError where a model does not have the labels or the guidance asked for."""
+    classes = pipeline.num_classes
+    if class_labels is not None and classes == 0:
+        raise InputError("class_labels are given, but the model is unconditional; leave them out")
+    if class_labels is None and classes:
+        raise InputError(f"class_labels are missing, but the model has {classes} classes; give one from 0 to {classes - 1} for each image")
+    if wrong := sorted({int(k) for k in class_labels if not 0 <= int(k) < classes} if class_labels is not None else ()):
+        raise InputError(f"class_labels has {wrong[0]}, but the model's classes are 0 to {classes - 1}")
+    if guidance_scale != 1 and pipeline.config.null_label is None:
+        raise InputError(f"guidance_scale is {guidance_scale}, but the model was not trained with dropped labels; take --guidance_scale 1")
+
+
+def load_pipeline(model: str, allow_pickle: bool = False, variant: str | None = None) -> PixelPipeline:
+    """A pipeline from a run directory, a pipeline folder or a Hub id (user/name, user/name@revision).
+
+    Args:
+        model: where it is.
+        allow_pickle: take .bin weights where there are no safetensors; they are read as tensors only.
+        variant: of the weights, such as ema_0_999; the plain ones if left out.
+
+    Raises:
+        InputError: there is no model, or a file of it is damaged; names it.
+        HubError: the Hub does not give it.
+    """
+    folder = client.fetched(model, variant, allow_pickle) if hub_names.is_id(model) else Path(model)
+    if not model or (folder.exists() and not (folder / "model_index.json").is_file()):
+        raise InputError(f"{model or 'an empty name'} holds no model (no model_index.json); train one, or name another folder")
+    if not folder.exists():
+        raise InputError(f"{model} does not exist; name a run directory, a pipeline folder or a Hub id such as user/name")
+    logging.disable_progress_bar()  # of loading two components
+    try:
+        parts = {name for name, value in PixelPipeline.load_config(folder).items() if isinstance(value, list | tuple) and value[0]}
+        if other := sorted(parts - {"unet", "scheduler"}):
+            raise ValueError(f"it has a {other[0]}, but this is for pixel models, of a unet and a scheduler only")
+        safe = _has_safetensors(folder, model, allow_pickle)
+        if variant and not any(folder.glob(f"unet/{client.WEIGHTS}.{variant}.*")):
+            raise InputError(f"model {model} has no weights {variant}, as averages at other rates are named; take --weights ema")
+        pipeline: PixelPipeline = PixelPipeline.from_pretrained(folder, use_safetensors=safe, variant=variant)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged or hostile file may provoke any
+        raise InputError(f"model {model} cannot be loaded: {reason(error)}") from error
+    if not isinstance(pipeline.unet, UNet2DModel):
+        raise InputError(
+            f"model {model} cannot be loaded: its unet is a {type(pipeline.unet).__name__}, but pixel models have a UNet2DModel"
+        )
+    if missing := [name for name, parameter in pipeline.unet.named_parameters() if parameter.is_meta]:
+        raise InputError(f"model {model} cannot be loaded: its weight file lacks {missing[0]}")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _has_safetensors(folder: Path, model: str, allow_pickle: bool) -> bool:
+    """Whether a model's weights are safetensors; refuses those that are .bin alone, a format that can hold code."""
+    place = folder / "unet" if (folder / "unet").is_dir() else folder
+    others = sorted(place.glob(f"{client.WEIGHTS}*.bin"))
+    if not others or any(place.glob(f"{client.WEIGHTS}*.safetensors")):
+        return True
+    if not allow_pickle:
+        raise client.bin_refused(model, str(others[0].relative_to(folder)))
+    return False

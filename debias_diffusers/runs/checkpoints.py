@@ -1,0 +1,227 @@
+"""Checkpoints: folders of files with a manifest of their sizes and hashes. Bytes and JSON; torch is not needed here.
+
+    checkpoints/step-00001000/{NAME.safetensors, ..., state.json, manifest.json}
+
+A checkpoint is drafted aside, synced, and renamed into place; only then is an older one removed. It counts only when
+every file matches the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, NoUsableCheckpointError, reason
+from ..utils.files import draft_of, said_if_not_writable, sync_folder, write_durably
+
+FORMAT = 1
+MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampler.safetensors"  # files of tensors
+MANIFEST = "manifest.json"
+OWN_HASH = "sha256"  # of the manifest without it: a flipped bit of "format" must not pass for a newer version
+STATE = "state.json"
+PIECE = 1 << 20
+_NAME = re.compile(r"step-([0-9]{8,})")
+
+
+class DamagedError(Exception):
+    """A file of a checkpoint is missing or is not what was written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on the disk whose files matched its manifest."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]  # state.json
+
+    def read(self, name: str) -> bytes:
+        """One file's bytes, checked against the manifest.
+
+        Raises:
+            NoUsableCheckpointError: the file changed after the checkpoint was chosen.
+        """
+        try:
+            return _read_checked(self.path / name, _read_manifest(self.path)[name])
+        except (DamagedError, KeyError) as error:
+            raise NoUsableCheckpointError(f"checkpoint {self.path}: {error}") from error
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def ema_file(rate: float) -> str:
+    """The file of a checkpoint that holds the average at a rate."""
+    return f"ema_{rate}.safetensors"
+
+
+def write(folder: Path, step: int, files: Iterable[tuple[str, bytes]], state: dict[str, Any], keep: int, best: int | None = None) -> Path:
+    """Writes the checkpoint of a step and then removes the oldest beyond `keep`.
+
+    Args:
+        folder: the folder of all checkpoints.
+        files: names and contents; may be a generator, so that only one content is in memory at a time.
+        state: goes into state.json.
+        keep: how many checkpoints stay.
+        best: the step of one that stays beyond them.
+
+    Raises:
+        CannotWriteError: the draft is removed, older checkpoints stay.
+    """
+    final = folder / name_of(step)
+    draft = draft_of(final)
+    with said_if_not_writable(final):
+        try:
+            _draft(draft, step, files, state)
+            if final.exists():  # it did not verify, or we would have resumed from it
+                shutil.rmtree(final)
+            os.rename(draft, final)
+        except OSError:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        sync_folder(folder)
+    prune(folder, step, keep, best)
+    return final
+
+
+def _draft(draft: Path, step: int, files: Iterable[tuple[str, bytes]], state: dict[str, Any]) -> None:
+    draft.mkdir(parents=True)
+    manifest = {}
+    for name, content in _with_state(files, state):
+        write_durably(draft / name, content)
+        manifest[name] = {"size": len(content), "sha256": _hash(content)}
+    body = {"format": FORMAT, "step": step, "files": manifest}
+    write_durably(draft / MANIFEST, _json(body | {OWN_HASH: _hash(_json(body))}))
+    sync_folder(draft)
+
+
+def _with_state(files: Iterable[tuple[str, bytes]], state: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+    yield from files
+    yield STATE, _json(state)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def prune(folder: Path, step: int, keep: int, best: int | None = None) -> None:
+    """Removes the oldest checkpoints beyond `keep`, counted from `step` back, but not that of the step `best`.
+
+    Later ones, which did not verify or we would have resumed from them, do not count: the sound ones must not go for them.
+    """
+    older = [p for p in checkpoints(folder) if step_of(p) <= step][:-keep]
+    for path in (p for p in older if step_of(p) != best):
+        with said_if_not_writable(path):
+            shutil.rmtree(path)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Folders that are named like checkpoints, oldest first. Other names, files and links are left alone."""
+    if not folder.is_dir():
+        return []
+    named = (p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.name == name_of(step_of(p)))
+    return sorted((p for p in named if p.is_dir() and not p.is_symlink()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a folder, as `name_of` gives it."""
+    return int(path.name.removeprefix("step-"))
+
+
+def latest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose every file matches its manifest, and what is wrong with each newer one.
+
+    Raises:
+        NoUsableCheckpointError: there are checkpoints, but all are damaged.
+        InputError: a newer version of this package wrote the checkpoint.
+    """
+    damaged: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            return verified(path), damaged
+        except DamagedError as error:
+            damaged.append(f"checkpoint {path}: {error}")
+    if damaged:
+        raise NoUsableCheckpointError(
+            "every checkpoint is damaged, nothing was changed; move them away to start over\n" + "\n".join(f"  - {d}" for d in damaged)
+        )
+    return None, damaged
+
+
+def verified(path: Path) -> Checkpoint:
+    """A checkpoint after reading and hashing every file.
+
+    Raises:
+        DamagedError: names the file that is not as it was written.
+        InputError: a newer version of this package wrote it.
+    """
+    files = _read_manifest(path)
+    if STATE not in files:
+        raise DamagedError(f"{MANIFEST} does not list {STATE}")
+    state = b""
+    for name, entry in files.items():
+        content = _read_checked(path / name, entry, keep=name == STATE)
+        state = content or state
+    return Checkpoint(path, step_of(path), json.loads(state))
+
+
+def has_sound_manifest(path: Path) -> bool:
+    """Whether a folder has a manifest of this package; the files that it lists are not looked at."""
+    try:
+        return bool(_read_manifest(path))
+    except DamagedError:
+        return False
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = (path / MANIFEST).read_bytes()
+        manifest = json.loads(content)
+        whole = content == _json(manifest)
+        own = manifest.pop(OWN_HASH, None)  # the first checkpoints had none
+        if own is not None and own != _hash(_json(manifest)):
+            raise DamagedError(f"{MANIFEST} does not match its own sha256")
+        if manifest["format"] > FORMAT:
+            raise InputError(f"checkpoint {path} has format {manifest['format']}, but this version reads {FORMAT}; install a newer one")
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        sound = whole and set(manifest) == {"format", "step", "files"} and manifest["format"] == FORMAT
+        sound = sound and name_of(manifest["step"]) == path.name
+        if not sound or any(Path(name).name != name or set(entry) != {"size", "sha256"} for name, entry in files.items()):
+            raise DamagedError(f"{MANIFEST} is damaged")
+    except OSError as error:
+        raise DamagedError(f"{MANIFEST}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{MANIFEST} is damaged") from error
+    return files
+
+
+def _read_checked(path: Path, entry: dict[str, Any], keep: bool = True) -> bytes:
+    """A file's bytes, or none: to check alone, pieces take half the time of new memory for gigabytes, and no memory."""
+    digest, content = hashlib.sha256(), b""
+    try:
+        # The size first: a file that grew without bounds is not read.
+        size = path.stat().st_size
+        if size == entry["size"]:
+            with open(path, "rb") as file:
+                while piece := file.read(-1 if keep else PIECE):
+                    digest.update(piece)
+                    content = piece if keep else b""
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise DamagedError(f"{path.name}: {getattr(error, 'strerror', None) or reason(error)}") from error
+    if size != entry["size"]:
+        raise DamagedError(f"{path.name} has {size} bytes instead of {entry['size']}")
+    if digest.hexdigest() != entry["sha256"]:
+        raise DamagedError(f"{path.name} does not match its sha256")
+    return content

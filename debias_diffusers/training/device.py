@@ -1,0 +1,139 @@
+"""The device of a training: accelerator, memory format, and what must be said when it changes between starts."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import accelerate
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+)
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from .. import __version__
+from ..config.schema import TrainConfig
+from ..errors import InputError
+from ..utils.console import say
+from ..utils.distributed import _accelerator
+
+N = TypeVar("N", bound=nn.Module)
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """accelerate's handle on devices and processes, after checking the configuration against the machine.
+
+    Raises:
+        InputError: the machine cannot do what the configuration asks for.
+    """
+    report_to, precision = config.run.report_to, config.optimization.mixed_precision
+    available = {"tensorboard": accelerate.utils.is_tensorboard_available, "wandb": accelerate.utils.is_wandb_available}
+    if report_to != "none" and not available[report_to]():
+        raise InputError(f"report_to is {report_to}, but it is not installed; run pip install {report_to}")
+    accelerator = _accelerator(
+        mixed_precision=precision,
+        log_with=None if report_to == "none" else report_to,
+        project_dir=str(Path(config.run.output_dir or "") / "logs"),
+        kwargs_handlers=[
+            # Gradients lie where they are exchanged: neither memory nor time for a second copy.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.ddp_timeout)),
+        ],
+    )
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("mixed_precision is fp16, but a CPU cannot train in it; take bf16 or no")
+    if accelerator.device.type == "cpu":
+        _keep_freed_memory()
+    torch.backends.cudnn.benchmark = True  # a training's shapes stay the same, so trying the kernels out pays
+    return accelerator
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc's malloc keep what is freed for the next activations, of up to 1 GB each (32 MB in older versions).
+
+    It would give the large ones back to the system, which clears every page anew when the next step takes them: some 5% of a step in
+    float32 (docs/scaling.md). Other C libraries have no `mallopt`, and stay as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Before version 2.35 it refuses more than 32 MB. With nothing but the second setting, less would be kept than by default.
+    if mallopt is not None and (mallopt(_M_MMAP_THRESHOLD, 1 << 30) or mallopt(_M_MMAP_THRESHOLD, 32 << 20)):
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def memory_format(accelerator: Accelerator) -> torch.memory_format:
+    """How the weights of convolutions lie in memory, where it is faster (docs/scaling.md)."""
+    half = accelerator.mixed_precision != "no"
+    last = half if accelerator.device.type == "cuda" else not half and accelerator.device.type == "cpu"
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def to_train(network: N, accelerator: Accelerator) -> N:
+    """The network on its device, ready to be trained, with its convolutions in `memory_format`."""
+    layout = memory_format(accelerator)
+    network.to(accelerator.device).to(memory_format=layout).train()
+    if layout == torch.channels_last:
+        for module in network.modules():
+            if isinstance(module, ResnetBlock2D):
+                # Its own mode (its dropout has one for itself) only decides whether the input of its shortcut is made contiguous,
+                # which is wrong here: it and all gradients that meet it would be copied to and fro.
+                module.training = False
+    return network
+
+
+class Fetched:
+    """Numbers of the device on their way to the host, behind what was launched before them and no later work."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        """`numbers`: (N,) on any device."""
+        self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
+        self._there = torch.cuda.Event() if numbers.is_cuda else None
+        if self._there is not None:
+            self._there.record()
+
+    def read(self) -> list[float]:
+        """Waits for them."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._numbers.tolist()
+
+
+def warn_of_little_space(folder: Path, parameters: int, rates: int) -> None:
+    """Says when the disk holds less than 2.5 checkpoints: an old one stays until the new one is whole."""
+    needed = 2.5 * 4 * parameters * (3 + rates)  # float32 weights, two moments, averages
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        say(f"warning: {folder} has {free / 1e6:.1f} MB free, but checkpoints need about {needed / 1e6:.1f} MB")
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide how numbers are rounded."""
+    return {
+        "debias_diffusers": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def say_what_changed(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """What may change on a resume, but ends the promise of equal bits. Both are contents of state.json."""
+    pairs = [(name, before[name], now[name]) for name in ("num_processes", "num_threads", "device")]
+    # A field may be younger than the run.
+    names = ("micro_batch_size", "compile", "compile_mode")
+    pairs += [(name, before["config"].get(name, now["config"][name]), now["config"][name]) for name in names]
+    pairs += [(f"the version of {name}", old, now["versions"].get(name)) for name, old in before["versions"].items()]
+    for name, old, new in pairs:
+        if old != new:
+            say(f"warning: {name} was {old}, now it is {new}; the run goes on, but not bit for bit as before")

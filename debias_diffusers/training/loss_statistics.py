@@ -1,0 +1,88 @@
+"""What happened since the last line of metrics: losses by noise level, weights, clipping.
+
+Sums stay on the device until a line is written, so no step waits for them. They belong to the checkpoint: a run that is resumed
+between two lines writes the same line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.loss import Terms
+from ..diffusion.noise_schedule import at
+
+BINS = 10  # equal parts of 0 .. T-1, from nearly clean to nearly pure noise
+
+Gather = Callable[[Tensor], Tensor]  # (1, ...) of this process -> (num_processes, ...) of all
+
+
+class Window:
+    """Sums over the samples and steps since the last line."""
+
+    def __init__(self, T: int, device: Any) -> None:
+        self.T = T
+        # For each bin: samples, their losses, mean squares, terms of the bound, weights, and squares of the weights.
+        self.sums = torch.zeros(6, BINS, device=device)
+        self.steps, self.clipped = 0, torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, t: Tensor, terms: Terms, weights: Tensor) -> None:
+        """A micro-batch: levels (B,) on the CPU, their terms, and the table (T,) of the weights that squares enter the loss with."""
+        w = at(weights, t, terms.loss)
+        bound = torch.zeros_like(w) if terms.bound is None else terms.bound
+        rows = torch.stack([torch.ones_like(w), terms.loss, terms.mse, bound, w, w.square()]).float()
+        self.sums.index_add_(1, (t * BINS // self.T).to(rows.device, non_blocking=True), rows)
+
+    def step(self, clipped: Tensor) -> None:
+        """A step is done; whether () its gradient was shortened."""
+        self.steps += 1
+        self.clipped += clipped
+
+    def close(self, gather: Gather) -> dict[str, Any]:
+        """The `values` of a line; begins anew."""
+        values = self.values(gather)
+        self.sums.zero_()
+        self.clipped.zero_()
+        self.steps = 0
+        return values
+
+    def values(self, gather: Gather) -> dict[str, Any]:
+        """The values of a line, over all processes, which all must call it.
+
+        Returns:
+            `loss_by_t`, `mse_by_t`, `bound_by_t`: the mean weighted loss, mean square error, and term of the variational bound of
+            each tenth of the noise levels, None where none was drawn; `effective_sample_size` of the weights that were
+            drawn; `clip_rate`, the share of steps whose gradient was shortened.
+        """
+        samples, losses, squares, bounds, weights, squared_weights = gather(self.sums[None]).sum(0).tolist()
+
+        def means(sums: list[float]) -> list[float | None]:
+            return [total / n if n else None for total, n in zip(sums, samples)]
+
+        return {
+            "loss_by_t": means(losses),
+            "mse_by_t": means(squares),
+            **({"bound_by_t": means(bounds)} if any(bounds) else {}),
+            "effective_sample_size": sum(weights) ** 2 / (sum(samples) * sum(squared_weights) or 1),
+            "clip_rate": self.clipped.item() / max(1, self.steps),
+        }
+
+    def state(self, gather: Gather, first: bool) -> dict[str, Any]:
+        """What a checkpoint must hold, over all processes, which all must call it.
+
+        From here on the first process holds the sums of all, as it will after a resume: the same numbers in the same order.
+        """
+        total = gather(self.sums[None]).sum(0)
+        self.sums = total if first else torch.zeros_like(total)
+        return {"sums": total.tolist(), "steps": self.steps, "clipped": int(self.clipped.item())}
+
+    def load(self, state: dict[str, Any], first: bool) -> None:
+        """Puts back a `state`."""
+        if first:
+            self.sums.copy_(torch.tensor(state["sums"]))
+        self.steps = state["steps"]
+        self.clipped.fill_(state["clipped"])

@@ -1,0 +1,110 @@
+"""What a step leaves behind, written by the first process, beside the training where memory allows: pipeline, checkpoint, push."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.schema import TrainConfig
+from ..errors import CannotWriteError
+from ..hub.model_card import model_card
+from ..hub.publish import Publisher
+from ..runs import checkpoints
+from ..runs.run_directory import Run
+from ..tasks.pixels import PixelTask
+from ..utils import memory
+from ..utils.background import Background
+from ..utils.console import say
+from ..utils.files import draft_of, said_if_not_writable, write_file
+from . import state_dicts
+from .logger import due
+
+Tensors = Mapping[str, Mapping[str, Tensor]]  # by file and name, as `snapshot.gather` gives them
+
+
+@torch.no_grad()
+def filled(network: nn.Module, average: Mapping[str, Tensor]) -> nn.Module:
+    """The network, with these weights."""
+    for name, parameter in network.named_parameters():
+        parameter.copy_(average[name])
+    return network
+
+
+class Saver(Background[str | None]):
+    """Saves one step after the other; the result of a save is what went wrong with it, or None."""
+
+    def __init__(self, run: Run, config: TrainConfig, task: PixelTask, device: torch.device, publisher: Publisher | None) -> None:
+        """`task` builds the network that averaged weights are exported and drawn with."""
+        super().__init__()
+        self.run, self.config, self.task, self.device, self.publisher = run, config, task, device, publisher
+        # Now and here: fresh weights come from the generator that the training draws from.
+        self._network: nn.Module = task.build().to(device).eval()
+
+    def save(self, tensors: Tensors, state: dict[str, Any], final: bool) -> None:
+        """Begins; the final save is done when this returns.
+
+        Args:
+            tensors: as of `snapshot.gather`; the training may go on and change them.
+            state: of state.json.
+            final: the last one, on whose result the run's exit code depends, so that who waits for it says what went wrong.
+        """
+        beside = not final and memory.free_memory() > 2 * state_dicts.size(tensors)
+        if beside:
+            tensors = state_dicts.copied(tensors, self.device)
+        self.start(partial(self._save, tensors, state, final), beside)
+
+    def averaged(self, average: Mapping[str, Tensor]) -> nn.Module:
+        """A network with these weights, to draw with; waits for a save under way, which exports with the same."""
+        self.wait()
+        return filled(self._network, average)
+
+    def _save(self, tensors: Tensors, state: dict[str, Any], final: bool) -> str | None:
+        """Writes, and hands over what is to be pushed; says at once what went wrong, if something did, unless it will end the run."""
+        problem = self._write(tensors, state)
+        if problem is None and self.publisher:
+            self._publish(self.publisher, state["step"], final)
+        if problem and not final:
+            say(f"step {state['step']} was not saved: {problem}; training goes on")
+        return problem
+
+    def _publish(self, publisher: Publisher, step: int, final: bool) -> None:
+        """Hands what was just saved over to be pushed, or has what was handed over before tried again."""
+        every = self.config.hub.hub_every
+        if final or every is None or due(step, every):
+            publisher.offer(step)
+        else:
+            publisher.resume()
+
+    def _write(self, tensors: Tensors, state: dict[str, Any]) -> str | None:
+        """Export and checkpoint; what went wrong, if something did."""
+        try:
+            self.run.metrics.sync()
+            self._export(self.run.folder, tensors, state)
+            keep = self.config.run.keep_checkpoints
+            best = int(state["best"]["step"]) if state["best"] and self.config.run.keep_best else None
+            checkpoints.write(self.run.checkpoints, state["step"], state_dicts.contents(tensors), state, keep, best)
+        except CannotWriteError as error:
+            return f"{error}; a save needs about {state_dicts.size(tensors) / 1e6:.1f} MB"
+        return None
+
+    def _export(self, folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
+        """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
+        network = filled(self._network, tensors[checkpoints.ema_file(self.config.optimization.ema_decay[0])])
+        draft = draft_of(folder / "export")
+        with said_if_not_writable(folder):
+            try:
+                self.task.pipeline(network).save_pretrained(draft, safe_serialization=True)
+                # File by file, each whole or absent; only the weights differ from one export to the next.
+                for path in sorted(p for p in draft.rglob("*") if p.is_file()):
+                    write_file(folder / path.relative_to(draft), path.read_bytes())
+            finally:  # before the space that is left is told
+                shutil.rmtree(draft, ignore_errors=True)
+        classes = dict(zip(self.task.class_names or (), self.task.class_counts or ()))
+        card = model_card(self.config, state["step"], self.task.data.num_classes, len(self.task.data.source), state["measured"], classes)
+        write_file(folder / "README.md", card.encode())

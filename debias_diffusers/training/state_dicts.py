@@ -1,0 +1,84 @@
+"""The tensors of a training, out of their objects and back: network, optimizer, averages.
+
+Gathered with torch.distributed.checkpoint, which gives the same names and shapes for one process, DDP and sharded models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from ..runs.checkpoints import MODEL, OPTIMIZER, Checkpoint, ema_file
+from .ema import EMA
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def gather(model: nn.Module, optimizer: Optimizer, ema: EMA) -> dict[str, Mapping[str, Tensor]]:
+    """Tensors by file name, whole in the first process. Every process must call it, after a step of the optimizer.
+
+    (Before its first step, get_optimizer_state_dict would make one and change the training.)
+    """
+    weights: Any = get_model_state_dict(model, options=_FULL)
+    state: Any = get_optimizer_state_dict(model, optimizer, options=_FULL).get("state", {})
+    return {
+        MODEL: weights,
+        **{ema_file(rate): average for rate, average in ema.averages.items()},
+        OPTIMIZER: {f"{parameter}/{name}": value for parameter, values in state.items() for name, value in values.items()},
+    }
+
+
+def copied(tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device) -> dict[str, Mapping[str, Tensor]]:
+    """The tensors in memory of their own, which a training on `device` does not change; from an accelerator most came copied."""
+    again = device.type == "cpu"
+    return {file: {name: value.detach().to("cpu", copy=again) for name, value in values.items()} for file, values in tensors.items()}
+
+
+def contents(tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, bytes]]:
+    """File names and their bytes, one at a time."""
+    for name, values in tensors.items():
+        yield name, safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in values.items()})
+
+
+def size(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Bytes that a save needs: the tensors of the checkpoint, and the weights once more for the exported model."""
+    return sum(value.nbytes for values in (*tensors.values(), tensors[MODEL]) for value in values.values())
+
+
+@torch.no_grad()
+def restore(found: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: EMA) -> None:
+    """Puts the tensors of a checkpoint back. Names and shapes are those of the same configuration."""
+    state: dict[str, Any] = {}
+    for key, value in safetensors.torch.load(found.read(OPTIMIZER)).items():
+        parameter, name = key.rsplit("/", 1)
+        state.setdefault(parameter, {})[name] = value
+    # Learning rate, decay and the like come from the configuration, so only the tensors are kept.
+    hyper = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    groups = [{**hyper, "params": list(state)}]
+    # The optimizer first: setting its state makes an empty step.
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_FULL)
+    _lay_like_the_weights(optimizer)
+    weights: dict[str, Any] = safetensors.torch.load(found.read(MODEL))
+    set_model_state_dict(model, weights, options=_FULL)
+    for rate in ema.averages:
+        ema.load(rate, safetensors.torch.load(found.read(ema_file(rate))))
+
+
+def _lay_like_the_weights(optimizer: Optimizer) -> None:
+    """The fused optimizer walks through memory as it lies, so moments must lie there as their weights do (channels last or not)."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter).copy_(value)
