@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
-import signal
-import sys
 import threading
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any
+from typing import Any
 
-from . import checkpoints
-from .checkpoints import Checkpoint
-from ..config.hub_names import is_hub_id, is_pinned, place_of
-from ..config.loading import BEFORE_THE_FIELD, differences, stored, to_json
-from ..config.schema import DIGITS, TrainConfig
-from ..errors import CannotWriteError, InputError, raise_all
-from ..utils.files import contents, read_json, remove_drafts, said_if_not_writable, take_lock, was_locked, write_file
+from ..errors import CannotWriteError
+from ..utils.files import said_if_not_writable, write_file
+
 METRICS = "metrics.jsonl"
 LAST = "last"  # marks a line of metrics that is there because the run ended, not because it was due
 
