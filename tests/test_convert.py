@@ -21,7 +21,7 @@ from debias_diffusers.errors import CannotWriteError, InputError
 from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from debias_diffusers.pipelines.solvers import exported_scheduler
 from debias_diffusers.tasks.unet import build_unet, unet_config
-from debias_diffusers.utils.files import draft_of
+from debias_diffusers.utils.files import temporary_path
 
 NETWORKS = ("unet_paper_32", "unet_classcond_32")
 
@@ -447,8 +447,8 @@ def test_what_a_killed_conversion_left_is_removed_and_not_written_through(kind, 
     model, flags, _ = golden("unet_paper_32")
     (tmp_path / "elsewhere").mkdir()
     days_ago = time.time() - 3 * 86400
-    young, theirs = draft_of(tmp_path / "out"), tmp_path / ".draft-of-a-letter"
-    for draft in (draft_of(tmp_path / "out"), draft_of(tmp_path / "back.pt"), theirs, young):
+    young, theirs = temporary_path(tmp_path / "out"), tmp_path / ".draft-of-a-letter"
+    for draft in (temporary_path(tmp_path / "out"), temporary_path(tmp_path / "back.pt"), theirs, young):
         {"file": draft.touch, "link": lambda d=draft: d.symlink_to(tmp_path / "elsewhere"), "folder": draft.mkdir}[kind]()
         os.utime(draft, (days_ago, days_ago) if draft != young else None, follow_symlinks=False)
     guided(str(model), str(flags), str(tmp_path / "out"))

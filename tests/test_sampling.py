@@ -34,7 +34,7 @@ from debias_diffusers.pipelines.solvers import FLOW, SCHEDULERS, exported_schedu
 from debias_diffusers.sampling.generate import draw, sample
 from debias_diffusers.sampling.image_writer import Album, Writer
 from debias_diffusers.tasks.unet import build_unet
-from debias_diffusers.utils.files import take_lock
+from debias_diffusers.utils.files import acquire_lock
 
 # ---- a small random model --------------------------------------------------------------------------------------------
 
@@ -453,7 +453,7 @@ def test_a_damaged_packed_file_is_drawn_again(trained, tmp_path):
 
 
 def test_two_commands_do_not_draw_into_one_folder(trained, tmp_path):
-    held = take_lock(tmp_path / "out")
+    held = acquire_lock(tmp_path / "out")
     code, _, err = run("sample.py", trained, "--output_dir", tmp_path / "out")
     assert code == 3 and f"{tmp_path / 'out'} is in use by process {os.getpid()}" in err
     held.close()

@@ -28,7 +28,15 @@ from ..pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from ..pipelines.solvers import exported_scheduler
 from ..tasks.unet import build_unet, differing_fields, require_finite
 from ..utils.console import say
-from ..utils.files import contents, draft_of, remove, remove_drafts, remove_old_drafts, said_if_not_writable, write_file
+from ..utils.files import (
+    remove,
+    remove_old_temporary_files,
+    remove_temporary_files,
+    temporary_path,
+    translate_write_errors,
+    user_files,
+    write_file,
+)
 from .state_dicts import (
     DEFAULT_FLAGS,
     WHOLE_NUMBER,
@@ -205,7 +213,7 @@ def _new_folder(out: str) -> Path:
     try:
         folder = Path(out).resolve()
         # A draft is what a conversion that was killed has left.
-        free = not folder.exists() or (folder.is_dir() and not contents(folder))
+        free = not folder.exists() or (folder.is_dir() and not user_files(folder))
     except (OSError, RuntimeError, ValueError) as error:  # of a loop of links, among others
         raise InputError(f"{out!r:.80} cannot be a folder ({reason(error)}); name a new or empty one") from error
     if not (out and free):
@@ -248,10 +256,10 @@ def _objective(flags: Mapping[str, Any], learn_sigma: bool) -> ObjectiveConfig:
 
 def _save(pipeline: DiffusionPipeline, folder: Path) -> None:
     """A new folder is whole or absent; one that is there keeps its owner and mode and becomes a model with its last file."""
-    draft = draft_of(folder / "pipeline" if folder.exists() else folder)
-    with said_if_not_writable(folder):
+    draft = temporary_path(folder / "pipeline" if folder.exists() else folder)
+    with translate_write_errors(folder):
         try:
-            remove_drafts(folder) if folder.exists() else remove_old_drafts(folder.parent)
+            remove_temporary_files(folder) if folder.exists() else remove_old_temporary_files(folder.parent)
             pipeline.save_pretrained(draft, safe_serialization=True)
             if folder.exists():
                 for path in sorted(draft.iterdir(), key=lambda path: path.name == "model_index.json"):
@@ -304,7 +312,7 @@ def export(model: str, out: str, allow_pickle_import: bool = False) -> None:
     }
     box = io.BytesIO()
     torch.save(state, box)
-    remove_old_drafts(Path(out).parent)
+    remove_old_temporary_files(Path(out).parent)
     write_file(flags_file, (json.dumps(flags, indent=2) + "\n").encode())
     try:
         write_file(Path(out), box.getvalue())

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import CannotWriteError, InputError
 from ..utils.console import say
-from ..utils.files import read_file, remove_old_drafts, write_file
+from ..utils.files import read_file, remove_old_temporary_files, write_file
 
 MOST_BYTES = 4 << 30  # of all entries; the newest one stays even where it alone has more
 OURS = {"debias_diffusers": "features"}  # metadata of an entry
@@ -103,7 +103,7 @@ class FeatureCache:
 
     def _remove_oldest(self, folder: Path, newest: str) -> None:
         """Removes the oldest entries beyond the bound. Files that are no entries of a cache stay, whatever their names are."""
-        remove_old_drafts(folder)
+        remove_old_temporary_files(folder)
         found = sorted(_entries(folder))
         if sum(size for _, size, _ in found) <= self.most_bytes:
             return

@@ -31,7 +31,7 @@ from ..runs import checkpoints
 from ..runs.metrics_file import METRICS, step_of
 from ..runs.run_directory import CHECKPOINTS, CONFIG, SAMPLES
 from ..utils.console import say
-from ..utils.files import draft_of, read_file, remove, remove_drafts, said_if_not_writable, take_lock, write_file
+from ..utils.files import acquire_lock, read_file, remove, remove_temporary_files, temporary_path, translate_write_errors, write_file
 from ..utils.signals import StopSignal
 from . import client, model_card
 from .client import WEIGHTS, api, retried
@@ -60,11 +60,11 @@ def snapshot(run: Path, step: int) -> Path:
         InputError: a file of the run is missing.
     """
     final = run / PENDING / checkpoints.name_of(step)
-    draft = draft_of(final)
+    draft = temporary_path(final)
     files = _files(run, step)
     if missing := [path for path in files.values() if not path.is_file()]:
         raise InputError(f"{run} cannot be pushed: {missing[0]} is missing")
-    with said_if_not_writable(final):
+    with translate_write_errors(final):
         try:
             for name, path in files.items():
                 (draft / name).parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def waiting(run: Path) -> list[Path]:
 def _take(run: Path) -> Path | None:
     """The newest snapshot, out of the way of whoever drops older ones for newer; older ones go."""
     while ready := checkpoints.checkpoints(run / PENDING):
-        with said_if_not_writable(run / PENDING):
+        with translate_write_errors(run / PENDING):
             for older in (*ready[:-1], run / PENDING / SENDING):
                 _drop(older)
             (run / PENDING / SENDING).mkdir()
@@ -136,7 +136,7 @@ def _take(run: Path) -> Path | None:
 
 def _drop(folder: Path) -> None:
     """Removes a snapshot; under another name first, so that nobody takes what is half removed."""
-    out_of_sight = draft_of(folder)
+    out_of_sight = temporary_path(folder)
     with contextlib.suppress(FileNotFoundError):
         folder.rename(out_of_sight)
         remove(out_of_sight)
@@ -268,7 +268,7 @@ def _alone(run: Path, patience: float) -> Iterator[None]:
     end = time.monotonic() + patience
     while True:
         try:
-            lock: IO[str] = take_lock(run / PENDING)
+            lock: IO[str] = acquire_lock(run / PENDING)
             break
         except RunInUseError:
             if time.monotonic() > end:
@@ -281,13 +281,13 @@ def _alone(run: Path, patience: float) -> Iterator[None]:
 def _add_as_it_stands(run: Path) -> None:
     """A snapshot of the newest checkpoint, which may be newer than what waits, if nobody trains the run at this moment."""
     try:
-        lock = take_lock(run)
+        lock = acquire_lock(run)
     except RunInUseError as error:
         if waiting(run):
             return
         raise RunInUseError(f"{error}, and nothing of it waits to be pushed; a training pushes by itself with --push_to_hub") from error
     with lock:
-        remove_drafts(run / PENDING)
+        remove_temporary_files(run / PENDING)
         found, damaged = checkpoints.latest_valid(run / CHECKPOINTS)
         for sentence in damaged:
             say(f"{sentence}; an older checkpoint is pushed")

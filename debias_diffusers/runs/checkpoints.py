@@ -2,7 +2,7 @@
 
     checkpoints/step-00001000/{NAME.safetensors, ..., state.json, manifest.json}
 
-A checkpoint is drafted aside, synced, and renamed into place; only then is an older one removed. It counts only when
+A checkpoint is written to a temporary folder, synced, and renamed into place; only then is an older one removed. It counts only when
 every file matches the manifest.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, NoUsableCheckpointError, reason
-from ..utils.files import draft_of, said_if_not_writable, sync_folder, write_durably
+from ..utils.files import fsync_folder, temporary_path, translate_write_errors, write_and_fsync
 
 FORMAT = 1
 MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampler.safetensors"  # files of tensors
@@ -77,8 +77,8 @@ def write(folder: Path, step: int, files: Iterable[tuple[str, bytes]], state: di
         CannotWriteError: the draft is removed, older checkpoints stay.
     """
     final = folder / name_of(step)
-    draft = draft_of(final)
-    with said_if_not_writable(final):
+    draft = temporary_path(final)
+    with translate_write_errors(final):
         try:
             _draft(draft, step, files, state)
             if final.exists():  # it did not verify, or we would have resumed from it
@@ -87,7 +87,7 @@ def write(folder: Path, step: int, files: Iterable[tuple[str, bytes]], state: di
         except OSError:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-        sync_folder(folder)
+        fsync_folder(folder)
     prune(folder, step, keep, best)
     return final
 
@@ -96,11 +96,11 @@ def _draft(draft: Path, step: int, files: Iterable[tuple[str, bytes]], state: di
     draft.mkdir(parents=True)
     manifest = {}
     for name, content in _with_state(files, state):
-        write_durably(draft / name, content)
+        write_and_fsync(draft / name, content)
         manifest[name] = {"size": len(content), "sha256": _hash(content)}
     body = {"format": FORMAT, "step": step, "files": manifest}
-    write_durably(draft / MANIFEST, _json(body | {OWN_HASH: _hash(_json(body))}))
-    sync_folder(draft)
+    write_and_fsync(draft / MANIFEST, _json(body | {OWN_HASH: _hash(_json(body))}))
+    fsync_folder(draft)
 
 
 def _with_state(files: Iterable[tuple[str, bytes]], state: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
@@ -123,7 +123,7 @@ def prune(folder: Path, step: int, keep: int, best: int | None = None) -> None:
     """
     older = [p for p in checkpoints(folder) if step_of(p) <= step][:-keep]
     for path in (p for p in older if step_of(p) != best):
-        with said_if_not_writable(path):
+        with translate_write_errors(path):
             shutil.rmtree(path)
 
 

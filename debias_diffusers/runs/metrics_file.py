@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CannotWriteError
-from ..utils.files import said_if_not_writable, write_file
+from ..utils.files import translate_write_errors, write_file
 
 METRICS = "metrics.jsonl"
 LAST = "last"  # marks a line of metrics that is there because the run ended, not because it was due
@@ -39,7 +39,7 @@ class Metrics:
             self._write()
 
     def _write(self) -> None:
-        with said_if_not_writable(self.path), open(self.path, "ab") as file:
+        with translate_write_errors(self.path), open(self.path, "ab") as file:
             end = file.tell()
             try:
                 file.write(self._unwritten)
@@ -53,7 +53,7 @@ class Metrics:
         """Waits until all lines are on the disk: a checkpoint must not outlive the metrics of its steps."""
         with self._writing:
             self._write()
-        with said_if_not_writable(self.path), open(self.path, "ab") as file:
+        with translate_write_errors(self.path), open(self.path, "ab") as file:
             os.fsync(file.fileno())
 
 

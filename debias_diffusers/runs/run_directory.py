@@ -12,7 +12,7 @@ from ..config.loading import BEFORE_THE_FIELD, differences, stored, to_json
 from ..config.schema import DIGITS, TrainConfig
 from ..errors import InputError, raise_all
 from ..utils.console import say
-from ..utils.files import contents, read_json, remove_drafts, take_lock, was_locked, write_file
+from ..utils.files import acquire_lock, has_our_lock, read_json, remove_temporary_files, user_files, write_file
 from . import checkpoints
 from .checkpoints import Checkpoint
 from .metrics_file import METRICS, Metrics
@@ -52,7 +52,7 @@ class Run:
     def begin(self, config: TrainConfig) -> None:
         """Makes the directory ready to train from where it stands: configuration written, leftovers and later metrics gone."""
         for folder in (self.folder, *(path for path in self.folder.iterdir() if path.is_dir())):
-            remove_drafts(folder)
+            remove_temporary_files(folder)
         write_file(self.folder / CONFIG, to_json(config).encode())
         step = self.resume.step if self.resume else 0
         self.metrics.begin_after(step, goes_on=step < config.optimization.max_steps)
@@ -69,7 +69,7 @@ def open_run(config: TrainConfig) -> Run:
     """
     folder = Path(config.run.output_dir or "")
     _refuse_foreign(folder)
-    lock = take_lock(folder)
+    lock = acquire_lock(folder)
     try:
         if not _is_marked(folder):
             write_file(folder / MARKER, (json.dumps(MARK) + "\n").encode())
@@ -88,7 +88,7 @@ def _refuse_foreign(folder: Path) -> None:
     """A run writes README.md, unet/ and more into its directory: never into one that holds somebody's other files."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file; name a new or empty folder, such as runs/first")
-    names = contents(folder)
+    names = user_files(folder)
     if names and not (_is_marked(folder) or _is_of_an_older_version(folder)):
         raise InputError(
             f"output_dir {folder} is no run directory and holds other files, such as {names[0]}; "
@@ -105,7 +105,7 @@ def _is_of_an_older_version(folder: Path) -> bool:
     values = read_json(folder / CONFIG)
     if not (isinstance(values, dict) and values.keys() >= USUAL):
         return False
-    return was_locked(folder) or any(map(checkpoints.has_sound_manifest, checkpoints.checkpoints(folder / CHECKPOINTS)))
+    return has_our_lock(folder) or any(map(checkpoints.has_sound_manifest, checkpoints.checkpoints(folder / CHECKPOINTS)))
 
 
 def _check_same(config: TrainConfig, resume: Checkpoint) -> None:

@@ -32,7 +32,7 @@ from ..runs import checkpoints
 from ..runs.run_directory import CHECKPOINTS, SAMPLES
 from ..utils.console import say
 from ..utils.distributed import agreed, start_processes
-from ..utils.files import take_lock, write_file
+from ..utils.files import acquire_lock, write_file
 from ..utils.seeding import uniform
 from ..utils.torch_errors import explained
 from .image_writer import Album, Writer, require_place
@@ -289,7 +289,7 @@ def _make_ready(pipeline: PixelPipeline, config: SampleConfig, device: Any) -> N
 
 def _draw_into(album: Album, job: Job, accelerator: Accelerator) -> None:
     """Draws what is missing: its batches are dealt to the processes in turn."""
-    lock = take_lock(album.folder) if accelerator.is_main_process else None
+    lock = acquire_lock(album.folder) if accelerator.is_main_process else None
     # The others must not look for themselves: files appear by now.
     missing = agreed(lambda: album.begin(_with_count(job.settings, album)), accelerator)
     mine = list(_batches(missing, job.config))[accelerator.process_index :: accelerator.num_processes]

@@ -18,7 +18,7 @@ from ..config.schema import ImageFormat
 from ..data import images
 from ..data.image_folders import GRID, METADATA, PACKED, PARTS, SETTINGS
 from ..errors import InputError
-from ..utils.files import contents, drafted, read_file, remove, remove_drafts, said_if_not_writable, write_file
+from ..utils.files import atomic_write, read_file, remove, remove_temporary_files, translate_write_errors, user_files, write_file
 
 GRID_IMAGES = 100
 PNG_END = b"IEND\xaeB`\x82"
@@ -52,8 +52,8 @@ class Album:
         Raises:
             InputError: it holds other files, images of other settings, or more of them.
         """
-        remove_drafts(self.folder)
-        remove_drafts(self.files)
+        remove_temporary_files(self.folder)
+        remove_temporary_files(self.files)
         if (self.folder / SETTINGS).exists():
             self._require_same(settings)
         else:
@@ -72,7 +72,7 @@ class Album:
         packed = self.folder / PACKED
         if not packed.exists():
             return False
-        with said_if_not_writable(self.folder):
+        with translate_write_errors(self.folder):
             if not is_whole(packed):
                 packed.unlink()
                 return False
@@ -101,7 +101,7 @@ class Album:
 
     def write(self, k: int, array: np.ndarray) -> None:
         """Image k, (C, H, W) uint8; whole or absent after a kill. After a power cut `begin` finds those that are not."""
-        write_file(self.files / self.name(k), self._encoded(images.from_array(array)), wait=False)
+        write_file(self.files / self.name(k), self._encoded(images.from_array(array)), fsync=False)
 
     def read(self, k: int) -> Image.Image:
         """Image k as it was written.
@@ -127,7 +127,7 @@ class Album:
     def _pack(self, labels: Sequence[int] | None) -> None:
         """`arr_0` (N, H, W, C) uint8 and `arr_1` (N,) labels, one image in memory at a time."""
         first = _channels_last(self.read(0))
-        with drafted(self.folder / PACKED) as file, zipfile.ZipFile(file, "w") as archive:
+        with atomic_write(self.folder / PACKED) as file, zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (self.num_images, *first.shape)}
                 np.lib.format.write_array_header_1_0(member, header)
@@ -136,7 +136,7 @@ class Album:
             if labels:
                 with archive.open("arr_1.npy", "w") as member:
                     np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64))
-        with said_if_not_writable(self.files):
+        with translate_write_errors(self.files):
             remove(self.files)
 
 
@@ -163,7 +163,7 @@ def require_place(folder: Path) -> None:
         kind = "a file" if folder.exists() else "a link to nowhere"
         raise InputError(f"output_dir {folder} is {kind}; name a new or empty folder")
     if folder.is_dir():
-        there = contents(folder)
+        there = user_files(folder)
         if there and SETTINGS not in there:
             raise InputError(f"output_dir {folder} holds other files, such as {there[0]}; name a new or empty folder")
 

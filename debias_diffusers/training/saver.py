@@ -21,7 +21,7 @@ from ..tasks.pixels import PixelTask
 from ..utils import memory
 from ..utils.background import Background
 from ..utils.console import say
-from ..utils.files import draft_of, said_if_not_writable, write_file
+from ..utils.files import temporary_path, translate_write_errors, write_file
 from . import state_dicts
 from .logger import due
 
@@ -96,8 +96,8 @@ class Saver(Background[str | None]):
     def _export(self, folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
         network = filled(self._network, tensors[checkpoints.ema_file(self.config.optimization.ema_decay[0])])
-        draft = draft_of(folder / "export")
-        with said_if_not_writable(folder):
+        draft = temporary_path(folder / "export")
+        with translate_write_errors(folder):
             try:
                 self.task.pipeline(network).save_pretrained(draft, safe_serialization=True)
                 # File by file, each whole or absent; only the weights differ from one export to the next.

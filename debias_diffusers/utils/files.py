@@ -1,4 +1,4 @@
-"""Writing so that a file is whole or absent, whatever happens in between."""
+"""Atomic writes (a temporary file, fsync, rename), folder locks, and reading files."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from safetensors import SafetensorError
 from ..errors import CannotWriteError, InputError, RunInUseError
 
 LOCK = ".lock"
-DRAFT = ".draft-"  # whatever begins so was being written when the process ended; nobody reads it
-# Of the first versions, at the beginning of a folder.
-_FIRST_DRAFTS = {DRAFT + name for name in ("config.json", ".sampling.json", "pipeline")}
-_DRAFT_NAME = re.compile(re.escape(DRAFT) + r"[0-9]+-[0-9a-f]{8}-.*", re.DOTALL)
-_HOLDER = re.compile(r"process (\d+) on (.+)")  # what a lock holds
-DAY = 86400.0  # seconds after which a temporary file is taken for one of a process that has ended
+TEMPORARY_PREFIX = ".draft-"  # of the names of temporary files; no reader looks at them
+# Temporary files that the first versions left in a new folder.
+_FIRST_TEMPORARY_NAMES = {TEMPORARY_PREFIX + name for name in ("config.json", ".sampling.json", "pipeline")}
+_TEMPORARY_NAME = re.compile(re.escape(TEMPORARY_PREFIX) + r"[0-9]+-[0-9a-f]{8}-.*", re.DOTALL)
+_HOLDER = re.compile(r"process (\d+) on (.+)")  # the text of a lock file
+MAX_TEMPORARY_AGE = 86400.0  # seconds; the process that wrote an older temporary file has ended
 
 
-def draft_of(path: Path) -> Path:
-    """A name beside `path` for what will be renamed to it; another one for each call, since several processes may write the same path."""
-    return path.with_name(f"{DRAFT}{os.getpid()}-{secrets.token_hex(4)}-{path.name[:40]}")  # a name has 255 bytes at most
+def temporary_path(path: Path) -> Path:
+    """A temporary file name in the folder of `path`. Each call returns a new one, because several processes may write the same path."""
+    return path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{path.name[:40]}")  # file names have at most 255 bytes
 
 
 @contextlib.contextmanager
-def said_if_not_writable(path: Path) -> Iterator[None]:
-    """Turns what the system says into a sentence that names the path and the space left.
+def translate_write_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError into a CannotWriteError that names the path and the free disk space.
 
     Raises:
-        CannotWriteError: in place of any OSError within, and of what safetensors makes of one.
+        CannotWriteError: for any OSError in the body, and for a SafetensorError, which safetensors raises in its place.
     """
     try:
         yield
@@ -48,56 +48,56 @@ def said_if_not_writable(path: Path) -> Iterator[None]:
 
 
 def _free(path: Path) -> str:
-    there = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))  # False of a name that is too long, too
-    return f"{shutil.disk_usage(there).free / 1e6:.1f} MB free"
+    existing = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))  # False also for a name that is too long
+    return f"{shutil.disk_usage(existing).free / 1e6:.1f} MB free"
 
 
 @contextlib.contextmanager
-def drafted(path: Path, wait: bool = True) -> Iterator[IO[bytes]]:
-    """A file to write to that is renamed into place at the end; a power cut leaves the old file, the new one, or none.
+def atomic_write(path: Path, fsync: bool = True) -> Iterator[IO[bytes]]:
+    """Opens a temporary file and renames it to `path` at the end. A power cut leaves the old file, the new file, or none.
 
-    Without `wait` that holds for a kill, but a power cut can leave an empty file, until `os.sync` was called.
+    Without `fsync` this holds for a killed process only: a power cut can leave an empty file until `os.sync` is called.
 
     Raises:
-        CannotWriteError: the draft is removed, what stood at `path` stays.
+        CannotWriteError: the temporary file is removed and the old file at `path` stays.
     """
-    with said_if_not_writable(path):
+    with translate_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = draft_of(path)
+        temporary = temporary_path(path)
         try:
-            with open(draft, "xb") as file:
+            with open(temporary, "xb") as file:
                 yield file
                 file.flush()
-                if wait:
+                if fsync:
                     os.fsync(file.fileno())
-            os.replace(draft, path)
+            os.replace(temporary, path)
         except BaseException:
-            remove(draft)
+            remove(temporary)
             raise
-        if wait:
-            sync_folder(path.parent)
+        if fsync:
+            fsync_folder(path.parent)
 
 
-def write_file(path: Path, data: bytes, wait: bool = True) -> None:
-    """Writes a file aside and renames it into place; `wait` as of `drafted`.
+def write_file(path: Path, data: bytes, fsync: bool = True) -> None:
+    """Writes a file atomically; see `atomic_write`.
 
     Raises:
-        CannotWriteError: what stood at `path` stays.
+        CannotWriteError: the old file at `path` stays.
     """
-    with drafted(path, wait) as file:
+    with atomic_write(path, fsync) as file:
         file.write(data)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file in place and waits until it is on the disk: without that, a rename can outlive its file's bytes."""
+def write_and_fsync(path: Path, data: bytes) -> None:
+    """Writes a file in place and syncs it: without fsync, a later rename can survive a power cut while the file's bytes are lost."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
+def fsync_folder(folder: Path) -> None:
+    """Syncs a folder, so that new and renamed file names survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -105,12 +105,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def contents(folder: Path) -> list[str]:
-    """What lies in a folder beside what a process of ours leaves that is killed at its very beginning: its lock, temporary files."""
+def user_files(folder: Path) -> list[str]:
+    """Names in a folder, without those that a command of this package leaves if it is killed early: its lock and temporary files."""
     if not folder.is_dir():
         return []
-    names = (name for name in os.listdir(folder) if name not in _FIRST_DRAFTS and not _DRAFT_NAME.fullmatch(name))
-    return sorted(name for name in names if name != LOCK or not (_is_empty(folder / LOCK) or was_locked(folder)))
+    names = (name for name in os.listdir(folder) if name not in _FIRST_TEMPORARY_NAMES and not _TEMPORARY_NAME.fullmatch(name))
+    return sorted(name for name in names if name != LOCK or not (_is_empty(folder / LOCK) or has_our_lock(folder)))
 
 
 def _is_empty(path: Path) -> bool:
@@ -118,8 +118,8 @@ def _is_empty(path: Path) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_size == 0
 
 
-def was_locked(folder: Path) -> bool:
-    """Whether a process of ours has ever had the lock of a folder."""
+def has_our_lock(folder: Path) -> bool:
+    """Whether a command of this package has ever locked the folder."""
     try:
         return bool(_HOLDER.fullmatch(read_file(folder / LOCK).decode(errors="replace")))
     except InputError:
@@ -127,22 +127,22 @@ def was_locked(folder: Path) -> bool:
 
 
 def require_writable(path: Path) -> None:
-    """Raises CannotWriteError where a file cannot be written. Nothing is left behind."""
-    with said_if_not_writable(path):
-        path.is_dir()  # a name that is too long is said here
-        there = next(p for p in path.absolute().parents if os.path.lexists(p))
-        draft = draft_of(there / path.name)
+    """Raises CannotWriteError if a file cannot be written. Leaves nothing behind."""
+    with translate_write_errors(path):
+        path.is_dir()  # raises for a name that is too long
+        existing = next(p for p in path.absolute().parents if os.path.lexists(p))
+        temporary = temporary_path(existing / path.name)
         try:
-            open(draft, "xb").close()
+            open(temporary, "xb").close()
         finally:
-            remove(draft)
+            remove(temporary)
 
 
 def require_replaceable(field: str, path: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Looks before the work whether a result can be written. Nothing is left behind.
+    """Checks before a long computation that its result can be written. Leaves nothing behind.
 
     Raises:
-        InputError: something is there that `is_ours` does not recognise as written by this package.
+        InputError: the path exists, and `is_ours` says that this package did not write it.
         CannotWriteError: the file cannot be written.
     """
     require_writable(path)
@@ -152,14 +152,14 @@ def require_replaceable(field: str, path: Path, is_ours: Callable[[Path], bool])
         raise InputError(f"{field} {path} is there already and was not written by this command; name a new file, or remove it")
 
 
-def take_lock(folder: Path) -> IO[str]:
-    """Makes the folder this process's own until the file that is returned is closed. The kernel does that when it ends.
+def acquire_lock(folder: Path) -> IO[str]:
+    """Creates and locks a folder. Closing the returned file unlocks it; the kernel closes it when the process ends.
 
     Raises:
-        RunInUseError: another process has it.
-        CannotWriteError: the folder cannot be made or written to.
+        RunInUseError: another process holds the lock.
+        CannotWriteError: the folder cannot be created or written to.
     """
-    with said_if_not_writable(folder):
+    with translate_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a+")  # noqa: SIM115
     try:
@@ -168,7 +168,7 @@ def take_lock(folder: Path) -> IO[str]:
         holder = _holder(lock)
         lock.close()
         raise RunInUseError(f"{folder} is in use by {holder}") from None
-    with said_if_not_writable(folder / LOCK):
+    with translate_write_errors(folder / LOCK):
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
@@ -176,13 +176,13 @@ def take_lock(folder: Path) -> IO[str]:
 
 
 def _holder(lock: IO[str]) -> str:
-    """Who has the lock. One that has just taken it may not have written its name yet, over that of one that has ended."""
-    for wait in (0.05,) * 20 + (0,):
+    """The process that holds the lock. It may not yet have replaced the name of the process that held it before."""
+    for seconds in (0.05,) * 20 + (0,):
         lock.seek(0)
         name = lock.read()
         if _may_live(name):
             break
-        time.sleep(wait)
+        time.sleep(seconds)
     return name or "another process"
 
 
@@ -192,31 +192,31 @@ def _may_live(name: str) -> bool:
         return False
     try:
         if found[2] == socket.gethostname():
-            os.kill(int(found[1]), 0)  # asks only
+            os.kill(int(found[1]), 0)  # sends no signal, only checks
     except ProcessLookupError:
         return False
-    except OSError:  # it lives and is somebody else's
+    except OSError:  # alive, and owned by another user
         pass
     return True
 
 
-def remove_drafts(folder: Path) -> None:
-    """Removes what an interrupted write left. Only for the process that has the folder to itself."""
-    for path in folder.glob(DRAFT + "*"):
-        with said_if_not_writable(path):
+def remove_temporary_files(folder: Path) -> None:
+    """Removes the temporary files of interrupted writes. Call it only while holding the folder's lock."""
+    for path in folder.glob(TEMPORARY_PREFIX + "*"):
+        with translate_write_errors(path):
             remove(path)
 
 
-def remove_old_drafts(folder: Path) -> None:
-    """Removes what interrupted writes left in a folder that others may be writing to; as far as it is permitted."""
+def remove_old_temporary_files(folder: Path) -> None:
+    """Removes temporary files older than a day from a folder that other processes may write to. Ignores OS errors."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
-            if _DRAFT_NAME.fullmatch(path.name) and time.time() - path.lstat().st_mtime > DAY:
+            if _TEMPORARY_NAME.fullmatch(path.name) and time.time() - path.lstat().st_mtime > MAX_TEMPORARY_AGE:
                 remove(path)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a folder with all that is in it, or a link and not what it points to; nothing where there is none."""
+    """Removes a file, a folder with its contents, or a link (not its target). Does nothing if the path does not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -224,21 +224,21 @@ def remove(path: Path) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """A file's bytes.
+    """The bytes of a regular file.
 
     Raises:
-        InputError: it cannot be read, or is a pipe or a device, where reading might never end; names it.
+        InputError: names the path; it cannot be read, or is a pipe or device, where reading might never end.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise InputError(f"{path} cannot be read: it is no file")
         return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: an invalid file name
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is none that can be read."""
+    """The value in a JSON file; None if the file cannot be read or is not JSON."""
     try:
         return json.loads(read_file(path))
     except (InputError, ValueError, RecursionError):

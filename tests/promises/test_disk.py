@@ -276,7 +276,7 @@ def test_of_two_processes_on_one_directory_exactly_one_runs(tmp_path, races, tri
 def test_the_process_that_comes_second_leaves_soon_and_writes_nothing(steady, tmp_path):
     folder = shutil.copytree(steady / "2", tmp_path / "run")
     (folder / ".draft-left").write_text("half")
-    with files.take_lock(folder):
+    with files.acquire_lock(folder):
         before = contents(folder)
         process = Forked(*train_args(folder, *STEADY, "--max_steps", 30, "--seed", 1))
         code, _, err = process.result()
@@ -291,7 +291,7 @@ def test_the_process_that_comes_second_leaves_soon_and_writes_nothing(steady, tm
 def test_the_one_that_took_the_lock_is_named_also_before_it_wrote_its_name(tmp_path, monkeypatch, left):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    with files.take_lock(tmp_path):
+    with files.acquire_lock(tmp_path):
         name = (tmp_path / ".lock").read_text()
         (tmp_path / ".lock").write_text(left.format(ended=ended.pid, host=HOST))
         slept = []
@@ -303,7 +303,7 @@ def test_the_one_that_took_the_lock_is_named_also_before_it_wrote_its_name(tmp_p
 
         monkeypatch.setattr(files.time, "sleep", sleep)
         with pytest.raises(RunInUseError, match=f"in use by process {os.getpid()} on {HOST}"):
-            files.take_lock(tmp_path)
+            files.acquire_lock(tmp_path)
         assert len(slept) == 6
 
 
@@ -312,10 +312,10 @@ def test_the_one_that_took_the_lock_is_named_also_before_it_wrote_its_name(tmp_p
 def test_a_process_of_another_machine_or_without_a_name_is_not_waited_for_long(tmp_path, monkeypatch, name, said):
     slept = []
     monkeypatch.setattr(files.time, "sleep", slept.append)
-    with files.take_lock(tmp_path):
+    with files.acquire_lock(tmp_path):
         (tmp_path / ".lock").write_text(name)
         with pytest.raises(RunInUseError, match=f"in use by {said}$"):
-            files.take_lock(tmp_path)
+            files.acquire_lock(tmp_path)
     assert sum(slept) < 2
 
 
@@ -395,7 +395,7 @@ def test_killed_again_and_again_while_saving_one_checkpoint_is_always_whole(tmp_
             except Killed:
                 finished = False
         assert len(valid(tmp_path)) >= 1
-        files.remove_drafts(tmp_path)
+        files.remove_temporary_files(tmp_path)
         if finished:
             assert valid(tmp_path)[-1] == step and len(checkpoints.checkpoints(tmp_path)) == min(keep, len(valid(tmp_path)))
             return

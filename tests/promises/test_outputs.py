@@ -215,7 +215,7 @@ def test_a_letter_that_is_named_like_a_temporary_file_stays(trained, tmp_path):
     with pytest.raises(InputError, match="is there already"):
         guided("model.pt", "--image_size 8 --num_heads 1", str(tmp_path))
     assert everything(tmp_path) == {Path(".draft-letter"): b"dear"}
-    assert files.contents(tmp_path) == [".draft-letter"]
+    assert files.user_files(tmp_path) == [".draft-letter"]
 
 
 def cli_sample(config):
@@ -340,7 +340,7 @@ def test_a_second_training_in_one_process_finds_its_run_and_signals_free(tmp_pat
         trials()
         assert cli.train([*flags, "--max_steps", str(steps)]) == code, capsys.readouterr().err
         assert handlers() == before
-        files.take_lock(folder).close()
+        files.acquire_lock(folder).close()
     config = tiny(folder, "--checkpoint_every", 0, "--warmup_steps", 0, "--max_steps", 9)
     stop = StopSignal()
     stop._on_signal(signal.SIGTERM, None)
@@ -348,7 +348,7 @@ def test_a_second_training_in_one_process_finds_its_run_and_signals_free(tmp_pat
         trainer.train(config, open_run(config), stop)
     trials()
     assert handlers() == before
-    files.take_lock(folder).close()
+    files.acquire_lock(folder).close()
 
 
 @pytest.mark.row(56, GIVEN_BACK)

@@ -16,7 +16,7 @@ from PIL import Image
 from debias_diffusers.errors import InputError
 from debias_diffusers.sampling.generate import sample, seeds
 from debias_diffusers.sampling.image_writer import Album
-from debias_diffusers.utils.files import take_lock
+from debias_diffusers.utils.files import acquire_lock
 
 SAME_IMAGE = "image k of a seed is the same image, whatever the batch, the processes, or a kill before"
 APART = "no image repeats within a set, and sets of different seeds share none"
@@ -197,4 +197,4 @@ def test_when_the_launcher_dies_nobody_draws_on(trained, tmp_path):
     process.wait()
     wait_for(lambda: all(gone(child.pid) for child in drawing))
     assert 16 <= len(list((tmp_path / "out").glob("0*.png"))) < 5000
-    take_lock(tmp_path / "out").close()
+    acquire_lock(tmp_path / "out").close()

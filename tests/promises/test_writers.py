@@ -35,7 +35,7 @@ def test_processes_that_write_the_same_file_all_succeed(write, tmp_path, trials,
         writer.start()
     while any(writer.is_alive() for writer in writers):
         for path in tmp_path.iterdir():
-            if not path.name.startswith(files.DRAFT):
+            if not path.name.startswith(files.TEMPORARY_PREFIX):
                 content = path.read_bytes()
                 assert len(set(content)) == 1 or content[8:].startswith(b"{")
     for writer in writers:
