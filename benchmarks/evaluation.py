@@ -23,9 +23,9 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from debias_diffusers.config.schema import DIGITS, DataConfig, MeasureConfig
-from debias_diffusers.data.sources import Folder, open_source
+from debias_diffusers.data.sources import ImageFolder, open_source
 from debias_diffusers.evaluation.feature_extractors import INCEPTION
-from debias_diffusers.evaluation.image_sets import of_folder, of_npz
+from debias_diffusers.evaluation.image_sets import images_of_folder, images_of_npz
 from debias_diffusers.evaluation.measure import Measure
 
 
@@ -62,13 +62,13 @@ def alone(measure: Measure, batches: list[Tensor]) -> None:
 def from_folder(measure: Measure, folder: Path) -> None:
     """As `score` takes a folder."""
     source = open_source(DataConfig(dataset=str(folder)))
-    assert isinstance(source, Folder)
-    measure.sample(of_folder(source, str(folder)))
+    assert isinstance(source, ImageFolder)
+    measure.sample(images_of_folder(source, str(folder)))
 
 
 def from_npz(measure: Measure, path: Path) -> None:
     """As `score` takes an `.npz`."""
-    measure.sample(of_npz(path))
+    measure.sample(images_of_npz(path))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from debias_diffusers.config.schema import SampleConfig
 from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline
 from debias_diffusers.pipelines.solvers import exported_scheduler
 from debias_diffusers.sampling.generate import Job, make_job
-from debias_diffusers.sampling.image_writer import Album, Writer
+from debias_diffusers.sampling.image_writer import ImageWriter, SampleFolder
 from debias_diffusers.tasks.unet import build_unet, unet_config
 
 ROWS = [("ddpm", 50), ("ddim", 20), ("ddim", 50), ("dpmsolver++", 20), ("dpmsolver++sde", 20), ("unipc", 10), ("unipc", 20), ("heun", 20)]
@@ -62,10 +62,10 @@ def round_of(job: Job, clock: Clock, batches: int) -> tuple[float, float]:
     """(images a second, share of the time in the network) of some batches, drawn and written."""
     size = job.config.batch_size
     with tempfile.TemporaryDirectory() as folder:
-        album = Album(Path(folder), "png", batches * size)
+        album = SampleFolder(Path(folder), "png", batches * size)
         clock.seconds = 0.0
         begun = time.perf_counter()
-        with Writer(album) as writer:
+        with ImageWriter(album) as writer:
             for first in range(0, batches * size, size):
                 indices = range(first, first + size)
                 writer.put(indices, job.draw(indices))

@@ -184,8 +184,8 @@ def baseline(flags: list[str], clock: Clock) -> dict[str, Any]:
     average = copy.deepcopy(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, foreach=False, fused=False)
     size, steps = config.optimization.batch_size, config.optimization.max_steps
-    positions = dataset.PositionBatches(size, size, 0, 1, range(steps))
-    batches = clock.batches(dataset.batches)(task.data, positions, pin_memory=target == "cuda")
+    positions = dataset.PositionBatchSampler(size, size, 0, 1, range(steps))
+    batches = clock.batches(dataset.load_batches)(task.data, positions, pin_memory=target == "cuda")
     for step, batch in enumerate(batches):
         with clock.part("forward"):
             x_0, noise = task.clean(batch, target), batch["noise"].to(target)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
-from tyro import _errors as errors_of_tyro  # of a private module, so that pyproject.toml bounds the version
+from tyro import _errors as tyro_errors  # of a private module, so that pyproject.toml bounds the version
 
 from .config import loading as configuration
 from .config import validation
@@ -37,41 +37,41 @@ from .utils import console, launcher
 
 if TYPE_CHECKING:
     from .runs.run_directory import Run
-    from .utils.signals import StopSignal
+    from .utils.signals import SignalHandler
 
 T = TypeVar("T")
 
-FIRST_SAYS_WITHIN = 10.0  # seconds
+ERROR_GRACE_SECONDS = 10.0  # seconds
 
 
 def train(argv: Sequence[str] | None = None) -> int:
     """`python train.py`, `accelerate launch train.py`, `debias-train`: returns the exit code."""
-    return _said(_train, argv)
+    return _run_command(_train, argv)
 
 
 def sample(argv: Sequence[str] | None = None) -> int:
     """`python sample.py`, `debias-sample`: returns the exit code."""
-    return _said(_sample, argv)
+    return _run_command(_sample, argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """`python eval.py`, `debias-eval`: returns the exit code."""
-    return _said(_evaluate, argv)
+    return _run_command(_evaluate, argv)
 
 
 def convert(argv: Sequence[str] | None = None) -> int:
     """`python -m debias_diffusers.convert`: returns the exit code."""
-    return _said(_convert, argv)
+    return _run_command(_convert, argv)
 
 
 def push(argv: Sequence[str] | None = None) -> int:
     """`python -m debias_diffusers.hub`: returns the exit code."""
-    return _said(_hub, argv)
+    return _run_command(_hub, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m debias_diffusers COMMAND`: returns the exit code."""
-    return _said(_main, argv)
+    return _run_command(_main, argv)
 
 
 HELP = """usage: python -m debias_diffusers {train,sample,eval,convert,hub} ...
@@ -112,15 +112,15 @@ def _train(argv: list[str]) -> None:
         return
 
     from .runs.run_directory import open_run
-    from .utils.signals import StopSignal, stop_with_launcher
+    from .utils.signals import SignalHandler, stop_with_launcher
 
     stop_with_launcher()
     # The signals before torch, which takes seconds to import.
-    with open_run(config) if _first_process() else contextlib.nullcontext() as run, StopSignal() as stop:
+    with open_run(config) if _first_process() else contextlib.nullcontext() as run, SignalHandler() as stop:
         _train_in(config, run, stop, num_processes)
 
 
-def _train_in(config: TrainConfig, run: Run | None, stop: StopSignal, num_processes: int) -> None:
+def _train_in(config: TrainConfig, run: Run | None, stop: SignalHandler, num_processes: int) -> None:
     from .hub import client
     from .hub.publish import Publisher
     from .utils.console import say
@@ -179,7 +179,7 @@ def _take_flag(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
 
 def _raise_all(problems: list[str]) -> None:
     """Raises InputError for a launcher's environment that cannot be obeyed, then for problems of a configuration."""
-    raise_all(launcher.problems(os.environ), "launcher")
+    raise_all(launcher.environment_problems(os.environ), "launcher")
     raise_all(problems)
 
 
@@ -230,7 +230,7 @@ def _scored(config: ScoreConfig) -> None:
     from .evaluation import score
 
     score.score(config)
-    if not config.output and (problem := console.problem_of_stdout()):
+    if not config.output and (problem := console.stdout_error()):
         raise CannotWriteError(f"the figures cannot be printed: {problem.strerror}; write them to a file with --output scores.json")
 
 
@@ -255,7 +255,7 @@ def _weights(argv: list[str]) -> None:
     raise_all(validation.weights_problems(config))
     from .evaluation import plots
 
-    plots.draw_weights(config)
+    plots.plot_weights(config)
 
 
 EVALUATIONS = {"score": _score, "compare": _compare, "stats": _stats, "bpd": _bits, "weights": _weights}
@@ -308,12 +308,12 @@ def _parse(kind: type[T], argv: list[str], default: T | None, program: str, desc
         InputError: an unknown flag (with the nearest known one) or a malformed value.
     """
 
-    def refuse(event: errors_of_tyro.ParseErrorEvent) -> None:
+    def refuse(event: tyro_errors.ParseErrorEvent) -> None:
         raise InputError(f"{_sentence(event, kind)}; {program} --help lists all flags")
 
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)
     options: dict[str, Any] = {} if default is None else {"default": default}
-    with errors_of_tyro.on_parse_error(refuse):
+    with tyro_errors.on_parse_error(refuse):
         parsed: T = tyro.cli(kind, args=argv, prog=program, description=description, use_underscores=True, config=markers, **options)
     return parsed
 
@@ -321,22 +321,22 @@ def _parse(kind: type[T], argv: list[str], default: T | None, program: str, desc
 BOLD = r"\[/?bold\]"  # tyro's mark
 
 
-def _sentence(event: errors_of_tyro.ParseErrorEvent, kind: type[Any]) -> str:
+def _sentence(event: tyro_errors.ParseErrorEvent, kind: type[Any]) -> str:
     """What is wrong with the arguments for a dataclass."""
-    if isinstance(event, errors_of_tyro.UnrecognizedArgs):
+    if isinstance(event, tyro_errors.UnrecognizedArgs):
         return f"Unrecognized options: {', '.join(event.tokens)}{_nearest(event.tokens, kind)}"
-    if isinstance(event, errors_of_tyro.MissingArgs):
+    if isinstance(event, tyro_errors.MissingArgs):
         fields = [argument.arg.field for argument in event.missing_arguments]
         helptexts = [field.helptext() if callable(field.helptext) else field.helptext for field in fields]
         return "; ".join(f"{field.intern_name} is missing: {text}" for field, text in zip(fields, helptexts))
     argument = getattr(event, "argument", None)
     flag = argument.display_name() if argument else "the arguments"
-    if isinstance(event, errors_of_tyro.InvalidChoice):
+    if isinstance(event, tyro_errors.InvalidChoice):
         choices = ", ".join(sorted(set(event.choices) - {"None"}))
         return f"invalid choice {event.value!r} for argument {flag!r}. Expected one of {choices}."
-    if isinstance(event, errors_of_tyro.InstantiationFailure):
+    if isinstance(event, tyro_errors.InstantiationFailure):
         return f"Error parsing {flag}: {shortened(re.sub(BOLD, '', event.message))}"
-    if isinstance(event, errors_of_tyro.BadValue):
+    if isinstance(event, tyro_errors.BadValue):
         if not flag.startswith("-"):
             return f"{flag} is missing: it stands without a flag, before the options"
         return f"Missing value for argument {flag!r}. Expected {event.argument.lowered.nargs} values."
@@ -362,12 +362,12 @@ def _first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _said(main: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
+def _run_command(main: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
     """Runs a command; an error of ours is printed as the last line.
 
     What all processes find in the configuration is said by the first alone, what one meets later by that one.
     """
-    console.make_unfailing()
+    console.ignore_stream_errors()
     try:
         main(list(sys.argv[1:] if argv is None else argv))
     except DebiasError as error:
@@ -394,4 +394,4 @@ def _said(main: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
 def _wait_for_the_first() -> None:
     """Gives the first process time for its sentence: a launcher kills all processes as soon as one has failed, and this one with them."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        time.sleep(FIRST_SAYS_WITHIN)
+        time.sleep(ERROR_GRACE_SECONDS)

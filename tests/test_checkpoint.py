@@ -23,7 +23,7 @@ def test_what_was_written_is_read_back(tmp_path):
 def test_only_the_newest_are_kept(tmp_path):
     for step in (5, 10, 15, 100_000_000):
         write(tmp_path, step)
-    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["step-00000015", "step-100000000"]
+    assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["step-00000015", "step-100000000"]
 
 
 def test_damaged_newer_checkpoints_do_not_push_out_sound_ones(tmp_path):
@@ -35,4 +35,4 @@ def test_damaged_newer_checkpoints_do_not_push_out_sound_ones(tmp_path):
     assert checkpoints.latest_valid(tmp_path)[0].step == 11
     for step in (20, 30):  # trained again, the damaged are replaced
         write(tmp_path, step, keep=2)
-    assert checkpoints.latest_valid(tmp_path)[0].step == 30 and len(checkpoints.checkpoints(tmp_path)) == 2
+    assert checkpoints.latest_valid(tmp_path)[0].step == 30 and len(checkpoints.list_checkpoints(tmp_path)) == 2

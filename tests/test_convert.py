@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from debias_diffusers.config.schema import ModelConfig, ObjectiveConfig
 from debias_diffusers.convert.guided_diffusion import export, guided, read_flags
-from debias_diffusers.convert.state_dicts import Shape, from_guided, join_qkv, modules, shape_of, split_qkv, to_guided
+from debias_diffusers.convert.state_dicts import Shape, from_guided, infer_shape, join_qkv, module_names, split_qkv, to_guided
 from debias_diffusers.errors import CannotWriteError, InputError
 from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from debias_diffusers.pipelines.solvers import exported_scheduler
@@ -101,7 +101,7 @@ def test_every_kind_of_network_goes_there_and_back(side, mult, updown, variant, 
 
 def test_names_follow_the_levels_of_the_reference():
     """Two levels of one block, the second with attention, written out from the reference's constructor."""
-    names = dict(modules(Shape(widths=(32, 64), blocks=1, attends=(False, True), updown=False)))
+    names = dict(module_names(Shape(widths=(32, 64), blocks=1, attends=(False, True), updown=False)))
     expected = {
         "conv_in": "input_blocks.0.0",
         "down_blocks.0.resnets.0.conv1": "input_blocks.1.0.in_layers.2",
@@ -271,7 +271,7 @@ def test_what_unet2dmodel_cannot_express_is_refused_with_the_reason(tmp_path):
 
 def test_the_weights_tell_their_shape():
     state, shape = weights_of(64, (1, 2, 3, 4))
-    assert shape_of(state) == shape
+    assert infer_shape(state) == shape
     assert set(from_guided(state, shape, 16, False)) == set(names_of(64, (1, 2, 3, 4)))
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load
 
 from debias_diffusers.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from debias_diffusers.data import decoded_cache, images
-from debias_diffusers.data.dataset import PositionBatches, TrainingData, batches
+from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, load_batches
 from debias_diffusers.data.decoded_cache import make_cache
 from debias_diffusers.data.sources import open_source
 from debias_diffusers.runs import checkpoints
@@ -27,9 +27,9 @@ from debias_diffusers.tasks.pixels import network_arguments
 from debias_diffusers.tasks.unet import build_unet
 from debias_diffusers.training import device, trainer
 from debias_diffusers.utils import memory
-from debias_diffusers.utils.background import Background
+from debias_diffusers.utils.background import BackgroundTask
 
-START = Background.start
+START = BackgroundTask.start
 
 
 class Slow:
@@ -56,7 +56,7 @@ class Slow:
             self.trainer = trainer
             return launch(trainer, *args)
 
-        patch.setattr(Background, "start", start)
+        patch.setattr(BackgroundTask, "start", start)
         patch.setattr(checkpoints, "write", slow)
         patch.setattr(trainer.Trainer, "_finish_save", waiting)
         patch.setattr(trainer.Trainer, "_launch", seen)
@@ -79,7 +79,7 @@ def test_without_memory_for_a_copy_the_training_waits_for_the_save(trained, tmp_
 
 
 def test_what_goes_wrong_beside_is_raised_where_the_result_is_asked_for():
-    background = Background()
+    background = BackgroundTask()
     assert background.result() is None
     for beside in (True, False):
         background.start(lambda: 1 / 0, beside)
@@ -102,7 +102,7 @@ def test_what_goes_wrong_beside_is_raised_where_the_result_is_asked_for():
 
 def test_a_mistake_of_ours_in_what_is_done_beside_ends_the_training_with_the_next_step(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "write", lambda *_: 1 / 0)
-    monkeypatch.setattr(Background, "start", lambda self, work, beside: START(self, work, beside=False))
+    monkeypatch.setattr(BackgroundTask, "start", lambda self, work, beside: START(self, work, beside=False))
     with pytest.raises(ZeroDivisionError):
         trained_here(tiny(tmp_path / "run"))
     assert metrics(tmp_path / "run")[-1]["step"] < 12  # steps at which it is saved: 6, 12, ...
@@ -234,7 +234,7 @@ def test_kept_images_have_the_pixels_of_decoded_ones_and_are_decoded_once(tmp_pa
         data = TrainingData(open_source(config), config, seed=0)
         assert (data.cache is not None) == bool(megabytes)
         decoded.value = 0  # the first one was looked at for its channels
-        found.append(list(batches(data, PositionBatches(4, 4, 0, 1, range(30)), pin_memory=False)))
+        found.append(list(load_batches(data, PositionBatchSampler(4, 4, 0, 1, range(30)), pin_memory=False)))
         assert decoded.value == 120 if not megabytes else 12 <= decoded.value <= 12 * max(1, workers)
     for one, other in zip(*found, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)

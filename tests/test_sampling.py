@@ -32,7 +32,7 @@ from debias_diffusers.errors import CannotWriteError, InputError, NotFiniteError
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
 from debias_diffusers.pipelines.solvers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
 from debias_diffusers.sampling.generate import draw, sample
-from debias_diffusers.sampling.image_writer import Album, Writer
+from debias_diffusers.sampling.image_writer import ImageWriter, SampleFolder
 from debias_diffusers.tasks.unet import build_unet
 from debias_diffusers.utils.files import acquire_lock
 
@@ -417,7 +417,7 @@ def test_a_packed_file_is_finished_once_and_does_not_grow(trained, tmp_path, mon
 
     config = sample_config(trained, tmp_path / "out", format="npz")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Album, "_pack", interrupted)
+        patch.setattr(SampleFolder, "_pack", interrupted)
         sample(config)
     parts = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "parts").iterdir()}
     assert len(parts) == 10
@@ -474,9 +474,9 @@ def test_a_disk_that_is_full_is_said_and_ends_the_command(trained, tmp_path, mon
 
 def test_images_are_written_beside_the_drawing(tmp_path, monkeypatch):
     goes_on, written = threading.Event(), []
-    monkeypatch.setattr(Album, "write", lambda self, k, array: written.append(k) if goes_on.wait(HANG) else None)
-    album = Album(tmp_path, "png", 8)
-    with Writer(album) as writer:
+    monkeypatch.setattr(SampleFolder, "write", lambda self, k, array: written.append(k) if goes_on.wait(HANG) else None)
+    album = SampleFolder(tmp_path, "png", 8)
+    with ImageWriter(album) as writer:
         writer.put(range(4), torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
         writer.put(range(4, 8), torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
         assert written == []

@@ -21,9 +21,9 @@ from debias_diffusers.pipelines.solvers import (
     UniPC,
     default_scheduler,
     exported_scheduler,
-    in_sections,
     make_scheduler,
-    strided,
+    section_timesteps,
+    strided_timesteps,
 )
 
 MEAN, STD = 0.3, 0.2
@@ -198,7 +198,7 @@ def test_a_whole_trajectory_of_the_paper_s_code_is_repeated(reference, monkeypat
     without_noise(monkeypatch)
     monkeypatch.setattr(pipeline, "_noise", lambda *_: golden["x_T"])
     seen = []
-    timesteps = strided(1000, steps) if spacing == "stride" else None
+    timesteps = strided_timesteps(1000, steps) if spacing == "stride" else None
     own = pipeline.scheduler
     monkeypatch.setattr(pipeline, "scheduler", make_scheduler(name, own, "linspace", steps, timesteps))
     pipeline(
@@ -265,22 +265,22 @@ def test_ours_steps_as_diffusers_own_does_where_that_is_right(name, space):
 
 
 def test_strided_timesteps_are_those_of_ddim_n():
-    assert strided(1000, 10) == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
-    assert strided(1000, 50)[:2] == [980, 960] and len(strided(1000, 334)) == 334
+    assert strided_timesteps(1000, 10) == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
+    assert strided_timesteps(1000, 50)[:2] == [980, 960] and len(strided_timesteps(1000, 334)) == 334
     with pytest.raises(InputError, match=r"steps is 300, but no whole stride gives that of 1000 noise levels; take 334"):
-        strided(1000, 300)
+        strided_timesteps(1000, 300)
 
 
 def test_sections_are_equal_parts_of_the_noise_levels():
-    assert in_sections(10, (2, 3, 1)) == [7, 6, 5, 4, 3, 0]  # levels 0 to 3, 4 to 6, 7 to 9
-    assert in_sections(300, (10, 15, 20))[::-1] == [
+    assert section_timesteps(10, (2, 3, 1)) == [7, 6, 5, 4, 3, 0]  # levels 0 to 3, 4 to 6, 7 to 9
+    assert section_timesteps(300, (10, 15, 20))[::-1] == [
         *(round(k * 11) for k in range(10)),
         *(100 + round(k * 99 / 14) for k in range(15)),
         *(200 + round(k * 99 / 19) for k in range(20)),
     ]
-    assert in_sections(1000, (50,)) == np.linspace(0, 999, 50).round().astype(int)[::-1].tolist()
+    assert section_timesteps(1000, (50,)) == np.linspace(0, 999, 50).round().astype(int)[::-1].tolist()
     with pytest.raises(InputError, match="sections has 4, but each of 3 sections has 3 of the 10 noise levels"):
-        in_sections(10, (1, 1, 4))
+        section_timesteps(10, (1, 1, 4))
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in FLOW])

@@ -42,17 +42,17 @@ from .state_dicts import (
     WHOLE_NUMBER,
     Shape,
     State,
-    attending,
-    contradictions,
+    attention_widths,
+    flag_conflicts,
+    flags_from_weights,
     from_guided,
-    head_dim_of,
-    inexpressible,
-    shape_of,
+    infer_shape,
+    resolve_head_dim,
     size_problems,
     state_problems,
     to_guided,
-    told_by,
     unet_arguments,
+    unsupported_features,
     whole_number,
 )
 
@@ -198,12 +198,12 @@ def _network(model: str, given: Mapping[str, Any], values: Mapping[str, Any]) ->
     """The network of a checkpoint, checked against the flags that were given; `values` are these over the reference's defaults."""
     state = read_state(model)
     raise_all(state_problems(state), f"{model} holds no UNet of guided-diffusion")
-    shape = shape_of(state)
+    shape = infer_shape(state)
     raise_all(size_problems(shape, values["image_size"]), f"{model} and its flags differ")
-    told = told_by(state, shape, values["image_size"])
-    raise_all(inexpressible(values, state, shape), f"{model} cannot be converted")
-    raise_all(contradictions(given, told, shape), f"{model} and its flags differ")
-    head_dim = head_dim_of(values, shape)
+    told = flags_from_weights(state, shape, values["image_size"])
+    raise_all(unsupported_features(values, state, shape), f"{model} cannot be converted")
+    raise_all(flag_conflicts(given, told, shape), f"{model} and its flags differ")
+    head_dim = resolve_head_dim(values, shape)
     unet = build_unet(unet_arguments(shape, told, values["image_size"], head_dim, state["input_blocks.0.0.weight"].shape[1]))
     _load(unet, from_guided(state, shape, head_dim, values["use_new_attention_order"]), model)
     return unet
@@ -302,7 +302,7 @@ def export(model: str, out: str, allow_pickle_import: bool = False) -> None:
     size = unet.config.sample_size
     flags = {
         **DEFAULT_FLAGS,
-        **told_by(state, shape, size),
+        **flags_from_weights(state, shape, size),
         "image_size": size,
         "num_head_channels": unet.config.attention_head_dim,
         "diffusion_steps": own.config.num_train_timesteps,
@@ -347,8 +347,10 @@ def _foreign(unet: UNet2DModel, own: Any, shape: Shape) -> list[str]:
         found.append(f"its levels have {list(shape.widths)} channels, but the reference's norms have 32 groups")
     elif size := size_problems(shape, config.sample_size):
         found += size
-    elif config.attention_head_dim < 1 or any(width % config.attention_head_dim for width in attending(shape)):
-        found.append(f"its attention heads have {config.attention_head_dim} channels, which do not divide {sorted(attending(shape))}")
+    elif config.attention_head_dim < 1 or any(width % config.attention_head_dim for width in attention_widths(shape)):
+        found.append(
+            f"its attention heads have {config.attention_head_dim} channels, which do not divide {sorted(attention_widths(shape))}"
+        )
     else:
         twin = build_unet(unet_arguments(shape, told, config.sample_size, config.attention_head_dim, config.in_channels)).config
         found += [

@@ -74,7 +74,7 @@ class Shape:
     updown: bool  # residual blocks resize, instead of plain convolutions
 
 
-def modules(shape: Shape) -> Iterator[tuple[str, str]]:
+def module_names(shape: Shape) -> Iterator[tuple[str, str]]:
     """(name in UNet2DModel, name in guided-diffusion) of every layer with weights, but for the parts of attention.
 
     An attention layer itself is yielded as (its name, its name); its weights differ in more than their names.
@@ -147,7 +147,7 @@ def from_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int, new_or
     """
     rest = {name: value.float() for name, value in state.items()}
     result: State = {}
-    for ours, theirs in modules(shape):
+    for ours, theirs in module_names(shape):
         if is_attention(ours):
             for kind in ("weight", "bias"):
                 qkv = rest.pop(f"{theirs}.qkv.{kind}").flatten(1) if kind == "weight" else rest.pop(f"{theirs}.qkv.{kind}")
@@ -168,7 +168,7 @@ def from_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int, new_or
 def to_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int) -> State:
     """A state dict of UNet2DModel under the names of guided-diffusion, in its default order of attention."""
     result: State = {}
-    for ours, theirs in modules(shape):
+    for ours, theirs in module_names(shape):
         if is_attention(ours):
             for kind in ("weight", "bias"):
                 parts = [state[f"{ours}.to_{letter}.{kind}"] for letter in "qkv"]
@@ -216,7 +216,7 @@ def size_problems(shape: Shape, image_size: int) -> list[str]:
     return [f"image_size is {image_size}, but its {halvings + 1} levels halve images {halvings} times; {fits} would fit"]
 
 
-def shape_of(state: Mapping[str, Tensor]) -> Shape:
+def infer_shape(state: Mapping[str, Tensor]) -> Shape:
     """What weights tell in which `state_problems` finds nothing.
 
     Raises:
@@ -250,7 +250,7 @@ def _resizes(state: Mapping[str, Tensor], place: int, attends: bool) -> bool:
 # ---- what weights and flags tell ------------------------------------------------------------------------------------
 
 
-def told_by(state: Mapping[str, Tensor], shape: Shape, image_size: int) -> dict[str, Any]:
+def flags_from_weights(state: Mapping[str, Tensor], shape: Shape, image_size: int) -> dict[str, Any]:
     """The flags that the weights tell, for images of a size."""
     base, classes = shape.widths[0], state.get("label_emb.weight")
     return {
@@ -299,7 +299,7 @@ def _said_to_attend(flags: Mapping[str, Any], levels: int) -> list[int]:
     return [size // 2**level for level in range(levels) if 2**level in factors]
 
 
-def contradictions(given: Mapping[str, Any], told: Mapping[str, Any], shape: Shape) -> list[str]:
+def flag_conflicts(given: Mapping[str, Any], told: Mapping[str, Any], shape: Shape) -> list[str]:
     """Flags that say something else than the weights."""
     said, meant = dict(given), dict(told)
     size = said["image_size"]
@@ -322,7 +322,7 @@ def contradictions(given: Mapping[str, Any], told: Mapping[str, Any], shape: Sha
     ]
 
 
-def inexpressible(flags: Mapping[str, Any], state: Mapping[str, Tensor], shape: Shape) -> list[str]:
+def unsupported_features(flags: Mapping[str, Any], state: Mapping[str, Tensor], shape: Shape) -> list[str]:
     """Why UNet2DModel cannot be this network, though the reference can."""
     found, base = [], shape.widths[0]
     inputs, outputs = state["input_blocks.0.0.weight"].shape[1], len(state["out.2.bias"])
@@ -336,10 +336,10 @@ def inexpressible(flags: Mapping[str, Any], state: Mapping[str, Tensor], shape: 
     elif any(width % base for width in shape.widths):
         found.append(f"its levels have {list(shape.widths)} channels, but only whole multiples of the first are known here")
     down, up = flags["num_heads"], flags["num_heads_upsample"]
-    if flags["num_head_channels"] == -1 and (len(attending(shape)) > 1 or up not in (-1, down)):
+    if flags["num_head_channels"] == -1 and (len(attention_widths(shape)) > 1 or up not in (-1, down)):
         found.append(
-            f"it has {down} heads (on the way up {down if up == -1 else up}) in attention layers of {sorted(attending(shape))} channels, "
-            f"so heads differ in width; UNet2DModel has one width for all"
+            f"it has {down} heads (on the way up {down if up == -1 else up}) in attention layers of {sorted(attention_widths(shape))} "
+            f"channels, so heads differ in width; UNet2DModel has one width for all"
         )
     if flags["rescale_timesteps"] and flags["diffusion_steps"] != 1000:
         found.append(
@@ -348,12 +348,12 @@ def inexpressible(flags: Mapping[str, Any], state: Mapping[str, Tensor], shape: 
     return found
 
 
-def attending(shape: Shape) -> set[int]:
+def attention_widths(shape: Shape) -> set[int]:
     """The widths of levels with attention; the middle, as wide as the last, always attends."""
     return {width for width, attends in zip(shape.widths, shape.attends) if attends} | {shape.widths[-1]}
 
 
-def head_dim_of(flags: Mapping[str, Any], shape: Shape) -> int:
+def resolve_head_dim(flags: Mapping[str, Any], shape: Shape) -> int:
     """Channels of one head.
 
     Raises:
@@ -361,9 +361,9 @@ def head_dim_of(flags: Mapping[str, Any], shape: Shape) -> int:
     """
     asked = flags["num_head_channels"]
     head_dim: int = shape.widths[-1] // flags["num_heads"] if asked == -1 else asked
-    if head_dim < 1 or any(width % head_dim for width in attending(shape)):
+    if head_dim < 1 or any(width % head_dim for width in attention_widths(shape)):
         name = "num_heads" if asked == -1 else "num_head_channels"
-        raise InputError(f"{name} is {flags[name]}, but attention has {sorted(attending(shape))} channels; correct it")
+        raise InputError(f"{name} is {flags[name]}, but attention has {sorted(attention_widths(shape))} channels; correct it")
     return head_dim
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import InputError, reason
 from ..utils.files import read_file
 from . import images
-from .labels import WHOLE_NUMBER, listed
+from .labels import WHOLE_NUMBER, shortened_list
 
 SETTINGS = ".sampling.json"  # what the images of a folder were drawn with
 PREVIEW = "preview"
@@ -55,7 +55,7 @@ class Listing:
         )
 
 
-def look(root: Path) -> Listing:
+def scan_folder(root: Path) -> Listing:
     """Looks at all files below a folder. Links are followed, hidden names are not looked at."""
 
     def refuse(error: OSError) -> None:
@@ -106,7 +106,7 @@ def _no_image(path: Path) -> str | None:
     return f"{path.suffix.lower() or 'without extension'} (no image)"
 
 
-def chosen_split(found: Listing, wanted: str, default: str) -> tuple[str, list[str]]:
+def select_split(found: Listing, wanted: str, default: str) -> tuple[str, list[str]]:
     """The folder of a split, and those of all splits; "" and none where the first-level folders are no splits.
 
     They are splits where all that hold images have names of splits, and one of them that of a training split.
@@ -204,14 +204,14 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def packed(path: Path) -> Path | None:
+def packed_samples(path: Path) -> Path | None:
     """The one file in which a folder that `sample.py` wrote has its images, if it is there."""
     return path / PACKED if (path / SETTINGS).is_file() and (path / PACKED).is_file() else None
 
 
-def summed(passed_over: Sequence[tuple[str, str]]) -> str:
+def count_by_reason(passed_over: Sequence[tuple[str, str]]) -> str:
     """What was passed over and why, with counts."""
-    return listed(f"{count} {why}" for why, count in Counter(why for _, why in passed_over).most_common())
+    return shortened_list(f"{count} {why}" for why, count in Counter(why for _, why in passed_over).most_common())
 
 
 def as_labels(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:

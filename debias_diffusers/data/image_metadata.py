@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Mapping
 
 # Of compressed text that is unpacked: an orientation stands in some hundred bytes.
-MOST_TEXT = 2**20
+MAX_TEXT_BYTES = 2**20
 
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
@@ -25,7 +25,7 @@ _TIFF_TAGS = {
 _ORIENTATION, _INTEGERS = 0x0112, {1: "B", 3: "H", 4: "I", 8: "h", 9: "i"}
 
 
-def set_apart(data: bytes) -> tuple[bytes, dict[str, bytes]]:
+def strip_metadata(data: bytes) -> tuple[bytes, dict[str, bytes]]:
     """An image file without its optional parts, and those that may say its orientation: `exif` and `xmp`.
 
     A format without such a rule is returned as it is; so is what follows the first part that is cut off or no part at all.
@@ -91,7 +91,7 @@ def _of_text(kind: bytes, chunk: memoryview) -> dict[str, bytes]:
     try:
         packed = kind == b"zTXt" or (kind == b"iTXt" and rest[0] == 1)
         rest = {b"tEXt": lambda: rest, b"zTXt": lambda: rest[1:], b"iTXt": lambda: rest[2:].split(b"\0", 2)[2]}[kind]()
-        text = zlib.decompressobj().decompress(rest, MOST_TEXT) if packed else rest
+        text = zlib.decompressobj().decompress(rest, MAX_TEXT_BYTES) if packed else rest
         name = _PNG_TEXTS[keyword]
         # ImageMagick writes EXIF as lines of hexadecimal digits, after a line break, its name and its length.
         return {name: bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii")) if name == "exif" else text}

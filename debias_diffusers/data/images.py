@@ -17,7 +17,7 @@ from ..errors import InputError, reason
 from . import image_metadata
 
 SOFTWARE = "debias_diffusers"  # in pictures that are results of their own, so that they are known again
-MOST_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 268 MB as colours in Pillow
+MAX_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 268 MB as colours in Pillow
 # Pillow's formats of raster images. No documents, drawings, films or stubs, which need other programs or are not pictures.
 FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 EXTENSIONS = tuple(extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS)
@@ -63,13 +63,13 @@ def decode(data: bytes, where: str) -> Image.Image:
     becomes RGB; colour profiles are not applied; of an animation, the first picture.
 
     Raises:
-        InputError: not an image, damaged, of 32-bit numbers without a stated range, or of more than `MOST_PIXELS`; names `where`.
+        InputError: not an image, damaged, of 32-bit numbers without a stated range, or of more than `MAX_PIXELS`; names `where`.
     """
     try:
-        data, found = image_metadata.set_apart(data)
+        data, found = image_metadata.strip_metadata(data)
         with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are more than {MOST_PIXELS}; make it smaller")
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}; make it smaller")
             rawmode = _rawmode(image)
             low = _low_bytes(data, rawmode) if rawmode in _OTHER_BYTE else None
             image.load()

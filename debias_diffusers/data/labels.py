@@ -18,7 +18,7 @@ WHOLE_NUMBER = re.compile("-?[0-9]{1,18}")
 ClassOrder = Sequence[str] | Literal["natural", "plain"]
 
 
-def in_order(found: Iterable[str], empty: Iterable[str], order: ClassOrder, where: str) -> list[str]:
+def order_class_names(found: Iterable[str], empty: Iterable[str], order: ClassOrder, where: str) -> list[str]:
     """Names of all classes in the order of their labels.
 
     Args:
@@ -35,7 +35,7 @@ def in_order(found: Iterable[str], empty: Iterable[str], order: ClassOrder, wher
     if order == "plain":
         return sorted(set(found))
     if unknown := sorted(set(found) - set(order), key=_natural):
-        raise InputError(f"{where} has class {unknown[0]}, but the model has only {listed(order)}")
+        raise InputError(f"{where} has class {unknown[0]}, but the model has only {shortened_list(order)}")
     return list(order)
 
 
@@ -46,7 +46,7 @@ def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
     return [(len(part) if k % 2 else 0, part) for k, part in enumerate(digits)], name
 
 
-def numbers(wanted: Sequence[int | str], names: Sequence[str] | None) -> list[int]:
+def label_indices(wanted: Sequence[int | str], names: Sequence[str] | None) -> list[int]:
     """Labels that are given as numbers or as class names. Text that is both the name of one class and the number of another is the name.
 
     Raises:
@@ -56,15 +56,15 @@ def numbers(wanted: Sequence[int | str], names: Sequence[str] | None) -> list[in
     found = []
     for label in wanted:
         if isinstance(label, str) and label not in by_name and not WHOLE_NUMBER.fullmatch(label):
-            known = f"the model's classes are {listed(names)}" if names else "the model knows its classes by numbers only"
+            known = f"the model's classes are {shortened_list(names)}" if names else "the model knows its classes by numbers only"
             raise InputError(f"class_labels has {label}, but {known}")
         found.append(by_name[label] if label in by_name else int(label))
     return found
 
 
-def taken_for_names(wanted: Sequence[int | str], names: Sequence[str] | None) -> list[str]:
+def ambiguous_labels(wanted: Sequence[int | str], names: Sequence[str] | None) -> list[str]:
     """A sentence for each number among the names of classes that is not the number of that class."""
-    pairs = zip(wanted, numbers(wanted, names))
+    pairs = zip(wanted, label_indices(wanted, names))
     return [
         f"class_labels {label} is the class of that name, whose number is {number}"
         for label, number in dict(pairs).items()
@@ -72,12 +72,12 @@ def taken_for_names(wanted: Sequence[int | str], names: Sequence[str] | None) ->
     ]
 
 
-def with_images(counts: Sequence[int]) -> list[int]:
+def nonempty_classes(counts: Sequence[int]) -> list[int]:
     """Labels of the classes that have images, where `counts` has the images of each."""
     return [label for label, count in enumerate(counts) if count]
 
 
-def in_proportion(counts: Sequence[int], num_images: int) -> list[int]:
+def proportional_labels(counts: Sequence[int], num_images: int) -> list[int]:
     """Labels of images 0 .. num_images - 1 such that each class has its share of them; a longer list begins with a shorter one.
 
     By the method of Sainte-Lague: image j of a class with n images stands at (j + 1/2) / n. With as many images as there are in all,
@@ -92,26 +92,26 @@ def in_proportion(counts: Sequence[int], num_images: int) -> list[int]:
     return list(map(int, labels[np.argsort(places, kind="stable")[:num_images]]))
 
 
-def listed(items: Iterable[object], most: int = 10) -> str:
+def shortened_list(items: Iterable[object], most: int = 10) -> str:
     """The first items apart by commas, and how many there are more."""
     texts = [str(item) for item in items]
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
-def described(names: Sequence[str], counts: Sequence[int]) -> str:
+def describe_classes(names: Sequence[str], counts: Sequence[int]) -> str:
     """Classes with their numbers of images; those without are named."""
-    each = listed(f"{name} {count}" for name, count in zip(names, counts))
+    each = shortened_list(f"{name} {count}" for name, count in zip(names, counts))
     empty = [name for name, count in zip(names, counts) if not count]
-    return f"{len(names)} classes ({each})" + (f", without images: {listed(empty)}" if empty else "")
+    return f"{len(names)} classes ({each})" + (f", without images: {shortened_list(empty)}" if empty else "")
 
 
-def as_config(values: Sequence[T] | None) -> dict[str, T] | None:
+def to_config_mapping(values: Sequence[T] | None) -> dict[str, T] | None:
     """A value for each label by the text of its number, for model_index.json. (diffusers takes a list there for a component.)"""
     return None if values is None else {str(label): value for label, value in enumerate(values)}
 
 
-def by_label(values: Any, classes: int, kind: type[T]) -> list[T] | None:
-    """What `as_config` was given; None where it is not of so many classes, or of values of another kind."""
+def from_config_mapping(values: Any, classes: int, kind: type[T]) -> list[T] | None:
+    """What `to_config_mapping` was given; None where it is not of so many classes, or of values of another kind."""
     keys = [str(label) for label in range(classes)]
     if not classes or not isinstance(values, Mapping) or set(keys) != set(values):
         return None

@@ -21,13 +21,13 @@ from ..config.schema import DIGITS, DataConfig
 from ..errors import CannotWriteError, InputError, raise_all
 from ..utils.files import read_file, require_writable
 from . import image_folders, images
-from .labels import ClassOrder, described, in_order, with_images
+from .labels import ClassOrder, describe_classes, nonempty_classes, order_class_names
 
 DIGITS_FILE = Path(str(resources.files(__package__).joinpath("digits.parquet")))
-MOST_CLASSES = 100_000
-WAITING = 10_000  # images that threads have before them
-MOST_SKIPPED = 0.01  # share of unreadable images: with more of them, something else is wrong
-READERS = min(8, os.cpu_count() or 1)  # threads that decode beside whatever else is done
+MAX_CLASSES = 100_000
+MAX_PENDING = 10_000  # images that threads have before them
+MAX_SKIPPED_SHARE = 0.01  # share of unreadable images: with more of them, something else is wrong
+READER_THREADS = min(8, os.cpu_count() or 1)  # threads that decode beside whatever else is done
 
 
 class Source(Protocol):
@@ -52,7 +52,7 @@ class Source(Protocol):
         """The files that hold the images, in an order that follows from theirs; None where not all are known."""
 
 
-class Folder:
+class ImageFolder:
     """A folder of image files, in the order of their paths; where its folders are splits, those of one split.
 
     Labels are those of metadata.jsonl or metadata.csv, else the first-level folders, else what stands before the first "_" of the names.
@@ -60,9 +60,9 @@ class Folder:
 
     def __init__(self, found: image_folders.Listing, config: DataConfig, order: ClassOrder = "natural") -> None:
         self.root = found.root
-        if image_folders.packed(self.root):
+        if image_folders.packed_samples(self.root):
             raise InputError(f"dataset {self.root} holds samples packed in one file; draw them with --format png to train on them")
-        split, splits = image_folders.chosen_split(found, config.split, DataConfig().split)
+        split, splits = image_folders.select_split(found, config.split, DataConfig().split)
         self.split = f"split {split} of {', '.join(splits)}" if split else ""
         beside = [(name, "beside the split folders") for name in found.images] + found.passed_over if split else []
         found = found.below(split)
@@ -71,7 +71,7 @@ class Folder:
         if not self.names:
             raise InputError(
                 f"dataset {self.root} holds no images"
-                + (f"; passed over: {image_folders.summed(self.passed_over)}" if self.passed_over else "")
+                + (f"; passed over: {image_folders.count_by_reason(self.passed_over)}" if self.passed_over else "")
             )
         given = (
             image_folders.read_metadata(self.root, split, config.label_column) if config.class_conditional and order != "plain" else None
@@ -112,7 +112,7 @@ class Folder:
         self.passed_over += [(name, "beside the class folders") for name in self.names if name not in class_of]
         self.names = list(class_of)
         empty = image_folders.class_folders(found, split) if "/" in self.names[0].removeprefix(f"{split}/") else []
-        self.class_names = in_order(class_of.values(), empty, order, f"dataset {self.root}")
+        self.class_names = order_class_names(class_of.values(), empty, order, f"dataset {self.root}")
         number = {name: label for label, name in enumerate(self.class_names)}
         self._labels = [number[class_of[name]] for name in self.names]
 
@@ -144,13 +144,13 @@ class Folder:
         return {"images": len(self), "sha256": digest.hexdigest()}
 
 
-class EarlierFolder(Folder):
+class LegacyFolder(ImageFolder):
     """A folder as the version before read it, for the runs that it began: few extensions, no splits, and a label for every image."""
 
     EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
     def __init__(self, root: Path, config: DataConfig, order: ClassOrder) -> None:
-        found = image_folders.look(root)
+        found = image_folders.scan_folder(root)
         self.root, self.split, self._in_metadata = root, "", b""
         self.names = [name for name in found.images if Path(name).suffix.lower() in self.EXTENSIONS]
         unknown = sorted(set(found.images) - set(self.names))
@@ -158,7 +158,7 @@ class EarlierFolder(Folder):
         self.class_names = None
         if config.class_conditional:
             classes = [name.split("/" if "/" in name else "_")[0] for name in self.names]
-            self.class_names = in_order(classes, (), order, f"dataset {root}")
+            self.class_names = order_class_names(classes, (), order, f"dataset {root}")
             number = {name: label for label, name in enumerate(self.class_names)}
             self._labels = [number[name] for name in classes]
 
@@ -170,7 +170,7 @@ def _size(path: Path) -> int:
         return -1
 
 
-class Table:
+class ImageTable:
     """A dataset of the `datasets` library with a column of images."""
 
     def __init__(self, table: Any, config: DataConfig, order: ClassOrder = "natural") -> None:
@@ -221,7 +221,7 @@ class Table:
         return files if files and inside else None
 
 
-class Without:
+class SourceSubset:
     """A source less some of its images."""
 
     def __init__(self, source: Source, skipped: Sequence[int]) -> None:
@@ -247,7 +247,7 @@ class Without:
         return self.source.files()
 
 
-def state_of_files(source: Source) -> str | None:
+def file_state_hash(source: Source) -> str | None:
     """A hash of what the file system says of all files of a source, which changes when one is written to; None where that is not known."""
     digest = hashlib.sha256(repr(source.fingerprint()).encode())
     files = source.files()
@@ -261,14 +261,14 @@ def state_of_files(source: Source) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def in_threads(work: Callable[[int], Any], indices: Sequence[int]) -> Iterator[Any]:
+def map_in_threads(work: Callable[[int], Any], indices: Sequence[int]) -> Iterator[Any]:
     """What `work` returns for each index, in order; some thousands at a time, because one that waits takes memory, too."""
-    with ThreadPoolExecutor(READERS) as pool:
-        for first in range(0, len(indices), WAITING):
-            yield from pool.map(work, indices[first : first + WAITING])
+    with ThreadPoolExecutor(READER_THREADS) as pool:
+        for first in range(0, len(indices), MAX_PENDING):
+            yield from pool.map(work, indices[first : first + MAX_PENDING])
 
 
-def look_at(source: Source, indices: Sequence[int]) -> tuple[dict[int, str], int]:
+def check_images(source: Source, indices: Sequence[int]) -> tuple[dict[int, str], int]:
     """What is to be known of images before they are learned.
 
     Returns:
@@ -283,13 +283,13 @@ def look_at(source: Source, indices: Sequence[int]) -> tuple[dict[int, str], int
         except InputError as error:
             return str(error)
 
-    found = list(tqdm(in_threads(seen, indices), "looking at the images", len(indices), leave=False, delay=5))
+    found = list(tqdm(map_in_threads(seen, indices), "looking at the images", len(indices), leave=False, delay=5))
     return {index: answer for index, answer in zip(indices, found) if isinstance(answer, str)}, sum(answer is True for answer in found)
 
 
-def unreadable(source: Source, indices: Sequence[int]) -> dict[int, str]:
+def unreadable_images(source: Source, indices: Sequence[int]) -> dict[int, str]:
     """The images among these that cannot be learned: a sentence for each index."""
-    return look_at(source, indices)[0]
+    return check_images(source, indices)[0]
 
 
 def require_class(label: int, class_names: Sequence[str] | None, where: str) -> None:
@@ -299,26 +299,26 @@ def require_class(label: int, class_names: Sequence[str] | None, where: str) -> 
 
 
 def require_skippable(bad: Mapping[int, str], name: str, total: int, skip: bool) -> None:
-    """Raises InputError, which names all, where there are unreadable images that are not to be skipped, or more than `MOST_SKIPPED`."""
+    """Raises InputError, naming all unreadable images, unless `skip` is set and they are at most `MAX_SKIPPED_SHARE` of all."""
     count = f"dataset {name}: {len(bad)} of {total} images cannot be read"
     if not skip:
         raise_all(bad.values(), f"{count}; remove them, or add --skip_bad")
-    if len(bad) > MOST_SKIPPED * total:
-        raise_all(bad.values(), f"{count}, and no more than {MOST_SKIPPED:.0%} are skipped; remove them")
+    if len(bad) > MAX_SKIPPED_SHARE * total:
+        raise_all(bad.values(), f"{count}, and no more than {MAX_SKIPPED_SHARE:.0%} are skipped; remove them")
 
 
 def open_readable(config: DataConfig, order: ClassOrder = "natural") -> Source:
     """Opens what `config.dataset` names, without what cannot be read if that is to be skipped.
 
     Raises:
-        InputError: as `open_source`; more than `MOST_SKIPPED` of the images cannot be read.
+        InputError: as `open_source`; more than `MAX_SKIPPED_SHARE` of the images cannot be read.
     """
     source = open_source(config, order)
     if not config.skip_bad:
         return source
-    bad = unreadable(source, range(len(source)))
+    bad = unreadable_images(source, range(len(source)))
     require_skippable(bad, str(config.dataset), len(source), skip=True)
-    return Without(source, list(bad))
+    return SourceSubset(source, list(bad))
 
 
 def _only_column(table: Any, kind: type, role: str) -> str:
@@ -359,7 +359,7 @@ def _classes_of(table: Any, column: str, order: ClassOrder) -> tuple[list[str], 
     if isinstance(order, str) or names == list(order):
         return names, {}
     present = {value: names[value] for value in table.unique(column) if value is not None and 0 <= value < len(names)}
-    ours = in_order(present.values(), (), order, where)
+    ours = order_class_names(present.values(), (), order, where)
     return ours, {value: ours.index(name) for value, name in present.items()}
 
 
@@ -367,10 +367,10 @@ def _numbers_of(values: Iterable[Any], order: ClassOrder, where: str) -> tuple[l
     """Class names and the label of each value: text in the order asked for, whole numbers as they are."""
     known = {value for value in values if value is not None}
     if known and all(isinstance(value, str) for value in known):
-        names = in_order(known, (), order, where)
+        names = order_class_names(known, (), order, where)
         return names, {name: label for label, name in enumerate(names)}
-    if max(known, default=-1) < 0 or max(known) >= MOST_CLASSES:  # one below 0 is the fault of its image
-        raise InputError(f"{where} must hold classes from 0, fewer than {MOST_CLASSES}, but holds {list(known)[:5]}")
+    if max(known, default=-1) < 0 or max(known) >= MAX_CLASSES:  # one below 0 is the fault of its image
+        raise InputError(f"{where} must hold classes from 0, fewer than {MAX_CLASSES}, but holds {list(known)[:5]}")
     names = [str(k) for k in range(max(known) + 1)] if isinstance(order, str) else list(order)
     if max(known) >= len(names):
         raise InputError(f"{where} has label {max(known)}, but the model has {len(names)} classes")
@@ -389,9 +389,9 @@ def summary(source: Source, name: str | None) -> list[str]:
     """What was found, and what was passed over and why: a line each."""
     parts = [f"{len(source)} images"]
     if source.class_names:
-        parts.append(described(source.class_names, class_counts(source) or []))
+        parts.append(describe_classes(source.class_names, class_counts(source) or []))
     found = f"dataset {name}: {', '.join([*parts, source.split] if source.split else parts)}"
-    return [found, f"passed over: {image_folders.summed(source.passed_over)}"] if source.passed_over else [found]
+    return [found, f"passed over: {image_folders.count_by_reason(source.passed_over)}"] if source.passed_over else [found]
 
 
 def open_source(config: DataConfig, order: ClassOrder = "natural") -> Source:
@@ -416,7 +416,7 @@ def open_source(config: DataConfig, order: ClassOrder = "natural") -> Source:
     return source
 
 
-def open_again(config: DataConfig, order: ClassOrder, known: Mapping[str, Any]) -> Source:
+def reopen_source(config: DataConfig, order: ClassOrder, known: Mapping[str, Any]) -> Source:
     """Opens the data of a run that wrote down the fingerprint `known`: as the version before, where only so they are the same.
 
     Raises:
@@ -424,21 +424,21 @@ def open_again(config: DataConfig, order: ClassOrder, known: Mapping[str, Any]) 
     """
 
     def same(source: Source) -> bool:
-        return Without(source, known.get("skipped", [])).fingerprint() == known
+        return SourceSubset(source, known.get("skipped", [])).fingerprint() == known
 
     path = Path(str(config.dataset)).expanduser()
     with contextlib.suppress(InputError):
         if same(source := open_source(config, order)):
             return source
     with contextlib.suppress(InputError):
-        if path.is_dir() and same(source := EarlierFolder(path, config, order)):
+        if path.is_dir() and same(source := LegacyFolder(path, config, order)):
             return source
     return open_source(config, order)
 
 
 def _with_images(source: Source, names: list[str]) -> list[str]:
     """Names of the classes; of a folder, those that have images, for a folder without any may be none."""
-    return [names[label] for label in with_images(class_counts(source) or [])] if isinstance(source, Folder) else names
+    return [names[label] for label in nonempty_classes(class_counts(source) or [])] if isinstance(source, ImageFolder) else names
 
 
 def _open(config: DataConfig, order: ClassOrder) -> Source:
@@ -447,30 +447,30 @@ def _open(config: DataConfig, order: ClassOrder) -> Source:
     if config.dataset == DIGITS:
         path = DIGITS_FILE
         if config.split == DataConfig().split:
-            return Table(_digits(), config, order)
+            return ImageTable(_digits(), config, order)
     if path.is_dir():
         return _open_folder(path, config, order)
     if path.suffix.lower() == ".parquet":
         if not path.is_file():
             raise InputError(f"dataset {path} does not exist")
-        return Table(_load("parquet", config, data_files=str(path)), config, order)
+        return ImageTable(_load("parquet", config, data_files=str(path)), config, order)
     if not is_hub_id(config.dataset):
         raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id{_meant(config.dataset)}")
     repo, _, revision = config.dataset.partition("@")
-    return Table(_load(repo, config, revision=revision or None), config, order)
+    return ImageTable(_load(repo, config, revision=revision or None), config, order)
 
 
 def _open_folder(path: Path, config: DataConfig, order: ClassOrder) -> Source:
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return Table(_load_saved(path, config), config, order)
-    found = image_folders.look(path)
+        return ImageTable(_load_saved(path, config), config, order)
+    found = image_folders.scan_folder(path)
     shards = {name for name, _ in found.passed_over if name.endswith(".parquet")}
     if len(shards) > len(found.images):  # a picture beside a table is no data, nor is a table beside images
-        table = Table(_load("parquet", config, data_files=_shards(path)), config, order)
+        table = ImageTable(_load("parquet", config, data_files=_shards(path)), config, order)
         beside = [(name, "beside the parquet files") for name in found.images]
         table.passed_over = beside + [(name, why) for name, why in found.passed_over if name not in shards]
         return table
-    return Folder(found, config, order)
+    return ImageFolder(found, config, order)
 
 
 def _shards(path: Path) -> dict[str, list[str]]:

@@ -24,12 +24,12 @@ from ..errors import CannotWriteError, InputError
 from ..utils.console import say
 from ..utils.files import read_file, remove_old_temporary_files, write_file
 
-MOST_BYTES = 4 << 30  # of all entries; the newest one stays even where it alone has more
+MAX_BYTES = 4 << 30  # of all entries; the newest one stays even where it alone has more
 OURS = {"debias_diffusers": "features"}  # metadata of an entry
 _NAME = re.compile(r"[0-9a-f]{64}\.(safetensors|json)")
 
 
-def key_of(*parts: str) -> str:
+def cache_key(*parts: str) -> str:
     """The hash that names an entry."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -48,7 +48,7 @@ def open_cache(cache_dir: str | None) -> FeatureCache:
 class FeatureCache:
     """Entries by key (as of `key_of`): named tensors, or a JSON value. Reading an entry makes it the newest."""
 
-    def __init__(self, folder: Path | None, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, folder: Path | None, most_bytes: int = MAX_BYTES) -> None:
         """`folder` need not exist; without one nothing is kept."""
         self.folder, self.most_bytes = folder, most_bytes
         self._warned = False

@@ -21,13 +21,13 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..data import images
-from ..data.sources import READERS, Folder, Source, in_threads
+from ..data.sources import READER_THREADS, ImageFolder, Source, map_in_threads
 from ..errors import InputError, reason
 from ..sampling.generate import Job
 from ..utils import seeding
 
-MOST_BYTES = 2**40  # that an .npz may claim to hold
-READ_AT_ONCE = 2**24  # bytes of a file
+MAX_NPZ_BYTES = 2**40  # that an .npz may claim to hold
+CHUNK_BYTES = 2**24  # bytes of a file
 # What zipfile and numpy raise of a damaged file; RuntimeError of one that is encrypted or compressed by other means.
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)
 
@@ -47,18 +47,18 @@ class ImageSet:
     total: int | None = None  # images that there are, of which these are a random subset; None of what a model draws
 
 
-def drawn(job: Job, count: int, name: str) -> ImageSet:
+def generated_images(job: Job, count: int, name: str) -> ImageSet:
     """What a model draws, image k as `sample.py` draws it with the same seed; nothing touches the disk."""
     size = job.pipeline.unet.config.sample_size
 
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
-        for number, indices in numbered(range(count), batch_size, part, parts):
-            yield number, coloured(job.draw(indices))
+        for number, indices in process_batches(range(count), batch_size, part, parts):
+            yield number, to_rgb(job.draw(indices))
 
     return ImageSet(name, count, size if isinstance(size, int) else None, None, batches)
 
 
-def of_source(
+def images_of_source(
     source: Source,
     name: str,
     side: int,
@@ -88,18 +88,18 @@ def of_source(
         return torch.from_numpy(images.to_array(image.convert("RGB")))
 
     # Features that are kept of images without the check must not stand for those with it.
-    key = key or content_key(transform(side, channels, check is not None), content_hashes(source, chosen))
+    key = key or content_key(transform_name(side, channels, check is not None), content_hashes(source, chosen))
     return ImageSet(name, len(chosen), side, key, _reader(read, chosen), total=len(source))
 
 
-def transform(side: int, channels: int | None = None, as_they_are: bool = False) -> str:
+def transform_name(side: int, channels: int | None = None, as_they_are: bool = False) -> str:
     """What is done to the images, as a part of their key."""
     return f"{side}{' as they are' if as_they_are else ''}{' grey' if channels == 1 else ''}"
 
 
 def content_hashes(source: Source, indices: Sequence[int]) -> Iterator[bytes]:
     """Of the files of some images."""
-    yield from in_threads(lambda k: hashlib.sha256(source.read(k)[0]).digest(), indices)
+    yield from map_in_threads(lambda k: hashlib.sha256(source.read(k)[0]).digest(), indices)
 
 
 def content_key(how: str, hashes: Iterable[bytes]) -> str:
@@ -110,8 +110,8 @@ def content_key(how: str, hashes: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def of_folder(source: Folder, name: str, count: int | None = None, channels: int | None = None, seed: int = 0) -> ImageSet:
-    """The images of a folder as they are, which must be squares of one size; of a smaller `count` a random subset as of `of_source`.
+def images_of_folder(source: ImageFolder, name: str, count: int | None = None, channels: int | None = None, seed: int = 0) -> ImageSet:
+    """The images of a folder as they are, which must be squares of one size; of a smaller `count` a random subset as of `images_of_source`.
 
     Raises:
         InputError: one cannot be read, or has another size; names it.
@@ -126,10 +126,10 @@ def of_folder(source: Folder, name: str, count: int | None = None, channels: int
             size = f"{image.width}x{image.height}"
             raise InputError(f"image {where} has {size} pixels, the first {first.width}x{first.height}; remove one kind")
 
-    return of_source(source, name, first.width, count, require_same_size, channels, seed=seed)
+    return images_of_source(source, name, first.width, count, require_same_size, channels, seed=seed)
 
 
-def of_npz(path: Path, count: int | None = None, seed: int = 0) -> ImageSet:
+def images_of_npz(path: Path, count: int | None = None, seed: int = 0) -> ImageSet:
     """`arr_0` of an `.npz`, (N, H, W, C) uint8 with one or three channels, read as a stream.
 
     Of a smaller `count` they are a random subset, a function of the seed.
@@ -144,13 +144,13 @@ def of_npz(path: Path, count: int | None = None, seed: int = 0) -> ImageSet:
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
         with _npz_array(path) as (_, member):
             place = 0
-            for number, own in numbered(chosen, batch_size, part, parts):
+            for number, own in process_batches(chosen, batch_size, part, parts):
                 data = bytearray()
                 for k in own:
                     _skip(member, (k - place) * size, path)
                     data += _exactly(member, size, path)
                     place = k + 1
-                yield number, coloured(torch.frombuffer(data, dtype=torch.uint8).view(-1, *shape).permute(0, 3, 1, 2))
+                yield number, to_rgb(torch.frombuffer(data, dtype=torch.uint8).view(-1, *shape).permute(0, 3, 1, 2))
             _skip(member, (total - place) * size, path)  # at the end its checksum is compared
 
     which = f"{len(chosen)} {seed} of {total}" if len(chosen) < total else f"{total}"
@@ -161,7 +161,7 @@ def npz_shape(path: Path) -> tuple[int, ...]:
     """(N, H, W, C) of `arr_0`, from its header alone.
 
     Raises:
-        InputError: as of `of_npz`.
+        InputError: as of `images_of_npz`.
     """
     with _npz_array(path) as (shape, _):
         return shape
@@ -204,7 +204,7 @@ def _npz_array(path: Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
             shape, fortran, dtype = read(member)
         except UNREADABLE as error:
             raise InputError(f"{path} cannot be read: {reason(error)}") from error
-        squares = len(shape) == 4 and shape[3] in (1, 3) and shape[1] == shape[2] and 0 < math.prod(shape) < MOST_BYTES
+        squares = len(shape) == 4 and shape[3] in (1, 3) and shape[1] == shape[2] and 0 < math.prod(shape) < MAX_NPZ_BYTES
         if dtype != np.uint8 or fortran or not squares:
             raise InputError(f"{path} has arr_0 of {dtype} {shape}, but must have squares (N, H, W, 3) or (N, H, W, 1) of uint8")
         yield shape, member
@@ -222,17 +222,17 @@ def _exactly(member: IO[bytes], size: int, path: Path) -> bytes:
 
 def _skip(member: IO[bytes], size: int, path: Path) -> None:
     """Reads over so many bytes, a few at a time."""
-    for place in range(0, size, READ_AT_ONCE):
-        _exactly(member, min(READ_AT_ONCE, size - place), path)
+    for place in range(0, size, CHUNK_BYTES):
+        _exactly(member, min(CHUNK_BYTES, size - place), path)
 
 
 def _reader(read: Callable[[int], Tensor], chosen: Sequence[int]) -> Callable[[int, int, int], Iterator[tuple[int, Tensor]]]:
     """Batches of images that are decoded by a few threads, some batches ahead of whoever takes them."""
 
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(READER_THREADS) as pool:
             waiting: deque[tuple[int, list[Any]]] = deque()
-            for number, indices in numbered(chosen, batch_size, part, parts):
+            for number, indices in process_batches(chosen, batch_size, part, parts):
                 waiting.append((number, [pool.submit(read, k) for k in indices]))
                 if len(waiting) > 2:
                     yield _stacked(*waiting.popleft())
@@ -246,14 +246,14 @@ def _stacked(number: int, futures: list[Any]) -> tuple[int, Tensor]:
     return number, torch.stack([future.result() for future in futures])
 
 
-def numbered(chosen: Sequence[int], batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Sequence[int]]]:
+def process_batches(chosen: Sequence[int], batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Sequence[int]]]:
     """(number, indices) of every `parts`-th batch of some indices."""
     for number, first in enumerate(range(0, len(chosen), batch_size)):
         if number % parts == part:
             yield number, chosen[first : first + batch_size]
 
 
-def coloured(batch: Tensor) -> Tensor:
+def to_rgb(batch: Tensor) -> Tensor:
     """(B, 3, H, W), grey as three equal channels."""
     return batch.expand(-1, 3, -1, -1) if batch.shape[1] == 1 else batch
 
@@ -265,6 +265,6 @@ def _hash(data: bytes) -> str:
 def _file_hash(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(READ_AT_ONCE):
+        while block := file.read(CHUNK_BYTES):
             digest.update(block)
     return digest.hexdigest()

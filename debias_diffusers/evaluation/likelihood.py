@@ -24,10 +24,10 @@ from ..pipelines.pixel_pipeline import PixelPipeline
 from ..sampling.generate import open_model, pinned_model
 from ..utils import seeding
 from ..utils.console import say
-from ..utils.distributed import start_processes
+from ..utils.distributed import make_accelerator
 from ..utils.files import require_replaceable, write_file
-from .image_sets import numbered
-from .reference import reference_data, say_found
+from .image_sets import process_batches
+from .reference import print_summary, reference_data
 from .results import as_json, has_fields
 
 # Values of the variance channels that stand for the fixed variances: from the least that makes sense to beta.
@@ -42,7 +42,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     Raises:
         InputError: model or images cannot be read, or the model is a rectified flow.
     """
-    accelerator = start_processes(config.num_threads)
+    accelerator = make_accelerator(config.num_threads)
     if accelerator.is_main_process and config.output:
         require_replaceable("output", Path(config.output), lambda path: has_fields(path, "total", "standard_error", "prior", "terms"))
     config = dataclasses.replace(config, model=pinned_model(config.model, accelerator))
@@ -50,9 +50,9 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     pipeline.to(accelerator.device)
     bound = Bound(pipeline, config.clipping)
     data = _data(config, pipeline, pipeline.class_names or "plain")  # in which it has its classes if it does not know their names
-    say_found(data.source, data.config.dataset, accelerator)
+    print_summary(data.source, data.config.dataset, accelerator)
     chosen = seeding.subset(config.seed, len(data.source), config.num_images)
-    dealt = list(numbered(chosen, config.batch_size, accelerator.process_index, accelerator.num_processes))
+    dealt = list(process_batches(chosen, config.batch_size, accelerator.process_index, accelerator.num_processes))
     mine = []
     for number, indices in tqdm(dealt, unit="batch", disable=not accelerator.is_main_process):
         images, labels = zip(*(data.decoded(k) for k in indices))

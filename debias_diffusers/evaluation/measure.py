@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..config.schema import DIGITS, MeasureConfig
 from ..errors import InputError, reason
-from ..utils.distributed import gathered
-from .feature_cache import key_of, open_cache
+from ..utils.distributed import gather_from_all
+from .feature_cache import cache_key, open_cache
 from .feature_extractors import INCEPTION, Extractor
 from .image_sets import (
     ImageSet,
@@ -65,7 +65,7 @@ class Measure:
                 if progress is not None:
                     progress.update(len(batch))
 
-        return Sample.joined([part for _, part in sorted(gathered(lambda: list(share()), self.processes), key=lambda pair: pair[0])])
+        return Sample.joined([part for _, part in sorted(gather_from_all(lambda: list(share()), self.processes), key=lambda pair: pair[0])])
 
     def features(self, batch: Tensor) -> dict[str, Tensor]:
         """Of a batch (B, 3, H, W) uint8: (B, D) by layer."""
@@ -77,7 +77,7 @@ class Measure:
         parts = [of_images]
         if self.extractor:
             parts += [self.extractor.name, self.extractor.weights_sha256, *sorted(self.extractor.layers.values())]
-        return key_of(*parts)
+        return cache_key(*parts)
 
     def _kept(self, key: str, count: int) -> dict[str, Tensor] | None:
         """Features of the cache, where all processes find them: if one computed alone, it would wait for ever."""

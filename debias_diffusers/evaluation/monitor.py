@@ -9,22 +9,16 @@ import torch
 from torch import Tensor
 
 from ..config.schema import MeasureConfig, TrainConfig
-from ..data.sources import Source, state_of_files
+from ..data.sources import Source, file_state_hash
 from ..errors import InputError
-from ..utils.distributed import gathered
+from ..utils.distributed import gather_from_all
 from . import metrics
-from .feature_cache import key_of
-from .image_sets import (
-    coloured,
-    content_hashes,
-    content_key,
-    of_source,
-    transform,
-)
+from .feature_cache import cache_key
+from .image_sets import content_hashes, content_key, images_of_source, to_rgb, transform_name
 from .measure import Measure, extractor_metadata, usual_extractor
 from .metrics import Sample
 
-USUALLY_DRAWN = 1000  # for a measurement while training
+DEFAULT_EVAL_IMAGES = 1000  # for a measurement while training
 
 
 # ---- while training --------------------------------------------------------------------------------------------------
@@ -49,7 +43,7 @@ class Monitor:
         # How wide the layers are, on which it depends how many images are needed, one image tells as well.
         like = Sample.of(self.measure.features(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8)))
         least = max(metrics.least_images(self.measure.layers, like).values())
-        self.count = wanted or max(USUALLY_DRAWN, least)
+        self.count = wanted or max(DEFAULT_EVAL_IMAGES, least)
         if (fewest := min(self.count, len(source))) < least:
             more = "take more --eval_images" if fewest < len(source) else "the data set has no more: take other --eval_metrics"
             raise InputError(f"eval_metrics {chosen.eval_metrics} need {least} images, but there are {fewest}; {more}")
@@ -62,20 +56,20 @@ class Monitor:
         Raises:
             InputError: an image cannot be read.
         """
-        images = of_source(source, self.name, self.side, channels=self.channels, key=self._key(source))
+        images = images_of_source(source, self.name, self.side, channels=self.channels, key=self._key(source))
         self.reference = self.measure.sample(images)
 
     def _key(self, source: Source) -> str:
         """The content key of the images: as written down when their files were as they are now, else by reading them."""
         processes, cache = self.measure.processes, self.measure.cache
-        state = state_of_files(source) if self.measure.process == 0 and cache.folder else None
-        how = transform(self.side, self.channels)
-        entry = key_of("content", state, how) if state else None
-        known = gathered(lambda: [cache.get_json(entry) if entry else None], processes)[0]
+        state = file_state_hash(source) if self.measure.process == 0 and cache.folder else None
+        how = transform_name(self.side, self.channels)
+        entry = cache_key("content", state, how) if state else None
+        known = gather_from_all(lambda: [cache.get_json(entry) if entry else None], processes)[0]
         if isinstance(known, str):
             return known
         indices = range(self.measure.process, len(source), processes)
-        parts = gathered(lambda: [list(content_hashes(source, indices))], processes)
+        parts = gather_from_all(lambda: [list(content_hashes(source, indices))], processes)
         key = content_key(how, (parts[k % processes][k // processes] for k in range(len(source))))
         if entry:
             cache.put_json(entry, key)
@@ -83,5 +77,5 @@ class Monitor:
 
     def figures(self, drawn: Iterator[tuple[int, Tensor]]) -> dict[str, float]:
         """Of this process's batches (number, (B, C, H, W) uint8); {} in all processes but the first."""
-        sample = self.measure.joined((number, coloured(batch)) for number, batch in drawn)
+        sample = self.measure.joined((number, to_rgb(batch)) for number, batch in drawn)
         return metrics.figures(sample, self.reference, self.measure.layers) if self.measure.process == 0 else {}

@@ -29,7 +29,7 @@ COLUMNS = ("weighting", "t", "snr", "log_snr")
 Tables = dict[str, dict[PredictionType, Tensor]]  # weighting: space: (T,) weights
 
 
-def draw_weights(config: WeightsConfig) -> None:
+def plot_weights(config: WeightsConfig) -> None:
     """Writes `weights.csv` and `weights.png` into the output directory.
 
     Raises:
@@ -123,7 +123,7 @@ def _draw(axes: Axes, x: Tensor, lines: dict[str, Tensor], label: str) -> None:
         axes.set_ylim(max(bottom, top / 10**DECADES), top * 2)
 
 
-def curves(lines: dict[str, dict[str, list[tuple[float, float]]]], along: str) -> bytes:
+def plot_curves(lines: dict[str, dict[str, list[tuple[float, float]]]], along: str) -> bytes:
     """A PNG file with a panel for each figure; `lines` has the points (place, value) by figure and label."""
     figure = Figure(figsize=(5 * len(lines), 4), layout="constrained")
     panels = figure.subplots(1, len(lines), squeeze=False)[0]

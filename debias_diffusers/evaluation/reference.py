@@ -15,23 +15,23 @@ from ..config.hub_names import is_hub_id, is_pinned, place_of
 from ..config.loading import read_config, stored
 from ..config.schema import DIGITS, BitsConfig, DataConfig, MeasureConfig, TrainConfig
 from ..data import image_folders
-from ..data.sources import Folder, Source, open_readable, open_source, summary
+from ..data.sources import ImageFolder, Source, open_readable, open_source, summary
 from ..errors import InputError
 from ..hub import client
 from ..runs import checkpoints
 from ..runs.run_directory import CHECKPOINTS, CONFIG
 from ..utils.console import say
-from ..utils.distributed import agreed
+from ..utils.distributed import broadcast_from_first
 from ..utils.files import read_json
 from .image_sets import (
     ImageSet,
-    of_folder,
-    of_npz,
-    of_source,
+    images_of_folder,
+    images_of_npz,
+    images_of_source,
 )
 
 
-def say_found(source: Source, name: str | None, accelerator: Accelerator) -> None:
+def print_summary(source: Source, name: str | None, accelerator: Accelerator) -> None:
     """What was found of a data set, and what was passed over; by the first process."""
     for sentence in summary(source, name) if accelerator.is_main_process else ():
         say(sentence)
@@ -40,7 +40,7 @@ def say_found(source: Source, name: str | None, accelerator: Accelerator) -> Non
 def open_reference(name: str, config: MeasureConfig, side: int | None) -> ImageSet:
     """The images of a reference: a data set brought to a size as training does it, a folder, or an `.npz`."""
     if Path(name).suffix == ".npz":
-        images = of_npz(Path(name))
+        images = images_of_npz(Path(name))
         if side not in (None, images.side):
             raise InputError(
                 f"reference {name} has images of {images.side} pixels, which are compared as they are, but {side} are asked for; "
@@ -48,11 +48,11 @@ def open_reference(name: str, config: MeasureConfig, side: int | None) -> ImageS
             )
         return images
     source = open_readable(reference_data(config, name))
-    if side is None and isinstance(source, Folder):
-        return of_folder(source, name, channels=config.channels)
+    if side is None and isinstance(source, ImageFolder):
+        return images_of_folder(source, name, channels=config.channels)
     if side is None:
         raise InputError(f"resolution is missing, which reference {name} is brought to; add --resolution, such as 64")
-    return of_source(source, name, side, channels=config.channels)
+    return images_of_source(source, name, side, channels=config.channels)
 
 
 def reference_data(config: MeasureConfig | BitsConfig, reference: str | None, targets: Sequence[str] = ()) -> DataConfig:
@@ -144,14 +144,14 @@ def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) ->
 
 def _newest_state(run: Path) -> dict[str, Any]:
     """What the newest checkpoint of a run says; {} where there is none that can be read."""
-    there = checkpoints.checkpoints(run / CHECKPOINTS)
+    there = checkpoints.list_checkpoints(run / CHECKPOINTS)
     found = read_json(there[-1] / checkpoints.STATE) if there else None
     return found if isinstance(found, dict) and isinstance(found.get("paths"), dict) else {}
 
 
 def pinned_data(reference: Any, accelerator: Accelerator) -> Any:
     """A Hub id of a data set with its commit, the same in all processes, and the file of packed samples; anything else as it is."""
-    if isinstance(reference, str) and (file := image_folders.packed(Path(reference))):
+    if isinstance(reference, str) and (file := image_folders.packed_samples(Path(reference))):
         return str(file)
     named = isinstance(reference, str) and Path(reference).suffix not in (".npz", ".safetensors") and is_hub_id(reference)
-    return agreed(lambda: client.pinned(reference, "dataset"), accelerator) if named else reference
+    return broadcast_from_first(lambda: client.pinned(reference, "dataset"), accelerator) if named else reference

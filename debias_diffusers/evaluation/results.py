@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.files import read_json, write_file
-from .plots import curves
+from .plots import plot_curves
 
 
 def has_fields(path: Path, *names: str) -> bool:
@@ -84,4 +84,4 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
             if name in row and not name.endswith(("_std", "_subset")):
                 lines.setdefault(name, {}).setdefault(label, []).append((place, row[name]))
     if any(len(points) > 1 for labelled in lines.values() for points in labelled.values()):
-        write_file(path, curves(lines, "training step" if along == "checkpoint" else "steps of the solver"))
+        write_file(path, plot_curves(lines, "training step" if along == "checkpoint" else "steps of the solver"))

@@ -14,32 +14,25 @@ from tqdm import tqdm
 
 from ..config.schema import DataConfig, SampleConfig, ScoreConfig
 from ..data import image_folders
-from ..data.sources import Folder, open_source
+from ..data.sources import ImageFolder, open_source
 from ..errors import InputError
 from ..runs import checkpoints
 from ..runs.run_directory import CHECKPOINTS
 from ..sampling.generate import make_job, pinned_model
 from ..utils.console import say
-from ..utils.distributed import start_processes
+from ..utils.distributed import make_accelerator
 from ..utils.files import require_replaceable, write_file
 from . import metrics
 from .feature_extractors import INCEPTION
-from .image_sets import (
-    ImageSet,
-    drawn,
-    holds_images,
-    npz_shape,
-    of_folder,
-    of_npz,
-)
+from .image_sets import ImageSet, generated_images, holds_images, images_of_folder, images_of_npz, npz_shape
 from .measure import Measure, make_measure
 from .metrics import Sample
 from .plots import is_our_picture
-from .reference import open_reference, pinned_data, reference_data, say_found
+from .reference import open_reference, pinned_data, print_summary, reference_data
 from .results import Row, as_json, as_row, draw_curves, has_fields, table
 from .statistics import npz_statistics, read_statistics
 
-MOST_DRAWN = 50_000
+MAX_GENERATED = 50_000
 
 
 # ---- score and compare -----------------------------------------------------------------------------------------------
@@ -51,11 +44,11 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     Raises:
         InputError: targets or reference cannot be read, or are too few for a metric.
     """
-    accelerator = start_processes(config.measure.num_threads)
+    accelerator = make_accelerator(config.measure.num_threads)
     if accelerator.is_main_process and config.output:
         _require_output(config, config.output)
     targets = (target if target.endswith(".npz") else pinned_model(target, accelerator) for target in config.targets)
-    targets = (str(image_folders.packed(Path(target)) or target) for target in targets)
+    targets = (str(image_folders.packed_samples(Path(target)) or target) for target in targets)
     config = dataclasses.replace(config, targets=tuple(targets), reference=pinned_data(config.reference, accelerator))
     if config.reference is None:
         data = reference_data(config.measure, None, config.targets)
@@ -92,7 +85,7 @@ def _require_output(config: ScoreConfig, output: str) -> None:
 
 def _scored(config: ScoreConfig, reference: str, accelerator: Accelerator) -> dict[str, Any]:
     if Path(reference).suffix not in (".npz", ".safetensors"):
-        say_found(
+        print_summary(
             open_source(reference_data(config.measure, reference)), reference, accelerator
         )  # before an extractor is fetched for nothing
     measure = make_measure(config.measure, reference, accelerator)
@@ -146,19 +139,19 @@ def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerato
     for target in config.targets:
         path = Path(target)
         if path.suffix == ".npz":
-            yield of_npz(path, config.num_images, config.seed), {}
+            yield images_of_npz(path, config.num_images, config.seed), {}
         elif path.is_dir() and not (path / "model_index.json").is_file():
             folder = open_source(DataConfig(dataset=target))
-            if not isinstance(folder, Folder):
+            if not isinstance(folder, ImageFolder):
                 raise InputError(f"target {target} is a saved data set; name it as --reference, or give its images as a folder")
-            say_found(folder, target, accelerator)
-            yield of_folder(folder, target, config.num_images, seed=config.seed), {}
+            print_summary(folder, target, accelerator)
+            yield images_of_folder(folder, target, config.num_images, seed=config.seed), {}
         else:
             yield from _drawn(config, target, compared, accelerator)
 
 
 def _drawn(config: ScoreConfig, target: str, compared: _References, accelerator: Accelerator) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
-    count = config.num_images or min(compared.count() or MOST_DRAWN, MOST_DRAWN)
+    count = config.num_images or min(compared.count() or MAX_GENERATED, MAX_GENERATED)
     for step in _steps_of(Path(target), config.checkpoints):
         for scheduler in config.schedulers.split(","):
             for steps in map(int, config.steps.split(",")):
@@ -179,13 +172,13 @@ def _drawn(config: ScoreConfig, target: str, compared: _References, accelerator:
                     raise InputError(f"class_labels is balanced, but {target} is unconditional; leave it out")
                 if job.pipeline.num_classes and job.config.class_labels != config.class_labels and accelerator.is_main_process:
                     say(f"{target} does not say how many images of each class it was trained on: as many are drawn of each")
-                yield drawn(job, count, target), {"scheduler": job.settings["scheduler"], "steps": steps, "checkpoint": step}
+                yield generated_images(job, count, target), {"scheduler": job.settings["scheduler"], "steps": steps, "checkpoint": step}
 
 
 def _steps_of(run: Path, wanted: str) -> Sequence[int | None]:
     if not wanted:
         return [None]
-    there = [checkpoints.step_of(path) for path in checkpoints.checkpoints(run / CHECKPOINTS)]
+    there = [checkpoints.step_of_folder(path) for path in checkpoints.list_checkpoints(run / CHECKPOINTS)]
     if not there:
         raise InputError(f"checkpoints is {wanted}, but {run} has none; leave it out")
     return there if wanted == "all" else [int(step) for step in wanted.split(",")]

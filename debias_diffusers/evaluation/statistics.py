@@ -15,7 +15,7 @@ from ..config.schema import StatsConfig
 from ..data.sources import open_source
 from ..errors import InputError, reason
 from ..utils.console import say
-from ..utils.distributed import start_processes
+from ..utils.distributed import make_accelerator
 from ..utils.files import read_file, require_replaceable, write_file
 from .feature_extractors import SPATIAL
 from .image_sets import (
@@ -23,7 +23,7 @@ from .image_sets import (
 )
 from .measure import Measure, extractor_metadata, make_measure, statistics_metadata
 from .metrics import Sample, Statistics
-from .reference import open_reference, pinned_data, reference_data, say_found
+from .reference import open_reference, pinned_data, print_summary, reference_data
 
 # ---- statistics of a reference ---------------------------------------------------------------------------------------
 
@@ -34,13 +34,13 @@ def stats(config: StatsConfig) -> None:
     Raises:
         InputError: the reference cannot be read.
     """
-    accelerator = start_processes(config.measure.num_threads)
+    accelerator = make_accelerator(config.measure.num_threads)
     if accelerator.is_main_process:
         require_replaceable("out", Path(config.out), _is_of_stats)
     config = dataclasses.replace(config, reference=pinned_data(config.reference, accelerator))
     measure = make_measure(config.measure, config.reference, accelerator)
     if Path(config.reference).suffix != ".npz":
-        say_found(open_source(reference_data(config.measure, config.reference)), config.reference, accelerator)
+        print_summary(open_source(reference_data(config.measure, config.reference)), config.reference, accelerator)
     images = open_reference(config.reference, config.measure, config.measure.resolution)
     sample = measure.sample(images)
     if not accelerator.is_main_process:

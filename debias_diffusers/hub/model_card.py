@@ -16,7 +16,7 @@ TITLE = "# A diffusion model trained with debias_diffusers"
 TASK = "unconditional-image-generation"
 ON_HUB = re.compile(rf"([\w-][\w.-]*/)?[\w-][\w.-]*@{COMMIT.pattern}", re.ASCII)  # a repository and its commit
 UNKNOWN = "unknown"  # an identifier of the Hub's for a licence that nobody named
-MOST_CLASSES = 1000  # in the table of a card
+MAX_CLASSES = 1000  # in the table of a card
 PLACEHOLDER = '"PATH"'  # where the model will be
 
 CITATION = """```bibtex
@@ -208,8 +208,8 @@ def _classes(classes: Mapping[str, int] | None) -> str:
     if not classes:
         return ""
     rows = [f"| {label} | {_cell(name)} | {count} |" for label, (name, count) in enumerate(classes.items())]
-    more = f"\nand {len(rows) - MOST_CLASSES} more, which `model_index.json` names.\n" if len(rows) > MOST_CLASSES else ""
-    table = "\n".join(rows[:MOST_CLASSES])
+    more = f"\nand {len(rows) - MAX_CLASSES} more, which `model_index.json` names.\n" if len(rows) > MAX_CLASSES else ""
+    table = "\n".join(rows[:MAX_CLASSES])
     return f"\n## Classes\n\n`class_labels` takes names or numbers.\n\n| label | name | images |\n|---|---|---|\n{table}\n{more}"
 
 

@@ -28,11 +28,11 @@ from ..config.loading import layered, read_config
 from ..config.schema import HubConfig, PushConfig
 from ..errors import DebiasError, HubError, InputError, RunInUseError, StoppedError
 from ..runs import checkpoints
-from ..runs.metrics_file import METRICS, step_of
+from ..runs.metrics_file import METRICS_FILE, step_of_line
 from ..runs.run_directory import CHECKPOINTS, CONFIG, SAMPLES
 from ..utils.console import say
 from ..utils.files import acquire_lock, read_file, remove, remove_temporary_files, temporary_path, translate_write_errors, write_file
-from ..utils.signals import StopSignal
+from ..utils.signals import SignalHandler
 from . import client, model_card
 from .client import WEIGHTS, api, retried
 from .model_card import variant
@@ -59,7 +59,7 @@ def snapshot(run: Path, step: int) -> Path:
         CannotWriteError: nothing is left behind.
         InputError: a file of the run is missing.
     """
-    final = run / PENDING / checkpoints.name_of(step)
+    final = run / PENDING / checkpoints.folder_name(step)
     draft = temporary_path(final)
     files = _files(run, step)
     if missing := [path for path in files.values() if not path.is_file()]:
@@ -83,21 +83,21 @@ def _files(run: Path, step: int) -> dict[str, Path]:
     # Weights from the checkpoint and not from the export, which may be a step ahead where a run was killed.
     first, *others = layered(read_config(str(run / CONFIG))).optimization.ema_decay
     names = {f"{WEIGHTS}.safetensors": first} | {f"{WEIGHTS}.{variant(rate)}.safetensors": rate for rate in others}
-    folder = run / CHECKPOINTS / checkpoints.name_of(step)
+    folder = run / CHECKPOINTS / checkpoints.folder_name(step)
     found |= {f"unet/{name}": folder / checkpoints.ema_file(rate) for name, rate in names.items()}
-    if (run / METRICS).is_file():  # not where nothing was logged
-        found[METRICS] = run / METRICS
+    if (run / METRICS_FILE).is_file():  # not where nothing was logged
+        found[METRICS_FILE] = run / METRICS_FILE
     grids = sorted((run / SAMPLES).glob("step-*.png"))  # of later steps, too, where the training has gone on
-    if drawn := [path for path in grids if path.stem <= checkpoints.name_of(step)]:
+    if drawn := [path for path in grids if path.stem <= checkpoints.folder_name(step)]:
         found[GRID] = drawn[-1]
     return found
 
 
 def _link(path: Path, place: Path, step: int) -> None:
     """metrics.jsonl grows where it lies, so its lines so far are copied; all else is replaced by a rename, and a link keeps it."""
-    if path.name == METRICS:
+    if path.name == METRICS_FILE:
         lines = path.read_bytes().splitlines(keepends=True)
-        place.write_bytes(b"".join(line for line in lines if step_of(line) <= step))
+        place.write_bytes(b"".join(line for line in lines if step_of_line(line) <= step))
         return
     try:
         os.link(path, place)
@@ -118,19 +118,19 @@ def _contents(folder: Path, repo: str, license: str | None) -> dict[str, Path | 
 
 def waiting(run: Path) -> list[Path]:
     """Snapshots that are not on the Hub yet, oldest first."""
-    return [*checkpoints.checkpoints(run / PENDING / SENDING), *checkpoints.checkpoints(run / PENDING)]
+    return [*checkpoints.list_checkpoints(run / PENDING / SENDING), *checkpoints.list_checkpoints(run / PENDING)]
 
 
 def _take(run: Path) -> Path | None:
     """The newest snapshot, out of the way of whoever drops older ones for newer; older ones go."""
-    while ready := checkpoints.checkpoints(run / PENDING):
+    while ready := checkpoints.list_checkpoints(run / PENDING):
         with translate_write_errors(run / PENDING):
             for older in (*ready[:-1], run / PENDING / SENDING):
                 _drop(older)
             (run / PENDING / SENDING).mkdir()
             with contextlib.suppress(FileNotFoundError):  # dropped for a newer one meanwhile
                 return ready[-1].rename(run / PENDING / SENDING / ready[-1].name)
-    left = checkpoints.checkpoints(run / PENDING / SENDING)
+    left = checkpoints.list_checkpoints(run / PENDING / SENDING)
     return left[-1] if left else None
 
 
@@ -211,7 +211,7 @@ def push(config: PushConfig) -> None:
     run = Path(config.run)
     if not (run / CONFIG).is_file() or not (run / client.MODEL_INDEX).is_file():
         raise InputError(f"{run} is no run with an exported model; name the directory of a run that has saved once")
-    if not waiting(run) and not checkpoints.checkpoints(run / CHECKPOINTS):
+    if not waiting(run) and not checkpoints.list_checkpoints(run / CHECKPOINTS):
         raise InputError(f"{run} has no checkpoint; train it first")
     to = _where_to(config)
     if config.background:
@@ -245,7 +245,7 @@ def _where_to(config: PushConfig) -> HubConfig:
 
 
 def _push_snapshot(folder: Path, repo: str, to: HubConfig) -> None:
-    step = checkpoints.step_of(folder)
+    step = checkpoints.step_of_folder(folder)
     commit = publish(repo, _contents(folder, repo, to.hub_license), f"Step {step}")
     if to.hub_tags:
         _tag(repo, folder.name, commit)
@@ -320,14 +320,14 @@ class Publisher:
         self.process: subprocess.Popen[bytes] | None = None
         self.deadline = 0.0  # of the process
         for folder in waiting(run):
-            if checkpoints.step_of(folder) > step:  # of steps that will be trained again
+            if checkpoints.step_of_folder(folder) > step:  # of steps that will be trained again
                 _drop(folder)
 
     def offer(self, step: int) -> None:
         """Hands a checkpoint over that was just written. What goes wrong is said."""
         try:
             folder = snapshot(self.run, step)
-            for older in checkpoints.checkpoints(self.run / PENDING):
+            for older in checkpoints.list_checkpoints(self.run / PENDING):
                 if older != folder:  # not the one that is being sent; the disk must not fill while the Hub is away
                     _drop(older)
             self.offered = step
@@ -373,7 +373,7 @@ class Publisher:
         flags += [f"--hub_license={self.to.hub_license}"] if self.to.hub_license else []
         return ["-m", "debias_diffusers.hub", "push", str(self.run), *flags]
 
-    def finish(self, step: int, stop: StopSignal) -> None:
+    def finish(self, step: int, stop: SignalHandler) -> None:
         """Waits until the run as of its last step is on the Hub.
 
         Raises:
@@ -394,7 +394,7 @@ class Publisher:
         if waiting(self.run):
             raise HubError(unfinished)
 
-    def _wait(self, stop: StopSignal, unfinished: str) -> None:
+    def _wait(self, stop: SignalHandler, unfinished: str) -> None:
         while not self._is_over():
             if stop.signum:
                 raise StoppedError(f"stopped by {signal.Signals(stop.signum).name}: {unfinished}", stop.signum)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import hub_names
 from ..config.schema import Clipping, PredictionType
-from ..data.labels import by_label, numbers
+from ..data.labels import from_config_mapping, label_indices
 from ..diffusion.noise_schedule import is_flow, predicted_x_0, prediction_of_x_0
 from ..errors import InputError, NotFiniteError, reason
 from ..hub import client
@@ -65,12 +65,12 @@ class PixelPipeline(DiffusionPipeline):
     @property
     def class_names(self) -> list[str] | None:
         """In the order of the labels; None where the model does not know them."""
-        return by_label(self.config.class_names, self.num_classes, str)
+        return from_config_mapping(self.config.class_names, self.num_classes, str)
 
     @property
     def class_counts(self) -> list[int] | None:
         """Images of each class that the model was trained on; None where it does not know them."""
-        return by_label(self.config.class_counts, self.num_classes, int)
+        return from_config_mapping(self.config.class_counts, self.num_classes, int)
 
     @torch.no_grad()
     def __call__(
@@ -208,7 +208,7 @@ class PixelPipeline(DiffusionPipeline):
 
     def _labels(self, batch_size: int, class_labels: Sequence[int | str] | Tensor | None, guidance_scale: float) -> Tensor | None:
         if class_labels is not None and not isinstance(class_labels, Tensor) and self.num_classes:
-            class_labels = numbers(class_labels, self.class_names)
+            class_labels = label_indices(class_labels, self.class_names)
         check_labels(self, class_labels, guidance_scale)
         if class_labels is None:
             return None

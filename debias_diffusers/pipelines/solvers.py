@@ -321,7 +321,7 @@ SCHEDULERS: dict[SchedulerName, tuple[type, dict[str, Any]]] = {
     "flow_heun": (FlowMatchHeunDiscreteScheduler, {}),
 }
 FLOW: tuple[SchedulerName, ...] = ("flow_euler", "flow_heun")
-PLACES_OF_THEIR_OWN = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"}
+SIGMA_SPACING_OPTIONS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"}
 KNOWN_TO_ALL = {"linear", "scaled_linear", "squaredcos_cap_v2"}  # names of betas; DDPMScheduler has more than the others
 
 
@@ -345,7 +345,7 @@ def exported_scheduler(objective: ObjectiveConfig) -> DDPMScheduler | FlowMatchE
     )
 
 
-def strided(T: int, steps: int) -> list[int]:
+def strided_timesteps(T: int, steps: int) -> list[int]:
     """Timesteps from 0 on with the smallest whole stride that gives so many, descending: `ddimN` of guided-diffusion.
 
     Raises:
@@ -358,7 +358,7 @@ def strided(T: int, steps: int) -> list[int]:
     raise InputError(f"steps is {steps}, but no whole stride gives that of {T} noise levels; take {near}, or another --spacing")
 
 
-def in_sections(T: int, counts: Sequence[int]) -> list[int]:
+def section_timesteps(T: int, counts: Sequence[int]) -> list[int]:
     """Timesteps of T levels cut into equal sections, so many of each (the first, least noisy, first), descending.
 
     Where T cannot be divided, the first sections have a level more; in each, ends are included and the rest is equally
@@ -446,7 +446,7 @@ def _refuse_other_models(name: SchedulerName, own: Any, spacing: Spacing, timest
 def _built(name: SchedulerName, own: Any, spacing: Spacing) -> Any:
     kind, changes = SCHEDULERS[name]
     # Ways to place the steps that would silently win over the spacing asked for.
-    config = {field: value for field, value in own.config.items() if field not in PLACES_OF_THEIR_OWN}
+    config = {field: value for field, value in own.config.items() if field not in SIGMA_SPACING_OPTIONS}
     if config.get("variance_type") == "fixed_large_log":  # of which DDPMScheduler takes the root of a logarithm
         config["variance_type"] = "fixed_large"
     if name not in FLOW:

@@ -26,7 +26,7 @@ MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampl
 MANIFEST = "manifest.json"
 OWN_HASH = "sha256"  # of the manifest without it: a flipped bit of "format" must not pass for a newer version
 STATE = "state.json"
-PIECE = 1 << 20
+CHUNK_BYTES = 1 << 20
 _NAME = re.compile(r"step-([0-9]{8,})")
 
 
@@ -54,7 +54,7 @@ class Checkpoint:
             raise NoUsableCheckpointError(f"checkpoint {self.path}: {error}") from error
 
 
-def name_of(step: int) -> str:
+def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
@@ -76,7 +76,7 @@ def write(folder: Path, step: int, files: Iterable[tuple[str, bytes]], state: di
     Raises:
         CannotWriteError: the draft is removed, older checkpoints stay.
     """
-    final = folder / name_of(step)
+    final = folder / folder_name(step)
     draft = temporary_path(final)
     with translate_write_errors(final):
         try:
@@ -121,21 +121,21 @@ def prune(folder: Path, step: int, keep: int, best: int | None = None) -> None:
 
     Later ones, which did not verify or we would have resumed from them, do not count: the sound ones must not go for them.
     """
-    older = [p for p in checkpoints(folder) if step_of(p) <= step][:-keep]
-    for path in (p for p in older if step_of(p) != best):
+    older = [p for p in list_checkpoints(folder) if step_of_folder(p) <= step][:-keep]
+    for path in (p for p in older if step_of_folder(p) != best):
         with translate_write_errors(path):
             shutil.rmtree(path)
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Folders that are named like checkpoints, oldest first. Other names, files and links are left alone."""
     if not folder.is_dir():
         return []
-    named = (p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.name == name_of(step_of(p)))
-    return sorted((p for p in named if p.is_dir() and not p.is_symlink()), key=step_of)
+    named = (p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.name == folder_name(step_of_folder(p)))
+    return sorted((p for p in named if p.is_dir() and not p.is_symlink()), key=step_of_folder)
 
 
-def step_of(path: Path) -> int:
+def step_of_folder(path: Path) -> int:
     """The step in the name of a folder, as `name_of` gives it."""
     return int(path.name.removeprefix("step-"))
 
@@ -148,9 +148,9 @@ def latest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         InputError: a newer version of this package wrote the checkpoint.
     """
     damaged: list[str] = []
-    for path in reversed(checkpoints(folder)):
+    for path in reversed(list_checkpoints(folder)):
         try:
-            return verified(path), damaged
+            return verify(path), damaged
         except DamagedError as error:
             damaged.append(f"checkpoint {path}: {error}")
     if damaged:
@@ -160,7 +160,7 @@ def latest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, damaged
 
 
-def verified(path: Path) -> Checkpoint:
+def verify(path: Path) -> Checkpoint:
     """A checkpoint after reading and hashing every file.
 
     Raises:
@@ -174,10 +174,10 @@ def verified(path: Path) -> Checkpoint:
     for name, entry in files.items():
         content = _read_checked(path / name, entry, keep=name == STATE)
         state = content or state
-    return Checkpoint(path, step_of(path), json.loads(state))
+    return Checkpoint(path, step_of_folder(path), json.loads(state))
 
 
-def has_sound_manifest(path: Path) -> bool:
+def has_valid_manifest(path: Path) -> bool:
     """Whether a folder has a manifest of this package; the files that it lists are not looked at."""
     try:
         return bool(_read_manifest(path))
@@ -197,7 +197,7 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
             raise InputError(f"checkpoint {path} has format {manifest['format']}, but this version reads {FORMAT}; install a newer one")
         files: dict[str, dict[str, Any]] = manifest["files"]
         sound = whole and set(manifest) == {"format", "step", "files"} and manifest["format"] == FORMAT
-        sound = sound and name_of(manifest["step"]) == path.name
+        sound = sound and folder_name(manifest["step"]) == path.name
         if not sound or any(Path(name).name != name or set(entry) != {"size", "sha256"} for name, entry in files.items()):
             raise DamagedError(f"{MANIFEST} is damaged")
     except OSError as error:
@@ -215,7 +215,7 @@ def _read_checked(path: Path, entry: dict[str, Any], keep: bool = True) -> bytes
         size = path.stat().st_size
         if size == entry["size"]:
             with open(path, "rb") as file:
-                while piece := file.read(-1 if keep else PIECE):
+                while piece := file.read(-1 if keep else CHUNK_BYTES):
                     digest.update(piece)
                     content = piece if keep else b""
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have

@@ -13,11 +13,11 @@ from typing import Any
 from ..errors import CannotWriteError
 from ..utils.files import translate_write_errors, write_file
 
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 LAST = "last"  # marks a line of metrics that is there because the run ended, not because it was due
 
 
-class Metrics:
+class MetricsFile:
     """metrics.jsonl: one JSON object a line, each step once."""
 
     def __init__(self, path: Path) -> None:
@@ -28,7 +28,7 @@ class Metrics:
     def begin_after(self, step: int, goes_on: bool = True) -> None:
         """Drops the lines of later steps, which will be trained again, a last line that was cut off, and that of an end that is none."""
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if step_of(line) <= step and not (goes_on and LAST in json.loads(line))]
+        kept = [line for line in lines if step_of_line(line) <= step and not (goes_on and LAST in json.loads(line))]
         if kept != lines:
             write_file(self.path, b"".join(kept))
 
@@ -57,7 +57,7 @@ class Metrics:
             os.fsync(file.fileno())
 
 
-def step_of(line: bytes) -> float:
+def step_of_line(line: bytes) -> float:
     """The step of a line of metrics; infinite where the line was cut off or torn."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf

@@ -15,7 +15,7 @@ from ..utils.console import say
 from ..utils.files import acquire_lock, has_our_lock, read_json, remove_temporary_files, user_files, write_file
 from . import checkpoints
 from .checkpoints import Checkpoint
-from .metrics_file import METRICS, Metrics
+from .metrics_file import METRICS_FILE, MetricsFile
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -33,7 +33,7 @@ class Run:
         self.resume = resume
         self._lock = lock  # if it is not closed, the kernel gives it back when the process ends, however it ends
         os.register_at_fork(after_in_child=lock.close)  # and not when the last of its loader's workers has ended
-        self.metrics = Metrics(folder / METRICS)
+        self.metrics = MetricsFile(folder / METRICS_FILE)
 
     def __enter__(self) -> Run:
         return self
@@ -105,7 +105,7 @@ def _is_of_an_older_version(folder: Path) -> bool:
     values = read_json(folder / CONFIG)
     if not (isinstance(values, dict) and values.keys() >= USUAL):
         return False
-    return has_our_lock(folder) or any(map(checkpoints.has_sound_manifest, checkpoints.checkpoints(folder / CHECKPOINTS)))
+    return has_our_lock(folder) or any(map(checkpoints.has_valid_manifest, checkpoints.list_checkpoints(folder / CHECKPOINTS)))
 
 
 def _check_same(config: TrainConfig, resume: Checkpoint) -> None:

@@ -21,28 +21,28 @@ from ..config import hub_names
 from ..config.schema import SampleConfig
 from ..data import images
 from ..data.image_folders import GRID, PACKED, TRAJECTORY
-from ..data.labels import in_proportion, listed, numbers, taken_for_names, with_images
+from ..data.labels import ambiguous_labels, label_indices, nonempty_classes, proportional_labels, shortened_list
 from ..diffusion.noise_schedule import schedule_of_scheduler, terminal_snr_problem
 from ..errors import InputError
 from ..hub import client
 from ..hub.model_card import variant
 from ..pipelines.pixel_pipeline import PixelPipeline, check_labels, load_pipeline
-from ..pipelines.solvers import default_scheduler, in_sections, make_scheduler, strided
+from ..pipelines.solvers import default_scheduler, make_scheduler, section_timesteps, strided_timesteps
 from ..runs import checkpoints
 from ..runs.run_directory import CHECKPOINTS, SAMPLES
 from ..utils.console import say
-from ..utils.distributed import agreed, start_processes
+from ..utils.distributed import broadcast_from_first, make_accelerator
 from ..utils.files import acquire_lock, write_file
 from ..utils.seeding import uniform
-from ..utils.torch_errors import explained
-from .image_writer import Album, Writer, require_place
+from ..utils.torch_errors import explain_error
+from .image_writer import ImageWriter, SampleFolder, require_sample_folder
 
 DEFAULT_STEPS = 20
-TRAJECTORY_IMAGES, TRAJECTORY_STAGES = 6, 10
+TRAJECTORY_IMAGES, TRAJECTORY_STEPS = 6, 10
 SEED_FACTOR = 2654435761  # 2^32 over the golden ratio: its multiples mod 2^32 lie far apart
 
 
-def seeds(seed: int, indices: Sequence[int]) -> list[int]:
+def image_seeds(seed: int, indices: Sequence[int]) -> list[int]:
     """The seeds of the generators of the images of these indices, of which sets of different small seeds share none.
 
     A torch CPU generator takes 32 bits.
@@ -55,7 +55,7 @@ def draw(pipeline: PixelPipeline, indices: Sequence[int], seed: int, labels: Seq
 
     So an image depends neither on its batch nor on its device. `labels` has one for each; `options` are the pipeline's.
     """
-    generators = [torch.Generator().manual_seed(own) for own in seeds(seed, indices)]
+    generators = [torch.Generator().manual_seed(own) for own in image_seeds(seed, indices)]
     output: Any = pipeline(batch_size=len(indices), class_labels=labels, generator=generators, output_type="pt", **options)
     drawn: Tensor = (output.images * 255).round().to(torch.uint8)
     return drawn
@@ -72,7 +72,7 @@ def sample(config: SampleConfig) -> Path:
     """
     if not config.output_dir and not (Path(config.model) / CHECKPOINTS).is_dir():
         raise InputError(f"output_dir is missing: {config.model} is no run directory; add --output_dir, such as samples")
-    accelerator = start_processes(config.num_threads)
+    accelerator = make_accelerator(config.num_threads)
     config = replace(config, model=pinned_model(config.model, accelerator))
     job = make_job(config, accelerator.device)
     if config.class_labels == "data" and job.config.class_labels != "data":
@@ -83,11 +83,11 @@ def sample(config: SampleConfig) -> Path:
         _say_labels(config, job.pipeline)
     folder = Path(config.output_dir or Path(config.model) / SAMPLES / job.name)
     if accelerator.is_main_process:
-        require_place(folder)
+        require_sample_folder(folder)
     try:
-        _draw_into(Album(folder, config.format, config.num_images), job, accelerator)
+        _draw_into(SampleFolder(folder, config.format, config.num_images), job, accelerator)
     except RuntimeError as error:
-        if sentence := explained(error, "--batch_size", config.batch_size):
+        if sentence := explain_error(error, "--batch_size", config.batch_size):
             raise sentence from error
         raise
     return folder
@@ -95,7 +95,7 @@ def sample(config: SampleConfig) -> Path:
 
 def pinned_model(model: str, accelerator: Accelerator) -> str:
     """A Hub id with its commit, the same in all processes; anything else as it is."""
-    return agreed(lambda: client.pinned(model), accelerator) if hub_names.is_id(model) else model
+    return broadcast_from_first(lambda: client.pinned(model), accelerator) if hub_names.is_id(model) else model
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Job:
         if not every:
             return None
         if self.config.class_labels == "drawn":
-            return [every[int(uniform(0, "class label", own) * len(every))] for own in seeds(self.config.seed, indices)]
+            return [every[int(uniform(0, "class label", own) * len(every))] for own in image_seeds(self.config.seed, indices)]
         return [every[k % len(every)] for k in indices]
 
     @cached_property
@@ -127,9 +127,9 @@ class Job:
         """Labels to be repeated."""
         wanted, pipeline = self.config.class_labels, self.pipeline
         if isinstance(wanted, tuple):
-            return numbers(wanted, None)
+            return label_indices(wanted, None)
         if wanted == "data":
-            return in_proportion(pipeline.class_counts or [], self.config.num_images)
+            return proportional_labels(pipeline.class_counts or [], self.config.num_images)
         return trained_labels(pipeline)
 
 
@@ -194,8 +194,8 @@ def _timesteps(config: SampleConfig, T: int) -> list[int] | None:
     if config.timesteps:
         return list(config.timesteps)
     if config.sections:
-        return in_sections(T, config.sections)
-    return strided(T, config.steps or DEFAULT_STEPS) if config.spacing == "stride" else None
+        return section_timesteps(T, config.sections)
+    return strided_timesteps(T, config.steps or DEFAULT_STEPS) if config.spacing == "stride" else None
 
 
 def _class_labels(config: SampleConfig, pipeline: PixelPipeline) -> Any:
@@ -204,7 +204,7 @@ def _class_labels(config: SampleConfig, pipeline: PixelPipeline) -> Any:
     if wanted == "drawn" and not pipeline.num_classes:
         raise InputError("class_labels is drawn, but the model is unconditional; leave it out")
     if isinstance(wanted, tuple):
-        wanted = tuple(numbers(wanted, pipeline.class_names)) if pipeline.num_classes else wanted
+        wanted = tuple(label_indices(wanted, pipeline.class_names)) if pipeline.num_classes else wanted
         check_labels(pipeline, wanted, config.guidance_scale)
     else:
         check_labels(pipeline, trained_labels(pipeline) or None, config.guidance_scale)
@@ -213,7 +213,7 @@ def _class_labels(config: SampleConfig, pipeline: PixelPipeline) -> Any:
 
 def trained_labels(pipeline: PixelPipeline) -> list[int]:
     """Labels of the classes that a model had images of; of all where it does not say."""
-    return with_images(pipeline.class_counts or ()) or list(range(pipeline.num_classes))
+    return nonempty_classes(pipeline.class_counts or ()) or list(range(pipeline.num_classes))
 
 
 def _say_labels(config: SampleConfig, pipeline: PixelPipeline) -> None:
@@ -221,10 +221,10 @@ def _say_labels(config: SampleConfig, pipeline: PixelPipeline) -> None:
     if not isinstance(config.class_labels, tuple):
         return
     names, counts = pipeline.class_names, pipeline.class_counts
-    for sentence in taken_for_names(config.class_labels, names):
+    for sentence in ambiguous_labels(config.class_labels, names):
         say(sentence)
-    if counts and (untrained := sorted({k for k in numbers(config.class_labels, names) if not counts[k]})):
-        say(f"warning: the model was trained on no images of class {listed(names[k] if names else k for k in untrained)}")
+    if counts and (untrained := sorted({k for k in label_indices(config.class_labels, names) if not counts[k]})):
+        say(f"warning: the model was trained on no images of class {shortened_list(names[k] if names else k for k in untrained)}")
 
 
 def open_model(model: str, weights: str = "ema", allow_pickle: bool = False, step: int | None = None) -> PixelPipeline:
@@ -265,7 +265,7 @@ def _load_weights(pipeline: PixelPipeline, run: Path, weights: str, step: int | 
 
 def _checkpoint_at(run: Path, step: int) -> checkpoints.Checkpoint:
     try:
-        return checkpoints.verified(run / CHECKPOINTS / checkpoints.name_of(step))
+        return checkpoints.verify(run / CHECKPOINTS / checkpoints.folder_name(step))
     except checkpoints.DamagedError as error:
         raise InputError(f"{run} has no usable checkpoint at step {step}: {error}") from error
 
@@ -287,13 +287,13 @@ def _make_ready(pipeline: PixelPipeline, config: SampleConfig, device: Any) -> N
         pipeline.unet.compile()
 
 
-def _draw_into(album: Album, job: Job, accelerator: Accelerator) -> None:
+def _draw_into(album: SampleFolder, job: Job, accelerator: Accelerator) -> None:
     """Draws what is missing: its batches are dealt to the processes in turn."""
     lock = acquire_lock(album.folder) if accelerator.is_main_process else None
     # The others must not look for themselves: files appear by now.
-    missing = agreed(lambda: album.begin(_with_count(job.settings, album)), accelerator)
+    missing = broadcast_from_first(lambda: album.begin(_with_count(job.settings, album)), accelerator)
     mine = list(_batches(missing, job.config))[accelerator.process_index :: accelerator.num_processes]
-    with Writer(album) as writer, tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as progress:
+    with ImageWriter(album) as writer, tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as progress:
         for indices in mine:
             writer.put(indices, job.draw(indices))
             progress.update(len(indices))
@@ -304,7 +304,7 @@ def _draw_into(album: Album, job: Job, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()  # the others end when the folder is whole
 
 
-def _with_count(settings: dict[str, Any], album: Album) -> dict[str, Any]:
+def _with_count(settings: dict[str, Any], album: SampleFolder) -> dict[str, Any]:
     """A packed file cannot grow, so its length is a setting, too."""
     return settings | ({"num_images": album.num_images} if album.kind == "npz" else {})
 
@@ -318,9 +318,9 @@ def _batches(missing: list[int], config: SampleConfig) -> Iterator[range]:
             yield indices
 
 
-def _finish(album: Album, job: Job) -> None:
+def _finish(album: SampleFolder, job: Job) -> None:
     every = range(album.num_images)
-    album.finish(job.labels(every), seeds(job.config.seed, every))
+    album.finish(job.labels(every), image_seeds(job.config.seed, every))
     if job.config.trajectory:
         write_file(album.folder / TRAJECTORY, images.png(_trajectory(job)))
     where = album.folder / PACKED if album.kind == "npz" else album.folder
@@ -330,7 +330,7 @@ def _finish(album: Album, job: Job) -> None:
 def _trajectory(job: Job) -> Any:
     """For each of the first images a row of x_t and a row of the x_0 predicted from it, at up to ten stages."""
     calls = len(job.pipeline.scheduler.timesteps)
-    stages = torch.linspace(0, calls - 1, min(calls, TRAJECTORY_STAGES)).round().int().tolist()
+    stages = torch.linspace(0, calls - 1, min(calls, TRAJECTORY_STEPS)).round().int().tolist()
     seen: list[tuple[Tensor, Tensor]] = []
 
     def look(_: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> None:

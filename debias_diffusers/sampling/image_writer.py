@@ -22,8 +22,8 @@ from ..utils.files import atomic_write, read_file, remove, remove_temporary_file
 
 GRID_IMAGES = 100
 PNG_END = b"IEND\xaeB`\x82"
-WRITERS = min(8, os.cpu_count() or 1)  # threads; more of them would only take turns on the interpreter with the drawing
-BATCHES_WAITING = 2  # to be written, before drawing waits for them
+WRITER_THREADS = min(8, os.cpu_count() or 1)  # threads; more of them would only take turns on the interpreter with the drawing
+MAX_PENDING_BATCHES = 2  # to be written, before drawing waits for them
 
 ENCODERS: dict[ImageFormat, tuple[str, Callable[[Image.Image], bytes]]] = {
     "png": (".png", images.png),
@@ -32,7 +32,7 @@ ENCODERS: dict[ImageFormat, tuple[str, Callable[[Image.Image], bytes]]] = {
 }
 
 
-class Album:
+class SampleFolder:
     """The images 0 .. num_images - 1 in a folder: files of their own, or at last one `.npz`."""
 
     def __init__(self, folder: Path, kind: ImageFormat, num_images: int) -> None:
@@ -65,7 +65,7 @@ class Album:
         if beyond := sorted(found.keys() - wanted.keys()):
             kind = f"more than {self.num_images} images" if beyond[0][: -len(self.suffix)].isdecimal() else "other files"
             raise InputError(f"output_dir {self.folder} holds {kind}, such as {beyond[0]}; name another --output_dir")
-        return [k for k, name in enumerate(wanted) if name not in found or not is_whole(found[name])]
+        return [k for k, name in enumerate(wanted) if name not in found or not is_complete(found[name])]
 
     def _is_packed(self) -> bool:
         """Whether all is done. A packed file that is damaged is drawn again; what lay in wait for a sound one is left over."""
@@ -73,7 +73,7 @@ class Album:
         if not packed.exists():
             return False
         with translate_write_errors(self.folder):
-            if not is_whole(packed):
+            if not is_complete(packed):
                 packed.unlink()
                 return False
             remove(self.files)
@@ -140,7 +140,7 @@ class Album:
             remove(self.files)
 
 
-def is_whole(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     """Whether a file ends as its format does; without decoding, for a folder may hold many."""
     if path.suffix == ".npz":
         try:
@@ -157,7 +157,7 @@ def is_whole(path: Path) -> bool:
         return file.read() == PNG_END
 
 
-def require_place(folder: Path) -> None:
+def require_sample_folder(folder: Path) -> None:
     """Raises InputError where images cannot go, because somebody's other files lie there. Nothing is written."""
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         kind = "a file" if folder.exists() else "a link to nowhere"
@@ -173,22 +173,22 @@ def _channels_last(image: Image.Image) -> np.ndarray:
     return array[..., None] if array.ndim == 2 else array
 
 
-class Writer:
+class ImageWriter:
     """Encodes and writes batches of images beside what the caller does; what goes wrong is raised in a later call, or at the end."""
 
-    def __init__(self, album: Album) -> None:
+    def __init__(self, album: SampleFolder) -> None:
         self.album = album
-        self._pool = ThreadPoolExecutor(max_workers=WRITERS)
+        self._pool = ThreadPoolExecutor(max_workers=WRITER_THREADS)
         self._waiting: deque[list[Future[None]]] = deque()
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> ImageWriter:
         return self
 
     def put(self, indices: Sequence[int], batch: Any) -> None:
         """Images (B, C, H, W) uint8, a tensor on any device."""
         fetched = self._pool.submit(lambda: batch.cpu().numpy())
         self._waiting.append([self._pool.submit(self._write, k, fetched, place) for place, k in enumerate(indices)])
-        while len(self._waiting) > BATCHES_WAITING:
+        while len(self._waiting) > MAX_PENDING_BATCHES:
             self._wait_for_the_oldest()
 
     def _write(self, k: int, fetched: Future[np.ndarray], place: int) -> None:

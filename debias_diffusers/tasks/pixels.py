@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
 from ..data.dataset import TrainingData
-from ..data.labels import as_config, listed
+from ..data.labels import shortened_list, to_config_mapping
 from ..data.sources import Source, class_counts
 from ..diffusion.loss import Network
 from ..diffusion.noise_schedule import is_flow, schedule_of_scheduler
@@ -65,7 +65,9 @@ class PixelTask:
         unet.load_state_dict(pipeline.unet.state_dict())
         found = self._trained_otherwise(pipeline.scheduler, model) + self._labelled_otherwise(pipeline.config.null_label, model)
         if pipeline.class_names and self.class_names and pipeline.class_names != self.class_names:
-            found.append(f"classes were {listed(pipeline.class_names)} in {model}, here they are {listed(self.class_names)}")
+            found.append(
+                f"classes were {shortened_list(pipeline.class_names)} in {model}, here they are {shortened_list(self.class_names)}"
+            )
         return found
 
     def _advice(self, names: list[str], theirs: Any, ours: Any) -> str:
@@ -117,7 +119,7 @@ class PixelTask:
         return self._by_class(unet, scheduler) if self.data.num_classes else DDPMPipeline(unet, scheduler)
 
     def _by_class(self, unet: UNet2DModel, scheduler: Any) -> PixelPipeline:
-        names, counts = as_config(self.class_names), as_config(self.class_counts)
+        names, counts = to_config_mapping(self.class_names), to_config_mapping(self.class_counts)
         return PixelPipeline(unet, scheduler, self.data.null_label, names, counts)
 
     def preview(self, unet: UNet2DModel) -> PixelPipeline:

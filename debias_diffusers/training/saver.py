@@ -19,7 +19,7 @@ from ..runs import checkpoints
 from ..runs.run_directory import Run
 from ..tasks.pixels import PixelTask
 from ..utils import memory
-from ..utils.background import Background
+from ..utils.background import BackgroundTask
 from ..utils.console import say
 from ..utils.files import temporary_path, translate_write_errors, write_file
 from . import state_dicts
@@ -36,7 +36,7 @@ def filled(network: nn.Module, average: Mapping[str, Tensor]) -> nn.Module:
     return network
 
 
-class Saver(Background[str | None]):
+class Saver(BackgroundTask[str | None]):
     """Saves one step after the other; the result of a save is what went wrong with it, or None."""
 
     def __init__(self, run: Run, config: TrainConfig, task: PixelTask, device: torch.device, publisher: Publisher | None) -> None:

@@ -26,14 +26,14 @@ from ..config.hub_names import PINNED, is_hub_id, is_pinned, place_of
 from ..config.loading import BEFORE_THE_FIELD, differences, flatten, stored, to_json, update
 from ..config.schema import DIGITS, HubConfig, OptimizationConfig, TrainConfig
 from ..data import dataset, images
-from ..data.labels import in_proportion, with_images
-from ..data.sources import Source, Without, look_at, open_again, open_source, require_skippable, summary
+from ..data.labels import nonempty_classes, proportional_labels
+from ..data.sources import Source, SourceSubset, check_images, open_source, reopen_source, require_skippable, summary
 from ..diffusion.loss import Terms, make_objective
 from ..diffusion.noise_schedule import at, require_noise_at_the_end, terminal_snr_problem
 from ..diffusion.timestep_samplers import make_timestep_sampler
 from ..diffusion.weighting import effective_sample_size
 from ..errors import CannotWriteError, InputError, NotFiniteError, StoppedError, raise_all
-from ..evaluation.image_sets import numbered
+from ..evaluation.image_sets import process_batches
 from ..hub import client
 from ..hub.publish import Publisher
 from ..pipelines.solvers import default_scheduler, make_scheduler
@@ -46,7 +46,7 @@ from ..tasks.unet import build_unet
 from ..utils import distributed, seeding, torch_errors
 from ..utils.console import say
 from ..utils.files import require_replaceable, write_file
-from ..utils.signals import StopSignal
+from ..utils.signals import SignalHandler
 from . import device, saver, state_dicts
 from .ema import EMA
 from .logger import Progress, due
@@ -61,7 +61,7 @@ SKIPS_IN_A_ROW = 20  # fp16 steps with overflowing gradients that are taken for 
 GRID_IMAGES, GRID_STEPS = 64, 20
 
 
-def train(config: TrainConfig, run: Run | None, stop: StopSignal, to: HubConfig | None = None) -> None:
+def train(config: TrainConfig, run: Run | None, stop: SignalHandler, to: HubConfig | None = None) -> None:
     """Trains to `max_steps`, resuming where the run directory stands.
 
     Args:
@@ -73,17 +73,17 @@ def train(config: TrainConfig, run: Run | None, stop: StopSignal, to: HubConfig 
     Raises:
         DebiasError: of the kind that tells what stopped it; StoppedError after a signal, saved.
     """
-    with run or contextlib.nullcontext(), stop if isinstance(stop, StopSignal) else contextlib.nullcontext():
+    with run or contextlib.nullcontext(), stop if isinstance(stop, SignalHandler) else contextlib.nullcontext():
         _train(config, run, stop, to)
 
 
-def _train(config: TrainConfig, run: Run | None, stop: StopSignal, to: HubConfig | None) -> None:
+def _train(config: TrainConfig, run: Run | None, stop: SignalHandler, to: HubConfig | None) -> None:
     accelerator = device.start_accelerator(config)
     try:
         Trainer(config, run, accelerator, to).train(stop)
     except RuntimeError as error:
         size = micro_batch_size(config.optimization, accelerator.num_processes)
-        if known := torch_errors.explained(error, "--micro_batch_size", size, config.run.ddp_timeout):
+        if known := torch_errors.explain_error(error, "--micro_batch_size", size, config.run.ddp_timeout):
             raise known from error
         raise
     finally:
@@ -108,7 +108,7 @@ class Trainer:
         self.run, self.accelerator = run, accelerator
         found = self._agree_on_checkpoint()
         typed = config.data.channels
-        self.config = config = distributed.agreed(lambda: _pinned(config, found), accelerator)
+        self.config = config = distributed.broadcast_from_first(lambda: _pinned(config, found), accelerator)
         # Fields that the run began before, which it goes on without: what is resumed tells by them what may be asked of it.
         self.older = BEFORE_THE_FIELD.keys() - found.state["config"].keys() if found else set()
         self.optim = config.optimization
@@ -126,7 +126,7 @@ class Trainer:
         self.task = PixelTask(learned, *self._readable(source, found, typed))
         self.sampler = make_timestep_sampler(config.objective, self.objective.schedule, self.optim.batch_size)
         self.window = Window(len(self.objective.schedule), self.device)
-        torch.manual_seed(seeding.mixed(self.optim.seed, "weights", 0))
+        torch.manual_seed(seeding.derive_seed(self.optim.seed, "weights", 0))
         unet = self.task.build()
         if self.optim.init and found is None:
             self._start_from(unet, self.optim.init)
@@ -154,7 +154,7 @@ class Trainer:
         self._resume(found)
         self.said_still = self.said_averages = False  # what is said once: that a gradient is 0, that averages have not moved
         self.still_since = (self.step, self.ema.checksums())  # of the averages, as of the start or the last save
-        self.positions = dataset.PositionBatches(
+        self.positions = dataset.PositionBatchSampler(
             self.optim.batch_size,
             self.micro_batch_size,
             accelerator.process_index,
@@ -174,17 +174,19 @@ class Trainer:
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
-    def train(self, stop: StopSignal) -> None:
+    def train(self, stop: SignalHandler) -> None:
         """All steps that are left, or until a signal or `max_hours`."""
         deadline = time.monotonic() + self.optim.max_hours * 3600 if self.optim.max_hours else math.inf
         self._settle_ddp()
-        with contextlib.closing(dataset.batches(self.task.data, self.positions, pin_memory=self.device.type == "cuda")) as micro_batches:
+        with contextlib.closing(
+            dataset.load_batches(self.task.data, self.positions, pin_memory=self.device.type == "cuda")
+        ) as micro_batches:
             signum = self._train(micro_batches, stop, deadline)
         self._say_end(signum)
         if self.publisher:
             self.publisher.finish(self.step, stop)
 
-    def _train(self, micro_batches: Iterator[dict[str, Tensor]], stop: StopSignal, deadline: float) -> int:
+    def _train(self, micro_batches: Iterator[dict[str, Tensor]], stop: SignalHandler, deadline: float) -> int:
         """The steps themselves; returns the signal that ended them, or 0."""
         every = self.config.run
         signum = late = 0
@@ -245,13 +247,13 @@ class Trainer:
     def _gradients(self, micro_batches: Iterator[dict[str, Tensor]]) -> Tensor:
         """One step's gradients, averaged over the processes; returns this process's mean loss ()."""
         total = torch.zeros((), device=self.device)
-        pieces = self.positions.pieces(self.step)
+        pieces = self.positions.micro_batches(self.step)
         corrections = self.sampler.corrections
         weights = corrections if self.objective.weights is None else corrections * self.objective.weights
         self.drawn = []
         for piece in pieces:
             batch = next(micro_batches)
-            torch.manual_seed(seeding.mixed(self.optim.seed, "dropout", piece.start))  # after the loader, which draws when it starts
+            torch.manual_seed(seeding.derive_seed(self.optim.seed, "dropout", piece.start))  # after the loader, which draws when it starts
             t = self.sampler.draw(batch["u"], piece)
             # Only the last piece exchanges gradients between processes.
             synchronised = contextlib.nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(self.model)
@@ -303,7 +305,7 @@ class Trainer:
     def _spoilt(self, launched: Launched, loss: float) -> str:
         """Which samples of this process have a loss that is not finite, and their noise levels; those of all where none has."""
         t, losses = (torch.cat(parts).tolist() for parts in zip(*launched.drawn))
-        positions = [position for piece in self.positions.pieces(launched.step - 1) for position in piece]
+        positions = [position for piece in self.positions.micro_batches(launched.step - 1) for position in piece]
         found = [f"{position} at t = {level}" for position, level, value in zip(positions, t, losses) if not math.isfinite(value)]
         if not found and not math.isfinite(loss):
             return "not finite: a loss of another process"
@@ -362,12 +364,12 @@ class Trainer:
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
         """The checkpoint that the first process chose, in every process."""
-        return distributed.agreed(lambda: self.run.resume if self.run else None, self.accelerator)
+        return distributed.broadcast_from_first(lambda: self.run.resume if self.run else None, self.accelerator)
 
     def _open_source(self, found: Checkpoint | None) -> Source:
         """The data, its labels in the order of the run; a run that did not write down its class names has the plain one."""
         data = self.config.data
-        source = open_again(data, found.state.get("class_names") or "plain", found.state["data"]) if found else open_source(data)
+        source = reopen_source(data, found.state.get("class_names") or "plain", found.state["data"]) if found else open_source(data)
         for sentence in summary(source, self.config.data.dataset) if self.run else ():
             say(sentence)
         return source
@@ -378,7 +380,7 @@ class Trainer:
         The processes share the look at all, unless a checkpoint says what was seen before. The channels are None for the digits, of
         which the first says them, too.
         """
-        known = distributed.agreed(lambda: self._known_to_be_skipped(source, found), self.accelerator)
+        known = distributed.broadcast_from_first(lambda: self._known_to_be_skipped(source, found), self.accelerator)
         channels = found.state["network"]["in_channels"] if found else typed
         if known is None:
             known, coloured = self._look(source)
@@ -390,14 +392,14 @@ class Trainer:
                         f"add --channels 1, which converts them to grey"
                     )
             channels = channels or _channels(coloured, count, say if self.run else None)
-        return Without(source, known) if known else source, channels
+        return SourceSubset(source, known) if known else source, channels
 
     def _known_to_be_skipped(self, source: Source, found: Checkpoint | None) -> list[int] | None:
         """None where the images are still to be looked at."""
         if found:
             before = found.state["data"]
             known: list[int] = before.get("skipped", [])
-            if before == Without(source, known).fingerprint():
+            if before == SourceSubset(source, known).fingerprint():
                 return known
             self._require_same_data(before, source.fingerprint())
         return [] if self.config.data.dataset == DIGITS else None  # they come with the package, and its tests read them
@@ -412,7 +414,7 @@ class Trainer:
             return []
 
         with self._said_by_the_first():
-            distributed.gathered(make, self.accelerator.num_processes)
+            distributed.gather_from_all(make, self.accelerator.num_processes)
         return made[0]
 
     @contextlib.contextmanager
@@ -427,7 +429,7 @@ class Trainer:
 
     def _look(self, source: Source) -> tuple[list[int], int]:
         """The images that are skipped, and how many of the others have colours."""
-        mine = look_at(source, range(len(source))[self.accelerator.process_index :: self.accelerator.num_processes])
+        mine = check_images(source, range(len(source))[self.accelerator.process_index :: self.accelerator.num_processes])
         parts = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
         bad = dict(sorted(item for part, _ in parts for item in part.items()))
         with self._said_by_the_first():
@@ -537,7 +539,7 @@ class Trainer:
         if self.saving_step == self.saved_step:
             return
         # All must know whether to gather again.
-        problem = distributed.agreed(lambda: self.saver.result() if self.saver else None, self.accelerator)
+        problem = distributed.broadcast_from_first(lambda: self.saver.result() if self.saver else None, self.accelerator)
         if problem is None:
             self.saved_step = self.saving_step
         elif final:
@@ -547,12 +549,12 @@ class Trainer:
     def _draw_grid(self) -> None:
         """Samples of the averaged weights, always from the same seeds, as one picture; each process draws its share."""
         try:
-            classes = with_images(self.task.class_counts or [])
-            parts = distributed.gathered(lambda: list(self._drawn(GRID_IMAGES, classes)), self.accelerator.num_processes)
+            classes = nonempty_classes(self.task.class_counts or [])
+            parts = distributed.gather_from_all(lambda: list(self._drawn(GRID_IMAGES, classes)), self.accelerator.num_processes)
             if self.saver:
                 arrays = [image for _, batch in sorted(parts, key=lambda part: part[0]) for image in batch.numpy()]
                 picture = images.grid([images.from_array(array) for array in arrays])
-                write_file(self.saver.run.folder / SAMPLES / f"{checkpoints.name_of(self.step)}.png", images.png(picture))
+                write_file(self.saver.run.folder / SAMPLES / f"{checkpoints.folder_name(self.step)}.png", images.png(picture))
         except (CannotWriteError, InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
             if self.saver:
                 say(f"no sample grid at step {self.step}: {error}")
@@ -569,7 +571,7 @@ class Trainer:
         pipeline.scheduler = make_scheduler(default_scheduler(pipeline.scheduler), pipeline.scheduler, "linspace", steps)
         processes = self.accelerator.num_processes
         size = min(self.micro_batch_size, -(-count // processes))  # no more at once than the training has memory for
-        for number, indices in numbered(range(count), size, self.accelerator.process_index, processes):
+        for number, indices in process_batches(range(count), size, self.accelerator.process_index, processes):
             own = [labels[k % len(labels)] for k in indices] if labels else None
             yield number, generate.draw(pipeline, indices, 0, own, num_inference_steps=steps).cpu()
 
@@ -579,7 +581,7 @@ class Trainer:
             return {}
         try:
             count = self.config.run.eval_images or 0
-            figures = self.monitor.figures(self._drawn(count, in_proportion(self.task.class_counts or [], count)))
+            figures = self.monitor.figures(self._drawn(count, proportional_labels(self.task.class_counts or [], count)))
         except (InputError, NotFiniteError, torch.linalg.LinAlgError) as error:
             if self.saver:
                 say(f"no figures at step {self.step}: {error}")
@@ -674,8 +676,8 @@ def dry_run(config: TrainConfig) -> None:
             print(f"warning: {sentence}")
     print(f"images: {len(source)}, {task.data.channels} channel(s), {task.data.num_classes} classes")
     print(f"steps per epoch: {len(source) / batch_size:.1f}")
-    first = dataset.PositionBatches(min(batch_size, GRID_IMAGES), batch_size, 0, 1, range(1))
-    (batch,) = dataset.batches(task.data, first, pin_memory=False)
+    first = dataset.PositionBatchSampler(min(batch_size, GRID_IMAGES), batch_size, 0, 1, range(1))
+    (batch,) = dataset.load_batches(task.data, first, pin_memory=False)
     write_file(picture, images.signed_png(images.grid([images.from_array(image.numpy()) for image in batch["image"]])))
     print(f"first batch: {picture}")
 
@@ -685,9 +687,9 @@ def _seen(config: TrainConfig) -> tuple[Source, int | None]:
     source = open_source(config.data)
     if config.data.dataset == DIGITS:
         return source, None
-    bad, coloured = look_at(source, range(len(source)))
+    bad, coloured = check_images(source, range(len(source)))
     require_skippable(bad, str(config.data.dataset), len(source), config.data.skip_bad)
-    return Without(source, list(bad)), config.data.channels or _channels(coloured, len(source) - len(bad), print)
+    return SourceSubset(source, list(bad)), config.data.channels or _channels(coloured, len(source) - len(bad), print)
 
 
 def _channels(coloured: int, count: int, tell: Callable[[str], None] | None) -> int:

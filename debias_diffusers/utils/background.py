@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Background(Generic[T]):
+class BackgroundTask(Generic[T]):
     """Does a piece of work in a thread, whose result is asked for later.
 
     As a context, it ends when the work under way is done, and raises what that raised unless another error is raised already.
@@ -41,7 +41,7 @@ class Background(Generic[T]):
         if self._future:
             wait([self._future])
 
-    def __enter__(self) -> Background[T]:
+    def __enter__(self) -> BackgroundTask[T]:
         return self
 
     def __exit__(self, error: object = None, *_: object) -> None:

@@ -22,7 +22,7 @@ class _Unfailing(io.FileIO):
             return len(data)
 
 
-def make_unfailing() -> None:
+def ignore_stream_errors() -> None:
     """Replaces the standard streams of this process. Those that somebody else has put in place, such as a notebook, stay."""
     for descriptor in (0, 1, 2):
         try:
@@ -44,7 +44,7 @@ def _unfailing(stream: TextIO | None, descriptor: int) -> TextIO:
     return io.TextIOWrapper(binary, encoding, errors="backslashreplace", line_buffering=at_once, write_through=at_once)
 
 
-def problem_of_stdout() -> OSError | None:
+def stdout_error() -> OSError | None:
     """Why something that was printed did not get out, if so."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     if not isinstance(raw, _Unfailing):

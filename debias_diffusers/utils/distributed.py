@@ -20,12 +20,12 @@ from accelerate.utils import (
 
 from ..errors import DebiasError, InputError, reason
 from .console import say
-from .launcher import launched
+from .launcher import is_launched
 
 T = TypeVar("T")
 
 # Kinds of distribution in which every process holds the whole network, as the update, the averages and the saves need it.
-KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+SUPPORTED_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def set_threads(asked: int | None) -> int:
@@ -47,7 +47,7 @@ def _omp_num_threads() -> int | None:
     launcher itself was started with tells one from the other (Linux); elsewhere a 1 is taken for theirs.
     """
     value = os.environ.get("OMP_NUM_THREADS", "")
-    if launched():
+    if is_launched():
         try:
             environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().decode(errors="replace").split("\0")
             value = dict(entry.partition("=")[::2] for entry in environment).get("OMP_NUM_THREADS", "")
@@ -70,7 +70,7 @@ def _accelerator(**options: Any) -> Accelerator:
         precision = options.get("mixed_precision", "no")
         refused = f"mixed_precision is {precision}, but" if precision != "no" and precision in str(error) else "accelerate cannot start:"
         raise InputError(f"{refused} this machine or the launcher's configuration says: {reason(error)}") from error
-    if (kind := accelerator.distributed_type) not in KINDS:
+    if (kind := accelerator.distributed_type) not in SUPPORTED_TYPES:
         raise InputError(
             f"accelerate is configured for {kind.value}, but only one process, several CPUs or several GPUs (MULTI_CPU, MULTI_GPU) "
             f"are supported; launch with --multi_gpu, or without a configuration"
@@ -79,7 +79,7 @@ def _accelerator(**options: Any) -> Accelerator:
     return accelerator
 
 
-def start_processes(num_threads: int | None) -> Accelerator:
+def make_accelerator(num_threads: int | None) -> Accelerator:
     """accelerate's handle on devices and processes where nothing is trained."""
     # Processes meet at the beginning and at the end only, and may be hours apart by then.
     accelerator = _accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
@@ -87,7 +87,7 @@ def start_processes(num_threads: int | None) -> Accelerator:
     return accelerator
 
 
-def agreed(decide: Callable[[], T], accelerator: Accelerator) -> T:
+def broadcast_from_first(decide: Callable[[], T], accelerator: Accelerator) -> T:
     """What the first process decides, in every process."""
     chosen = [decide() if accelerator.is_main_process else None]
     if accelerator.num_processes > 1:
@@ -96,7 +96,7 @@ def agreed(decide: Callable[[], T], accelerator: Accelerator) -> T:
     return answer  # type: ignore[no-any-return]
 
 
-def gathered(work: Callable[[], list[T]], processes: int) -> list[T]:
+def gather_from_all(work: Callable[[], list[T]], processes: int) -> list[T]:
     """What `work`, each process's share of some work, finds in all of them, in their order; all processes must call it.
 
     Raises:

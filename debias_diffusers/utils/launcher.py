@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[set[str], str]] = {
 }
 
 
-def problems(environment: Mapping[str, str]) -> list[str]:
+def environment_problems(environment: Mapping[str, str]) -> list[str]:
     """What is asked for and not done, a sentence each."""
     return [
         f"{name} is {environment[name]}, but {advice}; unset it"
@@ -37,6 +37,6 @@ def problems(environment: Mapping[str, str]) -> list[str]:
     ]
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Whether `accelerate launch` or torchrun started this process."""
     return any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))

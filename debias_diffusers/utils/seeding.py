@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 
-def mixed(seed: int, purpose: str, position: int) -> int:
+def derive_seed(seed: int, purpose: str, position: int) -> int:
     """64 well-mixed bits of the three.
 
     A torch CPU generator uses the low 32 bits of its seed only, so neighbouring seeds and positions must not be added
@@ -22,12 +22,12 @@ def mixed(seed: int, purpose: str, position: int) -> int:
 
 def uniform(seed: int, purpose: str, position: int) -> float:
     """A number in [0, 1), with all 53 bits of a double."""
-    return (mixed(seed, purpose, position) >> 11) / 2**53
+    return (derive_seed(seed, purpose, position) >> 11) / 2**53
 
 
 def generator(seed: int, purpose: str, position: int) -> torch.Generator:
     """A CPU generator for longer draws."""
-    return torch.Generator().manual_seed(mixed(seed, purpose, position) % 2**32)
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, position) % 2**32)
 
 
 def subset(seed: int, total: int, count: int) -> Sequence[int]:

@@ -11,10 +11,10 @@ import threading
 from types import FrameType
 from typing import Any
 
-from .launcher import launched
+from .launcher import is_launched
 
 
-class StopSignal:
+class SignalHandler:
     """Remembers that SIGTERM or SIGINT asked the run to stop, so that it stops after the step at hand, saved.
 
     A second SIGINT ends the process at once; the last checkpoint is whole, as always. `close`, which `training.train` calls, gives the
@@ -27,7 +27,7 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():
             self._before = {signum: signal.signal(signum, self._on_signal) for signum in (signal.SIGTERM, signal.SIGINT)}
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> SignalHandler:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,7 +54,7 @@ def stop_with_launcher() -> None:
     A launcher that is terminated does not pass the signal on, and its training would go on unseen. Not without a launcher:
     a shell that ends must not end the training that was started from it.
     """
-    if launched() and sys.platform == "linux":
+    if is_launched() and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         parent = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -7,7 +7,7 @@ import torch
 from ..errors import DebiasError, InputError
 
 
-def explained(error: RuntimeError, flag: str, size: int, limit: int | None = None) -> DebiasError | None:
+def explain_error(error: RuntimeError, flag: str, size: int, limit: int | None = None) -> DebiasError | None:
     """What stopped a command, in a sentence, where torch has only a RuntimeError for it; None where we do not know better.
 
     `flag` decides how many images, now `size`, are computed with at once; `limit` is --ddp_timeout, where a command has it.

@@ -17,9 +17,9 @@ from PIL import Image, ImageCms
 from debias_diffusers.config.schema import DataConfig
 from debias_diffusers.data import images
 from debias_diffusers.data.dataset import TrainingData
-from debias_diffusers.data.sources import Without, open_readable, open_source, unreadable
+from debias_diffusers.data.sources import SourceSubset, open_readable, open_source, unreadable_images
 from debias_diffusers.errors import InputError
-from debias_diffusers.evaluation.image_sets import of_npz
+from debias_diffusers.evaluation.image_sets import images_of_npz
 from debias_diffusers.utils.files import read_file
 
 
@@ -92,7 +92,7 @@ def test_all_bad_files_are_found_and_no_good_one(good, trials):
     (good / "b" / "really-a-jpeg.png").write_bytes(JPEG)  # a wrong name does not matter
     source = open_source(DataConfig(dataset=str(good)))
     began = time.process_time()
-    found = unreadable(source, range(len(source)))
+    found = unreadable_images(source, range(len(source)))
     assert time.process_time() - began < 4
     assert {str(good / source.names[k]) for k in found} == bad and len(bad) == 41
     for sentence in found.values():
@@ -147,10 +147,10 @@ def test_skipped_images_are_listed_and_the_rest_is_a_data_set_without_them(good,
 def test_without_some_images_the_order_is_a_function_of_the_position(good):
     source = open_source(DataConfig(dataset=str(good)))
     config = DataConfig(dataset=str(good), resolution=16)
-    left = TrainingData(Without(source, [3, 100]), config, seed=1)
+    left = TrainingData(SourceSubset(source, [3, 100]), config, seed=1)
     names = [left.source.read(left.index(p))[2] for p in range(198)]
     assert len(set(names)) == 198 and not {str(good / source.names[k]) for k in (3, 100)} & set(names)
-    again = TrainingData(Without(source, [100, 3]), config, seed=1)
+    again = TrainingData(SourceSubset(source, [100, 3]), config, seed=1)
     assert [again.source.read(again.index(p))[2] for p in (197, 5, 0)] == [names[p] for p in (197, 5, 0)]
 
 
@@ -166,7 +166,7 @@ def test_a_row_of_a_table_without_an_image_counts_as_unreadable(tmp_path):
     table = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features({"image": datasets.Image(decode=False)}))
     table.to_parquet(tmp_path / "t.parquet")
     source = open_source(DataConfig(dataset=str(tmp_path / "t.parquet")))
-    assert list(unreadable(source, range(5))) == [3, 4]
+    assert list(unreadable_images(source, range(5))) == [3, 4]
     with pytest.raises(InputError, match="2 of 5 images cannot be read, and no more than 1% are skipped"):
         open_readable(DataConfig(dataset=str(tmp_path / "t.parquet"), skip_bad=True))
 
@@ -443,5 +443,5 @@ def test_of_two_members_of_one_name_one_is_read_whole(tmp_path):
     with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         for array in arrays:
             archive.writestr("arr_0.npy", npy(array.shape, data=array.tobytes()))
-    ((_, batch),) = of_npz(path).batches(8, 0, 1)
+    ((_, batch),) = images_of_npz(path).batches(8, 0, 1)
     assert len(set(batch.flatten().tolist())) == 1

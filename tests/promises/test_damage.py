@@ -13,7 +13,7 @@ import pytest
 from conftest import HANG, SERVER, Forked, _command, metrics, newest_step, run, same, train_args, wait_for
 
 from debias_diffusers.runs import checkpoints
-from debias_diffusers.runs.metrics_file import Metrics
+from debias_diffusers.runs.metrics_file import MetricsFile
 from debias_diffusers.utils import files
 
 FILES = [
@@ -31,7 +31,7 @@ def tree(folder):
 
 
 def newest(folder):
-    return checkpoints.checkpoints(folder / "checkpoints")[-1]
+    return checkpoints.list_checkpoints(folder / "checkpoints")[-1]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def damages(name, content, of_another_step):
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(learned, tmp_path, name, trials):
     folder = shutil.copytree(learned, tmp_path / "checkpoints")
-    older, newer = checkpoints.checkpoints(folder)
+    older, newer = checkpoints.list_checkpoints(folder)
     assert sorted(FILES) == sorted(p.name for p in newer.iterdir())
     whole = (newer / name).read_bytes()
     for damage in damages(name, whole, (older / name).read_bytes()):
@@ -107,7 +107,7 @@ def test_a_manifest_without_a_hash_of_its_own_is_read_as_before(learned, tmp_pat
 @pytest.mark.row(13, "where all checkpoints are damaged nothing is trained and nothing deleted")
 @pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
 def test_when_all_checkpoints_are_damaged_nothing_is_trained_and_nothing_deleted(copied, name):
-    for path in checkpoints.checkpoints(copied / "checkpoints"):
+    for path in checkpoints.list_checkpoints(copied / "checkpoints"):
         (path / name).write_bytes(b"")
     (copied / "checkpoints" / ".draft-step-00000030").mkdir()
     before = tree(copied)
@@ -148,7 +148,7 @@ def test_stray_folders_files_and_links_are_neither_checkpoints_nor_removed(train
     same(trained, copied, 24)
     assert strays == {p: os.lstat(p).st_mtime_ns for p in strays}
     assert not any(os.path.lexists(p) for p in drafts) and (real / "model.safetensors").exists()
-    assert {p.name for p in checkpoints.checkpoints(folder)} == {"step-00000018", "step-00000024"}
+    assert {p.name for p in checkpoints.list_checkpoints(folder)} == {"step-00000018", "step-00000024"}
 
 
 @pytest.mark.row(15, "a newer version's checkpoint and another configuration are refused, with what differs")
@@ -195,7 +195,7 @@ def test_verifying_costs_a_second_of_one_core_per_gigabyte(tmp_path):
         return sorted(times)[1]
 
     hashed = median(lambda: hashlib.sha256(content))
-    assert median(lambda: checkpoints.verified(path)) <= max(1.0 * len(content) / 1e9, 1.5 * hashed)
+    assert median(lambda: checkpoints.verify(path)) <= max(1.0 * len(content) / 1e9, 1.5 * hashed)
 
 
 @pytest.mark.row(17, "files have the mode that the umask allows")
@@ -225,7 +225,7 @@ def test_metrics_cut_anywhere_keep_their_whole_lines_up_to_the_step(tmp_path, ap
     for end in range(0, len(b"".join(lines)) + 1, apart):
         for step in range(0, 6, 2):
             trials()
-            log = Metrics(tmp_path / "metrics.jsonl")
+            log = MetricsFile(tmp_path / "metrics.jsonl")
             log.path.write_bytes(b"".join(lines)[:end])
             log.begin_after(step)
             assert log.path.read_bytes() == b"".join(lines[: min(step, end // len(lines[0]))])
@@ -236,7 +236,7 @@ def test_metrics_cut_anywhere_keep_their_whole_lines_up_to_the_step(tmp_path, ap
 @pytest.mark.row(18, "metrics.jsonl has every step exactly once, cut lines and later steps are dropped")
 @pytest.mark.parametrize("between", [b"{}\n", b"[3]\n", b'{"step": "x"}\n', b"\x00\xff\n", b'{"step": 2, "lo\n', b"\n"])
 def test_a_torn_line_between_whole_ones_is_dropped(tmp_path, between):
-    log = Metrics(tmp_path / "metrics.jsonl")
+    log = MetricsFile(tmp_path / "metrics.jsonl")
     log.path.write_bytes(b'{"step": 1}\n' + between + b'{"step": 2}\n')
     log.begin_after(2)
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2]
@@ -244,7 +244,7 @@ def test_a_torn_line_between_whole_ones_is_dropped(tmp_path, between):
 
 @pytest.mark.row(18, "metrics.jsonl has every step exactly once, cut lines and later steps are dropped")
 def test_metrics_that_fit_are_not_written_again(tmp_path):
-    log = Metrics(tmp_path / "metrics.jsonl")
+    log = MetricsFile(tmp_path / "metrics.jsonl")
     log.append({"step": 1})
     before = log.path.stat()
     log.begin_after(1)

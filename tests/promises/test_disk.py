@@ -19,7 +19,7 @@ from recorder import Killed, kill_at
 
 from debias_diffusers.errors import CannotWriteError, RunInUseError
 from debias_diffusers.runs import checkpoints
-from debias_diffusers.runs.metrics_file import Metrics
+from debias_diffusers.runs.metrics_file import MetricsFile
 from debias_diffusers.training import device, saver
 from debias_diffusers.utils import distributed, files
 
@@ -157,7 +157,7 @@ def test_when_there_is_room_again_the_next_save_succeeds(mounts, monkeypatch):
     monkeypatch.setattr(saver, "say", make_room)
     trained_here(tiny(folder, *STEADY, "--max_steps", 30))
     assert len(said) == 1 and "step 2 was not saved" in said[0] and "error" not in said[0]
-    assert [found.step for found in map(checkpoints.verified, checkpoints.checkpoints(folder / "checkpoints"))] == [28, 30]
+    assert [found.step for found in map(checkpoints.verify, checkpoints.list_checkpoints(folder / "checkpoints"))] == [28, 30]
     assert [line["step"] for line in metrics(folder)] == list(range(1, 31))
 
 
@@ -184,7 +184,7 @@ def test_where_no_file_may_grow_the_run_ends_with_a_sentence(tmp_path):
 
 @pytest.mark.row(19, "on a full disk the checkpoint before stays whole, training goes on, and the last save must succeed")
 def test_metrics_that_cannot_be_written_wait_and_hold_up_the_checkpoint(tmp_path, monkeypatch):
-    log = Metrics(tmp_path / "metrics.jsonl")
+    log = MetricsFile(tmp_path / "metrics.jsonl")
     log.append({"step": 1})
     with monkeypatch.context() as broken:
         broken.setattr(log, "path", tmp_path / "no" / "where.jsonl")
@@ -331,9 +331,9 @@ def write(folder, step, keep=9, best=None):
 def valid(folder):
     """The steps of the checkpoints that verify."""
     steps = []
-    for path in checkpoints.checkpoints(folder):
+    for path in checkpoints.list_checkpoints(folder):
         with contextlib.suppress(checkpoints.DamagedError):
-            steps.append(checkpoints.verified(path).step)
+            steps.append(checkpoints.verify(path).step)
     return steps
 
 
@@ -352,7 +352,7 @@ def test_killed_at_any_removal_what_is_to_stay_is_whole(tmp_path, before, damage
     for step in before:
         write(tmp_path / "before", step)
     for step in damaged:
-        (tmp_path / "before" / checkpoints.name_of(step) / "model.safetensors").write_bytes(b"")
+        (tmp_path / "before" / checkpoints.folder_name(step) / "model.safetensors").write_bytes(b"")
     for k in range(1, 200):
         trials()
         folder = shutil.copytree(tmp_path / "before", tmp_path / f"{k}")
@@ -383,7 +383,7 @@ def test_killed_again_and_again_while_saving_one_checkpoint_is_always_whole(tmp_
     for step in (10, 20):
         write(tmp_path, step)
     for step in damaged:
-        (tmp_path / checkpoints.name_of(step) / "model.safetensors").write_bytes(b"")
+        (tmp_path / checkpoints.folder_name(step) / "model.safetensors").write_bytes(b"")
     for k in range(1, 200):
         trials()
         step = valid(tmp_path)[-1] + 10  # where the run would be: 20 once more where 20 is damaged
@@ -397,7 +397,7 @@ def test_killed_again_and_again_while_saving_one_checkpoint_is_always_whole(tmp_
         assert len(valid(tmp_path)) >= 1
         files.remove_temporary_files(tmp_path)
         if finished:
-            assert valid(tmp_path)[-1] == step and len(checkpoints.checkpoints(tmp_path)) == min(keep, len(valid(tmp_path)))
+            assert valid(tmp_path)[-1] == step and len(checkpoints.list_checkpoints(tmp_path)) == min(keep, len(valid(tmp_path)))
             return
     raise AssertionError("the save never came to its end")
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from debias_diffusers.config.schema import DataConfig, MeasureConfig, ScoreConfig
 from debias_diffusers.data import sources
-from debias_diffusers.data.labels import in_order, in_proportion, numbers
+from debias_diffusers.data.labels import label_indices, order_class_names, proportional_labels
 from debias_diffusers.data.sources import class_counts, open_source, summary
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import score
@@ -123,7 +123,7 @@ def test_images_are_found_by_any_extension_or_none_and_the_rest_is_counted(tmp_p
     (tmp_path / "all" / "broken.avif").write_bytes(b"no image")  # by its name it is one, and damage is not passed over
     source = opened(tmp_path / "all")
     assert source.names == sorted([*kinds, "link.jfif", "broken.avif"])
-    assert list(sources.unreadable(source, range(len(source)))) == [source.names.index("broken.avif")]
+    assert list(sources.unreadable_images(source, range(len(source)))) == [source.names.index("broken.avif")]
     (said,) = summary(source, "x")[1:]
     counted = dict(reversed(part.split(" ", 1)) for part in said.removeprefix("passed over: ").split(", "))
     assert counted == {
@@ -183,7 +183,7 @@ def test_packed_samples_are_scored_and_for_training_it_is_said_how_to_draw_them(
 def test_class_names_are_in_natural_order_and_an_empty_folder_keeps_its_label(tmp_path):
     put(tmp_path / "num", *(f"{k}/a.png" for k in range(12)))
     assert opened(tmp_path / "num", class_conditional=True).class_names == [str(k) for k in range(12)]
-    assert in_order(["b10", "b9", "B1", "a", "b09", "10", "9"], (), "natural", "x") == ["9", "10", "B1", "a", "b09", "b9", "b10"]
+    assert order_class_names(["b10", "b9", "B1", "a", "b09", "10", "9"], (), "natural", "x") == ["9", "10", "B1", "a", "b09", "b9", "b10"]
     put(tmp_path / "gap", "a/1.png", "c/1.png", "c/2.png", "d/1.png")
     (tmp_path / "gap" / "b").mkdir()
     source = opened(tmp_path / "gap", class_conditional=True)
@@ -262,12 +262,12 @@ def test_names_with_spaces_and_of_other_alphabets_go_all_the_way(tmp_path):
 
 @pytest.mark.row(60, NAMES)
 def test_labels_are_asked_for_by_name_or_number():
-    assert numbers(["dog", "0", 1], ["cat", "dog"]) == [1, 0, 1]
-    assert numbers(["2", 2], ["1", "2", "3"]) == [1, 2]  # text is a name first
-    assert numbers(["2"], None) == [2]
+    assert label_indices(["dog", "0", 1], ["cat", "dog"]) == [1, 0, 1]
+    assert label_indices(["2", 2], ["1", "2", "3"]) == [1, 2]  # text is a name first
+    assert label_indices(["2"], None) == [2]
     for names, said in ((["cat", "dog"], "class_labels has cow, but the model's classes are cat, dog"), (None, "by numbers only")):
         with pytest.raises(InputError, match=said):
-            numbers(["cow"], names)
+            label_indices(["cow"], names)
 
 
 @pytest.mark.row(60, NAMES)
@@ -313,19 +313,19 @@ def test_a_run_of_the_version_before_keeps_the_images_that_it_was_trained_with(t
     text = "".join(f"{name}\0{(tmp_path / name).stat().st_size}\n" for name in known)
     state = {"images": len(known), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     config = DataConfig(dataset=str(tmp_path), class_conditional=labelled)
-    source = sources.open_again(config, "plain", state)
+    source = sources.reopen_source(config, "plain", state)
     assert source.names == known and source.fingerprint() == state
     if labelled:
         assert labels_of(source) == {name: name.split("/" if "/" in name else "_")[0] for name in known}
         assert source.class_names == sorted(set(labels_of(source).values()))
-        assert sources.open_again(config, source.class_names, state).fingerprint() == state  # as it is after the first resume
+        assert sources.reopen_source(config, source.class_names, state).fingerprint() == state  # as it is after the first resume
     changed = state | {"images": 7}  # neither way of reading it
     if labelled and "train/1.png" in names:
         with pytest.raises(InputError, match="has no label"):
-            sources.open_again(config, "plain", changed)
+            sources.reopen_source(config, "plain", changed)
     else:
         assert (
-            sources.open_again(config, "plain", changed).fingerprint()
+            sources.reopen_source(config, "plain", changed).fingerprint()
             == opened(tmp_path, "plain", class_conditional=labelled).fingerprint()
         )
 
@@ -349,8 +349,8 @@ def test_labels_are_in_proportion_for_any_number_of_images(counts, trials):
     total = sum(counts)
     for num_images in (1, 7, total - 1, total, total + 3, 2 * total):
         trials()
-        assert in_proportion(counts, num_images) == seats(counts, num_images)
-    found = Counter(in_proportion(counts, 3 * total))
+        assert proportional_labels(counts, num_images) == seats(counts, num_images)
+    found = Counter(proportional_labels(counts, 3 * total))
     assert [found[k] for k in range(len(counts))] == [3 * count for count in counts]
 
 
@@ -560,5 +560,5 @@ def test_a_label_of_no_class_is_none_of_the_classes(tmp_path):
     """With -1 and 1 there is a single class with images, but what is wrong is the -1."""
     put(tmp_path, "a.png", "b.png")
     (tmp_path / "metadata.csv").write_text("file_name,label\na.png,-1\nb.png,1\n")
-    (told,) = sources.unreadable(opened(tmp_path, class_conditional=True), range(2)).values()
+    (told,) = sources.unreadable_images(opened(tmp_path, class_conditional=True), range(2)).values()
     assert "a.png has label -1, but there are 2 classes, from 0 on" in told

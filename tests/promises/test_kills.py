@@ -42,7 +42,7 @@ from debias_diffusers.runs import checkpoints
 from debias_diffusers.runs.run_directory import open_run
 from debias_diffusers.training import device
 from debias_diffusers.training.trainer import Trainer, train
-from debias_diffusers.utils.signals import StopSignal
+from debias_diffusers.utils.signals import SignalHandler
 
 LONG = ["--max_steps", 240, "--checkpoint_every", 20]
 SAME_AGAIN = "killed at any moment, the same command ends with the same bits"
@@ -316,7 +316,7 @@ def test_interrupted_once_it_saves_and_the_same_command_continues(whole, tmp_pat
 
 def note_interrupts(path, held):
     """In a process that trains: makes a file when a signal is noted; `held` saves, from step 21 on, write a file and never end."""
-    write, obey = checkpoints.write, StopSignal._on_signal
+    write, obey = checkpoints.write, SignalHandler._on_signal
 
     def begun(tensors):
         yield next(iter(tensors))
@@ -329,7 +329,7 @@ def note_interrupts(path, held):
         obey(stop, signum, frame)
         path.touch()
 
-    checkpoints.write, StopSignal._on_signal = held_write, noted
+    checkpoints.write, SignalHandler._on_signal = held_write, noted
 
 
 @pytest.mark.row(5, "interrupted once: saved, 130; twice: stopped at once, the checkpoint before is whole")

@@ -15,10 +15,10 @@ from debias_diffusers.config.hub_names import is_hub_id
 from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig
 from debias_diffusers.data.dataset import TrainingData
 from debias_diffusers.data.images import decode
-from debias_diffusers.data.sources import look_at, open_source
+from debias_diffusers.data.sources import check_images, open_source
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import reference
-from debias_diffusers.evaluation.image_sets import of_source
+from debias_diffusers.evaluation.image_sets import images_of_source
 from debias_diffusers.hub import client
 
 ROW_79 = "grey or colour and every label are known at the start, from all images"
@@ -96,10 +96,10 @@ def test_channels_convert_both_ways_by_itu_r_601(tmp_path):
         learned = TrainingData(open_source(config), config, seed=0)
         for k, array in enumerate(wanted):
             assert np.abs(learned.decoded(k)[0].numpy() - array).max() <= (0.51 if channels == 1 else 0)
-    ((_, batch),) = of_source(open_source(config), "images", 8, channels=1).batches(2, 0, 1)
+    ((_, batch),) = images_of_source(open_source(config), "images", 8, channels=1).batches(2, 0, 1)
     for k, array in enumerate(expected[1]):  # what a model of one channel is compared with
         assert np.abs(batch[k].numpy() - array).max() <= 0.51
-    keys = {of_source(open_source(config), "images", 8, channels=channels).key for channels in (None, 1, 3)}
+    keys = {images_of_source(open_source(config), "images", 8, channels=channels).key for channels in (None, 1, 3)}
     assert len(keys) == 2  # features that are kept of the one are not those of the other
 
 
@@ -111,7 +111,7 @@ LABELS = {"classes": datasets.ClassLabel(names=["a", "b"]), "numbers": datasets.
 def test_a_label_of_no_class_is_a_bad_image(tmp_path, feature):
     path = table_of(tmp_path / "t.parquet", [0, 1] * 60 + [-1], LABELS[feature])
     config = DataConfig(dataset=str(path), class_conditional=True, label_column="label")
-    bad, coloured = look_at(open_source(config), range(121))
+    bad, coloured = check_images(open_source(config), range(121))
     assert list(bad) == [120] and "has label -1, but there are 2 classes" in bad[120] and coloured == 0
     args = train_args(tmp_path / "run", "--dataset", path, "--class_conditional", "--label_column", "label", "--max_steps", 4)
     code, _, err = run(*args)

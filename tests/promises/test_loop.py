@@ -58,7 +58,7 @@ class Stuck(dataset.TrainingData):
 def loaded(kind, steps=20):
     config = tiny("nowhere", "--num_workers", 2)
     source = kind(open_source(config.data), config.data, 0)
-    return dataset.batches(source, dataset.PositionBatches(8, 8, 0, 1, range(steps)), pin_memory=False)
+    return dataset.load_batches(source, dataset.PositionBatchSampler(8, 8, 0, 1, range(steps)), pin_memory=False)
 
 
 @pytest.fixture
@@ -138,7 +138,8 @@ def test_a_signal_ends_a_process_whose_training_has_ended(trials):
     """A thread of a library may keep it from ending by itself."""
     trials()
     script = (
-        "import time; from debias_diffusers.utils.signals import StopSignal; stop = StopSignal(); stop.close(); print('there', flush=True);"
+        "import time; from debias_diffusers.utils.signals import SignalHandler as Handler; stop = Handler(); stop.close();"
+        "print('there', flush=True);"
         "time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -161,11 +162,11 @@ def test_workers_without_shared_memory_are_explained(said, trials):
     outer = RuntimeError("DataLoader worker (pid(s) 9) exited unexpectedly")
     outer.__cause__ = RuntimeError(said)
     for error in (RuntimeError(said), outer):
-        sentence = str(torch_errors.explained(error, "--micro_batch_size", 8))
+        sentence = str(torch_errors.explain_error(error, "--micro_batch_size", 8))
         assert all(words in sentence for words in ("/dev/shm", "--shm-size", "--num_workers 0"))
-    other = torch_errors.explained(RuntimeError("DataLoader worker (pid(s) 9) exited unexpectedly"), "--micro_batch_size", 8)
+    other = torch_errors.explain_error(RuntimeError("DataLoader worker (pid(s) 9) exited unexpectedly"), "--micro_batch_size", 8)
     assert str(other) == torch_errors.LOST_WORKER
-    assert torch_errors.explained(RuntimeError("out of resource: shared memory, Required: 263168"), "--micro_batch_size", 8) is None
+    assert torch_errors.explain_error(RuntimeError("out of resource: shared memory, Required: 263168"), "--micro_batch_size", 8) is None
 
 
 @pytest.mark.nightly
@@ -225,15 +226,15 @@ def test_another_process_does_not_end_before_the_first_has_said_it(error, monkey
     monkeypatch.setenv("RANK", "1")
     assert cli.train([]) == 2 and not waits  # without a launcher that kills there is nothing to wait for
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert cli.train([]) == 2 and waits == [cli.FIRST_SAYS_WITHIN] and not capfd.readouterr().err
+    assert cli.train([]) == 2 and waits == [cli.ERROR_GRACE_SECONDS] and not capfd.readouterr().err
 
 
 @pytest.mark.row(65, LAUNCHER)
 def test_what_accelerate_launch_sets_by_itself_is_no_problem(trials):
     trials()
     usual = dict.fromkeys(launcher.REFUSED, "false") | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_DYNAMO_BACKEND": "NO"}
-    assert launcher.problems(usual) == launcher.problems({}) == []
-    assert len(launcher.problems(ASKED)) == len(ASKED) == len(launcher.REFUSED)
+    assert launcher.environment_problems(usual) == launcher.environment_problems({}) == []
+    assert len(launcher.environment_problems(ASKED)) == len(ASKED) == len(launcher.REFUSED)
 
 
 @pytest.mark.row(65, LAUNCHER)
@@ -257,7 +258,7 @@ def test_every_other_kind_of_distribution_is_refused_by_name(kind, start, tmp_pa
     monkeypatch.setattr(distributed.Accelerator, "distributed_type", kind)
     try:
         with pytest.raises(InputError, match=f"configured for {kind.value}, but only one process"):
-            device.start_accelerator(config) if start == "train" else distributed.start_processes(1)
+            device.start_accelerator(config) if start == "train" else distributed.make_accelerator(1)
     finally:
         AcceleratorState._reset_state(True)
 
@@ -526,7 +527,7 @@ def reads(monkeypatch, tmp_path):
     """How many images were read since the last look."""
     monkeypatch.setenv("HOME", str(tmp_path))  # of the cache
     counted = []
-    for kind in (sources.Folder, sources.Table):
+    for kind in (sources.ImageFolder, sources.ImageTable):
         original = kind.read
         monkeypatch.setattr(kind, "read", lambda self, k, original=original: counted.append(k) or original(self, k))
 
@@ -541,7 +542,7 @@ def reads(monkeypatch, tmp_path):
 def monitored(data, skipped=()):
     config = DataConfig(dataset=str(data), resolution=8)
     source = open_source(config)
-    source = sources.Without(source, skipped) if skipped else source
+    source = sources.SourceSubset(source, skipped) if skipped else source
     run_config = RunConfig(eval_every=1, eval_metrics="fid,colour", feature_extractor="digits", eval_images=65)
     monitor = Monitor(TrainConfig(data=config, run=run_config), source, "cpu")
     monitor.read(source)
@@ -600,7 +601,7 @@ def test_a_table_that_names_files_elsewhere_is_read_each_time(tmp_path, reads, t
     for _ in range(2):
         monitored(tmp_path / "table.parquet")
         assert reads() >= 70
-    assert sources.state_of_files(open_source(DataConfig(dataset=str(tmp_path / "table.parquet")))) is None
+    assert sources.file_state_hash(open_source(DataConfig(dataset=str(tmp_path / "table.parquet")))) is None
 
 
 @pytest.mark.row(68, ONCE)
@@ -628,7 +629,7 @@ def test_with_wide_features_more_are_drawn(tmp_path, reads, monkeypatch, trials)
     )
     with pytest.raises(InputError, match="need 2049 images, but there are 1797"):
         Monitor(config, open_source(config.data), "cpu")
-    monkeypatch.setattr(sources.Table, "__len__", lambda self: 5000)
+    monkeypatch.setattr(sources.ImageTable, "__len__", lambda self: 5000)
     assert Monitor(config, open_source(config.data), "cpu").count == 2049
 
 

@@ -32,7 +32,7 @@ from debias_diffusers.evaluation.results import as_json
 from debias_diffusers.runs.run_directory import MARKER, open_run
 from debias_diffusers.training import trainer
 from debias_diffusers.utils import files
-from debias_diffusers.utils.signals import StopSignal
+from debias_diffusers.utils.signals import SignalHandler
 
 FOREIGN = "nothing is written over what this package did not write"
 
@@ -128,8 +128,8 @@ def results(data, out):
             StatsConfig(reference=str(data), out=str(out / "stats.safetensors"), measure=measure)
         ),
         "bits.json": lambda: likelihood.bits_per_dimension(BitsConfig(model=str(data), output=str(out / "bits.json"))),
-        "weights.csv": lambda: plots.draw_weights(cli._parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
-        "weights.png": lambda: plots.draw_weights(cli._parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
+        "weights.csv": lambda: plots.plot_weights(cli._parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
+        "weights.png": lambda: plots.plot_weights(cli._parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
         "run-first-batch.png": lambda: trainer.dry_run(cli.train_config(dry, None)),
     }
 
@@ -299,7 +299,7 @@ CACHES = "a cache or a home folder that cannot be written does not end the work"
 @pytest.mark.parametrize("options", [{}, {"class_conditional": True}])
 def test_the_digits_need_no_cache_and_are_what_runs_have_written_down(options, monkeypatch):
     config = DataConfig(dataset="digits", **options)
-    theirs = sources.Table(datasets.load_dataset("parquet", split="train", data_files=str(sources.DIGITS_FILE)), config)
+    theirs = sources.ImageTable(datasets.load_dataset("parquet", split="train", data_files=str(sources.DIGITS_FILE)), config)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("needs its cache"))
     ours = sources.open_source(config)
     assert ours.fingerprint() == theirs.fingerprint() and ours.class_names == theirs.class_names
@@ -318,7 +318,7 @@ def test_a_data_set_that_needs_a_cache_says_how_to_name_another(tmp_path, monkey
 def test_training_is_measured_without_a_home(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/proc/nowhere")
     config = tiny(tmp_path / "run", "--max_steps", 4, "--eval_every", 4, "--eval_images", 80, "--eval_metrics", "colour")
-    trainer.train(config, open_run(config), StopSignal())
+    trainer.train(config, open_run(config), SignalHandler())
     assert "eval_brightness_bias" in metrics(tmp_path / "run")[-1]
     assert "warning: features are not kept" in capsys.readouterr().err
 
@@ -342,7 +342,7 @@ def test_a_second_training_in_one_process_finds_its_run_and_signals_free(tmp_pat
         assert handlers() == before
         files.acquire_lock(folder).close()
     config = tiny(folder, "--checkpoint_every", 0, "--warmup_steps", 0, "--max_steps", 9)
-    stop = StopSignal()
+    stop = SignalHandler()
     stop._on_signal(signal.SIGTERM, None)
     with pytest.raises(DebiasError, match="stopped by SIGTERM"):
         trainer.train(config, open_run(config), stop)
@@ -364,7 +364,7 @@ def test_training_works_in_a_thread(tmp_path):
 @pytest.mark.row(56, GIVEN_BACK)
 def test_a_handler_that_was_installed_meanwhile_stays():
     before = signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop:
+    with SignalHandler() as stop:
         assert signal.getsignal(signal.SIGTERM) == stop._on_signal
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     assert signal.signal(signal.SIGTERM, before) == signal.SIG_IGN

@@ -70,7 +70,7 @@ def run(trained, tmp_path):
 def unlike_others(run):
     """Weights that no store has seen, or they would not be sent."""
     generator = np.random.default_rng(next(UNIQUE))
-    found = checkpoints.verified(run / "checkpoints" / "step-00000024")
+    found = checkpoints.verify(run / "checkpoints" / "step-00000024")
     files = {path.name: path.read_bytes() for path in found.path.glob("*.safetensors")}
     for name in ("ema_0.9.safetensors", "ema_0.99.safetensors"):
         weights = {key: generator.standard_normal(value.shape, np.float32) for key, value in load(files[name]).items()}

@@ -14,8 +14,8 @@ from conftest import Forked, gone, launch, launched, run, sample_config, wait_fo
 from PIL import Image
 
 from debias_diffusers.errors import InputError
-from debias_diffusers.sampling.generate import sample, seeds
-from debias_diffusers.sampling.image_writer import Album
+from debias_diffusers.sampling.generate import image_seeds, sample
+from debias_diffusers.sampling.image_writer import SampleFolder
 from debias_diffusers.utils.files import acquire_lock
 
 SAME_IMAGE = "image k of a seed is the same image, whatever the batch, the processes, or a kill before"
@@ -40,18 +40,18 @@ def test_image_k_is_the_same_in_batches_of_any_size(trained, tmp_path, trials):
 def test_sets_of_50_000_images_of_any_two_of_the_seeds_0_to_200_share_no_generator(trials):
     """A set is an interval on the circle of 2^32 seeds: neighbours, last and first among them, begin further apart than its length."""
     count, circle = 50_000, 2**32
-    begins = sorted(seeds(seed, [0])[0] for seed in range(201))
+    begins = sorted(image_seeds(seed, [0])[0] for seed in range(201))
     for one, other in zip(begins, [*begins[1:], begins[0] + circle]):
         assert other - one >= count
         trials()
-    assert seeds(0, range(5)) == [0, 1, 2, 3, 4]  # as versions before
+    assert image_seeds(0, range(5)) == [0, 1, 2, 3, 4]  # as versions before
 
 
 @pytest.mark.row(70, APART)
 @pytest.mark.parametrize("seed", (0, 1, 200, 2**32 - 1))
 def test_a_set_has_consecutive_seeds_of_32_bits(seed):
     """So none repeats, be it that they go on at 0 after 2^32 - 1."""
-    found = seeds(seed, range(50_000))
+    found = image_seeds(seed, range(50_000))
     assert len(set(found)) == 50_000 and set(found) <= {(found[0] + k) % 2**32 for k in range(50_000)}
 
 
@@ -99,14 +99,14 @@ def test_one_and_two_processes_draw_the_same_bytes_and_each_image_once(trained, 
 
 def be_killed_at(folder, least):
     """In a process that draws: a thread that writes images kills it when so many are there, wherever the others are."""
-    write = Album.write
+    write = SampleFolder.write
 
     def last(album, k, array):
         write(album, k, array)
         if len(list(folder.glob("0*.png"))) >= least:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Album.write = last
+    SampleFolder.write = last
 
 
 def killed_and_finished(trained, folder, whole, moments, trials):

@@ -14,7 +14,7 @@ from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig
 from debias_diffusers.data.sources import open_source
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import score
-from debias_diffusers.evaluation.image_sets import of_folder, of_npz, of_source
+from debias_diffusers.evaluation.image_sets import images_of_folder, images_of_npz, images_of_source
 from debias_diffusers.evaluation.likelihood import Bound, bits_per_dimension
 from debias_diffusers.utils import seeding
 
@@ -68,9 +68,9 @@ def kinds_of_sets(folder, tmp_path):
         packed[name] = tmp_path / f"{name}.npz"
         save(packed[name], arrays_of(folder)[..., None])
     return {
-        "data set": lambda count, seed: of_source(source, "some", 8, count, seed=seed),
-        "folder": lambda count, seed: of_folder(source, "some", count, seed=seed),
-        **{name: lambda count, seed, path=path: of_npz(path, count, seed) for name, path in packed.items()},
+        "data set": lambda count, seed: images_of_source(source, "some", 8, count, seed=seed),
+        "folder": lambda count, seed: images_of_folder(source, "some", count, seed=seed),
+        **{name: lambda count, seed, path=path: images_of_npz(path, count, seed) for name, path in packed.items()},
     }
 
 
@@ -93,7 +93,7 @@ def test_an_npz_of_every_layout_is_read(name, channels, tmp_path):
     SAVES[name](tmp_path / "positional.npz", noise)
     SAVES[name](tmp_path / "named.npz", labels=np.arange(9), arr_0=noise)
     for path in tmp_path.glob("*.npz"):
-        batches = [batch for _, batch in of_npz(path).batches(4, 0, 1)]
+        batches = [batch for _, batch in images_of_npz(path).batches(4, 0, 1)]
         assert [len(batch) for batch in batches] == [4, 4, 1]
         assert np.array_equal(torch.cat(batches).permute(0, 2, 3, 1).numpy(), np.broadcast_to(noise, (9, 8, 8, 3)))
 
@@ -124,7 +124,7 @@ def test_an_npz_that_is_damaged_behind_the_chosen_images_is_named(name, tmp_path
     (tmp_path / "images.npz").write_bytes(data)
     seed = next(seed for seed in range(100) if max(seeding.subset(seed, 50, 2)) < 25)
     with pytest.raises(InputError, match=r"images\.npz is damaged"):
-        list(of_npz(tmp_path / "images.npz", 2, seed).batches(8, 0, 1))
+        list(images_of_npz(tmp_path / "images.npz", 2, seed).batches(8, 0, 1))
 
 
 @row

@@ -16,7 +16,7 @@ def _write_a_file(folder, own):
 
 
 def _write_an_entry(folder, own):
-    feature_cache.FeatureCache(folder).put(feature_cache.key_of("a"), {"colour": torch.full((100, 3), float(own))})
+    feature_cache.FeatureCache(folder).put(feature_cache.cache_key("a"), {"colour": torch.full((100, 3), float(own))})
 
 
 def _write_often(write, folder, own, start):
