@@ -185,7 +185,7 @@ def baseline(flags: list[str], clock: Clock) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, foreach=False, fused=False)
     size, steps = config.optimization.batch_size, config.optimization.max_steps
     positions = dataset.PositionBatchSampler(size, size, 0, 1, range(steps))
-    batches = clock.batches(dataset.load_batches)(task.data, positions, pin_memory=target == "cuda")
+    batches = clock.batches(dataset.micro_batches)(task.data, positions, pin_memory=target == "cuda")
     for step, batch in enumerate(batches):
         with clock.part("forward"):
             x_0, noise = task.clean(batch, target), batch["noise"].to(target)

@@ -19,7 +19,7 @@ from safetensors.torch import load
 
 from debias_diffusers.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from debias_diffusers.data import decoded_cache, images
-from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, load_batches
+from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
 from debias_diffusers.data.decoded_cache import make_cache
 from debias_diffusers.data.sources import open_source
 from debias_diffusers.runs import checkpoints
@@ -39,9 +39,9 @@ class Slow:
         self.gone_on, self.trainer, self.waits = [], None, False
         write, launch, finish = checkpoints.write, trainer.Trainer._launch, trainer.Trainer._finish_save
 
-        def start(background, work, beside=True):
-            self.waits = not beside
-            START(background, work, beside)
+        def start(background, work, in_background=True):
+            self.waits = not in_background
+            START(background, work, in_background)
 
         def waiting(trainer, final=False):
             self.waits = True
@@ -88,21 +88,21 @@ def test_what_goes_wrong_beside_is_raised_where_the_result_is_asked_for():
             background.result()
         assert background.result() is None
     for ask in (background.check, lambda: background.__exit__()):
-        background.start(lambda: 1 / 0, beside=False)
+        background.start(lambda: 1 / 0, in_background=False)
         with pytest.raises(ZeroDivisionError):
             ask()
         ask()  # once
-    background.start(lambda: 1, beside=False)
+    background.start(lambda: 1, in_background=False)
     background.check()
     assert background.result() == 1
-    background.start(lambda: 1 / 0, beside=False)
+    background.start(lambda: 1 / 0, in_background=False)
     with pytest.raises(KeyError), background:
         raise KeyError
 
 
 def test_a_mistake_of_ours_in_what_is_done_beside_ends_the_training_with_the_next_step(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "write", lambda *_: 1 / 0)
-    monkeypatch.setattr(BackgroundTask, "start", lambda self, work, beside: START(self, work, beside=False))
+    monkeypatch.setattr(BackgroundTask, "start", lambda self, work, in_background: START(self, work, in_background=False))
     with pytest.raises(ZeroDivisionError):
         trained_here(tiny(tmp_path / "run"))
     assert metrics(tmp_path / "run")[-1]["step"] < 12  # steps at which it is saved: 6, 12, ...
@@ -234,7 +234,7 @@ def test_kept_images_have_the_pixels_of_decoded_ones_and_are_decoded_once(tmp_pa
         data = TrainingData(open_source(config), config, seed=0)
         assert (data.cache is not None) == bool(megabytes)
         decoded.value = 0  # the first one was looked at for its channels
-        found.append(list(load_batches(data, PositionBatchSampler(4, 4, 0, 1, range(30)), pin_memory=False)))
+        found.append(list(micro_batches(data, PositionBatchSampler(4, 4, 0, 1, range(30)), pin_memory=False)))
         assert decoded.value == 120 if not megabytes else 12 <= decoded.value <= 12 * max(1, workers)
     for one, other in zip(*found, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)

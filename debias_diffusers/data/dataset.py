@@ -134,7 +134,7 @@ def collate(samples: list[dict[str, Any] | DebiasError]) -> dict[str, Tensor] | 
     return batch
 
 
-def load_batches(data: TrainingData, positions: PositionBatchSampler, pin_memory: bool) -> Generator[dict[str, Tensor], None, None]:
+def micro_batches(data: TrainingData, positions: PositionBatchSampler, pin_memory: bool) -> Generator[dict[str, Tensor], None, None]:
     """Micro-batches in the order of `positions`.
 
     Raises:

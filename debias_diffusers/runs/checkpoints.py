@@ -26,7 +26,7 @@ MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampl
 MANIFEST = "manifest.json"
 OWN_HASH = "sha256"  # of the manifest without it: a flipped bit of "format" must not pass for a newer version
 STATE = "state.json"
-CHUNK_BYTES = 1 << 20
+PIECE = 1 << 20
 _NAME = re.compile(r"step-([0-9]{8,})")
 
 
@@ -215,7 +215,7 @@ def _read_checked(path: Path, entry: dict[str, Any], keep: bool = True) -> bytes
         size = path.stat().st_size
         if size == entry["size"]:
             with open(path, "rb") as file:
-                while piece := file.read(-1 if keep else CHUNK_BYTES):
+                while piece := file.read(-1 if keep else PIECE):
                     digest.update(piece)
                     content = piece if keep else b""
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have

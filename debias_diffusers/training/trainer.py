@@ -179,7 +179,7 @@ class Trainer:
         deadline = time.monotonic() + self.optim.max_hours * 3600 if self.optim.max_hours else math.inf
         self._settle_ddp()
         with contextlib.closing(
-            dataset.load_batches(self.task.data, self.positions, pin_memory=self.device.type == "cuda")
+            dataset.micro_batches(self.task.data, self.positions, pin_memory=self.device.type == "cuda")
         ) as micro_batches:
             signum = self._train(micro_batches, stop, deadline)
         self._say_end(signum)
@@ -677,7 +677,7 @@ def dry_run(config: TrainConfig) -> None:
     print(f"images: {len(source)}, {task.data.channels} channel(s), {task.data.num_classes} classes")
     print(f"steps per epoch: {len(source) / batch_size:.1f}")
     first = dataset.PositionBatchSampler(min(batch_size, GRID_IMAGES), batch_size, 0, 1, range(1))
-    (batch,) = dataset.load_batches(task.data, first, pin_memory=False)
+    (batch,) = dataset.micro_batches(task.data, first, pin_memory=False)
     write_file(picture, images.signed_png(images.grid([images.from_array(image.numpy()) for image in batch["image"]])))
     print(f"first batch: {picture}")
 

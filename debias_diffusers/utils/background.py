@@ -1,4 +1,4 @@
-"""One piece of work at a time beside the training."""
+"""A background thread that runs one function at a time."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ T = TypeVar("T")
 
 
 class BackgroundTask(Generic[T]):
-    """Does a piece of work in a thread, whose result is asked for later.
+    """Runs one function at a time in a background thread; the caller asks for the result later.
 
-    As a context, it ends when the work under way is done, and raises what that raised unless another error is raised already.
+    As a context manager, it waits for the running function at the end and raises its error, unless another error is being raised.
     """
 
     def __init__(self) -> None:
         self._future: Future[T] | None = None
 
-    def start(self, work: Callable[[], T], beside: bool = True) -> None:
-        """Begins; without `beside` it is done before this returns. The result of the work before must have been asked for."""
+    def start(self, work: Callable[[], T], in_background: bool = True) -> None:
+        """Starts `work`. Without `in_background`, waits until it is done. The result of the previous call must have been taken."""
         assert self._future is None
-        # A thread for each, so that none waits for work when the process forks or ends.
+        # A new thread for each call, so that no idle thread exists when the process forks or ends.
         pool = ThreadPoolExecutor(1)
         self._future = pool.submit(work)
-        pool.shutdown(wait=not beside)
+        pool.shutdown(wait=not in_background)
 
     def result(self) -> T | None:
-        """What the work returned, once; None where there was none. Raises what it raised."""
+        """Waits for the function and returns its result, once; None if none was started. Raises the error that the function raised."""
         future, self._future = self._future, None
         return future.result() if future else None
 
     def check(self) -> None:
-        """Raises what the work raised, if it has already."""
+        """Raises the function's error if it has failed; does not wait."""
         if self._future and self._future.done() and self._future.exception():
             self.result()
 
     def wait(self) -> None:
-        """Waits until no work is under way."""
+        """Waits until no function is running. Raises nothing."""
         if self._future:
             wait([self._future])
 
@@ -45,7 +45,7 @@ class BackgroundTask(Generic[T]):
         return self
 
     def __exit__(self, error: object = None, *_: object) -> None:
-        if error:  # which says more about the end than what it did to the work
+        if error:  # the first error is the cause; a failure of the function may be its consequence
             self.wait()
         else:
             self.result()

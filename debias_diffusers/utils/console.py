@@ -1,4 +1,4 @@
-"""Standard streams of a command that never end its work: closed, broken, full, or of an encoding that lacks a character."""
+"""Standard streams whose errors never stop a command: a closed descriptor, broken pipe, full disk, or character that cannot be encoded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 
 class _Unfailing(io.FileIO):
-    """A descriptor to write to. What cannot be written is dropped, and the first reason is kept."""
+    """A file descriptor that drops what it cannot write and keeps the first error."""
 
     problem: OSError | None = None
 
@@ -23,11 +23,11 @@ class _Unfailing(io.FileIO):
 
 
 def ignore_stream_errors() -> None:
-    """Replaces the standard streams of this process. Those that somebody else has put in place, such as a notebook, stay."""
+    """Replaces stdout and stderr by streams that drop what they cannot write. Streams set by others, such as a notebook, stay."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed; the next file that is opened would get its number, and what a library says
+        except OSError:  # closed: the next opened file would get this number, and the output of libraries with it
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdout is sys.__stdout__:
         sys.stdout = _unfailing(sys.stdout, 1)
@@ -45,7 +45,7 @@ def _unfailing(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 def stdout_error() -> OSError | None:
-    """Why something that was printed did not get out, if so."""
+    """The first error of writing to stdout; None if all output was written."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     if not isinstance(raw, _Unfailing):
         return None
@@ -54,7 +54,7 @@ def stdout_error() -> OSError | None:
 
 
 def say(message: str) -> None:
-    """A line for the person in front of the screen; stderr, as the progress bar. Where nobody can be told, the work goes on."""
-    if sys.stderr is not None:  # as it is where the descriptor was closed; print would take stdout
+    """Prints a line for the user on stderr, as the progress bar does. Errors of writing are ignored."""
+    if sys.stderr is not None:  # None if the descriptor was closed at the start; print would then use stdout
         with contextlib.suppress(OSError, ValueError):
             print(message, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The machine under a training: threads, devices, precision, memory, and what must be said when they change."""
+"""Distributed processes: the Accelerator, CPU threads, broadcast and gather of Python objects."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .launcher import is_launched
 
 T = TypeVar("T")
 
-# Kinds of distribution in which every process holds the whole network, as the update, the averages and the saves need it.
+# Distributed types in which every process holds the whole network; the optimizer step, the averages and the saves need that.
 SUPPORTED_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def set_threads(asked: int | None) -> int:
-    """Sets and returns the CPU threads of this process: `asked`, else OMP_NUM_THREADS of the user, else its share of the cores."""
+    """Sets and returns the number of CPU threads of this process: `asked`, else the user's OMP_NUM_THREADS, else its share of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     given = _omp_num_threads()
@@ -43,8 +43,8 @@ def set_threads(asked: int | None) -> int:
 def _omp_num_threads() -> int | None:
     """OMP_NUM_THREADS as the user set it.
 
-    `accelerate launch` and torchrun set it, too, for their children, mostly to 1, which would leave all cores but one idle. What the
-    launcher itself was started with tells one from the other (Linux); elsewhere a 1 is taken for theirs.
+    `accelerate launch` and torchrun set it for their child processes, mostly to 1, which would leave all cores but one idle. On Linux the
+    environment of the launcher itself has the user's value; on other systems a value of 1 counts as the launcher's.
     """
     value = os.environ.get("OMP_NUM_THREADS", "")
     if is_launched():
@@ -53,18 +53,18 @@ def _omp_num_threads() -> int | None:
             value = dict(entry.partition("=")[::2] for entry in environment).get("OMP_NUM_THREADS", "")
         except OSError:
             value = "" if value == "1" else value
-    first = value.split(",")[0].strip()  # of nested regions, the outermost
+    first = value.split(",")[0].strip()  # a list is for nested parallel regions; the first entry is for the outermost
     return int(first) if first.isdecimal() and int(first) else None
 
 
 def _accelerator(**options: Any) -> Accelerator:
-    """accelerate's handle, for the kinds of distribution that are built.
+    """An Accelerator of one of the `SUPPORTED_TYPES`.
 
     Raises:
-        InputError: accelerate refuses the machine or the launcher's configuration, or another kind of distribution is asked for.
+        InputError: accelerate rejects the device or the launcher's configuration, or the launcher asks for another distributed type.
     """
     try:
-        # By the plugin, because a number alone gives way to a variable of the environment, and divides every gradient.
+        # As a plugin: an environment variable overrides a plain number, which would divide every gradient.
         accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), **options)
     except (ValueError, RuntimeError, ImportError) as error:
         precision = options.get("mixed_precision", "no")
@@ -80,15 +80,15 @@ def _accelerator(**options: Any) -> Accelerator:
 
 
 def make_accelerator(num_threads: int | None) -> Accelerator:
-    """accelerate's handle on devices and processes where nothing is trained."""
-    # Processes meet at the beginning and at the end only, and may be hours apart by then.
+    """An Accelerator for commands that do not train (sampling, evaluation); sets the number of CPU threads."""
+    # Processes synchronize only at the start and at the end, and may finish hours apart.
     accelerator = _accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
     set_threads(num_threads)
     return accelerator
 
 
 def broadcast_from_first(decide: Callable[[], T], accelerator: Accelerator) -> T:
-    """What the first process decides, in every process."""
+    """Calls `decide` in the first process and returns its result in all processes (a broadcast). All processes must call it."""
     chosen = [decide() if accelerator.is_main_process else None]
     if accelerator.num_processes > 1:
         broadcast_object_list(chosen)
@@ -97,10 +97,10 @@ def broadcast_from_first(decide: Callable[[], T], accelerator: Accelerator) -> T
 
 
 def gather_from_all(work: Callable[[], list[T]], processes: int) -> list[T]:
-    """What `work`, each process's share of some work, finds in all of them, in their order; all processes must call it.
+    """Calls `work` in each process and returns the joined lists in all of them, in the order of their ranks. All processes must call it.
 
     Raises:
-        Exception: what `work` raised in any process, in all of them: none waits for one that has failed.
+        Exception: if `work` fails in any process, all processes raise its error, so that none waits for a failed one.
     """
     if processes == 1:
         return work()
@@ -108,9 +108,9 @@ def gather_from_all(work: Callable[[], list[T]], processes: int) -> list[T]:
     failed = None
     try:
         found = work()
-    except Exception as error:  # whatever it is, the others must know
+    except Exception as error:  # of any kind: the other processes must raise it, too
         failed = error
-    known = failed is None or isinstance(failed, (DebiasError, RuntimeError, OSError))  # others may not be sent as they are
+    known = failed is None or isinstance(failed, (DebiasError, RuntimeError, OSError))  # other kinds may not be picklable
     everyone = gather_object([(found, failed if known else RuntimeError(f"another process met {failed!r}"))])
     for _, other in everyone:
         if other:

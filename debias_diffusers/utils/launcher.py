@@ -1,7 +1,7 @@
-"""What a launcher's environment asks accelerate for: obeyed, or refused by name before data and network are read. No torch.
+"""Environment variables of `accelerate launch` and torchrun: which are unsupported. Checked before data and network are read. No torch.
 
-Obeyed are the number of processes and their places (RANK, WORLD_SIZE and the like), the precision, the CPU, the device, debug mode
-and CPU affinity. Variables that only refine what is refused here (FSDP_*, MEGATRON_LM_*, ACCELERATE_DYNAMO_MODE) need no rule.
+Supported are the number of processes and their ranks (RANK, WORLD_SIZE, ...), the precision, the CPU, the device, debug mode and CPU
+affinity. Variables that only refine an unsupported option (FSDP_*, MEGATRON_LM_*, ACCELERATE_DYNAMO_MODE) are not checked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SWITCHED_OFF = {"", "n", "no", "f", "false", "off", "0"}  # as accelerate reads 
 
 _NOT_SHARDED = "training is not distributed that way here, but by DistributedDataParallel alone: --multi_gpu of accelerate launch"
 
-# Variable: (values that change nothing, what to do otherwise).
+# Variable: (values that change nothing, advice for other values).
 REFUSED: dict[str, tuple[set[str], str]] = {
     "ACCELERATE_USE_FSDP": (SWITCHED_OFF, _NOT_SHARDED),
     "ACCELERATE_USE_DEEPSPEED": (SWITCHED_OFF, _NOT_SHARDED),
@@ -29,7 +29,7 @@ REFUSED: dict[str, tuple[set[str], str]] = {
 
 
 def environment_problems(environment: Mapping[str, str]) -> list[str]:
-    """What is asked for and not done, a sentence each."""
+    """One sentence for each variable that asks for an unsupported option."""
     return [
         f"{name} is {environment[name]}, but {advice}; unset it"
         for name, (harmless, advice) in REFUSED.items()

@@ -1,4 +1,4 @@
-"""How much main memory there is left to take."""
+"""Free main memory, also under the limits of Linux control groups (cgroups)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
-GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # where Linux shows control groups, and which are this process's
-# By the controller that OWN names: where its groups are, the files of limit and use, and what of the use is given back when asked for.
+GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # all control groups, and the list of this process's groups
+# By controller in OWN: the folder of its groups, the files with limit and usage in bytes, and the reclaimable part of the usage.
 FILES = {
     "": (GROUPS, "memory.max", "memory.current", "inactive_file"),  # version 2
     "memory": (GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
@@ -16,12 +16,12 @@ FILES = {
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or less where a control group that it belongs to has less."""
+    """Bytes that this process can still allocate: the free memory of the computer, or of its tightest control group."""
     return min([int(psutil.virtual_memory().available), *_left_in_groups()])
 
 
 def _left_in_groups() -> Iterator[int]:
-    """For each limited control group over this process: batch systems and containers limit one of them."""
+    """The free bytes of each limited control group of this process; batch systems and containers set such limits."""
     try:
         lines = OWN.read_text().splitlines()
     except OSError:
@@ -37,8 +37,8 @@ def _left_in_groups() -> Iterator[int]:
 
 def _left(group: Path, limit: str, use: str, cache: str) -> Iterator[int]:
     try:
-        most, used = int((group / limit).read_text()), int((group / use).read_text())
+        maximum, used = int((group / limit).read_text()), int((group / use).read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no such group, or no limit ("max")
         return
-    yield most - used + int(stat.get(cache, 0))
+    yield maximum - used + int(stat.get(cache, 0))

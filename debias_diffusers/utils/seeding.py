@@ -1,7 +1,7 @@
-"""Chance as a function of (seed, purpose, position), never of what happened before.
+"""Stateless random numbers (rng): each is a function of (seed, purpose, position) and not of earlier draws.
 
-Two runs that draw for the same position draw the same, whichever process or worker does it and however often the run
-was interrupted. So no random state is ever saved.
+A position gets the same numbers in every process and data loader worker, and after any number of interruptions. So no
+random state is saved in checkpoints.
 """
 
 import hashlib
@@ -11,29 +11,28 @@ import torch
 
 
 def derive_seed(seed: int, purpose: str, position: int) -> int:
-    """64 well-mixed bits of the three.
+    """A seed of 64 bits, hashed from the three arguments.
 
-    A torch CPU generator uses the low 32 bits of its seed only, so neighbouring seeds and positions must not be added
-    but hashed.
+    A torch CPU generator uses only the low 32 bits of its seed. Sums of seed and position would collide, so they are hashed.
     """
     digest = hashlib.blake2b(f"{seed}/{purpose}/{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def uniform(seed: int, purpose: str, position: int) -> float:
-    """A number in [0, 1), with all 53 bits of a double."""
+    """A uniform random number in [0, 1) with the 53 bits of a double."""
     return (derive_seed(seed, purpose, position) >> 11) / 2**53
 
 
 def generator(seed: int, purpose: str, position: int) -> torch.Generator:
-    """A CPU generator for longer draws."""
+    """A seeded torch CPU generator, for tensors of random numbers."""
     return torch.Generator().manual_seed(derive_seed(seed, purpose, position) % 2**32)
 
 
 def subset(seed: int, total: int, count: int) -> Sequence[int]:
-    """`count` of the indices 0 .. total - 1, ascending, each set of them equally likely; all where there are no more.
+    """A random subset of `count` of the indices 0 .. total - 1, in ascending order; all indices if count >= total.
 
-    By Floyd's algorithm (Bentley and Floyd, 1987), whose memory does not grow with the total, which a file may claim to be anything.
+    Uses Floyd's algorithm (Bentley and Floyd, 1987): its memory does not grow with `total`, which may come from an untrusted file.
     """
     if count >= total:
         return range(total)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and the launcher's death."""
+"""Handlers of SIGINT and SIGTERM for a graceful stop, also when the launcher dies."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .launcher import is_launched
 
 
 class SignalHandler:
-    """Remembers that SIGTERM or SIGINT asked the run to stop, so that it stops after the step at hand, saved.
+    """Records SIGTERM or SIGINT in `signum`, so that the training loop stops after the current step and saves (a graceful stop).
 
-    A second SIGINT ends the process at once; the last checkpoint is whole, as always. `close`, which `training.train` calls, gives the
-    signals back. In a thread that is not the main one there is nothing to take: Python delivers signals to the main one.
+    A second SIGINT ends the process at once; the last checkpoint stays whole. `close`, which `training.train` calls, restores the
+    previous handlers. Outside the main thread no handler is installed, because Python delivers signals to the main thread only.
     """
 
     def __init__(self) -> None:
@@ -34,10 +34,10 @@ class SignalHandler:
         self.close()
 
     def close(self) -> None:
-        """Puts back the handlers that were there before, unless others have been installed since."""
+        """Restores the previous handlers, unless other code has installed its own in the meantime."""
         for signum, handler in self._before.items():
             if signal.getsignal(signum) == self._on_signal:
-                signal.signal(signum, signal.SIG_DFL if handler is None else handler)  # None: it was not installed from Python
+                signal.signal(signum, signal.SIG_DFL if handler is None else handler)  # None: not installed from Python
         self._before = {}
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
@@ -49,14 +49,14 @@ class SignalHandler:
 
 
 def stop_with_launcher() -> None:
-    """Under `accelerate launch` or torchrun: when the launcher dies, be told as by SIGTERM (Linux).
+    """Under `accelerate launch` or torchrun, asks Linux to send this process SIGTERM when the launcher dies.
 
-    A launcher that is terminated does not pass the signal on, and its training would go on unseen. Not without a launcher:
-    a shell that ends must not end the training that was started from it.
+    A terminated launcher does not forward the signal, and its training would continue unseen. Without a launcher nothing is done:
+    a shell that ends must not stop a training that was started from it.
     """
     if is_launched() and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         parent = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before we asked
+        if os.getppid() != parent:  # the launcher died before prctl was called
             os.kill(os.getpid(), signal.SIGTERM)

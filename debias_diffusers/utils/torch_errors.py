@@ -1,4 +1,4 @@
-"""What torch has only a RuntimeError for, in a sentence."""
+"""Clear messages for torch's RuntimeErrors: out of memory, no compiler, shared memory, lost workers, distributed timeouts."""
 
 from __future__ import annotations
 
@@ -8,41 +8,45 @@ from ..errors import DebiasError, InputError
 
 
 def explain_error(error: RuntimeError, flag: str, size: int, limit: int | None = None) -> DebiasError | None:
-    """What stopped a command, in a sentence, where torch has only a RuntimeError for it; None where we do not know better.
+    """An error with a clear message and advice for a RuntimeError of torch; None if the cause is not recognised.
 
-    `flag` decides how many images, now `size`, are computed with at once; `limit` is --ddp_timeout, where a command has it.
+    Args:
+        error: what torch raised.
+        flag: the flag that sets the (micro-)batch size, for the advice.
+        size: the images in a forward now.
+        limit: --ddp_timeout in seconds, for commands that have it.
     """
-    said = _chain(error)
-    # Of a device, or of the main memory.
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
+    text = _chain(error)
+    # Out of memory on the device, or in main memory.
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         advice = f"add {flag} {size // 2}, which does the same in less memory" if size > 1 else "take a smaller network or resolution"
         return InputError(f"out of memory with {size} images per forward; {advice}")
-    if "CppCompiler" in said or "C++ compiler" in said:
+    if "CppCompiler" in text or "C++ compiler" in text:
         return InputError("compile needs a C++ compiler, and there is none that works; install one, or leave --compile out")
-    # A worker that cannot write its batch, or is killed by it: Linux gives the memory only when it is written to.
-    if any(words in said for words in ("Bus error", "(shm)", "shared memory object", "file </torch_")):
+    # A data loader worker cannot write its batch, or is killed by that: Linux allocates shared memory only when it is written to.
+    if any(words in text for words in ("Bus error", "(shm)", "shared memory object", "file </torch_")):
         return DebiasError(NO_SHARED_MEMORY)
-    if "DataLoader worker" in said:
+    if "DataLoader worker" in text:
         return DebiasError(LOST_WORKER)
-    # Of gloo, of NCCL's watchdog, and of the store where processes meet.
-    if limit and any(words in said for words in ("Timed out", "timed out", "wait timeout", "collective operation timeout")):
+    # Timeouts of gloo, of NCCL's watchdog, and of the store through which processes connect.
+    if limit and any(words in text for words in ("Timed out", "timed out", "wait timeout", "collective operation timeout")):
         return DebiasError(
             f"waited longer for another process than --ddp_timeout allows ({limit} s): it was slow to read data, to measure or to save, or "
             f"hangs; see what it said last, or raise --ddp_timeout; the same command continues"
         )
-    # Of gloo or NCCL: the process at the other end of an exchange is gone.
-    if any(words in said for words in ("closed by peer", "Connection reset", "remote process exited")):
+    # Of gloo or NCCL: the other process of a collective operation has ended.
+    if any(words in text for words in ("closed by peer", "Connection reset", "remote process exited")):
         return DebiasError("another process of this command has ended; the reason is what it said last")
     return None
 
 
 def _chain(error: BaseException | None) -> str:
-    """What an error says, and those that led to it."""
-    said = []
+    """The messages of an error and of its causes."""
+    text = []
     while error is not None:
-        said.append(str(error))
+        text.append(str(error))
         error = error.__cause__ or error.__context__
-    return "\n".join(said)
+    return "\n".join(text)
 
 
 LOST_WORKER = "a process that reads images was killed, perhaps for lack of memory; take fewer --num_workers; the same command continues"

@@ -58,7 +58,7 @@ class Stuck(dataset.TrainingData):
 def loaded(kind, steps=20):
     config = tiny("nowhere", "--num_workers", 2)
     source = kind(open_source(config.data), config.data, 0)
-    return dataset.load_batches(source, dataset.PositionBatchSampler(8, 8, 0, 1, range(steps)), pin_memory=False)
+    return dataset.micro_batches(source, dataset.PositionBatchSampler(8, 8, 0, 1, range(steps)), pin_memory=False)
 
 
 @pytest.fixture
