@@ -1,7 +1,7 @@
-"""Which image, with which draws, stands at position p of a run.
+"""The training dataset, indexed by position in the run: image, flip, label, timestep and noise.
 
-Position p is the p-th image the run ever sees. Its epoch, its place in the epoch's permutation, its flip, its dropped
-label, its u (which becomes the timestep) and its noise follow from (seed, p) alone.
+Position p is the p-th image that the run trains on, counted over all epochs. Its epoch, its index in the epoch's
+permutation, its flip, its label dropout, its u (which becomes the timestep) and its noise are functions of (seed, p).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .sources import Source, require_class
 class TrainingData(Dataset):
     """The samples of a run by position: 0, 1, 2, ... through all epochs.
 
-    Each is a dict: `image` (C, H, W) uint8, `label` int64, `u` float64 in [0, 1), `noise` (C, H, W) float32. A dropped
-    label is `null_label`, one after the last class. An image that cannot be read is returned as the error that says so, because a
-    loader's worker would turn a raised one into a traceback.
+    A sample is a dict: `image` (C, H, W) uint8, `label` int64, `u` float64 in [0, 1), `noise` (C, H, W) float32. A dropped label is
+    `null_label`, the index after the last class. For an unreadable image the error is returned and not raised, because a data loader
+    worker would turn a raised error into a traceback.
     """
 
     def __init__(self, source: Source, config: DataConfig, seed: int, channels: int | None = None) -> None:
-        """`channels`: of the network, where `config` leaves them out and all images were looked at; else those of the first image."""
+        """`channels`: of the network, used if `config` leaves them out. If both are None, the first image decides."""
         assert config.resolution is not None
         self.source, self.config, self.seed = source, config, seed
         self.resolution = config.resolution
@@ -43,7 +43,7 @@ class TrainingData(Dataset):
         self.null_label = self.num_classes if self.num_classes and config.label_dropout > 0 else None
         self.channels = config.channels or channels or self._channels_of_the_first()
         self.shape = (self.channels, self.resolution, self.resolution)
-        # The processes that read are forked from this one, or are sent what they share.
+        # Data loader workers share the cache: they are forked from this process, or receive its shared tensors.
         self.cache = make_cache(len(source), self.shape, config.cache_images_mb, shared=config.num_workers > 0)
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
@@ -53,7 +53,7 @@ class TrainingData(Dataset):
         return 3 if images.decode(content, where).mode == "RGB" else 1
 
     def index(self, position: int) -> int:
-        """The source's index of the image at a position: each epoch is a permutation of (seed, epoch)."""
+        """The index in the source of the image at a position. Each epoch is a permutation, a function of (seed, epoch)."""
         epoch, place = divmod(position, len(self.source))
         if epoch != self._epoch:
             order = torch.randperm(len(self.source), generator=seeding.generator(self.seed, "order", epoch))
@@ -80,7 +80,7 @@ class TrainingData(Dataset):
         }
 
     def decoded(self, index: int) -> tuple[Tensor, int]:
-        """Pixels (C, H, W) uint8 and label of one image; kept in memory where all of them fit."""
+        """Pixels (C, H, W) uint8 and label of the image at an index of the source, from the cache in memory if there is one."""
         if self.cache is None:
             return self._decode(index)
         found = self.cache.get(index)
@@ -100,9 +100,9 @@ class TrainingData(Dataset):
 
 
 class PositionBatchSampler(Sampler[list[int]]):
-    """The positions of each forward of one process, from a step to the last.
+    """A batch sampler: the positions of each micro-batch of one process, for a range of steps.
 
-    Step k has the positions k B .. (k+1) B - 1; process r of n has the r-th of n equal parts of them, in pieces of at most
+    Step k has the positions k B .. (k+1) B - 1; process r of n has the r-th of n equal parts of them, in micro-batches of at most
     `micro_batch_size`.
     """
 
@@ -112,7 +112,7 @@ class PositionBatchSampler(Sampler[list[int]]):
         self.offset = rank * self.share
 
     def micro_batches(self, step: int) -> list[range]:
-        """The positions of one step in this process, a range for each forward."""
+        """The positions of one step in this process, one range for each forward."""
         start = step * self.batch_size + self.offset
         end = start + self.share
         return [range(first, min(first + self.micro_batch_size, end)) for first in range(start, end, self.micro_batch_size)]
@@ -126,7 +126,7 @@ class PositionBatchSampler(Sampler[list[int]]):
 
 
 def collate(samples: list[dict[str, Any] | DebiasError]) -> dict[str, Tensor] | DebiasError:
-    """Samples stacked to a batch, or the first error among them."""
+    """Stacks samples to a batch: `image` and `noise` (B, C, H, W), `label` and `u` (B,). Returns the first error if there is one."""
     for sample in samples:
         if isinstance(sample, DebiasError):
             return sample
@@ -135,13 +135,13 @@ def collate(samples: list[dict[str, Any] | DebiasError]) -> dict[str, Tensor] | 
 
 
 def micro_batches(data: TrainingData, positions: PositionBatchSampler, pin_memory: bool) -> Generator[dict[str, Tensor], None, None]:
-    """Micro-batches in the order of `positions`.
+    """Loads micro-batches in the order of `positions`: dicts of tensors as `collate` makes them.
+
+    At the end, whether by the last batch, an error or `close`, all data loader workers are stopped.
 
     Raises:
         InputError: an image cannot be read; the message names it.
-        DebiasError: a worker is gone.
-
-    However it ends, by its last batch, an error or `close`, no worker is left.
+        DebiasError: a worker was killed.
     """
     loader = DataLoader(
         data,
@@ -154,7 +154,7 @@ def micro_batches(data: TrainingData, positions: PositionBatchSampler, pin_memor
     others = set(multiprocessing.active_children())
     try:
         iterator = iter(loader)
-    except BaseException:  # between two workers, of which the first has begun
+    except BaseException:  # interrupted while workers were being started: the iterator does not exist yet
         _kill(set(multiprocessing.active_children()) - others)
         raise
     try:
@@ -162,21 +162,21 @@ def micro_batches(data: TrainingData, positions: PositionBatchSampler, pin_memor
             if isinstance(batch, DebiasError):
                 raise batch
             yield batch
-    except (ConnectionError, EOFError) as error:  # it was killed while it handed a batch over
+    except (ConnectionError, EOFError) as error:  # a worker was killed while it sent a batch
         raise DebiasError(LOST_WORKER) from error
     finally:
         _end_workers(iterator)
 
 
 def _end_workers(iterator: Any) -> None:
-    """Ends the workers of a loader's iterator; those that stay are killed.
+    """Stops the workers of a data loader iterator and kills those that do not stop.
 
-    Python joins them without a limit when the process ends, and they ignore the SIGTERM that they are sent before. An error that is
-    raised keeps the iterator alive, so that it does not end them by itself.
+    Otherwise Python would join them without a timeout when the process ends, and they ignore the SIGTERM that it sends before. A raised
+    error keeps the iterator alive, so its destructor does not stop them.
     """
-    workers = getattr(iterator, "_workers", [])  # none where the loop reads
+    workers = getattr(iterator, "_workers", [])  # none if num_workers is 0
     if workers:
-        with contextlib.suppress(RuntimeError):  # of torch's handler of SIGCHLD: that one was killed is known, or does not matter any more
+        with contextlib.suppress(RuntimeError):  # torch's SIGCHLD handler reports a killed worker here; that is known already
             iterator._shutdown_workers()
     _kill(workers)
 
@@ -184,10 +184,10 @@ def _end_workers(iterator: Any) -> None:
 def _kill(workers: Iterable[Any]) -> None:
     for worker in workers:
         worker.kill()
-        worker.join(5)  # no longer: not even SIGKILL ends one that waits for a disk that is gone
+        worker.join(5)  # seconds; even SIGKILL does not end a process that waits for a lost disk
 
 
 def _prepare_worker(_: int) -> None:
-    """A worker leaves stopping to the process that trains: a signal to the whole group must not end it before the save."""
+    """Makes a worker ignore SIGINT and SIGTERM: a signal to the process group must not end it before the training process has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

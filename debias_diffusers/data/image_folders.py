@@ -1,4 +1,4 @@
-"""What a folder holds: which of its files are images, its splits, the classes of its images, and what is passed over."""
+"""Scans a folder of images: which files are images, its splits, its classes, metadata files, and the files that are ignored."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..utils.files import read_file
 from . import images
 from .labels import WHOLE_NUMBER, shortened_list
 
-SETTINGS = ".sampling.json"  # what the images of a folder were drawn with
+SETTINGS = ".sampling.json"  # settings with which the images of a folder were sampled
 PREVIEW = "preview"
 GRID = f"{PREVIEW}/grid.png"
 TRAJECTORY = f"{PREVIEW}/trajectory.png"
 METADATA = "metadata.jsonl"
 PACKED = "samples.npz"
-PARTS = "parts"  # images on their way into PACKED
+PARTS = "parts"  # images that are not yet in PACKED
 
 # Names of split folders, as the `datasets` library knows them.
 SPLITS = {
@@ -37,15 +37,15 @@ SPLITS = {
 
 @dataclass
 class Listing:
-    """Everything below a folder, by paths relative to it."""
+    """The files below a folder, as paths relative to it."""
 
     root: Path
-    images: list[str] = field(default_factory=list)  # in the plain order of their paths
+    images: list[str] = field(default_factory=list)  # sorted by path
     folders: list[str] = field(default_factory=list)
-    passed_over: list[tuple[str, str]] = field(default_factory=list)  # (path, why)
+    passed_over: list[tuple[str, str]] = field(default_factory=list)  # ignored files: (path, reason)
 
     def below(self, folder: str) -> Listing:
-        """What is in one of its folders, still relative to this one; all for ""."""
+        """The files of a sub-folder, as paths still relative to this folder; all files for ""."""
         start = f"{folder}/" if folder else ""
         return Listing(
             self.root,
@@ -56,7 +56,7 @@ class Listing:
 
 
 def scan_folder(root: Path) -> Listing:
-    """Looks at all files below a folder. Links are followed, hidden names are not looked at."""
+    """Lists all files below a folder. Follows links and ignores hidden names."""
 
     def refuse(error: OSError) -> None:
         raise InputError(f"dataset {root}: {error.filename} cannot be read: {error.strerror}")
@@ -66,7 +66,7 @@ def scan_folder(root: Path) -> Listing:
         seen.add(os.path.realpath(folder))
         here = "" if folder == str(root) else Path(folder).relative_to(root).as_posix() + "/"
         kept = []
-        # Sorted: where two links lead to one folder, the same one is followed everywhere.
+        # Sorted: if two links lead to one folder, the same link is followed on every file system.
         for name in sorted(folders):
             if why := _hidden(Path(folder), name, names):
                 found.passed_over.append((here + name, why))
@@ -84,7 +84,7 @@ def scan_folder(root: Path) -> Listing:
 
 
 def _hidden(parent: Path, name: str, beside: Sequence[str]) -> str | None:
-    """Why a folder is not looked at. Where `sample.py` has written, preview/ has pictures of all images."""
+    """Why a folder is ignored; None if it is not. Folders that `sample.py` wrote have grids of their images in preview/."""
     if name.startswith(".") or name == "__MACOSX":
         return "hidden"
     if name == PARTS and SETTINGS in beside:
@@ -98,7 +98,7 @@ def _hidden(parent: Path, name: str, beside: Sequence[str]) -> str | None:
 
 
 def _no_image(path: Path) -> str | None:
-    """Why a file is no image. One with the extension of an image is taken for it: if it is damaged, this is said when it is read."""
+    """Why a file is not an image; None if it is one. The extension of an image suffices: a damaged image is reported when it is read."""
     if path.name.startswith("."):
         return "hidden"
     if path.suffix.lower() in images.EXTENSIONS or (path.is_file() and images.is_image(path)):
@@ -107,12 +107,12 @@ def _no_image(path: Path) -> str | None:
 
 
 def select_split(found: Listing, wanted: str, default: str) -> tuple[str, list[str]]:
-    """The folder of a split, and those of all splits; "" and none where the first-level folders are no splits.
+    """The folder of the wanted split, and the folders of all splits; "" and [] if the first-level folders are not splits.
 
-    They are splits where all that hold images have names of splits, and one of them that of a training split.
+    They are splits if all first-level folders with images have names of splits, and one of them is a training split.
 
     Raises:
-        InputError: there is no such split.
+        InputError: the wanted split does not exist.
     """
     first = sorted({name.split("/")[0] for name in found.images if "/" in name})
     others = [name for name in first if _split_of(name) is None]
@@ -132,9 +132,9 @@ def _split_of(name: str) -> str | None:
 
 
 def classes_of(found: Listing, split: str) -> dict[str, str]:
-    """The class of each image: its first-level folder, or what stands before the first "_" of its name where there are no such folders.
+    """The class of each image by its path: its first-level folder, or, without such folders, the part of its name before the first "_".
 
-    Images beside class folders have no class.
+    Images beside class folders have no class and are left out.
 
     Raises:
         InputError: there are no class folders, and an image has no "_" in its name.
@@ -153,7 +153,7 @@ def classes_of(found: Listing, split: str) -> dict[str, str]:
 
 
 def class_folders(found: Listing, split: str) -> list[str]:
-    """Names of the folders right below a split, with images or without."""
+    """Names of the first-level folders of a split, with or without images."""
     start = len(split) + 1 if split else 0
     return [name[start:] for name in found.folders if len(name) > start and "/" not in name[start:]]
 
@@ -161,10 +161,11 @@ def class_folders(found: Listing, split: str) -> list[str]:
 def read_metadata(root: Path, split: str, column: str | None) -> tuple[Path, dict[str, Any]] | None:
     """Labels by the path of an image, from metadata.jsonl or metadata.csv in the folder of the split or in the root.
 
-    As `datasets` reads them: `file_name` is relative to the file. The labels are in `column`, or in `label` or `class`.
+    The format is that of the `datasets` library: `file_name` is relative to the metadata file. The labels are in `column`; if it is
+    None, in `label` or `class`.
 
     Returns:
-        The file and its labels; None where there is no such file, or none with labels.
+        The metadata file and its labels; None if there is no metadata file with labels.
 
     Raises:
         InputError: it cannot be read, lacks the column, or has two labels for one image.
@@ -183,7 +184,7 @@ def read_metadata(root: Path, split: str, column: str | None) -> tuple[Path, dic
 
 
 def _by_name(path: Path, place: str, rows: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Labels by the path of an image, relative to the root, of the rows of a metadata file in the folder `place`."""
+    """Labels by the path of an image relative to the root, from (file_name, label) rows of a metadata file in the folder `place`."""
     found: dict[str, Any] = {}
     for name, label in rows:
         key = posixpath.normpath(posixpath.join(place, name))
@@ -205,20 +206,20 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def packed_samples(path: Path) -> Path | None:
-    """The one file in which a folder that `sample.py` wrote has its images, if it is there."""
+    """The `.npz` file of a folder that `sample.py` wrote with --format npz; None if there is none."""
     return path / PACKED if (path / SETTINGS).is_file() and (path / PACKED).is_file() else None
 
 
 def count_by_reason(passed_over: Sequence[tuple[str, str]]) -> str:
-    """What was passed over and why, with counts."""
+    """The number of ignored files for each reason, such as "3 hidden, 2 .txt (no image)"."""
     return shortened_list(f"{count} {why}" for why, count in Counter(why for _, why in passed_over).most_common())
 
 
 def as_labels(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Labels as whole numbers where all of them are, else as text; those that are missing are None.
+    """Converts labels to int if all are whole numbers, else to str. Missing labels become None.
 
     Raises:
-        InputError: a label is neither.
+        InputError: a label is neither a whole number nor text.
     """
     known = {name: value for name, value in values.items() if value is not None and value != ""}
     if wrong := [value for value in known.values() if isinstance(value, bool) or not isinstance(value, int | str)]:

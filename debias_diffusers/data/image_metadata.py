@@ -1,6 +1,6 @@
-"""What an image file holds beside its pixels: it is set apart before a decoder sees it, and only the orientation is read.
+"""Removes the metadata (EXIF, XMP, comments) of image files before decoding, and reads only the orientation from it.
 
-Metadata that is damaged, odd or large is no reason to refuse sound pixels, and nothing of it is unpacked that is not needed.
+Damaged, unusual or large metadata must not prevent the decoding of valid pixels. Only what is needed is decompressed.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import struct
 import zlib
 from collections.abc import Mapping
 
-# Of compressed text that is unpacked: an orientation stands in some hundred bytes.
+# Bytes of compressed text that are decompressed at most; an orientation needs some hundred.
 MAX_TEXT_BYTES = 2**20
 
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _PNG_TEXTS = {b"Raw profile type exif": "exif", b"XML:com.adobe.xmp": "xmp"}
 _TIFF_XMP = 700
-# Tags of a TIFF file without which its pixels would be others, or turned otherwise.
+# Tags of a TIFF file that decide its pixels or their orientation.
 _TIFF_TAGS = {
     254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332, 334, 336,
     338, 339, 347, *range(512, 522), 529, 530, 531, 532, _TIFF_XMP, 32995, 32996, 32997, 32998, 48129, 50674,
@@ -26,9 +26,9 @@ _ORIENTATION, _INTEGERS = 0x0112, {1: "B", 3: "H", 4: "I", 8: "h", 9: "i"}
 
 
 def strip_metadata(data: bytes) -> tuple[bytes, dict[str, bytes]]:
-    """An image file without its optional parts, and those that may say its orientation: `exif` and `xmp`.
+    """The bytes of an image file without metadata, and the metadata that may have its orientation, under `exif` and `xmp`.
 
-    A format without such a rule is returned as it is; so is what follows the first part that is cut off or no part at all.
+    Handles PNG, JPEG and TIFF; other formats are returned unchanged. So are the bytes after the first truncated or invalid part.
     """
     if data.startswith(_PNG):
         return _of_png(data)
@@ -40,7 +40,7 @@ def strip_metadata(data: bytes) -> tuple[bytes, dict[str, bytes]]:
 
 
 def orientation(found: Mapping[str, bytes]) -> int:
-    """How a picture is to be turned, as EXIF numbers it: from `exif`, else from `xmp`; 1 where neither says it."""
+    """The EXIF orientation (1 to 8) of an image from its `exif` metadata, else from `xmp`; 1 (upright) if neither has it."""
     stated = _of_exif(found.get("exif", b""))
     if stated is None and (match := re.search(rb'tiff:Orientation(?:="|>)([0-9])', found.get("xmp", b""))):
         stated = int(match[1])
@@ -48,7 +48,7 @@ def orientation(found: Mapping[str, bytes]) -> int:
 
 
 def _of_exif(exif: bytes) -> int | None:
-    """The orientation of the first directory, whatever its other entries hold; None where it is not there or cannot be read."""
+    """The orientation in the first directory of EXIF data, whatever its other entries hold; None if it is missing or unreadable."""
     exif = exif.removeprefix(_EXIF)
     order = {b"II": "<", b"MM": ">"}.get(exif[:2], "<")
     try:
@@ -64,7 +64,7 @@ def _of_exif(exif: bytes) -> int | None:
 
 
 def _of_png(data: bytes) -> tuple[bytes, dict[str, bytes]]:
-    """Chunks that a decoder must know, and tRNS, which makes pixels transparent."""
+    """Keeps the critical chunks of a PNG file and tRNS (transparency)."""
     view, place = memoryview(data), len(_PNG)
     kept, found = [view[:place]], dict[str, bytes]()
     while place + 12 <= len(data):
@@ -83,7 +83,7 @@ def _of_png(data: bytes) -> tuple[bytes, dict[str, bytes]]:
 
 
 def _of_text(kind: bytes, chunk: memoryview) -> dict[str, bytes]:
-    """What a chunk of text says of EXIF or XMP; {} for any other, or one that is damaged."""
+    """The EXIF or XMP data in a text chunk; {} if it has neither or is damaged."""
     keyword = bytes(chunk[:80]).partition(b"\0")[0]
     if keyword not in _PNG_TEXTS:
         return {}
@@ -100,7 +100,7 @@ def _of_text(kind: bytes, chunk: memoryview) -> dict[str, bytes]:
 
 
 def _of_jpeg(data: bytes) -> tuple[bytes, dict[str, bytes]]:
-    """All segments but comments and applications', of which JFIF and Adobe tell the decoder what the colours are."""
+    """Removes comments and application segments of a JPEG file, but keeps JFIF and Adobe, which define its colours."""
     view, place = memoryview(data), len(_JPEG)
     kept, found = [view[:place]], dict[str, bytes]()
     while place + 4 <= len(data) and data[place] == 0xFF:
@@ -114,7 +114,7 @@ def _of_jpeg(data: bytes) -> tuple[bytes, dict[str, bytes]]:
         segment = view[place + 4 : after]
         start = bytes(segment[: len(_XMP)])
         if start.startswith(_EXIF) and marker == 0xE1:
-            found["exif"] = found.get("exif", b"") + bytes(segment[len(_EXIF) :])  # goes on in the next where it is long
+            found["exif"] = found.get("exif", b"") + bytes(segment[len(_EXIF) :])  # long data continues in the next segment
         elif start == _XMP and marker == 0xE1:
             found["xmp"] = bytes(segment[len(_XMP) :])
         whole = (marker == 0xE0 and start[:5] == b"JFIF\0" and length >= 16) or (marker == 0xEE and start[:5] == b"Adobe" and length >= 14)
@@ -125,7 +125,7 @@ def _of_jpeg(data: bytes) -> tuple[bytes, dict[str, bytes]]:
 
 
 def _of_tiff(data: bytes) -> bytes:
-    """With the first directory alone, and in it only what the pixels depend on; as it is where that directory cannot be read."""
+    """Reduces a TIFF file to its first directory and the tags that decide its pixels; unchanged if that directory cannot be read."""
     order = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]
     at, counted, size, offset = (8, "Q", 20, "Q") if big else (4, "H", 12, "I")
@@ -144,5 +144,5 @@ def _of_tiff(data: bytes) -> bytes:
 
 
 def _decides_pixels(tag: int, kind: int) -> bool:
-    """Whether an entry of a TIFF directory is kept; XMP must be bytes, for which Pillow takes them."""
+    """Whether an entry of a TIFF directory is kept. XMP must have the type of bytes, because Pillow assumes it."""
     return tag in _TIFF_TAGS and (tag != _TIFF_XMP or kind in (1, 7))

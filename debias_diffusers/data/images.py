@@ -1,4 +1,4 @@
-"""Bytes to pixels and back: what is accepted, how it is brought to size, and grids to look at."""
+"""Decodes, resizes and encodes images; checks their limits; makes grids."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 from ..errors import InputError, reason
 from . import image_metadata
 
-SOFTWARE = "debias_diffusers"  # in pictures that are results of their own, so that they are known again
-MAX_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 268 MB as colours in Pillow
-# Pillow's formats of raster images. No documents, drawings, films or stubs, which need other programs or are not pictures.
+SOFTWARE = "debias_diffusers"  # the Software tag of pictures that this package writes
+MAX_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 268 MB as RGB in Pillow
+# Pillow's formats of raster images, without documents, vector graphics, films and formats that need other programs.
 FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 EXTENSIONS = tuple(extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS)
 
@@ -34,19 +34,19 @@ _TURNED = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow keeps the more significant byte of a 16-bit colour. In the other byte order it keeps the other byte; in the machine's (N), the
-# decoder has put the bytes into its order. Grey with alpha has no other order, but read as four bytes it has both at once.
+# Pillow keeps the more significant byte of a 16-bit colour. With the opposite byte order it keeps the less significant one. In native
+# order (N) the decoder has swapped the bytes. Grey with alpha has no opposite order, but read as four bytes it gives both.
 _GREY_ALPHA_16 = "LA;16B"
 _OTHER_BYTE = {
     f"{colours};16{order}": f"{colours};16{other}"
     for colours in ("RGB", "RGBA", "RGBX", "CMYK")
     for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
 } | {_GREY_ALPHA_16: "RGBA"}
-_STRIP = 64  # rows that are worked on at once, so that a large image takes little memory beside itself
+_STRIP = 64  # rows that are processed at once, to save memory
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file begins as an image of `FORMATS` does, whatever its name. (TGA has no such beginning.)"""
+    """Whether a file starts with the signature of one of the `FORMATS`, whatever its name. (TGA has no signature.)"""
     try:
         with Image.open(path, formats=[kind for kind in FORMATS if kind != "TGA" and kind in Image.OPEN]):
             return True
@@ -57,13 +57,13 @@ def is_image(path: Path) -> bool:
 
 
 def decode(data: bytes, where: str) -> Image.Image:
-    """An image file's bytes as grey ("L") or colour ("RGB").
+    """Decodes an image file to grey ("L") or colour ("RGB").
 
-    Rotated as its EXIF tag says, and no other metadata is looked at; transparent parts lie on white; 16 bits are scaled to 8; CMYK
-    becomes RGB; colour profiles are not applied; of an animation, the first picture.
+    The EXIF orientation is applied; other metadata and colour profiles are ignored. Transparent images are blended with white, 16 bits
+    are scaled to 8, CMYK is converted to RGB. Of an animation, the first frame is decoded.
 
     Raises:
-        InputError: not an image, damaged, of 32-bit numbers without a stated range, or of more than `MAX_PIXELS`; names `where`.
+        InputError: names `where`; not an image, damaged, of 32-bit values without a known range, or of more than `MAX_PIXELS`.
     """
     try:
         data, found = image_metadata.strip_metadata(data)
@@ -84,13 +84,13 @@ def decode(data: bytes, where: str) -> Image.Image:
 
 
 def _rawmode(image: ImageFile.ImageFile) -> str:
-    """How the pixels lie in the file, as Pillow calls it; "" where it is not told."""
+    """Pillow's name of the pixel layout in the file ("raw mode"); "" if unknown."""
     args = image.tile[0][3] if image.tile else ""
     return str(args[0]) if isinstance(args, tuple) and args else str(args)
 
 
 def _low_bytes(data: bytes, rawmode: str) -> np.ndarray:
-    """(H, W, C) uint8: the less significant bytes of a 16-bit colour image."""
+    """The less significant bytes of a 16-bit colour image, (H, W, C) uint8."""
     with Image.open(io.BytesIO(data)) as image:
         swapped = _OTHER_BYTE[rawmode]
         for k, (codec, extents, offset, args) in enumerate(image.tile):
@@ -104,7 +104,7 @@ def _low_bytes(data: bytes, rawmode: str) -> np.ndarray:
 
 
 def _round_to_8(image: Image.Image, low: np.ndarray) -> None:
-    """Brings 16-bit colours to 8, to the nearest, in an image that has their more significant bytes; a transparent colour becomes white."""
+    """Rounds 16-bit colours to 8 bits, in place; the image has the more significant bytes. A transparent colour becomes white."""
     transparent = image.info.pop("transparency", None)
     for box in _strips(image):
         strip = image.crop(box)
@@ -116,7 +116,7 @@ def _round_to_8(image: Image.Image, low: np.ndarray) -> None:
 
 
 def _nearest(levels: np.ndarray) -> np.ndarray:
-    """0 to 65535 as 0 to 255."""
+    """Scales 0..65535 to 0..255, rounded, uint8."""
     return ((levels + 128) // 257).astype(np.uint8)
 
 
@@ -127,7 +127,7 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
 
 def _flat(image: Image.Image, grey: bool) -> Image.Image:
     wanted = "L" if grey else "RGB"
-    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # a grey PPM of more than 8 bits comes as 0 to 65535
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # of a grey PPM with more than 8 bits Pillow gives 0 to 65535
         raise ValueError(f"mode {image.mode} has no stated range; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # convert("L") would cut every value above 255 to white
         levels = np.asarray(image, dtype=np.uint32)
@@ -137,7 +137,7 @@ def _flat(image: Image.Image, grey: bool) -> Image.Image:
         return Image.fromarray(scaled)
     if image.has_transparency_data:
         flat = Image.new(wanted, image.size)
-        for box in _strips(image):  # several copies of a large one would take as much each
+        for box in _strips(image):  # in strips: a large image would need the memory of several copies
             strip = image.crop(box).convert("RGBA")
             flat.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert(wanted), box)
         return flat
@@ -145,7 +145,7 @@ def _flat(image: Image.Image, grey: bool) -> Image.Image:
 
 
 def _turned(flat: Image.Image, image: Image.Image, found: dict[str, bytes]) -> Image.Image:
-    """As the file's orientation says; that of a TIFF file is no metadata, and Pillow has applied it."""
+    """Applies the orientation of the file. For TIFF, where it is a tag and not metadata, Pillow has done so already."""
     if image.format == "TIFF":
         return flat
     told = found or {name: value for name in ("exif", "xmp") if isinstance(value := image.info.get(name), bytes)}
@@ -154,25 +154,25 @@ def _turned(flat: Image.Image, image: Image.Image, found: dict[str, bytes]) -> I
 
 
 def fit(image: Image.Image, resolution: int) -> Image.Image:
-    """Resized (bicubic, antialiased) so that the shorter side has `resolution` pixels, and the centre cut out."""
+    """Resizes (bicubic, antialiased) so that the shorter side has `resolution` pixels, and crops the centre to a square."""
     if image.size == (resolution, resolution):
         return image
     return ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """(C, H, W) uint8."""
-    array = np.array(image)  # a copy that may be written to, as torch wants it
+    """An image as an array (C, H, W) uint8."""
+    array = np.array(image)  # a writable copy, for torch
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy()
 
 
 def from_array(array: np.ndarray) -> Image.Image:
-    """A (C, H, W) uint8 array of one or three channels as an image."""
+    """An array (C, H, W) uint8 with one or three channels as an image."""
     return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
 
 
 def grid(images: Sequence[Image.Image], smallest: int = 48, columns: int | None = None) -> Image.Image:
-    """Images of one size in a grid (nearly square if not told its columns) with margins; small ones are enlarged without smoothing."""
+    """A grid of images of one size, nearly square without `columns`. Images below `smallest` pixels are enlarged without smoothing."""
     width, height = images[0].size
     scale = max(1, math.ceil(smallest / min(width, height)))
     margin = max(2, scale)
@@ -187,19 +187,19 @@ def grid(images: Sequence[Image.Image], smallest: int = 48, columns: int | None 
 
 
 def png(image: Image.Image) -> bytes:
-    """The image as a PNG file's bytes."""
+    """Encodes an image as PNG."""
     return _encoded(image, "PNG")
 
 
 def signed_png(image: Image.Image) -> bytes:
-    """The image as a PNG file's bytes, which say that this package wrote them."""
+    """Encodes an image as PNG with the Software tag of this package."""
     text = PngInfo()
     text.add_text("Software", SOFTWARE)
     return _encoded(image, "PNG", pnginfo=text)
 
 
 def software(path: Path) -> str | None:
-    """What a PNG file says that it was written by; None where it says nothing, or is no PNG file."""
+    """The Software tag of a PNG file; None if it has none or is not PNG."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             found = image.info.get("Software")
@@ -209,7 +209,7 @@ def software(path: Path) -> str | None:
 
 
 def webp(image: Image.Image) -> bytes:
-    """The image as a lossless WebP file's bytes. WebP has no grey: it becomes colour of three equal channels."""
+    """Encodes an image as lossless WebP. WebP has no grey images, so grey becomes three equal channels."""
     return _encoded(image, "WEBP", lossless=True)
 
 

@@ -1,4 +1,4 @@
-"""Class labels: the order of class names, names to numbers, and which labels are drawn in turn. No torch."""
+"""Class labels: the order of class names, class names to label indices, balanced and proportional lists of labels. No torch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..errors import InputError
 T = TypeVar("T")
 WHOLE_NUMBER = re.compile("-?[0-9]{1,18}")
 
-# How class names become labels: in natural order; in the plain order of text, as before names were written down and as
-# guided-diffusion has them; or as a model has them.
+# The order in which class names become labels: natural order; plain text order, as guided-diffusion and the first versions of
+# this package have it; or the class names of a model.
 ClassOrder = Sequence[str] | Literal["natural", "plain"]
 
 
 def order_class_names(found: Iterable[str], empty: Iterable[str], order: ClassOrder, where: str) -> list[str]:
-    """Names of all classes in the order of their labels.
+    """The names of all classes, by label.
 
     Args:
-        found: classes that have images.
-        empty: classes that have none; the plain order and that of a model leave them out.
+        found: classes with images.
+        empty: classes without images; only the natural order includes them.
         order: of the labels.
-        where: what holds the classes, for the message.
+        where: the source of the classes, for the error message.
 
     Raises:
-        InputError: a model does not have a class that is found.
+        InputError: `found` has a class that the model does not have.
     """
     if order == "natural":
         return sorted({*found, *empty}, key=_natural)
@@ -40,14 +40,14 @@ def order_class_names(found: Iterable[str], empty: Iterable[str], order: ClassOr
 
 
 def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
-    """Numbers within names by their value: 2 before 10, a2 before a10."""
+    """A sort key that compares numbers within names by value: 2 before 10, a2 before a10."""
     parts = re.split(r"([0-9]+)", name)
     digits = [part.lstrip("0") if k % 2 else part for k, part in enumerate(parts)]
     return [(len(part) if k % 2 else 0, part) for k, part in enumerate(digits)], name
 
 
 def label_indices(wanted: Sequence[int | str], names: Sequence[str] | None) -> list[int]:
-    """Labels that are given as numbers or as class names. Text that is both the name of one class and the number of another is the name.
+    """Converts class names and numbers to label indices. A text that is a class name and also a number counts as the class name.
 
     Raises:
         InputError: there is no such class.
@@ -63,7 +63,7 @@ def label_indices(wanted: Sequence[int | str], names: Sequence[str] | None) -> l
 
 
 def ambiguous_labels(wanted: Sequence[int | str], names: Sequence[str] | None) -> list[str]:
-    """A sentence for each number among the names of classes that is not the number of that class."""
+    """One sentence for each text in `wanted` that is a class name and also the number of another class."""
     pairs = zip(wanted, label_indices(wanted, names))
     return [
         f"class_labels {label} is the class of that name, whose number is {number}"
@@ -73,45 +73,45 @@ def ambiguous_labels(wanted: Sequence[int | str], names: Sequence[str] | None) -
 
 
 def nonempty_classes(counts: Sequence[int]) -> list[int]:
-    """Labels of the classes that have images, where `counts` has the images of each."""
+    """The labels of classes with images; `counts` has the number of images by label."""
     return [label for label, count in enumerate(counts) if count]
 
 
 def proportional_labels(counts: Sequence[int], num_images: int) -> list[int]:
-    """Labels of images 0 .. num_images - 1 such that each class has its share of them; a longer list begins with a shorter one.
+    """Labels for images 0 .. num_images - 1, in proportion to `counts`. A shorter list is a prefix of a longer one.
 
-    By the method of Sainte-Lague: image j of a class with n images stands at (j + 1/2) / n. With as many images as there are in all,
-    each class has exactly its own number.
+    Uses the Sainte-Lague method: image j of a class with n images is sorted by (j + 1/2) / n. With sum(counts) images each class has
+    exactly its own count.
     """
     if not (total := sum(counts)):
         return []
-    last = (num_images + len(counts) / 2) / total  # before it stand enough
+    last = (num_images + len(counts) / 2) / total  # at least num_images sort keys are smaller
     each = [np.arange(int(count * last) + 2) if count else np.arange(0) for count in counts]
     places = np.concatenate([(number + 0.5) / max(1, count) for number, count in zip(each, counts)])
     labels = np.repeat(np.arange(len(counts)), [len(number) for number in each])
     return list(map(int, labels[np.argsort(places, kind="stable")[:num_images]]))
 
 
-def shortened_list(items: Iterable[object], most: int = 10) -> str:
-    """The first items apart by commas, and how many there are more."""
+def shortened_list(items: Iterable[object], max_items: int = 10) -> str:
+    """The first items, separated by commas, and the number of further items."""
     texts = [str(item) for item in items]
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+    return ", ".join(texts[:max_items]) + (f" and {len(texts) - max_items} more" if len(texts) > max_items else "")
 
 
 def describe_classes(names: Sequence[str], counts: Sequence[int]) -> str:
-    """Classes with their numbers of images; those without are named."""
+    """Class names with their numbers of images; names the classes without images."""
     each = shortened_list(f"{name} {count}" for name, count in zip(names, counts))
     empty = [name for name, count in zip(names, counts) if not count]
     return f"{len(names)} classes ({each})" + (f", without images: {shortened_list(empty)}" if empty else "")
 
 
 def to_config_mapping(values: Sequence[T] | None) -> dict[str, T] | None:
-    """A value for each label by the text of its number, for model_index.json. (diffusers takes a list there for a component.)"""
+    """Values by label as a mapping from str(label), for model_index.json. (diffusers would take a list there for a component.)"""
     return None if values is None else {str(label): value for label, value in enumerate(values)}
 
 
 def from_config_mapping(values: Any, classes: int, kind: type[T]) -> list[T] | None:
-    """What `to_config_mapping` was given; None where it is not of so many classes, or of values of another kind."""
+    """The inverse of `to_config_mapping`; None if it has another number of classes or values of another type."""
     keys = [str(label) for label in range(classes)]
     if not classes or not isinstance(values, Mapping) or set(keys) != set(values):
         return None

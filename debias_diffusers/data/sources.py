@@ -1,4 +1,4 @@
-"""Where images come from: the embedded digits, a folder, a parquet file, a saved dataset, the Hub."""
+"""Sources of images: the embedded digits, a folder, a parquet file, a saved dataset, a data set on the Hub."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ from .labels import ClassOrder, describe_classes, nonempty_classes, order_class_
 
 DIGITS_FILE = Path(str(resources.files(__package__).joinpath("digits.parquet")))
 MAX_CLASSES = 100_000
-MAX_PENDING = 10_000  # images that threads have before them
-MAX_SKIPPED_SHARE = 0.01  # share of unreadable images: with more of them, something else is wrong
-READER_THREADS = min(8, os.cpu_count() or 1)  # threads that decode beside whatever else is done
+MAX_PENDING = 10_000  # indices that are queued for threads at once
+MAX_SKIPPED_SHARE = 0.01  # share of unreadable images that --skip_bad accepts; more mean another problem
+READER_THREADS = min(8, os.cpu_count() or 1)  # threads that read and decode images
 
 
 class Source(Protocol):
     """Images in a fixed order."""
 
-    class_names: list[str] | None  # None where the images have no labels
-    split: str  # which of which splits, in words; empty where there is one
-    passed_over: list[tuple[str, str]]  # paths and why
+    class_names: list[str] | None  # None if the images have no labels
+    split: str  # for the user, such as "split train of train, test"; empty if there is only one
+    passed_over: list[tuple[str, str]]  # ignored files: (path, reason)
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[bytes, int, str]:
-        """The image file's bytes, its label (0 without labels), and its name for messages."""
+        """The bytes of the image file, the label (0 without labels), and the image's name for messages."""
 
     def labels(self) -> Sequence[int | None]:
-        """The label of every image; None where it is missing."""
+        """The label of every image; None for an image without one."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the data between runs: the number of images, and a hash of their names and sizes."""
+        """Identifies the data when a run resumes: the number of images, and a hash of their names and sizes."""
 
     def files(self) -> list[str] | None:
-        """The files that hold the images, in an order that follows from theirs; None where not all are known."""
+        """The files that hold the images, in a fixed order; None if not all are known."""
 
 
 class ImageFolder:
-    """A folder of image files, in the order of their paths; where its folders are splits, those of one split.
+    """A folder of image files, sorted by path. If its first-level folders are splits, the images of one split.
 
-    Labels are those of metadata.jsonl or metadata.csv, else the first-level folders, else what stands before the first "_" of the names.
+    Labels come from metadata.jsonl or metadata.csv, else from the first-level folders, else from the file names before the first "_".
     """
 
     def __init__(self, found: image_folders.Listing, config: DataConfig, order: ClassOrder = "natural") -> None:
@@ -78,7 +78,7 @@ class ImageFolder:
         )
         self._refuse_columns(config, ("image_column",) if given else ("image_column", "label_column"))
         self.class_names: list[str] | None = None
-        self._in_metadata = b""  # the labels, where they are not in the names
+        self._in_metadata = b""  # the labels as JSON, if they come from a metadata file
         if given:
             self._label_by_metadata(*given, split, order)
         elif config.class_conditional:
@@ -136,16 +136,16 @@ class ImageFolder:
         return [str(self.root / name) for name in self.names]
 
     @cached_property
-    def _fingerprint(self) -> dict[str, Any]:  # looks at every file, and is asked for more than once
+    def _fingerprint(self) -> dict[str, Any]:  # cached, because it reads the size of every file
         digest = hashlib.sha256()
         for name in self.names:
             digest.update(os.fsencode(f"{name}\0{_size(self.root / name)}\n"))
-        digest.update(self._in_metadata)  # empty where names and sizes say all
+        digest.update(self._in_metadata)
         return {"images": len(self), "sha256": digest.hexdigest()}
 
 
 class LegacyFolder(ImageFolder):
-    """A folder as the version before read it, for the runs that it began: few extensions, no splits, and a label for every image."""
+    """A folder as the first version read it, to resume its runs: fewer extensions, no splits, and a label for every image."""
 
     EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -166,7 +166,7 @@ class LegacyFolder(ImageFolder):
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError:  # a link to nowhere, which may be skipped
+    except OSError:  # a broken link, which may be skipped later
         return -1
 
 
@@ -215,14 +215,14 @@ class ImageTable:
         return {"images": len(self), "sha256": digest.hexdigest()}
 
     def files(self) -> list[str] | None:
-        files = [file["filename"] for file in self.table.cache_files]  # none of a table in memory
+        files = [file["filename"] for file in self.table.cache_files]  # empty for a table in memory
         cells = self.table.data.column(self.image_column)
-        inside = all(chunk.field("bytes").null_count == 0 for chunk in cells.chunks)  # else cells name files elsewhere
+        inside = all(chunk.field("bytes").null_count == 0 for chunk in cells.chunks)  # else cells have paths of other files
         return files if files and inside else None
 
 
 class SourceSubset:
-    """A source less some of its images."""
+    """A source without some of its images."""
 
     def __init__(self, source: Source, skipped: Sequence[int]) -> None:
         self.source, self.skipped = source, sorted(skipped)
@@ -248,7 +248,7 @@ class SourceSubset:
 
 
 def file_state_hash(source: Source) -> str | None:
-    """A hash of what the file system says of all files of a source, which changes when one is written to; None where that is not known."""
+    """A hash of path, size, times and inode of all files of a source: it changes when a file is written. None if not all are known."""
     digest = hashlib.sha256(repr(source.fingerprint()).encode())
     files = source.files()
     for path in files or []:
@@ -262,17 +262,17 @@ def file_state_hash(source: Source) -> str | None:
 
 
 def map_in_threads(work: Callable[[int], Any], indices: Sequence[int]) -> Iterator[Any]:
-    """What `work` returns for each index, in order; some thousands at a time, because one that waits takes memory, too."""
+    """Calls `work(index)` in threads; yields the results in order. Queues some thousand indices at a time, to limit memory."""
     with ThreadPoolExecutor(READER_THREADS) as pool:
         for first in range(0, len(indices), MAX_PENDING):
             yield from pool.map(work, indices[first : first + MAX_PENDING])
 
 
 def check_images(source: Source, indices: Sequence[int]) -> tuple[dict[int, str], int]:
-    """What is to be known of images before they are learned.
+    """Decodes images and checks their labels before training.
 
     Returns:
-        A sentence for the index of each that cannot be decoded, or whose label is missing or of no class; and how many others have colours.
+        An error message by index for each image that cannot be decoded or has no valid label; the number of valid images in colour.
     """
 
     def seen(index: int) -> str | bool:
@@ -288,18 +288,18 @@ def check_images(source: Source, indices: Sequence[int]) -> tuple[dict[int, str]
 
 
 def unreadable_images(source: Source, indices: Sequence[int]) -> dict[int, str]:
-    """The images among these that cannot be learned: a sentence for each index."""
+    """An error message by index for each image that cannot be decoded or has no valid label."""
     return check_images(source, indices)[0]
 
 
 def require_class(label: int, class_names: Sequence[str] | None, where: str) -> None:
-    """Raises InputError where a label is none of the classes."""
+    """Raises InputError if a label is not one of the classes."""
     if class_names is not None and not 0 <= label < len(class_names):
         raise InputError(f"image {where} has label {label}, but there are {len(class_names)} classes, from 0 on")
 
 
 def require_skippable(bad: Mapping[int, str], name: str, total: int, skip: bool) -> None:
-    """Raises InputError, naming all unreadable images, unless `skip` is set and they are at most `MAX_SKIPPED_SHARE` of all."""
+    """Raises an InputError that names all bad images, unless `skip` is set and they are at most `MAX_SKIPPED_SHARE` of all."""
     count = f"dataset {name}: {len(bad)} of {total} images cannot be read"
     if not skip:
         raise_all(bad.values(), f"{count}; remove them, or add --skip_bad")
@@ -308,10 +308,10 @@ def require_skippable(bad: Mapping[int, str], name: str, total: int, skip: bool)
 
 
 def open_readable(config: DataConfig, order: ClassOrder = "natural") -> Source:
-    """Opens what `config.dataset` names, without what cannot be read if that is to be skipped.
+    """Opens `config.dataset`; with `config.skip_bad`, without the images that cannot be read.
 
     Raises:
-        InputError: as `open_source`; more than `MAX_SKIPPED_SHARE` of the images cannot be read.
+        InputError: as `open_source`; or more than `MAX_SKIPPED_SHARE` of the images cannot be read.
     """
     source = open_source(config, order)
     if not config.skip_bad:
@@ -338,7 +338,7 @@ def _check_column(table: Any, column: str, field: str) -> None:
 
 
 def _undecoded(table: Any, column: str) -> Any:
-    """The table with its images as bytes: decoding, with its limits and refusals, is the business of images.py."""
+    """The table with undecoded images: images.py decodes them and checks their limits."""
     import datasets
 
     try:
@@ -348,7 +348,7 @@ def _undecoded(table: Any, column: str) -> Any:
 
 
 def _classes_of(table: Any, column: str, order: ClassOrder) -> tuple[list[str], dict[Any, int | None]]:
-    """Names of the classes of a column, and the label of each of its values; a value that is none of these is its own label."""
+    """Names of the classes of a column, and a mapping from its values to labels. A value that is not in the mapping is its own label."""
     feature, where = table.features[column], f"label_column {column}"
     dtype = str(getattr(feature, "dtype", ""))
     if not hasattr(feature, "names"):
@@ -364,12 +364,12 @@ def _classes_of(table: Any, column: str, order: ClassOrder) -> tuple[list[str], 
 
 
 def _numbers_of(values: Iterable[Any], order: ClassOrder, where: str) -> tuple[list[str], dict[Any, int | None]]:
-    """Class names and the label of each value: text in the order asked for, whole numbers as they are."""
+    """Class names, and the label of each value. Text is sorted by `order`; whole numbers are labels already."""
     known = {value for value in values if value is not None}
     if known and all(isinstance(value, str) for value in known):
         names = order_class_names(known, (), order, where)
         return names, {name: label for label, name in enumerate(names)}
-    if max(known, default=-1) < 0 or max(known) >= MAX_CLASSES:  # one below 0 is the fault of its image
+    if max(known, default=-1) < 0 or max(known) >= MAX_CLASSES:  # a negative label is reported with its image
         raise InputError(f"{where} must hold classes from 0, fewer than {MAX_CLASSES}, but holds {list(known)[:5]}")
     names = [str(k) for k in range(max(known) + 1)] if isinstance(order, str) else list(order)
     if max(known) >= len(names):
@@ -378,7 +378,7 @@ def _numbers_of(values: Iterable[Any], order: ClassOrder, where: str) -> tuple[l
 
 
 def class_counts(source: Source) -> list[int] | None:
-    """How many images each class has; None where there are no labels."""
+    """The number of images of each class; None if there are no labels."""
     if not source.class_names:
         return None
     count = Counter(source.labels())
@@ -386,7 +386,7 @@ def class_counts(source: Source) -> list[int] | None:
 
 
 def summary(source: Source, name: str | None) -> list[str]:
-    """What was found, and what was passed over and why: a line each."""
+    """Lines for the user: what a source has, and which files are ignored for which reasons."""
     parts = [f"{len(source)} images"]
     if source.class_names:
         parts.append(describe_classes(source.class_names, class_counts(source) or []))
@@ -395,11 +395,11 @@ def summary(source: Source, name: str | None) -> list[str]:
 
 
 def open_source(config: DataConfig, order: ClassOrder = "natural") -> Source:
-    """Opens what `config.dataset` names.
+    """Opens `config.dataset`: "digits", a folder, a .parquet file, or a Hub id.
 
     Args:
-        config: what is asked for.
-        order: of the labels; that of a model's class names where images are for this model.
+        config: dataset, split and columns.
+        order: of the labels; for images that are used with a model, its class names.
 
     Raises:
         InputError: it does not exist, is empty, or lacks the split, columns or labels asked for.
@@ -408,7 +408,7 @@ def open_source(config: DataConfig, order: ClassOrder = "natural") -> Source:
     if len(source) == 0:
         raise InputError(f"dataset {config.dataset} is empty")
     names = _with_images(source, source.class_names) if isinstance(order, str) and source.class_names else []
-    if len(names) == 1 and len(set(source.labels())) == 1:  # others are labels of no class: a look at all images names them
+    if len(names) == 1 and len(set(source.labels())) == 1:  # other labels belong to no class; checking the images names them
         raise InputError(
             f"class_conditional is on, but dataset {config.dataset} has a single class, {names[0]}; "
             f"name the folder that holds one folder for each class, or leave --class_conditional out"
@@ -417,7 +417,7 @@ def open_source(config: DataConfig, order: ClassOrder = "natural") -> Source:
 
 
 def reopen_source(config: DataConfig, order: ClassOrder, known: Mapping[str, Any]) -> Source:
-    """Opens the data of a run that wrote down the fingerprint `known`: as the version before, where only so they are the same.
+    """Opens the data of a run that resumes; `known` is the saved fingerprint. If only the first version's reading gives it, uses that.
 
     Raises:
         InputError: as `open_source`.
@@ -437,7 +437,7 @@ def reopen_source(config: DataConfig, order: ClassOrder, known: Mapping[str, Any
 
 
 def _with_images(source: Source, names: list[str]) -> list[str]:
-    """Names of the classes; of a folder, those that have images, for a folder without any may be none."""
+    """Names of the classes; of an image folder only those with images, because an empty folder need not be a class."""
     return [names[label] for label in nonempty_classes(class_counts(source) or [])] if isinstance(source, ImageFolder) else names
 
 
@@ -455,7 +455,7 @@ def _open(config: DataConfig, order: ClassOrder) -> Source:
             raise InputError(f"dataset {path} does not exist")
         return ImageTable(_load("parquet", config, data_files=str(path)), config, order)
     if not is_hub_id(config.dataset):
-        raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id{_meant(config.dataset)}")
+        raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id{_hub_id_advice(config.dataset)}")
     repo, _, revision = config.dataset.partition("@")
     return ImageTable(_load(repo, config, revision=revision or None), config, order)
 
@@ -465,7 +465,7 @@ def _open_folder(path: Path, config: DataConfig, order: ClassOrder) -> Source:
         return ImageTable(_load_saved(path, config), config, order)
     found = image_folders.scan_folder(path)
     shards = {name for name, _ in found.passed_over if name.endswith(".parquet")}
-    if len(shards) > len(found.images):  # a picture beside a table is no data, nor is a table beside images
+    if len(shards) > len(found.images):  # a few pictures beside parquet files are not data, nor a parquet file beside images
         table = ImageTable(_load("parquet", config, data_files=_shards(path)), config, order)
         beside = [(name, "beside the parquet files") for name in found.images]
         table.passed_over = beside + [(name, why) for name, why in found.passed_over if name not in shards]
@@ -474,7 +474,7 @@ def _open_folder(path: Path, config: DataConfig, order: ClassOrder) -> Source:
 
 
 def _shards(path: Path) -> dict[str, list[str]]:
-    """The parquet files of a folder by split, as `datasets` reads it from their names."""
+    """The parquet files of a folder by split; `datasets` finds the split in their names."""
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     base = str(path.resolve())
@@ -483,9 +483,9 @@ def _shards(path: Path) -> dict[str, list[str]]:
 
 
 def _digits() -> Any:
-    """The embedded digits in memory, without the cache of `datasets`, for which there may be no place.
+    """The embedded digits in memory, without the cache of `datasets`, whose folder may not be writable.
 
-    In the form in which that cache has them, pieces of 100 rows: of that form runs have written down the fingerprint.
+    They are in chunks of 100 rows, as in that cache, because the fingerprints of existing runs are of this form.
     """
     import datasets
     import pyarrow
@@ -494,13 +494,13 @@ def _digits() -> Any:
     file = pyarrow.parquet.ParquetFile(DIGITS_FILE)
     form = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(form, file.schema_arrow) as writer:
-        for piece in file.iter_batches(100):
-            writer.write_batch(piece)
+        for chunk in file.iter_batches(100):
+            writer.write_batch(chunk)
     return datasets.Dataset(pyarrow.ipc.open_stream(form.getvalue()).read_all())
 
 
-def _meant(dataset: str) -> str:
-    """How to ask the Hub all the same for what looks like a path; nothing where the path is there."""
+def _hub_id_advice(dataset: str) -> str:
+    """Advice for a missing path that could be a Hub id; empty if the path exists."""
     if Path(dataset).exists() or not is_hub_id(f"{dataset}@main"):
         return ""
     return f": {place_of(dataset)} is not there; {dataset}@main asks the Hub for it"
@@ -514,13 +514,13 @@ def _load(path: str, config: DataConfig, **kwargs: Any) -> Any:
         return datasets.load_dataset(path, split=config.split, **kwargs)
     # load_dataset raises whatever its builders, the Hub client and the network raise.
     except Exception as error:
-        reason = " ".join(str(error.__cause__ or error).split())  # where an error is wrapped, the wrapper does not tell what is wrong
-        place = _where_no_cache_can_be(datasets.config.HF_DATASETS_CACHE)
+        reason = " ".join(str(error.__cause__ or error).split())  # of a wrapped error, the cause has the useful message
+        place = _cache_folder_advice(datasets.config.HF_DATASETS_CACHE)
         raise InputError(f"dataset {config.dataset} with split {config.split} cannot be loaded: {reason}{place}") from error
 
 
-def _where_no_cache_can_be(folder: Any) -> str:
-    """What to do about it, where the library has no place for its files; nothing where it has."""
+def _cache_folder_advice(folder: Any) -> str:
+    """Advice if the cache folder of `datasets` is not writable; else empty."""
     try:
         require_writable(Path(folder) / "file")
     except CannotWriteError:
