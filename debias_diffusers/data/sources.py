@@ -455,7 +455,8 @@ def _open(config: DataConfig, order: ClassOrder) -> Source:
             raise InputError(f"dataset {path} does not exist")
         return ImageTable(_load("parquet", config, data_files=str(path)), config, order)
     if not is_hub_id(config.dataset):
-        raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id{_hub_id_advice(config.dataset)}")
+        advice = _hub_id_advice(config.dataset)
+        raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id{advice}")
     repo, _, revision = config.dataset.partition("@")
     return ImageTable(_load(repo, config, revision=revision or None), config, order)
 

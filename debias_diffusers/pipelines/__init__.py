@@ -1,1 +1,1 @@
-"""Solvers and the diffusers pipeline that draws pixels with them."""
+"""Solvers (diffusers schedulers) and the diffusers pipeline for pixel UNets."""

@@ -1,4 +1,4 @@
-"""A diffusers pipeline for pixel UNets: class labels, guidance, any scheduler."""
+"""A diffusers pipeline for pixel UNets: class labels, classifier-free guidance, clipping, any scheduler."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .solvers import set_timesteps
 
 
 class PixelPipeline(DiffusionPipeline):
-    """Draws images with a UNet2DModel, unconditional or by class.
+    """Samples images with a UNet2DModel, unconditional or class-conditional.
 
     Args:
         unet: predicts what the scheduler's `prediction_type` says.
-        scheduler: any diffusers scheduler, of the kind that the model was trained for.
-        null_label: the label that stands for "no label", for guidance; None where the model was trained without one.
-        class_names: of each label by its number as text; None where the classes have no names.
-        class_counts: images of each class that the model was trained on, likewise.
+        scheduler: any diffusers scheduler; diffusion or flow matching, as the model was trained.
+        null_label: the label of the unconditional prediction, for guidance; None if the model was trained without label dropout.
+        class_names: the name of each class by str(label); None if the classes have no names.
+        class_counts: the number of training images of each class by str(label); None if unknown.
     """
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("x_t", "x_0", "class_labels", "latents")
-    _guidance_scale, _num_timesteps, _interrupt = 1.0, 0, False  # until the first call
+    _guidance_scale, _num_timesteps, _interrupt = 1.0, 0, False  # before the first call
 
     def __init__(
         self,
@@ -53,23 +53,23 @@ class PixelPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As diffusers' own, of a folder or a Hub id with `revision`; weights are read from safetensors unless told otherwise."""
+        """As in diffusers: a folder, or a Hub id with `revision`. Reads safetensors unless `use_safetensors` says otherwise."""
         return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
 
     @property
     def num_classes(self) -> int:
-        """Labels that can be asked for; 0 for an unconditional model."""
+        """The number of classes; 0 for an unconditional model."""
         embeds = self.unet.config.num_class_embeds or 0
         return embeds - (self.config.null_label is not None)
 
     @property
     def class_names(self) -> list[str] | None:
-        """In the order of the labels; None where the model does not know them."""
+        """Class names by label; None if unknown."""
         return from_config_mapping(self.config.class_names, self.num_classes, str)
 
     @property
     def class_counts(self) -> list[int] | None:
-        """Images of each class that the model was trained on; None where it does not know them."""
+        """The number of training images by label; None if unknown."""
         return from_config_mapping(self.config.class_counts, self.num_classes, int)
 
     @torch.no_grad()
@@ -94,57 +94,57 @@ class PixelPipeline(DiffusionPipeline):
         | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("x_t", "latents"),
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draws a batch of images.
+        """Samples a batch of images.
 
-        The network computes in the precision of its weights; x_t is kept in float32 at least.
+        The network computes in the dtype of its weights; x_t is at least float32.
 
         Args:
-            batch_size: how many.
-            class_labels: (batch_size,) a label for each image of a class-conditional model: its number, or the name of its class.
-            guidance_scale: g of classifier-free guidance (arXiv 2207.12598): none + g (label - none); 1 is off.
-            guidance_interval: the least and the greatest timestep that is guided (arXiv 2404.07724); all if left out.
-            num_inference_steps: steps of the scheduler.
-            timesteps: the timesteps themselves, descending, for schedulers that take them; num_inference_steps is then unused.
-            eta: share of fresh noise in DDIM's steps (arXiv 2010.02502, equation 16); only schedulers that know it take it.
-            clipping: "static" bounds the predicted x_0 to [-1, 1] in each step, "dynamic" to its own quantile, and scales
-                that to 1 (arXiv 2205.11487, section 2.3), with any scheduler. Left out or "off", the scheduler does what it
-                is configured to do.
+            batch_size: B, the number of images.
+            class_labels: (B,) for a class-conditional model: the label or class name of each image.
+            guidance_scale: g of classifier-free guidance (arXiv 2207.12598): unconditional + g (conditional - unconditional); 1 is off.
+            guidance_interval: the smallest and the largest timestep with guidance (arXiv 2404.07724); all timesteps if None.
+            num_inference_steps: the number of steps of the scheduler.
+            timesteps: descending timesteps, for schedulers that accept them; num_inference_steps is then unused.
+            eta: the scale of the noise in DDIM's steps (arXiv 2010.02502, equation 16); 0 for schedulers without it.
+            clipping: "static" clamps the predicted x_0 to [-1, 1] in each step; "dynamic" thresholding clamps it to a quantile of
+                its absolute values and rescales that to 1 (arXiv 2205.11487, section 2.3). Both work with any scheduler. None or
+                "off": the scheduler does what its configuration says.
             clipping_quantile: of the absolute values of an image, for "dynamic".
-            generator: one for all, or a list with one for each image, which makes an image independent of its batch.
-            latents: (B, C, H, W) standard normal noise to begin with, in place of noise of the generator.
+            generator: one for the batch, or a list with one for each image, which makes an image independent of its batch.
+            latents: (B, C, H, W) standard normal noise to start from, instead of noise from the generator.
             output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), both float in [0, 1]; "latent" (B, C, H, W), the last
-                x_t as it is, in which images have [-1, 1].
-            return_dict: an ImagePipelineOutput, or a plain tuple.
-            callback_on_step_end: called after each step with this pipeline, the number of the step, its timestep, and a
-                dictionary of the tensors asked for; another `x_t` or `latents` in what it returns takes the place of ours. It
-                may set `_interrupt` to stop, and `_guidance_scale` for the steps that follow. diffusers' PipelineCallback and
-                MultiPipelineCallbacks name their tensors themselves.
-            callback_on_step_end_tensor_inputs: among x_t (B, C, H, W) after the step, also called latents as in other
-                pipelines, x_0 (B, C, H, W) as predicted in it, and class_labels (B,).
+                x_t, unclamped, images in [-1, 1].
+            return_dict: return an ImagePipelineOutput; else a tuple.
+            callback_on_step_end: called after each step with this pipeline, the step index, the timestep, and a dictionary of
+                tensors. If it returns another `x_t` or `latents`, sampling continues with that. It may set `_interrupt` to
+                stop, and `_guidance_scale` for the next steps. diffusers' PipelineCallback and MultiPipelineCallbacks name
+                their tensors themselves.
+            callback_on_step_end_tensor_inputs: names among x_t (B, C, H, W) after the step, latents (the same tensor, as in
+                other pipelines), x_0 (B, C, H, W) as predicted in the step, and class_labels (B,).
 
         Raises:
-            InputError: labels, guidance, noise, steps, or tensors for the callback that the model or this pipeline does not have.
-            NotFiniteError: the network or the solver gave NaN or infinity.
+            InputError: invalid labels, guidance, noise, steps, or callback tensors for this model.
+            NotFiniteError: the network or the solver returned NaN or infinity.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check(guidance_interval, clipping, output_type, callback_on_step_end_tensor_inputs)
         labels = self._labels(batch_size, class_labels, guidance_scale)
         if not isinstance(self.scheduler, DDPMScheduler) and self.unet.config.in_channels > 3:
-            self.scheduler.register_to_config(variance_type=None)  # or DPM-Solver cuts off all channels after the third
+            self.scheduler.register_to_config(variance_type=None)  # else DPM-Solver drops all channels after the third
         set_timesteps(self.scheduler, num_inference_steps, timesteps)
-        chance = self._step_arguments(generator, eta)
+        step_arguments = self._step_arguments(generator, eta)
         x_t = self._noise(batch_size, generator, latents)
         scaled = getattr(self.scheduler, "scale_model_input", lambda x_t, t: x_t)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(self.scheduler.timesteps), False
         with self.progress_bar(total=self._num_timesteps) as progress:
             for step, t in enumerate(self.scheduler.timesteps):
-                given = scaled(x_t, t)
-                prediction = self._predict(given, t, labels, self._guidance_scale if _within(guidance_interval, t) else 1.0)
-                prediction = self._clipped(prediction, given, t, clipping, clipping_quantile)
-                x_t = self.scheduler.step(prediction, t, x_t, **chance).prev_sample
+                model_input = scaled(x_t, t)
+                prediction = self._predict(model_input, t, labels, self._guidance_scale if _within(guidance_interval, t) else 1.0)
+                prediction = self._clipped(prediction, model_input, t, clipping, clipping_quantile)
+                x_t = self.scheduler.step(prediction, t, x_t, **step_arguments).prev_sample
                 if callback_on_step_end:
-                    x_0 = self._x_0(prediction, given, t) if "x_0" in callback_on_step_end_tensor_inputs else None
+                    x_0 = self._x_0(prediction, model_input, t) if "x_0" in callback_on_step_end_tensor_inputs else None
                     tensors = {"x_t": x_t, "x_0": x_0, "class_labels": labels, "latents": x_t}
                     asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     x_t = _replaced(x_t, callback_on_step_end(self, step, t, asked) or {})
@@ -162,17 +162,17 @@ class PixelPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the call at hand, or the last one."""
+        """The guidance scale of the current or last call."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """Calls of the network in the call at hand, or the last one."""
+        """The number of network evaluations of the current or last call."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has asked to stop."""
+        """Whether a callback has asked to stop sampling."""
         return self._interrupt
 
     def _check(
@@ -188,14 +188,14 @@ class PixelPipeline(DiffusionPipeline):
             raise InputError(f"a callback can be given {', '.join(self._callback_tensor_inputs)}, but not {', '.join(unknown)}")
 
     def _step_arguments(self, generator: Any, eta: float) -> dict[str, Any]:
-        """What the scheduler's step knows of: solvers of ODEs draw nothing and have no such arguments."""
+        """Keyword arguments of the scheduler's step: generator and eta, if it has them. ODE solvers draw no noise and have neither."""
         known = inspect.signature(self.scheduler.step).parameters
         if eta and "eta" not in known:
             raise InputError(f"eta is {eta}, but {type(self.scheduler).__name__} has none; take ddim, or leave it out")
         return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in known}
 
     def _noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
-        """x_T of the scheduler, (B, C, H, W), from the noise given if any."""
+        """The initial x_T (B, C, H, W) of the scheduler, from `latents` if given, else from the generator."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, self.unet.config.in_channels, height, width)
@@ -204,7 +204,7 @@ class PixelPipeline(DiffusionPipeline):
             raise InputError(f"latents has shape {tuple(latents.shape)}, but must have {shape}, for a batch_size of {batch_size}")
         device = self._execution_device
         noise = latents.to(device, dtype) if latents is not None else randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # those of flow matching have none, and scale nothing
+        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow matching schedulers have none: their noise has scale 1
 
     def _labels(self, batch_size: int, class_labels: Sequence[int | str] | Tensor | None, guidance_scale: float) -> Tensor | None:
         if class_labels is not None and not isinstance(class_labels, Tensor) and self.num_classes:
@@ -218,29 +218,30 @@ class PixelPipeline(DiffusionPipeline):
         return labels
 
     def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
-        """What the scheduler takes: the guided prediction, and the values of a learned variance (of the label) if it uses them."""
+        """The input of the scheduler's step: the guided prediction, and the conditional learned variance if the scheduler uses it."""
         C = self.unet.config.in_channels
         if labels is None or guidance_scale == 1 or self.config.null_label is None:
             output = self._call(x_t, t, labels)
             prediction, values = output[:, :C], output[:, C:]
         else:
             null = torch.full_like(labels, self.config.null_label)
-            output, without = self._call(x_t.repeat(2, 1, 1, 1), t, torch.cat([labels, null])).chunk(2)
-            prediction, values = without[:, :C] + guidance_scale * (output[:, :C] - without[:, :C]), output[:, C:]
+            output, unconditional = self._call(x_t.repeat(2, 1, 1, 1), t, torch.cat([labels, null])).chunk(2)
+            prediction = unconditional[:, :C] + guidance_scale * (output[:, :C] - unconditional[:, :C])
+            values = output[:, C:]
         return torch.cat([prediction, values], dim=1) if self._uses_variance else prediction
 
     def _call(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """The network in the precision of its weights, its output in that of x_t."""
+        """Calls the network in the dtype of its weights; the output has the dtype of x_t."""
         output: Tensor = self.unet(x_t.to(self._dtype), t, labels, return_dict=False)[0]
         return output.to(x_t.dtype)
 
     @property
     def _dtype(self) -> torch.dtype:
-        weights: Tensor = next(self.unet.parameters())  # `unet.dtype` looks at all modules, which takes a millisecond
+        weights: Tensor = next(self.unet.parameters())  # `unet.dtype` walks over all modules, which takes a millisecond
         return weights.dtype
 
     def _clipped(self, prediction: Tensor, x_t: Tensor, t: Tensor, clipping: Clipping | None, quantile: float) -> Tensor:
-        """The prediction that implies the x_0 of this one, brought to [-1, 1]. Values of a learned variance stay."""
+        """The prediction that corresponds to the clipped x_0. Channels of a learned variance are unchanged."""
         if clipping in (None, "off"):
             return prediction
         x_0 = self._x_0(prediction, x_t, t)
@@ -253,7 +254,7 @@ class PixelPipeline(DiffusionPipeline):
         return torch.cat([prediction_of_x_0(self._prediction_type, x_0, x_t, *self._a_s(t)), values], dim=1)
 
     def _x_0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """(B, C, H, W) the clean image that a prediction implies."""
+        """The x_0 (B, C, H, W) that corresponds to a prediction."""
         return predicted_x_0(self._prediction_type, prediction[:, : x_t.shape[1]], x_t, *self._a_s(t))
 
     @property
@@ -262,7 +263,7 @@ class PixelPipeline(DiffusionPipeline):
         return kind
 
     def _a_s(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """a and s of the noise level t. Between whole ones s / a is interpolated, as schedulers with such timesteps do it."""
+        """a = sqrt(alphas_cumprod) and s = sqrt(1 - alphas_cumprod) of timestep t. For a fractional t, s / a is interpolated."""
         if is_flow(self.scheduler):
             s = t.double() / self.scheduler.config.num_train_timesteps
             return 1 - s, s
@@ -278,12 +279,12 @@ class PixelPipeline(DiffusionPipeline):
 
     @property
     def _uses_variance(self) -> bool:
-        """DDPM alone; the others keep the name of the variance in their configuration, but know nothing of it."""
+        """Whether the scheduler's step uses a learned variance: only DDPM does, though others keep the setting in their configuration."""
         return isinstance(self.scheduler, DDPMScheduler) and (self.scheduler.config.variance_type or "").startswith("learned")
 
 
 def _replaced(x_t: Tensor, returned: dict[str, Any]) -> Tensor:
-    """x_t as a callback wants it: it may return another one under either name, beside the one that it was given."""
+    """The next x_t: the tensor that a callback returned as `x_t` or `latents` if it is a new one."""
     return next((returned[name] for name in ("x_t", "latents") if returned.get(name, x_t) is not x_t), x_t)
 
 
@@ -291,11 +292,11 @@ def _within(interval: tuple[float, float] | None, t: Tensor) -> bool:
     return interval is None or interval[0] <= float(t) <= interval[1]
 
 
-diffusers.PixelPipeline = PixelPipeline  # where DiffusionPipeline.from_pretrained looks for the class of a saved pipeline
+diffusers.PixelPipeline = PixelPipeline  # DiffusionPipeline.from_pretrained looks up the class of a saved pipeline here
 
 
 def check_labels(pipeline: PixelPipeline, class_labels: Sequence[Any] | Tensor | None, guidance_scale: float) -> None:
-    """Raises InputError where a model does not have the labels or the guidance asked for."""
+    """Raises InputError for labels or a guidance scale that the model does not support."""
     classes = pipeline.num_classes
     if class_labels is not None and classes == 0:
         raise InputError("class_labels are given, but the model is unconditional; leave them out")
@@ -308,16 +309,16 @@ def check_labels(pipeline: PixelPipeline, class_labels: Sequence[Any] | Tensor |
 
 
 def load_pipeline(model: str, allow_pickle: bool = False, variant: str | None = None) -> PixelPipeline:
-    """A pipeline from a run directory, a pipeline folder or a Hub id (user/name, user/name@revision).
+    """Loads a pipeline from a run directory, a pipeline folder or a Hub id (user/name, user/name@revision).
 
     Args:
-        model: where it is.
-        allow_pickle: take .bin weights where there are no safetensors; they are read as tensors only.
-        variant: of the weights, such as ema_0_999; the plain ones if left out.
+        model: path or Hub id.
+        allow_pickle: read .bin weights if there are no safetensors; only tensors are read from them.
+        variant: of the weights, such as ema_0_999; None for the default weights.
 
     Raises:
-        InputError: there is no model, or a file of it is damaged; names it.
-        HubError: the Hub does not give it.
+        InputError: there is no model, or a file is damaged; names it.
+        HubError: the Hub cannot be reached or rejects the request.
     """
     folder = client.fetched(model, variant, allow_pickle) if hub_names.is_id(model) else Path(model)
     if not model or (folder.exists() and not (folder / "model_index.json").is_file()):
@@ -348,7 +349,7 @@ def load_pipeline(model: str, allow_pickle: bool = False, variant: str | None = 
 
 
 def _has_safetensors(folder: Path, model: str, allow_pickle: bool) -> bool:
-    """Whether a model's weights are safetensors; refuses those that are .bin alone, a format that can hold code."""
+    """Whether to read safetensors. Raises InputError for a model with .bin weights only, whose format can contain code."""
     place = folder / "unet" if (folder / "unet").is_dir() else folder
     others = sorted(place.glob(f"{client.WEIGHTS}*.bin"))
     if not others or any(place.glob(f"{client.WEIGHTS}*.safetensors")):

@@ -24,19 +24,19 @@ from ..utils.files import fsync_folder, temporary_path, translate_write_errors, 
 FORMAT = 1
 MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampler.safetensors"  # files of tensors
 MANIFEST = "manifest.json"
-OWN_HASH = "sha256"  # of the manifest without it: a flipped bit of "format" must not pass for a newer version
+OWN_HASH = "sha256"  # of the rest of the manifest: a flipped bit in "format" must not look like a newer version
 STATE = "state.json"
 PIECE = 1 << 20
 _NAME = re.compile(r"step-([0-9]{8,})")
 
 
 class DamagedError(Exception):
-    """A file of a checkpoint is missing or is not what was written."""
+    """A file of a checkpoint is missing or damaged."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on the disk whose files matched its manifest."""
+    """A checkpoint on the disk whose files match its manifest."""
 
     path: Path
     step: int
@@ -54,12 +54,12 @@ class Checkpoint:
             raise NoUsableCheckpointError(f"checkpoint {self.path}: {error}") from error
 
 
-def folder_name(step: int) -> str:
+def folder_name(step: int) -> str:  # as in checkpoints/step-00001000
     return f"step-{step:08d}"
 
 
 def ema_file(rate: float) -> str:
-    """The file of a checkpoint that holds the average at a rate."""
+    """The file of a checkpoint with the averaged weights (EMA) of a decay rate."""
     return f"ema_{rate}.safetensors"
 
 
@@ -117,9 +117,9 @@ def _json(value: Any) -> bytes:
 
 
 def prune(folder: Path, step: int, keep: int, best: int | None = None) -> None:
-    """Removes the oldest checkpoints beyond `keep`, counted from `step` back, but not that of the step `best`.
+    """Removes all checkpoints up to `step` but the newest `keep` and that of the step `best`.
 
-    Later ones, which did not verify or we would have resumed from them, do not count: the sound ones must not go for them.
+    Checkpoints after `step` are damaged, or the run would have resumed from them. They do not count towards `keep`.
     """
     older = [p for p in list_checkpoints(folder) if step_of_folder(p) <= step][:-keep]
     for path in (p for p in older if step_of_folder(p) != best):
@@ -128,7 +128,7 @@ def prune(folder: Path, step: int, keep: int, best: int | None = None) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Folders that are named like checkpoints, oldest first. Other names, files and links are left alone."""
+    """Folders with the names of checkpoints, oldest first. Ignores other names, files and links."""
     if not folder.is_dir():
         return []
     named = (p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.name == folder_name(step_of_folder(p)))
@@ -136,12 +136,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of_folder(path: Path) -> int:
-    """The step in the name of a folder, as `name_of` gives it."""
+    """The step in the name of a checkpoint folder; the inverse of `folder_name`."""
     return int(path.name.removeprefix("step-"))
 
 
 def latest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose every file matches its manifest, and what is wrong with each newer one.
+    """The newest valid checkpoint, and an error message for each newer, damaged one. Verifies every file.
 
     Raises:
         NoUsableCheckpointError: there are checkpoints, but all are damaged.
@@ -161,11 +161,11 @@ def latest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def verify(path: Path) -> Checkpoint:
-    """A checkpoint after reading and hashing every file.
+    """Reads and hashes every file of a checkpoint and compares with its manifest.
 
     Raises:
-        DamagedError: names the file that is not as it was written.
-        InputError: a newer version of this package wrote it.
+        DamagedError: names the damaged file.
+        InputError: a newer version of this package wrote the checkpoint.
     """
     files = _read_manifest(path)
     if STATE not in files:
@@ -178,7 +178,7 @@ def verify(path: Path) -> Checkpoint:
 
 
 def has_valid_manifest(path: Path) -> bool:
-    """Whether a folder has a manifest of this package; the files that it lists are not looked at."""
+    """Whether a folder has a valid manifest of this package. Does not check the files that it lists."""
     try:
         return bool(_read_manifest(path))
     except DamagedError:

@@ -1,4 +1,4 @@
-"""The run directory: its lock, its metrics, where to resume, and the signals that ask a run to stop. No torch."""
+"""The run directory: its lock, its metrics, its configuration, and the checkpoint from which to resume. No torch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .metrics_file import METRICS_FILE, MetricsFile
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 CONFIG = "config.json"
-MARKER = ".debias_diffusers.json"  # says that a folder is a run directory
+MARKER = ".debias_diffusers.json"  # this file marks a folder as a run directory
 MARK = {"debias_diffusers": "run"}
-USUAL = {"dataset", "prediction_type", "weighting", "noise_schedule", "ema_decay", "max_steps"}  # fields of every run's config.json
+REQUIRED_FIELDS = {"dataset", "prediction_type", "weighting", "noise_schedule", "ema_decay", "max_steps"}  # of any config.json
 
 
 class Run:
-    """A run directory that this process holds until it is closed, or the process ends. `training.train` closes it."""
+    """A locked run directory. The lock is held until `close` or the end of the process; `training.train` calls `close`."""
 
     def __init__(self, folder: Path, lock: IO[str], resume: Checkpoint | None) -> None:
         self.folder = folder
         self.resume = resume
-        self._lock = lock  # if it is not closed, the kernel gives it back when the process ends, however it ends
-        os.register_at_fork(after_in_child=lock.close)  # and not when the last of its loader's workers has ended
+        self._lock = lock  # the kernel releases it when the process ends, in whatever way
+        os.register_at_fork(after_in_child=lock.close)  # else data loader workers would keep the lock after the process has ended
         self.metrics = MetricsFile(folder / METRICS_FILE)
 
     def __enter__(self) -> Run:
@@ -42,7 +42,7 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Gives the directory back."""
+        """Releases the lock."""
         self._lock.close()
 
     @property
@@ -50,7 +50,7 @@ class Run:
         return self.folder / CHECKPOINTS
 
     def begin(self, config: TrainConfig) -> None:
-        """Makes the directory ready to train from where it stands: configuration written, leftovers and later metrics gone."""
+        """Prepares the directory for training: writes config.json, removes temporary files and the metrics of later steps."""
         for folder in (self.folder, *(path for path in self.folder.iterdir() if path.is_dir())):
             remove_temporary_files(folder)
         write_file(self.folder / CONFIG, to_json(config).encode())
@@ -59,12 +59,12 @@ class Run:
 
 
 def open_run(config: TrainConfig) -> Run:
-    """Takes the run directory and finds where to resume, without changing anything in it but its lock and its marker.
+    """Locks the run directory and finds the checkpoint from which to resume. Writes only the lock and the marker.
 
     Raises:
-        RunInUseError: another process holds it.
-        CannotWriteError: it cannot be made or written to.
-        InputError: it holds other files, or a run with another configuration.
+        RunInUseError: another process uses the directory.
+        CannotWriteError: the directory cannot be created or written to.
+        InputError: the directory has other files, or a run with another configuration.
         NoUsableCheckpointError: all its checkpoints are damaged.
     """
     folder = Path(config.run.output_dir or "")
@@ -85,7 +85,7 @@ def open_run(config: TrainConfig) -> Run:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """A run writes README.md, unet/ and more into its directory: never into one that holds somebody's other files."""
+    """Raises InputError for a folder with other files: a run would write README.md, unet/ and more into it."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file; name a new or empty folder, such as runs/first")
     names = user_files(folder)
@@ -101,9 +101,9 @@ def _is_marked(folder: Path) -> bool:
 
 
 def _is_of_an_older_version(folder: Path) -> bool:
-    """Whether a folder is a run of a version that wrote no marker: our configuration, and a lock or a manifest of ours beside it."""
+    """Whether a folder is a run of a version without a marker: it has a config.json, and a lock or a manifest, of this package."""
     values = read_json(folder / CONFIG)
-    if not (isinstance(values, dict) and values.keys() >= USUAL):
+    if not (isinstance(values, dict) and values.keys() >= REQUIRED_FIELDS):
         return False
     return has_our_lock(folder) or any(map(checkpoints.has_valid_manifest, checkpoints.list_checkpoints(folder / CHECKPOINTS)))
 
@@ -111,7 +111,8 @@ def _is_of_an_older_version(folder: Path) -> bool:
 def _check_same(config: TrainConfig, resume: Checkpoint) -> None:
     began = resume.state["config"]
     now = {name: value for name, value in stored(config).items() if name in began or name not in BEFORE_THE_FIELD}
-    before = {name: value for name, value in stored(TrainConfig()).items() if name in now} | began  # a field may be younger than the run
+    defaults = {name: value for name, value in stored(TrainConfig()).items() if name in now}
+    before = defaults | began  # a run of an older version lacks newer fields
     changed = differences(before | {name: now[name] for name in _decided_otherwise(before, now, resume.state)}, now)
     if changed:
         changed.append("continue with the old values, or name another --output_dir")
@@ -121,15 +122,15 @@ def _check_same(config: TrainConfig, resume: Checkpoint) -> None:
 
 
 def _decided_otherwise(before: dict[str, Any], now: dict[str, Any], state: dict[str, Any]) -> list[str]:
-    """Fields that may be typed in another way, because their text does not decide whether it is the same run."""
+    """Fields whose text may differ, because something else decides whether it is the same run."""
     init, began = now["init"], state.get("paths", {}).get("init", before["init"])
     same = {
-        # The names and sizes of the files are compared when they are opened.
+        # The names and sizes of the files are compared later, when the data set is opened.
         "dataset": not is_pinned(before["dataset"]) and not is_hub_id(now["dataset"]) and DIGITS not in (before["dataset"], now["dataset"]),
-        # The networks are compared when this one is known.
+        # The networks are compared later, when the network is built.
         "model_config": bool(before["model_config"] and now["model_config"]),
         "init": bool(init and began) and os.path.realpath(place_of(init)) == os.path.realpath(place_of(began)),
-        # What was left out was decided by the images.
+        # If channels was left out, the images decided it.
         "channels": before["channels"] is None and now["channels"] == state["network"]["in_channels"],
     }
     return [name for name, holds in same.items() if holds]
