@@ -62,10 +62,10 @@ def round_of(job: Job, clock: Clock, batches: int) -> tuple[float, float]:
     """(images a second, share of the time in the network) of some batches, drawn and written."""
     size = job.config.batch_size
     with tempfile.TemporaryDirectory() as folder:
-        album = SampleFolder(Path(folder), "png", batches * size)
+        samples = SampleFolder(Path(folder), "png", batches * size)
         clock.seconds = 0.0
         begun = time.perf_counter()
-        with ImageWriter(album) as writer:
+        with ImageWriter(samples) as writer:
             for first in range(0, batches * size, size):
                 indices = range(first, first + size)
                 writer.put(indices, job.draw(indices))

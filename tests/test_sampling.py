@@ -475,8 +475,8 @@ def test_a_disk_that_is_full_is_said_and_ends_the_command(trained, tmp_path, mon
 def test_images_are_written_beside_the_drawing(tmp_path, monkeypatch):
     goes_on, written = threading.Event(), []
     monkeypatch.setattr(SampleFolder, "write", lambda self, k, array: written.append(k) if goes_on.wait(HANG) else None)
-    album = SampleFolder(tmp_path, "png", 8)
-    with ImageWriter(album) as writer:
+    samples = SampleFolder(tmp_path, "png", 8)
+    with ImageWriter(samples) as writer:
         writer.put(range(4), torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
         writer.put(range(4, 8), torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
         assert written == []

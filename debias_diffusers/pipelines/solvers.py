@@ -1,4 +1,4 @@
-"""Solvers by name: diffusers schedulers built from a model's own, with the traps of some of them mended."""
+"""Solvers by name: diffusers schedulers built from a model's own scheduler, with fixes for some of them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from ..errors import InputError
 
 
 def _index(scheduler: Any, timestep: Any) -> int:
-    """Where a timestep stands in the list of a scheduler.
+    """The index of a timestep in the list of a scheduler.
 
     Raises:
-        InputError: it is not there.
+        InputError: the list does not have it.
     """
     try:
         found = (scheduler.timesteps == float(timestep)).nonzero()
@@ -46,7 +46,7 @@ def _index(scheduler: Any, timestep: Any) -> int:
 
 
 def _require_shapes(model_output: Any, sample: Any, learned: bool = False) -> None:
-    """Raises InputError unless both are tensors (B, C, ...), the first with as many channels again of a `learned` variance."""
+    """Raises InputError unless both are tensors (B, C, ...); model_output has 2 C channels if the variance is `learned`."""
     shape, of_sample = (tuple(tensor.shape) if isinstance(tensor, Tensor) else () for tensor in (model_output, sample))
     expected = (*of_sample[:1], (1 + learned) * of_sample[1], *of_sample[2:]) if len(of_sample) > 1 else of_sample
     if not of_sample or shape != expected:
@@ -57,7 +57,7 @@ def _require_shapes(model_output: Any, sample: Any, learned: bool = False) -> No
 
 
 def _require_timesteps(steps: Any, timesteps: Any, levels: float = math.inf) -> None:
-    """Raises InputError unless there is a number of steps, or a falling list of timesteps, of so many noise levels."""
+    """Raises InputError unless steps is in 1..levels, or timesteps is a descending list of whole numbers in 0..levels - 1."""
     if timesteps is None:
         if not (isinstance(steps, int | np.integer) and 1 <= steps <= levels):
             raise InputError(f"num_inference_steps is {steps!r}, but must be a whole number from 1{f' to {levels}' * (levels < math.inf)}")
@@ -71,7 +71,7 @@ def _require_timesteps(steps: Any, timesteps: Any, levels: float = math.inf) -> 
 
 
 class DDPM(DDPMScheduler):
-    """DDPM (arXiv 2006.11239) that adds no noise after its last step, also where that is not t = 0 (spacing `trailing`)."""
+    """DDPM (arXiv 2006.11239) without noise in its last step, also if that is not at t = 0 (spacing `trailing`)."""
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None) -> None:
         """Spaced timesteps, or these (descending)."""
@@ -81,7 +81,7 @@ class DDPM(DDPMScheduler):
     def step(
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, generator: Any = None, return_dict: bool = True
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """x_t to x_s for the next timestep s < t of its list. All tensors (B, C, H, W), model_output (B, 2C, H, W) if learned."""
+        """One step from x_t to x_s, s < t the next timestep. All tensors (B, C, H, W); model_output (B, 2C, H, W) if learned."""
         _require_shapes(model_output, sample, self.variance_type in ("learned", "learned_range"))
         t = self.timesteps[_index(self, timestep)]
         stepped: DDPMSchedulerOutput | tuple[Tensor, Tensor] = super().step(model_output, t, sample, generator, return_dict)
@@ -96,10 +96,10 @@ class DDPM(DDPMScheduler):
 
 
 class DDIM(DDIMScheduler):
-    """DDIM (arXiv 2010.02502) that steps to the next timestep of its list, which may be given.
+    """DDIM (arXiv 2010.02502) that steps to the next timestep of its list; accepts a list of timesteps.
 
-    The base class steps to t - T // N, which is not in the list under `linspace` (19 of 50 steps, say). The noise is taken
-    from the clipped x_0, as in the paper's code. Without clipping this is Euler's method for x_t / a over s / a.
+    The base class steps to t - T // N, which is not in the list with spacing `linspace` (for 19 of 50 steps, for example). The noise
+    is computed from the clipped x_0, as in the paper's code. Without clipping this is Euler's method for x_t / a over s / a.
     """
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None) -> None:
@@ -120,7 +120,7 @@ class DDIM(DDIMScheduler):
         generator: Any = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """x_t to x_s for the next timestep s < t (equation 12). All tensors (B, C, H, W)."""
+        """One step from x_t to x_s, s < t the next timestep (equation 12). All tensors (B, C, H, W)."""
         _require_shapes(model_output, sample)
         place = _index(self, timestep)
         acp_t = self.alphas_cumprod[int(timestep)]
@@ -133,13 +133,13 @@ class DDIM(DDIMScheduler):
         return DDIMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
 
     def _alphas_cumprod_after(self, place: int) -> Tensor:
-        """Of the timestep that follows in the list, or of the clean image."""
+        """alphas_cumprod of the next timestep in the list, or of the clean image after the last one."""
         last = place + 1 == len(self.timesteps)
         after: Tensor = self.final_alpha_cumprod if last else self.alphas_cumprod[self.timesteps[place + 1]]
         return after
 
     def _x_0_and_noise(self, model_output: Tensor, sample: Tensor, acp: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network thinks that x_t consists of, x_0 brought into its bounds."""
+        """The predicted x_0 (clipped) and noise of x_t, (B, C, H, W) each."""
         a, s = acp.sqrt(), (1 - acp).sqrt()
         x_0 = predicted_x_0(self.config.prediction_type, model_output, sample, a, s)
         if self.config.thresholding:
@@ -150,20 +150,20 @@ class DDIM(DDIMScheduler):
 
 
 class EulerAncestral(DDIM):
-    """Euler's method down to less noise than the next timestep has, and fresh noise to make up for it: DDIM at eta = 1."""
+    """Euler ancestral: a step to less noise than the next timestep has, then fresh noise. Equal to DDIM with eta = 1."""
 
     def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, generator: Any = None, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """As of DDIM, without a choice of eta."""
+        """As `DDIM.step` with eta = 1. All tensors (B, C, H, W)."""
         return super().step(model_output, timestep, sample, 1.0, generator, return_dict)
 
 
 class Heun(DDIM):
-    """Heun's method (arXiv 2206.00364, algorithm 1): a step of DDIM, and back half of it with the noise found where it led.
+    """Heun's method (arXiv 2206.00364, algorithm 1): a DDIM step (predictor), then a correction with the noise at its end.
 
-    Timesteps stand in the list once for each call of the network: t_0, t_1, t_1, t_2, t_2, ... The last step, to the clean
-    image, and one from pure noise, which is infinitely long in s / a, stay as DDIM makes them.
+    The list has each timestep once for each network evaluation: t_0, t_1, t_1, t_2, t_2, ... The last step, to the clean image,
+    and a step from pure noise, which is infinitely long in s / a, have no correction.
     """
 
     order = 2
@@ -172,13 +172,13 @@ class Heun(DDIM):
         """Spaced timesteps, or these (descending)."""
         super().set_timesteps(num_inference_steps, device, timesteps)
         self.timesteps = torch.cat([self.timesteps[:1], self.timesteps[1:].repeat_interleave(2)])
-        self._begun: tuple[Tensor, Tensor] | None = None  # half-way through a step: noise and alphas_cumprod where it began
+        self._begun: tuple[Tensor, Tensor] | None = None  # after the predictor: noise and alphas_cumprod at the start of the step
         self._place = 0
 
     def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One call of the network: forth, or back half of it. All tensors (B, C, H, W)."""
+        """The predictor or the correction of a step, in turn. All tensors (B, C, H, W)."""
         _require_shapes(model_output, sample)
         self._require_next(timestep)
         acp_t = self.alphas_cumprod[int(timestep)]
@@ -195,7 +195,7 @@ class Heun(DDIM):
         return DDIMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
 
     def _require_next(self, timestep: Any) -> None:
-        """Raises InputError unless the timestep is the next of the list: which half of a step it is depends on the place."""
+        """Raises InputError unless the timestep is the next of the list, because the index decides: predictor or correction."""
         if self.num_inference_steps is None or self._place == len(self.timesteps):
             raise InputError("Heun's method has no timesteps yet, or has made all its steps; call set_timesteps first")
         if self.timesteps[_index(self, timestep)] != self.timesteps[self._place]:
@@ -205,7 +205,7 @@ class Heun(DDIM):
 
 
 def _corrected(x_s: Tensor, noise: Tensor, acp_s: Tensor, noise_before: Tensor, acp_t: Tensor) -> Tensor:
-    """x_s / a_s = x_t / a_t + (sigma_s - sigma_t) noise: here the noise becomes the mean of that at both ends."""
+    """Corrects x_s / a_s = x_t / a_t + (sigma_s - sigma_t) noise: the noise becomes the mean of those at t and s. x_s (B, C, H, W)."""
     if acp_t == 0:
         return x_s
     sigma_t, sigma_s = ((1 - acp_t) / acp_t).sqrt(), ((1 - acp_s) / acp_s).sqrt()
@@ -213,10 +213,10 @@ def _corrected(x_s: Tensor, noise: Tensor, acp_s: Tensor, noise_before: Tensor, 
 
 
 class UniPC(UniPCMultistepScheduler):
-    """UniPC (arXiv 2302.04867) that takes a list of timesteps, too, and works out what each x_0 weighs without tensors.
+    """UniPC (arXiv 2302.04867) that also accepts a list of timesteps, and computes its coefficients with numpy.
 
-    The base class solves its small systems with some sixty operations of tensors with a few numbers in each step, which takes
-    longer than a small network on a fast device.
+    The base class solves its small linear systems with some sixty tensor operations per step, which takes longer than a small
+    network on a fast device.
     """
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None) -> None:
@@ -231,7 +231,7 @@ class UniPC(UniPCMultistepScheduler):
     def step(
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
-        """x_t to x_s for the next timestep s < t of its list. All tensors (B, C, H, W)."""
+        """One step from x_t to x_s, s < t the next timestep. All tensors (B, C, H, W)."""
         _require_shapes(model_output, sample)
         if self.num_inference_steps is None or self.step_index == len(self.timesteps):
             raise InputError("UniPC has no timesteps yet, or has made a step of each; call set_timesteps first")
@@ -240,7 +240,7 @@ class UniPC(UniPCMultistepScheduler):
         return stepped
 
     def multistep_uni_p_bh_update(self, model_output: Tensor, *args: Any, sample: Tensor, order: int) -> Tensor:
-        """The predictor, UniP: x_t (B, C, H, W) at the next level, from x_0 as predicted at this and at `order` - 1 levels before."""
+        """The predictor, UniP: x_t (B, C, H, W) at the next timestep, from the x_0 predicted at this and `order` - 1 earlier ones."""
         if not self._is_weighed:
             predicted: Tensor = super().multistep_uni_p_bh_update(model_output, sample=sample, order=order)
             return predicted
@@ -250,7 +250,7 @@ class UniPC(UniPCMultistepScheduler):
     def multistep_uni_c_bh_update(
         self, this_model_output: Tensor, *args: Any, last_sample: Tensor, this_sample: Tensor, order: int
     ) -> Tensor:
-        """The corrector, UniC: x_t (B, C, H, W) at this level once more, now that x_0 was predicted from it."""
+        """The corrector, UniC: recomputes x_t (B, C, H, W) at this timestep with the x_0 predicted from it."""
         if not self._is_weighed:
             corrected: Tensor = super().multistep_uni_c_bh_update(
                 this_model_output, last_sample=last_sample, this_sample=this_sample, order=order
@@ -261,7 +261,7 @@ class UniPC(UniPCMultistepScheduler):
 
     @property
     def _is_weighed(self) -> bool:
-        """Not in the forms of the base class that no solver here takes."""
+        """Whether `_weights` supports the configuration; others use the base class."""
         return self.predict_x0 and self.config.solver_type == "bh1" and not self.solver_p
 
     def _combined(self, x_t: Tensor, on_x_0: Sequence[float]) -> Tensor:
@@ -270,11 +270,11 @@ class UniPC(UniPCMultistepScheduler):
         return x_t
 
     def _weights(self, place: int, order: int, correct: bool) -> tuple[float, list[float], float]:
-        """What weighs how much in a step to the level at `place`: x, the predictions of x_0 (newest first), and the one there.
+        """Coefficients of a step to the timestep at index `place`: of x, of the earlier x_0 (newest first), of the x_0 at `place`.
 
-        Algorithms 1 and 2 with B(h) = h for the prediction of x_0, the names as in appendix A; lambda = log(a / s).
+        Algorithms 1 and 2 with B(h) = h for predicted x_0; names as in appendix A; lambda = log(a / s).
         """
-        sigma = self.sigmas[place - order : place + 1].double().numpy()[::-1]  # s / a at the level to reach, at the one before, ...
+        sigma = self.sigmas[place - order : place + 1].double().numpy()[::-1]  # s / a at the target timestep, at the one before, ...
         a, lambdas = 1 / np.sqrt(1 + sigma**2), -np.log(sigma)
         h = lambdas[1] - lambdas[0]
         r = np.append((lambdas[2:] - lambdas[1]) / -h, 1.0)
@@ -284,7 +284,7 @@ class UniPC(UniPCMultistepScheduler):
             g.append(phi * factorial / h)
             factorial *= k + 1
             phi = phi / h - 1 / factorial
-        # The lowest orders are the paper's code's, which takes the limit for small h.
+        # For the lowest order the paper's code takes the limit of small h.
         rho = np.full(1, 0.5) if known == 1 else np.linalg.solve(np.vander(r[:known], known, increasing=True).T, g)
         on_differences = -a[0] * h * rho / r[:known]
         others = on_differences[: order - 1].tolist()
@@ -322,16 +322,16 @@ SCHEDULERS: dict[SchedulerName, tuple[type, dict[str, Any]]] = {
 }
 FLOW: tuple[SchedulerName, ...] = ("flow_euler", "flow_heun")
 SIGMA_SPACING_OPTIONS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"}
-KNOWN_TO_ALL = {"linear", "scaled_linear", "squaredcos_cap_v2"}  # names of betas; DDPMScheduler has more than the others
+COMMON_BETA_SCHEDULES = {"linear", "scaled_linear", "squaredcos_cap_v2"}  # of all diffusers schedulers; DDPMScheduler has more
 
 
 def default_scheduler(own: Any) -> SchedulerName:
-    """The solver for a model whose own scheduler is `own`, where none is named."""
+    """The name of the default solver for a model with the scheduler `own`."""
     return "flow_heun" if is_flow(own) else "unipc"
 
 
 def exported_scheduler(objective: ObjectiveConfig) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
-    """The scheduler that is saved with a trained model, over the schedule it was trained with: ancestral sampling, or a flow's."""
+    """The scheduler that is saved with a trained model and has its noise schedule: DDPM, or Euler for rectified flow."""
     schedule = make_schedule(objective)
     if objective.prediction_type == "flow":
         return FlowMatchEulerDiscreteScheduler(**schedule.diffusers)
@@ -340,16 +340,16 @@ def exported_scheduler(objective: ObjectiveConfig) -> DDPMScheduler | FlowMatchE
         prediction_type=objective.prediction_type,
         variance_type="learned_range" if objective.learn_sigma else objective.variance_type or "fixed_large",
         clip_sample=True,
-        # Stock schedulers take it over. With the others DDIMScheduler steps to timesteps that it then does not visit.
+        # Stock schedulers inherit this. With other spacings DDIMScheduler steps to timesteps that are not in its list.
         timestep_spacing="leading",
     )
 
 
 def strided_timesteps(T: int, steps: int) -> list[int]:
-    """Timesteps from 0 on with the smallest whole stride that gives so many, descending: `ddimN` of guided-diffusion.
+    """Descending timesteps 0, k, 2k, ... below T with the smallest stride k that gives `steps` of them: `ddimN` of guided-diffusion.
 
     Raises:
-        InputError: no stride gives just so many.
+        InputError: no stride gives exactly `steps` timesteps.
     """
     for stride in range(1, T):
         if len(range(0, T, stride)) == steps:
@@ -359,13 +359,13 @@ def strided_timesteps(T: int, steps: int) -> list[int]:
 
 
 def section_timesteps(T: int, counts: Sequence[int]) -> list[int]:
-    """Timesteps of T levels cut into equal sections, so many of each (the first, least noisy, first), descending.
+    """Descending timesteps from equal sections of 0..T - 1, `counts[k]` from section k (the least noisy section is first).
 
-    Where T cannot be divided, the first sections have a level more; in each, ends are included and the rest is equally
-    spaced, as with the lists of guided-diffusion.
+    If T is not divisible, the first sections have one timestep more. The timesteps of a section are equally spaced and include
+    its ends, as with the lists of guided-diffusion (`timestep_respacing`).
 
     Raises:
-        InputError: a section has fewer levels than it should give.
+        InputError: a section has fewer timesteps than its count.
     """
     chosen: list[int] = []
     start = 0
@@ -389,21 +389,21 @@ def make_scheduler(
     timesteps: Sequence[int] | None = None,
     clipping: Clipping | None = None,
 ) -> Any:
-    """The solver `name` for a model whose own scheduler is `own`, set to `steps` steps.
+    """Builds the solver `name` for a model and sets its timesteps.
 
     Args:
-        name: of `SCHEDULERS`.
-        own: what the model was saved with; its schedule and prediction type are taken over.
-        spacing: how the timesteps are spread.
-        steps: how many.
-        timesteps: the timesteps themselves, descending, in place of the two. Solvers that end at t = 0 need no call there:
-            they leave a last 0 out.
-        clipping: left out, ddpm and ddim bound x_0 as the model's own scheduler says; else nothing is bounded here, because
-            the pipeline does it, or nobody.
+        name: a key of `SCHEDULERS`.
+        own: the scheduler that the model was saved with; gives noise schedule and prediction type.
+        spacing: how the timesteps are spaced.
+        steps: the number of steps.
+        timesteps: descending timesteps, instead of spacing and steps. Solvers that end at t = 0 need no network evaluation
+            there and drop a last 0.
+        clipping: if None, ddpm and ddim clip x_0 as the model's own scheduler says; else the scheduler does not clip,
+            because the pipeline does.
 
     Raises:
-        InputError: a solver or spacing for another kind of model, more steps than noise levels, or a single step that would
-            start at the clean end.
+        InputError: solver or spacing do not fit the model, more steps than timesteps, or a single step that would start at
+            the clean end.
     """
     _refuse_other_models(name, own, spacing, timesteps)
     T = own.config.num_train_timesteps
@@ -445,25 +445,25 @@ def _refuse_other_models(name: SchedulerName, own: Any, spacing: Spacing, timest
 
 def _built(name: SchedulerName, own: Any, spacing: Spacing) -> Any:
     kind, changes = SCHEDULERS[name]
-    # Ways to place the steps that would silently win over the spacing asked for.
+    # These options would silently override `spacing`.
     config = {field: value for field, value in own.config.items() if field not in SIGMA_SPACING_OPTIONS}
     if config.get("variance_type") == "fixed_large_log":  # of which DDPMScheduler takes the root of a logarithm
         config["variance_type"] = "fixed_large"
     if name not in FLOW:
         changes = {"timestep_spacing": spacing, **changes}
-        if own.config.get("trained_betas") is None and own.config.get("beta_schedule") not in KNOWN_TO_ALL:
+        if own.config.get("trained_betas") is None and own.config.get("beta_schedule") not in COMMON_BETA_SCHEDULES:
             changes["trained_betas"] = own.betas.tolist()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # that "dpmsolver" will go in diffusers 1.0
         scheduler = kind.from_config(config, **changes)  # type: ignore[attr-defined]
-    if name in FLOW:  # it shifts its levels once more when steps are set, so the ends must be those before any shift
+    if name in FLOW:  # set_timesteps shifts the sigmas again, so the ends must be unshifted
         scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / own.config.num_train_timesteps
     return scheduler
 
 
 def set_timesteps(scheduler: Any, steps: int, timesteps: Sequence[int] | None = None) -> None:
-    """Sets a scheduler to `steps` steps, or to these timesteps. They stay on the CPU: tables are looked up there, and reading
-    a number back from a device would wait for it."""
+    """Sets a scheduler to `steps` steps, or to descending `timesteps`. They stay on the CPU, because schedulers index tables with
+    them there, and reading a value from a device would wait for it."""
     _require_timesteps(steps, timesteps)
     if timesteps is None:
         scheduler.set_timesteps(steps, device="cpu")

@@ -1,1 +1,1 @@
-"""From a model and seeds to image files."""
+"""Sampling: images from a model and seeds, and the image writer."""

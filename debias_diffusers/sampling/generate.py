@@ -1,4 +1,4 @@
-"""Seeds to images to files. Image k of seed s is drawn from its own generator, seeded with (s * 2654435761 + k) mod 2^32."""
+"""Samples images into a folder. Image k of seed s has its own generator, seeded with (s * 2654435761 + k) mod 2^32."""
 
 from __future__ import annotations
 
@@ -43,17 +43,14 @@ SEED_FACTOR = 2654435761  # 2^32 over the golden ratio: its multiples mod 2^32 l
 
 
 def image_seeds(seed: int, indices: Sequence[int]) -> list[int]:
-    """The seeds of the generators of the images of these indices, of which sets of different small seeds share none.
-
-    A torch CPU generator takes 32 bits.
-    """
+    """The seed (32 bits, as a torch CPU generator takes) of each image. Images of different small seeds share no generator seed."""
     return [(seed * SEED_FACTOR + k) % 2**32 for k in indices]
 
 
 def draw(pipeline: PixelPipeline, indices: Sequence[int], seed: int, labels: Sequence[int] | None = None, **options: Any) -> Tensor:
-    """The images of some indices in one batch, (B, C, H, W) uint8, each from a CPU generator of its own.
+    """Samples the images of some indices in one batch, (B, C, H, W) uint8, each from its own CPU generator.
 
-    So an image depends neither on its batch nor on its device. `labels` has one for each; `options` are the pipeline's.
+    So the noise of an image depends neither on its batch nor on the device. `labels` has B labels; `options` go to the pipeline.
     """
     generators = [torch.Generator().manual_seed(own) for own in image_seeds(seed, indices)]
     output: Any = pipeline(batch_size=len(indices), class_labels=labels, generator=generators, output_type="pt", **options)
@@ -62,13 +59,13 @@ def draw(pipeline: PixelPipeline, indices: Sequence[int], seed: int, labels: Seq
 
 
 def sample(config: SampleConfig) -> Path:
-    """Draws the images of a sampling command into its folder, over all processes, and returns the folder.
+    """Samples the images of a command into its folder, distributed over all processes, and returns the folder.
 
-    A folder that already holds some of them is completed.
+    Images that the folder already has are not sampled again.
 
     Raises:
         InputError: the model, its labels, or the folder do not fit the command.
-        RunInUseError: another command draws into the folder.
+        RunInUseError: another command writes into the folder.
     """
     if not config.output_dir and not (Path(config.model) / CHECKPOINTS).is_dir():
         raise InputError(f"output_dir is missing: {config.model} is no run directory; add --output_dir, such as samples")
@@ -94,37 +91,37 @@ def sample(config: SampleConfig) -> Path:
 
 
 def pinned_model(model: str, accelerator: Accelerator) -> str:
-    """A Hub id with its commit, the same in all processes; anything else as it is."""
+    """Adds the current commit to a Hub id, the same in all processes; returns a path unchanged."""
     return broadcast_from_first(lambda: client.pinned(model), accelerator) if hub_names.is_id(model) else model
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command, its model, and everything that the two decide together."""
+    """A sampling command with its model, and the settings that follow from both."""
 
     config: SampleConfig
     pipeline: PixelPipeline
-    name: str  # solver and steps
-    settings: dict[str, Any]  # all that decides what image k looks like
-    options: dict[str, Any]  # of the pipeline's call
+    name: str  # solver and steps, such as unipc-20
+    settings: dict[str, Any]  # everything on which image k depends
+    options: dict[str, Any]  # arguments of the pipeline's call
 
     def draw(self, indices: Sequence[int], **more: Any) -> Tensor:
-        """(B, C, H, W) uint8."""
+        """Samples the images of these indices, (B, C, H, W) uint8."""
         labels = self.labels(indices)
         return draw(self.pipeline, indices, self.config.seed, labels, **self.options, **more)
 
     def labels(self, indices: Sequence[int]) -> list[int] | None:
-        """Of the images of these indices; None where the model has no classes."""
-        every = self._in_turn
-        if not every:
+        """The label of each image; None for an unconditional model."""
+        cycle = self._label_cycle
+        if not cycle:
             return None
         if self.config.class_labels == "drawn":
-            return [every[int(uniform(0, "class label", own) * len(every))] for own in image_seeds(self.config.seed, indices)]
-        return [every[k % len(every)] for k in indices]
+            return [cycle[int(uniform(0, "class label", seed) * len(cycle))] for seed in image_seeds(self.config.seed, indices)]
+        return [cycle[k % len(cycle)] for k in indices]
 
     @cached_property
-    def _in_turn(self) -> list[int]:
-        """Labels to be repeated."""
+    def _label_cycle(self) -> list[int]:
+        """The labels that images get in turn, repeated."""
         wanted, pipeline = self.config.class_labels, self.pipeline
         if isinstance(wanted, tuple):
             return label_indices(wanted, None)
@@ -134,12 +131,12 @@ class Job:
 
 
 def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
-    """Loads the model of a command, sets its solver and puts it on a device.
+    """Loads the model of a command, sets its solver and moves it to a device.
 
     Args:
         config: the command.
         device: of the network.
-        step: of the run's checkpoint whose weights are taken; the exported ones, or the newest checkpoint's, if left out.
+        step: load the weights of the run's checkpoint at this step; if None, the exported weights or the newest checkpoint.
 
     Raises:
         InputError: there is no such model, or it does not fit the command.
@@ -163,12 +160,12 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
         "model_sha256": _fingerprint(pipeline, own),
     }
     if hub_names.is_id(config.model):
-        settings["model"] = config.model  # with its commit; a folder may be moved
-    if config.seed:  # the version before drew image k from seed + k, which for seed 0 is the same
+        settings["model"] = config.model  # with its commit. Not for a folder, which may be moved.
+    if config.seed:  # the first version seeded image k with seed + k, which is the same for seed 0
         settings["seed_factor"] = SEED_FACTOR
     _make_ready(pipeline, config, device)
     options = {field: getattr(config, field) for field in _OPTIONS} | {"num_inference_steps": steps, "timesteps": timesteps}
-    # As they will be read back, so that they can be compared: lists in place of tuples.
+    # As JSON gives them back (lists instead of tuples), so that they can be compared with a file.
     return Job(config, pipeline, f"{name}-{steps}", json.loads(json.dumps(settings)), options)
 
 
@@ -176,14 +173,14 @@ _OPTIONS = ("guidance_scale", "guidance_interval", "eta", "clipping", "clipping_
 _SETTINGS = (*_OPTIONS, "spacing", "seed", "class_labels", "dtype", "format")
 
 
-_warned = set[str]()  # models, of which several jobs may be made
+_warned = set[str]()  # models, because one command may make several jobs of a model
 
 
 def _warn_of_terminal_snr(model: str, own: Any) -> None:
-    """Says once that the schedule of a model does not end in noise; by the first process."""
+    """Warns once, in the first process, if a model's schedule does not have zero terminal SNR."""
     try:
         problem = terminal_snr_problem(schedule_of_scheduler(own))
-    except InputError:  # of a scheduler that does not tell its schedule
+    except InputError:  # the schedule of this scheduler is unknown
         return
     if problem and model not in _warned and os.environ.get("RANK", "0") == "0":
         say(f"warning: {model}: {problem}")
@@ -199,7 +196,7 @@ def _timesteps(config: SampleConfig, T: int) -> list[int] | None:
 
 
 def _class_labels(config: SampleConfig, pipeline: PixelPipeline) -> Any:
-    """The labels of a command: numbers in place of names, and balanced where the model cannot have them as the data."""
+    """The class_labels of a command with names as label indices, and "balanced" instead of "data" if class counts are unknown."""
     wanted = config.class_labels
     if wanted == "drawn" and not pipeline.num_classes:
         raise InputError("class_labels is drawn, but the model is unconditional; leave it out")
@@ -212,12 +209,12 @@ def _class_labels(config: SampleConfig, pipeline: PixelPipeline) -> Any:
 
 
 def trained_labels(pipeline: PixelPipeline) -> list[int]:
-    """Labels of the classes that a model had images of; of all where it does not say."""
+    """The labels of classes that the model was trained on; all labels if the model does not say."""
     return nonempty_classes(pipeline.class_counts or ()) or list(range(pipeline.num_classes))
 
 
 def _say_labels(config: SampleConfig, pipeline: PixelPipeline) -> None:
-    """What may be unexpected of the labels that were asked for."""
+    """Prints warnings about labels that are ambiguous or that the model was not trained on."""
     if not isinstance(config.class_labels, tuple):
         return
     names, counts = pipeline.class_names, pipeline.class_counts
@@ -228,16 +225,16 @@ def _say_labels(config: SampleConfig, pipeline: PixelPipeline) -> None:
 
 
 def open_model(model: str, weights: str = "ema", allow_pickle: bool = False, step: int | None = None) -> PixelPipeline:
-    """A model with the weights that are asked for: of a run, of a pipeline folder, or of a Hub id.
+    """Loads a model with the wanted weights, from a run, a pipeline folder or a Hub id.
 
     Args:
-        model: where it is.
-        weights: ema, raw, or a rate; of a model that is no run, a rate is a variant of its weights.
-        allow_pickle: as of `load_pipeline`.
-        step: of the run's checkpoint; the exported weights, or the newest checkpoint's, if left out.
+        model: path or Hub id.
+        weights: "ema", "raw", or an EMA rate; for a model that is not a run directory, a rate names a variant of its weights.
+        allow_pickle: as in `load_pipeline`.
+        step: load the run's checkpoint at this step; if None, the exported weights or the newest checkpoint.
 
     Raises:
-        InputError, HubError: as of `load_pipeline`; or it has no such weights.
+        InputError, HubError: as `load_pipeline`; or the model does not have these weights.
     """
     run = Path(model)
     if weights == "ema" and step is None:
@@ -252,7 +249,7 @@ def open_model(model: str, weights: str = "ema", allow_pickle: bool = False, ste
 
 
 def _load_weights(pipeline: PixelPipeline, run: Path, weights: str, step: int | None = None) -> None:
-    """Puts the raw or averaged weights of a checkpoint of a run (the newest, if no step is named) into the pipeline."""
+    """Loads the raw or averaged weights of a run's checkpoint (the newest if step is None) into the pipeline."""
     found = checkpoints.latest_valid(run / CHECKPOINTS)[0] if step is None else _checkpoint_at(run, step)
     if found is None:
         raise InputError(f"weights is {weights}, but {run} has no checkpoints; take --weights ema")
@@ -271,7 +268,7 @@ def _checkpoint_at(run: Path, step: int) -> checkpoints.Checkpoint:
 
 
 def _fingerprint(pipeline: PixelPipeline, own: Any) -> str:
-    """Of the weights and of the schedule that they were trained for."""
+    """A hash of the weights and of the model's own scheduler."""
     digest = hashlib.sha256(safetensors.torch.save(pipeline.unet.state_dict()))
     digest.update(own.to_json_string().encode())
     return digest.hexdigest()
@@ -279,38 +276,38 @@ def _fingerprint(pipeline: PixelPipeline, own: Any) -> str:
 
 def _make_ready(pipeline: PixelPipeline, config: SampleConfig, device: Any) -> None:
     pipeline.to(device)
-    if config.dtype != "float32":  # not by .to(), which diffusers warns of
+    if config.dtype != "float32":  # not by .to(), for which diffusers prints a warning
         pipeline.unet.bfloat16() if config.dtype == "bfloat16" else pipeline.unet.half()
-    if pipeline.unet.device.type == "cuda":  # the layout of its tensor cores; on a CPU no gain was measured
+    if pipeline.unet.device.type == "cuda":  # faster on tensor cores; on a CPU no gain was measured
         pipeline.unet.to(memory_format=torch.channels_last)
     if config.compile:
         pipeline.unet.compile()
 
 
-def _draw_into(album: SampleFolder, job: Job, accelerator: Accelerator) -> None:
-    """Draws what is missing: its batches are dealt to the processes in turn."""
-    lock = acquire_lock(album.folder) if accelerator.is_main_process else None
-    # The others must not look for themselves: files appear by now.
-    missing = broadcast_from_first(lambda: album.begin(_with_count(job.settings, album)), accelerator)
+def _draw_into(samples: SampleFolder, job: Job, accelerator: Accelerator) -> None:
+    """Samples the missing images; process r of n takes every n-th batch."""
+    lock = acquire_lock(samples.folder) if accelerator.is_main_process else None
+    # Only the first process lists the folder: files may appear while others list it.
+    missing = broadcast_from_first(lambda: samples.begin(_with_count(job.settings, samples)), accelerator)
     mine = list(_batches(missing, job.config))[accelerator.process_index :: accelerator.num_processes]
-    with ImageWriter(album) as writer, tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as progress:
+    with ImageWriter(samples) as writer, tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as progress:
         for indices in mine:
             writer.put(indices, job.draw(indices))
             progress.update(len(indices))
     accelerator.wait_for_everyone()
     if lock:
-        _finish(album, job)
+        _finish(samples, job)
         lock.close()
-    accelerator.wait_for_everyone()  # the others end when the folder is whole
+    accelerator.wait_for_everyone()  # no process ends before the folder is complete
 
 
-def _with_count(settings: dict[str, Any], album: SampleFolder) -> dict[str, Any]:
-    """A packed file cannot grow, so its length is a setting, too."""
-    return settings | ({"num_images": album.num_images} if album.kind == "npz" else {})
+def _with_count(settings: dict[str, Any], samples: SampleFolder) -> dict[str, Any]:
+    """Adds num_images for npz: an `.npz` file cannot grow."""
+    return settings | ({"num_images": samples.num_images} if samples.kind == "npz" else {})
 
 
 def _batches(missing: list[int], config: SampleConfig) -> Iterator[range]:
-    """Whole batches of consecutive indices in which something is missing: the same batches whatever was there before."""
+    """The batches of consecutive indices with a missing image. Their bounds do not depend on what is missing."""
     wanted = set(missing)
     for first in range(0, config.num_images, config.batch_size):
         indices = range(first, min(first + config.batch_size, config.num_images))
@@ -318,27 +315,27 @@ def _batches(missing: list[int], config: SampleConfig) -> Iterator[range]:
             yield indices
 
 
-def _finish(album: SampleFolder, job: Job) -> None:
-    every = range(album.num_images)
-    album.finish(job.labels(every), image_seeds(job.config.seed, every))
+def _finish(samples: SampleFolder, job: Job) -> None:
+    every = range(samples.num_images)
+    samples.finish(job.labels(every), image_seeds(job.config.seed, every))
     if job.config.trajectory:
-        write_file(album.folder / TRAJECTORY, images.png(_trajectory(job)))
-    where = album.folder / PACKED if album.kind == "npz" else album.folder
-    say(f"{album.num_images} images in {where}, a picture of them in {album.folder / GRID}")
+        write_file(samples.folder / TRAJECTORY, images.png(_trajectory(job)))
+    where = samples.folder / PACKED if samples.kind == "npz" else samples.folder
+    say(f"{samples.num_images} images in {where}, a picture of them in {samples.folder / GRID}")
 
 
 def _trajectory(job: Job) -> Any:
-    """For each of the first images a row of x_t and a row of the x_0 predicted from it, at up to ten stages."""
+    """A grid with two rows for each of the first images: x_t, and the predicted x_0, at up to ten timesteps."""
     calls = len(job.pipeline.scheduler.timesteps)
     stages = torch.linspace(0, calls - 1, min(calls, TRAJECTORY_STEPS)).round().int().tolist()
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def look(_: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
+    def record(_: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
         if step in stages:
             seen.append((tensors["x_t"].cpu(), tensors["x_0"].cpu()))
 
     indices = range(min(job.config.num_images, TRAJECTORY_IMAGES))
-    job.draw(indices, callback_on_step_end=look, callback_on_step_end_tensor_inputs=("x_t", "x_0"))
+    job.draw(indices, callback_on_step_end=record, callback_on_step_end_tensor_inputs=("x_t", "x_0"))
     rows = [stage[kind][k] for k in indices for kind in (0, 1) for stage in seen]
     pixels = [((row / 2 + 0.5).clamp(0, 1) * 255).round().byte().numpy() for row in rows]
     return images.grid([images.from_array(array) for array in pixels], columns=len(stages))

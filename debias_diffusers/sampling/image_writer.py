@@ -1,4 +1,4 @@
-"""A folder of drawn images: which are there, with what they were drawn, and how they are written."""
+"""Image writer: a folder of samples (PNG, WebP or one `.npz`), its settings, and threads that encode and write."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ..utils.files import atomic_write, read_file, remove, remove_temporary_file
 
 GRID_IMAGES = 100
 PNG_END = b"IEND\xaeB`\x82"
-WRITER_THREADS = min(8, os.cpu_count() or 1)  # threads; more of them would only take turns on the interpreter with the drawing
-MAX_PENDING_BATCHES = 2  # to be written, before drawing waits for them
+WRITER_THREADS = min(8, os.cpu_count() or 1)  # threads that encode; more would compete with sampling for the interpreter lock
+MAX_PENDING_BATCHES = 2  # batches that wait to be written before sampling waits for them
 
 ENCODERS: dict[ImageFormat, tuple[str, Callable[[Image.Image], bytes]]] = {
     "png": (".png", images.png),
@@ -33,7 +33,7 @@ ENCODERS: dict[ImageFormat, tuple[str, Callable[[Image.Image], bytes]]] = {
 
 
 class SampleFolder:
-    """The images 0 .. num_images - 1 in a folder: files of their own, or at last one `.npz`."""
+    """A folder with the images 0 .. num_images - 1, as files or, when all are sampled, one `.npz`."""
 
     def __init__(self, folder: Path, kind: ImageFormat, num_images: int) -> None:
         self.folder = folder
@@ -43,14 +43,14 @@ class SampleFolder:
         self.suffix, self._encoded = ENCODERS[kind]
 
     def name(self, k: int) -> str:
-        """Of the file of image k."""
+        """The file name of image k."""
         return f"{k:06d}{self.suffix}"
 
     def begin(self, settings: dict[str, Any]) -> list[int]:
-        """Makes the folder that of these settings and returns the images that are not there whole. Only for one process.
+        """Prepares the folder for images with these settings and returns the indices of missing images. Call it in one process only.
 
         Raises:
-            InputError: it holds other files, images of other settings, or more of them.
+            InputError: the folder has other files, images with other settings, or more images.
         """
         remove_temporary_files(self.folder)
         remove_temporary_files(self.files)
@@ -68,7 +68,7 @@ class SampleFolder:
         return [k for k, name in enumerate(wanted) if name not in found or not is_complete(found[name])]
 
     def _is_packed(self) -> bool:
-        """Whether all is done. A packed file that is damaged is drawn again; what lay in wait for a sound one is left over."""
+        """Whether a complete `.npz` exists. Removes a damaged one, or the leftover parts of a complete one."""
         packed = self.folder / PACKED
         if not packed.exists():
             return False
@@ -100,20 +100,20 @@ class SampleFolder:
             raise InputError(f"output_dir {self.folder} holds images of other settings ({'; '.join(changed)}); name another --output_dir")
 
     def write(self, k: int, array: np.ndarray) -> None:
-        """Image k, (C, H, W) uint8; whole or absent after a kill. After a power cut `begin` finds those that are not."""
+        """Writes image k, (C, H, W) uint8, atomically but without fsync: after a power cut `begin` finds damaged files."""
         write_file(self.files / self.name(k), self._encoded(images.from_array(array)), fsync=False)
 
     def read(self, k: int) -> Image.Image:
-        """Image k as it was written.
+        """Reads image k.
 
         Raises:
-            InputError: it is not there, or damaged.
+            InputError: it is missing or damaged.
         """
         path = self.files / self.name(k)
         return images.decode(read_file(path), str(path))
 
     def finish(self, labels: Sequence[int] | None, seeds: Sequence[int]) -> None:
-        """What makes the folder a data set (metadata, or the one file), and a picture of the first images."""
+        """Writes the grid of the first images, and metadata.jsonl or the `.npz` file, which make the folder a data set."""
         if (self.folder / PACKED).exists():
             return
         first = [self.read(k) for k in range(min(self.num_images, GRID_IMAGES))]
@@ -125,7 +125,7 @@ class SampleFolder:
         write_file(self.folder / METADATA, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def _pack(self, labels: Sequence[int] | None) -> None:
-        """`arr_0` (N, H, W, C) uint8 and `arr_1` (N,) labels, one image in memory at a time."""
+        """Writes `arr_0` (N, H, W, C) uint8 and `arr_1` (N,) int64 labels, with one image in memory at a time."""
         first = _channels_last(self.read(0))
         with atomic_write(self.folder / PACKED) as file, zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
@@ -141,7 +141,7 @@ class SampleFolder:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a file ends as its format does; without decoding, for a folder may hold many."""
+    """Whether the end of a file is valid for its format. Does not decode, because a folder may have many files."""
     if path.suffix == ".npz":
         try:
             with zipfile.ZipFile(path) as archive:
@@ -158,7 +158,7 @@ def is_complete(path: Path) -> bool:
 
 
 def require_sample_folder(folder: Path) -> None:
-    """Raises InputError where images cannot go, because somebody's other files lie there. Nothing is written."""
+    """Raises InputError if a folder has other files, or is not a folder. Writes nothing."""
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         kind = "a file" if folder.exists() else "a link to nowhere"
         raise InputError(f"output_dir {folder} is {kind}; name a new or empty folder")
@@ -174,10 +174,10 @@ def _channels_last(image: Image.Image) -> np.ndarray:
 
 
 class ImageWriter:
-    """Encodes and writes batches of images beside what the caller does; what goes wrong is raised in a later call, or at the end."""
+    """Encodes and writes batches of images in background threads. Errors are raised by a later call or at the end."""
 
-    def __init__(self, album: SampleFolder) -> None:
-        self.album = album
+    def __init__(self, samples: SampleFolder) -> None:
+        self.samples = samples
         self._pool = ThreadPoolExecutor(max_workers=WRITER_THREADS)
         self._waiting: deque[list[Future[None]]] = deque()
 
@@ -185,14 +185,14 @@ class ImageWriter:
         return self
 
     def put(self, indices: Sequence[int], batch: Any) -> None:
-        """Images (B, C, H, W) uint8, a tensor on any device."""
+        """Queues images (B, C, H, W) uint8, a tensor on any device, and their B indices."""
         fetched = self._pool.submit(lambda: batch.cpu().numpy())
         self._waiting.append([self._pool.submit(self._write, k, fetched, place) for place, k in enumerate(indices)])
         while len(self._waiting) > MAX_PENDING_BATCHES:
             self._wait_for_the_oldest()
 
     def _write(self, k: int, fetched: Future[np.ndarray], place: int) -> None:
-        self.album.write(k, fetched.result()[place])
+        self.samples.write(k, fetched.result()[place])
 
     def _wait_for_the_oldest(self) -> None:
         for done in self._waiting.popleft():
@@ -204,4 +204,4 @@ class ImageWriter:
             return
         while self._waiting:
             self._wait_for_the_oldest()
-        os.sync()  # once for all images: to wait for each takes longer than to encode it
+        os.sync()  # once for all images: an fsync of each takes longer than encoding it

@@ -101,8 +101,8 @@ def be_killed_at(folder, least):
     """In a process that draws: a thread that writes images kills it when so many are there, wherever the others are."""
     write = SampleFolder.write
 
-    def last(album, k, array):
-        write(album, k, array)
+    def last(samples, k, array):
+        write(samples, k, array)
         if len(list(folder.glob("0*.png"))) >= least:
             os.kill(os.getpid(), signal.SIGKILL)
 
