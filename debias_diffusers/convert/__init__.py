@@ -1,1 +1,1 @@
-"""Checkpoints of guided-diffusion to pipelines, and back."""
+"""Converts checkpoints of guided-diffusion to pipelines, and back."""

@@ -1,4 +1,4 @@
-"""Checkpoints of guided-diffusion (the paper's code, ADM, P2, Min-SNR) to pipelines, and back: commands, flags and files."""
+"""Converts checkpoints of guided-diffusion (the paper's code, ADM, P2, Min-SNR) to pipelines, and back: commands, flags, files."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ from .state_dicts import (
     whole_number,
 )
 
-# Flags of the reference that look like those that matter here, but are others.
+# Flags of guided-diffusion that resemble those in DEFAULT_FLAGS, but are not misspelt.
 _OTHER_FLAGS = {"classifier_resblock_updown", "classifier_use_scale_shift_norm", "classifier_attention_resolutions"}
 
 
-_YES, _NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")  # as the reference reads them
+_YES, _NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")  # as guided-diffusion reads them
 
 
 def read_flags(text: str) -> dict[str, Any]:
-    """The reference's flags, from a JSON file or as they were typed: `--image_size 256 --learn_sigma True`.
+    """Flags of guided-diffusion, from a JSON file or from text such as `--image_size 256 --learn_sigma True`.
 
     Raises:
-        InputError: not readable, a value of the wrong kind, or a name that is an abbreviation or looks like a misspelt one.
+        InputError: unreadable, a value of the wrong type, or a name that is abbreviated or looks misspelt.
     """
     given = _flags_of_file(text) if text.lower().endswith(".json") else _typed_flags(text)
     for name in given:
@@ -112,16 +112,16 @@ def _as(kind: type, name: str, value: Any) -> Any:
 
 
 def read_state(path: str) -> State:
-    """The state dict of a `.pt` file, read without running anything that is in it.
+    """The state dict of a `.pt` file, read with weights_only=True, so that no code in it runs.
 
     Raises:
-        InputError: the file is missing, damaged, or holds anything but tensors.
+        InputError: the file is missing, damaged, or contains anything but tensors.
     """
     cannot = f"{path or 'the empty name'} cannot be read as a file of weights"
     try:
         damaged = _damaged_part(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of how a file was written
+            warnings.simplefilter("ignore")  # torch warns about old file formats
             state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file may provoke any
         raise InputError(f"{cannot}: {_why_unreadable(error)}") from error
@@ -133,17 +133,17 @@ def read_state(path: str) -> State:
 
 
 def _damaged_part(path: str) -> str | None:
-    """The part of a zip, as torch writes it, that is not as it was written. torch itself does not look."""
+    """The name of the first damaged member of a zip file as torch.save writes it; None if all match. torch checks no checksums."""
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as file:
-        without_checksums = not any(part.CRC for part in file.infolist())  # as torch.serialization.set_crc32_options(False) leaves it
+        without_checksums = not any(part.CRC for part in file.infolist())  # after torch.serialization.set_crc32_options(False)
         return None if without_checksums else file.testzip()
 
 
 def _why_unreadable(error: Exception) -> str:
     text = reason(error)
-    if "weights_only" in text:  # torch's text advises to run what is in the file
+    if "weights_only" in text:  # torch's message advises to run the code in the file
         found = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
         what = f"it holds more than tensors ({found[1]})" if found else "it holds more than tensors, or is damaged"
         return f"{what}; who made it can save its state dict alone"
@@ -151,23 +151,30 @@ def _why_unreadable(error: Exception) -> str:
 
 
 def guided(model: str, flags: str, out: str) -> None:
-    """Writes a pipeline folder from a checkpoint of guided-diffusion.
+    """Converts a checkpoint of guided-diffusion to a pipeline folder.
 
     Args:
         model: the `.pt` file.
-        flags: those that it was trained with, a .json file or as typed. `image_size` and one of the heads' must be given; what the
-            weights tell may be left out; all others have the reference's defaults, which is said.
+        flags: the flags of its training, a .json file or as typed. `image_size` and the number or width of heads are required;
+            flags that the weights determine are optional; others have the defaults of guided-diffusion, which are printed.
         out: a new or empty folder.
 
     Raises:
-        InputError: a file cannot be read, weights and flags contradict each other, or UNet2DModel cannot express the network.
+        InputError: a file cannot be read, weights and flags conflict, or UNet2DModel does not support the network.
     """
     given, folder = read_flags(flags), _new_folder(out)
     raise_all(_missing(given), "flags")
     values = {**DEFAULT_FLAGS, **given}
     try:
         unet = _network(model, given, values)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:  # of weights in odd shapes
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:  # for weights with unexpected shapes
         why = f"{error} is missing" if isinstance(error, KeyError) else reason(error)
         raise InputError(f"{model} holds no UNet of guided-diffusion as its flags say: {why}") from error
     scheduler = exported_scheduler(_objective(values, unet.config.out_channels > unet.config.in_channels))
@@ -176,7 +183,7 @@ def guided(model: str, flags: str, out: str) -> None:
     names = ("use_new_attention_order", "noise_schedule", "diffusion_steps", "predict_xstart", "predict_v")
     if assumed := [f"{name} {values[name]}" for name in names if name not in given]:
         say(f"assumed, as the reference does where flags are left out: {', '.join(assumed)}")
-    if values["predict_xstart"]:  # The weights of both targets have the same shapes, so they cannot tell.
+    if values["predict_xstart"]:  # the weights do not show it: both prediction types have the same shapes
         say(
             "flag predict_xstart is True: check that the network was trained with it and not only sampled with it (the README of the "
             "paper's code samples a network trained for noise so); if it was trained without, convert again with predict_xstart False"
@@ -185,7 +192,7 @@ def guided(model: str, flags: str, out: str) -> None:
 
 
 def _missing(given: Mapping[str, Any]) -> list[str]:
-    """Flags that neither the weights tell nor the reference's defaults are safe for."""
+    """Required flags that are missing: the weights do not determine them, and their defaults are not safe."""
     found = []
     if given.get("image_size", 0) < 1:
         found.append("image_size is missing, and the weights do not tell it; add it, such as --image_size 256")
@@ -195,7 +202,7 @@ def _missing(given: Mapping[str, Any]) -> list[str]:
 
 
 def _network(model: str, given: Mapping[str, Any], values: Mapping[str, Any]) -> UNet2DModel:
-    """The network of a checkpoint, checked against the flags that were given; `values` are these over the reference's defaults."""
+    """The network of a checkpoint. `given` are the user's flags, `values` these with the defaults of guided-diffusion."""
     state = read_state(model)
     raise_all(state_problems(state), f"{model} holds no UNet of guided-diffusion")
     shape = infer_shape(state)
@@ -212,9 +219,9 @@ def _network(model: str, given: Mapping[str, Any], values: Mapping[str, Any]) ->
 def _new_folder(out: str) -> Path:
     try:
         folder = Path(out).resolve()
-        # A draft is what a conversion that was killed has left.
+        # Temporary files of a killed conversion do not count.
         free = not folder.exists() or (folder.is_dir() and not user_files(folder))
-    except (OSError, RuntimeError, ValueError) as error:  # of a loop of links, among others
+    except (OSError, RuntimeError, ValueError) as error:  # for a loop of links, among others
         raise InputError(f"{out!r:.80} cannot be a folder ({reason(error)}); name a new or empty one") from error
     if not (out and free):
         raise InputError(
@@ -224,7 +231,7 @@ def _new_folder(out: str) -> Path:
 
 
 def _load(unet: UNet2DModel, weights: State, model: str) -> None:
-    """Raises InputError where a weight is missing, unknown, of another shape, or not finite."""
+    """Loads a state dict. Raises InputError if a weight is missing, unknown, of another shape, or not finite."""
     try:
         unet.load_state_dict(weights)
     except RuntimeError as error:
@@ -233,10 +240,10 @@ def _load(unet: UNet2DModel, weights: State, model: str) -> None:
 
 
 def _objective(flags: Mapping[str, Any], learn_sigma: bool) -> ObjectiveConfig:
-    """What the reference trained, as far as samplers need it.
+    """The objective of the checkpoint, as far as a scheduler needs it.
 
     Raises:
-        InputError: a schedule that the reference does not have.
+        InputError: a noise schedule that guided-diffusion does not have.
     """
     if flags["noise_schedule"] not in ("linear", "cosine"):
         raise InputError(f"flag noise_schedule is {flags['noise_schedule']!r}, but the reference has linear and cosine only")
@@ -245,7 +252,7 @@ def _objective(flags: Mapping[str, Any], learn_sigma: bool) -> ObjectiveConfig:
     prediction_type: PredictionType = "sample" if flags["predict_xstart"] else "v_prediction" if flags["predict_v"] else "epsilon"
     objective = ObjectiveConfig(
         prediction_type=prediction_type,
-        weighting="constant",  # which no sampler asks for
+        weighting="constant",  # not used by schedulers
         noise_schedule=flags["noise_schedule"],
         num_train_timesteps=flags["diffusion_steps"],
         learn_sigma=learn_sigma,
@@ -255,34 +262,34 @@ def _objective(flags: Mapping[str, Any], learn_sigma: bool) -> ObjectiveConfig:
 
 
 def _save(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """A new folder is whole or absent; one that is there keeps its owner and mode and becomes a model with its last file."""
-    draft = temporary_path(folder / "pipeline" if folder.exists() else folder)
+    """Writes a new folder atomically. An existing folder keeps its owner and mode; model_index.json is written last."""
+    temporary = temporary_path(folder / "pipeline" if folder.exists() else folder)
     with translate_write_errors(folder):
         try:
             remove_temporary_files(folder) if folder.exists() else remove_old_temporary_files(folder.parent)
-            pipeline.save_pretrained(draft, safe_serialization=True)
+            pipeline.save_pretrained(temporary, safe_serialization=True)
             if folder.exists():
-                for path in sorted(draft.iterdir(), key=lambda path: path.name == "model_index.json"):
+                for path in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
                     os.replace(path, folder / path.name)
             else:
-                os.replace(draft, folder)
+                os.replace(temporary, folder)
         finally:
-            remove(draft)
+            remove(temporary)
 
 
-# ---- the way back ----------------------------------------------------------------------------------------------------
+# ---- export to guided-diffusion --------------------------------------------------------------------------------------
 
 
 def export(model: str, out: str, allow_pickle_import: bool = False) -> None:
-    """Writes the network of a pipeline as a state dict that guided-diffusion loads, and its flags beside it.
+    """Writes the network of a pipeline as a state dict that guided-diffusion loads, and its flags as JSON.
 
     Args:
         model: a run directory, a pipeline folder or a Hub id.
-        out: the `.pt` file; `OUT.flags.json` gets the flags.
-        allow_pickle_import: take a model that has .bin weights only.
+        out: the `.pt` file; the flags go to `OUT.flags.json`.
+        allow_pickle_import: also accept a model with .bin weights only.
 
     Raises:
-        InputError: guided-diffusion has no such network, target or schedule.
+        InputError: guided-diffusion does not support the network, prediction type or noise schedule.
     """
     flags_file = Path(f"{out}.flags.json")
     _require_new_file(out, str(flags_file))
@@ -297,7 +304,7 @@ def export(model: str, out: str, allow_pickle_import: bool = False) -> None:
         attends=tuple("Attn" in name for name in unet.config.down_block_types),
         updown=unet.config.downsample_type == "resnet",
     )
-    raise_all(_foreign(unet, own, shape), f"{model} cannot be exported")
+    raise_all(_unsupported_by_guided_diffusion(unet, own, shape), f"{model} cannot be exported")
     state = to_guided(unet.state_dict(), shape, unet.config.attention_head_dim)
     size = unet.config.sample_size
     flags = {
@@ -317,7 +324,7 @@ def export(model: str, out: str, allow_pickle_import: bool = False) -> None:
     try:
         write_file(Path(out), box.getvalue())
     except BaseException:
-        flags_file.unlink(missing_ok=True)  # both or none, so that the same command can be repeated
+        flags_file.unlink(missing_ok=True)  # else the same command would refuse to replace it
         raise
     say(f"{out}: load it with the flags in {flags_file}")
 
@@ -332,8 +339,8 @@ def _require_new_file(*paths: str) -> None:
             raise InputError(f"{path} is there already; name a new file, such as model.pt")
 
 
-def _foreign(unet: UNet2DModel, own: Any, shape: Shape) -> list[str]:
-    """What guided-diffusion does not have."""
+def _unsupported_by_guided_diffusion(unet: UNet2DModel, own: Any, shape: Shape) -> list[str]:
+    """What guided-diffusion does not support, one sentence each."""
     found, config = [], unet.config
     told = {
         "use_scale_shift_norm": config.resnet_time_scale_shift == "scale_shift",
@@ -369,9 +376,9 @@ def _foreign(unet: UNet2DModel, own: Any, shape: Shape) -> list[str]:
 
 
 def _schedule_name(own: Any) -> str | None:
-    """The reference's name of a scheduler's schedule, if it has one."""
+    """The name of a scheduler's noise schedule in guided-diffusion; None if it has none."""
     table, T = schedule_of_scheduler(own).alphas_cumprod, own.config.num_train_timesteps
-    if len(table) != T:  # betas of its own, of another number
+    if len(table) != T:  # custom betas, not T of them
         return None
     for name in ("linear", "cosine"):
         theirs = make_schedule(ObjectiveConfig(noise_schedule=name, num_train_timesteps=T)).alphas_cumprod

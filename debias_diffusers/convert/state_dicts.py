@@ -1,8 +1,8 @@
-"""The networks of guided-diffusion and UNet2DModel: names, shapes and weights of one as those of the other. No files.
+"""Converts state dicts between guided-diffusion and UNet2DModel: names, shapes and weights. Reads no files.
 
-The reference's state dicts name blocks by their place, `input_blocks.K`, `middle_block.K`, `output_blocks.K`. The weights tell channels,
-levels, blocks, attention, classes, learned variance, updown and scale-shift; flags are needed for what they do not: the size of
-an attention head, the order of its weights, the size of images, schedule and target.
+"The reference" is guided-diffusion. Its state dicts number the blocks: `input_blocks.K`, `middle_block.K`, `output_blocks.K`. The weights
+determine channels, levels, blocks, attention, classes, learned variance, updown and scale-shift. Flags are needed for the rest: the width
+of an attention head, the order of its weights, the image size, the noise schedule and the prediction type.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..tasks.unet import unet_config
 
 State = dict[str, Tensor]
 
-# The reference's defaults of the flags that decide what its weights mean. All others are about training or sampling.
+# Default values of the flags that describe the network, its schedule and its prediction type. Other flags are for training or sampling.
 DEFAULT_FLAGS: dict[str, Any] = {
     "image_size": 64,
     "num_channels": 128,
@@ -66,7 +66,7 @@ _ENDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What decides the names of a network's weights."""
+    """The structure of a network, as far as the names of its weights depend on it."""
 
     widths: tuple[int, ...]  # channels of each level
     blocks: int  # residual blocks of each level on the way down; one more on the way up
@@ -75,9 +75,9 @@ class Shape:
 
 
 def module_names(shape: Shape) -> Iterator[tuple[str, str]]:
-    """(name in UNet2DModel, name in guided-diffusion) of every layer with weights, but for the parts of attention.
+    """Yields (name in UNet2DModel, name in guided-diffusion) for every module with weights.
 
-    An attention layer itself is yielded as (its name, its name); its weights differ in more than their names.
+    An attention layer is yielded as a whole, without its sub-modules, because its weights differ in more than their names.
     """
     yield from _ENDS.items()
     levels = len(shape.widths)
@@ -128,22 +128,23 @@ def is_attention(name: str) -> bool:
 
 
 def split_qkv(qkv: Tensor, heads: int, new_order: bool) -> list[Tensor]:
-    """Query, key and value (C, ...) from their joint weight (3 C, ...): three chunks, or interleaved head by head."""
+    """Splits a joint weight (3 C, ...) into query, key and value (C, ...): three chunks (`new_order`), or interleaved by head."""
     if new_order:
         return list(qkv.chunk(3))
     return [part.reshape(-1, *qkv.shape[1:]) for part in qkv.view(heads, 3, -1, *qkv.shape[1:]).unbind(1)]
 
 
 def join_qkv(parts: list[Tensor], heads: int) -> Tensor:
-    """The joint weight (3 C, ...) in the reference's default order, head by head."""
+    """Joins query, key and value (C, ...) to a weight (3 C, ...), interleaved by head, the reference's default order."""
     return torch.stack([part.view(heads, -1, *part.shape[1:]) for part in parts], dim=1).reshape(-1, *parts[0].shape[1:])
 
 
 def from_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int, new_order: bool) -> State:
-    """A state dict of guided-diffusion under the names of UNet2DModel.
+    """Converts a state dict of guided-diffusion to UNet2DModel (float32). A head has `head_dim` channels.
 
     Raises:
-        ValueError: it has weights that such a network does not have. (KeyError: it lacks one of attention.)
+        ValueError: the state dict has weights that such a network does not have.
+        KeyError: a weight of an attention layer is missing.
     """
     rest = {name: value.float() for name, value in state.items()}
     result: State = {}
@@ -158,7 +159,7 @@ def from_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int, new_or
                 result[f"{ours}.to_out.0.{kind}"] = out.flatten(1) if kind == "weight" else out
         else:
             for kind in ("weight", "bias"):
-                if f"{theirs}.{kind}" in rest:  # labels have no bias, and only some blocks a skip connection
+                if f"{theirs}.{kind}" in rest:  # the class embedding has no bias; only some blocks have a skip connection
                     result[f"{ours}.{kind}"] = rest.pop(f"{theirs}.{kind}")
     if rest:
         raise ValueError(f"{min(rest):.80} is no weight of the network that the others make")
@@ -166,7 +167,7 @@ def from_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int, new_or
 
 
 def to_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int) -> State:
-    """A state dict of UNet2DModel under the names of guided-diffusion, in its default order of attention."""
+    """Converts a state dict of UNet2DModel to guided-diffusion, with its default order of attention weights."""
     result: State = {}
     for ours, theirs in module_names(shape):
         if is_attention(ours):
@@ -174,7 +175,7 @@ def to_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int) -> State
                 parts = [state[f"{ours}.to_{letter}.{kind}"] for letter in "qkv"]
                 qkv, out = join_qkv(parts, len(parts[0]) // head_dim), state[f"{ours}.to_out.0.{kind}"]
                 result[f"{theirs}.norm.{kind}"] = state[f"{ours}.group_norm.{kind}"]
-                result[f"{theirs}.qkv.{kind}"] = qkv[..., None] if kind == "weight" else qkv  # a convolution over places
+                result[f"{theirs}.qkv.{kind}"] = qkv[..., None] if kind == "weight" else qkv  # a 1d convolution in the reference
                 result[f"{theirs}.proj_out.{kind}"] = out[..., None] if kind == "weight" else out
         else:
             result |= {f"{theirs}.{kind}": state[f"{ours}.{kind}"] for kind in ("weight", "bias") if f"{ours}.{kind}" in state}
@@ -182,7 +183,7 @@ def to_guided(state: Mapping[str, Tensor], shape: Shape, head_dim: int) -> State
 
 
 def state_problems(state: Mapping[Any, Tensor]) -> list[str]:
-    """Why this is no state dict of a UNet of guided-diffusion, as far as names and kinds of numbers tell."""
+    """Why this is not a state dict of a UNet of guided-diffusion, judged by names and dtypes; at most one sentence."""
     if odd := [name for name in state if not isinstance(name, str)]:
         return [f"it has {odd[0]!r:.80} in place of a name"]
     if wrapped := [name for name in state if name.endswith(f".{_FIRST}")]:
@@ -193,7 +194,7 @@ def state_problems(state: Mapping[Any, Tensor]) -> list[str]:
         return [f"it has no output_blocks, but names such as {next(iter(state)):.80}"]
     if gaps := set(range(len(places))) - set(places):
         return [f"output_blocks.{min(gaps)} is missing"]
-    # Whole numbers are no weights, and of double precision half would be lost.
+    # Integers are not weights, and float64 would lose half of its precision.
     kinds = (torch.float32, torch.float16, torch.bfloat16)
     return [
         f"{name:.80} is {value.dtype}, but weights must be float32, float16 or bfloat16; save them so"
@@ -203,12 +204,12 @@ def state_problems(state: Mapping[Any, Tensor]) -> list[str]:
 
 
 def _places(state: Mapping[str, Tensor]) -> list[int]:
-    """The K of output_blocks.K."""
+    """The sorted numbers K of `output_blocks.K`."""
     return sorted({int(found[1]) for name in state if (found := re.match(r"output_blocks\.(\d{1,4})\.", name))})
 
 
 def size_problems(shape: Shape, image_size: int) -> list[str]:
-    """Images that the levels cannot halve: the reference fails on them, too."""
+    """A sentence if the levels cannot halve images of this size (pixels); the reference fails on them, too."""
     halvings = len(shape.widths) - 1
     if image_size >= 1 and image_size % 2**halvings == 0:
         return []
@@ -217,28 +218,28 @@ def size_problems(shape: Shape, image_size: int) -> list[str]:
 
 
 def infer_shape(state: Mapping[str, Tensor]) -> Shape:
-    """What weights tell in which `state_problems` finds nothing.
+    """The structure of a network from a state dict without `state_problems`.
 
     Raises:
-        KeyError, TypeError, ValueError: they are not of a UNet of guided-diffusion all the same.
+        KeyError, TypeError, ValueError: it is not a UNet of guided-diffusion nevertheless.
     """
     places = _places(state)
-    # The last block of every level but the finest makes images larger, in a part of its own.
+    # The last block of every level but the finest ends with a module that doubles the resolution.
     attention = {place: f"output_blocks.{place}.1.qkv.weight" in state for place in places}
     ends = [place for place in places if _resizes(state, place, attention[place])]
     blocks = (ends[0] if ends else places[-1]) + 1
     levels = len(ends) + 1
     if len(places) != blocks * levels:
         raise ValueError(f"its {len(places)} output_blocks make no {levels} levels of {blocks}")
-    firsts = [1 + level * blocks for level in range(levels)]  # blocks - 1 of them and one that resizes, on the way down
+    firsts = [1 + level * blocks for level in range(levels)]  # on the way down: blocks - 1 residual blocks and one that resizes
     widths = tuple(len(state[f"input_blocks.{place}.0.out_layers.3.bias"]) for place in firsts)
     updown = bool(ends) and f"output_blocks.{ends[0]}.{1 + attention[ends[0]]}.in_layers.0.weight" in state
     attends = tuple(attention[blocks * (levels - 1 - level)] for level in range(levels))
     return Shape(widths=widths, blocks=blocks - 1, attends=attends, updown=updown)
 
 
-def _attending_sides(shape: Shape, image_size: int) -> tuple[int, ...]:
-    """The sides of the images in levels with attention."""
+def _attention_resolutions(shape: Shape, image_size: int) -> tuple[int, ...]:
+    """The resolutions (pixels) of the levels with attention."""
     return tuple(image_size // 2**level for level, attends in enumerate(shape.attends) if attends)
 
 
@@ -247,18 +248,18 @@ def _resizes(state: Mapping[str, Tensor], place: int, attends: bool) -> bool:
     return f"{last}.conv.weight" in state or f"{last}.in_layers.0.weight" in state
 
 
-# ---- what weights and flags tell ------------------------------------------------------------------------------------
+# ---- flags from weights ---------------------------------------------------------------------------------------------
 
 
 def flags_from_weights(state: Mapping[str, Tensor], shape: Shape, image_size: int) -> dict[str, Any]:
-    """The flags that the weights tell, for images of a size."""
+    """The flags that the weights determine, for images of `image_size` pixels."""
     base, classes = shape.widths[0], state.get("label_emb.weight")
     return {
         "num_channels": base,
         "channel_mult": ",".join(f"{width / base:g}" for width in shape.widths),
         "num_res_blocks": shape.blocks,
-        # Without any, a side that no level has: the reference cannot read an empty list.
-        "attention_resolutions": ",".join(map(str, _attending_sides(shape, image_size) or (2 * image_size,))),
+        # Without attention, a resolution that no level has, because the reference cannot parse an empty list.
+        "attention_resolutions": ",".join(map(str, _attention_resolutions(shape, image_size) or (2 * image_size,))),
         "class_cond": classes is not None,
         "num_classes": DEFAULT_FLAGS["num_classes"] if classes is None else len(classes),
         "use_scale_shift_norm": len(state["input_blocks.1.0.emb_layers.1.bias"]) == 2 * base,
@@ -271,10 +272,10 @@ WHOLE_NUMBER = "a whole number of at most six digits"
 
 
 def whole_number(text: str) -> int:
-    """Of a flag. No flag means anything beyond six digits, but what is computed from it could take all memory.
+    """Parses a flag of at most six digits; a larger value could make the network fill all memory.
 
     Raises:
-        ValueError: it is none.
+        ValueError: not such a number.
     """
     if not re.fullmatch(r"-?\d{1,6}", text):
         raise ValueError(f"{text!r:.60} is not {WHOLE_NUMBER}")
@@ -282,7 +283,7 @@ def whole_number(text: str) -> int:
 
 
 def _whole_numbers(name: str, flags: Mapping[str, Any]) -> list[int]:
-    """Of a list such as "1, 2,2"."""
+    """Parses a list such as "1, 2,2"."""
     text = flags.get(name, "")
     try:
         return [whole_number(part.strip()) for part in text.split(",") if part.strip()]
@@ -290,8 +291,8 @@ def _whole_numbers(name: str, flags: Mapping[str, Any]) -> list[int]:
         raise InputError(f"flag {name} is {text!r:.60}, but must be whole numbers with commas, such as 1,2,2") from error
 
 
-def _said_to_attend(flags: Mapping[str, Any], levels: int) -> list[int]:
-    """The sides of the levels with attention, found as the reference does: by the whole part of what they are smaller by."""
+def _attention_resolutions_of_flags(flags: Mapping[str, Any], levels: int) -> list[int]:
+    """The resolutions of the levels with attention according to the flags, with the reference's integer division."""
     size, named = flags["image_size"], _whole_numbers("attention_resolutions", flags)
     if 0 in named:
         raise InputError(f"flag attention_resolutions is {flags['attention_resolutions']!r:.60}, but no level has 0 pixels; leave it out")
@@ -300,7 +301,7 @@ def _said_to_attend(flags: Mapping[str, Any], levels: int) -> list[int]:
 
 
 def flag_conflicts(given: Mapping[str, Any], told: Mapping[str, Any], shape: Shape) -> list[str]:
-    """Flags that say something else than the weights."""
+    """One sentence for each flag that conflicts with the weights."""
     said, meant = dict(given), dict(told)
     size = said["image_size"]
     by_size = {"attention_resolutions"}
@@ -309,8 +310,8 @@ def flag_conflicts(given: Mapping[str, Any], told: Mapping[str, Any], shape: Sha
         said["channel_mult"] = list(CHANNEL_MULT.get(size, ()))
         by_size.add("channel_mult")
     if "attention_resolutions" in said:
-        said["attention_resolutions"] = _said_to_attend(said, len(shape.widths))
-        meant["attention_resolutions"] = list(_attending_sides(shape, size))
+        said["attention_resolutions"] = _attention_resolutions_of_flags(said, len(shape.widths))
+        meant["attention_resolutions"] = list(_attention_resolutions(shape, size))
     if not told["class_cond"]:
         said.pop("num_classes", None)
     return [
@@ -323,7 +324,7 @@ def flag_conflicts(given: Mapping[str, Any], told: Mapping[str, Any], shape: Sha
 
 
 def unsupported_features(flags: Mapping[str, Any], state: Mapping[str, Tensor], shape: Shape) -> list[str]:
-    """Why UNet2DModel cannot be this network, though the reference can."""
+    """Features of the network that UNet2DModel does not have, one sentence each."""
     found, base = [], shape.widths[0]
     inputs, outputs = state["input_blocks.0.0.weight"].shape[1], len(state["out.2.bias"])
     if inputs not in (1, 3) or outputs not in (inputs, 2 * inputs):
@@ -349,12 +350,12 @@ def unsupported_features(flags: Mapping[str, Any], state: Mapping[str, Tensor], 
 
 
 def attention_widths(shape: Shape) -> set[int]:
-    """The widths of levels with attention; the middle, as wide as the last, always attends."""
+    """The channels of the attention layers. The middle block, as wide as the last level, always has attention."""
     return {width for width, attends in zip(shape.widths, shape.attends) if attends} | {shape.widths[-1]}
 
 
 def resolve_head_dim(flags: Mapping[str, Any], shape: Shape) -> int:
-    """Channels of one head.
+    """The number of channels of an attention head.
 
     Raises:
         InputError: they do not divide the channels of a layer.
@@ -368,12 +369,12 @@ def resolve_head_dim(flags: Mapping[str, Any], shape: Shape) -> int:
 
 
 def unet_arguments(shape: Shape, told: Mapping[str, Any], image_size: int, head_dim: int, channels: int) -> dict[str, Any]:
-    """Of UNet2DModel, for the network that the weights tell of."""
+    """Arguments of UNet2DModel for the network of a checkpoint."""
     config = ModelConfig(
         model_channels=shape.widths[0],
         channel_mult=tuple(width // shape.widths[0] for width in shape.widths),
         layers_per_block=shape.blocks,
-        attention_resolutions=_attending_sides(shape, image_size),
+        attention_resolutions=_attention_resolutions(shape, image_size),
         attention_head_dim=head_dim,
         resblock_updown=shape.updown,
         resnet_time_scale_shift="scale_shift" if told["use_scale_shift_norm"] else "default",
