@@ -43,7 +43,7 @@ def test_the_entries_that_were_not_used_for_longest_go_and_nothing_else(tmp_path
         os.utime(path, (1, 1))
     save_file(FEATURES, tmp_path / f"{cache_key('first version')}.safetensors")
     size = (tmp_path / f"{cache_key('first version')}.safetensors").stat().st_size
-    cache = FeatureCache(tmp_path, most_bytes=3 * size + 500)  # metadata, too
+    cache = FeatureCache(tmp_path, max_bytes=3 * size + 500)  # metadata, too
     for age, name in enumerate(("first version", "a", "b")):
         if age:
             cache.put(cache_key(name), FEATURES)

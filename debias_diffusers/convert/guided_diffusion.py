@@ -167,14 +167,7 @@ def guided(model: str, flags: str, out: str) -> None:
     values = {**DEFAULT_FLAGS, **given}
     try:
         unet = _network(model, given, values)
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:  # for weights with unexpected shapes
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:  # for unexpected shapes
         why = f"{error} is missing" if isinstance(error, KeyError) else reason(error)
         raise InputError(f"{model} holds no UNet of guided-diffusion as its flags say: {why}") from error
     scheduler = exported_scheduler(_objective(values, unet.config.out_channels > unet.config.in_channels))
@@ -183,7 +176,7 @@ def guided(model: str, flags: str, out: str) -> None:
     names = ("use_new_attention_order", "noise_schedule", "diffusion_steps", "predict_xstart", "predict_v")
     if assumed := [f"{name} {values[name]}" for name in names if name not in given]:
         say(f"assumed, as the reference does where flags are left out: {', '.join(assumed)}")
-    if values["predict_xstart"]:  # the weights do not show it: both prediction types have the same shapes
+    if values["predict_xstart"]:  # the weights do not tell: their shapes are the same
         say(
             "flag predict_xstart is True: check that the network was trained with it and not only sampled with it (the README of the "
             "paper's code samples a network trained for noise so); if it was trained without, convert again with predict_xstart False"

@@ -1,6 +1,6 @@
-"""Features that are kept between commands, in a bounded folder that several processes share.
+"""A cache of features on the disk, of bounded size, shared by processes and commands.
 
-An entry is a file named by the hash of what it was computed from. Whatever goes wrong here, the work goes on without the cache.
+An entry is a file whose name is the hash of its inputs. Errors of the cache never stop a command: it continues without the cache.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ..errors import CannotWriteError, InputError
 from ..utils.console import say
 from ..utils.files import read_file, remove_old_temporary_files, write_file
 
-MAX_BYTES = 4 << 30  # of all entries; the newest one stays even where it alone has more
+MAX_BYTES = 4 << 30  # of all entries; the newest entry stays even if it is larger
 OURS = {"debias_diffusers": "features"}  # metadata of an entry
 _NAME = re.compile(r"[0-9a-f]{64}\.(safetensors|json)")
 
 
 def cache_key(*parts: str) -> str:
-    """The hash that names an entry."""
+    """The hash of some texts, which is the name of an entry."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def open_cache(cache_dir: str | None) -> FeatureCache:
-    """The cache of a `--cache_dir`: the user's if left out, none where it is empty or the user has no home."""
+    """The cache in `cache_dir`; in the user's home if None; no cache if empty or if the user has no home folder."""
     if cache_dir is not None:
         return FeatureCache(Path(cache_dir) if cache_dir else None)
     try:
@@ -46,15 +46,15 @@ def open_cache(cache_dir: str | None) -> FeatureCache:
 
 
 class FeatureCache:
-    """Entries by key (as of `key_of`): named tensors, or a JSON value. Reading an entry makes it the newest."""
+    """Entries by key (see `cache_key`): named tensors, or a JSON value. Reading an entry makes it the newest."""
 
-    def __init__(self, folder: Path | None, most_bytes: int = MAX_BYTES) -> None:
-        """`folder` need not exist; without one nothing is kept."""
-        self.folder, self.most_bytes = folder, most_bytes
+    def __init__(self, folder: Path | None, max_bytes: int = MAX_BYTES) -> None:
+        """`folder` need not exist; if None, nothing is cached. `max_bytes` limits the size of all entries."""
+        self.folder, self.max_bytes = folder, max_bytes
         self._warned = False
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors of an entry; None where it is not there or damaged."""
+        """The tensors of an entry by name; None if it is missing or damaged."""
         content = self._read(f"{key}.safetensors")
         try:
             return None if content is None else safetensors.torch.load(content)
@@ -62,12 +62,12 @@ class FeatureCache:
             return None
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps tensors, if that is possible."""
+        """Stores tensors by name; prints a warning if that fails."""
         if self.folder:
             self._write(f"{key}.safetensors", safetensors.torch.save(dict(tensors), metadata=OURS))
 
     def get_json(self, key: str) -> Any:
-        """The value of a JSON entry; None where it is not there or damaged."""
+        """The value of a JSON entry; None if it is missing or damaged."""
         try:
             found = json.loads(self._read(f"{key}.json") or b"")
             return found["value"] if {**found, **OURS} == found else None
@@ -75,7 +75,7 @@ class FeatureCache:
             return None
 
     def put_json(self, key: str, value: Any) -> None:
-        """Keeps a value that JSON has, if that is possible."""
+        """Stores a JSON value; prints a warning if that fails."""
         if self.folder:
             self._write(f"{key}.json", json.dumps({**OURS, "value": value}).encode())
 
@@ -96,19 +96,19 @@ class FeatureCache:
         try:
             write_file(self.folder / name, content)
             self._remove_oldest(self.folder, name)
-        except (CannotWriteError, OSError, ValueError) as error:  # ValueError: a name that no folder can have
+        except (CannotWriteError, OSError, ValueError) as error:  # ValueError: an invalid folder name
             if not self._warned:
                 say(f"warning: features are not kept: {error}; name another folder with --cache_dir")
             self._warned = True
 
     def _remove_oldest(self, folder: Path, newest: str) -> None:
-        """Removes the oldest entries beyond the bound. Files that are no entries of a cache stay, whatever their names are."""
+        """Removes the oldest entries beyond `max_bytes`. Never removes files of others, whatever their names are."""
         remove_old_temporary_files(folder)
         found = sorted(_entries(folder))
-        if sum(size for _, size, _ in found) <= self.most_bytes:
+        if sum(size for _, size, _ in found) <= self.max_bytes:
             return
         ours = [(size, path) for _, size, path in found if _is_ours(path)]
-        excess = sum(size for size, _ in ours) - self.most_bytes
+        excess = sum(size for size, _ in ours) - self.max_bytes
         for size, path in ours:
             if excess > 0 and path.name != newest:
                 path.unlink(missing_ok=True)
@@ -116,7 +116,7 @@ class FeatureCache:
 
 
 def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
-    """When each was last used, its bytes, and where it is."""
+    """Yields (time of last use, size in bytes, path) for each entry."""
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process has just removed it
             found = path.lstat()
@@ -125,7 +125,7 @@ def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a cache wrote a file; the first version wrote no metadata, but the mean colours of images into each."""
+    """Whether this package wrote a cache file. The first version wrote no metadata, but a tensor "colour" into each."""
     try:
         if path.suffix == ".json":
             found = json.loads(read_file(path))

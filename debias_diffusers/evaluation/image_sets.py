@@ -1,4 +1,4 @@
-"""Sets of images to be compared: a data set, a folder, an `.npz` in ADM's layout, or what a model draws."""
+"""Sets of images to evaluate: a data set, a folder, an `.npz` in ADM's layout, or samples of a model."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ..errors import InputError, reason
 from ..sampling.generate import Job
 from ..utils import seeding
 
-MAX_NPZ_BYTES = 2**40  # that an .npz may claim to hold
-CHUNK_BYTES = 2**24  # bytes of a file
-# What zipfile and numpy raise of a damaged file; RuntimeError of one that is encrypted or compressed by other means.
+MAX_NPZ_BYTES = 2**40  # size of the array in an .npz
+CHUNK_BYTES = 2**24  # read from a file at once
+# What zipfile and numpy raise for a damaged file; RuntimeError for an encrypted file or an unknown compression.
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)
 
 
@@ -36,19 +36,20 @@ UNREADABLE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError
 class ImageSet:
     """Images in a fixed order, as batches.
 
-    `batches(size, part, parts)` yields every `parts`-th batch, from the `part`-th: (number of the batch, (B, 3, H, W) uint8).
+    `batches(size, part, parts)` yields (index of the batch, images (B, 3, H, W) uint8) for every `parts`-th batch, from the `part`-th
+    on: the share of process `part` of `parts`.
     """
 
     name: str
     count: int
-    side: int | None  # pixels of a side; None where the images are brought to whatever is asked for
-    key: str | None  # what identifies the images, for a cache; None of what a model draws, which is seldom drawn again
+    side: int | None  # resolution in pixels; None if the images are resized to any resolution
+    key: str | None  # identifies the images in the feature cache; None for samples of a model, which are not cached
     batches: Callable[[int, int, int], Iterator[tuple[int, Tensor]]]
-    total: int | None = None  # images that there are, of which these are a random subset; None of what a model draws
+    total: int | None = None  # the size of the set of which these are a random subset; None for samples of a model
 
 
 def generated_images(job: Job, count: int, name: str) -> ImageSet:
-    """What a model draws, image k as `sample.py` draws it with the same seed; nothing touches the disk."""
+    """`count` samples of a model, in memory only. Image k is the same as that of `sample.py` with the same seed."""
     size = job.pipeline.unet.config.sample_size
 
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
@@ -68,11 +69,17 @@ def images_of_source(
     key: str | None = None,
     seed: int = 0,
 ) -> ImageSet:
-    """The images of a data set, brought to a size as training does it, and to grey if of one channel; without flips.
+    """The images of a data set, resized to `side` pixels as in training, converted to grey if `channels` is 1; without flips.
 
-    Of a smaller `count` they are a random subset, a function of the seed.
-
-    `key`: as of `content_key`, where it is known; else all images are read for it.
+    Args:
+        source: of the images.
+        name: for messages.
+        side: resolution in pixels.
+        count: take a random subset of this size, a function of the seed; None for all images.
+        check: called with each decoded image and its name; may raise.
+        channels: 1 for grey.
+        key: the `content_key` if known; else all images are read to compute it.
+        seed: of the subset.
 
     Raises:
         InputError: an image cannot be read; names it.
@@ -87,23 +94,23 @@ def images_of_source(
         image = images.fit(image.convert("L" if channels == 1 else "RGB"), side)
         return torch.from_numpy(images.to_array(image.convert("RGB")))
 
-    # Features that are kept of images without the check must not stand for those with it.
+    # `check` is part of the key: cached features of unchecked images must not be used for checked ones.
     key = key or content_key(transform_name(side, channels, check is not None), content_hashes(source, chosen))
     return ImageSet(name, len(chosen), side, key, _reader(read, chosen), total=len(source))
 
 
 def transform_name(side: int, channels: int | None = None, as_they_are: bool = False) -> str:
-    """What is done to the images, as a part of their key."""
+    """The preprocessing of images as text, part of their cache key."""
     return f"{side}{' as they are' if as_they_are else ''}{' grey' if channels == 1 else ''}"
 
 
 def content_hashes(source: Source, indices: Sequence[int]) -> Iterator[bytes]:
-    """Of the files of some images."""
+    """The sha256 of the files of some images, in order."""
     yield from map_in_threads(lambda k: hashlib.sha256(source.read(k)[0]).digest(), indices)
 
 
 def content_key(how: str, hashes: Iterable[bytes]) -> str:
-    """What identifies images by their content and by what is done to them (as of `transform`)."""
+    """A cache key from the preprocessing (`transform_name`) and the `content_hashes` of images."""
     digest = hashlib.sha256(how.encode())
     for own in hashes:
         digest.update(own)
@@ -111,10 +118,10 @@ def content_key(how: str, hashes: Iterable[bytes]) -> str:
 
 
 def images_of_folder(source: ImageFolder, name: str, count: int | None = None, channels: int | None = None, seed: int = 0) -> ImageSet:
-    """The images of a folder as they are, which must be squares of one size; of a smaller `count` a random subset as of `images_of_source`.
+    """The images of a folder without resizing; they must be squares of one size. `count` and `seed` as in `images_of_source`.
 
     Raises:
-        InputError: one cannot be read, or has another size; names it.
+        InputError: an image cannot be read, or has another size; names it.
     """
     data, _, where = source.read(0)
     first = images.decode(data, where)
@@ -130,9 +137,9 @@ def images_of_folder(source: ImageFolder, name: str, count: int | None = None, c
 
 
 def images_of_npz(path: Path, count: int | None = None, seed: int = 0) -> ImageSet:
-    """`arr_0` of an `.npz`, (N, H, W, C) uint8 with one or three channels, read as a stream.
+    """The images `arr_0` (N, H, W, C) uint8 of an `.npz`, with one or three channels, read as a stream.
 
-    Of a smaller `count` they are a random subset, a function of the seed.
+    With `count` a random subset of that size, a function of the seed.
 
     Raises:
         InputError: there is no such array, or it is damaged.
@@ -151,24 +158,24 @@ def images_of_npz(path: Path, count: int | None = None, seed: int = 0) -> ImageS
                     data += _exactly(member, size, path)
                     place = k + 1
                 yield number, to_rgb(torch.frombuffer(data, dtype=torch.uint8).view(-1, *shape).permute(0, 3, 1, 2))
-            _skip(member, (total - place) * size, path)  # at the end its checksum is compared
+            _skip(member, (total - place) * size, path)  # zipfile compares the checksum at the end of the array
 
     which = f"{len(chosen)} {seed} of {total}" if len(chosen) < total else f"{total}"
     return ImageSet(str(path), len(chosen), shape[0], _hash(f"{which} {_file_hash(path)}".encode()), batches, total=total)
 
 
 def npz_shape(path: Path) -> tuple[int, ...]:
-    """(N, H, W, C) of `arr_0`, from its header alone.
+    """The shape (N, H, W, C) of `arr_0`, from its header.
 
     Raises:
-        InputError: as of `images_of_npz`.
+        InputError: as `images_of_npz`.
     """
     with _npz_array(path) as (shape, _):
         return shape
 
 
 def holds_images(path: Path) -> bool:
-    """Whether an `.npz` has `arr_0`, and not statistics only."""
+    """Whether an `.npz` has images (`arr_0`), and not only statistics."""
     try:
         with zipfile.ZipFile(path) as archive:
             return "arr_0.npy" in archive.namelist()
@@ -177,10 +184,10 @@ def holds_images(path: Path) -> bool:
 
 
 def read_npz_statistics(path: Path) -> dict[str, np.ndarray]:
-    """Those of `mu`, `sigma`, `mu_s`, `sigma_s` that are there, as ADM's reference files have them.
+    """The float64 arrays among `mu` (D,), `sigma` (D, D), `mu_s`, `sigma_s` in an `.npz`, as in ADM's reference files.
 
     Raises:
-        InputError: they are no numbers, or there are neither statistics nor images.
+        InputError: they are not numeric, or the file has neither statistics nor images.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -194,7 +201,7 @@ def read_npz_statistics(path: Path) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def _npz_array(path: Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
-    """The shape of `arr_0`, and a file that stands behind its header."""
+    """The shape of `arr_0`, and a file object at the first byte after its header."""
     with contextlib.ExitStack() as opened:
         try:
             archive = opened.enter_context(zipfile.ZipFile(path))
@@ -221,13 +228,13 @@ def _exactly(member: IO[bytes], size: int, path: Path) -> bytes:
 
 
 def _skip(member: IO[bytes], size: int, path: Path) -> None:
-    """Reads over so many bytes, a few at a time."""
+    """Skips `size` bytes by reading them in chunks."""
     for place in range(0, size, CHUNK_BYTES):
         _exactly(member, min(CHUNK_BYTES, size - place), path)
 
 
 def _reader(read: Callable[[int], Tensor], chosen: Sequence[int]) -> Callable[[int, int, int], Iterator[tuple[int, Tensor]]]:
-    """Batches of images that are decoded by a few threads, some batches ahead of whoever takes them."""
+    """Batches of images, decoded by threads that prefetch two batches."""
 
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
         with ThreadPoolExecutor(READER_THREADS) as pool:
@@ -247,14 +254,14 @@ def _stacked(number: int, futures: list[Any]) -> tuple[int, Tensor]:
 
 
 def process_batches(chosen: Sequence[int], batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Sequence[int]]]:
-    """(number, indices) of every `parts`-th batch of some indices."""
+    """The batches of process `part` of `parts`: yields (index of the batch, indices of its images) for every `parts`-th batch."""
     for number, first in enumerate(range(0, len(chosen), batch_size)):
         if number % parts == part:
             yield number, chosen[first : first + batch_size]
 
 
 def to_rgb(batch: Tensor) -> Tensor:
-    """(B, 3, H, W), grey as three equal channels."""
+    """Images (B, 1 or 3, H, W) as (B, 3, H, W), grey as three equal channels."""
     return batch.expand(-1, 3, -1, -1) if batch.shape[1] == 1 else batch
 
 

@@ -1,4 +1,4 @@
-"""The variational bound of a model in bits per dimension: every term, the prior, and their sum (arXiv 2006.11239, equation 5)."""
+"""The variational bound of a model in bits per dimension: its terms, the prior, and the sum (arXiv 2006.11239, equation 5)."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from .image_sets import process_batches
 from .reference import print_summary, reference_data
 from .results import as_json, has_fields
 
-# Values of the variance channels that stand for the fixed variances: from the least that makes sense to beta.
+# A fixed variance as a value of the variance channels: -1 is the smallest (posterior) variance, 1 is beta.
 FIXED = {"fixed_small": -1.0, "fixed_small_log": -1.0, "fixed_large": 1.0, "fixed_large_log": 1.0}
 
 
 def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
-    """Bounds, says and writes; returns what the JSON holds.
+    """Computes the bound of a model on a data set, prints it and writes it to a JSON file; returns the JSON object.
 
-    The images of the reference are a random subset, a function of the seed, without flips. Noise is a function of (seed, image, t).
+    Takes a random subset of the images, a function of the seed, without flips. The noise is a function of (seed, image, t).
 
     Raises:
         InputError: model or images cannot be read, or the model is a rectified flow.
@@ -49,7 +49,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     pipeline = open_model(config.model, config.weights, config.allow_pickle_import)
     pipeline.to(accelerator.device)
     bound = Bound(pipeline, config.clipping)
-    data = _data(config, pipeline, pipeline.class_names or "plain")  # in which it has its classes if it does not know their names
+    data = _data(config, pipeline, pipeline.class_names or "plain")  # the first version had its classes in plain order, without names
     print_summary(data.source, data.config.dataset, accelerator)
     chosen = seeding.subset(config.seed, len(data.source), config.num_images)
     dealt = list(process_batches(chosen, config.batch_size, accelerator.process_index, accelerator.num_processes))
@@ -79,7 +79,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
 
 
 def _result(terms: Tensor, prior: Tensor) -> dict[str, Any]:
-    """Means over images, (N, T) and (N,)."""
+    """Means over images of the terms (N, T) and the prior (N,), in bits per dimension."""
     total = terms.sum(1) + prior
     return {
         "total": total.mean().item(),
@@ -90,10 +90,10 @@ def _result(terms: Tensor, prior: Tensor) -> dict[str, Any]:
 
 
 class Bound:
-    """The bound of one model."""
+    """Computes the variational bound of one model."""
 
     def __init__(self, pipeline: PixelPipeline, clipping: bool) -> None:
-        """Raises InputError where the model has no variance of its steps."""
+        """`clipping`: clamp the predicted x_0 to [-1, 1]. Raises InputError if the steps of the model have no variance."""
         own = pipeline.scheduler
         kind = own.config.get("variance_type")
         if is_flow(own) or not (kind in FIXED or kind == "learned_range"):
@@ -104,32 +104,32 @@ class Bound:
 
     @torch.no_grad()
     def terms(self, x_0: Tensor, labels: Tensor | None, seed: int, indices: Sequence[int]) -> Tensor:
-        """(B, T) float64 bits per dimension of each step, at t = 0 of the image itself; images (B, C, H, W) in [-1, 1]."""
+        """The terms (B, T) float64 in bits per dimension of images (B, C, H, W) in [-1, 1]; at t = 0 the likelihood of the image."""
         device, T = self.pipeline.device, len(self.schedule)
         x_0, labels = x_0.to(device), labels.to(device) if labels is not None else None
         columns = []
-        for level in range(T):
+        for timestep in range(T):
             shape = x_0.shape[1:]
-            noise = torch.stack([torch.randn(shape, generator=seeding.generator(seed, "bits", k * T + level)) for k in indices])
-            t = torch.full((len(x_0),), level)
+            noise = torch.stack([torch.randn(shape, generator=seeding.generator(seed, "bits", k * T + timestep)) for k in indices])
+            t = torch.full((len(x_0),), timestep)
             x_t = self.schedule.add_noise(x_0, noise.to(device), t)
-            predicted, values = self._predicted(x_t, level, labels)
+            predicted, values = self._predicted(x_t, timestep, labels)
             columns.append(self.bound.terms(predicted - x_0, values, x_0, t).double().cpu())
         return torch.stack(columns, dim=1)
 
-    def _predicted(self, x_t: Tensor, level: int, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The network's x_0, and values that say the variance of the step."""
+    def _predicted(self, x_t: Tensor, timestep: int, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The predicted x_0 (B, C, H, W), and the variance channels (B, C, H, W) of the step."""
         C = x_t.shape[1]
-        output = self.pipeline.unet(x_t.to(self.pipeline.unet.dtype), level, labels, return_dict=False)[0].to(x_t.dtype)
-        a, s = self.schedule.a[level], self.schedule.s[level]
+        output = self.pipeline.unet(x_t.to(self.pipeline.unet.dtype), timestep, labels, return_dict=False)[0].to(x_t.dtype)
+        a, s = self.schedule.a[timestep], self.schedule.s[timestep]
         x_0 = predicted_x_0(self.pipeline.scheduler.config.prediction_type, output[:, :C], x_t, a, s)
         x_0 = x_0.clamp(-1, 1) if self.clipping else x_0
-        # The large fixed variance is that of the first step at t = 0, as in the paper's code.
-        fixed = FIXED.get(self.kind, 0.0) if level else -1.0
+        # With a large fixed variance, t = 0 has the posterior variance of t = 1, as in the paper's code.
+        fixed = FIXED.get(self.kind, 0.0) if timestep else -1.0
         return x_0, output[:, C:] if self.kind == "learned_range" else torch.full_like(x_0, fixed)
 
     def prior(self, x_0: Tensor) -> Tensor:
-        """(B,) divergence of q(x_T | x_0) from pure noise in bits per dimension."""
+        """The prior term (B,): KL divergence of q(x_T | x_0) from N(0, 1) in bits per dimension, for images (B, C, H, W)."""
         a, s = self.schedule.a[-1].item(), self.schedule.s[-1].item()
         return ((a * x_0.double()).square() + s**2 - 1 - 2 * math.log(s)).flatten(1).mean(1) / 2 * BITS
 

@@ -1,4 +1,4 @@
-"""Metrics of what the EMA weights draw, while they are trained."""
+"""Evaluation during training: metrics of samples of the EMA weights."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .image_sets import content_hashes, content_key, images_of_source, to_rgb, t
 from .measure import Measure, extractor_metadata, usual_extractor
 from .metrics import Sample
 
-DEFAULT_EVAL_IMAGES = 1000  # for a measurement while training
+DEFAULT_EVAL_IMAGES = 1000  # of an evaluation during training
 
 
 # ---- while training --------------------------------------------------------------------------------------------------
 
 
 class Monitor:
-    """Measures what a network in training draws against the images that it learns. Of several processes, each does its share."""
+    """Computes metrics of samples against the training images, distributed over all processes."""
 
     def __init__(self, config: TrainConfig, source: Source, device: Any, process: int = 0, processes: int = 1) -> None:
         """Loads the extractor; reads no image.
@@ -40,7 +40,7 @@ class Monitor:
             metrics=chosen.eval_metrics, feature_extractor_weights=chosen.feature_extractor_weights, cache_dir=chosen.cache_dir
         )
         self.measure = Measure(measure, chosen.feature_extractor or usual_extractor(self.name), device, process, processes)
-        # How wide the layers are, on which it depends how many images are needed, one image tells as well.
+        # One image suffices to find the width of the features, on which the number of images needed depends.
         like = Sample.of(self.measure.features(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8)))
         least = max(metrics.least_images(self.measure.layers, like).values())
         self.count = wanted or max(DEFAULT_EVAL_IMAGES, least)
@@ -48,10 +48,11 @@ class Monitor:
             more = "take more --eval_images" if fewest < len(source) else "the data set has no more: take other --eval_metrics"
             raise InputError(f"eval_metrics {chosen.eval_metrics} need {least} images, but there are {fewest}; {more}")
         labels = {"class_labels": "data"} if source.class_names else {}
-        self.about = {"images": self.count, **extractor_metadata(self.measure), **labels}  # what figures must share to be compared
+        # Only figures with equal values of these are comparable.
+        self.about = {"images": self.count, **extractor_metadata(self.measure), **labels}
 
     def read(self, source: Source) -> None:
-        """Computes the features of the training images, or finds them in the cache; then no image is read whose file did not change.
+        """Computes the features of the training images or reads them from the cache. Unchanged files are not read again.
 
         Raises:
             InputError: an image cannot be read.
@@ -60,7 +61,7 @@ class Monitor:
         self.reference = self.measure.sample(images)
 
     def _key(self, source: Source) -> str:
-        """The content key of the images: as written down when their files were as they are now, else by reading them."""
+        """The content key of the images: from the cache if their files are unchanged, else by reading them."""
         processes, cache = self.measure.processes, self.measure.cache
         state = file_state_hash(source) if self.measure.process == 0 and cache.folder else None
         how = transform_name(self.side, self.channels)
@@ -76,6 +77,6 @@ class Monitor:
         return key
 
     def figures(self, drawn: Iterator[tuple[int, Tensor]]) -> dict[str, float]:
-        """Of this process's batches (number, (B, C, H, W) uint8); {} in all processes but the first."""
+        """The metrics of samples; {} in all processes but the first. `drawn` yields this process's (batch index, (B, C, H, W) uint8)."""
         sample = self.measure.joined((number, to_rgb(batch)) for number, batch in drawn)
         return metrics.figures(sample, self.reference, self.measure.layers) if self.measure.process == 0 else {}

@@ -1,4 +1,4 @@
-"""The weights of an objective as a picture and as numbers."""
+"""Plots: the weights of an objective (weights.png, weights.csv), and curves of metrics."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from ..utils.console import say
 from ..utils.files import read_file, require_replaceable, write_file
 
 SPACES: tuple[PredictionType, ...] = get_args(PredictionType)
-DECADES = 7  # of weights that a picture shows
+DECADES = 7  # of the weight axis
 COLUMNS = ("weighting", "t", "snr", "log_snr")
 
-Tables = dict[str, dict[PredictionType, Tensor]]  # weighting: space: (T,) weights
+Tables = dict[str, dict[PredictionType, Tensor]]  # weighting: prediction type: (T,) weights
 
 
 def plot_weights(config: WeightsConfig) -> None:
     """Writes `weights.csv` and `weights.png` into the output directory.
 
     Raises:
-        CannotWriteError: the directory cannot be made or written to.
+        CannotWriteError: the directory cannot be created or written to.
         InputError: it has files of these names that this command did not write.
     """
     folder = Path(config.output_dir)
@@ -56,9 +56,9 @@ def _png(figure: Figure) -> bytes:
 
 
 def is_our_picture(path: Path, beside_ours: bool) -> bool:
-    """Whether a PNG file says that this package drew it.
+    """Whether this package wrote a PNG file, according to its Software tag.
 
-    Those of the first versions say matplotlib, so that `beside_ours` decides: whether the file of numbers beside it is ours.
+    The tag of the first versions is that of matplotlib; for it `beside_ours` decides: whether the csv or json next to it is ours.
     """
     software = images.software(path)
     return software == images.SOFTWARE or (beside_ours and software is not None and software.startswith("Matplotlib"))
@@ -72,14 +72,14 @@ def _is_our_csv(path: Path) -> bool:
 
 
 def _table(objective: ObjectiveConfig, schedule: Schedule, name: str) -> dict[PredictionType, Tensor]:
-    """The weights (T,) in each space in which they have a meaning; without a finite mean they cannot be normalized."""
+    """The weights (T,) by prediction type, where they are defined: without a finite mean they cannot be normalized."""
     config = dataclasses.replace(objective, weighting=name)
     table = {space: weight_table(config, schedule, space) for space in SPACES if space in SPACES_OF_OTHERS.get(name, SPACES)}
     return {space: weights for space, weights in table.items() if not weights.isnan().any()}
 
 
 def _csv(schedule: Schedule, tables: Tables) -> str:
-    """One line for each weighting and level: its t, SNR, log SNR, and the weight in each space (empty without a meaning)."""
+    """One line for each weighting and timestep: t, SNR, log SNR, and the weight by prediction type (empty if undefined)."""
     box = io.StringIO()
     writer = csv.writer(box)
     writer.writerow([*COLUMNS, *SPACES])
@@ -93,7 +93,7 @@ def _csv(schedule: Schedule, tables: Tables) -> str:
 
 
 def _figure(schedule: Schedule, tables: Tables) -> Figure:
-    """Spaces from left to right; above over t, below over log SNR."""
+    """One column of axes for each prediction type; top row over t, bottom row over log SNR."""
     figure = Figure(figsize=(4.2 * len(SPACES), 7), layout="constrained")
     axes = figure.subplots(2, len(SPACES), squeeze=False)
     for column, space in enumerate(SPACES):
@@ -101,7 +101,7 @@ def _figure(schedule: Schedule, tables: Tables) -> Figure:
         _draw(axes[0][column], torch.arange(len(schedule)), lines, "t")
         _draw(axes[1][column], schedule.snr.log(), lines, "log SNR")
         axes[0][column].set_title(f"weight of the squared error of {space}")
-    # Not every weighting has a line in every space.
+    # Not every weighting is defined for every prediction type.
     lines = {str(line.get_label()): line for panel in axes[0] for line in panel.get_lines()}
     figure.legend(handles=list(lines.values()), labels=list(lines), loc="outside lower center", ncols=len(lines))
     return figure
@@ -109,10 +109,10 @@ def _figure(schedule: Schedule, tables: Tables) -> Figure:
 
 def _draw(axes: Axes, x: Tensor, lines: dict[str, Tensor], label: str) -> None:
     top = 0.0
-    largest = torch.finfo(torch.float32).max  # more would overflow the axis
+    largest = torch.finfo(torch.float32).max  # larger values overflow the axis
     for k, (name, weights) in enumerate(lines.items()):
         seen = x.isfinite() & (weights <= largest) & (weights > 0)
-        # Thinner and thinner, so that lines on top of each other are all seen.
+        # Decreasing widths, so that coinciding lines are all visible.
         axes.plot(x[seen].numpy(), weights[seen].numpy(), label=name, linewidth=1.2 + 0.5 * (len(lines) - 1 - k))
         top = max([top, *weights[seen].tolist()])
     axes.set_yscale("log")
@@ -124,7 +124,7 @@ def _draw(axes: Axes, x: Tensor, lines: dict[str, Tensor], label: str) -> None:
 
 
 def plot_curves(lines: dict[str, dict[str, list[tuple[float, float]]]], along: str) -> bytes:
-    """A PNG file with a panel for each figure; `lines` has the points (place, value) by figure and label."""
+    """A PNG with a panel for each metric. `lines` has the points (x, value) by metric and label; `along` is the label of the x axis."""
     figure = Figure(figsize=(5 * len(lines), 4), layout="constrained")
     panels = figure.subplots(1, len(lines), squeeze=False)[0]
     for panel, (name, labelled) in zip(panels, lines.items()):

@@ -1,4 +1,4 @@
-"""What models and images are compared with: a data set, a folder, or what a run was trained on."""
+"""The reference of an evaluation: a data set, a folder, an `.npz`, or the training data of a run."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from .image_sets import (
 
 
 def print_summary(source: Source, name: str | None, accelerator: Accelerator) -> None:
-    """What was found of a data set, and what was passed over; by the first process."""
+    """Prints, in the first process, what a data set has and which files are ignored."""
     for sentence in summary(source, name) if accelerator.is_main_process else ():
         say(sentence)
 
 
 def open_reference(name: str, config: MeasureConfig, side: int | None) -> ImageSet:
-    """The images of a reference: a data set brought to a size as training does it, a folder, or an `.npz`."""
+    """The images of a reference: a data set resized to `side` pixels as in training, a folder, or an `.npz`."""
     if Path(name).suffix == ".npz":
         images = images_of_npz(Path(name))
         if side not in (None, images.side):
@@ -56,10 +56,10 @@ def open_reference(name: str, config: MeasureConfig, side: int | None) -> ImageS
 
 
 def reference_data(config: MeasureConfig | BitsConfig, reference: str | None, targets: Sequence[str] = ()) -> DataConfig:
-    """Where the images of a reference are: what is named, or what the targets were trained on; split and column as given, or as of that.
+    """The data configuration of a reference: the given one, or the training data of the targets. Given split and columns win.
 
     Raises:
-        InputError: nothing is named, and the targets have no run, or runs of different data.
+        InputError: no reference is given, and the targets are not runs, or runs on different data.
     """
     data = DataConfig(dataset=reference) if reference is not None else _trained_on(targets)
     return dataclasses.replace(
@@ -71,7 +71,7 @@ def reference_data(config: MeasureConfig | BitsConfig, reference: str | None, ta
 
 
 def _trained_on(targets: Sequence[str]) -> DataConfig:
-    """The data of all runs among the targets; the column of labels is the first one's."""
+    """The common training data of all runs among the targets; label_column is that of the first run."""
     values_of = {target: values for target in targets if (values := _values_of_run(target))}
     if not values_of:
         no_run = f"{targets[0]} is no run that knows its data"
@@ -93,7 +93,7 @@ def _trained_on(targets: Sequence[str]) -> DataConfig:
 
 
 def _of_same_files(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two runs learned the same files of a disk, whatever they are called."""
+    """Whether two runs were trained on the same local files, possibly under different paths."""
     names = (one["dataset"], other["dataset"])
     if any(name == DIGITS or is_pinned(name) for name in names):
         return False
@@ -101,7 +101,7 @@ def _of_same_files(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _fingerprint(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Of the data of a run; None where they cannot be opened."""
+    """The fingerprint of a run's data; None if they cannot be opened."""
     fields = {field.name: values[field.name] for field in dataclasses.fields(DataConfig) if field.name in values}
     try:
         return open_source(DataConfig(**fields)).fingerprint()
@@ -110,10 +110,10 @@ def _fingerprint(values: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _values_of_run(target: str) -> dict[str, Any] | None:
-    """The configuration of a run, on this disk or pushed to the Hub, with its data where they are now; None of what is no run.
+    """The configuration of a run, local or on the Hub, with the current path of its data; None if the target is not a run.
 
     Raises:
-        InputError: the data are not there.
+        InputError: the data do not exist.
     """
     if not hub_names.is_id(target):
         run = Path(target)
@@ -123,15 +123,15 @@ def _values_of_run(target: str) -> dict[str, Any] | None:
     path = client.fetched_files(target, [CONFIG]) / CONFIG
     try:
         values = read_config(str(path)) if path.is_file() else {}
-    except InputError:  # somebody else's model has another config.json
+    except InputError:  # the model of another package has another config.json
         values = {}
     return _with_data(target, {**stored(TrainConfig()), **values}, {}) if "dataset" in values else None
 
 
 def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Data of a disk are taken as the run names them where these are the same files, else where they lay when it was trained."""
+    """Sets the path of local data: the path in the configuration if it has the same files, else the absolute path at training time."""
     typed, lay = values["dataset"], state.get("paths", {}).get("dataset")
-    if typed == DIGITS or is_pinned(typed):  # of the Hub, a run writes down the commit
+    if typed == DIGITS or is_pinned(typed):  # for the Hub, a run saves the commit
         return values
     if os.path.exists(os.path.expanduser(typed)):
         before = {name: value for name, value in state.get("data", {}).items() if name != "skipped"}
@@ -143,14 +143,14 @@ def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) ->
 
 
 def _newest_state(run: Path) -> dict[str, Any]:
-    """What the newest checkpoint of a run says; {} where there is none that can be read."""
+    """The state.json of the newest checkpoint of a run; {} if there is none that can be read."""
     there = checkpoints.list_checkpoints(run / CHECKPOINTS)
     found = read_json(there[-1] / checkpoints.STATE) if there else None
     return found if isinstance(found, dict) and isinstance(found.get("paths"), dict) else {}
 
 
 def pinned_data(reference: Any, accelerator: Accelerator) -> Any:
-    """A Hub id of a data set with its commit, the same in all processes, and the file of packed samples; anything else as it is."""
+    """Adds the commit to the Hub id of a data set, the same in all processes; returns the `.npz` of packed samples; else unchanged."""
     if isinstance(reference, str) and (file := image_folders.packed_samples(Path(reference))):
         return str(file)
     named = isinstance(reference, str) and Path(reference).suffix not in (".npz", ".safetensors") and is_hub_id(reference)

@@ -1,4 +1,4 @@
-"""Images to figures: which sets are compared, their features, tables and files."""
+"""`eval.py score`: computes metrics of models and image sets against a reference, prints a table and writes files."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ MAX_GENERATED = 50_000
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
-    """Measures all targets of a command, prints a table and writes what it is asked for; returns what the JSON holds.
+    """Computes the metrics of all targets of a command, prints a table and writes files; returns the JSON object.
 
     Raises:
-        InputError: targets or reference cannot be read, or are too few for a metric.
+        InputError: targets or reference cannot be read, or have too few images for a metric.
     """
     accelerator = make_accelerator(config.measure.num_threads)
     if accelerator.is_main_process and config.output:
@@ -60,7 +60,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     assert config.reference is not None
     result = _scored(config, config.reference, accelerator)
     if accelerator.is_main_process:
-        if config.output:  # before the table, which may have nowhere to go
+        if config.output:  # before printing, which may fail
             figures, picture = _files_of(config.output)
             write_file(figures, as_json(result))
             draw_curves(result["targets"], picture)
@@ -69,13 +69,13 @@ def score(config: ScoreConfig) -> dict[str, Any]:
 
 
 def _files_of(output: str) -> tuple[Path, Path]:
-    """The files of figures and of their curves."""
-    stem = re.sub(r"\.(json|png)$", "", str(Path(output)))  # and no more: a name may have points in it
+    """The JSON file of the metrics and the PNG file of their curves."""
+    stem = re.sub(r"\.(json|png)$", "", str(Path(output)))  # removes only these extensions: names may contain dots
     return Path(f"{stem}.json"), Path(f"{stem}.png")
 
 
 def _require_output(config: ScoreConfig, output: str) -> None:
-    """Looks whether the files of a command can be written. Raises as `require_replaceable`."""
+    """Checks that the output files can be written. Raises as `require_replaceable`."""
     figures, picture = _files_of(output)
     before = has_fields(figures, "reference", "extractor", "targets")
     require_replaceable("output", figures, lambda _: before)
@@ -95,7 +95,7 @@ def _scored(config: ScoreConfig, reference: str, accelerator: Accelerator) -> di
 
 
 class _References:
-    """The reference, at each size that the targets have."""
+    """The reference, at each resolution of the targets."""
 
     def __init__(self, name: str, measure: Measure, allow_few_images: bool) -> None:
         self.name, self.measure, self.allow_few_images = name, measure, allow_few_images
@@ -105,12 +105,12 @@ class _References:
         self.side = npz_shape(self.path)[1] if self.npz and not self.statistics else None  # None: of its targets
 
     def sample(self, side: int | None) -> Sample:
-        """At a size of targets."""
+        """Features or statistics of the reference for targets of `side` pixels; None for its own resolution."""
         side = self.measure.config.resolution or side or self.side
         if side not in self.known:
             found = self._statistics(side) if self.statistics else self._images(side)
             metrics.require_images(found, self.measure.layers)
-            # The Inception score is of the targets alone, and statistics beside images are of more than these.
+            # The Inception score needs no reference, and the statistics in a file may be of more images than the file has.
             given = found.statistics if found.features else {}
             own = {m: layer for m, layer in self.measure.layers.items() if m != "is" and not (m in metrics.FRECHET and layer in given)}
             _require_enough(self.name, found.count, own, found, self.allow_few_images)
@@ -120,12 +120,12 @@ class _References:
     def _images(self, side: int | None) -> Sample:
         sample = self.measure.sample(open_reference(self.name, self.measure.config, side))
         if self.npz and self.measure.extractor and self.measure.extractor.name == INCEPTION:
-            # ADM's files have statistics of a whole data set beside 10,000 of its images, and its evaluator takes them.
+            # ADM's files have statistics of a whole data set and 10,000 of its images; its evaluator uses the statistics.
             sample.statistics.update(npz_statistics(self.path))
         return sample
 
     def count(self) -> int | None:
-        """Of its images, as far as is known; without computing features."""
+        """The number of reference images, if known; computes no features."""
         if self.statistics:
             return self._statistics(None).count
         return npz_shape(self.path)[0] if self.npz else len(open_source(reference_data(self.measure.config, self.name)))
@@ -135,7 +135,7 @@ class _References:
 
 
 def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerator) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
-    """Every set of images that is scored, and how it was drawn."""
+    """Yields every set of images to score, and how it was sampled."""
     for target in config.targets:
         path = Path(target)
         if path.suffix == ".npz":
@@ -189,12 +189,12 @@ def _row(config: ScoreConfig, measure: Measure, compared: _References, images: I
     _require_enough(images.name, images.count, measure.layers, reference, config.allow_few_images)
     target = measure.sample(images)
     figures = metrics.figures(target, reference, measure.layers, config.seed)
-    intervals = metrics.intervals(figures, _redrawn(config, measure, target, reference, images.name)) if config.bootstrap else None
+    intervals = metrics.intervals(figures, _bootstrap(config, measure, target, reference, images.name)) if config.bootstrap else None
     return Row(images.name, images.count, figures, images.total, intervals=intervals, **how)
 
 
-def _redrawn(config: ScoreConfig, measure: Measure, target: Sample, reference: Sample, name: str) -> list[dict[str, float]]:
-    """Figures of every redrawn set of a target's images; the sets are dealt to the processes."""
+def _bootstrap(config: ScoreConfig, measure: Measure, target: Sample, reference: Sample, name: str) -> list[dict[str, float]]:
+    """Metrics of every bootstrap resample of a target's images, distributed over the processes."""
     draws = range(measure.process, config.bootstrap or 0, measure.processes)
     shown = tqdm(draws, desc=f"{name} redrawn", unit="set", leave=False, disable=measure.process > 0)
     mine = [metrics.redrawn(target, reference, measure.layers, config.seed, draw) for draw in shown]
@@ -202,7 +202,7 @@ def _redrawn(config: ScoreConfig, measure: Measure, target: Sample, reference: S
 
 
 def _require_enough(name: str, count: int | None, layers: Mapping[str, str], like: Sample, few: bool) -> None:
-    """Refuses too few images before any is drawn or looked at. A count that nobody wrote down is taken for enough."""
+    """Raises InputError for too few images, before any is sampled or read. An unknown count (None) passes."""
     lacking = {metric: least for metric, least in metrics.least_images(layers, like, few).items() if count is not None and count < least}
     if lacking:
         would_do = count is not None and count >= max(metrics.LEAST[metric] for metric in lacking)
@@ -222,14 +222,14 @@ def _result(config: ScoreConfig, measure: Measure, compared: _References, refere
             "layers": measure.layers,
             "transform": "bytes of 0 to 255, grey as three equal channels; the extractor resizes them itself; no flips",
         },
-        "halves_of_the_reference": _yardstick(known[1], measure.layers, config),
+        "halves_of_the_reference": _distance_of_halves(known[1], measure.layers, config),
         "seed": config.seed,
         "targets": [as_row(row) for row in rows],
     }
 
 
-def _yardstick(reference: Sample, layers: Mapping[str, str], config: ScoreConfig) -> dict[str, float] | None:
-    """How far two halves of the reference are apart, by the metrics for which they have images enough."""
+def _distance_of_halves(reference: Sample, layers: Mapping[str, str], config: ScoreConfig) -> dict[str, float] | None:
+    """Metrics between two random halves of the reference, for those metrics for which they have enough images."""
     apart = metrics.halves(reference, config.seed)
     if apart is None:
         return None

@@ -1,4 +1,4 @@
-"""Statistics of a reference in a file, to score against without its images."""
+"""`eval.py stats`: mean and covariance of the features of a reference in a file, to score against without its images."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from .measure import Measure, extractor_metadata, make_measure, statistics_metad
 from .metrics import Sample, Statistics
 from .reference import open_reference, pinned_data, print_summary, reference_data
 
-# ---- statistics of a reference ---------------------------------------------------------------------------------------
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def stats(config: StatsConfig) -> None:
-    """Writes mean and covariance of each layer of a reference, and what they are of.
+    """Writes mean and covariance of the features of each layer of a reference, with metadata.
 
     Raises:
         InputError: the reference cannot be read.
@@ -59,10 +59,10 @@ def _is_of_stats(path: Path) -> bool:
 
 
 def read_statistics(path: Path, measure: Measure, side: int | None) -> Sample:
-    """What `stats` wrote.
+    """Reads a file of `stats`. `side`: the resolution of the targets in pixels, if known.
 
     Raises:
-        InputError: it cannot be read, or is of another extractor or size of images.
+        InputError: it cannot be read, or was made with another extractor or resolution.
     """
     about = statistics_metadata(path)
     try:
@@ -79,7 +79,7 @@ def read_statistics(path: Path, measure: Measure, side: int | None) -> Sample:
 
 
 def npz_statistics(path: Path) -> dict[str, Statistics]:
-    """What an `.npz` has of them, by layer of Inception-v3."""
+    """The statistics in an `.npz` of ADM by layer of Inception-v3: mean `mu` (D,) and covariance `sigma` (D, D)."""
     found = read_npz_statistics(path)
     pairs = {"2048": {"mu": "mu", "sigma": "sigma"}, SPATIAL: {"mu": "mu_s", "sigma": "sigma_s"}}
     given = {layer: {name: found[key] for name, key in pair.items() if key in found} for layer, pair in pairs.items()}
@@ -87,10 +87,10 @@ def npz_statistics(path: Path) -> dict[str, Statistics]:
 
 
 def _sound(path: Path, statistics: dict[str, Statistics]) -> dict[str, Statistics]:
-    """Statistics of a file.
+    """Returns statistics after a check of their shapes.
 
     Raises:
-        InputError: one has no mean (D,) or no covariance (D, D), or they are not finite.
+        InputError: a layer lacks a finite mean (D,) or covariance (D, D).
     """
     for layer, pair in statistics.items():
         mu, sigma = pair.get("mu", np.zeros(())), pair.get("sigma", np.zeros(()))
