@@ -1,4 +1,4 @@
-"""The command line: flags to configurations, errors to one sentence and an exit code. torch is imported when it is needed."""
+"""The command line: parses flags to configurations, prints errors as one sentence, returns exit codes. Imports torch only when needed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ERROR_GRACE_SECONDS = 10.0  # seconds
+ERROR_GRACE_SECONDS = 10.0  # the other processes wait so long for the first one to print its error
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -88,10 +88,10 @@ def _main(argv: list[str]) -> None:
 
 
 def _dispatch(program: str, commands: Mapping[str, Callable[[list[str]], None]], usage: str, argv: list[str]) -> None:
-    """Runs the command that the first argument names.
+    """Runs the sub-command that the first argument names.
 
     Raises:
-        InputError: it names none.
+        InputError: there is no such sub-command.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(usage)
@@ -115,7 +115,7 @@ def _train(argv: list[str]) -> None:
     from .utils.signals import SignalHandler, stop_with_launcher
 
     stop_with_launcher()
-    # The signals before torch, which takes seconds to import.
+    # Installs signal handlers before the import of torch, which takes seconds.
     with open_run(config) if _first_process() else contextlib.nullcontext() as run, SignalHandler() as stop:
         _train_in(config, run, stop, num_processes)
 
@@ -144,7 +144,7 @@ or JSON file; flags win over it. Without --config and --dataset the embedded dig
 
 
 def train_config(argv: list[str], launcher_precision: str | None) -> TrainConfig:
-    """Flags over `--config` over the digits' configuration (for the digits) over field defaults."""
+    """The training configuration. Precedence: flags, `--config`, the packaged configuration of the digits (for the digits), defaults."""
     file, flags = _take_flag("config", argv)
     dataset, _ = _take_flag("dataset", flags)
     chosen = configuration.read_config(file) if file else {}
@@ -157,17 +157,17 @@ def train_config(argv: list[str], launcher_precision: str | None) -> TrainConfig
         defaults = configuration.layered(configuration.flatten(defaults), {"model_config": "given by a flag"})
     config = _parse(TrainConfig, flags, defaults, "train.py", TRAIN_HELP)
     typed = given | {name.removeprefix("no_") for name in given}
-    config, said = validation.yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
-    if said and _first_process():
+    config, notes = validation.yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
+    if notes and _first_process():
         from .utils.console import say
 
-        for sentence in said:
+        for sentence in notes:
             say(sentence)
     return configuration.resolved(config, launcher_precision)
 
 
 def _take_flag(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
-    """The value of one flag, if it is given, and the other arguments: these two decide the defaults of all others."""
+    """The value of one flag, or None, and the other arguments. --config and --dataset decide the defaults of all other flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(f"--{name}")
     try:
@@ -178,7 +178,7 @@ def _take_flag(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _raise_all(problems: list[str]) -> None:
-    """Raises InputError for a launcher's environment that cannot be obeyed, then for problems of a configuration."""
+    """Raises InputError for an unsupported launcher environment, then for problems of a configuration."""
     raise_all(launcher.environment_problems(os.environ), "launcher")
     raise_all(problems)
 
@@ -188,7 +188,7 @@ def _sample(argv: list[str]) -> None:
     _raise_all(validation.sample_problems(config))
     from .utils.signals import stop_with_launcher
 
-    stop_with_launcher()  # or the others would go on writing into a folder that a new command may take
+    stop_with_launcher()  # else orphaned processes would write into a folder that a new command may lock
     from .sampling import generate
 
     generate.sample(config)
@@ -273,15 +273,15 @@ def _convert(argv: list[str]) -> None:
         print(CONVERT_HELP)
         return
     command, *rest = argv
-    if "--flags" in rest[:-1]:  # its value begins with dashes, so it must not stand apart
+    if "--flags" in rest[:-1]:  # its value starts with dashes, so argparse needs "--flags=VALUE"
         place = rest.index("--flags")
         rest[place : place + 2] = [f"--flags={rest[place + 1]}"]
     if command not in kinds:
         raise InputError(f"convert {command} is not known; take guided or export")
     config: Any = _parse(kinds[command], rest, None, f"convert {command}", CONVERT_HELP)
-    from .convert import guided_diffusion as room
+    from .convert import guided_diffusion as module
 
-    getattr(room, command)(**dataclasses.asdict(config))
+    getattr(module, command)(**dataclasses.asdict(config))
 
 
 PUSH_HELP = """usage: python -m debias_diffusers.hub push RUN ...
@@ -302,10 +302,10 @@ def _hub(argv: list[str]) -> None:
 
 
 def _parse(kind: type[T], argv: list[str], default: T | None, program: str, description: str) -> T:
-    """Flags to a dataclass. What tyro finds wrong becomes one sentence.
+    """Parses flags to a dataclass. An error of tyro becomes an InputError of one sentence.
 
     Raises:
-        InputError: an unknown flag (with the nearest known one) or a malformed value.
+        InputError: an unknown flag (names the nearest known one) or an invalid value.
     """
 
     def refuse(event: tyro_errors.ParseErrorEvent) -> None:
@@ -318,11 +318,11 @@ def _parse(kind: type[T], argv: list[str], default: T | None, program: str, desc
     return parsed
 
 
-BOLD = r"\[/?bold\]"  # tyro's mark
+BOLD = r"\[/?bold\]"  # markup of tyro
 
 
 def _sentence(event: tyro_errors.ParseErrorEvent, kind: type[Any]) -> str:
-    """What is wrong with the arguments for a dataclass."""
+    """An error of tyro as one sentence."""
     if isinstance(event, tyro_errors.UnrecognizedArgs):
         return f"Unrecognized options: {', '.join(event.tokens)}{_nearest(event.tokens, kind)}"
     if isinstance(event, tyro_errors.MissingArgs):
@@ -344,7 +344,7 @@ def _sentence(event: tyro_errors.ParseErrorEvent, kind: type[Any]) -> str:
 
 
 def _nearest(tokens: Sequence[str], kind: type[Any]) -> str:
-    """The flag that may have been meant by the first unknown one that is near to some."""
+    """A suggestion for the first unknown flag that is similar to a known one."""
     known = list(_names(kind))
     for name in (token.split("=")[0].lstrip("-").replace("-", "_") for token in tokens if token.startswith("--")):
         if near := difflib.get_close_matches(name, known, n=1) or [flag for flag in known if flag.startswith(name)]:
@@ -353,7 +353,7 @@ def _nearest(tokens: Sequence[str], kind: type[Any]) -> str:
 
 
 def _names(kind: type[Any]) -> Iterator[str]:
-    """Of the fields of a dataclass and of those that it is made of."""
+    """The field names of a dataclass and of its nested dataclasses."""
     for name, type_of_it in typing.get_type_hints(kind).items():
         yield from _names(type_of_it) if isinstance(type_of_it, type) and dataclasses.is_dataclass(type_of_it) else [name]
 
@@ -363,20 +363,20 @@ def _first_process() -> bool:
 
 
 def _run_command(main: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
-    """Runs a command; an error of ours is printed as the last line.
+    """Runs a command and returns its exit code. Prints a DebiasError as the last line.
 
-    What all processes find in the configuration is said by the first alone, what one meets later by that one.
+    Errors of the configuration, which all processes find, are printed by the first process only; a later error by its own process.
     """
     console.ignore_stream_errors()
     try:
         main(list(sys.argv[1:] if argv is None else argv))
     except DebiasError as error:
         sentence, code = str(error), error.exit_code
-    except OSError as error:  # of a path that is too long or not permitted, met before any more telling error
+    except OSError as error:  # for example, a path that is too long or not permitted
         sentence, code = f"{error.filename or 'a file'}: {error.strerror or error}", InputError.exit_code
     except KeyboardInterrupt:
         sentence, code = "interrupted", 128 + signal.SIGINT
-    except SystemExit as done:  # 0 of --help; else of a process that leaves the sentence to the first
+    except SystemExit as done:  # 0 for --help; else of a process that lets the first process print the error
         if done.code:
             _wait_for_the_first()
         return int(done.code or 0)
@@ -392,6 +392,6 @@ def _run_command(main: Callable[[list[str]], None], argv: Sequence[str] | None) 
 
 
 def _wait_for_the_first() -> None:
-    """Gives the first process time for its sentence: a launcher kills all processes as soon as one has failed, and this one with them."""
+    """Waits until the first process has printed its error: a launcher kills all processes as soon as one has failed."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         time.sleep(ERROR_GRACE_SECONDS)

@@ -1,10 +1,10 @@
-"""What can go wrong, as few kinds of error, each with the exit code that the command line returns for it."""
+"""The exceptions of this package, each with the exit code of the command line, and helpers for messages."""
 
 from collections.abc import Iterable
 
 
 class DebiasError(Exception):
-    """Base of all errors that are said in a sentence instead of a traceback."""
+    """Base of all errors that are printed as one sentence instead of a traceback."""
 
     exit_code = 1
 
@@ -28,7 +28,7 @@ class CannotWriteError(DebiasError):
 
 
 class NotFiniteError(DebiasError):
-    """A loss or gradient became NaN or infinite; the update was not made."""
+    """A loss or gradient became NaN or infinite; the optimizer step was not made."""
 
     exit_code = 5
 
@@ -40,13 +40,13 @@ class NoUsableCheckpointError(DebiasError):
 
 
 class HubError(DebiasError):
-    """The Hub refuses something, or cannot be reached; what is on this disk is complete."""
+    """The Hub rejects a request or cannot be reached; the local files are complete."""
 
     exit_code = 7
 
 
 class StoppedError(DebiasError):
-    """A signal asked the run to stop; it saved first. The exit code is the shell's: 128 + signal."""
+    """A signal asked the run to stop, and it has saved. The exit code is that of a shell: 128 + signal."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -54,17 +54,17 @@ class StoppedError(DebiasError):
 
 
 def reason(error: BaseException) -> str:
-    """What an error of a library says, on one line; its kind where it says nothing."""
+    """The message of a library's error on one line; its type if the message is empty."""
     return shortened(str(error)) or type(error).__name__
 
 
 def shortened(text: str) -> str:
-    """On one line, and no longer than a reader will read."""
+    """A text on one line, cut to 400 characters."""
     return " ".join(text.split())[:400]
 
 
 def raise_all(problems: Iterable[str], where: str = "configuration") -> None:
-    """Raises one InputError that lists all problems; does nothing where there are none."""
+    """Raises one InputError that lists all problems; does nothing if there are none."""
     problems = list(problems)
     if len(problems) == 1:
         raise InputError(f"{where}: {problems[0]}")
