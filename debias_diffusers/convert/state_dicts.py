@@ -252,7 +252,7 @@ def _resizes(state: Mapping[str, Tensor], place: int, attends: bool) -> bool:
 
 
 def flags_from_weights(state: Mapping[str, Tensor], shape: Shape, image_size: int) -> dict[str, Any]:
-    """The flags that the weights determine, for images of `image_size` pixels."""
+    """The flags that a state dict of the reference determines, for images of `image_size` pixels."""
     base, classes = shape.widths[0], state.get("label_emb.weight")
     return {
         "num_channels": base,
@@ -324,7 +324,7 @@ def flag_conflicts(given: Mapping[str, Any], told: Mapping[str, Any], shape: Sha
 
 
 def unsupported_features(flags: Mapping[str, Any], state: Mapping[str, Tensor], shape: Shape) -> list[str]:
-    """Features of the network that UNet2DModel does not have, one sentence each."""
+    """Features of the network of a state dict that UNet2DModel does not have, one sentence each."""
     found, base = [], shape.widths[0]
     inputs, outputs = state["input_blocks.0.0.weight"].shape[1], len(state["out.2.bias"])
     if inputs not in (1, 3) or outputs not in (inputs, 2 * inputs):

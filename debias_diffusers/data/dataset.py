@@ -135,7 +135,7 @@ def collate(samples: list[dict[str, Any] | DebiasError]) -> dict[str, Tensor] | 
 
 
 def micro_batches(data: TrainingData, positions: PositionBatchSampler, pin_memory: bool) -> Generator[dict[str, Tensor], None, None]:
-    """Loads micro-batches in the order of `positions`: dicts of tensors as `collate` makes them.
+    """Loads micro-batches in the order of `positions`: `image` and `noise` (B, C, H, W), `label` and `u` (B,).
 
     At the end, whether by the last batch, an error or `close`, all data loader workers are stopped.
 

@@ -296,7 +296,7 @@ diffusers.PixelPipeline = PixelPipeline  # DiffusionPipeline.from_pretrained loo
 
 
 def check_labels(pipeline: PixelPipeline, class_labels: Sequence[Any] | Tensor | None, guidance_scale: float) -> None:
-    """Raises InputError for labels or a guidance scale that the model does not support."""
+    """Raises InputError for labels (B,) or a guidance scale that the model does not support."""
     classes = pipeline.num_classes
     if class_labels is not None and classes == 0:
         raise InputError("class_labels are given, but the model is unconditional; leave them out")
