@@ -363,7 +363,7 @@ def test_what_weights_do_not_tell_must_be_said_and_what_was_assumed_is(tmp_path,
     assert "assumed, as the reference does where flags are left out: use_new_attention_order False" in capfd.readouterr().err
     assert (output(tmp_path / "out", io) - io["output"]).abs().max() < 1e-5
     export(str(tmp_path / "out"), str(tmp_path / "back.pt"))
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         export(str(tmp_path / "out"), str(tmp_path / "back.pt"))
 
 
@@ -420,7 +420,7 @@ def test_a_name_that_cannot_be_written_to_is_one_sentence(tmp_path):
     for out, named in ((str(tmp_path / "loop"), "cannot be a folder"), ("nul\0", "cannot be a folder"), ("", "is empty")):
         with pytest.raises(InputError, match=named):
             guided(str(model), str(flags), out)
-    for out, named in ((str(tmp_path / "loop"), "is there already"), ("nul\0", "zero byte"), ("", "is empty")):
+    for out, named in ((str(tmp_path / "loop"), "already exists"), ("nul\0", "zero byte"), ("", "is empty")):
         with pytest.raises(InputError, match=named):
             export("none", out)
 
@@ -461,7 +461,7 @@ def test_what_a_killed_conversion_left_is_removed_and_not_written_through(kind, 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     model, flags, _ = golden("unet_paper_32")
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         guided(str(model), str(flags), str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 

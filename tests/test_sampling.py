@@ -493,7 +493,7 @@ def test_images_are_written_beside_the_drawing(tmp_path, monkeypatch):
         (["--steps", "1001"], "take at most 1000"),
         (["--steps", "10", "--timesteps", "500", "0"], "only one can decide"),
         (["--timesteps", "0", "500"], "must fall from above 0"),
-        (["--timesteps", "1500", "0"], "noise levels are 0 to 999"),
+        (["--timesteps", "1500", "0"], "timesteps are 0 to 999"),
         (["--sections", "2000"], "sections has 2000"),
         (["--steps", "300", "--spacing", "stride"], "take 334"),
         (["--eta", "1"], "eta is 1.0, but scheduler is left out"),

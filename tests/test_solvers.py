@@ -267,7 +267,7 @@ def test_ours_steps_as_diffusers_own_does_where_that_is_right(name, space):
 def test_strided_timesteps_are_those_of_ddim_n():
     assert strided_timesteps(1000, 10) == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
     assert strided_timesteps(1000, 50)[:2] == [980, 960] and len(strided_timesteps(1000, 334)) == 334
-    with pytest.raises(InputError, match=r"steps is 300, but no whole stride gives that of 1000 noise levels; take 334"):
+    with pytest.raises(InputError, match=r"steps is 300, but no stride gives as many of 1000 timesteps; take 334"):
         strided_timesteps(1000, 300)
 
 
@@ -279,7 +279,7 @@ def test_sections_are_equal_parts_of_the_noise_levels():
         *(200 + round(k * 99 / 19) for k in range(20)),
     ]
     assert section_timesteps(1000, (50,)) == np.linspace(0, 999, 50).round().astype(int)[::-1].tolist()
-    with pytest.raises(InputError, match="sections has 4, but each of 3 sections has 3 of the 10 noise levels"):
+    with pytest.raises(InputError, match="sections has 4, but each of 3 sections has 3 of the 10 timesteps"):
         section_timesteps(10, (1, 1, 4))
 
 
@@ -293,7 +293,7 @@ def test_a_list_of_timesteps_is_visited_and_nothing_else(name):
     expected = chosen[:-1] if ends_there else chosen
     assert visited == (expected[:1] + [t for t in expected[1:] for _ in range(2)] if name == "heun" else expected)
     assert abs(drawn.mean() - MEAN) < 0.02 and abs(drawn.std() / STD - 1) < 0.15
-    with pytest.raises(InputError, match="timesteps has 1000, but the model's noise levels are 0 to 999"):
+    with pytest.raises(InputError, match="timesteps has 1000, but the model's timesteps are 0 to 999"):
         make_scheduler(name, unclipped(objective), "linspace", 2, [1000, 500])
 
 

@@ -217,9 +217,7 @@ def _new_folder(out: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # for a loop of links, among others
         raise InputError(f"{out!r:.80} cannot be a folder ({reason(error)}); name a new or empty one") from error
     if not (out and free):
-        raise InputError(
-            f"{out} is there already; name a new or empty folder" if out else "the name of the folder is empty; name a new one"
-        )
+        raise InputError(f"{out} already exists; name a new or empty folder" if out else "the name of the folder is empty; name a new one")
     return folder
 
 
@@ -228,7 +226,7 @@ def _load(unet: UNet2DModel, weights: State, model: str) -> None:
     try:
         unet.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"{model} does not fit the network that it tells of: {reason(error)}") from error
+        raise InputError(f"{model} does not fit the network that its names describe: {reason(error)}") from error
     require_finite(weights, model)
 
 
@@ -329,7 +327,7 @@ def _require_new_file(*paths: str) -> None:
         if "\0" in path:
             raise InputError(f"{path!r:.80} cannot be a file (it has a zero byte in it); name a new one, such as model.pt")
         if os.path.lexists(path):
-            raise InputError(f"{path} is there already; name a new file, such as model.pt")
+            raise InputError(f"{path} already exists; name a new file, such as model.pt")
 
 
 def _unsupported_by_guided_diffusion(unet: UNet2DModel, own: Any, shape: Shape) -> list[str]:

@@ -78,7 +78,7 @@ def decode(data: bytes, where: str) -> Image.Image:
             flat = _flat(image, grey=image.mode in _GREY or rawmode == _GREY_ALPHA_16)
             return _turned(flat, image, found)
     except UnidentifiedImageError:
-        raise InputError(f"image {where} cannot be read: it is no image of a known kind") from None
+        raise InputError(f"image {where} cannot be read: it is not an image of a supported format") from None
     except Exception as error:  # a damaged or hostile file may provoke any
         raise InputError(f"image {where} cannot be read: {reason(error)}") from error
 

@@ -504,7 +504,7 @@ def _hub_id_advice(dataset: str) -> str:
     """Advice for a missing path that could be a Hub id; empty if the path exists."""
     if Path(dataset).exists() or not is_hub_id(f"{dataset}@main"):
         return ""
-    return f": {place_of(dataset)} is not there; {dataset}@main asks the Hub for it"
+    return f": {place_of(dataset)} does not exist; {dataset}@main asks the Hub for it"
 
 
 def _load(path: str, config: DataConfig, **kwargs: Any) -> Any:

@@ -43,7 +43,7 @@ def open_reference(name: str, config: MeasureConfig, side: int | None) -> ImageS
         images = images_of_npz(Path(name))
         if side not in (None, images.side):
             raise InputError(
-                f"reference {name} has images of {images.side} pixels, which are compared as they are, but {side} are asked for; "
+                f"reference {name} has images of {images.side} pixels, which are not resized, but the targets have {side}; "
                 f"take targets of that size, or add --resolution {images.side} to compare all the same"
             )
         return images
@@ -51,7 +51,7 @@ def open_reference(name: str, config: MeasureConfig, side: int | None) -> ImageS
     if side is None and isinstance(source, ImageFolder):
         return images_of_folder(source, name, channels=config.channels)
     if side is None:
-        raise InputError(f"resolution is missing, which reference {name} is brought to; add --resolution, such as 64")
+        raise InputError(f"resolution is missing, and reference {name} must be resized; add --resolution, such as 64")
     return images_of_source(source, name, side, channels=config.channels)
 
 
@@ -138,7 +138,7 @@ def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) ->
         if lay is None or place_of(typed) == lay or _fingerprint(values) == before:
             return values
     if lay is None or not os.path.exists(lay):
-        raise InputError(f"{target} was trained on {lay or typed}, which is not there; name the data with --reference")
+        raise InputError(f"{target} was trained on {lay or typed}, which does not exist; name the data with --reference")
     return {**values, "dataset": lay}
 
 

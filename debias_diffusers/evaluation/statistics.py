@@ -71,10 +71,10 @@ def read_statistics(path: Path, measure: Measure, side: int | None) -> Sample:
         found = {layer: {name: tensors[f"{layer}/{name}"].double().numpy() for name in ("mu", "sigma")} for layer in layers}
         images = int(about["images"])
     except (SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"reference {path} is no file of eval.py stats: {reason(error)}") from error
+        raise InputError(f"reference {path} is not a file of eval.py stats: {reason(error)}") from error
     ours = extractor_metadata(measure) | ({"resolution": str(side)} if side else {})
     if other := [f"{name} {about.get(name)}, not {value}" for name, value in ours.items() if about.get(name) != value]:
-        raise InputError(f"reference {path} was made with {'; '.join(other)}; make it anew")
+        raise InputError(f"reference {path} was made with {'; '.join(other)}; create it again")
     return Sample({}, _sound(path, found), images)
 
 
@@ -97,6 +97,6 @@ def _sound(path: Path, statistics: dict[str, Statistics]) -> dict[str, Statistic
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise InputError(
                 f"reference {path} has for layer {layer} mu of {mu.shape} and sigma of {sigma.shape}, but must have finite numbers, "
-                f"(D,) and (D, D); make it anew"
+                f"(D,) and (D, D); create it again"
             )
     return statistics

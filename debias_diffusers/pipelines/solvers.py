@@ -67,7 +67,7 @@ def _require_timesteps(steps: Any, timesteps: Any, levels: float = math.inf) -> 
     except (TypeError, ValueError, RuntimeError):
         chosen = torch.empty(0)
     if chosen.is_floating_point() or chosen.ndim != 1 or not levels > chosen[0] or chosen[-1] < 0 or (chosen.diff() >= 0).any():
-        raise InputError(f"timesteps is {timesteps!r}, but must be whole numbers that fall, below {levels} and not below 0")
+        raise InputError(f"timesteps is {timesteps!r}, but must be descending whole numbers from 0 to below {levels}")
 
 
 class DDPM(DDPMScheduler):
@@ -355,7 +355,7 @@ def strided_timesteps(T: int, steps: int) -> list[int]:
         if len(range(0, T, stride)) == steps:
             return list(range(0, T, stride))[::-1]
     near = min((len(range(0, T, stride)) for stride in range(1, T)), key=lambda count: abs(count - steps))
-    raise InputError(f"steps is {steps}, but no whole stride gives that of {T} noise levels; take {near}, or another --spacing")
+    raise InputError(f"steps is {steps}, but no stride gives as many of {T} timesteps; take {near}, or another --spacing")
 
 
 def section_timesteps(T: int, counts: Sequence[int]) -> list[int]:
@@ -372,9 +372,7 @@ def section_timesteps(T: int, counts: Sequence[int]) -> list[int]:
     for k, count in enumerate(counts):
         size = T // len(counts) + (k < T % len(counts))
         if count > size:
-            raise InputError(
-                f"sections has {count}, but each of {len(counts)} sections has {size} of the {T} noise levels; take at most that"
-            )
+            raise InputError(f"sections has {count}, but each of {len(counts)} sections has {size} of the {T} timesteps; take at most that")
         stride = (size - 1) / (count - 1) if count > 1 else 1
         chosen += [start + round(place * stride) for place in range(count)]
         start += size
@@ -408,9 +406,9 @@ def make_scheduler(
     _refuse_other_models(name, own, spacing, timesteps)
     T = own.config.num_train_timesteps
     if timesteps and timesteps[0] >= T:
-        raise InputError(f"timesteps has {timesteps[0]}, but the model's noise levels are 0 to {T - 1}")
+        raise InputError(f"timesteps has {timesteps[0]}, but the model's timesteps are 0 to {T - 1}")
     if steps > T:
-        raise InputError(f"steps is {steps}, but the model has {T} noise levels; take at most {T}")
+        raise InputError(f"steps is {steps}, but the model has {T} timesteps; take at most {T}")
     if timesteps and timesteps[0] == 0:
         raise InputError("timesteps begin at 0, the clean end, but images begin as noise; take more steps, or --spacing trailing")
     low = spacing == "leading" or (spacing == "linspace" and issubclass(SCHEDULERS[name][0], DDPM | DDIM))

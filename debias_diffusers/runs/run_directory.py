@@ -91,7 +91,7 @@ def _refuse_foreign(folder: Path) -> None:
     names = user_files(folder)
     if names and not (_is_marked(folder) or _is_of_an_older_version(folder)):
         raise InputError(
-            f"output_dir {folder} is no run directory and holds other files, such as {names[0]}; "
+            f"output_dir {folder} is not a run directory and holds other files, such as {names[0]}; "
             f"name a new or empty folder, such as {folder / 'run'}"
         )
 

@@ -68,7 +68,7 @@ def sample(config: SampleConfig) -> Path:
         RunInUseError: another command writes into the folder.
     """
     if not config.output_dir and not (Path(config.model) / CHECKPOINTS).is_dir():
-        raise InputError(f"output_dir is missing: {config.model} is no run directory; add --output_dir, such as samples")
+        raise InputError(f"output_dir is missing: {config.model} is not a run directory; add --output_dir, such as samples")
     accelerator = make_accelerator(config.num_threads)
     config = replace(config, model=pinned_model(config.model, accelerator))
     job = make_job(config, accelerator.device)
@@ -142,7 +142,7 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
         InputError: there is no such model, or it does not fit the command.
     """
     if config.dtype == "float16" and torch.device(device).type == "cpu":
-        raise InputError("dtype is float16, which this CPU is slow and inexact in; take bfloat16 or float32")
+        raise InputError("dtype is float16, which is slow and inexact on a CPU; take bfloat16 or float32")
     pipeline = open_model(config.model, config.weights, config.allow_pickle_import, step)
     own = pipeline.scheduler
     _warn_of_terminal_snr(config.model, own)

@@ -147,9 +147,9 @@ def require_replaceable(field: str, path: Path, is_ours: Callable[[Path], bool])
     """
     require_writable(path)
     if path.exists() and not path.is_file():
-        raise InputError(f"{field} {path} is there and is no file; name a new file")
+        raise InputError(f"{field} {path} exists and is not a file; name a new file")
     if path.exists() and not is_ours(path):
-        raise InputError(f"{field} {path} is there already and was not written by this command; name a new file, or remove it")
+        raise InputError(f"{field} {path} already exists and was not written by this command; name a new file, or remove it")
 
 
 def acquire_lock(folder: Path) -> IO[str]:
@@ -231,7 +231,7 @@ def read_file(path: Path) -> bytes:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise InputError(f"{path} cannot be read: it is no file")
+            raise InputError(f"{path} cannot be read: it is not a regular file")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: an invalid file name
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error

@@ -207,7 +207,7 @@ def test_data_of_a_run_are_found_from_another_folder(again, monkeypatch):
     assert data_of(target) == five
     (again / "moved").mkdir()
     shutil.move(again / "data", again / "moved" / "data")
-    with pytest.raises(InputError, match=r"was trained on .*five, which is not there; name the data with --reference"):
+    with pytest.raises(InputError, match=r"was trained on .*five, which does not exist; name the data with --reference"):
         data_of(target)
     monkeypatch.chdir(again / "moved")  # as typed, where the same files are
     assert data_of(target) == "data/five"
@@ -221,7 +221,7 @@ def test_data_of_a_run_are_found_from_another_folder(again, monkeypatch):
 def test_the_hub_is_not_asked_for_what_a_run_took_from_a_disk(again, typed, recorded, monkeypatch):
     monkeypatch.setattr(client, "api", lambda: pytest.fail("the Hub was asked"))
     target = retyped(again, typed, again / "gone" if recorded else None)
-    with pytest.raises(InputError, match=r"was trained on .*, which is not there; name the data with --reference"):
+    with pytest.raises(InputError, match=r"was trained on .*, which does not exist; name the data with --reference"):
         data_of(target)
 
 
@@ -250,5 +250,5 @@ def test_a_name_that_means_a_path_is_none_of_the_hub(tmp_path, monkeypatch):
     for name in ("user/set", "user/set@main", "d/five@main", f"user/set@{'a' * 40}"):
         assert is_hub_id(name) and hub_names.is_id(name), name
     assert is_hub_id("mnist@main")
-    with pytest.raises(InputError, match=r"d/five is neither .*: /.*/d/five is not there; d/five@main asks the Hub for it"):
+    with pytest.raises(InputError, match=r"d/five is neither .*: /.*/d/five does not exist; d/five@main asks the Hub for it"):
         open_source(DataConfig(dataset="d/five"))

@@ -71,7 +71,7 @@ def test_a_folder_of_somebody_else_is_no_run_directory(kind, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     before = everything(tmp_path)
-    with pytest.raises(InputError, match="is no run directory and holds other files, such as"):
+    with pytest.raises(InputError, match="is not a run directory and holds other files, such as"):
         open_run(tiny(tmp_path))
     assert everything(tmp_path) == before
 
@@ -212,7 +212,7 @@ def test_a_letter_that_is_named_like_a_temporary_file_stays(trained, tmp_path):
     with pytest.raises(InputError, match=r"holds other files, such as \.draft-letter"):
         files_of = cli._parse(cli.SampleConfig, [str(trained), "--output_dir", str(tmp_path), "--num_images", "1"], None, "", "")
         cli_sample(files_of)
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         guided("model.pt", "--image_size 8 --num_heads 1", str(tmp_path))
     assert everything(tmp_path) == {Path(".draft-letter"): b"dear"}
     assert files.user_files(tmp_path) == [".draft-letter"]
