@@ -101,7 +101,7 @@ def table(curves: Curves, head: str) -> str:
 
 def against_constant(curves: Curves, place: int) -> str:
     """Difference of the distance to that of the constant weight, seed by seed, with its 95% interval."""
-    lines = ["| shift | weighting | distance less that of constant | seeds |", "|---|---|---|---|"]
+    lines = ["| shift | weighting | difference of the distance (95% interval) | seeds |", "|---|---|---|---|"]
     for (shift, weighting), seeds in curves.items():
         if weighting == "constant":
             continue
