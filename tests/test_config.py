@@ -49,7 +49,7 @@ def test_field_names_are_unique_over_the_sections():
     assert len(fields) == len(set(fields))
 
 
-@pytest.mark.row(36, "wrong values and combinations are refused at once with exit code 2, both names and a way out")
+@pytest.mark.row(36, "wrong values and combinations are an error at once, with exit code 2, both names and advice")
 @pytest.mark.parametrize(
     "change, named",
     [
@@ -171,7 +171,7 @@ def test_compare_draws_intervals_unless_they_are_off(monkeypatch, flags, bootstr
     assert seen[0].bootstrap == bootstrap
 
 
-@pytest.mark.row(36, "wrong values and combinations are refused at once with exit code 2, both names and a way out")
+@pytest.mark.row(36, "wrong values and combinations are an error at once, with exit code 2, both names and advice")
 def test_a_batch_is_shared_evenly():
     (problem,) = train_problems(GOOD, num_processes=3)
     assert "batch_size is 64" in problem and "take 63" in problem
@@ -182,7 +182,7 @@ def test_cuda_graphs_take_a_micro_batch_that_is_the_whole_share_of_a_process():
     assert train_problems(graphs) and not train_problems(graphs, num_processes=2)
 
 
-@pytest.mark.row(34, "weights that grow without bound as the SNR falls to 0 are refused")
+@pytest.mark.row(34, "weights that grow without bound as the SNR falls to 0 are an error")
 @pytest.mark.parametrize("weighting", ("debiased", "inverse_snr", "truncated_snr", "edm", "debiased_as_is"))
 def test_weights_without_bound_need_a_floor_on_the_cosine_schedule(weighting):
     change = {"noise_schedule": "cosine", "weighting": weighting}
@@ -229,7 +229,7 @@ def at_once(call, *flags):
     return done
 
 
-@pytest.mark.row(36, "wrong values and combinations are refused at once with exit code 2, both names and a way out")
+@pytest.mark.row(36, "wrong values and combinations are an error at once, with exit code 2, both names and advice")
 def test_three_mistakes_are_answered_together_at_once_without_torch():
     done = at_once("sys.exit(cli.train())", "--batch_size", "0", "--learning_rate=-1", "--snr-gamma", "3")
     assert done.returncode == 2

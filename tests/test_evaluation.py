@@ -191,7 +191,7 @@ def scored(tmp_path, *targets, reference, metrics="fid,is,kid,prc,colour", **opt
     return score.score(ScoreConfig(targets=tuple(map(str, targets)), reference=str(reference), measure=measure, **options))
 
 
-@pytest.mark.row(51, "bad, few or odd images are named, and a figure is that of a direct call of torch-fidelity")
+@pytest.mark.row(51, "damaged, few or unusual images are named, and metrics equal those of a direct call of torch-fidelity")
 def test_all_figures_are_those_of_a_direct_call_of_torch_fidelity(tmp_path):
     one, other = folder_of(tmp_path / "one", 90, 0), folder_of(tmp_path / "other", 80, 1)
     result = scored(tmp_path, one, reference=other, measure={"feature_extractor": "digits"})
@@ -593,7 +593,7 @@ def test_a_failure_of_the_claim_ends_it_without_the_runs_that_wait(claim, tmp_pa
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.row(51, "bad, few or odd images are named, and a figure is that of a direct call of torch-fidelity")
+@pytest.mark.row(51, "damaged, few or unusual images are named, and metrics equal those of a direct call of torch-fidelity")
 def test_bad_images_and_too_few_of_them_are_named(tmp_path):
     good = folder_of(tmp_path / "good", 20, 0)
     with pytest.raises(InputError, match=r"good has 20 images, but metrics fid of these features need 65; .*--allow_few_images"):
@@ -628,7 +628,7 @@ def test_bad_images_and_too_few_of_them_are_named(tmp_path):
         ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "must have finite numbers"),
     ],
 )
-@pytest.mark.row(51, "bad, few or odd images are named, and a figure is that of a direct call of torch-fidelity")
+@pytest.mark.row(51, "damaged, few or unusual images are named, and metrics equal those of a direct call of torch-fidelity")
 def test_odd_npz_files_are_refused(tmp_path, arrays, named):
     np.savez(tmp_path / "odd.npz", **arrays)
     target = folder_of(tmp_path / "target", 5, 0)
@@ -657,7 +657,7 @@ def test_a_damaged_npz_that_is_compressed_is_named(tmp_path):
             scored(tmp_path, target, reference=tmp_path / name, metrics="colour")
 
 
-@pytest.mark.row(51, "bad, few or odd images are named, and a figure is that of a direct call of torch-fidelity")
+@pytest.mark.row(51, "damaged, few or unusual images are named, and metrics equal those of a direct call of torch-fidelity")
 def test_a_damaged_npz_is_named(tmp_path):
     np.savez(tmp_path / "cut.npz", np.random.default_rng(0).integers(0, 255, (50, 8, 8, 3), dtype=np.uint8))
     whole = (tmp_path / "cut.npz").read_bytes()

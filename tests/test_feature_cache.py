@@ -63,7 +63,7 @@ def test_what_a_model_draws_is_not_kept(tmp_path):
         assert len(list(tmp_path.glob(f"{kept}/*.safetensors"))) == kept
 
 
-@pytest.mark.row(55, "a cache or a home folder that cannot be written does not end the work")
+@pytest.mark.row(55, "a cache or home folder that cannot be written does not stop a command")
 def test_a_cache_that_cannot_be_written_is_a_warning_said_once(tmp_path, capsys, trials):
     (tmp_path / "file").write_text("a file")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere", "a\0b", tmp_path / ("n" * 300)):
@@ -78,7 +78,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning_said_once(tmp_path, capsys,
     assert (tmp_path / "file").read_text() == "a file"
 
 
-@pytest.mark.row(55, "a cache or a home folder that cannot be written does not end the work")
+@pytest.mark.row(55, "a cache or home folder that cannot be written does not stop a command")
 def test_without_a_home_nothing_is_kept(monkeypatch, capsys):
     def homeless():
         raise RuntimeError("Could not determine home directory.")

@@ -108,7 +108,7 @@ def test_weights_are_their_closed_forms_in_every_space(name):
         torch.testing.assert_close(weight(S, name, space, **own(name)), expected, rtol=1e-9 if space == "flow" else 1e-13, atol=0)
 
 
-@pytest.mark.row(33, "the debiased weights are those of the paper at every noise level, in every space")
+@pytest.mark.row(33, "the debiased weights are those of the paper at every timestep, for every prediction type")
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_equal_the_reference_at_every_timestep(golden, name):
     table = make_objective(ObjectiveConfig(weighting=name)).weights
@@ -293,7 +293,7 @@ def prediction_of(space, guess, x_t, a, s):
     return {"epsilon": noise, "sample": guess, "v_prediction": a * noise - s * guess, "flow": noise - guess}[space]
 
 
-@pytest.mark.row(33, "the debiased weights are those of the paper at every noise level, in every space")
+@pytest.mark.row(33, "the debiased weights are those of the paper at every timestep, for every prediction type")
 @pytest.mark.parametrize("name", WEIGHTINGS)
 @pytest.mark.parametrize("options", [*({"noise_schedule": name} for name in SCHEDULES), {"prediction_type": "flow"}], ids=str)
 @pytest.mark.parametrize("shift", (1.0, 64.0))
@@ -510,7 +510,7 @@ def test_loss_weight_does_not_wait_for_a_device(scheduler):
     assert weights.shape == (4,) and weights.dtype == torch.float32 and weights.device.type == "meta"
 
 
-@pytest.mark.row(34, "weights that grow without bound as the SNR falls to 0 are refused")
+@pytest.mark.row(34, "weights that grow without bound as the SNR falls to 0 are an error")
 def test_loss_weight_refuses_what_has_no_finite_weight():
     scheduler = DDIMScheduler(rescale_betas_zero_snr=True)
     with pytest.raises(InputError, match=r"not finite at timesteps \[999\]"):

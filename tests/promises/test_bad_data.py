@@ -85,7 +85,7 @@ def spoil(folder, copies=3):
     return {str(p) for p in (*names, folder / "a" / "pipe.png", folder / "b" / "dangling.png")}
 
 
-@pytest.mark.row(25, "every file that cannot be read is named at the start, or skipped and listed")
+@pytest.mark.row(25, "every unreadable file is named at the start, or skipped and listed")
 def test_all_bad_files_are_found_and_no_good_one(good, trials):
     bad = spoil(good)
     (good / "a" / "folder.png").mkdir()  # its name is no reason to read it
@@ -100,7 +100,7 @@ def test_all_bad_files_are_found_and_no_good_one(good, trials):
         assert sentence.startswith("image ") or " cannot be read" in sentence
 
 
-@pytest.mark.row(25, "every file that cannot be read is named at the start, or skipped and listed")
+@pytest.mark.row(25, "every unreadable file is named at the start, or skipped and listed")
 def test_by_default_the_run_stops_at_the_start_and_lists_all(good, tmp_path):
     bad = spoil(good)
     code, _, err = run(*train_args(tmp_path / "run", "--dataset", good))
@@ -109,7 +109,7 @@ def test_by_default_the_run_stops_at_the_start_and_lists_all(good, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.row(25, "every file that cannot be read is named at the start, or skipped and listed")
+@pytest.mark.row(25, "every unreadable file is named at the start, or skipped and listed")
 def test_more_than_a_hundredth_is_not_skipped(good, tmp_path):
     for k in range(3):
         (good / "a" / f"bad{k}.png").write_bytes(b"broken")
@@ -117,7 +117,7 @@ def test_more_than_a_hundredth_is_not_skipped(good, tmp_path):
     assert code == 2 and "3 of 203 images cannot be read, and no more than 1% are skipped; remove them" in err
 
 
-@pytest.mark.row(25, "every file that cannot be read is named at the start, or skipped and listed")
+@pytest.mark.row(25, "every unreadable file is named at the start, or skipped and listed")
 def test_skipped_images_are_listed_and_the_rest_is_a_data_set_without_them(good, tmp_path):
     """The run over the spoiled folder is that over the sound one, resumed or not, measured or not."""
     sound, spoiled = tmp_path / "sound", tmp_path / "spoiled"
@@ -143,7 +143,7 @@ def test_skipped_images_are_listed_and_the_rest_is_a_data_set_without_them(good,
     assert code == 2 and "202 images then, 201 now" in err
 
 
-@pytest.mark.row(25, "every file that cannot be read is named at the start, or skipped and listed")
+@pytest.mark.row(25, "every unreadable file is named at the start, or skipped and listed")
 def test_without_some_images_the_order_is_a_function_of_the_position(good):
     source = open_source(DataConfig(dataset=str(good)))
     config = DataConfig(dataset=str(good), resolution=16)
@@ -231,7 +231,7 @@ def grown(work):
     return int(os.read(reads, 100))
 
 
-@pytest.mark.row(26, "a file that would fill the memory is refused, or read in little")
+@pytest.mark.row(26, "a file that would fill the memory is an error, or is read in chunks")
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_is_refused_in_little_memory_and_time(bomb):
     data, said = BOMBS[bomb]()
@@ -248,7 +248,7 @@ def test_a_bomb_is_refused_in_little_memory_and_time(bomb):
 
 
 @pytest.mark.nightly
-@pytest.mark.row(26, "a file that would fill the memory is refused, or read in little")
+@pytest.mark.row(26, "a file that would fill the memory is an error, or is read in chunks")
 def test_the_largest_image_that_is_taken_fits_in_500_mb():
     data = huge_png(8192, 8192)
     growth = grown(lambda: images.fit(images.decode(data, "large.png"), 64).size == (64, 64))
@@ -301,7 +301,7 @@ MODES = {
 }  # fmt: skip
 
 
-@pytest.mark.row(27, "every mode of image has a rule, by golden pixels")
+@pytest.mark.row(27, "every mode of image has a rule, tested by golden pixels")
 @pytest.mark.parametrize("mode", MODES)
 def test_an_odd_mode_has_its_rule(mode):
     data, wanted, first, last = MODES[mode]()
@@ -311,14 +311,14 @@ def test_an_odd_mode_has_its_rule(mode):
     assert (image.getpixel((0, 0)), image.getpixel((image.width - 1, 0))) == (first, last)
 
 
-@pytest.mark.row(27, "every mode of image has a rule, by golden pixels")
+@pytest.mark.row(27, "every mode of image has a rule, tested by golden pixels")
 @pytest.mark.parametrize("array", (np.zeros((2, 2), np.int32), np.zeros((2, 2), np.float32)))
 def test_numbers_without_a_stated_range_are_refused(array):
     with pytest.raises(InputError, match="has no stated range; convert it to 8 or 16 bits"):
         images.decode(encoded(Image.fromarray(array), "TIFF"), "here")
 
 
-@pytest.mark.row(27, "every mode of image has a rule, by golden pixels")
+@pytest.mark.row(27, "every mode of image has a rule, tested by golden pixels")
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_rotation_that_a_camera_noted_is_applied(orientation):
     """What EXIF says: where row 0 and column 0 of the file stand in the upright picture."""
@@ -360,7 +360,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.row(28, "a data set that changed between runs stops the resume, with the counts")
+@pytest.mark.row(28, "a data set that changed since the last start stops the resume and prints the counts")
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_data_stop_a_resume_unless_accepted(eight, tmp_path, change):
     act, said = CHANGES[change]
@@ -389,7 +389,7 @@ SMALL = {
 }
 
 
-@pytest.mark.row(29, "few, odd or unlabelled images: a sentence, or a defined behaviour")
+@pytest.mark.row(29, "few, unusual or unlabelled images: a clear error, or a defined behaviour")
 @pytest.mark.parametrize("case", SMALL)
 def test_little_data_is_trained_on_or_refused_in_a_sentence(tmp_path, case):
     sizes, flags, code, said = SMALL[case]
@@ -421,7 +421,7 @@ ARCHIVES = {
 }
 
 
-@pytest.mark.row(30, "nothing of an archive is unpacked, and what it declares is not believed")
+@pytest.mark.row(30, "archives are not extracted, and the sizes that they declare are not trusted")
 @pytest.mark.parametrize("case", ARCHIVES)
 def test_an_odd_archive_is_refused_and_writes_nothing(tmp_path, case):
     path = tmp_path / "in" / "odd.npz"
@@ -437,7 +437,7 @@ def test_an_odd_archive_is_refused_and_writes_nothing(tmp_path, case):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["in", "odd.npz"]
 
 
-@pytest.mark.row(30, "nothing of an archive is unpacked, and what it declares is not believed")
+@pytest.mark.row(30, "archives are not extracted, and the sizes that they declare are not trusted")
 def test_of_two_members_of_one_name_one_is_read_whole(tmp_path):
     path, arrays = tmp_path / "twice.npz", [np.full((2, 8, 8, 3), k, np.uint8) for k in (3, 9)]
     with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):

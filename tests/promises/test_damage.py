@@ -60,7 +60,7 @@ def damages(name, content, of_another_step):
     yield from (flipped(content, chance.randrange(8 * len(content))) for _ in range(FLIPS))
 
 
-@pytest.mark.row(12, "a damaged file of a checkpoint is named, and the checkpoint before is used")
+@pytest.mark.row(12, "a damaged file of a checkpoint is named, and the previous checkpoint is used")
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(learned, tmp_path, name, trials):
     folder = shutil.copytree(learned, tmp_path / "checkpoints")
@@ -80,7 +80,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(learned, tmp_
     assert checkpoints.latest_valid(folder)[0].path == newer  # so it was the damage
 
 
-@pytest.mark.row(12, "a damaged file of a checkpoint is named, and the checkpoint before is used")
+@pytest.mark.row(12, "a damaged file of a checkpoint is named, and the previous checkpoint is used")
 @pytest.mark.parametrize("name", ["ema_0.9.safetensors", "manifest.json"])
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(trained, copied, name):
     file = newest(copied) / name
@@ -91,7 +91,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(trained, copied,
     same(trained, copied, 24)
 
 
-@pytest.mark.row(12, "a damaged file of a checkpoint is named, and the checkpoint before is used")
+@pytest.mark.row(12, "a damaged file of a checkpoint is named, and the previous checkpoint is used")
 def test_a_manifest_without_a_hash_of_its_own_is_read_as_before(learned, tmp_path):
     """The first checkpoints had none; what it says of the other files still counts."""
     folder = shutil.copytree(learned, tmp_path / "checkpoints")
@@ -104,7 +104,7 @@ def test_a_manifest_without_a_hash_of_its_own_is_read_as_before(learned, tmp_pat
     assert checkpoints.latest_valid(folder)[0].step == 6
 
 
-@pytest.mark.row(13, "where all checkpoints are damaged nothing is trained and nothing deleted")
+@pytest.mark.row(13, "if all checkpoints are damaged, nothing is trained and nothing is deleted")
 @pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
 def test_when_all_checkpoints_are_damaged_nothing_is_trained_and_nothing_deleted(copied, name):
     for path in checkpoints.list_checkpoints(copied / "checkpoints"):
@@ -123,7 +123,7 @@ STRAYS = [
 ]  # fmt: skip
 
 
-@pytest.mark.row(14, "only folders of our own making are taken for checkpoints or removed")
+@pytest.mark.row(14, "only folders that this package wrote count as checkpoints or are removed")
 def test_stray_folders_files_and_links_are_neither_checkpoints_nor_removed(trained, copied, tmp_path, trials):
     folder = copied / "checkpoints"
     real = shutil.copytree(newest(copied), tmp_path / "elsewhere" / "step-00000030")
@@ -151,7 +151,7 @@ def test_stray_folders_files_and_links_are_neither_checkpoints_nor_removed(train
     assert {p.name for p in checkpoints.list_checkpoints(folder)} == {"step-00000018", "step-00000024"}
 
 
-@pytest.mark.row(15, "a newer version's checkpoint and another configuration are refused, with what differs")
+@pytest.mark.row(15, "a checkpoint of a newer version and another configuration are an error that lists the differences")
 def test_a_checkpoint_of_a_newer_version_is_refused(copied, monkeypatch):
     path = newest(copied)
     content = [(p.name, p.read_bytes()) for p in path.glob("*.safetensors")]
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(copied, monkeypatch):
     assert tree(copied) == before
 
 
-@pytest.mark.row(15, "a newer version's checkpoint and another configuration are refused, with what differs")
+@pytest.mark.row(15, "a checkpoint of a newer version and another configuration are an error that lists the differences")
 def test_another_configuration_is_refused_field_by_field(trained):
     before = tree(trained)
     flags = ["--max_steps", 12, "--weighting", "p2", "--seed", 5, "--ema_decay", 0.9, "--model_channels", 16]
@@ -218,7 +218,7 @@ def _under_umask(umask, *command):
     _command(*command)
 
 
-@pytest.mark.row(18, "metrics.jsonl has every step exactly once, cut lines and later steps are dropped")
+@pytest.mark.row(18, "metrics.jsonl has every step exactly once; truncated lines and later steps are dropped")
 @pytest.mark.parametrize("apart", [5, pytest.param(1, marks=pytest.mark.nightly)])
 def test_metrics_cut_anywhere_keep_their_whole_lines_up_to_the_step(tmp_path, apart, trials):
     lines = [(json.dumps({"step": step, "loss": 0.5}) + "\n").encode() for step in range(1, 6)]
@@ -233,7 +233,7 @@ def test_metrics_cut_anywhere_keep_their_whole_lines_up_to_the_step(tmp_path, ap
             assert log.path.read_bytes().splitlines()[-1] == b'{"step": "next"}'
 
 
-@pytest.mark.row(18, "metrics.jsonl has every step exactly once, cut lines and later steps are dropped")
+@pytest.mark.row(18, "metrics.jsonl has every step exactly once; truncated lines and later steps are dropped")
 @pytest.mark.parametrize("between", [b"{}\n", b"[3]\n", b'{"step": "x"}\n', b"\x00\xff\n", b'{"step": 2, "lo\n', b"\n"])
 def test_a_torn_line_between_whole_ones_is_dropped(tmp_path, between):
     log = MetricsFile(tmp_path / "metrics.jsonl")
@@ -242,7 +242,7 @@ def test_a_torn_line_between_whole_ones_is_dropped(tmp_path, between):
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2]
 
 
-@pytest.mark.row(18, "metrics.jsonl has every step exactly once, cut lines and later steps are dropped")
+@pytest.mark.row(18, "metrics.jsonl has every step exactly once; truncated lines and later steps are dropped")
 def test_metrics_that_fit_are_not_written_again(tmp_path):
     log = MetricsFile(tmp_path / "metrics.jsonl")
     log.append({"step": 1})
@@ -251,7 +251,7 @@ def test_metrics_that_fit_are_not_written_again(tmp_path):
     assert (log.path.stat().st_mtime_ns, log.path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
-@pytest.mark.row(18, "metrics.jsonl has every step exactly once, cut lines and later steps are dropped")
+@pytest.mark.row(18, "metrics.jsonl has every step exactly once; truncated lines and later steps are dropped")
 @pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.nightly)])
 def test_killed_again_and_again_each_step_is_in_the_metrics_once(tmp_path, kills, trials):
     folder, flags = tmp_path / "run", ["--checkpoint_every", 5, "--lr_schedule", "constant"]

@@ -96,7 +96,7 @@ def steady(tmp_path_factory):
 FULL = r"No space left on device.* \((\d+\.\d) MB free\); a save needs about (\d+\.\d) MB"
 
 
-@pytest.mark.row(19, "on a full disk the checkpoint before stays whole, training goes on, and the last save must succeed")
+@pytest.mark.row(19, "on a full disk the previous checkpoint stays whole, training continues, and the last save must succeed")
 @pytest.mark.parametrize("points", [[1, 6], pytest.param(range(8), marks=pytest.mark.nightly)])
 def test_on_a_full_disk_the_checkpoint_before_stays_and_the_run_ends_with_the_same_bits(steady, mounts, points, trials):
     """Room for so many eighths, and a half, of a checkpoint."""
@@ -121,7 +121,7 @@ def test_on_a_full_disk_the_checkpoint_before_stays_and_the_run_ends_with_the_sa
         same(steady / "6", folder, 6)
 
 
-@pytest.mark.row(19, "on a full disk the checkpoint before stays whole, training goes on, and the last save must succeed")
+@pytest.mark.row(19, "on a full disk the previous checkpoint stays whole, training continues, and the last save must succeed")
 def test_wherever_the_disk_is_full_the_checkpoint_before_verifies_and_no_draft_stays(mounts, trials):
     """Files of 2, 3, 4 and 5 pages, with room for 0 to 15: it fails in every one of them, and succeeds with a page more."""
     draws = random.Random(0)
@@ -141,7 +141,7 @@ def test_wherever_the_disk_is_full_the_checkpoint_before_verifies_and_no_draft_s
     assert checkpoints.latest_valid(disk)[0].step == 20
 
 
-@pytest.mark.row(19, "on a full disk the checkpoint before stays whole, training goes on, and the last save must succeed")
+@pytest.mark.row(19, "on a full disk the previous checkpoint stays whole, training continues, and the last save must succeed")
 def test_when_there_is_room_again_the_next_save_succeeds(mounts, monkeypatch):
     """Somebody makes room when they read that a step was not saved."""
     folder = mounts.disk("disk", "4m") / "run"
@@ -170,7 +170,7 @@ sys.exit(train())
 """
 
 
-@pytest.mark.row(19, "on a full disk the checkpoint before stays whole, training goes on, and the last save must succeed")
+@pytest.mark.row(19, "on a full disk the previous checkpoint stays whole, training continues, and the last save must succeed")
 @pytest.mark.nightly
 def test_where_no_file_may_grow_the_run_ends_with_a_sentence(tmp_path):
     """As on a full disk, but for everybody: no file may grow beyond 20 kB, which the weights do."""
@@ -182,7 +182,7 @@ def test_where_no_file_may_grow_the_run_ends_with_a_sentence(tmp_path):
     assert not list(folder.rglob(".draft*")) and not list(folder.glob("checkpoints/step-*"))
 
 
-@pytest.mark.row(19, "on a full disk the checkpoint before stays whole, training goes on, and the last save must succeed")
+@pytest.mark.row(19, "on a full disk the previous checkpoint stays whole, training continues, and the last save must succeed")
 def test_metrics_that_cannot_be_written_wait_and_hold_up_the_checkpoint(tmp_path, monkeypatch):
     log = MetricsFile(tmp_path / "metrics.jsonl")
     log.append({"step": 1})
@@ -199,7 +199,7 @@ def test_metrics_that_cannot_be_written_wait_and_hold_up_the_checkpoint(tmp_path
 # ---- 20: little space ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.row(20, "it is said at the start when the disk holds less than 2.5 checkpoints")
+@pytest.mark.row(20, "a start with disk space for less than 2.5 checkpoints prints a warning")
 @pytest.mark.parametrize("checkpoints, warned", [(2, True), (3, False)])
 def test_less_space_than_two_and_a_half_checkpoints_is_said_at_the_start(steady, mounts, checkpoints, warned):
     size = size_of(steady / "2" / "checkpoints" / "step-00000002")
@@ -213,7 +213,7 @@ def test_less_space_than_two_and_a_half_checkpoints_is_said_at_the_start(steady,
         assert float(said[1]) == pytest.approx(2e-6 * size, abs=0.1) and float(said[2]) == pytest.approx(2.5e-6 * size, rel=0.15)
 
 
-@pytest.mark.row(20, "it is said at the start when the disk holds less than 2.5 checkpoints")
+@pytest.mark.row(20, "a start with disk space for less than 2.5 checkpoints prints a warning")
 @pytest.mark.parametrize("free, warned", [(2.49, True), (2.51, False)])
 def test_the_limit_is_two_and_a_half_checkpoints(tmp_path, monkeypatch, capfd, free, warned):
     """A checkpoint holds weights, two moments and the averages."""
@@ -235,7 +235,7 @@ sys.exit(code)
 """
 
 
-@pytest.mark.row(21, "a read-only directory is refused at once, before data is read")
+@pytest.mark.row(21, "a read-only directory is an error at once, before data is read")
 @pytest.mark.parametrize("name", ["run", "new/run"])
 def test_a_read_only_directory_is_refused_before_anything_is_read(steady, mounts, tmp_path, name):
     shutil.copytree(steady / "2", tmp_path / "disk" / "run")
@@ -255,7 +255,7 @@ def test_a_read_only_directory_is_refused_before_anything_is_read(steady, mounts
 # ---- 22: two processes, one directory --------------------------------------------------------------------------------
 
 
-@pytest.mark.row(22, "of two processes on a run directory exactly one runs, the other leaves and names it")
+@pytest.mark.row(22, "of two processes on a run directory exactly one runs; the other exits and names it")
 @pytest.mark.parametrize("races", [5, pytest.param(50, marks=pytest.mark.nightly)])
 def test_of_two_processes_on_one_directory_exactly_one_runs(tmp_path, races, trials):
     """Each race begins where the one that ran before was killed: its lock is free, though its name is still in it."""
@@ -272,7 +272,7 @@ def test_of_two_processes_on_one_directory_exactly_one_runs(tmp_path, races, tri
         assert winner.wait() == -signal.SIGKILL
 
 
-@pytest.mark.row(22, "of two processes on a run directory exactly one runs, the other leaves and names it")
+@pytest.mark.row(22, "of two processes on a run directory exactly one runs; the other exits and names it")
 def test_the_process_that_comes_second_leaves_soon_and_writes_nothing(steady, tmp_path):
     folder = shutil.copytree(steady / "2", tmp_path / "run")
     (folder / ".draft-left").write_text("half")
@@ -286,7 +286,7 @@ def test_the_process_that_comes_second_leaves_soon_and_writes_nothing(steady, tm
     assert run(*train_args(folder, *STEADY, "--max_steps", 3))[0] == 0
 
 
-@pytest.mark.row(22, "of two processes on a run directory exactly one runs, the other leaves and names it")
+@pytest.mark.row(22, "of two processes on a run directory exactly one runs; the other exits and names it")
 @pytest.mark.parametrize("left", ["", "process {ended} on {host}"])
 def test_the_one_that_took_the_lock_is_named_also_before_it_wrote_its_name(tmp_path, monkeypatch, left):
     ended = subprocess.Popen(["true"])
@@ -307,7 +307,7 @@ def test_the_one_that_took_the_lock_is_named_also_before_it_wrote_its_name(tmp_p
         assert len(slept) == 6
 
 
-@pytest.mark.row(22, "of two processes on a run directory exactly one runs, the other leaves and names it")
+@pytest.mark.row(22, "of two processes on a run directory exactly one runs; the other exits and names it")
 @pytest.mark.parametrize("name, said", [("", "another process"), ("process 7 on elsewhere", "process 7 on elsewhere")])
 def test_a_process_of_another_machine_or_without_a_name_is_not_waited_for_long(tmp_path, monkeypatch, name, said):
     slept = []
@@ -337,7 +337,7 @@ def valid(folder):
     return steps
 
 
-@pytest.mark.row(23, "killed at any point of a pruning, the checkpoints that are to stay are whole")
+@pytest.mark.row(23, "killed while old checkpoints are removed, the checkpoints to keep are whole")
 @pytest.mark.parametrize(
     "before, damaged, keep, best, kept",
     [
@@ -373,7 +373,7 @@ def test_killed_at_any_removal_what_is_to_stay_is_whole(tmp_path, before, damage
     raise AssertionError("the pruning never came to its end")
 
 
-@pytest.mark.row(23, "killed at any point of a pruning, the checkpoints that are to stay are whole")
+@pytest.mark.row(23, "killed while old checkpoints are removed, the checkpoints to keep are whole")
 @pytest.mark.parametrize(
     "keep, damaged",
     [(1, []), (2, [20]), *(pytest.param(*case, marks=pytest.mark.nightly) for case in ((1, [10]), (1, [20]), (2, []), (2, [10])))],
@@ -408,7 +408,7 @@ NAMES = ["наука/数学 with  spaces", "x" * 200]
 MORE = ["100% {run} 'quoted' #1 \\ $HOME", "a" * 100 + "/" + "b" * 100 + "/ö", "*?[a]", ".hidden"]
 
 
-@pytest.mark.row(24, "a run that is moved or renamed goes on with the same bits")
+@pytest.mark.row(24, "a run that is moved or renamed resumes with the same bits")
 @pytest.mark.parametrize("name", [*NAMES, *(pytest.param(name, marks=pytest.mark.nightly) for name in MORE)], ids=ascii)
 def test_a_run_that_was_moved_goes_on_with_the_same_bits(steady, tmp_path, name):
     folder = tmp_path / name
@@ -421,7 +421,7 @@ def test_a_run_that_was_moved_goes_on_with_the_same_bits(steady, tmp_path, name)
     assert left == right
 
 
-@pytest.mark.row(24, "a run that is moved or renamed goes on with the same bits")
+@pytest.mark.row(24, "a run that is moved or renamed resumes with the same bits")
 def test_a_run_that_began_in_a_strange_place_goes_on_in_another(steady, tmp_path):
     begun = tmp_path / NAMES[0] / NAMES[1]
     assert run(*train_args(begun, *STEADY, "--max_steps", 2))[0] == 0
@@ -440,7 +440,7 @@ def strings(value):
         yield value
 
 
-@pytest.mark.row(24, "a run that is moved or renamed goes on with the same bits")
+@pytest.mark.row(24, "a run that is moved or renamed resumes with the same bits")
 def test_no_file_of_a_run_says_where_it_lies(steady, trials):
     read = [p for p in (steady / "6").rglob("*") if p.is_file()]
     assert {"config.json", "state.json", "README.md", "model_index.json"} <= {p.name for p in read}

@@ -25,11 +25,11 @@ from debias_diffusers.hub.model_card import model_card
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
 from debias_diffusers.sampling.generate import make_job, sample
 
-SPLITS = "the folders train, validation and test are splits, and --split chooses one"
-EXTENSIONS = "every image is found whatever its extension, and what is passed over is counted"
-STRAY = "previews of samples, packed samples and files beside class folders are no data, and folders of users are"
-NAMES = "class names are written down in natural order with the model, and a run of the version before keeps its labels"
-PROPORTION = "no label is drawn that was never trained, and labels of an evaluation are those of the data"
+SPLITS = "the folders train, validation and test are splits, and --split selects one"
+EXTENSIONS = "every image is found whatever its extension, and ignored files are counted"
+STRAY = "previews of samples, packed samples and files outside class folders are not data; folders of users are"
+NAMES = "class names are saved in natural order with the model, and a run of the first version keeps its labels"
+PROPORTION = "untrained labels are not sampled, and the labels of an evaluation have the proportions of the data"
 TABLES = "a folder of parquet files is one table, and metadata files give labels"
 
 

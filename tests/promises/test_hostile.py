@@ -157,7 +157,7 @@ def doors(path, folder):
     yield cli.convert, ["guided", str(path), str(folder / "out"), "--flags", "--image_size 32 --num_heads 2"]
 
 
-@pytest.mark.row(38, "a file of weights that is a program is refused by every door, and does not run")
+@pytest.mark.row(38, "a file of weights that contains code is an error for every command, and the code does not run")
 @pytest.mark.parametrize("forced", [False, True], ids=["", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_file_that_runs_when_read_does_not_run_here(kind, forced, tmp_path, monkeypatch, capfd, trials):
@@ -180,7 +180,7 @@ def test_a_file_that_runs_when_read_does_not_run_here(kind, forced, tmp_path, mo
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pt"]
 
 
-@pytest.mark.row(38, "a file of weights that is a program is refused by every door, and does not run")
+@pytest.mark.row(38, "a file of weights that contains code is an error for every command, and the code does not run")
 def test_a_name_that_promises_safetensors_changes_nothing(tmp_path):
     path, mark = tmp_path / "weights.safetensors", tmp_path / "mark"
     hostile_files(mark)["os.system"](path)
@@ -193,7 +193,7 @@ def test_a_name_that_promises_safetensors_changes_nothing(tmp_path):
 # ---- what was fetched or kept before ---------------------------------------------------------------------------------
 
 
-@pytest.mark.row(41, "what others left in the caches of torch and torch-fidelity does not run")
+@pytest.mark.row(41, "code in the caches of torch and torch-fidelity does not run")
 @pytest.mark.parametrize("extractor", ["inception-v3-compat", pytest.param("vgg16", marks=pytest.mark.nightly), "clip-vit-b-32"])
 def test_a_poisoned_file_in_the_place_of_fetched_weights_does_not_run(extractor, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -209,7 +209,7 @@ def test_a_poisoned_file_in_the_place_of_fetched_weights_does_not_run(extractor,
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1" and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
-@pytest.mark.row(41, "what others left in the caches of torch and torch-fidelity does not run")
+@pytest.mark.row(41, "code in the caches of torch and torch-fidelity does not run")
 def test_the_features_that_torch_fidelity_keeps_are_neither_read_nor_written(tmp_path, monkeypatch, trials):
     """Its cache is full of hostile files under every name that it would give to a set of features or statistics."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -241,7 +241,7 @@ def test_the_features_that_torch_fidelity_keeps_are_neither_read_nor_written(tmp
     assert not mark.exists() and {path.suffix for path in (tmp_path / "own").iterdir()} == {".safetensors"}
 
 
-@pytest.mark.row(41, "what others left in the caches of torch and torch-fidelity does not run")
+@pytest.mark.row(41, "code in the caches of torch and torch-fidelity does not run")
 def test_a_poisoned_file_among_our_own_features_is_computed_anew(tmp_path):
     flags = ["stats", "digits", str(tmp_path / "stats.safetensors"), "--metrics", "fid", "--resolution", "8", "--num_threads", "1"]
     assert cli.evaluate([*flags, "--cache_dir", str(tmp_path / "own")]) == 0
@@ -325,7 +325,7 @@ FILES = {
 }
 
 
-@pytest.mark.row(39, "a mutated file is refused in a sentence, quickly and without memory")
+@pytest.mark.row(39, "a mutated file gives a clear error, quickly and without much memory")
 @pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", FILES)
 def test_a_mutated_file_is_refused_or_read_but_ends_in_no_other_error(name, count, trained, tmp_path, trials):
@@ -350,7 +350,7 @@ def test_a_mutated_file_is_refused_or_read_but_ends_in_no_other_error(name, coun
     assert grown <= 1e9
 
 
-@pytest.mark.row(39, "a mutated file is refused in a sentence, quickly and without memory")
+@pytest.mark.row(39, "a mutated file gives a clear error, quickly and without much memory")
 def test_what_is_nested_or_repeated_without_end_is_refused(trained, tmp_path, trials):
     deep = "[" * 5000 + "]" * 5000
     many = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(

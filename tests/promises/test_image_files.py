@@ -14,7 +14,7 @@ from debias_diffusers.errors import InputError
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
-ROW_77 = "metadata never decides whether an image is read, and its orientation is read alone"
+ROW_77 = "metadata never makes an image unreadable, and only the orientation is read from it"
 ROW_78 = "16 bits are rounded to 8 in every kind of picture"
 UPRIGHT = (np.arange(48, dtype=np.uint8).reshape(2, 8, 3) * 5).copy()
 SIDEWAYS = np.ascontiguousarray(np.rot90(UPRIGHT))  # as stored where EXIF says 6

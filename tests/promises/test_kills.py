@@ -208,7 +208,7 @@ def recorded(tmp_path):
     return log, tmp_path / "before", tmp_path / "run"
 
 
-@pytest.mark.row(3, "a file is on the disk before its name is, and the name before anything older is removed")
+@pytest.mark.row(3, "a file is synced before it is renamed, and its folder before anything older is removed")
 def test_content_is_synced_before_its_name_and_the_folder_after(recorded, trials):
     log, _, folder = recorded
     kinds = [(kind, path) for kind, path, _ in log.log]
@@ -241,7 +241,7 @@ def test_after_a_power_cut_the_old_or_the_new_checkpoint_loads(recorded, tmp_pat
 
 # ---- signals ----------------------------------------------------------------------------------------------------------
 
-STOPS = "SIGTERM at any time: saved after the step at hand, exit code 143, and the same command continues"
+STOPS = "SIGTERM at any time: the run saves after the current step, exit code 143, and the same command resumes"
 
 
 def stopped(folder, flags, seconds, signum):
@@ -306,7 +306,7 @@ def test_when_the_launcher_dies_the_training_saves_and_stops(tmp_path, signum):
     assert 0 < newest_step(folder) < 100_000
 
 
-@pytest.mark.row(5, "interrupted once: saved, 130; twice: stopped at once, the checkpoint before is whole")
+@pytest.mark.row(5, "one SIGINT: the run saves, exit code 130; two: it stops at once, and the last checkpoint is whole")
 def test_interrupted_once_it_saves_and_the_same_command_continues(whole, tmp_path):
     code, steps, err = stopped(tmp_path / "run", LONG, 0.3, signal.SIGINT)
     assert code == 130 and steps <= AT_HAND and "error: stopped by SIGINT at step" in err
@@ -332,7 +332,7 @@ def note_interrupts(path, held):
     checkpoints.write, SignalHandler._on_signal = held_write, noted
 
 
-@pytest.mark.row(5, "interrupted once: saved, 130; twice: stopped at once, the checkpoint before is whole")
+@pytest.mark.row(5, "one SIGINT: the run saves, exit code 130; two: it stops at once, and the last checkpoint is whole")
 def test_interrupted_twice_it_stops_at_once(whole, tmp_path, trials):
     """In the step, in the save, or behind it; and, what is not left to chance, in a save that never ends."""
     for k in range(4):
@@ -354,7 +354,7 @@ def test_interrupted_twice_it_stops_at_once(whole, tmp_path, trials):
     same(whole, folder, 240)
 
 
-@pytest.mark.row(5, "interrupted once: saved, 130; twice: stopped at once, the checkpoint before is whole")
+@pytest.mark.row(5, "one SIGINT: the run saves, exit code 130; two: it stops at once, and the last checkpoint is whole")
 @pytest.mark.parametrize("seconds", (0.15, 1.5))
 def test_interrupted_while_it_starts_it_says_so(tmp_path, seconds):
     process = command(*train_args(tmp_path / "run", "--max_steps", 100_000))
@@ -366,7 +366,7 @@ def test_interrupted_while_it_starts_it_says_so(tmp_path, seconds):
         assert "Traceback" not in err and err.strip().splitlines()[-1].startswith("error: ")
 
 
-ORPHANS = "a killed loader worker ends the run with a sentence, and a killed run leaves no process behind"
+ORPHANS = "a killed data loader worker ends the run with a clear error, and a killed run leaves no process behind"
 
 
 def children(pid):
@@ -452,7 +452,7 @@ def test_resumed_at_any_step_with_any_accumulation_and_dropout(images, tmp_path,
         trials()
 
 
-@pytest.mark.row(8, "a finished run is left as it is")
+@pytest.mark.row(8, "a finished run is not changed")
 def test_a_finished_run_is_left_as_it_is(trained):
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in trained.rglob("*") if p.is_file() and p.name != ".lock"}
     process = Forked(*train_args(trained))
@@ -461,7 +461,7 @@ def test_a_finished_run_is_left_as_it_is(trained):
     assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in trained.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-NUMBERS = "other numbers of processes, workers or pieces: the same samples, losses to 1e-5"
+NUMBERS = "other numbers of processes, workers or micro-batches: the same samples, losses to 1e-5"
 
 
 @pytest.mark.row(9, NUMBERS)
@@ -535,14 +535,14 @@ def test_a_resume_over_several_processes_has_the_same_bits(tmp_path, processes, 
     same(one, other, 12)
 
 
-@pytest.mark.row(10, "another number of threads or version on resume is said, with both values")
+@pytest.mark.row(10, "a resume with another number of threads or another version prints both values")
 def test_another_number_of_threads_is_said(tmp_path):
     assert run(*train_args(tmp_path / "run", "--max_steps", 6, "--lr_schedule", "constant"))[0] == 0
     code, _, err = run(*train_args(tmp_path / "run", "--max_steps", 7, "--lr_schedule", "constant", "--num_threads", 2))
     assert code == 0 and "warning: num_threads was 1, now it is 2; the run goes on, but not bit for bit as before" in err
 
 
-@pytest.mark.row(10, "another number of threads or version on resume is said, with both values")
+@pytest.mark.row(10, "a resume with another number of threads or another version prints both values")
 @pytest.mark.parametrize("name", device.versions())
 def test_another_version_is_said(trained, capsys, name):
     before = json.loads((trained / "checkpoints" / "step-00000024" / "state.json").read_text())
@@ -560,7 +560,7 @@ def test_the_bytes_that_are_compared_are_those_of_a_training(trained):
     assert len(metrics(trained)) == 24 and len({line["loss"] for line in metrics(trained)}) == 24
 
 
-@pytest.mark.row(18, "metrics.jsonl has every step exactly once, cut lines and later steps are dropped")
+@pytest.mark.row(18, "metrics.jsonl has every step exactly once; truncated lines and later steps are dropped")
 def test_the_last_step_has_its_line_which_goes_when_the_run_goes_on(tmp_path):
     """Lines at 4 and 8; the end at 6 has one, too, but leaves the sums open for that of 8."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

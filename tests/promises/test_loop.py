@@ -42,7 +42,7 @@ from debias_diffusers.utils import distributed, launcher, torch_errors
 
 # ---- 64: the ways out -------------------------------------------------------------------------------------------------
 
-NO_WORKER = "however a training ends, no process that reads images is left, and the command ends"
+NO_WORKER = "however a training ends, no data loader worker is left, and the command ends"
 
 
 class Stuck(dataset.TrainingData):
@@ -184,7 +184,7 @@ def test_with_a_tiny_dev_shm_it_says_so_and_ends(tmp_path, trials):
 
 # ---- 65: what a launcher asks for -------------------------------------------------------------------------------------
 
-LAUNCHER = "what a launcher's environment asks for is done, or refused by name before data and network are read"
+LAUNCHER = "options in a launcher's environment take effect, or are an error that names them before data and network are read"
 ASKED = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
     "ACCELERATE_USE_DEEPSPEED": "true",
@@ -362,7 +362,7 @@ def test_a_gradient_of_zero_and_averages_that_do_not_move_are_said_once(tmp_path
 
 # ---- 67: work shared between processes --------------------------------------------------------------------------------
 
-SHARED = "grids and measurements are shared by the processes, and none waits for one that failed, or longer than ddp_timeout"
+SHARED = "processes share previews and evaluations, and none waits for a failed one, or longer than ddp_timeout"
 
 
 def _slow(rank, folder):
@@ -505,7 +505,7 @@ def test_a_grid_does_not_depend_on_the_number_of_processes(tmp_path, trials):
 
 # ---- 68: the reference of a measurement -------------------------------------------------------------------------------
 
-ONCE = "the images of a measurement's reference are read once, and again when one of their files has changed"
+ONCE = "the reference images of an evaluation are read once, and again when one of their files has changed"
 
 
 def pictures(root, count=70):
@@ -635,7 +635,7 @@ def test_with_wide_features_more_are_drawn(tmp_path, reads, monkeypatch, trials)
 
 # ---- 69: presets ------------------------------------------------------------------------------------------------------
 
-GIVES_WAY = "a value of a preset gives way to a flag that it does not go with, with a word; what was typed itself is refused"
+GIVES_WAY = "a flag overrides a conflicting value of a preset, and prints a note; two conflicting flags are an error"
 
 
 @pytest.mark.row(69, GIVES_WAY)

@@ -67,7 +67,7 @@ class Spoiler:
         return x_0
 
 
-@pytest.mark.row(31, "a number that is not finite stops the run before the update, and is placed")
+@pytest.mark.row(31, "a NaN or infinity stops the run before the optimizer step, and the message says where it is")
 @pytest.mark.parametrize(
     "precision, values",
     [
@@ -103,7 +103,7 @@ def test_what_is_not_finite_stops_the_run_before_the_update(place, precision, va
         assert all(torch.isfinite(weight).all() for weight in kept.values())
 
 
-@pytest.mark.row(31, "a number that is not finite stops the run before the update, and is placed")
+@pytest.mark.row(31, "a NaN or infinity stops the run before the optimizer step, and the message says where it is")
 def test_after_a_step_that_was_not_finite_the_same_command_goes_on_as_if_nothing_had_been(trained, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(NotFiniteError):
         Spoiler(patch, "gradient", torch.nan)
@@ -112,7 +112,7 @@ def test_after_a_step_that_was_not_finite_the_same_command_goes_on_as_if_nothing
     same(trained, tmp_path / "run", 24)
 
 
-@pytest.mark.row(31, "a number that is not finite stops the run before the update, and is placed")
+@pytest.mark.row(31, "a NaN or infinity stops the run before the optimizer step, and the message says where it is")
 @pytest.mark.parametrize("place", ["gradient", "loss"])
 def test_a_step_that_was_launched_before_this_was_read_makes_no_update_either(place, tmp_path):
     """Without lines of metrics each step is read when the next is launched."""
@@ -154,7 +154,7 @@ def test_a_step_is_launched_without_waiting_for_any_of_its_numbers(tmp_path, mon
     assert asked.count == 1
 
 
-@pytest.mark.row(31, "a number that is not finite stops the run before the update, and is placed")
+@pytest.mark.row(31, "a NaN or infinity stops the run before the optimizer step, and the message says where it is")
 def test_a_learning_rate_that_is_too_large_ends_with_exit_code_5(tmp_path):
     folder = tmp_path / "run"
     code, _, err = run(*train_args(folder, "--learning_rate", 1e30, "--checkpoint_every", 1, "--keep_checkpoints", 9))
@@ -193,7 +193,7 @@ def scaler_of_fp16():
     return torch.amp.GradScaler("cpu", init_scale=2.0**60)
 
 
-@pytest.mark.row(32, "fp16 may skip steps while it finds its scale, but not 20 in a row")
+@pytest.mark.row(32, "fp16 may skip steps while its loss scale settles, but not 20 in a row")
 def test_steps_that_overflow_in_fp16_are_skipped_and_counted(tmp_path, trials):
     most = SKIPS_IN_A_ROW - 1
     runs = [range(1, 1 + most), range(2 + most, 2 + 2 * most)]  # 19 in a row, one sound step, 19 in a row
@@ -215,7 +215,7 @@ def test_steps_that_overflow_in_fp16_are_skipped_and_counted(tmp_path, trials):
     assert torch.isfinite(after).all()
 
 
-@pytest.mark.row(32, "fp16 may skip steps while it finds its scale, but not 20 in a row")
+@pytest.mark.row(32, "fp16 may skip steps while its loss scale settles, but not 20 in a row")
 def test_the_twentieth_step_in_a_row_that_overflows_ends_the_run(tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(NotFiniteError, match=r"in step 25 .*each loss finite"):
         spoilt = Overflowing(patch, range(5, 60))
@@ -224,7 +224,7 @@ def test_the_twentieth_step_in_a_row_that_overflows_ends_the_run(tmp_path):
     assert torch.equal(spoilt.seen[24][0], spoilt.seen[5][0])
 
 
-@pytest.mark.row(32, "fp16 may skip steps while it finds its scale, but not 20 in a row")
+@pytest.mark.row(32, "fp16 may skip steps while its loss scale settles, but not 20 in a row")
 def test_a_loss_that_is_not_finite_is_no_search_for_a_scale(tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(NotFiniteError, match=f"in step {SPOILT + 1} "):
         Spoiler(patch, "loss", torch.nan)
@@ -253,7 +253,7 @@ BY_HAND = {
 }
 
 
-@pytest.mark.row(33, "the debiased weights are those of the paper at every noise level, in every space")
+@pytest.mark.row(33, "the debiased weights are those of the paper at every timestep, for every prediction type")
 @pytest.mark.parametrize("space", BY_HAND)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_debiased_weights_are_those_of_a_table_worked_out_by_hand(schedule, space, trials):
@@ -266,7 +266,7 @@ def test_debiased_weights_are_those_of_a_table_worked_out_by_hand(schedule, spac
             assert abs(ours - theirs) <= 1e-6 * theirs
 
 
-@pytest.mark.row(33, "the debiased weights are those of the paper at every noise level, in every space")
+@pytest.mark.row(33, "the debiased weights are those of the paper at every timestep, for every prediction type")
 def test_how_a_weight_is_brought_to_other_spaces_is_said_where_it_is_chosen():
     said = (ROOT / "debias_diffusers" / "config.py").read_text()
     assert "one objective whatever the prediction type" in said
@@ -280,7 +280,7 @@ ENDLESS = [
 ]
 
 
-@pytest.mark.row(34, "weights that grow without bound as the SNR falls to 0 are refused")
+@pytest.mark.row(34, "weights that grow without bound as the SNR falls to 0 are an error")
 def test_a_schedule_that_ends_in_noise_is_refused_where_its_weights_have_no_bound(trials):
     for change in ENDLESS:
         trials()
@@ -293,7 +293,7 @@ def test_a_schedule_that_ends_in_noise_is_refused_where_its_weights_have_no_boun
                 make_objective(objective)
 
 
-@pytest.mark.row(34, "weights that grow without bound as the SNR falls to 0 are refused")
+@pytest.mark.row(34, "weights that grow without bound as the SNR falls to 0 are an error")
 def test_a_run_with_weights_without_bound_ends_before_it_begins(tmp_path):
     code, _, err = run(*train_args(tmp_path / "run", "--rescale_betas_zero_snr"))
     assert code == 2 and "rescale_betas_zero_snr is on, but prediction_type is epsilon" in err
@@ -310,7 +310,7 @@ SURROUNDINGS = [
 ]
 
 
-@pytest.mark.row(35, "the same seed gives the same bits whatever surrounds the process")
+@pytest.mark.row(35, "the same seed gives the same bits whatever the environment of the process")
 @pytest.mark.parametrize("surroundings", [SURROUNDINGS[0], *(pytest.param(each, marks=pytest.mark.nightly) for each in SURROUNDINGS[1:])])
 def test_language_time_zone_hash_seed_and_folder_do_not_matter(surroundings, trained, tmp_path):
     (tmp_path / "elsewhere").mkdir()

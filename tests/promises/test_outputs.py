@@ -34,7 +34,7 @@ from debias_diffusers.training import trainer
 from debias_diffusers.utils import files
 from debias_diffusers.utils.signals import SignalHandler
 
-FOREIGN = "nothing is written over what this package did not write"
+FOREIGN = "files that this package did not write are never overwritten"
 
 
 def everything(folder):
@@ -161,7 +161,7 @@ def test_a_file_of_somebody_else_is_refused_before_the_work(name, there, tmp_pat
     assert everything(tmp_path / "out") == before and [path.name for path in (tmp_path / "out").iterdir()] == [name]
 
 
-@pytest.mark.row(54, "what cannot be printed does not cost the result, and what cannot be written is said before the work")
+@pytest.mark.row(54, "an error of printing does not lose the result, and a file that cannot be written is an error before the computation")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_result_that_cannot_be_written_is_said_before_the_work(name, tmp_path, monkeypatch):
     for module, work in ((score, "_measure"), (likelihood, "open_model"), (plots, "_table"), (trainer, "_seen")):
@@ -226,7 +226,7 @@ def cli_sample(config):
 
 # ---- standard streams -------------------------------------------------------------------------------------------------
 
-PRINTED = "what cannot be printed does not cost the result, and what cannot be written is said before the work"
+PRINTED = "an error of printing does not lose the result, and a file that cannot be written is an error before the computation"
 
 
 def _with_streams(args, broken, state, code):
@@ -292,7 +292,7 @@ def test_training_and_sampling_go_on_whatever_becomes_of_the_progress(state, tra
 
 # ---- places that cannot be written ------------------------------------------------------------------------------------
 
-CACHES = "a cache or a home folder that cannot be written does not end the work"
+CACHES = "a cache or home folder that cannot be written does not stop a command"
 
 
 @pytest.mark.row(55, CACHES)
@@ -325,7 +325,7 @@ def test_training_is_measured_without_a_home(tmp_path, monkeypatch, capsys):
 
 # ---- one process after the other in one ------------------------------------------------------------------------------
 
-GIVEN_BACK = "locks and signal handlers are given back when a training ends, in whatever way"
+GIVEN_BACK = "locks are released and signal handlers restored when a training ends, in whatever way"
 
 
 def handlers():
@@ -373,7 +373,7 @@ def test_a_handler_that_was_installed_meanwhile_stays():
 # ---- the commands ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.row(36, "wrong values and combinations are refused at once with exit code 2, both names and a way out")
+@pytest.mark.row(36, "wrong values and combinations are an error at once, with exit code 2, both names and advice")
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
 def test_a_wrong_flag_is_told_whatever_the_encoding_and_the_width(encoding, monkeypatch, trials):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))

@@ -125,7 +125,7 @@ FAULTS = {
 USUAL = {"429 with Retry-After", "answer lost"}
 
 
-@pytest.mark.row(43, "a push survives 429, 500, resets, lost answers and time-outs at each of its requests, and makes one commit")
+@pytest.mark.row(43, "a push survives 429, 500, resets, lost responses and timeouts at each of its requests, and makes one commit")
 @pytest.mark.parametrize("fault", [pytest.param(name, marks=() if name in USUAL else pytest.mark.nightly) for name in FAULTS])
 def test_a_push_survives_faults_at_each_request(hub, worker, run, fault, trials):
     for name, (method, path) in {**REQUESTS, **(OF_XET if hub.xet else OF_LFS)}.items():
@@ -151,7 +151,7 @@ def test_the_wait_that_a_server_asks_for_is_kept(hub, worker, run, repo):
     assert code == 0 and "trying again in 77 s" in said and "waited 77 s" in said
 
 
-@pytest.mark.row(43, "a push survives 429, 500, resets, lost answers and time-outs at each of its requests, and makes one commit")
+@pytest.mark.row(43, "a push survives 429, 500, resets, lost responses and timeouts at each of its requests, and makes one commit")
 def test_a_commit_whose_answer_was_lost_is_found_and_not_made_again(hub, worker, run, repo):
     hub.fault(path="/commit/", action="drop_after", times=1)
     code, said = worker.push(run, "--hub_model_id", repo)
@@ -197,7 +197,7 @@ def client(hub, home, code, *args, token="hf_write"):
 # ---- kills and company -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.row(44, "killed at any request of a push, a repository is old or whole; the same command ends the job in one commit")
+@pytest.mark.row(44, "killed at any request of a push, the repository is old or complete; the same command finishes in one commit")
 @pytest.mark.parametrize("some", [4, pytest.param(1, marks=pytest.mark.nightly)], ids=["some", "all"])
 def test_a_push_that_is_killed_is_finished_by_the_same_command(hub, worker, run, some, trials):
     assert worker.push(run, "--hub_model_id", next(NAMES))[0] == 0
@@ -324,7 +324,7 @@ def refused(hub, folder, *flags, token="hf_write", **settings):
 
 
 @OVER_LFS
-@pytest.mark.row(45, "what the Hub would refuse is said before the training, within five seconds, and without the token")
+@pytest.mark.row(45, "what the Hub would reject is an error before the training, within five seconds, and does not print the token")
 @pytest.mark.parametrize(
     "token, flags, settings, named",
     [
@@ -347,7 +347,7 @@ def test_what_the_hub_would_refuse_is_said_before_the_training(both, hub, tmp_pa
 
 
 @OVER_LFS
-@pytest.mark.row(45, "what the Hub would refuse is said before the training, within five seconds, and without the token")
+@pytest.mark.row(45, "what the Hub would reject is an error before the training, within five seconds, and does not print the token")
 def test_a_hub_that_does_not_answer_delays_the_start_by_five_seconds(hub, tmp_path):
     hub.hold(path="/api/whoami-v2")
     assert "no answer within 5 s" in refused(hub, tmp_path) and PREFLIGHT == 5
@@ -410,7 +410,7 @@ def test_intervals_of_pushes(fresh, tmp_path):
 
 
 @OVER_LFS
-@pytest.mark.row(46, "a push that fails for good leaves a complete run, exit code 7, and the one command that finishes the job")
+@pytest.mark.row(46, "a push that fails finally leaves a complete run, exit code 7, and prints the command that finishes it")
 def test_a_push_that_fails_leaves_a_complete_run_and_the_command_that_finishes_it(fresh, trained, tmp_path):
     fresh.fault(path="/commit/", status=403, times=10**6)
     code, said = trained_and_pushed(fresh, tmp_path)
@@ -444,7 +444,7 @@ def test_a_training_does_not_wait_for_a_hub_that_hangs(fresh, trained, tmp_path)
 
 
 @OVER_XET
-@pytest.mark.row(44, "killed at any request of a push, a repository is old or whole; the same command ends the job in one commit")
+@pytest.mark.row(44, "killed at any request of a push, the repository is old or complete; the same command finishes in one commit")
 def test_a_training_that_was_killed_sends_what_is_missing(fresh, trained, tmp_path):
     fresh.hold(path="/preupload/")
 
@@ -585,7 +585,7 @@ api.upload_file(path_or_fileobj=f"{run}/weights.bin", path_in_repo="unet/diffusi
 
 
 @OVER_LFS
-@pytest.mark.row(47, "a model that has .bin weights only is refused, unless asked for, and then its tensors alone are read")
+@pytest.mark.row(47, "a model with .bin weights only is an error unless a flag allows it, and then only tensors are read")
 @pytest.mark.parametrize("kind", ["tensors", "program"])
 def test_bin_weights_are_taken_only_when_asked_for_and_as_tensors(hub, worker, run, repo, tmp_path, kind):
     client(hub, tmp_path, BIN_ONLY, repo, run, kind)
@@ -597,7 +597,7 @@ def test_bin_weights_are_taken_only_when_asked_for_and_as_tensors(hub, worker, r
 
 
 @OVER_XET
-@pytest.mark.row(48, "a run writes down the commit that it started from and keeps to it, though the branch moves")
+@pytest.mark.row(48, "a run saves the commit that it started from and keeps it, even if the branch moves")
 def test_a_run_keeps_to_the_commit_that_it_started_from(hub, worker, run, repo, tmp_path):
     assert worker.push(run, "--hub_model_id", repo)[0] == 0
     first = hub.commits(repo)[0]["id"]

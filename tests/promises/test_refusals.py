@@ -154,7 +154,7 @@ def answers(commands):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.row(36, "wrong values and combinations are refused at once with exit code 2, both names and a way out")
+@pytest.mark.row(36, "wrong values and combinations are an error at once, with exit code 2, both names and advice")
 @pytest.mark.parametrize("table", [WRONG_VALUES, WRONG_COMBINATIONS], ids=["values", "combinations"])
 def test_a_wrong_command_is_refused_within_a_second_without_torch(table, trained, tmp_path, trials):
     commands = []
@@ -178,7 +178,7 @@ def test_a_wrong_command_is_refused_within_a_second_without_torch(table, trained
     assert not (ROOT / "never").exists()
 
 
-@pytest.mark.row(36, "wrong values and combinations are refused at once with exit code 2, both names and a way out")
+@pytest.mark.row(36, "wrong values and combinations are an error at once, with exit code 2, both names and advice")
 def test_all_problems_of_a_command_are_told_together():
     """Every change of one value that is wrong by itself, all in one command."""
     wrong = {"batch_size": 0, "learning_rate": -1.0, "seed": -1, "dropout": 2.0, "weighting": "debias", "num_workers": -1, "max_steps": 0}
@@ -189,7 +189,7 @@ def test_all_problems_of_a_command_are_told_together():
     assert code == 2 and all(name in said for name in ("batch_size is 0", "seed is -1", "max_steps is 0", "keep_best is True"))
 
 
-@pytest.mark.row(36, "wrong values and combinations are refused at once with exit code 2, both names and a way out")
+@pytest.mark.row(36, "wrong values and combinations are an error at once, with exit code 2, both names and advice")
 @pytest.mark.parametrize(
     "arguments, named",
     [
@@ -234,7 +234,7 @@ MISSPELT = [
 ]
 
 
-@pytest.mark.row(36, "wrong values and combinations are refused at once with exit code 2, both names and a way out")
+@pytest.mark.row(36, "wrong values and combinations are an error at once, with exit code 2, both names and advice")
 @pytest.mark.parametrize("chosen", [MISSPELT[::28], pytest.param(MISSPELT, marks=pytest.mark.nightly)], ids=["some", "all"])
 def test_a_misspelt_flag_suggests_the_right_one(chosen, trials):
     for kind, name, wrong in chosen:
@@ -377,7 +377,7 @@ def pair(name, places, folder):
     ]
 
 
-@pytest.mark.row(37, "changing any field of the configuration changes what is kept of it, and for the training what is learned")
+@pytest.mark.row(37, "changing any field of the configuration changes what is saved, and a field of the training changes the result")
 def test_every_field_is_in_the_table():
     assert list(FIELDS) == list(flatten(TrainConfig()))
     sections = (TrainConfig().data, TrainConfig().model, TrainConfig().objective, TrainConfig().optimization)
@@ -396,7 +396,7 @@ def test_every_field_is_in_the_table():
     assert set(SHAPING) == shaping
 
 
-@pytest.mark.row(37, "changing any field of the configuration changes what is kept of it, and for the training what is learned")
+@pytest.mark.row(37, "changing any field of the configuration changes what is saved, and a field of the training changes the result")
 def test_a_changed_field_is_seen_in_what_is_stored_and_stops_a_resume(places, tmp_path, trials):
     for name in FIELDS:
         trials()
@@ -414,7 +414,7 @@ def seen_in(folder, where):
     return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() if where == WEIGHTS else metrics(folder)
 
 
-@pytest.mark.row(37, "changing any field of the configuration changes what is kept of it, and for the training what is learned")
+@pytest.mark.row(37, "changing any field of the configuration changes what is saved, and a field of the training changes the result")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FEW else pytest.mark.nightly) for name in SHAPING])
 def test_a_changed_field_is_seen_in_what_is_learned(name, places, tmp_path):
     for config in pair(name, places, tmp_path):
@@ -423,7 +423,7 @@ def test_a_changed_field_is_seen_in_what_is_learned(name, places, tmp_path):
     assert one != other
 
 
-@pytest.mark.row(37, "changing any field of the configuration changes what is kept of it, and for the training what is learned")
+@pytest.mark.row(37, "changing any field of the configuration changes what is saved, and a field of the training changes the result")
 def test_what_is_learned_does_not_change_by_itself(places, tmp_path):
     """So that a difference is the field's."""
     config, _ = pair("seed", places, tmp_path)

@@ -18,9 +18,9 @@ from debias_diffusers.sampling.generate import image_seeds, sample
 from debias_diffusers.sampling.image_writer import SampleFolder
 from debias_diffusers.utils.files import acquire_lock
 
-SAME_IMAGE = "image k of a seed is the same image, whatever the batch, the processes, or a kill before"
-APART = "no image repeats within a set, and sets of different seeds share none"
-MISSING = "killed at any moment, the same command draws only what is missing, and nothing foreign is touched"
+SAME_IMAGE = "image k of a seed is the same image for any batch size, number of processes, or earlier kill"
+APART = "no generator seed repeats within a set, and sets of different seeds share none"
+MISSING = "killed at any moment, the same command samples only the missing images, and changes no other files"
 
 
 @pytest.mark.row(49, SAME_IMAGE)

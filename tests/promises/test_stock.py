@@ -37,9 +37,9 @@ from debias_diffusers.hub.model_card import model_card
 from debias_diffusers.pipelines.solvers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
 from debias_diffusers.sampling.generate import draw
 
-STOCK = "stock pipelines of diffusers draw from the right distribution with the exported scheduler, or the docs say that they do not"
-SHOWN = "the code and the commands of the README, of docs/sampling.md and of model cards run as they stand"
-ASKED = "the pipeline answers what callbacks of diffusers ask, and solvers refuse a wrong call in a sentence"
+STOCK = "stock pipelines of diffusers sample the right distribution with the exported scheduler, or the docs say that they do not"
+SHOWN = "the code and the commands of the README, of docs/sampling.md and of model cards run as shown"
+ASKED = "the pipeline supports callbacks of diffusers, and a wrong call of a solver gives a clear error"
 
 STD = 0.2
 

@@ -18,7 +18,7 @@ from debias_diffusers.evaluation.image_sets import images_of_folder, images_of_n
 from debias_diffusers.evaluation.likelihood import Bound, bits_per_dimension
 from debias_diffusers.utils import seeding
 
-row = pytest.mark.row(71, "fewer images than there are, are a random subset by the seed, of a folder, a data set or an `.npz`")
+row = pytest.mark.row(71, "a smaller number of images is a random subset, a function of the seed, of a folder, a data set or an `.npz`")
 SAVES = {"stored": np.savez, "compressed": np.savez_compressed}
 
 

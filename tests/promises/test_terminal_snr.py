@@ -20,7 +20,7 @@ from debias_diffusers.errors import InputError
 from debias_diffusers.sampling import generate
 from debias_diffusers.training import trainer
 
-END = "a noise schedule that does not end in noise is refused, with the largest shift that does"
+END = "a noise schedule without zero terminal SNR is an error that names the largest possible shift"
 
 
 def last_snr(name, T, shift=1.0):

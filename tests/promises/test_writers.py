@@ -25,7 +25,7 @@ def _write_often(write, folder, own, start):
         write(folder, own)
 
 
-@pytest.mark.row(53, "of several processes that write the same file each succeeds, and the file is whole at any moment")
+@pytest.mark.row(53, "several processes can write the same file; each succeeds, and the file is whole at any moment")
 @pytest.mark.parametrize("write", [_write_a_file, _write_an_entry])
 def test_processes_that_write_the_same_file_all_succeed(write, tmp_path, trials, capfd):
     fork = multiprocessing.get_context("fork")
