@@ -24,7 +24,7 @@ from ..pipelines.pixel_pipeline import PixelPipeline
 from ..sampling.generate import open_model, pinned_model
 from ..utils import seeding
 from ..utils.console import say
-from ..utils.distributed import make_accelerator
+from ..utils.distributed import inference_accelerator
 from ..utils.files import require_replaceable, write_file
 from .image_sets import process_batches
 from .reference import print_summary, reference_data
@@ -42,7 +42,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     Raises:
         InputError: model or images cannot be read, or the model is a rectified flow.
     """
-    accelerator = make_accelerator(config.num_threads)
+    accelerator = inference_accelerator(config.num_threads)
     if accelerator.is_main_process and config.output:
         require_replaceable("output", Path(config.output), lambda path: has_fields(path, "total", "standard_error", "prior", "terms"))
     config = dataclasses.replace(config, model=pinned_model(config.model, accelerator))

@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..utils.console import say
 from ..utils.files import read_file, require_replaceable, write_file
 
-SPACES: tuple[PredictionType, ...] = get_args(PredictionType)
+PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 DECADES = 7  # of the weight axis
 COLUMNS = ("weighting", "t", "snr", "log_snr")
 
@@ -74,17 +74,23 @@ def _is_our_csv(path: Path) -> bool:
 def _table(objective: ObjectiveConfig, schedule: Schedule, name: str) -> dict[PredictionType, Tensor]:
     """The weights (T,) by prediction type, where they are defined: without a finite mean they cannot be normalized."""
     config = dataclasses.replace(objective, weighting=name)
-    table = {space: weight_table(config, schedule, space) for space in SPACES if space in SPACES_OF_OTHERS.get(name, SPACES)}
-    return {space: weights for space, weights in table.items() if not weights.isnan().any()}
+    table = {
+        prediction_type: weight_table(config, schedule, prediction_type)
+        for prediction_type in PREDICTION_TYPES
+        if prediction_type in SPACES_OF_OTHERS.get(name, PREDICTION_TYPES)
+    }
+    return {prediction_type: weights for prediction_type, weights in table.items() if not weights.isnan().any()}
 
 
 def _csv(schedule: Schedule, tables: Tables) -> str:
     """One line for each weighting and timestep: t, SNR, log SNR, and the weight by prediction type (empty if undefined)."""
     box = io.StringIO()
     writer = csv.writer(box)
-    writer.writerow([*COLUMNS, *SPACES])
+    writer.writerow([*COLUMNS, *PREDICTION_TYPES])
     for name, table in tables.items():
-        columns = [table[space].tolist() if space in table else [""] * len(schedule) for space in SPACES]
+        columns = [
+            table[prediction_type].tolist() if prediction_type in table else [""] * len(schedule) for prediction_type in PREDICTION_TYPES
+        ]
         writer.writerows(
             [name, t, snr, log_snr, *weights]
             for t, (snr, log_snr, *weights) in enumerate(zip(schedule.snr.tolist(), schedule.snr.log().tolist(), *columns))
@@ -94,13 +100,13 @@ def _csv(schedule: Schedule, tables: Tables) -> str:
 
 def _figure(schedule: Schedule, tables: Tables) -> Figure:
     """One column of axes for each prediction type; top row over t, bottom row over log SNR."""
-    figure = Figure(figsize=(4.2 * len(SPACES), 7), layout="constrained")
-    axes = figure.subplots(2, len(SPACES), squeeze=False)
-    for column, space in enumerate(SPACES):
-        lines = {name: table[space] for name, table in tables.items() if space in table}
+    figure = Figure(figsize=(4.2 * len(PREDICTION_TYPES), 7), layout="constrained")
+    axes = figure.subplots(2, len(PREDICTION_TYPES), squeeze=False)
+    for column, prediction_type in enumerate(PREDICTION_TYPES):
+        lines = {name: table[prediction_type] for name, table in tables.items() if prediction_type in table}
         _draw(axes[0][column], torch.arange(len(schedule)), lines, "t")
         _draw(axes[1][column], schedule.snr.log(), lines, "log SNR")
-        axes[0][column].set_title(f"weight of the squared error of {space}")
+        axes[0][column].set_title(f"weight of the squared error of {prediction_type}")
     # Not every weighting is defined for every prediction type.
     lines = {str(line.get_label()): line for panel in axes[0] for line in panel.get_lines()}
     figure.legend(handles=list(lines.values()), labels=list(lines), loc="outside lower center", ncols=len(lines))

@@ -20,7 +20,7 @@ from ..runs import checkpoints
 from ..runs.run_directory import CHECKPOINTS
 from ..sampling.generate import make_job, pinned_model
 from ..utils.console import say
-from ..utils.distributed import make_accelerator
+from ..utils.distributed import inference_accelerator
 from ..utils.files import require_replaceable, write_file
 from . import metrics
 from .feature_extractors import INCEPTION
@@ -44,7 +44,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     Raises:
         InputError: targets or reference cannot be read, or have too few images for a metric.
     """
-    accelerator = make_accelerator(config.measure.num_threads)
+    accelerator = inference_accelerator(config.measure.num_threads)
     if accelerator.is_main_process and config.output:
         _require_output(config, config.output)
     targets = (target if target.endswith(".npz") else pinned_model(target, accelerator) for target in config.targets)

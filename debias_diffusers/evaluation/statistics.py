@@ -15,7 +15,7 @@ from ..config.schema import StatsConfig
 from ..data.sources import open_source
 from ..errors import InputError, reason
 from ..utils.console import say
-from ..utils.distributed import make_accelerator
+from ..utils.distributed import inference_accelerator
 from ..utils.files import read_file, require_replaceable, write_file
 from .feature_extractors import SPATIAL
 from .image_sets import (
@@ -34,7 +34,7 @@ def stats(config: StatsConfig) -> None:
     Raises:
         InputError: the reference cannot be read.
     """
-    accelerator = make_accelerator(config.measure.num_threads)
+    accelerator = inference_accelerator(config.measure.num_threads)
     if accelerator.is_main_process:
         require_replaceable("out", Path(config.out), _is_of_stats)
     config = dataclasses.replace(config, reference=pinned_data(config.reference, accelerator))

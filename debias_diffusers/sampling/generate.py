@@ -31,7 +31,7 @@ from ..pipelines.solvers import default_scheduler, make_scheduler, section_times
 from ..runs import checkpoints
 from ..runs.run_directory import CHECKPOINTS, SAMPLES
 from ..utils.console import say
-from ..utils.distributed import broadcast_from_first, make_accelerator
+from ..utils.distributed import broadcast_from_first, inference_accelerator
 from ..utils.files import acquire_lock, write_file
 from ..utils.seeding import uniform
 from ..utils.torch_errors import explain_error
@@ -69,7 +69,7 @@ def sample(config: SampleConfig) -> Path:
     """
     if not config.output_dir and not (Path(config.model) / CHECKPOINTS).is_dir():
         raise InputError(f"output_dir is missing: {config.model} is not a run directory; add --output_dir, such as samples")
-    accelerator = make_accelerator(config.num_threads)
+    accelerator = inference_accelerator(config.num_threads)
     config = replace(config, model=pinned_model(config.model, accelerator))
     job = make_job(config, accelerator.device)
     if config.class_labels == "data" and job.config.class_labels != "data":

@@ -24,7 +24,7 @@ from .. import __version__
 from ..config.schema import TrainConfig
 from ..errors import InputError
 from ..utils.console import say
-from ..utils.distributed import _accelerator
+from ..utils.distributed import make_accelerator
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -41,7 +41,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     available = {"tensorboard": accelerate.utils.is_tensorboard_available, "wandb": accelerate.utils.is_wandb_available}
     if report_to != "none" and not available[report_to]():
         raise InputError(f"report_to is {report_to}, but it is not installed; run pip install {report_to}")
-    accelerator = _accelerator(
+    accelerator = make_accelerator(
         mixed_precision=precision,
         log_with=None if report_to == "none" else report_to,
         project_dir=str(Path(config.run.output_dir or "") / "logs"),

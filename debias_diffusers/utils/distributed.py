@@ -57,7 +57,7 @@ def _omp_num_threads() -> int | None:
     return int(first) if first.isdecimal() and int(first) else None
 
 
-def _accelerator(**options: Any) -> Accelerator:
+def make_accelerator(**options: Any) -> Accelerator:
     """An Accelerator of one of the `SUPPORTED_TYPES`.
 
     Raises:
@@ -79,10 +79,10 @@ def _accelerator(**options: Any) -> Accelerator:
     return accelerator
 
 
-def make_accelerator(num_threads: int | None) -> Accelerator:
+def inference_accelerator(num_threads: int | None) -> Accelerator:
     """An Accelerator for commands that do not train (sampling, evaluation); sets the number of CPU threads."""
     # Processes synchronize only at the start and at the end, and may finish hours apart.
-    accelerator = _accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
+    accelerator = make_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
     set_threads(num_threads)
     return accelerator
 

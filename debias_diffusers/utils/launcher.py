@@ -14,7 +14,7 @@ SWITCHED_OFF = {"", "n", "no", "f", "false", "off", "0"}  # as accelerate reads 
 _NOT_SHARDED = "training is not distributed that way here, but by DistributedDataParallel alone: --multi_gpu of accelerate launch"
 
 # Variable: (values that change nothing, advice for other values).
-REFUSED: dict[str, tuple[set[str], str]] = {
+UNSUPPORTED: dict[str, tuple[set[str], str]] = {
     "ACCELERATE_USE_FSDP": (SWITCHED_OFF, _NOT_SHARDED),
     "ACCELERATE_USE_DEEPSPEED": (SWITCHED_OFF, _NOT_SHARDED),
     "ACCELERATE_USE_MEGATRON_LM": (SWITCHED_OFF, _NOT_SHARDED),
@@ -32,7 +32,7 @@ def environment_problems(environment: Mapping[str, str]) -> list[str]:
     """One sentence for each variable that asks for an unsupported option."""
     return [
         f"{name} is {environment[name]}, but {advice}; unset it"
-        for name, (harmless, advice) in REFUSED.items()
+        for name, (harmless, advice) in UNSUPPORTED.items()
         if environment.get(name, "").strip().lower() not in harmless
     ]
 

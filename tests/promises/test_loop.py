@@ -232,9 +232,12 @@ def test_another_process_does_not_end_before_the_first_has_said_it(error, monkey
 @pytest.mark.row(65, LAUNCHER)
 def test_what_accelerate_launch_sets_by_itself_is_no_problem(trials):
     trials()
-    usual = dict.fromkeys(launcher.REFUSED, "false") | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+    usual = dict.fromkeys(launcher.UNSUPPORTED, "false") | {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+    }
     assert launcher.environment_problems(usual) == launcher.environment_problems({}) == []
-    assert len(launcher.environment_problems(ASKED)) == len(ASKED) == len(launcher.REFUSED)
+    assert len(launcher.environment_problems(ASKED)) == len(ASKED) == len(launcher.UNSUPPORTED)
 
 
 @pytest.mark.row(65, LAUNCHER)
@@ -258,7 +261,7 @@ def test_every_other_kind_of_distribution_is_refused_by_name(kind, start, tmp_pa
     monkeypatch.setattr(distributed.Accelerator, "distributed_type", kind)
     try:
         with pytest.raises(InputError, match=f"configured for {kind.value}, but only one process"):
-            device.start_accelerator(config) if start == "train" else distributed.make_accelerator(1)
+            device.start_accelerator(config) if start == "train" else distributed.inference_accelerator(1)
     finally:
         AcceleratorState._reset_state(True)
 
