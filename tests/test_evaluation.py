@@ -477,7 +477,7 @@ def test_redrawn_sets_are_dealt_to_the_processes_and_take_few_subsets(monkeypatc
     monkeypatch.setattr(metrics, "kid_features_to_metric", lambda *a, **more: asked.append(more["kid_subsets"]) or kid(*a, **more))
     monkeypatch.setattr(score, "gather_object", lambda mine: mine)
     alone, first, second = (
-        score._redrawn(config, SimpleNamespace(process=k, processes=n, layers=layers), one, other, "one")
+        score._bootstrap(config, SimpleNamespace(process=k, processes=n, layers=layers), one, other, "one")
         for k, n in ((0, 1), (0, 2), (1, 2))
     )
     assert (alone[::2], alone[1::2]) == (first, second) and len({row["fid"] for row in alone}) == 20
