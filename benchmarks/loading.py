@@ -17,7 +17,7 @@ from typing import Any
 from training import make_images
 
 from debias_diffusers.config.schema import DataConfig
-from debias_diffusers.data.dataset import PositionBatches, TrainingData, batches
+from debias_diffusers.data.dataset import PositionBatches, TrainingData, micro_batches
 from debias_diffusers.data.sources import open_source
 
 BATCH = 16
@@ -27,7 +27,7 @@ def rate(config: DataConfig, seconds: float, skip_epochs: int) -> float:
     """Images per second from the loader, after some epochs."""
     data = TrainingData(open_source(config), config, seed=0)
     skipped = skip_epochs * len(data.source) // BATCH + 2 * config.num_workers + 2
-    loader = batches(data, PositionBatches(BATCH, BATCH, 0, 1, range(10**7)), pin_memory=False)
+    loader = micro_batches(data, PositionBatches(BATCH, BATCH, 0, 1, range(10**7)), pin_memory=False)
     for _ in range(skipped):
         next(loader)
     begun, count = time.perf_counter(), 0

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from debias_diffusers.config.schema import DataConfig
-from debias_diffusers.data.dataset import PositionBatches, TrainingData, batches
+from debias_diffusers.data.dataset import PositionBatches, TrainingData, micro_batches
 from debias_diffusers.data.sources import open_source
 from debias_diffusers.errors import DebiasError, InputError
 from debias_diffusers.utils import seeding
@@ -89,7 +89,7 @@ def test_positions_are_the_same_however_they_are_split(processes, micro, workers
     parts = []
     for rank in range(processes):
         positions = PositionBatches(64, micro, rank, processes, range(4, 6))
-        share = list(batches(data, positions, pin_memory=False))
+        share = list(micro_batches(data, positions, pin_memory=False))
         assert len(share) == len(positions)
         parts.append({k: torch.cat([batch[k] for batch in share]).chunk(2) for k in share[0]})
     for name in ("image", "u", "noise"):
@@ -217,7 +217,7 @@ def test_a_broken_image_stops_with_its_name_also_from_a_worker(folder):
     config = DataConfig(dataset=str(folder), resolution=8, num_workers=1)
     data = TrainingData(open_source(config), config, seed=0)
     with pytest.raises(InputError, match=r"cat/b\.jpg cannot be read") as error:
-        list(batches(data, PositionBatches(3, 3, 0, 1, range(1)), pin_memory=False))
+        list(micro_batches(data, PositionBatches(3, 3, 0, 1, range(1)), pin_memory=False))
     assert "\n" not in str(error.value)
 
 
@@ -259,4 +259,4 @@ def test_a_worker_lost_while_it_hands_a_batch_over_is_said_in_words(monkeypatch,
     monkeypatch.setattr("torch.utils.data.dataloader._SingleProcessDataLoaderIter.__next__", lost)
     data = TrainingData(open_source(DIGITS), DIGITS, seed=0)
     with pytest.raises(DebiasError, match="a process that reads images was killed"):
-        next(batches(data, PositionBatches(8, 8, 0, 1, range(100)), pin_memory=False))
+        next(micro_batches(data, PositionBatches(8, 8, 0, 1, range(100)), pin_memory=False))

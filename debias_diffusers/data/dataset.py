@@ -102,7 +102,7 @@ class TrainingData(Dataset):
 class PositionBatches(Sampler[list[int]]):
     """The positions of each forward of one process, from a step to the last.
 
-    Step k has the positions k B .. (k+1) B - 1; process r of n has the r-th of n equal parts of them, in pieces of at most
+    Step k has the positions k B .. (k+1) B - 1; process r of n has the r-th of n equal parts of them, in micro-batches of at most
     `micro_batch_size`.
     """
 
@@ -111,7 +111,7 @@ class PositionBatches(Sampler[list[int]]):
         self.share = batch_size // num_processes
         self.offset = rank * self.share
 
-    def pieces(self, step: int) -> list[range]:
+    def micro_batches(self, step: int) -> list[range]:
         """The positions of one step in this process, a range for each forward."""
         start = step * self.batch_size + self.offset
         end = start + self.share
@@ -119,7 +119,7 @@ class PositionBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
-            yield from map(list, self.pieces(step))
+            yield from map(list, self.micro_batches(step))
 
     def __len__(self) -> int:
         return len(self.steps) * -(-self.share // self.micro_batch_size)
@@ -134,7 +134,7 @@ def collate(samples: list[dict[str, Any] | DebiasError]) -> dict[str, Tensor] | 
     return batch
 
 
-def batches(data: TrainingData, positions: PositionBatches, pin_memory: bool) -> Generator[dict[str, Tensor], None, None]:
+def micro_batches(data: TrainingData, positions: PositionBatches, pin_memory: bool) -> Generator[dict[str, Tensor], None, None]:
     """Micro-batches in the order of `positions`.
 
     Raises:

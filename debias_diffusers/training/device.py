@@ -1,4 +1,4 @@
-"""The device of a training: accelerator, memory format, and what must be said when it changes between starts."""
+"""The device of a training: accelerator, memory format, versions, and warnings where they differ from the run's last start."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .. import __version__
 from ..config.schema import TrainConfig
 from ..errors import InputError
 from ..utils.console import say
-from ..utils.distributed import _accelerator
+from ..utils.distributed import make_accelerator
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -32,16 +32,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """accelerate's handle on devices and processes, after checking the configuration against the machine.
+    """The `Accelerator` of a training, after checking the configuration against the hardware.
 
     Raises:
-        InputError: the machine cannot do what the configuration asks for.
+        InputError: the hardware or the installed packages cannot do what the configuration asks for.
     """
     report_to, precision = config.run.report_to, config.optimization.mixed_precision
     available = {"tensorboard": accelerate.utils.is_tensorboard_available, "wandb": accelerate.utils.is_wandb_available}
     if report_to != "none" and not available[report_to]():
         raise InputError(f"report_to is {report_to}, but it is not installed; run pip install {report_to}")
-    accelerator = _accelerator(
+    accelerator = make_accelerator(
         mixed_precision=precision,
         log_with=None if report_to == "none" else report_to,
         project_dir=str(Path(config.run.output_dir or "") / "logs"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,7 +58,7 @@ def _omp_num_threads() -> int | None:
     return int(first) if first.isdecimal() and int(first) else None
 
 
-def _accelerator(**options: Any) -> Accelerator:
+def make_accelerator(**options: Any) -> Accelerator:
     """accelerate's handle, for the kinds of distribution that are built.
 
     Raises:
@@ -82,7 +83,7 @@ def _accelerator(**options: Any) -> Accelerator:
 def start_processes(num_threads: int | None) -> Accelerator:
     """accelerate's handle on devices and processes where nothing is trained."""
     # Processes meet at the beginning and at the end only, and may be hours apart by then.
-    accelerator = _accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
+    accelerator = make_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
     set_threads(num_threads)
     return accelerator
 
@@ -94,6 +95,17 @@ def agreed(decide: Callable[[], T], accelerator: Accelerator) -> T:
         broadcast_object_list(chosen)
     answer: Any = chosen[0]
     return answer  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def told_by_the_first(accelerator: Accelerator) -> Iterator[None]:
+    """For an InputError that all processes raise at once: the others end with its exit code and leave the sentence to the first."""
+    try:
+        yield
+    except InputError as error:
+        if not accelerator.is_main_process:
+            raise SystemExit(error.exit_code) from error
+        raise
 
 
 def gathered(work: Callable[[], list[T]], processes: int) -> list[T]:

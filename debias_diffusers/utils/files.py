@@ -96,6 +96,15 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def move_file(path: Path, destination: Path) -> None:
+    """Moves a file that is whole to a place on the same disk; a power cut leaves there the old file, the new one, or none."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(path, destination)
+    sync_folder(destination.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
