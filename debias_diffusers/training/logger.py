@@ -81,7 +81,7 @@ class Logger:
         self.bar.set_postfix_str(f"loss {self.smooth:.3f}, {rate:.0f} images/s{self.quality}", refresh=False)
         self.bar.update()
         every = self.config.run.log_every
-        # A line that is only written because the run ends does not reset the statistics: if the run is resumed, the next line has all steps.
+        # A line that is only written because the run ends does not reset the statistics: after a resume the next one has all steps.
         last = {} if due(step, every) else {LAST: True}
         if last and not (every and step == self.config.optimization.max_steps):
             return
