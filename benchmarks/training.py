@@ -145,18 +145,20 @@ def ours(flags: list[str], clock: Clock) -> dict[str, Any]:
     from debias_diffusers.cli import train_config
     from debias_diffusers.runs.run_directory import open_run
     from debias_diffusers.training import device, trainer
+    from debias_diffusers.training.hooks import Checkpointer
+    from debias_diffusers.training.setup import make_trainer
 
     config = train_config([flag for flag in flags if flag != "OTHER_LAYOUT"], None)
     parts = [(trainer.Trainer, "_terms", "forward"), (Accelerator, "backward", "backward"), (trainer.Trainer, "_update", "update")]
-    parts += [(trainer.Progress, "record", "logging"), (trainer.Trainer, "_save", "checkpoint")]
+    parts += [(trainer.Logger, "log_step", "logging"), (Checkpointer, "save", "checkpoint")]
     with contextlib.ExitStack() as patches:
         for owner, name, part in parts:
             patches.enter_context(patch.object(owner, name, clock.counted(part, getattr(owner, name))))
         if "OTHER_LAYOUT" in flags:
             patches.enter_context(patch.object(device, "memory_format", other_layout(device.memory_format)))
-        patches.enter_context(patch.object(trainer.data, "batches", clock.batches(trainer.data.batches)))
-        trainer = trainer.Trainer(config, open_run(config), device.start_accelerator(config))
-        trainer.train(clock)  # type: ignore[arg-type]
+        patches.enter_context(patch.object(trainer, "micro_batches", clock.batches(trainer.micro_batches)))
+        training, _ = make_trainer(config, open_run(config), device.start_accelerator(config))
+        training.train(clock)  # type: ignore[arg-type]
     return {"checkpoint_s": clock.seconds["checkpoint"]}
 
 
@@ -188,9 +190,9 @@ def baseline(flags: list[str], clock: Clock) -> dict[str, Any]:
     batches = clock.batches(dataset.micro_batches)(task.data, positions, pin_memory=target == "cuda")
     for step, batch in enumerate(batches):
         with clock.part("forward"):
-            x_0, noise = task.clean(batch, target), batch["noise"].to(target)
+            x_0, noise = task.x_0(batch, target), batch["noise"].to(target)
             t = sampler.draw(batch["u"], range(step * size, (step + 1) * size))
-            terms = objective(task.network(network, batch, target), x_0, noise, t)
+            terms = objective(task.conditioned(network, batch, target), x_0, noise, t)
             loss = terms.loss.mean()
         with clock.part("backward"):
             loss.backward()

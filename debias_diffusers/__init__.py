@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from .diffusion.weighting import loss_weight, register_weighting
     from .pipelines.pixel_pipeline import PixelPipeline
     from .training.ema import EMA
+    from .training.start import train
 
-__all__ = ["EMA", "PixelPipeline", "TrainConfig", "loss_weight", "make_objective", "make_schedule", "register_weighting"]
+__all__ = ["EMA", "PixelPipeline", "TrainConfig", "loss_weight", "make_objective", "make_schedule", "register_weighting", "train"]
 
 # Imported on first use: importing the package alone must not import torch (the command line answers at once).
 _MODULES = {
@@ -28,6 +29,7 @@ _MODULES = {
     "make_objective": "diffusion.loss",
     "make_schedule": "diffusion.noise_schedule",
     "register_weighting": "diffusion.weighting",
+    "train": "training.start",
 }
 
 

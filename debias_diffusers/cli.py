@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import os
@@ -13,7 +12,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 from tyro import _errors as tyro_errors  # of a private module, so that pyproject.toml bounds the version
@@ -34,10 +33,6 @@ from .config.schema import (
 )
 from .errors import CannotWriteError, DebiasError, InputError, raise_all, shortened
 from .utils import console, launcher
-
-if TYPE_CHECKING:
-    from .runs.run_directory import Run
-    from .utils.signals import SignalHandler
 
 T = TypeVar("T")
 
@@ -102,39 +97,9 @@ def _dispatch(program: str, commands: Mapping[str, Callable[[list[str]], None]],
 
 
 def _train(argv: list[str]) -> None:
-    config = train_config(argv, os.environ.get("ACCELERATE_MIXED_PRECISION"))
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    _raise_all(validation.train_problems(config, num_processes))
-    if config.run.dry_run:
-        from .training.trainer import dry_run
+    from .training.start import train as train_run
 
-        dry_run(config)
-        return
-
-    from .runs.run_directory import open_run
-    from .utils.signals import SignalHandler, stop_with_launcher
-
-    stop_with_launcher()
-    # Installs signal handlers before the import of torch, which takes seconds.
-    with open_run(config) if _first_process() else contextlib.nullcontext() as run, SignalHandler() as stop:
-        _train_in(config, run, stop, num_processes)
-
-
-def _train_in(config: TrainConfig, run: Run | None, stop: SignalHandler, num_processes: int) -> None:
-    from .hub import client
-    from .hub.publish import Publisher
-    from .utils.console import say
-
-    to = dataclasses.replace(config.hub, hub_model_id=client.preflight(config.hub)) if run and config.hub.push_to_hub else None
-    if run and run.resume and run.resume.step == config.optimization.max_steps and num_processes == 1:
-        say(f"{run.folder} is finished at step {run.resume.step}; raise --max_steps to go on")
-        if to:
-            Publisher(run.folder, to, run.resume.step).finish(run.resume.step, stop)
-        return
-
-    from .training import trainer
-
-    trainer.train(config, run, stop, to)
+    train_run(train_config(argv, os.environ.get("ACCELERATE_MIXED_PRECISION")))
 
 
 TRAIN_HELP = f"""Train a diffusion model with the debiased loss (arXiv 2310.08442).

@@ -52,7 +52,7 @@ def command(*args, **options):
 
 # Most commands run in processes forked from one that has imported torch and diffusers: seconds less for each.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["debias_diffusers.training.trainer", "debias_diffusers.cli", "datasets"])
+SERVER.set_forkserver_preload(["debias_diffusers.training.setup", "debias_diffusers.cli", "datasets"])
 COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate"}
 
 
@@ -154,6 +154,16 @@ def tensors(run_dir, step):
     """The bytes of every tensor file of a checkpoint."""
     folder = Path(run_dir) / "checkpoints" / f"step-{step:08d}"
     return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
+
+
+def writers(contents):
+    """Files of a checkpoint by name, as `checkpoints.write` takes them, from their bytes."""
+
+    def write(data, path):
+        with open(path, "wb") as file:
+            file.write(data)
+
+    return [(name, partial(write, data)) for name, data in contents.items()]
 
 
 def sample_config(model, folder, **changes):

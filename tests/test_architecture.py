@@ -21,9 +21,9 @@ ORDER = [
     "runs",
     "hub",
     "pipelines",
-    "tasks",
     "sampling",
     "evaluation",
+    "tasks",
     "training",
     "convert",
     "cli",
@@ -36,7 +36,7 @@ USERS = {
     "datasets": {"data.sources"},
     "pyarrow": {"data.sources"},
     "diffusers": {"pipelines", "tasks", "training.device", "convert.guided_diffusion"},
-    "accelerate": {"utils.distributed", "training", "sampling.generate", "evaluation"},
+    "accelerate": {"utils.distributed", "training", "sampling.generate", "evaluation", "tasks.pixel_data"},
     "torch_fidelity": {"evaluation.feature_extractors", "evaluation.metrics"},
     "tyro": {"cli"},
     "yaml": {"config.loading"},
@@ -46,7 +46,19 @@ USERS = {
     "psutil": {"utils.memory"},
 }
 
-WITHOUT_TORCH = {"errors", "utils.console", "utils.files", "utils.launcher", "utils.signals", "config", "data.labels", "runs", "hub", "cli"}
+WITHOUT_TORCH = {
+    "errors",
+    "utils.console",
+    "utils.files",
+    "utils.launcher",
+    "utils.signals",
+    "config",
+    "data.labels",
+    "runs",
+    "hub",
+    "training.start",
+    "cli",
+}
 
 
 def modules():
@@ -125,6 +137,15 @@ def test_configuration_and_run_directory_need_no_torch(module):
     assert {other for other in neighbours(module, everywhere=False) if not belongs(other, WITHOUT_TORCH)} == set()
 
 
+@pytest.mark.parametrize(
+    "other", ["tasks.pixels", "tasks.pixel_data", "tasks.unet", "data.images", "data.sources", "pipelines.pixel_pipeline"]
+)
+def test_the_training_loop_is_given_its_task(other):
+    assert not {"training.trainer", "training.optimizer_step", "training.state_dicts", "training.saver"} & {
+        module for module in MODULES if any(belongs(found, {other}) for found in neighbours(module))
+    }
+
+
 @pytest.mark.parametrize("library", ["diffusers", "accelerate", "PIL", "transformers", "peft"])
 def test_the_mathematics_needs_tensors_alone(library):
     assert {module for module in MODULES if folder(module) == "diffusion" and (library, None) in imports(module)} == set()
@@ -132,7 +153,7 @@ def test_the_mathematics_needs_tensors_alone(library):
 
 @pytest.mark.parametrize("library", ["torch_fidelity", "matplotlib"])
 def test_training_without_figures_does_not_wait_for_the_import_of(library):
-    left, found = {"training.trainer"}, set()
+    left, found = {"training.setup"}, set()
     while left:
         found.add(module := left.pop())
         left |= neighbours(module, everywhere=False) - found

@@ -1,5 +1,7 @@
 """A checkpoint is whole or absent, at any moment and whatever happens to its files."""
 
+from conftest import writers
+
 from debias_diffusers.runs import checkpoints
 
 CONTENT = {"model.safetensors": bytes(range(256)) * 40, "optimizer.safetensors": b"moments" * 300}
@@ -10,14 +12,14 @@ def content(step):
 
 
 def write(folder, step, keep=2):
-    return checkpoints.write(folder, step, content(step).items(), {"step": step, "config": {}}, keep)
+    return checkpoints.write(folder, step, writers(content(step)), {"step": step, "config": {}}, keep)
 
 
 def test_what_was_written_is_read_back(tmp_path):
     write(tmp_path, 10)
     found, damaged = checkpoints.latest_valid(tmp_path)
     assert (found.step, found.state["step"], damaged) == (10, 10, [])
-    assert {name: found.read(name) for name in CONTENT} == content(10)
+    assert {name: found.verified(name).read_bytes() for name in CONTENT} == content(10)
 
 
 def test_only_the_newest_are_kept(tmp_path):

@@ -21,7 +21,7 @@ from debias_diffusers.errors import InputError
 from debias_diffusers.pipelines.solvers import SCHEDULERS
 from debias_diffusers.tasks.pixels import network_arguments
 from debias_diffusers.tasks.unet import build_unet
-from debias_diffusers.training.trainer import dry_run
+from debias_diffusers.training.dry_run import dry_run
 
 FLOW = {"prediction_type": "flow", "noise_schedule": None}
 GOOD = resolved(layered(read_config("digits"), {"output_dir": "runs/x"}), None)

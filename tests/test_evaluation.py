@@ -24,7 +24,7 @@ from debias_diffusers.evaluation import feature_extractors, metrics, monitor, re
 from debias_diffusers.evaluation.feature_extractors import Extractor
 from debias_diffusers.evaluation.measure import Measure
 from debias_diffusers.evaluation.metrics import Sample
-from debias_diffusers.training.trainer import Trainer
+from debias_diffusers.training.hooks import Evaluation, Measured
 
 
 def normal(count, mean, scale, seed=0):
@@ -505,16 +505,19 @@ def test_compare_gives_intervals(trained, tmp_path):
 # ---- while training --------------------------------------------------------------------------------------------------
 
 
-def test_the_best_checkpoint_is_the_nearest_to_no_bias_and_starts_anew_with_another_metric(monkeypatch):
-    trainer = Trainer.__new__(Trainer)
-    trainer.best, trainer.config, trainer.task = None, TrainConfig(), SimpleNamespace(class_counts=None)
-    monkeypatch.setattr(Trainer, "_drawn", lambda *_: iter(()))
+def measured_by(monitor):
+    """What measures while training, in the first process, of images that nobody draws."""
+    images = SimpleNamespace(batches=lambda *_: iter(()), task=SimpleNamespace(conditions=lambda *_, **__: []))
+    return Evaluation(every=1, images=images, monitor=monitor, measured=Measured(), run=SimpleNamespace())
+
+
+def test_the_best_checkpoint_is_the_nearest_to_no_bias_and_starts_anew_with_another_metric():
+    evaluation = measured_by(None)
 
     def best_after(step, figures, about):
-        trainer.step, trainer.monitor = step, SimpleNamespace(figures=lambda _: figures, about=about)
-        trainer.saver = SimpleNamespace()  # the first process has one
-        trainer._measure()
-        return trainer.best["step"]
+        evaluation.monitor = SimpleNamespace(figures=lambda _: figures, about=about, count=1)
+        evaluation.measure(step)
+        return evaluation.measured.best["step"]
 
     dark, digits, other = {"brightness_bias": -9.0}, {"extractor": "digits"}, {"extractor": "other"}
     assert best_after(1, {"brightness_bias": 2.0}, digits) == 1
@@ -524,20 +527,16 @@ def test_the_best_checkpoint_is_the_nearest_to_no_bias_and_starts_anew_with_anot
     assert best_after(5, {"fid": math.nan}, other) == 4
     assert best_after(6, {"fid": 99.0}, other) == 6
     assert best_after(7, {"fid": 98.0}, other) == 7
-    trainer.best = {"step": 1, "value": 0.0}  # of a checkpoint from before it said what was measured
+    evaluation.measured.best = {"step": 1, "value": 0.0}  # of a checkpoint from before it said what was measured
     assert best_after(8, {"fid": 99.0}, other) == 8
 
 
-def test_a_measurement_that_fails_does_not_end_the_training(monkeypatch):
+def test_a_measurement_that_fails_does_not_end_the_training():
     def broken(_):
         return metrics.figures(Sample.of({"x": torch.full((5, 2), math.nan)}), Sample.of({"x": torch.zeros(5, 2)}), {"fid": "x"})
 
-    trainer = Trainer.__new__(Trainer)
-    trainer.best, trainer.step, trainer.config, trainer.task = None, 1, TrainConfig(), SimpleNamespace(class_counts=None)
-    trainer.monitor = SimpleNamespace(figures=broken)
-    trainer.saver = SimpleNamespace()  # the first process has one
-    monkeypatch.setattr(Trainer, "_drawn", lambda *_: iter(()))
-    assert trainer._measure() == {} and trainer.best is None
+    evaluation = measured_by(SimpleNamespace(figures=broken, count=1))
+    assert evaluation.measure(1) == {} and evaluation.measured.best is None
 
 
 def test_a_training_that_draws_too_few_images_is_refused_at_its_start(tmp_path, monkeypatch):

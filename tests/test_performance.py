@@ -25,7 +25,9 @@ from debias_diffusers.data.sources import open_source
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.tasks.pixels import network_arguments
 from debias_diffusers.tasks.unet import build_unet
-from debias_diffusers.training import device, trainer
+from debias_diffusers.training.device import memory_format, to_train
+from debias_diffusers.training.hooks import Checkpointer
+from debias_diffusers.training.trainer import Trainer
 from debias_diffusers.utils import memory
 from debias_diffusers.utils.background import BackgroundTask
 
@@ -37,15 +39,15 @@ class Slow:
 
     def __init__(self, patch):
         self.gone_on, self.trainer, self.waits = [], None, False
-        write, launch, finish = checkpoints.write, trainer.Trainer._launch, trainer.Trainer._finish_save
+        write, launch, finish = checkpoints.write, Trainer._launch, Checkpointer._finish
 
         def start(background, work, in_background=True):
             self.waits = not in_background
             START(background, work, in_background)
 
-        def waiting(trainer, final=False):
+        def waiting(checkpointer, final=False):
             self.waits = True
-            finish(trainer, final)
+            finish(checkpointer, final)
 
         def slow(folder, step, *args):
             wait_for(lambda: self.trainer.step > step or self.waits)
@@ -58,8 +60,8 @@ class Slow:
 
         patch.setattr(BackgroundTask, "start", start)
         patch.setattr(checkpoints, "write", slow)
-        patch.setattr(trainer.Trainer, "_finish_save", waiting)
-        patch.setattr(trainer.Trainer, "_launch", seen)
+        patch.setattr(Checkpointer, "_finish", waiting)
+        patch.setattr(Trainer, "_launch", seen)
 
 
 def test_a_save_beside_the_training_has_the_tensors_of_its_step(trained, tmp_path, monkeypatch):
@@ -140,7 +142,7 @@ def test_free_memory_is_what_the_tightest_control_group_has_left(tmp_path, monke
 )
 def test_convolutions_lie_channels_last_where_that_is_faster(device, precision, last):
     accelerator = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
-    assert device.memory_format(accelerator) == (torch.channels_last if last else torch.contiguous_format)
+    assert memory_format(accelerator) == (torch.channels_last if last else torch.contiguous_format)
 
 
 @pytest.mark.parametrize("attention", (8, 4))
@@ -154,7 +156,7 @@ def test_where_convolutions_lie_channels_last_nothing_in_between_lies_otherwise(
         run=RunConfig(output_dir=str(tmp_path)),
     )
     accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
-    network = device.to_train(build_unet(network_arguments(config, 3, 0)), accelerator)
+    network = to_train(build_unet(network_arguments(config, 3, 0)), accelerator)
     seen = []
 
     def note(module, inputs, output):
@@ -173,7 +175,7 @@ def page_faults(lines):
     """Of filling 40 MB once more, in a process that begins with these lines; the fewest, as the first may each find another place."""
     program = f"""
 import resource, torch
-from debias_diffusers import machine
+from debias_diffusers.training.device import memory_format, to_train
 {lines}
 counts = []
 for _ in range(6):
@@ -188,16 +190,16 @@ print(min(after - before for before, after in zip(counts, counts[1:])))
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or platform.libc_ver()[1] < "2.35", reason="of glibc")
 def test_memory_that_was_freed_is_taken_again_without_asking_the_system():
     assert page_faults("") > 1000  # 9766 pages of 4 KB
-    assert page_faults("machine._keep_freed_memory()") < 100
+    assert page_faults("device._keep_freed_memory()") < 100
 
 
 def test_a_resumed_run_lays_its_moments_as_its_weights(trained, tmp_path):
     """Channels last on a CPU in float32; the files have the usual layout."""
     trained_here(tiny(tmp_path / "run", "--max_steps", 12, "--lr_schedule", "constant"))
     trainer = trained_here(tiny(tmp_path / "run", "--max_steps", 13, "--lr_schedule", "constant"))
-    convolutions = [p for p in trainer.parameters if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    convolutions = [p for p in trainer.optimizer_step.parameters if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
     assert convolutions and all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
-    for parameter, moments in trainer.adamw.state.items():
+    for parameter, moments in trainer.optimizer_step.adamw.state.items():
         assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == parameter.stride()
     kept = load(tensors(tmp_path / "run", 13)["model.safetensors"])
     for name, weight in trainer.model.named_parameters():

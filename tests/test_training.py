@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import HANG, ROOT, TINY, command, launched, metrics, newest_step, run, same, tensors, train_args
+from conftest import HANG, ROOT, TINY, command, launched, metrics, newest_step, run, same, tensors, train_args, writers
 from diffusers import (
     CMStochasticIterativeScheduler,
     DDPMPipeline,
@@ -33,10 +33,11 @@ from debias_diffusers.hub.model_card import model_card
 from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.runs.run_directory import open_run
-from debias_diffusers.training import trainer
+from debias_diffusers.tasks import pixels
 from debias_diffusers.training.ema import EMA
-from debias_diffusers.training.logger import Progress
-from debias_diffusers.training.trainer import learning_rate
+from debias_diffusers.training.logger import Logger
+from debias_diffusers.training.setup import run_training
+from debias_diffusers.training.trainer import Trainer, learning_rate
 from debias_diffusers.utils import distributed, seeding
 
 LEARNING = ["--timestep_sampler", "loss_second_moment", "--num_train_timesteps", 8, "--noise_schedule", "cosine", "--snr_floor", 1e-3]
@@ -260,8 +261,8 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_training(tmp_path, monk
         raise torch.linalg.LinAlgError("singular")
 
     config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path / "run"), "--max_steps", "4", "--sample_every", "2"], None)
-    monkeypatch.setattr(trainer, "make_scheduler", refuse)
-    trainer.train(config, open_run(config), SimpleNamespace(signum=0))
+    monkeypatch.setattr(pixels, "make_scheduler", refuse)
+    run_training(config, open_run(config), SimpleNamespace(signum=0))
     assert newest_step(tmp_path / "run") == 4
 
 
@@ -469,9 +470,9 @@ def test_averages_follow_their_closed_form():
 
 def test_out_of_memory_proposes_a_smaller_micro_batch(tmp_path, monkeypatch):
     config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path / "run")], None)
-    monkeypatch.setattr(trainer.Trainer, "_terms", lambda *_: torch.empty(2**60))
+    monkeypatch.setattr(Trainer, "_terms", lambda *_: torch.empty(2**60))
     with pytest.raises(InputError, match="8 images per forward; add --micro_batch_size 4"):
-        trainer.train(config, open_run(config), SimpleNamespace(signum=0))
+        run_training(config, open_run(config), SimpleNamespace(signum=0))
 
 
 def test_the_averaged_weights_are_measured_while_training_and_the_best_checkpoint_is_kept(tmp_path):
@@ -519,7 +520,7 @@ def test_a_run_that_is_older_than_a_field_goes_on(tmp_path):
     found = checkpoints.latest_valid(folder / "checkpoints")[0]
     old = {name: value for name, value in found.state["config"].items() if name != "random_flip"}
     shutil.rmtree(folder / "checkpoints")
-    checkpoints.write(folder / "checkpoints", 6, {"model.safetensors": b"weights"}.items(), found.state | {"config": old}, keep=2)
+    checkpoints.write(folder / "checkpoints", 6, writers({"model.safetensors": b"weights"}), found.state | {"config": old}, keep=2)
     assert open_run(config).resume.step == 6
     with pytest.raises(InputError, match="random_flip: the run has False, this command says True"):
         open_run(update(config, {"random_flip": True, "output_dir": str(shutil.copytree(folder, tmp_path / "copy"))}))
@@ -531,7 +532,7 @@ def tracked(folder, monkeypatch):
     accelerator = SimpleNamespace(init_trackers=lambda *arguments: begun.append(arguments))
     config = train_config(["--config", str(TINY), "--output_dir", str(folder), "--report_to", "wandb"], None)
     folder.mkdir(exist_ok=True)
-    Progress(config, SimpleNamespace(folder=folder), accelerator, 0).bar.close()
+    Logger(config, SimpleNamespace(folder=folder), accelerator, 0).bar.close()
     ((project, values, own),) = begun
     assert values["batch_size"] == 8
     return project, own["wandb"]
@@ -558,11 +559,11 @@ def test_images_per_second_are_those_of_the_steps(tmp_path, monkeypatch):
     config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path), "--log_every", "1"], None)
     lines = []
     run_folder = SimpleNamespace(metrics=SimpleNamespace(append=lines.append))
-    progress = Progress(config, run_folder, SimpleNamespace(log=lambda *_, **__: None, gather=None), 0)
+    progress = Logger(config, run_folder, SimpleNamespace(log=lambda *_, **__: None, gather=None), 0)
     for step in (1, 2, 3):
         now[0] += 2
-        progress.record(step, 1.0, 0.1, 1.0, SimpleNamespace(close=lambda _: {}))
-        with progress.apart():  # a grid
+        progress.log_step(step, 1.0, 0.1, 1.0, SimpleNamespace(reset=lambda _: {}))
+        with progress.paused():  # a grid
             now[0] += 100
     progress.bar.close()
     assert [line["images_per_second"] for line in lines] == [4.0, 4.0, 4.0]

@@ -2,21 +2,24 @@
 
     checkpoints/step-00001000/{NAME.safetensors, ..., state.json, manifest.json}
 
-A checkpoint is written to a temporary folder, synced, and renamed into place; only then is an older one removed. It counts only when
+A checkpoint is atomic_write aside, synced, and renamed into place; only then is an older one removed. It counts only when
 every file matches the manifest.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from safetensors import SafetensorError
 
 from ..errors import InputError, NoUsableCheckpointError, reason
 from ..utils.files import fsync_folder, temporary_path, translate_write_errors, write_and_fsync
@@ -26,7 +29,8 @@ MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampl
 MANIFEST = "manifest.json"
 OWN_HASH = "sha256"  # of the rest of the manifest: a flipped bit in "format" must not look like a newer version
 STATE = "state.json"
-PIECE = 1 << 20
+BLOCK = 1 << 20  # bytes that are hashed at once
+Writer = Callable[[Path], object]
 _NAME = re.compile(r"step-([0-9]{8,})")
 
 
@@ -42,16 +46,17 @@ class Checkpoint:
     step: int
     state: dict[str, Any]  # state.json
 
-    def read(self, name: str) -> bytes:
-        """One file's bytes, checked against the manifest.
+    def verified(self, name: str) -> Path:
+        """One file, after it was hashed again.
 
         Raises:
             NoUsableCheckpointError: the file changed after the checkpoint was chosen.
         """
         try:
-            return _read_checked(self.path / name, _read_manifest(self.path)[name])
+            _require_unchanged(self.path / name, _read_manifest(self.path)[name])
         except (DamagedError, KeyError) as error:
             raise NoUsableCheckpointError(f"checkpoint {self.path}: {error}") from error
+        return self.path / name
 
 
 def folder_name(step: int) -> str:  # as in checkpoints/step-00001000
@@ -63,49 +68,60 @@ def ema_file(rate: float) -> str:
     return f"ema_{rate}.safetensors"
 
 
-def write(folder: Path, step: int, files: Iterable[tuple[str, bytes]], state: dict[str, Any], keep: int, best: int | None = None) -> Path:
+def write(folder: Path, step: int, files: Iterable[tuple[str, Writer]], state: dict[str, Any], keep: int, best: int | None = None) -> Path:
     """Writes the checkpoint of a step and then removes the oldest beyond `keep`.
 
     Args:
         folder: the folder of all checkpoints.
-        files: names and contents; may be a generator, so that only one content is in memory at a time.
+        files: names, and what writes each file to a path.
         state: goes into state.json.
         keep: how many checkpoints stay.
         best: the step of one that stays beyond them.
 
     Raises:
-        CannotWriteError: the draft is removed, older checkpoints stay.
+        CannotWriteError: the temporary folder is removed, older checkpoints stay.
     """
     final = folder / folder_name(step)
-    draft = temporary_path(final)
+    temporary = temporary_path(final)
     with translate_write_errors(final):
         try:
-            _draft(draft, step, files, state)
+            _write_temporary(temporary, step, files, state)
             if final.exists():  # it did not verify, or we would have resumed from it
                 shutil.rmtree(final)
-            os.rename(draft, final)
-        except OSError:
-            shutil.rmtree(draft, ignore_errors=True)
+            os.rename(temporary, final)
+        except (OSError, SafetensorError):
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
         fsync_folder(folder)
     prune(folder, step, keep, best)
     return final
 
 
-def _draft(draft: Path, step: int, files: Iterable[tuple[str, bytes]], state: dict[str, Any]) -> None:
-    draft.mkdir(parents=True)
+def _write_temporary(temporary: Path, step: int, files: Iterable[tuple[str, Writer]], state: dict[str, Any]) -> None:
+    temporary.mkdir(parents=True)
     manifest = {}
-    for name, content in _with_state(files, state):
-        write_and_fsync(draft / name, content)
-        manifest[name] = {"size": len(content), "sha256": _hash(content)}
+    for name, write_to in itertools.chain(files, [(STATE, lambda path: write_and_fsync(path, _json(state)))]):
+        write_to(temporary / name)
+        manifest[name] = _synced(temporary / name)
     body = {"format": FORMAT, "step": step, "files": manifest}
-    write_and_fsync(draft / MANIFEST, _json(body | {OWN_HASH: _hash(_json(body))}))
-    fsync_folder(draft)
+    write_and_fsync(temporary / MANIFEST, _json(body | {OWN_HASH: _hash(_json(body))}))
+    fsync_folder(temporary)
 
 
-def _with_state(files: Iterable[tuple[str, bytes]], state: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
-    yield from files
-    yield STATE, _json(state)
+def _synced(path: Path) -> dict[str, Any]:
+    """Size and hash of a file that is on the disk when this returns."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        digest = _hash_of(file)
+        return {"size": file.tell(), "sha256": digest}
+
+
+def _hash_of(file: IO[bytes]) -> str:
+    """Of a file in blocks: they take half the time of new memory for gigabytes, and no memory."""
+    digest = hashlib.sha256()
+    while block := file.read(BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _hash(content: bytes) -> str:
@@ -170,11 +186,9 @@ def verify(path: Path) -> Checkpoint:
     files = _read_manifest(path)
     if STATE not in files:
         raise DamagedError(f"{MANIFEST} does not list {STATE}")
-    state = b""
     for name, entry in files.items():
-        content = _read_checked(path / name, entry, keep=name == STATE)
-        state = content or state
-    return Checkpoint(path, step_of_folder(path), json.loads(state))
+        _require_unchanged(path / name, entry)
+    return Checkpoint(path, step_of_folder(path), json.loads((path / STATE).read_bytes()))
 
 
 def has_valid_manifest(path: Path) -> bool:
@@ -207,21 +221,17 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _read_checked(path: Path, entry: dict[str, Any], keep: bool = True) -> bytes:
-    """A file's bytes, or none: to check alone, pieces take half the time of new memory for gigabytes, and no memory."""
-    digest, content = hashlib.sha256(), b""
+def _require_unchanged(path: Path, entry: dict[str, Any]) -> None:
+    """Raises DamagedError where a file is not as its entry in the manifest says."""
+    digest = ""
     try:
         # The size first: a file that grew without bounds is not read.
-        size = path.stat().st_size
-        if size == entry["size"]:
+        if (size := path.stat().st_size) == entry["size"]:
             with open(path, "rb") as file:
-                while piece := file.read(-1 if keep else PIECE):
-                    digest.update(piece)
-                    content = piece if keep else b""
+                digest = _hash_of(file)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise DamagedError(f"{path.name}: {getattr(error, 'strerror', None) or reason(error)}") from error
     if size != entry["size"]:
         raise DamagedError(f"{path.name} has {size} bytes instead of {entry['size']}")
-    if digest.hexdigest() != entry["sha256"]:
+    if digest != entry["sha256"]:
         raise DamagedError(f"{path.name} does not match its sha256")
-    return content

@@ -257,7 +257,7 @@ def _load_weights(pipeline: PixelPipeline, run: Path, weights: str, step: int | 
     name = checkpoints.MODEL if weights == "raw" else checkpoints.ema_file(rates[0] if weights == "ema" else float(weights))
     if not (found.path / name).is_file():
         raise InputError(f"weights is {weights}, but the run averages at {rates} only; take one of these, ema or raw")
-    pipeline.unet.load_state_dict(safetensors.torch.load(found.read(name)))
+    pipeline.unet.load_state_dict(safetensors.torch.load_file(found.verified(name)))
 
 
 def _checkpoint_at(run: Path, step: int) -> checkpoints.Checkpoint:

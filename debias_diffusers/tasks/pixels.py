@@ -1,7 +1,9 @@
-"""The pixel task: what the training loop, which knows nothing of pixels, needs to know of them."""
+"""The pixel task: images in [-1, 1], perhaps with class labels, and UNet2DModel."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,14 +12,22 @@ from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
 from ..data.dataset import TrainingData
-from ..data.labels import shortened_list, to_config_mapping
+from ..data.labels import nonempty_classes, proportional_labels, shortened_list, to_config_mapping
 from ..data.sources import Source, class_counts
 from ..diffusion.loss import Network
 from ..diffusion.noise_schedule import is_flow, schedule_of_scheduler
 from ..errors import InputError, raise_all
+from ..hub.model_card import model_card
 from ..pipelines.pixel_pipeline import PixelPipeline, load_pipeline
-from ..pipelines.solvers import exported_scheduler
+from ..pipelines.solvers import default_scheduler, exported_scheduler, make_scheduler
+from ..sampling import generate
+from .base import Batch
 from .unet import build_unet, differing_fields, require_finite, unet_config
+
+PREVIEW_STEPS = 20  # of the solver
+
+# Fields of a UNet2DModel that neither its weights nor its computation depend on, or that training may change.
+_FREE = {"dropout", "sample_size"}
 
 
 def network_arguments(config: TrainConfig, channels: int, num_labels: int) -> dict[str, Any]:
@@ -27,7 +37,7 @@ def network_arguments(config: TrainConfig, channels: int, num_labels: int) -> di
 
 
 class PixelTask:
-    """Clean images in [-1, 1] and their labels, and UNets that learn them."""
+    """Images and their labels, and the UNet that learns them; a `Task`."""
 
     def __init__(self, config: TrainConfig, source: Source, channels: int | None = None) -> None:
         """Fits a network to the data, whose images have so many channels if the configuration leaves that out.
@@ -41,11 +51,18 @@ class PixelTask:
         num_labels = self.data.num_classes + (self.data.null_label is not None)
         self.arguments = network_arguments(config, self.data.channels, num_labels)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return self.data.shape
+
+    # ---- network -----------------------------------------------------------------------------------------------------
+
     def build(self) -> UNet2DModel:
         """A network with fresh weights."""
         return build_unet(self.arguments)
 
-    def start_from(self, unet: UNet2DModel, model: str) -> list[str]:
+    def load(self, network: nn.Module, model: str) -> list[str]:
         """Puts the weights of another model into a network that `build` made.
 
         Returns:
@@ -57,12 +74,13 @@ class PixelTask:
         pipeline = load_pipeline(model, self.config.optimization.allow_pickle_import)
         if not isinstance(pipeline.unet, UNet2DModel):
             raise InputError(f"init {model} holds a {type(pipeline.unet).__name__}, but this run trains a UNet2DModel")
+        ours: Any = network.config
         theirs = pipeline.unet.config
-        names = differing_fields(unet.config, theirs, _FREE)
-        differ = [f"{name}: init has {theirs.get(name)}, this run {unet.config[name]}" for name in names]
-        raise_all(differ, f"init {model} is another network ({self._advice(names, theirs, unet.config)})")
+        names = differing_fields(ours, theirs, _FREE)
+        differ = [f"{name}: init has {theirs.get(name)}, this run {ours[name]}" for name in names]
+        raise_all(differ, f"init {model} is another network ({self._advice(names, theirs, ours)})")
         require_finite(pipeline.unet.state_dict(), f"init {model}")
-        unet.load_state_dict(pipeline.unet.state_dict())
+        network.load_state_dict(pipeline.unet.state_dict())
         found = self._trained_otherwise(pipeline.scheduler, model) + self._labelled_otherwise(pipeline.config.null_label, model)
         if pipeline.class_names and self.class_names and pipeline.class_names != self.class_names:
             found.append(
@@ -104,30 +122,59 @@ class PixelTask:
             found.append(f"the noise schedule is not that of {model}, whose SNR go from {before[0]:.3g} to {before[-1]:.3g}")
         return found
 
-    def clean(self, batch: dict[str, Tensor], device: Any) -> Tensor:
-        """x_0 (B, C, H, W) float32 in [-1, 1]; the bytes travel to the device and become numbers there."""
+    def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        """All parameters."""
+        return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+    # ---- batches -----------------------------------------------------------------------------------------------------
+
+    def dummy_batch(self, size: int) -> Batch:
+        """Black images with the label 0."""
+        return {"image": torch.zeros(size, *self.shape, dtype=torch.uint8), "label": torch.zeros(size, dtype=torch.long)}
+
+    def x_0(self, batch: Batch, device: Any) -> Tensor:
+        """(B, C, H, W) float32 in [-1, 1]; the bytes travel to the device and become numbers there."""
         return batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
 
-    def network(self, model: nn.Module, batch: dict[str, Tensor], device: Any) -> Network:
-        """The model as a function of x_t and t, with the labels of the batch."""
+    def conditioned(self, model: nn.Module, batch: Batch, device: Any) -> Network:
+        """The model as a function of x_t (B, C, H, W) and the timesteps (B,), with the labels of the batch."""
         labels = batch["label"].to(device, non_blocking=True) if self.data.num_classes else None
         return lambda x_t, t: model(x_t, t, labels, return_dict=False)[0]
 
-    def pipeline(self, unet: UNet2DModel) -> DiffusionPipeline:
-        """What is exported. Without labels it is diffusers' own, so that nobody needs this package to use it."""
-        scheduler = exported_scheduler(self.config.objective)
-        return self._by_class(unet, scheduler) if self.data.num_classes else DDPMPipeline(unet, scheduler)
+    # ---- what is exported and drawn ----------------------------------------------------------------------------------
 
-    def _by_class(self, unet: UNet2DModel, scheduler: Any) -> PixelPipeline:
+    def export(self, network: nn.Module, folder: Path) -> None:
+        """Writes a pipeline. Without labels it is diffusers' own, so that nobody needs this package to use it."""
+        self.pipeline(network).save_pretrained(folder, safe_serialization=True)
+
+    def pipeline(self, network: nn.Module) -> DiffusionPipeline:
+        """The pipeline that is exported."""
+        return self._by_class(network) if self.data.num_classes else DDPMPipeline(network, exported_scheduler(self.config.objective))
+
+    def _by_class(self, network: Any) -> PixelPipeline:
         names, counts = to_config_mapping(self.class_names), to_config_mapping(self.class_counts)
-        return PixelPipeline(unet, scheduler, self.data.null_label, names, counts)
+        return PixelPipeline(network, exported_scheduler(self.config.objective), self.data.null_label, names, counts)
 
-    def preview(self, unet: UNet2DModel) -> PixelPipeline:
-        """A pipeline to draw samples with while training."""
-        pipeline = self._by_class(unet, exported_scheduler(self.config.objective))
+    def model_card(self, config: TrainConfig, step: int, measured: Mapping[str, Any] | None) -> str:
+        """README.md of a run at a step."""
+        classes = dict(zip(self.class_names or (), self.class_counts or ()))
+        return model_card(config, step, self.data.num_classes, len(self.data.source), measured, classes)
+
+    def state(self) -> dict[str, Any]:
+        """Network, and the classes with their numbers of images."""
+        return {"class_names": self.class_names, "class_counts": self.class_counts, "network": self.arguments}
+
+    def conditions(self, count: int, as_in_data: bool) -> Sequence[int]:
+        """Labels; none without classes."""
+        counts = self.class_counts or []
+        return proportional_labels(counts, count) if as_in_data else nonempty_classes(counts)
+
+    def draw(self, network: nn.Module, indices: Sequence[int], conditions: Sequence[int]) -> Tensor:
+        """Images (len(indices), C, H, W) uint8 on the CPU, image k from the seed k and the label `conditions[k]`, in turn."""
+        pipeline = self._by_class(network)
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-
-# Fields of a UNet2DModel that neither its weights nor its computation depend on, or that training may change.
-_FREE = {"dropout", "sample_size"}
+        own = pipeline.scheduler
+        steps = min(PREVIEW_STEPS, self.config.objective.num_train_timesteps // 2)
+        pipeline.scheduler = make_scheduler(default_scheduler(own), own, "linspace", steps)
+        labels = [conditions[k % len(conditions)] for k in indices] if conditions else None
+        return generate.draw(pipeline, indices, 0, labels, num_inference_steps=steps).cpu()

@@ -1,4 +1,4 @@
-"""The only room that builds networks: a few numbers, or a configuration file, to a UNet2DModel."""
+"""UNet2DModel from a few numbers in the paper's terms, or from a configuration file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The device of a training: accelerator, memory format, and what must be said when it changes between starts."""
+"""The device of a training: accelerator, memory format, versions, and warnings where they differ from the run's last start."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """accelerate's handle on devices and processes, after checking the configuration against the machine.
+    """The `Accelerator` of a training, after checking the configuration against the hardware.
 
     Raises:
-        InputError: the machine cannot do what the configuration asks for.
+        InputError: the hardware or the installed packages cannot do what the configuration asks for.
     """
     report_to, precision = config.run.report_to, config.optimization.mixed_precision
     available = {"tensorboard": accelerate.utils.is_tensorboard_available, "wandb": accelerate.utils.is_wandb_available}

@@ -1,4 +1,4 @@
-"""What a training tells while it runs: the progress bar, metrics.jsonl, and the tracker."""
+"""Logging of a training: progress bar, metrics.jsonl, and the tracker (TensorBoard, wandb)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..config.schema import TrainConfig
 from ..runs.metrics_file import LAST
 from ..runs.run_directory import Run
 from ..utils.files import write_file
-from .loss_statistics import BINS, Window
+from .loss_statistics import BINS, LossStatistics
 
 PROJECT = "debias_diffusers"  # of wandb, where WANDB_PROJECT names no other
 
@@ -29,8 +29,8 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class Progress:
-    """Tells of each step. In all processes but the first, `run` is None and nothing is shown."""
+class Logger:
+    """Logs each step. In all processes but the first, `run` is None and nothing is shown or written."""
 
     def __init__(self, config: TrainConfig, run: Run | None, accelerator: Accelerator, step: int) -> None:
         self.config, self.run, self.accelerator = config, run, accelerator
@@ -51,53 +51,61 @@ class Progress:
             accelerator.init_trackers(project, {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values}, own)
 
     @contextlib.contextmanager
-    def apart(self) -> Iterator[None]:
-        """For what is no training step: its time does not count for images_per_second."""
+    def paused(self) -> Iterator[None]:
+        """For what is no training step: its time does not count in images_per_second."""
         began = time.monotonic()
         try:
             yield
         finally:
             self.began += time.monotonic() - began
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Logger:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
 
-    def record(self, step: int, loss: float, learning_rate: float, grad_norm: float, window: Window) -> None:
-        """Tells of the step that was just made: its mean weighted loss over the global batch, and the rest."""
+    def log_step(self, step: int, loss: float, learning_rate: float, grad_norm: float, statistics: LossStatistics) -> None:
+        """Shows an optimizer step, and writes its line where one is due.
+
+        Args:
+            step: the number of steps that are done with it.
+            loss: mean weighted loss over the global batch.
+            learning_rate: of the step.
+            grad_norm: before clipping.
+            statistics: over the steps since the last line.
+        """
         self.images += self.config.optimization.batch_size
         self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
         rate = self.images / max(time.monotonic() - self.began, 1e-9)
         self.bar.set_postfix_str(f"loss {self.smooth:.3f}, {rate:.0f} images/s{self.quality}", refresh=False)
         self.bar.update()
         every = self.config.run.log_every
-        # A line that is only due because the run ends leaves the window open: of a run that goes on, the next has all steps since the last.
+        # A line that is only written because the run ends does not reset the statistics: after a resume the next one has all steps.
         last = {} if due(step, every) else {LAST: True}
         if last and not (every and step == self.config.optimization.max_steps):
             return
-        close = window.values if last else window.close
-        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **close(self.accelerator.gather)}
+        since_last = statistics.values if last else statistics.reset
+        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **since_last(self.accelerator.gather)}
         if self.run:
             self.run.metrics.append({"step": step, **values, **last, "images_per_second": rate})
         self.accelerator.log({**_scalars(values), "images_per_second": rate}, step=step)
         self.began, self.images = time.monotonic(), 0
 
-    def record_figures(self, step: int, figures: dict[str, float]) -> None:
-        """Tells how good the averaged weights are at a step."""
-        if not figures:
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes the metrics of what the EMA weights draw at a step, and shows the first; nothing where there are none."""
+        if not metrics:
             return
-        values = {f"eval_{name}": value for name, value in figures.items()}
+        values = {f"eval_{name}": value for name, value in metrics.items()}
         if self.run:
             self.run.metrics.append({"step": step, **values})
-            name, value = next(iter(figures.items()))
+            name, value = next(iter(metrics.items()))
             self.quality = f", {name} {value:.4g}"
         self.accelerator.log(values, step=step)
 
 
 def _of_wandb(run: Run) -> dict[str, Any]:
-    """What makes a resume the same run there: an id, which the run directory keeps."""
+    """Arguments of wandb.init: an id that the run directory keeps, so that a resume is the same run there."""
     path = run.folder / "logs" / "wandb-id"
     if not path.is_file():
         write_file(path, secrets.token_hex(8).encode())
@@ -105,7 +113,7 @@ def _of_wandb(run: Run) -> dict[str, Any]:
 
 
 def _scalars(values: dict[str, Any]) -> dict[str, float]:
-    """One number a name, as trackers want it: the parts of a list under their share of the noise levels."""
+    """One number per name, as trackers want it: item k of a list under its range of timesteps, as shares of T."""
     scalars = {}
     for name, value in values.items():
         parts = {f"{name}/{k / BINS}-{(k + 1) / BINS}": part for k, part in enumerate(value)} if isinstance(value, list) else {name: value}

@@ -1,6 +1,6 @@
-"""What happened since the last line of metrics: losses by noise level, weights, clipping.
+"""Statistics since the last line of metrics: losses by timestep, weights, clipping.
 
-Sums stay on the device until a line is written, so no step waits for them. They belong to the checkpoint: a run that is resumed
+Sums stay on the device until a line is written, so no step waits for them. They are part of the checkpoint: a run that is resumed
 between two lines writes the same line.
 """
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from ..diffusion.loss import Terms
 from ..diffusion.noise_schedule import at
 
-BINS = 10  # equal parts of 0 .. T-1, from nearly clean to nearly pure noise
+BINS = 10  # equal ranges of the timesteps 0 .. T-1
 
 Gather = Callable[[Tensor], Tensor]  # (1, ...) of this process -> (num_processes, ...) of all
 
 
-class Window:
+class LossStatistics:
     """Sums over the samples and steps since the last line."""
 
     def __init__(self, T: int, device: Any) -> None:
@@ -31,19 +31,19 @@ class Window:
 
     @torch.no_grad()
     def add(self, t: Tensor, terms: Terms, weights: Tensor) -> None:
-        """A micro-batch: levels (B,) on the CPU, their terms, and the table (T,) of the weights that squares enter the loss with."""
+        """Adds a micro-batch: timesteps (B,) int64 on the CPU, their terms (B,), and the loss weights (T,) of all timesteps."""
         w = at(weights, t, terms.loss)
         bound = torch.zeros_like(w) if terms.bound is None else terms.bound
         rows = torch.stack([torch.ones_like(w), terms.loss, terms.mse, bound, w, w.square()]).float()
         self.sums.index_add_(1, (t * BINS // self.T).to(rows.device, non_blocking=True), rows)
 
     def step(self, clipped: Tensor) -> None:
-        """A step is done; whether () its gradient was shortened."""
+        """Counts an optimizer step; `clipped` (): whether its gradient was."""
         self.steps += 1
         self.clipped += clipped
 
-    def close(self, gather: Gather) -> dict[str, Any]:
-        """The `values` of a line; begins anew."""
+    def reset(self, gather: Gather) -> dict[str, Any]:
+        """The `values` of a line, after which all sums are 0."""
         values = self.values(gather)
         self.sums.zero_()
         self.clipped.zero_()
@@ -55,8 +55,8 @@ class Window:
 
         Returns:
             `loss_by_t`, `mse_by_t`, `bound_by_t`: the mean weighted loss, mean square error, and term of the variational bound of
-            each tenth of the noise levels, None where none was drawn; `effective_sample_size` of the weights that were
-            drawn; `clip_rate`, the share of steps whose gradient was shortened.
+            each tenth of the timesteps, None where none was drawn; `effective_sample_size` of the weights that were
+            drawn; `clip_rate`, the share of steps whose gradient was clipped.
         """
         samples, losses, squares, bounds, weights, squared_weights = gather(self.sums[None]).sum(0).tolist()
 

@@ -14,7 +14,7 @@ from ..config.schema import OptimizationConfig
 from .ema import EMA
 
 
-class Update:
+class OptimizerStep:
     """AdamW with a gate: what is not finite reaches neither weights nor moments.
 
     A step that ends the run closes the gate for good, because more steps may be launched before anybody has read that it did.

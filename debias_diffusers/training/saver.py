@@ -8,61 +8,44 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
 from ..errors import CannotWriteError
-from ..hub.model_card import model_card
 from ..hub.publish import Publisher
 from ..runs import checkpoints
 from ..runs.run_directory import Run
-from ..tasks.pixels import PixelTask
+from ..tasks.base import Task
 from ..utils import memory
 from ..utils.background import BackgroundTask
 from ..utils.console import say
-from ..utils.files import temporary_path, translate_write_errors, write_file
+from ..utils.files import move_file, temporary_path, translate_write_errors, write_file
 from . import state_dicts
 from .logger import due
 
-Tensors = Mapping[str, Mapping[str, Tensor]]  # by file and name, as `snapshot.gather` gives them
-
-
-@torch.no_grad()
-def filled(network: nn.Module, average: Mapping[str, Tensor]) -> nn.Module:
-    """The network, with these weights."""
-    for name, parameter in network.named_parameters():
-        parameter.copy_(average[name])
-    return network
+Tensors = Mapping[str, Mapping[str, Tensor]]  # by file and name, as `state_dicts.gather` gives them
 
 
 class Saver(BackgroundTask[str | None]):
     """Saves one step after the other; the result of a save is what went wrong with it, or None."""
 
-    def __init__(self, run: Run, config: TrainConfig, task: PixelTask, device: torch.device, publisher: Publisher | None) -> None:
-        """`task` builds the network that averaged weights are exported and drawn with."""
+    def __init__(self, run: Run, config: TrainConfig, task: Task, network: nn.Module, publisher: Publisher | None) -> None:
+        """`network` is the trained one, whose modules are exported with the averaged weights."""
         super().__init__()
-        self.run, self.config, self.task, self.device, self.publisher = run, config, task, device, publisher
-        # Now and here: fresh weights come from the generator that the training draws from.
-        self._network: nn.Module = task.build().to(device).eval()
+        self.run, self.config, self.task, self.network, self.publisher = run, config, task, network, publisher
 
     def save(self, tensors: Tensors, state: dict[str, Any], final: bool) -> None:
         """Begins; the final save is done when this returns.
 
         Args:
-            tensors: as of `snapshot.gather`; the training may go on and change them.
+            tensors: as of `state_dicts.gather`; the training may go on and change them.
             state: of state.json.
             final: the last one, on whose result the run's exit code depends, so that who waits for it says what went wrong.
         """
         beside = not final and memory.free_memory() > 2 * state_dicts.size(tensors)
         if beside:
-            tensors = state_dicts.copied(tensors, self.device)
+            tensors = state_dicts.copied(tensors)
         self.start(partial(self._save, tensors, state, final), beside)
-
-    def averaged(self, average: Mapping[str, Tensor]) -> nn.Module:
-        """A network with these weights, to draw with; waits for a save under way, which exports with the same."""
-        self.wait()
-        return filled(self._network, average)
 
     def _save(self, tensors: Tensors, state: dict[str, Any], final: bool) -> str | None:
         """Writes, and hands over what is to be pushed; says at once what went wrong, if something did, unless it will end the run."""
@@ -88,23 +71,23 @@ class Saver(BackgroundTask[str | None]):
             self._export(self.run.folder, tensors, state)
             keep = self.config.run.keep_checkpoints
             best = int(state["best"]["step"]) if state["best"] and self.config.run.keep_best else None
-            checkpoints.write(self.run.checkpoints, state["step"], state_dicts.contents(tensors), state, keep, best)
+            checkpoints.write(self.run.checkpoints, state["step"], state_dicts.writers(tensors), state, keep, best)
         except CannotWriteError as error:
             return f"{error}; a save needs about {state_dicts.size(tensors) / 1e6:.1f} MB"
         return None
 
     def _export(self, folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
-        network = filled(self._network, tensors[checkpoints.ema_file(self.config.optimization.ema_decay[0])])
+        average = tensors[checkpoints.ema_file(self.config.optimization.ema_decay[0])]
+        network = state_dicts.with_weights(self.network, {name: value.contiguous() for name, value in average.items()})
         draft = temporary_path(folder / "export")
         with translate_write_errors(folder):
             try:
-                self.task.pipeline(network).save_pretrained(draft, safe_serialization=True)
+                self.task.export(network, draft)
                 # File by file, each whole or absent; only the weights differ from one export to the next.
                 for path in sorted(p for p in draft.rglob("*") if p.is_file()):
-                    write_file(folder / path.relative_to(draft), path.read_bytes())
+                    move_file(path, folder / path.relative_to(draft))
             finally:  # before the space that is left is told
                 shutil.rmtree(draft, ignore_errors=True)
-        classes = dict(zip(self.task.class_names or (), self.task.class_counts or ()))
-        card = model_card(self.config, state["step"], self.task.data.num_classes, len(self.task.data.source), state["measured"], classes)
+        card = self.task.model_card(self.config, state["step"], state["measured"])
         write_file(folder / "README.md", card.encode())

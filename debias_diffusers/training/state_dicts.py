@@ -5,7 +5,10 @@ Gathered with torch.distributed.checkpoint, which gives the same names and shape
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -40,16 +43,33 @@ def gather(model: nn.Module, optimizer: Optimizer, ema: EMA) -> dict[str, Mappin
     }
 
 
-def copied(tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device) -> dict[str, Mapping[str, Tensor]]:
-    """The tensors in memory of their own, which a training on `device` does not change; from an accelerator most came copied."""
-    again = device.type == "cpu"
-    return {file: {name: value.detach().to("cpu", copy=again) for name, value in values.items()} for file, values in tensors.items()}
+def copied(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Mapping[str, Tensor]]:
+    """The tensors on the CPU in memory of their own, which the training does not change."""
+    return {
+        file: {name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True) for name, value in values.items()}
+        for file, values in tensors.items()
+    }
 
 
-def contents(tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, bytes]]:
-    """File names and their bytes, one at a time."""
+def writers(tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """File names, and what writes each, tensor by tensor."""
     for name, values in tensors.items():
-        yield name, safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in values.items()})
+        yield name, partial(_write, values)
+
+
+def _write(values: Mapping[str, Tensor], path: Path) -> None:
+    safetensors.torch.save_file({name: value.detach().cpu().contiguous() for name, value in values.items()}, path)
+
+
+def with_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A network of the same modules, in evaluation mode, whose parameters are these tensors themselves; the others it shares.
+
+    Neither takes memory. To be made before anything wraps the network's `forward`, or of a network that nothing wraps.
+    """
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    other = copy.deepcopy(network, shared)
+    other.load_state_dict(weights, strict=False, assign=True)
+    return other.eval()
 
 
 def size(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
@@ -61,7 +81,7 @@ def size(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
 def restore(found: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: EMA) -> None:
     """Puts the tensors of a checkpoint back. Names and shapes are those of the same configuration."""
     state: dict[str, Any] = {}
-    for key, value in safetensors.torch.load(found.read(OPTIMIZER)).items():
+    for key, value in safetensors.torch.load_file(found.verified(OPTIMIZER)).items():
         parameter, name = key.rsplit("/", 1)
         state.setdefault(parameter, {})[name] = value
     # Learning rate, decay and the like come from the configuration, so only the tensors are kept.
@@ -70,10 +90,10 @@ def restore(found: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: EMA)
     # The optimizer first: setting its state makes an empty step.
     set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_FULL)
     _lay_like_the_weights(optimizer)
-    weights: dict[str, Any] = safetensors.torch.load(found.read(MODEL))
+    weights: dict[str, Any] = safetensors.torch.load_file(found.verified(MODEL))
     set_model_state_dict(model, weights, options=_FULL)
     for rate in ema.averages:
-        ema.load(rate, safetensors.torch.load(found.read(ema_file(rate))))
+        ema.load(rate, safetensors.torch.load_file(found.verified(ema_file(rate))))
 
 
 def _lay_like_the_weights(optimizer: Optimizer) -> None:

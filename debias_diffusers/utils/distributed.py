@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,6 +95,17 @@ def broadcast_from_first(decide: Callable[[], T], accelerator: Accelerator) -> T
         broadcast_object_list(chosen)
     answer: Any = chosen[0]
     return answer  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def told_by_the_first(accelerator: Accelerator) -> Iterator[None]:
+    """For an InputError that all processes raise at once: only the first process raises it; the others exit with its exit code."""
+    try:
+        yield
+    except InputError as error:
+        if not accelerator.is_main_process:
+            raise SystemExit(error.exit_code) from error
+        raise
 
 
 def gather_from_all(work: Callable[[], list[T]], processes: int) -> list[T]:

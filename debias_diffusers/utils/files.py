@@ -96,6 +96,15 @@ def write_and_fsync(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def move_file(path: Path, destination: Path) -> None:
+    """Moves a complete file on the same disk, atomically. A power cut leaves the old file, the new file, or none at `destination`."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(path, destination)
+    fsync_folder(destination.parent)
+
+
 def fsync_folder(folder: Path) -> None:
     """Syncs a folder, so that new and renamed file names survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -8,7 +8,7 @@ from conftest import TINY
 from debias_diffusers.cli import train_config
 from debias_diffusers.runs.run_directory import open_run
 from debias_diffusers.training import device
-from debias_diffusers.training.trainer import Trainer
+from debias_diffusers.training.setup import make_trainer
 
 
 def tiny(folder, *flags):
@@ -23,9 +23,9 @@ def trained_here(config, scaler=None):
     accelerator.scaler = scaler
     run = open_run(config)
     try:
-        trainer = Trainer(config, run, accelerator)
+        trainer, _ = make_trainer(config, run, accelerator)
         if scaler:
-            accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.adamw)
+            accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.optimizer_step.adamw)
         trainer.train(SimpleNamespace(signum=0))
     finally:
         accelerator.end_training()

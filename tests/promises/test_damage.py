@@ -10,7 +10,7 @@ import stat
 import time
 
 import pytest
-from conftest import HANG, SERVER, Forked, _command, metrics, newest_step, run, same, train_args, wait_for
+from conftest import HANG, SERVER, Forked, _command, metrics, newest_step, run, same, train_args, wait_for, writers
 
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.runs.metrics_file import MetricsFile
@@ -154,7 +154,7 @@ def test_stray_folders_files_and_links_are_neither_checkpoints_nor_removed(train
 @pytest.mark.row(15, "a checkpoint of a newer version and another configuration are an error that lists the differences")
 def test_a_checkpoint_of_a_newer_version_is_refused(copied, monkeypatch):
     path = newest(copied)
-    content = [(p.name, p.read_bytes()) for p in path.glob("*.safetensors")]
+    content = writers({p.name: p.read_bytes() for p in path.glob("*.safetensors")})
     with monkeypatch.context() as newer:
         newer.setattr(checkpoints, "FORMAT", checkpoints.FORMAT + 1)
         checkpoints.write(path.parent, 30, content, json.loads((path / "state.json").read_text()), keep=9)
@@ -184,7 +184,7 @@ def test_another_configuration_is_refused_field_by_field(trained):
 def test_verifying_costs_a_second_of_one_core_per_gigabyte(tmp_path):
     """By the time of the processor, which others that are at work do not change much; where it hashes slowly, by that."""
     content = os.urandom(1 << 24) * 16
-    path = checkpoints.write(tmp_path, 10, [("model.safetensors", content)], {"step": 10}, keep=2)
+    path = checkpoints.write(tmp_path, 10, writers({"model.safetensors": content}), {"step": 10}, keep=2)
 
     def median(work):
         times = []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG, ROOT, Forked, command, cpu_of_children, metrics, run, same, train_args, wait_for
+from conftest import HANG, ROOT, Forked, command, cpu_of_children, metrics, run, same, train_args, wait_for, writers
 from here import tiny, trained_here
 from recorder import Killed, kill_at
 
@@ -125,7 +125,7 @@ def test_on_a_full_disk_the_checkpoint_before_stays_and_the_run_ends_with_the_sa
 def test_wherever_the_disk_is_full_the_checkpoint_before_verifies_and_no_draft_stays(mounts, trials):
     """Files of 2, 3, 4 and 5 pages, with room for 0 to 15: it fails in every one of them, and succeeds with a page more."""
     draws = random.Random(0)
-    content = [(f"{pages}.safetensors", draws.randbytes(4096 * pages - 9)) for pages in (2, 3, 4, 5)]
+    content = writers({f"{pages}.safetensors": draws.randbytes(4096 * pages - 9) for pages in (2, 3, 4, 5)})
     disk = mounts.disk("disk", "16m")
     checkpoints.write(disk, 10, content, {}, keep=2)
     needed = used(disk)
@@ -325,7 +325,7 @@ CONTENT = {"model.safetensors": bytes(range(256)) * 4, "optimizer.safetensors": 
 
 
 def write(folder, step, keep=9, best=None):
-    return checkpoints.write(folder, step, CONTENT.items(), {"step": step}, keep, best)
+    return checkpoints.write(folder, step, writers(CONTENT), {"step": step}, keep, best)
 
 
 def valid(folder):

@@ -280,13 +280,13 @@ def test_a_name_in_the_card_is_text():
 def test_a_run_of_the_version_before_keeps_the_labels_that_it_was_trained_with(pets, tmp_path, monkeypatch):
     """It had the plain order, no label for an empty folder, and wrote down no names."""
     flags = ("--dataset", pets / "data", "--class_conditional", "--lr_schedule", "constant", "--warmup_steps", 0, "--max_steps")
-    from debias_diffusers.training import trainer
+    from debias_diffusers.tasks import pixel_data, pixels
 
     with monkeypatch.context() as before:
-        before.setattr(trainer, "open_source", lambda config: open_source(config, "plain"))
+        before.setattr(pixel_data, "open_source", lambda config: open_source(config, "plain"))
         whole = trained_here(tiny(tmp_path / "whole", *flags, 4))
-        state = trainer.Trainer._state
-        before.setattr(trainer.Trainer, "_state", lambda self: {k: v for k, v in state(self).items() if not k.startswith("class_")})
+        state = pixels.PixelTask.state
+        before.setattr(pixels.PixelTask, "state", lambda self: {k: v for k, v in state(self).items() if not k.startswith("class_")})
         trained_here(tiny(tmp_path / "old", *flags, 2))
     resumed = trained_here(tiny(tmp_path / "old", *flags, 4))
     plain = ["0", "1", "10", "11", "2", "4", "5", "6", "7", "8", "9"]

@@ -41,7 +41,7 @@ from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.runs.run_directory import open_run
 from debias_diffusers.training import device
-from debias_diffusers.training.trainer import Trainer, train
+from debias_diffusers.training.setup import make_trainer, run_training
 from debias_diffusers.utils.signals import SignalHandler
 
 LONG = ["--max_steps", 240, "--checkpoint_every", 20]
@@ -126,12 +126,12 @@ def trainer_at(folder, step, *flags):
         def signum(self):
             return signal.SIGTERM if trainer.step >= step - 1 else 0
 
-    trainer = Trainer(config, open_run(config), device.start_accelerator(config))
-    save, trainer._save = trainer._save, lambda final=False: None if trainer.step == step else save(final)
+    trainer, _ = make_trainer(config, open_run(config), device.start_accelerator(config))
+    save, trainer.checkpointer.save = trainer.checkpointer.save, lambda at, final=False: None if at == step else save(at, final)
     with contextlib.suppress(StoppedError):
         trainer.train(StopAt())
     assert trainer.step == step
-    trainer._save = save
+    trainer.checkpointer.save = save
     return trainer
 
 
@@ -145,7 +145,7 @@ def killed_in_save(trainer, k):
         with pytest.MonkeyPatch.context() as patch:
             recorder.kill_at(patch, k)
             try:
-                trainer._save(final=True)
+                trainer.checkpointer.save(trainer.step, final=True)
             except BaseException:
                 os._exit(9)
         os._exit(0)
@@ -164,7 +164,7 @@ def test_killed_at_any_operation_of_a_save_the_old_or_the_new_checkpoint_is_whol
         finished = killed_in_save(trainer, k)
         found, damaged = checkpoints.latest_valid(folder / "checkpoints")
         assert (found.step if found else 0) in ((step,) if finished else (old, step)) and not [d for d in damaged if f"{step:08d}" in d]
-        trainer.run.begin(trainer.config)  # as the next start does
+        trainer.checkpointer.run.begin(trainer.config)  # as the next start does
         assert not list(folder.rglob(".draft*"))
         trials()
         if finished:
@@ -182,7 +182,7 @@ def test_killed_at_any_operation_of_a_save_the_run_ends_with_the_same_bits(tmp_p
     folder, before, plain = tmp_path / "run", tmp_path / "before", tmp_path / "plain"
     assert run(*train_args(plain, *flags))[0] == 0
     trainer = trainer_at(folder, step, *flags)
-    trainer.run._lock.close()
+    trainer.checkpointer.run._lock.close()
     shutil.copytree(folder, before)
     for k in range(1, 400, 3):
         finished = killed_in_save(trainer, k)
@@ -204,7 +204,7 @@ def recorded(tmp_path):
     shutil.copytree(tmp_path / "run", tmp_path / "before")
     with pytest.MonkeyPatch.context() as patch:
         log = recorder.Recorder(patch, tmp_path / "run")
-        trainer._save(final=True)
+        trainer.checkpointer.save(trainer.step, final=True)
     return log, tmp_path / "before", tmp_path / "run"
 
 
@@ -417,7 +417,7 @@ def train_here(folder, flags, stop=None):
     config = tiny(folder, *flags)
     held = open_run(config)
     try:
-        train(config, held, StopAfter(stop - 1) if stop else SimpleNamespace(signum=0))
+        run_training(config, held, StopAfter(stop - 1) if stop else SimpleNamespace(signum=0))
     except StoppedError:
         assert newest_step(folder) == stop
     finally:

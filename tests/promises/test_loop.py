@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from conftest import HANG, ROOT, SERVER, TINY, command, metrics, tensors, train_args, wait_for
+from conftest import HANG, ROOT, SERVER, TINY, command, metrics, tensors, train_args, wait_for, writers
 from datasets import Dataset, Features
 from here import tiny, trained_here
 from PIL import Image
@@ -114,13 +114,14 @@ def test_where_a_worker_cannot_be_started_those_before_it_end(monkeypatch, trial
 
 BOOM = """
 import sys, signal
-from debias_diffusers import cli, training
-original = training.Trainer._update
-def boom(self, loss):
+from debias_diffusers import cli
+from debias_diffusers.training.trainer import Trainer
+original = Trainer._update
+def boom(self, loss, rate):
     if self.step == 2:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
-    return original(self, loss)
-training.Trainer._update = boom
+    return original(self, loss, rate)
+Trainer._update = boom
 sys.exit(cli.train(sys.argv[1:]))
 """
 
@@ -325,7 +326,7 @@ def test_a_run_that_began_before_the_warm_up_goes_on_without_it(tmp_path, trials
     trained_here(tiny(old, "--max_steps", 4, "--lr_schedule", "constant"))
     found, _ = checkpoints.latest_valid(old / "checkpoints")
     state = {**found.state, "config": {name: value for name, value in found.state["config"].items() if name != "ema_warmup"}}
-    contents = [(name, (found.path / name).read_bytes()) for name in tensors(old, 4)]
+    contents = writers({name: (found.path / name).read_bytes() for name in tensors(old, 4)})
     checkpoints.write(old / "checkpoints", 4, contents, state, 1, None)
     for steps in (8, 12):
         trained_here(tiny(old, "--max_steps", steps, "--lr_schedule", "constant", "--ema_warmup"))

@@ -17,7 +17,8 @@ from debias_diffusers.diffusion.loss import Terms, make_objective
 from debias_diffusers.errors import InputError, NotFiniteError
 from debias_diffusers.tasks.pixels import PixelTask
 from debias_diffusers.training import state_dicts
-from debias_diffusers.training.trainer import SKIPS_IN_A_ROW, Trainer
+from debias_diffusers.training.setup import SKIPS_IN_A_ROW
+from debias_diffusers.training.trainer import Trainer
 
 SPOILT = 3  # the step that is spoilt, counted from 0: steps 1 to 3 are made, the fourth is not
 
@@ -30,7 +31,7 @@ class Spoiler:
         for owner, name, spoilt in (
             (Trainer, "_gradients", self._gradients),
             (Trainer, "_terms", self._terms),
-            (PixelTask, "clean", self._clean),
+            (PixelTask, "x_0", self._clean),
         ):
             patch.setattr(owner, name, self._wrapped(getattr(owner, name), spoilt))
 
@@ -43,7 +44,7 @@ class Spoiler:
 
     def _gradients(self, original, trainer, _):
         self.trainer = trainer
-        parameter = trainer.parameters[0]
+        parameter = trainer.optimizer_step.parameters[0]
         if self._now("weight"):
             with torch.no_grad():
                 parameter.view(-1)[0] = self.value
@@ -123,7 +124,7 @@ def test_a_step_that_was_launched_before_this_was_read_makes_no_update_either(pl
     trainer = spoiler.trainer
     assert trainer.step == SPOILT + 2 and newest_step(tmp_path / "run") == SPOILT
     kept = {name: load(content) for name, content in tensors(tmp_path / "run", SPOILT).items()}
-    left = {name: load(content) for name, content in state_dicts.contents(state_dicts.gather(trainer.model, trainer.adamw, trainer.ema))}
+    left = state_dicts.gather(trainer.model, trainer.optimizer_step.adamw, trainer.optimizer_step.ema)
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert all(torch.equal(kept[name][key], left[name][key]) for key in kept[name]), name
 
@@ -150,7 +151,7 @@ def test_a_step_is_launched_without_waiting_for_any_of_its_numbers(tmp_path, mon
     trainer = trained_here(tiny(tmp_path / "run", *flags, "--max_steps", 6, "--log_every", 0))
     assert trainer.step == 6 and asked.count == 0
     with asked:
-        trainer.update.skips.item()
+        trainer.optimizer_step.skips.item()
     assert asked.count == 1
 
 
@@ -178,10 +179,10 @@ class Overflowing:
         original = Trainer._gradients
 
         def gradients(trainer, micro_batches):
-            weights = torch.cat([parameter.detach().flatten() for parameter in trainer.parameters])
-            self.seen[trainer.step] = weights.clone(), int(trainer.update.skips)
+            weights = torch.cat([parameter.detach().flatten() for parameter in trainer.optimizer_step.parameters])
+            self.seen[trainer.step] = weights.clone(), int(trainer.optimizer_step.skips)
             spoilt = trainer.step in steps
-            hook = trainer.parameters[0].register_hook(lambda g: torch.full_like(g, torch.inf) if spoilt else g)
+            hook = trainer.optimizer_step.parameters[0].register_hook(lambda g: torch.full_like(g, torch.inf) if spoilt else g)
             found = original(trainer, micro_batches)
             hook.remove()
             return found
@@ -201,7 +202,7 @@ def test_steps_that_overflow_in_fp16_are_skipped_and_counted(tmp_path, trials):
     with pytest.MonkeyPatch.context() as patch:
         spoilt = Overflowing(patch, {step for skipped in runs for step in skipped})
         trainer = trained_here(tiny(tmp_path / "run", "--max_steps", 2 * most + 4, "--checkpoint_every", 0), scaler=scaler)
-    assert trainer.step == 2 * most + 4 and trainer.update.skips == 0
+    assert trainer.step == 2 * most + 4 and trainer.optimizer_step.skips == 0
     for step in range(trainer.step - 1):
         trials()
         in_a_row = next((step - skipped.start for skipped in runs if step in skipped), None)

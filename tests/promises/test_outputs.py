@@ -30,7 +30,8 @@ from debias_diffusers.errors import CannotWriteError, DebiasError, InputError
 from debias_diffusers.evaluation import likelihood, plots, score, statistics
 from debias_diffusers.evaluation.results import as_json
 from debias_diffusers.runs.run_directory import MARKER, open_run
-from debias_diffusers.training import trainer
+from debias_diffusers.training import dry_run
+from debias_diffusers.training.setup import run_training
 from debias_diffusers.utils import files
 from debias_diffusers.utils.signals import SignalHandler
 
@@ -130,7 +131,7 @@ def results(data, out):
         "bits.json": lambda: likelihood.bits_per_dimension(BitsConfig(model=str(data), output=str(out / "bits.json"))),
         "weights.csv": lambda: plots.plot_weights(cli._parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
         "weights.png": lambda: plots.plot_weights(cli._parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
-        "run-first-batch.png": lambda: trainer.dry_run(cli.train_config(dry, None)),
+        "run-first-batch.png": lambda: dry_run.dry_run(cli.train_config(dry, None)),
     }
 
 
@@ -152,7 +153,7 @@ def foreign(path):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("there", [foreign, lambda path: path.mkdir(parents=True), lambda path: (path.parent.mkdir(), os.mkfifo(path))])
 def test_a_file_of_somebody_else_is_refused_before_the_work(name, there, tmp_path, monkeypatch):
-    for module, work in ((score, "_measure"), (likelihood, "open_model"), (plots, "_table"), (trainer, "_seen")):
+    for module, work in ((score, "_measure"), (likelihood, "open_model"), (plots, "_table"), (dry_run, "look_alone")):
         monkeypatch.setattr(module, work, lambda *_: pytest.fail("the work has begun"))
     there(tmp_path / "out" / name)
     before = everything(tmp_path / "out")
@@ -164,7 +165,7 @@ def test_a_file_of_somebody_else_is_refused_before_the_work(name, there, tmp_pat
 @pytest.mark.row(54, "an error of printing does not lose the result, and a file that cannot be written is an error before the computation")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_result_that_cannot_be_written_is_said_before_the_work(name, tmp_path, monkeypatch):
-    for module, work in ((score, "_measure"), (likelihood, "open_model"), (plots, "_table"), (trainer, "_seen")):
+    for module, work in ((score, "_measure"), (likelihood, "open_model"), (plots, "_table"), (dry_run, "look_alone")):
         monkeypatch.setattr(module, work, lambda *_: pytest.fail("the work has begun"))
     data = pictures(tmp_path / "data")
     for out in (data / "0.png", Path("/proc/nowhere"), tmp_path / ("n" * 300)):
@@ -318,7 +319,7 @@ def test_a_data_set_that_needs_a_cache_says_how_to_name_another(tmp_path, monkey
 def test_training_is_measured_without_a_home(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/proc/nowhere")
     config = tiny(tmp_path / "run", "--max_steps", 4, "--eval_every", 4, "--eval_images", 80, "--eval_metrics", "colour")
-    trainer.train(config, open_run(config), SignalHandler())
+    run_training(config, open_run(config), SignalHandler())
     assert "eval_brightness_bias" in metrics(tmp_path / "run")[-1]
     assert "warning: features are not kept" in capsys.readouterr().err
 
@@ -345,7 +346,7 @@ def test_a_second_training_in_one_process_finds_its_run_and_signals_free(tmp_pat
     stop = SignalHandler()
     stop._on_signal(signal.SIGTERM, None)
     with pytest.raises(DebiasError, match="stopped by SIGTERM"):
-        trainer.train(config, open_run(config), stop)
+        run_training(config, open_run(config), stop)
     trials()
     assert handlers() == before
     files.acquire_lock(folder).close()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import HANG, ROOT, command, cpu_of_children, gone, metrics, newest_step, tensors, train_args, wait_for
+from conftest import HANG, ROOT, command, cpu_of_children, gone, metrics, newest_step, tensors, train_args, wait_for, writers
 from pushing import Worker, copy_of, environment, repository, served, settle
 from safetensors.numpy import load, save
 
@@ -75,7 +75,7 @@ def unlike_others(run):
     for name in ("ema_0.9.safetensors", "ema_0.99.safetensors"):
         weights = {key: generator.standard_normal(value.shape, np.float32) for key, value in load(files[name]).items()}
         files[name] = save(weights)
-    checkpoints.write(run / "checkpoints", 24, files.items(), found.state, keep=2)
+    checkpoints.write(run / "checkpoints", 24, writers(files), found.state, keep=2)
     return run
 
 

@@ -1,0 +1,68 @@
+"""What the training loop needs to know of what it trains: one kind of data, network and pipeline is one task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..config.schema import TrainConfig
+from ..data.dataset import TrainingData
+from ..diffusion.loss import Network
+
+Batch = Mapping[str, Tensor]
+
+
+class Task(Protocol):
+    """Data, network and pipeline of one kind of training. B is the size of a batch.
+
+    The loop draws timesteps and noise, computes the loss, and steps, averages and saves; it knows neither pixels nor latents.
+    """
+
+    data: TrainingData  # samples by position: what this task needs of them, and u and noise
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one x_0, such as (C, H, W)."""
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights, from torch's global generator."""
+
+    def load(self, network: nn.Module, model: str) -> list[str]:
+        """Puts the weights of another model (a run, a pipeline folder, a Hub id) into a network that `build` made.
+
+        Returns:
+            What else that model was trained for, a sentence each.
+
+        Raises:
+            InputError: its network is another one.
+        """
+
+    def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, averaged and saved, by name."""
+
+    def dummy_batch(self, size: int) -> Batch:
+        """A batch of zeros that the network can be called with."""
+
+    def x_0(self, batch: Batch, device: Any) -> Tensor:
+        """The clean values (B, *shape) float32 of a batch, on a device."""
+
+    def conditioned(self, model: nn.Module, batch: Batch, device: Any) -> Network:
+        """The model as a function of x_t and the timesteps, with the conditions (labels, captions) of a batch."""
+
+    def export(self, network: nn.Module, folder: Path) -> None:
+        """Writes the pipeline with this network into a folder, as `from_pretrained` reads it."""
+
+    def model_card(self, config: TrainConfig, step: int, measured: Mapping[str, Any] | None) -> str:
+        """README.md of a run at a step, with the last measurement of its metrics."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's state.json says of network and data; a resumed run must have the same network."""
+
+    def conditions(self, count: int, as_in_data: bool) -> Sequence[Any]:
+        """Conditions of previews, to be repeated for more than there are: each in turn, or as often as in the data."""
+
+    def draw(self, network: nn.Module, indices: Sequence[int], conditions: Sequence[Any]) -> Tensor:
+        """Images (len(indices), C, H, W) uint8 on the CPU, image k from the seed k and the condition k."""

@@ -1,0 +1,104 @@
+"""The data of a pixel run: opened in the order of the run, and looked at before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from ..config.schema import DIGITS, TrainConfig
+from ..data.sources import Source, SourceSubset, check_images, open_source, reopen_source, require_skippable, summary
+from ..errors import InputError
+from ..runs.checkpoints import Checkpoint
+from ..utils.console import say
+from ..utils.distributed import broadcast_from_first, told_by_the_first
+
+
+def open_data(config: TrainConfig, found: Checkpoint | None, first: bool) -> Source:
+    """The data, its labels in the order of the run; a run that did not write down its class names has the plain one."""
+    data = config.data
+    source = reopen_source(data, found.state.get("class_names") or "plain", found.state["data"]) if found else open_source(data)
+    for sentence in summary(source, data.dataset) if first else ():
+        say(sentence)
+    return source
+
+
+def readable(
+    config: TrainConfig, source: Source, found: Checkpoint | None, typed: int | None, accelerator: Accelerator
+) -> tuple[Source, int | None]:
+    """The source less its unreadable images, and the channels that are learned.
+
+    The processes share the look at all images, unless a checkpoint says what was seen before. The channels are None for the digits,
+    whose first image says them, too.
+
+    Args:
+        config: of the run.
+        source: as of `open_data`.
+        found: the checkpoint that is resumed.
+        typed: `channels` as it was typed.
+        accelerator: of the processes.
+    """
+    first = accelerator.is_main_process
+    known = broadcast_from_first(lambda: _known_to_be_skipped(config, source, found), accelerator)
+    channels = found.state["network"]["in_channels"] if found else typed
+    if known is None:
+        known, coloured = _look(config, source, accelerator)
+        count = len(source) - len(known)
+        if channels == 1 and typed is None and coloured:
+            with told_by_the_first(accelerator):
+                raise InputError(
+                    f"dataset {config.data.dataset}: {coloured} of {count} images have colours, but this run learns grey ones; "
+                    f"add --channels 1, which converts them to grey"
+                )
+        channels = channels or channels_of(coloured, count, say if first else None)
+    return SourceSubset(source, known) if known else source, channels
+
+
+def look_alone(config: TrainConfig, source: Source) -> tuple[Source, int | None]:
+    """What `readable` finds for a new run, in one process, without an accelerator."""
+    if config.data.dataset == DIGITS:
+        return source, None
+    bad, coloured = check_images(source, range(len(source)))
+    require_skippable(bad, str(config.data.dataset), len(source), config.data.skip_bad)
+    return SourceSubset(source, list(bad)), config.data.channels or channels_of(coloured, len(source) - len(bad), print)
+
+
+def _known_to_be_skipped(config: TrainConfig, source: Source, found: Checkpoint | None) -> list[int] | None:
+    """Indices of unreadable images; None where the images are still to be looked at."""
+    if found:
+        before = found.state["data"]
+        known: list[int] = before.get("skipped", [])
+        if before == SourceSubset(source, known).fingerprint():
+            return known
+        _require_same_data(config, before, source.fingerprint())
+    return [] if config.data.dataset == DIGITS else None  # they come with the package, and its tests read them
+
+
+def _require_same_data(config: TrainConfig, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if before == now:
+        return
+    change = f"dataset {config.data.dataset} is not the one this run began with ({before['images']} images then, {now['images']} now)"
+    if not config.run.accept_changed_data:
+        raise InputError(f"{change}; put it back, or go on with --accept_changed_data")
+    say(f"warning: {change}; positions of the run now mean other images")
+
+
+def _look(config: TrainConfig, source: Source, accelerator: Accelerator) -> tuple[list[int], int]:
+    """The images that are skipped, and how many of the others have colours."""
+    mine = check_images(source, range(len(source))[accelerator.process_index :: accelerator.num_processes])
+    parts = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+    bad = dict(sorted(item for part, _ in parts for item in part.items()))
+    with told_by_the_first(accelerator):
+        require_skippable(bad, str(config.data.dataset), len(source), config.data.skip_bad)
+    for sentence in bad.values() if accelerator.is_main_process else ():
+        say(f"skipped: {sentence}")
+    return list(bad), sum(coloured for _, coloured in parts)
+
+
+def channels_of(coloured: int, count: int, tell: Callable[[str], None] | None) -> int:
+    """3 as soon as one image of `count` has colours, into which grey fits, too; that they are mixed is told."""
+    if tell and 0 < coloured < count:
+        tell(f"{coloured} of {count} images have colours, so the model learns 3 channels; --channels 1 converts them to grey")
+    return 3 if coloured else 1

@@ -1,0 +1,234 @@
+"""What happens at intervals of a training: sample grids, metrics of what the EMA weights draw, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..config.schema import TrainConfig
+from ..data import images
+from ..diffusion.timestep_samplers import TimestepSampler
+from ..errors import CannotWriteError, InputError, NotFiniteError
+from ..runs import checkpoints
+from ..runs.run_directory import SAMPLES, Run
+from ..tasks.base import Task
+from ..utils.console import say
+from ..utils.distributed import broadcast_from_first, gather_from_all
+from ..utils.files import write_file
+from . import state_dicts
+from .logger import Logger
+from .loss_statistics import LossStatistics
+from .optimizer_step import OptimizerStep
+from .saver import Saver
+
+if TYPE_CHECKING:
+    from ..evaluation.monitor import Monitor
+
+GRID_IMAGES = 64
+
+# What may go wrong with images of weights that are still trained, without an end of the training.
+_DRAWING_ERRORS = (InputError, NotFiniteError, torch.linalg.LinAlgError)
+
+
+class Hook(Protocol):
+    """Something that all processes do every so many steps."""
+
+    @property
+    def every(self) -> int:
+        """Steps between two calls; 0 is never."""
+
+    def __call__(self, step: int, logger: Logger) -> None:
+        """Does it, after `step` steps."""
+
+
+class EmaImages:
+    """Images that the EMA weights of the first rate draw, always from the seeds 0, 1, ...; each process draws its share."""
+
+    def __init__(self, task: Task, network: nn.Module, accelerator: Accelerator, batch_size: int) -> None:
+        """`network` has the EMA weights; `batch_size` images are drawn at once, no more than the training has memory for."""
+        self.task, self.network, self.accelerator, self.batch_size = task, network, accelerator, batch_size
+
+    def batches(self, count: int, conditions: Sequence[Any]) -> Iterator[tuple[int, Tensor]]:
+        """This process's share of `count` images: (number of the batch, (B, C, H, W) uint8)."""
+        processes = self.accelerator.num_processes
+        size = min(self.batch_size, -(-count // processes))
+        for number, first in enumerate(range(0, count, size)):
+            if number % processes == self.accelerator.process_index:
+                yield number, self.task.draw(self.network, range(first, min(first + size, count)), conditions)
+
+
+@dataclass
+class SampleGrid:
+    """A picture of images from the same seeds: samples/step-NNNNNNNN.png of the run directory."""
+
+    every: int
+    images: EmaImages
+    run: Run | None  # None in all processes but the first
+
+    def __call__(self, step: int, logger: Logger) -> None:
+        """Draws and writes; an error is said and the training goes on."""
+        try:
+            conditions = self.images.task.conditions(GRID_IMAGES, as_in_data=False)
+            batches = gather_from_all(lambda: list(self.images.batches(GRID_IMAGES, conditions)), self.images.accelerator.num_processes)
+            if self.run:
+                arrays = [image for _, batch in sorted(batches, key=lambda batch: batch[0]) for image in batch.numpy()]
+                picture = images.grid([images.from_array(array) for array in arrays])
+                write_file(self.run.folder / SAMPLES / f"{checkpoints.folder_name(step)}.png", images.png(picture))
+        except (CannotWriteError, *_DRAWING_ERRORS) as error:
+            if self.run:
+                say(f"no sample grid at step {step}: {error}")
+
+
+@dataclass
+class Measured:
+    """The metrics of a run so far, as its state.json has them."""
+
+    best: dict[str, Any] | None = None  # step and value of the best, and what was measured
+    last: dict[str, Any] | None = None  # step of the last, by what, and all figures
+
+
+@dataclass
+class Evaluation:
+    """Metrics of what the EMA weights draw, against the training images."""
+
+    every: int
+    images: EmaImages
+    monitor: Monitor
+    measured: Measured
+    run: Run | None  # None in all processes but the first
+
+    def __call__(self, step: int, logger: Logger) -> None:
+        """Draws, measures and logs."""
+        logger.log_metrics(step, self.measure(step))
+
+    def measure(self, step: int) -> dict[str, float]:
+        """The figures by name; {} in all processes but the first, and where the weights drew nothing finite."""
+        try:
+            conditions = self.images.task.conditions(self.monitor.count, as_in_data=True)
+            figures = self.monitor.figures(self.images.batches(self.monitor.count, conditions))
+        except _DRAWING_ERRORS as error:
+            if self.run:
+                say(f"no figures at step {step}: {error}")
+            return {}
+        if not self.run:
+            return {}
+        self.measured.last = {"step": step, "by": self.monitor.about, "figures": figures}
+        self._remember_best(step, *next(iter(figures.items())))
+        return figures
+
+    def _remember_best(self, step: int, name: str, value: float) -> None:
+        """The first metric decides. A best of another one says nothing: a checkpoint's may be of other --eval_metrics."""
+        from ..evaluation.metrics import as_loss  # with torch-fidelity, whose import takes seconds that a run without figures need not wait
+
+        loss, by, best = as_loss(name, value), {"figure": name, **self.monitor.about}, self.measured.best
+        if math.isfinite(loss) and (best is None or best.get("by") != by or loss < best["value"]):
+            self.measured.best = {"step": step, "value": loss, "by": by}
+
+
+class Checkpointer:
+    """Saves steps, in the first process beside the training, and knows in all processes which step is saved."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Run | None,
+        accelerator: Accelerator,
+        saver: Saver | None,
+        *,
+        model: nn.Module,
+        optimizer_step: OptimizerStep,
+        timestep_sampler: TimestepSampler,
+        statistics: LossStatistics,
+        measured: Measured,
+        constants: Mapping[str, Any],
+        step: int,
+    ) -> None:
+        """`run` and `saver` are None in all processes but the first; `constants` of state.json are the same at every step."""
+        self.config, self.run, self.accelerator, self.saver = config, run, accelerator, saver
+        self.model, self.optimizer_step, self.timestep_sampler = model, optimizer_step, timestep_sampler
+        self.statistics, self.measured, self.constants = statistics, measured, constants
+        self.every = config.run.checkpoint_every
+        self.saved_step = self.saving_step = step  # the second is that of the save under way, where there is one
+        self._checksums = (step, optimizer_step.ema.checksums())  # of the averages, as of the start or the last save
+        self._warned = False
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.saver:
+            self.saver.__exit__(*error)
+
+    def check(self) -> None:
+        """Raises what a save beside the training raised."""
+        if self.saver:
+            self.saver.check()
+
+    def __call__(self, step: int, logger: Logger) -> None:
+        """Saves, but for the last step, which `Trainer.train` saves with `final`."""
+        if step < self.config.optimization.max_steps:
+            self.save(step)
+
+    def save(self, step: int, final: bool = False) -> None:
+        """Exports the pipeline and writes the checkpoint, with which the step counts as saved; beside the training where memory allows.
+
+        A save that fails is said and tried again at the next interval; the last one must succeed.
+
+        Raises:
+            CannotWriteError: the last one failed.
+        """
+        self._finish()
+        if step == self.saved_step:
+            return
+        tensors = state_dicts.gather(self.model, self.optimizer_step.adamw, self.optimizer_step.ema)
+        if self.timestep_sampler.learns:
+            tensors[checkpoints.SAMPLER] = self.timestep_sampler.state()
+        statistics = self.statistics.state(self.accelerator.gather, self.accelerator.is_main_process)
+        self.saving_step = step
+        if self.saver:
+            self._warn_if_averages_stand_still(step)
+            self.saver.save(tensors, {**self.state(step), "window": statistics}, final)
+        if final:
+            self._finish(final=True)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What state.json says of a step beside the tensors and statistics."""
+        scaler = self.accelerator.scaler
+        return {
+            "step": step,
+            "position": step * self.config.optimization.batch_size,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "best": self.measured.best,
+            "measured": self.measured.last,
+            **self.constants,
+        }
+
+    def _finish(self, final: bool = False) -> None:
+        """Waits for the save under way, if there is one; raises CannotWriteError where the final one failed."""
+        if self.saving_step == self.saved_step:
+            return
+        # All must know whether to gather again.
+        problem = broadcast_from_first(lambda: self.saver.result() if self.saver else None, self.accelerator)
+        if problem is None:
+            self.saved_step = self.saving_step
+        elif final:
+            raise CannotWriteError(problem)
+        self.saving_step = self.saved_step
+
+    def _warn_if_averages_stand_still(self, step: int) -> None:
+        """Says once which averages have not changed since the last save, though they should at every step."""
+        (since, before), now = self._checksums, self.optimizer_step.ema.checksums()
+        still = [str(rate) for rate in now if now[rate] == before[rate]]
+        if still and not self._warned:
+            self._warned = True
+            say(
+                f"warning: the averaged weights of ema_decay {', '.join(still)} have not changed from step {since} to {step}: what is "
+                f"exported is not what is trained; a larger --learning_rate or a smaller --ema_decay moves them"
+            )
+        self._checksums = (step, now)

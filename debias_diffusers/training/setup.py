@@ -1,0 +1,351 @@
+"""Building a training: configuration agreed on and pinned, data opened, network wrapped, and put back as a checkpoint says."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..config.hub_names import PINNED, is_hub_id, is_id, is_pinned, place_of, split
+from ..config.loading import BEFORE_THE_FIELD, differences, flatten, stored, update
+from ..config.schema import DIGITS, HubConfig, OptimizationConfig, TrainConfig
+from ..data.dataset import PositionBatchSampler
+from ..data.sources import Source
+from ..diffusion.loss import Objective, make_objective
+from ..diffusion.noise_schedule import require_noise_at_the_end, terminal_snr_problem
+from ..diffusion.timestep_samplers import TimestepSampler, make_timestep_sampler
+from ..errors import InputError, StoppedError, raise_all
+from ..hub import client
+from ..hub.publish import Publisher
+from ..runs import checkpoints
+from ..runs.checkpoints import Checkpoint
+from ..runs.run_directory import Run
+from ..tasks.base import Task
+from ..tasks.pixel_data import open_data, readable
+from ..tasks.pixels import PixelTask
+from ..utils import seeding
+from ..utils.console import say
+from ..utils.distributed import broadcast_from_first, gather_from_all, set_threads, told_by_the_first
+from ..utils.signals import SignalHandler
+from ..utils.torch_errors import explain_error
+from . import device, state_dicts
+from .ema import EMA
+from .hooks import Checkpointer, EmaImages, Evaluation, Hook, Measured, SampleGrid
+from .loss_statistics import LossStatistics
+from .optimizer_step import OptimizerStep
+from .saver import Saver
+from .trainer import Trainer
+
+if TYPE_CHECKING:
+    from ..evaluation.monitor import Monitor
+
+SKIPS_IN_A_ROW = 20  # fp16 steps with overflowing gradients that are taken for a search of the loss scale
+
+
+def run_training(config: TrainConfig, run: Run | None, stop: SignalHandler, to: HubConfig | None = None) -> None:
+    """Trains to `max_steps`, resuming where the run directory stands.
+
+    Args:
+        config: checked and resolved.
+        run: the run directory, which is closed at the end; None in all processes but the first.
+        stop: remembers signals, already since before torch was imported; closed at the end.
+        to: where the first process pushes to, as the Hub allowed it; None where nothing is pushed.
+
+    Raises:
+        DebiasError: of the kind that tells what stopped it; StoppedError after a signal, saved.
+    """
+    with run or contextlib.nullcontext(), stop if isinstance(stop, SignalHandler) else contextlib.nullcontext():
+        accelerator = device.start_accelerator(config)
+        try:
+            _train(config, run, accelerator, stop, to)
+        except RuntimeError as error:
+            size = micro_batch_size(config.optimization, accelerator.num_processes)
+            if known := explain_error(error, "--micro_batch_size", size, config.run.ddp_timeout):
+                raise known from error
+            raise
+        finally:
+            accelerator.end_training()
+
+
+def _train(config: TrainConfig, run: Run | None, accelerator: Accelerator, stop: SignalHandler, to: HubConfig | None) -> None:
+    trainer, publisher = make_trainer(config, run, accelerator, to)
+    if publisher:
+        publisher.resume()
+    signum = trainer.train(stop)
+    _say_end(trainer, signum)
+    if publisher:
+        publisher.finish(trainer.step, stop)
+
+
+def _say_end(trainer: Trainer, signum: int) -> None:
+    config, step = trainer.config, trainer.step
+    at = f"at step {step} of {config.optimization.max_steps}, saved; the same command continues"
+    if step == config.optimization.max_steps:
+        sentence = f"finished at step {step}; the model is in {config.run.output_dir}"
+    elif signum:
+        raise StoppedError(f"stopped by {signal.Signals(signum).name} {at}", signum)
+    else:
+        sentence = f"stopped after max_hours {config.optimization.max_hours} {at}"
+    if trainer.accelerator.is_main_process:
+        say(sentence)
+
+
+def make_trainer(
+    config: TrainConfig, run: Run | None, accelerator: Accelerator, to: HubConfig | None = None
+) -> tuple[Trainer, Publisher | None]:
+    """A training at the step where its run directory stands, and what pushes it; arguments as of `run_training`.
+
+    Raises:
+        InputError: configuration, data and checkpoint do not fit each other or the machine.
+    """
+    found = broadcast_from_first(lambda: run.resume if run else None, accelerator)
+    typed_channels = config.data.channels
+    config = broadcast_from_first(lambda: _pinned(config, found), accelerator)
+    num_threads = set_threads(config.optimization.num_threads)
+    objective = make_objective(config.objective)  # first, because it may refuse the configuration
+    _require_noise_at_the_end(config, objective, found, accelerator)
+    source = open_data(config, found, first=run is not None)
+    monitor = _monitor(config, source, accelerator) if config.run.eval_every else None
+    if monitor:
+        config = update(config, {"eval_images": monitor.count})
+    learned = update(config, {"channels": typed_channels})  # those of the run may stand there as left out
+    task = PixelTask(learned, *readable(config, source, found, typed_channels, accelerator))
+    # Looks at every file of a folder, so only the process that writes it down takes it.
+    fingerprint = task.data.source.fingerprint() if run else None
+    timestep_sampler = make_timestep_sampler(config.objective, objective.schedule, config.optimization.batch_size)
+    statistics = LossStatistics(len(objective.schedule), accelerator.device)
+    network = _network(task, config.optimization, found, accelerator)
+    # Its modules, with the same tensors: what is exported and drawn with, which nothing wraps.
+    plain = state_dicts.with_weights(network, {})
+    model = _wrapped(network, config.optimization, accelerator)
+    optimizer_step = _optimizer_step(task, network, config.optimization, accelerator)
+    constants = {**_constants(config, found, accelerator), "num_threads": num_threads, "data": fingerprint, **task.state()}
+    constants["weights"] = _some_weights(objective)
+    step, measured = 0, Measured()
+    if found:
+        if run:
+            _require_same_training(found, run, constants, config.optimization)
+        _restore(found, model, optimizer_step, timestep_sampler, statistics, accelerator)
+        step, measured = found.step, Measured(found.state.get("best"), found.state.get("measured"))
+    if run:
+        run.begin(config)
+        device.warn_of_little_space(run.folder, sum(p.numel() for p in optimizer_step.parameters), len(config.optimization.ema_decay))
+    if monitor:
+        with told_by_the_first(accelerator):
+            monitor.read(task.data.source)
+    publisher = Publisher(run.folder, to, step) if run and to else None
+    checkpointer = Checkpointer(
+        config,
+        run,
+        accelerator,
+        Saver(run, config, task, plain, publisher) if run else None,
+        model=model,
+        optimizer_step=optimizer_step,
+        timestep_sampler=timestep_sampler,
+        statistics=statistics,
+        measured=measured,
+        constants=constants,
+        step=step,
+    )
+    trainer = Trainer(
+        config=config,
+        accelerator=accelerator,
+        task=task,
+        objective=objective,
+        timestep_sampler=timestep_sampler,
+        model=model,
+        optimizer_step=optimizer_step,
+        statistics=statistics,
+        positions=_positions(config.optimization, accelerator, step),
+        checkpointer=checkpointer,
+        hooks=[*_image_hooks(config, run, task, plain, optimizer_step.ema, monitor, measured, accelerator), checkpointer],
+        step=step,
+    )
+    return trainer, publisher
+
+
+# ---- configuration and data ------------------------------------------------------------------------------------------
+
+
+def _pinned(config: TrainConfig, found: Checkpoint | None) -> TrainConfig:
+    """The configuration with the commits of what comes from the Hub, those that the run began with or the newest, and older values."""
+    values = flatten(config)
+    kinds = {"dataset": ("dataset", is_hub_id), "init": ("model", is_id)}
+    began = found.state["config"] if found else {}
+    names = {n: values[n] for n in PINNED if values[n] and (is_pinned(began.get(n) or "") or kinds[n][1](values[n]))}
+    if found is None:
+        return update(config, {name: client.pinned(value, kinds[name][0]) for name, value in names.items()})
+    _require_local_data(config, found)
+    kept = {name: began.get(name, value) for name, value in names.items()}
+    for name, value in names.items():
+        if split(value)[1] and value != kept[name]:
+            say(f"{name} is {value}, but the run keeps to what it began with, {kept[name]}")
+    older = {name: value for name, value in BEFORE_THE_FIELD.items() if name not in began}
+    return update(config, kept | older | {"channels": began.get("channels")})
+
+
+def _require_local_data(config: TrainConfig, found: Checkpoint) -> None:
+    """Raises InputError where a run began with data of a disk and they are not where the command says: the Hub is not asked for them."""
+    typed, began = str(config.data.dataset), found.state["config"]["dataset"]
+    paths = found.state.get("paths")
+    on_disk = began != DIGITS and not is_pinned(began) and (paths is None or "dataset" in paths)
+    if on_disk and not Path(typed).expanduser().exists():
+        lay = f" at {paths['dataset']}" if paths else f" {began}"
+        raise InputError(f"dataset {typed} is not there; this run began with the data{lay}; name where they are now with --dataset")
+
+
+def _paths(config: TrainConfig, names: tuple[str, ...] = PINNED) -> dict[str, str]:
+    """Where the data and the first weights of a run are, as far as they are on this disk."""
+    values = flatten(config)
+    ids = {"dataset": is_hub_id, "init": is_id}
+    return {name: place_of(values[name]) for name in names if values[name] and values[name] != DIGITS and not ids[name](values[name])}
+
+
+def _require_noise_at_the_end(config: TrainConfig, objective: Objective, found: Checkpoint | None, accelerator: Accelerator) -> None:
+    """Refuses a schedule that cannot be sampled; a run that began before this was looked at may end, with a warning."""
+    if found is None:
+        with told_by_the_first(accelerator):
+            require_noise_at_the_end(config.objective, objective.schedule)
+    elif accelerator.is_main_process and (problem := terminal_snr_problem(objective.schedule)):
+        say(f"warning: {problem}")
+
+
+def _monitor(config: TrainConfig, source: Source, accelerator: Accelerator) -> Monitor:
+    from ..evaluation.monitor import Monitor  # with torch-fidelity, whose import takes seconds that a run without figures need not wait
+
+    made: list[Monitor] = []
+
+    def make() -> list[None]:
+        made.append(Monitor(config, source, accelerator.device, accelerator.process_index, accelerator.num_processes))
+        return []
+
+    with told_by_the_first(accelerator):
+        gather_from_all(make, accelerator.num_processes)
+    return made[0]
+
+
+# ---- network ---------------------------------------------------------------------------------------------------------
+
+
+def _network(task: Task, optim: OptimizationConfig, found: Checkpoint | None, accelerator: Accelerator) -> nn.Module:
+    """The network on its device, with fresh weights or those of `init`."""
+    torch.manual_seed(seeding.derive_seed(optim.seed, "weights", 0))
+    network = task.build()
+    if optim.init and found is None:
+        warnings = task.load(network, optim.init)
+        for sentence in (*(f"warning: {warning}" for warning in warnings), f"starting from the weights of {optim.init}"):
+            if accelerator.is_main_process:
+                say(sentence)
+    return device.to_train(network, accelerator)
+
+
+def _wrapped(network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> nn.Module:
+    """The network as it is called in training: mixed precision, DDP, gradient checkpointing, compiled."""
+    model: nn.Module = accelerator.prepare(network)
+    if optim.gradient_checkpointing:
+        network.enable_gradient_checkpointing()  # type: ignore[operator]
+    if optim.compile:  # in place, so that weights keep their names; within DDP, which then exchanges while it computes
+        network.compile(mode=optim.compile_mode)
+    return model
+
+
+def _optimizer_step(task: Task, network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> OptimizerStep:
+    """AdamW and averages over the parameters as they are after the network was wrapped."""
+    trained = task.trained(network)
+    ema = EMA(trained, optim.ema_decay, optim.ema_warmup)
+    # A loss that is not finite is never the search of fp16 for its scale, an overflowing gradient may be.
+    step = OptimizerStep(list(trained.values()), ema, optim, SKIPS_IN_A_ROW - 1 if accelerator.scaler is not None else 0)
+    accelerator.prepare(step.adamw)  # for the scaler of fp16
+    return step
+
+
+def micro_batch_size(config: OptimizationConfig, num_processes: int) -> int:
+    """Samples of one forward in one process: what is asked for, but no more than its share of a step."""
+    share = config.batch_size // num_processes
+    return min(share, config.micro_batch_size or share)
+
+
+def _positions(optim: OptimizationConfig, accelerator: Accelerator, step: int) -> PositionBatchSampler:
+    """The positions of this process from a step on."""
+    size, processes = micro_batch_size(optim, accelerator.num_processes), accelerator.num_processes
+    return PositionBatchSampler(optim.batch_size, size, accelerator.process_index, processes, range(step, optim.max_steps))
+
+
+def _image_hooks(
+    config: TrainConfig,
+    run: Run | None,
+    task: Task,
+    plain: nn.Module,
+    ema: EMA,
+    monitor: Monitor | None,
+    measured: Measured,
+    accelerator: Accelerator,
+) -> list[Hook]:
+    """What draws with the averaged weights, which it shares."""
+    network = state_dicts.with_weights(plain, ema.averages[config.optimization.ema_decay[0]])
+    images = EmaImages(task, network, accelerator, micro_batch_size(config.optimization, accelerator.num_processes))
+    hooks: list[Hook] = [SampleGrid(config.run.sample_every, images, run)]
+    if monitor:
+        hooks.append(Evaluation(config.run.eval_every, images, monitor, measured, run))
+    return hooks
+
+
+# ---- checkpoint ------------------------------------------------------------------------------------------------------
+
+
+def _constants(config: TrainConfig, found: Checkpoint | None, accelerator: Accelerator) -> dict[str, Any]:
+    """What state.json says at every step of processes, versions, paths and configuration."""
+    # Fields that the run began before, which it goes on without: what is resumed tells by them what may be asked of it.
+    older = BEFORE_THE_FIELD.keys() - found.state["config"].keys() if found else set()
+    return {
+        "num_processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "versions": device.versions(),
+        "paths": {**found.state.get("paths", {}), **_paths(config, ("dataset",))} if found else _paths(config),
+        "config": {name: value for name, value in stored(config).items() if name not in older},
+    }
+
+
+def _some_weights(objective: Objective) -> dict[str, float]:
+    """Loss weights at a few timesteps, to six digits, which no other machine rounds otherwise."""
+    weights, T = objective.weights, len(objective.schedule)
+    if weights is None:
+        return {}
+    some = {f"weight at t = {t}": weights[t] for t in (0, T // 4, T // 2, 3 * T // 4, T - 1)} | {"mean weight": weights.mean()}
+    return {name: float(f"{value:.6g}") for name, value in some.items()}
+
+
+def _require_same_training(found: Checkpoint, run: Run, now: dict[str, Any], optim: OptimizationConfig) -> None:
+    """Refuses another network or weighting behind the same names, and says what else is not as it was."""
+    # The file behind --model_config may have changed, though its name has not.
+    raise_all(differences(found.state["network"], now["network"]), f"run directory {run.folder} holds another network")
+    # A function that was registered may have changed, though its name has not.
+    other = differences(found.state.get("weights", now["weights"]), now["weights"])
+    raise_all(other, f"run directory {run.folder} holds another weighting; put it back, or name another --output_dir")
+    device.say_what_changed(found.state, now)
+    if (before := found.state["config"]["max_steps"]) != optim.max_steps and optim.lr_schedule != "constant":
+        say(f"warning: max_steps was {before}, now it is {optim.max_steps}: the learning rate falls to 0 there")
+    say(f"resuming {run.folder} at step {found.step} of {optim.max_steps}")
+
+
+def _restore(
+    found: Checkpoint,
+    model: nn.Module,
+    optimizer_step: OptimizerStep,
+    timestep_sampler: TimestepSampler,
+    statistics: LossStatistics,
+    accelerator: Accelerator,
+) -> None:
+    """Puts everything back as it was after the checkpoint's step."""
+    state_dicts.restore(found, model, optimizer_step.adamw, optimizer_step.ema)
+    if timestep_sampler.learns:
+        timestep_sampler.load(safetensors.torch.load_file(found.verified(checkpoints.SAMPLER)))
+    statistics.load(found.state["window"], accelerator.is_main_process)
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(found.state["scaler"])
