@@ -153,11 +153,11 @@ def foreign(path):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("there", [foreign, lambda path: path.mkdir(parents=True), lambda path: (path.parent.mkdir(), os.mkfifo(path))])
 def test_a_file_of_somebody_else_is_refused_before_the_work(name, there, tmp_path, monkeypatch):
-    for module, work in ((score, "_measure"), (likelihood, "open_model"), (plots, "_table"), (dry_run, "look_alone")):
+    for module, work in ((score, "make_measure"), (likelihood, "open_model"), (plots, "_table"), (dry_run, "look_alone")):
         monkeypatch.setattr(module, work, lambda *_: pytest.fail("the work has begun"))
     there(tmp_path / "out" / name)
     before = everything(tmp_path / "out")
-    with pytest.raises(InputError, match=rf"{name} is there (already|and is no file)"):
+    with pytest.raises(InputError, match=rf"{name} (already exists|exists and is not a file)"):
         results(pictures(tmp_path / "data"), tmp_path / "out")[name]()
     assert everything(tmp_path / "out") == before and [path.name for path in (tmp_path / "out").iterdir()] == [name]
 
@@ -165,7 +165,7 @@ def test_a_file_of_somebody_else_is_refused_before_the_work(name, there, tmp_pat
 @pytest.mark.row(54, "an error of printing does not lose the result, and a file that cannot be written is an error before the computation")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_result_that_cannot_be_written_is_said_before_the_work(name, tmp_path, monkeypatch):
-    for module, work in ((score, "_measure"), (likelihood, "open_model"), (plots, "_table"), (dry_run, "look_alone")):
+    for module, work in ((score, "make_measure"), (likelihood, "open_model"), (plots, "_table"), (dry_run, "look_alone")):
         monkeypatch.setattr(module, work, lambda *_: pytest.fail("the work has begun"))
     data = pictures(tmp_path / "data")
     for out in (data / "0.png", Path("/proc/nowhere"), tmp_path / ("n" * 300)):
