@@ -79,7 +79,8 @@ class Saver(Background[str | None]):
     def _export(self, folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
         average = tensors[checkpoints.ema_file(self.config.optimization.ema_decay[0])]
-        network = state_dicts.with_weights(self.network, {name: value.contiguous() for name, value in average.items()})
+        weights = {**tensors[checkpoints.MODEL], **average}  # those that are not trained have no average
+        network = state_dicts.with_weights(self.network, {name: value.detach().contiguous() for name, value in weights.items()})
         draft = draft_of(folder / "export")
         with said_if_not_writable(folder):
             try:
