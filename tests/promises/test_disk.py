@@ -21,7 +21,7 @@ from debias_diffusers.errors import CannotWriteError, RunInUseError
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.runs.metrics_file import Metrics
 from debias_diffusers.training import device, saver
-from debias_diffusers.utils import distributed, files
+from debias_diffusers.utils import files
 
 HOST = socket.gethostname()
 STEADY = ["--lr_schedule", "constant", "--checkpoint_every", 2, "--warmup_steps", 0]
@@ -219,7 +219,7 @@ def test_the_limit_is_two_and_a_half_checkpoints(tmp_path, monkeypatch, capfd, f
     """A checkpoint holds weights, two moments and the averages."""
     tensors = {name: torch.zeros(25_000).numpy().tobytes() for name in ("weights", "moment", "other moment", "0.9", "0.99")}
     size = sum(len(content) for content in tensors.values())
-    monkeypatch.setattr(distributed.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10 * size, 0, int(free * size)))
+    monkeypatch.setattr(device.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10 * size, 0, int(free * size)))
     device.warn_of_little_space(tmp_path, 25_000, 2)
     assert ("warning" in capfd.readouterr().err) == warned
 
