@@ -1,5 +1,6 @@
-"""The solvers under the name that saved pipelines have for their module; they are in `debias_diffusers.pipelines.solvers`."""
+"""The solvers under the name of their module in saved pipelines of older versions; see `debias_diffusers.pipelines.solvers`."""
 
-from .pipelines.solvers import DDIM, DDPM, EulerAncestral, Heun, UniPC
+# DiffusionPipeline.from_pretrained looks for SchedulerMixin beside the classes of a saved pipeline.
+from .pipelines.solvers import DDIM, DDPM, EulerAncestral, Heun, SchedulerMixin, UniPC
 
-__all__ = ["DDIM", "DDPM", "EulerAncestral", "Heun", "UniPC"]
+__all__ = ["DDIM", "DDPM", "EulerAncestral", "Heun", "SchedulerMixin", "UniPC"]

@@ -1,8 +1,12 @@
 """A checkpoint is whole or absent, at any moment and whatever happens to its files."""
 
+import tracemalloc
+
+import torch
 from conftest import writers
 
 from debias_diffusers.runs import checkpoints
+from debias_diffusers.training import state_dicts
 
 CONTENT = {"model.safetensors": bytes(range(256)) * 40, "optimizer.safetensors": b"moments" * 300}
 
@@ -38,3 +42,13 @@ def test_damaged_newer_checkpoints_do_not_push_out_sound_ones(tmp_path):
     for step in (20, 30):  # trained again, the damaged are replaced
         write(tmp_path, step, keep=2)
     assert checkpoints.latest_valid(tmp_path)[0].step == 30 and len(checkpoints.list_checkpoints(tmp_path)) == 2
+
+
+def test_a_checkpoint_is_written_and_verified_without_its_files_in_memory(tmp_path):
+    tensors = {"model.safetensors": {"weight": torch.zeros(1 << 24)}}  # 67 MB
+    tracemalloc.start()
+    checkpoints.write(tmp_path, 10, state_dicts.writers(tensors), {"step": 10}, keep=2)
+    checkpoints.latest_valid(tmp_path)[0].verified("model.safetensors")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * checkpoints.BLOCK

@@ -15,7 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from conftest import HANG, ROOT, command, launched, metrics, run, same, tensors, train_args, wait_for
 from here import tiny, trained_here
 from PIL import Image
-from safetensors.torch import load
+from safetensors.torch import load, load_file
 
 from debias_diffusers.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from debias_diffusers.data import decoded_cache, images
@@ -23,10 +23,12 @@ from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, mi
 from debias_diffusers.data.decoded_cache import make_cache
 from debias_diffusers.data.sources import open_source
 from debias_diffusers.runs import checkpoints
-from debias_diffusers.tasks.pixels import network_arguments
+from debias_diffusers.runs.run_directory import open_run
+from debias_diffusers.tasks.pixels import PixelTask, network_arguments
 from debias_diffusers.tasks.unet import build_unet
-from debias_diffusers.training.device import memory_format, to_train
+from debias_diffusers.training.device import memory_format, start_accelerator, to_train
 from debias_diffusers.training.hooks import Checkpointer
+from debias_diffusers.training.setup import make_trainer
 from debias_diffusers.training.trainer import Trainer
 from debias_diffusers.utils import memory
 from debias_diffusers.utils.background import BackgroundTask
@@ -175,7 +177,7 @@ def page_faults(lines):
     """Of filling 40 MB once more, in a process that begins with these lines; the fewest, as the first may each find another place."""
     program = f"""
 import resource, torch
-from debias_diffusers.training.device import memory_format, to_train
+from debias_diffusers.training import device
 {lines}
 counts = []
 for _ in range(6):
@@ -349,3 +351,48 @@ def test_the_packaged_configuration_starts_two_processes_on_a_cpu(tmp_path):
     _, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
     assert json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "state.json").read_text())["num_processes"] == 2
+
+
+# ---- memory of a training ---------------------------------------------------------------------------------------------
+
+
+def made(config):
+    """A training that has not begun, its run directory held until the process ends."""
+    return make_trainer(config, open_run(config), start_accelerator(config))[0]
+
+
+def test_what_is_drawn_and_exported_has_the_tensors_of_the_training(tmp_path):
+    """No second network on the device: the drawing one has the averages themselves, the exporting one the trained weights."""
+    trainer = made(tiny(tmp_path / "run", "--sample_every", 6))
+    average = trainer.optimizer_step.ema.averages[0.9]
+    drawn = trainer.hooks[0].images.network
+    exported = trainer.checkpointer.saver.network
+    for name, parameter in trainer.model.named_parameters():
+        assert dict(drawn.named_parameters())[name].data_ptr() == average[name].data_ptr() != parameter.data_ptr()
+        assert dict(exported.named_parameters())[name].data_ptr() == parameter.data_ptr()
+    assert trainer.model.training and not drawn.training
+
+
+def test_frozen_weights_are_neither_trained_nor_averaged_and_are_exported(tmp_path, monkeypatch):
+    build = PixelTask.build
+
+    def partly_frozen(task):
+        network = build(task)
+        network.time_embedding.requires_grad_(False)
+        network.conv_in.requires_grad_(False)  # which lies channels last
+        return network
+
+    monkeypatch.setattr(PixelTask, "build", partly_frozen)
+    trainer = trained_here(tiny(tmp_path / "run", "--max_steps", 4, "--lr_schedule", "constant"))
+    frozen = {name: weight for name, weight in trainer.model.named_parameters() if not weight.requires_grad}
+    assert len(frozen) == 6 and not trainer.optimizer_step.ema.averages[0.9].keys() & frozen.keys()
+    assert len(trainer.optimizer_step.parameters) == len(list(trainer.model.parameters())) - 6
+    exported = load_file(tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors")
+    kept = load(tensors(tmp_path / "run", 4)["model.safetensors"])
+    average = load(tensors(tmp_path / "run", 4)["ema_0.9.safetensors"])
+    assert kept.keys() == exported.keys() == average.keys() | frozen.keys()
+    for name in exported:
+        assert torch.equal(exported[name], frozen[name] if name in frozen else average[name])
+    whole = trained_here(tiny(tmp_path / "whole", "--max_steps", 6, "--lr_schedule", "constant"))
+    resumed = trained_here(tiny(tmp_path / "run", "--max_steps", 6, "--lr_schedule", "constant"))
+    assert all(torch.equal(one, other) for one, other in zip(whole.model.parameters(), resumed.model.parameters()))

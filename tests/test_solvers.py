@@ -1,6 +1,7 @@
 """Solvers against distributions known in closed form, against the paper's code, and against diffusers' own."""
 
 import inspect
+import json
 
 import diffusers
 import numpy as np
@@ -14,7 +15,7 @@ from debias_diffusers.config.schema import ObjectiveConfig
 from debias_diffusers.convert.guided_diffusion import guided
 from debias_diffusers.diffusion.noise_schedule import make_schedule, predicted_x_0, prediction_of_x_0
 from debias_diffusers.errors import InputError
-from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
+from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from debias_diffusers.pipelines.solvers import (
     FLOW,
     SCHEDULERS,
@@ -380,3 +381,19 @@ def test_unipc_with_weights_of_its_own_is_unipc_of_diffusers(steps, solver_type,
         ends.append(x_t)
     torch.testing.assert_close(*ends, rtol=0, atol=2e-5)
     assert ends[0].std() > 0.1
+
+
+def test_a_pipeline_of_an_older_version_finds_its_solver(tmp_path):
+    """It names `debias_diffusers.schedulers`, where the solvers were then."""
+    own = exported_scheduler(ObjectiveConfig())
+    unet = diffusers.UNet2DModel(
+        8, 1, 1, block_out_channels=(8,), norm_num_groups=8, down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"]
+    )
+    for name in ("ddpm", "ddim", "euler_ancestral", "heun", "unipc"):
+        PixelPipeline(unet, make_scheduler(name, own, "linspace", 10)).save_pretrained(tmp_path / name)
+        index = json.loads((tmp_path / name / "model_index.json").read_text())
+        module, kind = index["scheduler"]
+        assert module.startswith("debias_diffusers.")
+        index["scheduler"] = ["debias_diffusers.schedulers", kind]
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+        assert isinstance(load_pipeline(str(tmp_path / name)).scheduler, SCHEDULERS[name][0])

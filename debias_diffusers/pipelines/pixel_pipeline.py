@@ -15,6 +15,8 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+# Older pipelines name this module, and diffusers takes solvers only from modules that were imported.
+from .. import schedulers  # noqa: F401
 from ..config import hub_names
 from ..config.schema import Clipping, PredictionType
 from ..data.labels import from_config_mapping, label_indices

@@ -79,7 +79,8 @@ class Saver(BackgroundTask[str | None]):
     def _export(self, folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
         average = tensors[checkpoints.ema_file(self.config.optimization.ema_decay[0])]
-        network = state_dicts.with_weights(self.network, {name: value.contiguous() for name, value in average.items()})
+        weights = {**tensors[checkpoints.MODEL], **average}  # those that are not trained have no average
+        network = state_dicts.with_weights(self.network, {name: value.detach().contiguous() for name, value in weights.items()})
         draft = temporary_path(folder / "export")
         with translate_write_errors(folder):
             try:

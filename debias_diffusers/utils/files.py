@@ -44,7 +44,15 @@ def translate_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CannotWriteError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error} ({_free(path)})") from error
+        raise CannotWriteError(f"{path} cannot be written: {_cause(error)} ({_free(path)})") from error
+
+
+def _cause(error: OSError | SafetensorError) -> str:
+    """What the system says; safetensors has the number of its error in the text."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(found[1])) if found else str(error)
 
 
 def _free(path: Path) -> str:
