@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shlex
@@ -41,7 +40,6 @@ PENDING = ".push"  # in a run: snapshots that are on their way,
 SENDING = "sending"  # the one that is being sent,
 TO = "to.json"  # and where they are sent to
 CARD, GRID = "README.md", "samples.png"
-PIECE = 1 << 20
 PATIENCE = 10.0  # seconds for the push of a training that was killed to end
 STILL, SLOWEST = 900.0, 50e3  # seconds and bytes a second after which a push is taken to have come to a stop
 
@@ -142,62 +140,31 @@ def _drop(folder: Path) -> None:
         remove(out_of_sight)
 
 
-# ---- how it gets there -----------------------------------------------------------------------------------------------
+# ---- upload ----------------------------------------------------------------------------------------------------------
 
 
 def publish(repo: str, contents: Mapping[str, Path | bytes], message: str) -> str:
-    """Makes a repository's main branch hold these files, in one commit, and returns that commit.
+    """Makes the main branch of a repository hold these files, in one commit, and returns the hash of that commit.
 
-    Nothing is committed where the branch holds them already, as after an answer that was lost.
+    No commit is made where the branch holds them already, as after an answer that was lost.
 
     Raises:
-        HubError: the Hub refuses, or could not be reached for as long as `hub.retried` tries.
+        HubError: the Hub refuses, or cannot be reached for as long as `client.retried` tries.
     """
-    hashes = {name: _hashes(content) for name, content in contents.items()}
-    return retried(partial(_commit_what_is_missing, repo, contents, hashes, message), f"committing to {repo}")
+    return retried(partial(_commit, repo, contents, message), f"committing to {repo}")
 
 
-def _commit_what_is_missing(repo: str, contents: Mapping[str, Path | bytes], hashes: Mapping[str, set[str]], message: str) -> str:
-    """One try: what the branch holds now decides what is sent; the commit counts only on top of that."""
+def _commit(repo: str, contents: Mapping[str, Path | bytes], message: str) -> str:
+    """One attempt: uploads the files, then commits those that differ, on top of the newest commit (error 412 if another comes first)."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    tip: str = retried(lambda: api().model_info(repo), f"reading {repo}").sha or ""
-    there = retried(lambda: _listing(repo, tip), f"reading {repo}")
-    missing = [name for name in contents if there.get(name) not in hashes[name]]
-    # Weights of another model would be taken for ours: .bin, variants, pieces.
-    foreign = [name for name in there if name.startswith(f"unet/{WEIGHTS}") and name not in contents]
-    if not missing and not foreign:
-        return tip
-    additions = [CommitOperationAdd(name, content if isinstance(content := contents[name], bytes) else str(content)) for name in missing]
-    retried(lambda: api().preupload_lfs_files(repo, additions, free_memory=False), f"sending to {repo}")
-    operations: list[Any] = [*additions, *(CommitOperationDelete(name) for name in foreign)]
-    done: Any = api().create_commit(repo, operations, commit_message=message, parent_commit=tip)
-    return str(done.oid)
-
-
-def _listing(repo: str, commit: str) -> dict[str, str]:
-    """Files of a commit and their hashes: sha256 of large ones, git's of the others."""
-    files: Any = (entry for entry in api().list_repo_tree(repo, recursive=True, revision=commit) if hasattr(entry, "blob_id"))
-    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
-
-
-def _hashes(content: Path | bytes) -> set[str]:
-    """By which the Hub may know a file."""
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
-    for piece in _pieces(content):
-        sha256.update(piece)
-        git.update(piece)
-    return {sha256.hexdigest(), git.hexdigest()}
-
-
-def _pieces(content: Path | bytes) -> Iterator[bytes]:
-    if isinstance(content, bytes):
-        yield content
-        return
-    with open(content, "rb") as file:
-        while piece := file.read(PIECE):
-            yield piece
+    head = retried(lambda: api().model_info(repo), f"reading {repo}")
+    names = [file.rfilename for file in head.siblings or []]
+    # Other weights in unet/ would be loaded in place of these: .bin, variants, shards.
+    foreign = [name for name in names if name.startswith(f"unet/{WEIGHTS}") and name not in contents]
+    operations: list[Any] = [*(CommitOperationAdd(*item) for item in contents.items()), *map(CommitOperationDelete, foreign)]
+    commit: Any = api().create_commit(repo, operations, commit_message=message, parent_commit=head.sha)
+    return str(commit.oid)
 
 
 def push(config: PushConfig) -> None:

@@ -103,7 +103,6 @@ REQUESTS = {
     "create": ("POST", "/api/repos/create"),
     "rights": ("GET", "/auth-check/write"),
     "tip": ("GET", r"/api/models/alice/[\w-]+$"),
-    "listing": ("GET", "/tree/"),
     "preupload": ("POST", "/preupload/"),
     "card": ("POST", "/api/validate-yaml"),
     "commit": ("POST", "/commit/"),
