@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..tasks.pixels import PixelTask
 from ..utils import memory
 from ..utils.background import Background
 from ..utils.console import say
-from ..utils.files import draft_of, said_if_not_writable, write_file
+from ..utils.files import said_if_not_writable, temporary_folder, write_file
 from . import state_dicts
 from .logger import due
 
@@ -96,15 +95,12 @@ class Saver(Background[str | None]):
     def _export(self, folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
         network = filled(self._network, tensors[checkpoints.ema_file(self.config.optimization.ema_decay[0])])
-        draft = draft_of(folder / "export")
-        with said_if_not_writable(folder):
-            try:
-                self.task.pipeline(network).save_pretrained(draft, safe_serialization=True)
-                # File by file, each whole or absent; only the weights differ from one export to the next.
-                for path in sorted(p for p in draft.rglob("*") if p.is_file()):
-                    write_file(folder / path.relative_to(draft), path.read_bytes())
-            finally:  # before the space that is left is told
-                shutil.rmtree(draft, ignore_errors=True)
+        # The error names the space that is left once the temporary folder is removed.
+        with said_if_not_writable(folder), temporary_folder(folder / "export") as export:
+            self.task.pipeline(network).save_pretrained(export, safe_serialization=True)
+            # File by file, each whole or absent; only the weights differ from one export to the next.
+            for path in sorted(p for p in export.rglob("*") if p.is_file()):
+                write_file(folder / path.relative_to(export), path.read_bytes())
         classes = dict(zip(self.task.class_names or (), self.task.class_counts or ()))
         card = model_card(self.config, state["step"], self.task.data.num_classes, len(self.task.data.source), state["measured"], classes)
         write_file(folder / "README.md", card.encode())
