@@ -29,10 +29,10 @@ from ..pipelines.solvers import exported_scheduler
 from ..tasks.unet import build_unet, differing_fields, require_finite
 from ..utils.console import say
 from ..utils.files import (
-    remove,
+    read_json_object,
     remove_old_temporary_files,
     remove_temporary_files,
-    temporary_path,
+    temporary_folder,
     translate_write_errors,
     user_files,
     write_file,
@@ -69,7 +69,7 @@ def read_flags(text: str) -> dict[str, Any]:
     Raises:
         InputError: unreadable, a value of the wrong type, or a name that is abbreviated or looks misspelt.
     """
-    given = _flags_of_file(text) if text.lower().endswith(".json") else _typed_flags(text)
+    given = read_json_object("flags", Path(text)) if text.lower().endswith(".json") else _typed_flags(text)
     for name in given:
         if name and name not in DEFAULT_FLAGS and (longer := [known for known in DEFAULT_FLAGS if known.startswith(name)]):
             raise InputError(f"flag {name!r} is an abbreviation, of {' or '.join(longer)}; write it in full")
@@ -77,16 +77,6 @@ def read_flags(text: str) -> dict[str, Any]:
         if near and name not in DEFAULT_FLAGS and name not in _OTHER_FLAGS:
             raise InputError(f"flag {name} is not known; did you mean {near[0]}?")
     return {name: _as(type(default), name, given[name]) for name, default in DEFAULT_FLAGS.items() if name in given}
-
-
-def _flags_of_file(path: str) -> dict[str, Any]:
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"flags {path} cannot be read: {reason(error)}") from error
-    if not isinstance(given, dict):
-        raise InputError(f"flags {path} holds no JSON object (names and values)")
-    return given
 
 
 def _typed_flags(text: str) -> dict[str, Any]:
@@ -254,18 +244,16 @@ def _objective(flags: Mapping[str, Any], learn_sigma: bool) -> ObjectiveConfig:
 
 def _save(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Writes a new folder atomically. An existing folder keeps its owner and mode; model_index.json is written last."""
-    temporary = temporary_path(folder / "pipeline" if folder.exists() else folder)
+    exists = folder.exists()
     with translate_write_errors(folder):
-        try:
-            remove_temporary_files(folder) if folder.exists() else remove_old_temporary_files(folder.parent)
+        remove_temporary_files(folder) if exists else remove_old_temporary_files(folder.parent)
+        with temporary_folder(folder / "pipeline" if exists else folder) as temporary:
             pipeline.save_pretrained(temporary, safe_serialization=True)
-            if folder.exists():
+            if exists:
                 for path in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
                     os.replace(path, folder / path.name)
             else:
                 os.replace(temporary, folder)
-        finally:
-            remove(temporary)
 
 
 # ---- export to guided-diffusion --------------------------------------------------------------------------------------

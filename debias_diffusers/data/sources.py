@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..config.hub_names import is_hub_id, place_of
 from ..config.schema import DIGITS, DataConfig
-from ..errors import CannotWriteError, InputError, raise_all
+from ..errors import CannotWriteError, InputError, raise_all, reason
 from ..utils.files import read_file, require_writable
 from . import image_folders, images
 from .labels import ClassOrder, describe_classes, nonempty_classes, order_class_names
@@ -515,9 +515,9 @@ def _load(path: str, config: DataConfig, **kwargs: Any) -> Any:
         return datasets.load_dataset(path, split=config.split, **kwargs)
     # load_dataset raises whatever its builders, the Hub client and the network raise.
     except Exception as error:
-        reason = " ".join(str(error.__cause__ or error).split())  # of a wrapped error, the cause has the useful message
-        place = _cache_folder_advice(datasets.config.HF_DATASETS_CACHE)
-        raise InputError(f"dataset {config.dataset} with split {config.split} cannot be loaded: {reason}{place}") from error
+        cause = error.__cause__ or error  # of a wrapped error, the cause has the useful message
+        advice = _cache_folder_advice(datasets.config.HF_DATASETS_CACHE)
+        raise InputError(f"dataset {config.dataset} with split {config.split} cannot be loaded: {reason(cause)}{advice}") from error
 
 
 def _cache_folder_advice(folder: Any) -> str:

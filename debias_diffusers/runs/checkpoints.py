@@ -2,8 +2,8 @@
 
     checkpoints/step-00001000/{NAME.safetensors, ..., state.json, manifest.json}
 
-A checkpoint is atomic_write aside, synced, and renamed into place; only then is an older one removed. It counts only when
-every file matches the manifest.
+A checkpoint is written to a temporary folder, synced, and renamed into place; only then is an older one removed. It counts only
+when every file matches the manifest.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
-
 from ..errors import InputError, NoUsableCheckpointError, reason
-from ..utils.files import fsync_folder, temporary_path, translate_write_errors, write_and_fsync
+from ..utils.files import fsync_folder, temporary_folder, translate_write_errors, write_and_fsync
 
 FORMAT = 1
 MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampler.safetensors"  # files of tensors
@@ -82,30 +80,24 @@ def write(folder: Path, step: int, files: Iterable[tuple[str, Writer]], state: d
         CannotWriteError: the temporary folder is removed, older checkpoints stay.
     """
     final = folder / folder_name(step)
-    temporary = temporary_path(final)
-    with translate_write_errors(final):
-        try:
-            _write_temporary(temporary, step, files, state)
-            if final.exists():  # it did not verify, or we would have resumed from it
-                shutil.rmtree(final)
-            os.rename(temporary, final)
-        except (OSError, SafetensorError):
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with translate_write_errors(final), temporary_folder(final) as temporary:
+        _write_files(temporary, step, files, state)
+        if final.exists():  # it did not verify, or we would have resumed from it
+            shutil.rmtree(final)
+        os.rename(temporary, final)
         fsync_folder(folder)
     prune(folder, step, keep, best)
     return final
 
 
-def _write_temporary(temporary: Path, step: int, files: Iterable[tuple[str, Writer]], state: dict[str, Any]) -> None:
-    temporary.mkdir(parents=True)
+def _write_files(folder: Path, step: int, files: Iterable[tuple[str, Writer]], state: dict[str, Any]) -> None:
     manifest = {}
     for name, write_to in itertools.chain(files, [(STATE, lambda path: write_and_fsync(path, _json(state)))]):
-        write_to(temporary / name)
-        manifest[name] = _synced(temporary / name)
+        write_to(folder / name)
+        manifest[name] = _synced(folder / name)
     body = {"format": FORMAT, "step": step, "files": manifest}
-    write_and_fsync(temporary / MANIFEST, _json(body | {OWN_HASH: _hash(_json(body))}))
-    fsync_folder(temporary)
+    write_and_fsync(folder / MANIFEST, _json(body | {OWN_HASH: _hash(_json(body))}))
+    fsync_folder(folder)
 
 
 def _synced(path: Path) -> dict[str, Any]:

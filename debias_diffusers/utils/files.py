@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from ..errors import CannotWriteError, InputError, RunInUseError
+from ..errors import CannotWriteError, InputError, RunInUseError, reason
 
 LOCK = ".lock"
 TEMPORARY_PREFIX = ".draft-"  # of the names of temporary files; no reader looks at them
@@ -102,6 +102,17 @@ def write_and_fsync(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Creates a temporary folder next to `path`, to fill and to rename; removes it at the end if it still exists."""
+    folder = temporary_path(path)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def move_file(path: Path, destination: Path) -> None:
@@ -252,6 +263,21 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: an invalid file name
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_json_object(name: str, path: Path) -> dict[str, Any]:
+    """The JSON object in a file that the field or flag `name` gives.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{name} {path} cannot be read: {reason(error)}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{name} {path} holds no JSON object")
+    return found
 
 
 def read_json(path: Path) -> Any:
