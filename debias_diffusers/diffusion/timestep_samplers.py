@@ -108,7 +108,7 @@ _SAMPLERS: dict[str, Callable[[ObjectiveConfig, Schedule, int], TimestepSampler]
     "logit_normal_corrected": lambda config, schedule, _: TimestepSampler(_mixed(_logit_normal(config, schedule), UNIFORM_SHARE)),
     "loss_second_moment": lambda _, schedule, __: LossSecondMoment(len(schedule)),
 }
-assert _SAMPLERS.keys() == TIMESTEP_SAMPLERS.keys()
+assert _SAMPLERS.keys() == TIMESTEP_SAMPLERS.keys(), _SAMPLERS.keys() ^ TIMESTEP_SAMPLERS.keys()
 
 
 def _uniform(T: int) -> Tensor:

@@ -188,7 +188,7 @@ METRIC_FUNCTIONS: dict[str, Callable[[Sample, Sample, str, int], dict[str, float
     "prc": _precision_recall,
     "colour": _colour,
 }
-assert METRIC_FUNCTIONS.keys() == METRICS.keys()
+assert METRIC_FUNCTIONS.keys() == METRICS.keys(), METRIC_FUNCTIONS.keys() ^ METRICS.keys()
 
 
 def halves(sample: Sample, seed: int = 0) -> tuple[Sample, Sample] | None:

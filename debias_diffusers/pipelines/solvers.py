@@ -321,7 +321,7 @@ SCHEDULERS: dict[SchedulerName, tuple[type, dict[str, Any]]] = {
     "flow_euler": (FlowMatchEulerDiscreteScheduler, {}),
     "flow_heun": (FlowMatchHeunDiscreteScheduler, {}),
 }
-assert SCHEDULERS.keys() == SOLVERS.keys()
+assert SCHEDULERS.keys() == SOLVERS.keys(), SCHEDULERS.keys() ^ SOLVERS.keys()
 FLOW = tuple(name for name, spec in SOLVERS.items() if spec.flow)
 PLACES_OF_THEIR_OWN = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"}
 KNOWN_TO_ALL = {"linear", "scaled_linear", "squaredcos_cap_v2"}  # names of betas; DDPMScheduler has more than the others
