@@ -22,6 +22,7 @@ from .schema import (
     CHANNEL_MULT,
     BitsConfig,
     DataConfig,
+    LossWeightsConfig,
     MeasureConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -31,7 +32,6 @@ from .schema import (
     ScoreConfig,
     StatsConfig,
     TrainConfig,
-    WeightsConfig,
     noise_schedule,
 )
 
@@ -335,14 +335,14 @@ def _optimization_problems(optimization: OptimizationConfig, num_processes: int)
     return found
 
 
-def weights_problems(config: WeightsConfig) -> list[str]:
-    """Everything that is wrong with a command that draws weights. Objectives that nobody should train are no problem here."""
+def loss_weights_problems(config: LossWeightsConfig) -> list[str]:
+    """Everything that is wrong with a command that plots loss weights. Objectives that nobody should train are no problem here."""
     names, objective = (config.objective.weighting, *config.against), config.objective
     if unknown := [problem for name in names if (problem := _unknown_weighting(name))]:
         return unknown
     found = range_problems(ObjectiveConfig, dataclasses.asdict(objective))
     if "variational" in names:
-        found.append("weighting variational is no function of the SNR, so it has no weights to draw; leave it out")
+        found.append("weighting variational is no function of the SNR, so it has no loss weights to draw; leave it out")
     unused = set.intersection(*(set(_unused(dataclasses.replace(objective, weighting=name))) for name in names))
     unused |= {"learn_sigma", "variance_type"}
     if not objective.normalize_weights:
@@ -353,7 +353,7 @@ def weights_problems(config: WeightsConfig) -> list[str]:
         if _changed(objective, name)
     ]
     found += bound_problems(dataclasses.asdict(objective))
-    # Of the prediction type only the path matters: all spaces are drawn.
+    # Whatever the prediction type, all are plotted: it decides only between the path of rectified flow and the others.
     path = objective if objective.prediction_type == "flow" else dataclasses.replace(objective, prediction_type="v_prediction")
     path = dataclasses.replace(path, noise_schedule=noise_schedule(path))
     return found + _schedule_problems(path)
@@ -378,7 +378,7 @@ def sample_problems(config: SampleConfig) -> list[str]:
             found.append(f"guidance_interval is {low} {high}, but must be a minimum and a maximum timestep, such as 200 800")
     if config.class_labels == ():
         found.append("class_labels has no value; give one or more labels, balanced, drawn or data")
-    found += _choice_problems(config.weights)
+    found += _network_weights_problems(config.weights)
     return found
 
 
@@ -395,7 +395,7 @@ def score_problems(config: ScoreConfig) -> list[str]:
         found.append(f"steps is {config.steps}, but must be whole numbers above 0, separated by commas, such as 10,20,50")
     if config.checkpoints not in ("", "all") and not all(part.isdecimal() for part in config.checkpoints.split(",")):
         found.append(f"checkpoints is {config.checkpoints}, but must be all, or steps separated by commas, such as 1000,2000")
-    found += _choice_problems(config.weights)
+    found += _network_weights_problems(config.weights)
     return found
 
 
@@ -450,12 +450,11 @@ def _timestep_problems(config: SampleConfig) -> list[str]:
 
 def bits_problems(config: BitsConfig) -> list[str]:
     """Everything that is wrong with a command that bounds bits per dimension, before the model is looked at."""
-    return (
-        range_problems(BitsConfig, dataclasses.asdict(config)) + _choice_problems(config.weights) + _file_problems("output", config.output)
-    )
+    found = range_problems(BitsConfig, dataclasses.asdict(config))
+    return found + _network_weights_problems(config.weights) + _file_problems("output", config.output)
 
 
-def _choice_problems(weights: str) -> list[str]:
+def _network_weights_problems(weights: str) -> list[str]:
     if weights in ("ema", "raw") or _is_rate(weights):
         return []
     return [f"weights is {weights!r}, but must be ema, raw, or an EMA decay rate such as 0.999"]

@@ -34,25 +34,25 @@ Statistics = dict[str, np.ndarray]  # mu (D,) and sigma (D, D)
 
 @dataclass(frozen=True)
 class Sample:
-    """What is known of a set of images: features, or only their statistics, by layer."""
+    """A set of images by its features, or only by mean and covariance of these, by layer."""
 
     features: Mapping[str, Tensor]  # (N, D) float32; empty where there are statistics only
-    statistics: dict[str, Statistics]  # those given, and those worked out: a reference is compared with more than once
-    count: int | None  # of images; None where nobody wrote it down
-    rows: dict[str, np.ndarray] = field(default_factory=dict)  # (N, D) with rows^T rows = sigma, of what was worked out of N < D images
+    statistics: dict[str, Statistics]  # those given, and those computed, since a reference is compared with more than once
+    count: int | None  # of images; None if unknown
+    rows: dict[str, np.ndarray] = field(default_factory=dict)  # (N, D) with rows^T rows = sigma, of statistics computed from N < D images
 
     @staticmethod
     def of(features: Mapping[str, Tensor]) -> Sample:
-        """A set of images that is there."""
+        """Of features (N, D) by layer."""
         return Sample(features, {}, len(next(iter(features.values()))))
 
     @staticmethod
     def joined(parts: Sequence[Mapping[str, Tensor]]) -> Sample:
-        """A set of images whose features come in batches."""
+        """Of batches of features."""
         return Sample.of({layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]})
 
     def moments(self, layer: str) -> Statistics:
-        """Mean and covariance of a layer, in float64.
+        """Mean (D,) and covariance (D, D) of a layer, in float64.
 
         Raises:
             InputError: a reference of statistics has no such layer, or a single image has no covariance.
@@ -71,7 +71,7 @@ class Sample:
         return self.statistics[layer]
 
     def width(self, layer: str) -> int:
-        """How many features a layer has."""
+        """D, the number of features of a layer."""
         return self.features[layer].shape[1] if layer in self.features else len(self.moments(layer)["mu"])
 
 
@@ -171,9 +171,9 @@ def _precision_recall(target: Sample, reference: Sample, layer: str, seed: int) 
 
 
 def _colour(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
-    """The colour shift that the paper speaks of: of the mean over all images, and of the distribution of each image's mean.
+    """The colour shift (arXiv 2310.08442) of the mean over all images, and of the distribution of each image's mean.
 
-    Both in grey levels of 255; the distance is the root of Frechet's, which has that unit.
+    Both in grey values of 255; the distance is the square root of the Frechet distance, which has that unit.
     """
     one, other = target.moments(layer), reference.moments(layer)
     return {"brightness_bias": float((one["mu"] - other["mu"]).mean()), "colour_distance": max(frechet(one, other), 0.0) ** 0.5}
@@ -192,9 +192,9 @@ assert METRIC_FUNCTIONS.keys() == METRICS.keys(), METRIC_FUNCTIONS.keys() ^ METR
 
 
 def halves(sample: Sample, seed: int = 0) -> tuple[Sample, Sample] | None:
-    """A set of images cut in two at random: how far they are apart is what a perfect model gets where both sides have as many images.
+    """A random split of a set of images into two halves: their distance is what a perfect model gets with as many images.
 
-    None of statistics.
+    None if there are only statistics.
     """
     if not sample.features or sample.count is None:
         return None
@@ -205,7 +205,7 @@ def halves(sample: Sample, seed: int = 0) -> tuple[Sample, Sample] | None:
 
 
 def redrawn(target: Sample, reference: Sample, layers: Mapping[str, str], seed: int, draw: int) -> dict[str, float]:
-    """Figures when the images of the target are drawn again from themselves (bootstrap), a function of (seed, draw)."""
+    """Figures of a bootstrap sample of the target's images, a function of (seed, draw)."""
     count = len(next(iter(target.features.values())))
     chosen = torch.randint(count, (count,), generator=seeding.generator(seed, "bootstrap", draw))
     again = Sample.of({layer: values[chosen] for layer, values in target.features.items()})
@@ -213,10 +213,10 @@ def redrawn(target: Sample, reference: Sample, layers: Mapping[str, str], seed: 
 
 
 def intervals(found: Mapping[str, float], rows: Sequence[Mapping[str, float]], level: float = 0.95) -> dict[str, tuple[float, float]]:
-    """Where each figure lies in `level` of the cases, by the figures of redrawn images.
+    """Confidence intervals of figures at a level, from those of bootstrap samples.
 
-    It tells of the chance in the images, not in the training; Frechet distances of redrawn images are too large by the repetitions
-    among them, so the interval is moved to the middle of the figure itself.
+    They cover the randomness of the images, not that of the training. Frechet distances of bootstrap samples are too large, as images
+    repeat, so the interval is centred on the figure itself.
     """
     low, high = (1 - level) / 2, (1 + level) / 2
     ends = {name: np.quantile([row[name] for row in rows], (low, 0.5, high)) for name in found}
@@ -224,10 +224,10 @@ def intervals(found: Mapping[str, float], rows: Sequence[Mapping[str, float]], l
 
 
 def min_images(layers: Mapping[str, str], sample: Sample, few: bool = False) -> dict[str, int]:
-    """How many images each metric needs on both sides; `sample` tells how wide the layers are.
+    """The minimum number of images of each metric, on both sides; the number of features is that of `sample`.
 
-    Without `few`, Frechet's distances need one more than the features have numbers: fewer give a singular covariance, and with it
-    a distance that means little.
+    Without `few`, metrics of statistics need one more than there are features: fewer give a singular covariance, and with it a
+    distance that means little.
     """
     return {
         metric: METRICS[metric].min_images if few or METRICS[metric].reference != "statistics" else sample.width(layer) + 1

@@ -38,7 +38,7 @@ def model_card(
     measured: Mapping[str, Any] | None = None,
     classes: Mapping[str, int] | None = None,
 ) -> str:
-    """README.md of a run: what was trained, how to draw with it, its figures, and every field of the configuration.
+    """README.md of a run: what was trained, how to sample from it, its figures, and every field of the configuration.
 
     Args:
         config: of the run.
