@@ -25,12 +25,12 @@ from .config.schema import (
     BitsConfig,
     ExportConfig,
     GuidedConfig,
-    LossWeightsConfig,
     PushConfig,
     SampleConfig,
     ScoreConfig,
     StatsConfig,
     TrainConfig,
+    WeightsConfig,
 )
 from .errors import CannotWriteError, DebiasError, InputError, raise_all, shortened
 from .utils import console, launcher
@@ -251,11 +251,11 @@ def _bits(argv: list[str]) -> None:
 
 
 def _weights(argv: list[str]) -> None:
-    config = _parse(LossWeightsConfig, argv, None, "eval.py weights", WEIGHTS_HELP)
-    raise_all(validation.loss_weights_problems(config))
+    config = _parse(WeightsConfig, argv, None, "eval.py weights", WEIGHTS_HELP)
+    raise_all(validation.weights_problems(config))
     from .evaluation import plots
 
-    plots.plot_loss_weights(config)
+    plots.draw_weights(config)
 
 
 EVALUATIONS = {"score": _score, "compare": _compare, "stats": _stats, "bpd": _bits, "weights": _weights}

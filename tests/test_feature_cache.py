@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from debias_diffusers.config.schema import MeasureConfig
+from debias_diffusers.evaluation import score
 from debias_diffusers.evaluation.feature_cache import FeatureCache, key_of, open_cache
 from debias_diffusers.evaluation.image_sets import ImageSet
 from debias_diffusers.evaluation.measure import Measure
@@ -43,7 +43,7 @@ def test_the_entries_that_were_not_used_for_longest_go_and_nothing_else(tmp_path
         os.utime(path, (1, 1))
     save_file(FEATURES, tmp_path / f"{key_of('first version')}.safetensors")
     size = (tmp_path / f"{key_of('first version')}.safetensors").stat().st_size
-    cache = FeatureCache(tmp_path, max_bytes=3 * size + 500)  # metadata, too
+    cache = FeatureCache(tmp_path, most_bytes=3 * size + 500)  # metadata, too
     for age, name in enumerate(("first version", "a", "b")):
         if age:
             cache.put(key_of(name), FEATURES)
@@ -57,7 +57,7 @@ def test_the_entries_that_were_not_used_for_longest_go_and_nothing_else(tmp_path
 
 def test_what_a_model_draws_is_not_kept(tmp_path):
     for kept in (True, False):
-        measure = Measure(MeasureConfig(metrics="colour", cache_dir=str(tmp_path / str(kept))), "digits", "cpu")
+        measure = Measure(score.MeasureConfig(metrics="colour", cache_dir=str(tmp_path / str(kept))), "digits", "cpu")
         images = ImageSet("some", 2, 8, "key" if kept else None, lambda *_: iter([(0, torch.zeros(2, 3, 8, 8, dtype=torch.uint8))]))
         assert measure.sample(images).count == 2
         assert len(list(tmp_path.glob(f"{kept}/*.safetensors"))) == kept

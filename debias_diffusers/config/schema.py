@@ -201,7 +201,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossWeightsConfig:
+class WeightsConfig:
     """Plot the loss weights of an objective over the timesteps, and write them as CSV."""
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

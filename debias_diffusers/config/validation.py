@@ -22,7 +22,6 @@ from .schema import (
     CHANNEL_MULT,
     BitsConfig,
     DataConfig,
-    LossWeightsConfig,
     MeasureConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -32,6 +31,7 @@ from .schema import (
     ScoreConfig,
     StatsConfig,
     TrainConfig,
+    WeightsConfig,
     noise_schedule,
 )
 
@@ -335,7 +335,7 @@ def _optimization_problems(optimization: OptimizationConfig, num_processes: int)
     return found
 
 
-def loss_weights_problems(config: LossWeightsConfig) -> list[str]:
+def weights_problems(config: WeightsConfig) -> list[str]:
     """Everything that is wrong with a command that plots loss weights. Objectives that nobody should train are no problem here."""
     names, objective = (config.objective.weighting, *config.against), config.objective
     if unknown := [problem for name in names if (problem := _unknown_weighting(name))]:

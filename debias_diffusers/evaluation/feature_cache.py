@@ -24,7 +24,7 @@ from ..errors import CannotWriteError, InputError
 from ..utils.console import say
 from ..utils.files import read_file, remove_old_drafts, write_file
 
-MAX_BYTES = 4 << 30  # of all entries; the newest one stays even where it alone has more
+MOST_BYTES = 4 << 30  # of all entries; the newest one stays even where it alone has more
 OURS = {"debias_diffusers": "features"}  # metadata of an entry
 _NAME = re.compile(r"[0-9a-f]{64}\.(safetensors|json)")
 
@@ -48,9 +48,9 @@ def open_cache(cache_dir: str | None) -> FeatureCache:
 class FeatureCache:
     """Entries by key (as of `key_of`): named tensors, or a JSON value. Reading an entry makes it the newest."""
 
-    def __init__(self, folder: Path | None, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, folder: Path | None, most_bytes: int = MOST_BYTES) -> None:
         """`folder` need not exist; without one nothing is kept."""
-        self.folder, self.max_bytes = folder, max_bytes
+        self.folder, self.most_bytes = folder, most_bytes
         self._warned = False
 
     def get(self, key: str) -> dict[str, Tensor] | None:
@@ -105,10 +105,10 @@ class FeatureCache:
         """Removes the oldest entries beyond the bound. Files that are no entries of a cache stay, whatever their names are."""
         remove_old_drafts(folder)
         found = sorted(_entries(folder))
-        if sum(size for _, size, _ in found) <= self.max_bytes:
+        if sum(size for _, size, _ in found) <= self.most_bytes:
             return
         ours = [(size, path) for _, size, path in found if _is_ours(path)]
-        excess = sum(size for size, _ in ours) - self.max_bytes
+        excess = sum(size for size, _ in ours) - self.most_bytes
         for size, path in ours:
             if excess > 0 and path.name != newest:
                 path.unlink(missing_ok=True)

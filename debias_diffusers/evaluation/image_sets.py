@@ -26,7 +26,7 @@ from ..errors import InputError, reason
 from ..sampling.generate import Job
 from ..utils import seeding
 
-MAX_BYTES = 2**40  # that an .npz may claim to hold
+MOST_BYTES = 2**40  # that an .npz may claim to hold
 READ_AT_ONCE = 2**24  # bytes of a file
 # What zipfile and numpy raise of a damaged file; RuntimeError of one that is encrypted or compressed by other means.
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)
@@ -204,7 +204,7 @@ def _npz_array(path: Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
             shape, fortran, dtype = read(member)
         except UNREADABLE as error:
             raise InputError(f"{path} cannot be read: {reason(error)}") from error
-        squares = len(shape) == 4 and shape[3] in (1, 3) and shape[1] == shape[2] and 0 < math.prod(shape) < MAX_BYTES
+        squares = len(shape) == 4 and shape[3] in (1, 3) and shape[1] == shape[2] and 0 < math.prod(shape) < MOST_BYTES
         if dtype != np.uint8 or fortran or not squares:
             raise InputError(f"{path} has arr_0 of {dtype} {shape}, but must have squares (N, H, W, 3) or (N, H, W, 1) of uint8")
         yield shape, member

@@ -24,7 +24,7 @@ from .image_sets import (
 from .measure import Measure, extractor_metadata, usual_extractor
 from .metrics import Sample
 
-DEFAULT_NUM_IMAGES = 1000
+USUALLY_DRAWN = 1000  # for a measurement while training
 
 
 # ---- while training --------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ class Monitor:
         # How wide the layers are, on which it depends how many images are needed, one image tells as well.
         like = Sample.of(self.measure.features(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8)))
         least = max(metrics.min_images(self.measure.layers, like).values())
-        self.count = wanted or max(DEFAULT_NUM_IMAGES, least)
+        self.count = wanted or max(USUALLY_DRAWN, least)
         if (fewest := min(self.count, len(source))) < least:
             more = "take more --eval_images" if fewest < len(source) else "the data set has no more: take other --eval_metrics"
             raise InputError(f"eval_metrics {chosen.eval_metrics} need {least} images, but there are {fewest}; {more}")

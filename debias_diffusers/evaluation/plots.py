@@ -1,4 +1,4 @@
-"""Plots: the loss weights of an objective (also as CSV), and curves of metrics."""
+"""The weights of an objective as a picture and as numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..config.registry import WEIGHTINGS
-from ..config.schema import LossWeightsConfig, ObjectiveConfig, PredictionType
+from ..config.schema import ObjectiveConfig, PredictionType, WeightsConfig
 from ..data import images
 from ..diffusion.loss import weight_table
 from ..diffusion.noise_schedule import Schedule, make_schedule
@@ -22,14 +22,14 @@ from ..errors import InputError
 from ..utils.console import say
 from ..utils.files import read_file, require_replaceable, write_file
 
-PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
+SPACES: tuple[PredictionType, ...] = get_args(PredictionType)
 DECADES = 7  # of weights that a picture shows
 COLUMNS = ("weighting", "t", "snr", "log_snr")
 
-Tables = dict[str, dict[PredictionType, Tensor]]  # weighting: prediction type: (T,) loss weights
+Tables = dict[str, dict[PredictionType, Tensor]]  # weighting: space: (T,) weights
 
 
-def plot_loss_weights(config: LossWeightsConfig) -> None:
+def draw_weights(config: WeightsConfig) -> None:
     """Writes `weights.csv` and `weights.png` into the output directory.
 
     Raises:
@@ -46,7 +46,7 @@ def plot_loss_weights(config: LossWeightsConfig) -> None:
     drawn = _png(_figure(schedule, tables))
     write_file(numbers, _csv(schedule, tables).encode())
     write_file(picture, drawn)
-    say(f"loss weights of {len(schedule)} timesteps in {numbers}, plotted in {picture}")
+    say(f"weights of {len(schedule)} noise levels in {numbers}, drawn in {picture}")
 
 
 def _png(figure: Figure) -> bytes:
@@ -72,20 +72,19 @@ def _is_our_csv(path: Path) -> bool:
 
 
 def _table(objective: ObjectiveConfig, schedule: Schedule, name: str) -> dict[PredictionType, Tensor]:
-    """The loss weights (T,) for each prediction type that the weighting has; without a finite mean they cannot be normalized."""
+    """The weights (T,) in each space in which they have a meaning; without a finite mean they cannot be normalized."""
     config = dataclasses.replace(objective, weighting=name)
-    known = WEIGHTINGS[name].repeats or PREDICTION_TYPES
-    table = {predicted: weight_table(config, schedule, predicted) for predicted in PREDICTION_TYPES if predicted in known}
-    return {predicted: weights for predicted, weights in table.items() if not weights.isnan().any()}
+    table = {space: weight_table(config, schedule, space) for space in SPACES if space in (WEIGHTINGS[name].repeats or SPACES)}
+    return {space: weights for space, weights in table.items() if not weights.isnan().any()}
 
 
 def _csv(schedule: Schedule, tables: Tables) -> str:
-    """One line for each weighting and timestep: t, SNR, log SNR, and the loss weight for each prediction type (empty if it has none)."""
+    """One line for each weighting and level: its t, SNR, log SNR, and the weight in each space (empty without a meaning)."""
     box = io.StringIO()
     writer = csv.writer(box)
-    writer.writerow([*COLUMNS, *PREDICTION_TYPES])
+    writer.writerow([*COLUMNS, *SPACES])
     for name, table in tables.items():
-        columns = [table[predicted].tolist() if predicted in table else [""] * len(schedule) for predicted in PREDICTION_TYPES]
+        columns = [table[space].tolist() if space in table else [""] * len(schedule) for space in SPACES]
         writer.writerows(
             [name, t, snr, log_snr, *weights]
             for t, (snr, log_snr, *weights) in enumerate(zip(schedule.snr.tolist(), schedule.snr.log().tolist(), *columns))
@@ -94,15 +93,15 @@ def _csv(schedule: Schedule, tables: Tables) -> str:
 
 
 def _figure(schedule: Schedule, tables: Tables) -> Figure:
-    """Prediction types from left to right; above over t, below over log SNR."""
-    figure = Figure(figsize=(4.2 * len(PREDICTION_TYPES), 7), layout="constrained")
-    axes = figure.subplots(2, len(PREDICTION_TYPES), squeeze=False)
-    for column, predicted in enumerate(PREDICTION_TYPES):
-        lines = {name: table[predicted] for name, table in tables.items() if predicted in table}
+    """Spaces from left to right; above over t, below over log SNR."""
+    figure = Figure(figsize=(4.2 * len(SPACES), 7), layout="constrained")
+    axes = figure.subplots(2, len(SPACES), squeeze=False)
+    for column, space in enumerate(SPACES):
+        lines = {name: table[space] for name, table in tables.items() if space in table}
         _draw(axes[0][column], torch.arange(len(schedule)), lines, "t")
         _draw(axes[1][column], schedule.snr.log(), lines, "log SNR")
-        axes[0][column].set_title(f"weight of the squared error of {predicted}")
-    # Not every weighting has a line for every prediction type.
+        axes[0][column].set_title(f"weight of the squared error of {space}")
+    # Not every weighting has a line in every space.
     lines = {str(line.get_label()): line for panel in axes[0] for line in panel.get_lines()}
     figure.legend(handles=list(lines.values()), labels=list(lines), loc="outside lower center", ncols=len(lines))
     return figure

@@ -28,7 +28,7 @@ from ..config.loading import layered, read_config
 from ..config.schema import HubConfig, PushConfig
 from ..errors import DebiasError, HubError, InputError, RunInUseError, StoppedError
 from ..runs import checkpoints
-from ..runs.metrics_file import METRICS_FILE, step_of
+from ..runs.metrics_file import METRICS, step_of
 from ..runs.run_directory import CHECKPOINTS, CONFIG, SAMPLES
 from ..utils.console import say
 from ..utils.files import draft_of, read_file, remove, remove_drafts, said_if_not_writable, take_lock, write_file
@@ -85,8 +85,8 @@ def _files(run: Path, step: int) -> dict[str, Path]:
     names = {f"{WEIGHTS}.safetensors": first} | {f"{WEIGHTS}.{variant(rate)}.safetensors": rate for rate in others}
     folder = run / CHECKPOINTS / checkpoints.name_of(step)
     found |= {f"unet/{name}": folder / checkpoints.ema_file(rate) for name, rate in names.items()}
-    if (run / METRICS_FILE).is_file():  # not where nothing was logged
-        found[METRICS_FILE] = run / METRICS_FILE
+    if (run / METRICS).is_file():  # not where nothing was logged
+        found[METRICS] = run / METRICS
     grids = sorted((run / SAMPLES).glob("step-*.png"))  # of later steps, too, where the training has gone on
     if drawn := [path for path in grids if path.stem <= checkpoints.name_of(step)]:
         found[GRID] = drawn[-1]
@@ -95,7 +95,7 @@ def _files(run: Path, step: int) -> dict[str, Path]:
 
 def _link(path: Path, place: Path, step: int) -> None:
     """metrics.jsonl grows where it lies, so its lines so far are copied; all else is replaced by a rename, and a link keeps it."""
-    if path.name == METRICS_FILE:
+    if path.name == METRICS:
         lines = path.read_bytes().splitlines(keepends=True)
         place.write_bytes(b"".join(line for line in lines if step_of(line) <= step))
         return

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CannotWriteError
 from ..utils.files import said_if_not_writable, write_file
 
-METRICS_FILE = "metrics.jsonl"
+METRICS = "metrics.jsonl"
 LAST = "last"  # marks a line of metrics that is there because the run ended, not because it was due
 
 

@@ -15,7 +15,7 @@ from ..utils.console import say
 from ..utils.files import contents, read_json, remove_drafts, take_lock, was_locked, write_file
 from . import checkpoints
 from .checkpoints import Checkpoint
-from .metrics_file import METRICS_FILE, Metrics
+from .metrics_file import METRICS, Metrics
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -33,7 +33,7 @@ class Run:
         self.resume = resume
         self._lock = lock  # if it is not closed, the kernel gives it back when the process ends, however it ends
         os.register_at_fork(after_in_child=lock.close)  # and not when the last of its loader's workers has ended
-        self.metrics = Metrics(folder / METRICS_FILE)
+        self.metrics = Metrics(folder / METRICS)
 
     def __enter__(self) -> Run:
         return self

@@ -128,8 +128,8 @@ def results(data, out):
             StatsConfig(reference=str(data), out=str(out / "stats.safetensors"), measure=measure)
         ),
         "bits.json": lambda: likelihood.bits_per_dimension(BitsConfig(model=str(data), output=str(out / "bits.json"))),
-        "weights.csv": lambda: plots.plot_loss_weights(cli._parse(cli.LossWeightsConfig, ["--output_dir", str(out)], None, "", "")),
-        "weights.png": lambda: plots.plot_loss_weights(cli._parse(cli.LossWeightsConfig, ["--output_dir", str(out)], None, "", "")),
+        "weights.csv": lambda: plots.draw_weights(cli._parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
+        "weights.png": lambda: plots.draw_weights(cli._parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
         "run-first-batch.png": lambda: trainer.dry_run(cli.train_config(dry, None)),
     }
 
