@@ -223,7 +223,7 @@ def intervals(found: Mapping[str, float], rows: Sequence[Mapping[str, float]], l
     return {name: (value - ends[name][1] + ends[name][0], value - ends[name][1] + ends[name][2]) for name, value in found.items()}
 
 
-def min_images(layers: Mapping[str, str], sample: Sample, few: bool = False) -> dict[str, int]:
+def least_images(layers: Mapping[str, str], sample: Sample, few: bool = False) -> dict[str, int]:
     """The minimum number of images of each metric, on both sides; the number of features is that of `sample`.
 
     Without `few`, metrics of statistics need one more than there are features: fewer give a singular covariance, and with it a

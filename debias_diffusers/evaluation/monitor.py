@@ -48,7 +48,7 @@ class Monitor:
         self.measure = Measure(measure, chosen.feature_extractor or usual_extractor(self.name), device, process, processes)
         # How wide the layers are, on which it depends how many images are needed, one image tells as well.
         like = Sample.of(self.measure.features(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8)))
-        least = max(metrics.min_images(self.measure.layers, like).values())
+        least = max(metrics.least_images(self.measure.layers, like).values())
         self.count = wanted or max(USUALLY_DRAWN, least)
         if (fewest := min(self.count, len(source))) < least:
             more = "take more --eval_images" if fewest < len(source) else "the data set has no more: take other --eval_metrics"

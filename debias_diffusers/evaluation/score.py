@@ -40,7 +40,7 @@ from .reference import open_reference, pinned_data, reference_data, say_found
 from .results import Row, as_json, as_row, draw_curves, has_fields, table
 from .statistics import npz_statistics, read_statistics
 
-MAX_DRAWN = 50_000
+MOST_DRAWN = 50_000
 
 
 # ---- score and compare -----------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerato
 
 
 def _drawn(config: ScoreConfig, target: str, compared: _References, accelerator: Accelerator) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
-    count = config.num_images or min(compared.count() or MAX_DRAWN, MAX_DRAWN)
+    count = config.num_images or min(compared.count() or MOST_DRAWN, MOST_DRAWN)
     for step in _steps_of(Path(target), config.checkpoints):
         for scheduler in config.schedulers.split(","):
             for steps in map(int, config.steps.split(",")):
@@ -215,7 +215,7 @@ def _redrawn(config: ScoreConfig, measure: Measure, target: Sample, reference: S
 
 def _require_enough(name: str, count: int | None, layers: Mapping[str, str], like: Sample, few: bool) -> None:
     """Refuses too few images before any is drawn or looked at. A count that nobody wrote down is taken for enough."""
-    lacking = {metric: least for metric, least in metrics.min_images(layers, like, few).items() if count is not None and count < least}
+    lacking = {metric: least for metric, least in metrics.least_images(layers, like, few).items() if count is not None and count < least}
     if lacking:
         would_do = count is not None and count >= max(METRICS[metric].min_images for metric in lacking)
         raise InputError(
@@ -245,6 +245,6 @@ def _yardstick(reference: Sample, layers: Mapping[str, str], config: ScoreConfig
     apart = metrics.halves(reference, config.seed)
     if apart is None:
         return None
-    least = metrics.min_images(layers, reference, config.allow_few_images)
+    least = metrics.least_images(layers, reference, config.allow_few_images)
     enough = {metric: layer for metric, layer in layers.items() if len(apart[0].features[layer]) >= least[metric]}
     return metrics.figures(*apart, enough, config.seed) or None

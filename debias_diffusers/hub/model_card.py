@@ -15,10 +15,10 @@ from ..config.schema import DIGITS, ObjectiveConfig, TrainConfig
 
 TITLE = "# A diffusion model trained with debias_diffusers"
 TASK = "unconditional-image-generation"
-ON_HUB = re.compile(rf"([\w-][\w.-]*/)?[\w-][\w.-]*@{COMMIT.pattern}", re.ASCII)  # a repository and its commit
-UNKNOWN = "unknown"  # an identifier of the Hub's for a licence that nobody named
-MAX_CLASSES = 1000  # in the table of a card
-PLACEHOLDER = '"PATH"'  # where the model will be
+ON_HUB = re.compile(rf"([\w-][\w.-]*/)?[\w-][\w.-]*@{COMMIT.pattern}", re.ASCII)  # user/name@commit
+UNKNOWN = "unknown"  # the Hub's identifier for a licence that is not given
+MAX_CLASSES = 1000  # rows of the table of classes
+PLACEHOLDER = '"PATH"'  # `published` replaces it with the name of the repository
 
 CITATION = """```bibtex
 @article{yu2023unmasking,
@@ -38,7 +38,7 @@ def model_card(
     measured: Mapping[str, Any] | None = None,
     classes: Mapping[str, int] | None = None,
 ) -> str:
-    """README.md of a run: what was trained, how to sample from it, its figures, and every field of the configuration.
+    """README.md of a run: what was trained, how to load and sample the model, metrics, and every field of the configuration.
 
     Args:
         config: of the run.
@@ -225,7 +225,7 @@ def _licence(config: TrainConfig) -> str:
 
 
 def _objective(objective: ObjectiveConfig) -> str:
-    """What was minimised, in sentences; its numbers stand in the table."""
+    """The training objective in sentences; its numbers are in the table of the configuration."""
     predicted, name = objective.prediction_type, objective.weighting
     weighting, sampler = WEIGHTINGS[name], TIMESTEP_SAMPLERS[objective.timestep_sampler]
     if name == "variational":
