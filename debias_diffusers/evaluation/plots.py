@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..config.registry import WEIGHTINGS
 from ..config.schema import ObjectiveConfig, PredictionType, WeightsConfig
-from ..config.validation import SPACES_OF_OTHERS
 from ..data import images
 from ..diffusion.loss import weight_table
 from ..diffusion.noise_schedule import Schedule, make_schedule
@@ -77,7 +77,7 @@ def _table(objective: ObjectiveConfig, schedule: Schedule, name: str) -> dict[Pr
     table = {
         prediction_type: weight_table(config, schedule, prediction_type)
         for prediction_type in PREDICTION_TYPES
-        if prediction_type in SPACES_OF_OTHERS.get(name, PREDICTION_TYPES)
+        if prediction_type in (WEIGHTINGS[name].repeats or PREDICTION_TYPES)
     }
     return {prediction_type: weights for prediction_type, weights in table.items() if not weights.isnan().any()}
 
