@@ -162,7 +162,7 @@ def test_a_server_that_fails_is_said_and_its_no_is_not_hidden_by_the_cache(worke
         code, said = sampled(worker, "alice/digits", tmp_path / "refused", token="")
         assert code == 7 and "no such repository, or the token may not see it" in said
         code, said = sampled(worker, "alice/digits", tmp_path / "wrong", token="hf_wrong")
-        assert code == 7 and "does not know the token" in said and "hf_wrong" not in said
+        assert code == 7 and "invalid token (401)" in said and "hf_wrong" not in said
         code, said = sampled(worker, "alice/digits", tmp_path / "mine")
         assert code == 0, said
     finally:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ..errors import InputError, raise_all
+from ..errors import InputError, raise_all, reason
 from .hub_names import PINNED, _was_pinned
 from .schema import CHANNEL_MULT, HubConfig, ModelConfig, TrainConfig, noise_schedule
 
@@ -94,7 +94,7 @@ def read_config(name_or_file: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"config {name_or_file!r} cannot be read: {error}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: of JSON, and of YAML's dates that do not exist
-        raise InputError(f"config {name_or_file!r} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
+        raise InputError(f"config {name_or_file!r} is not valid YAML or JSON: {reason(error)}") from error
     except RecursionError:
         raise InputError(f"config {name_or_file!r} is nested too deeply; write one 'name: value' a line") from None
     if values is None:

@@ -28,7 +28,16 @@ from ..pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from ..pipelines.solvers import exported_scheduler
 from ..tasks.unet import build_unet, differing_fields, require_finite
 from ..utils.console import say
-from ..utils.files import contents, draft_of, remove, remove_drafts, remove_old_drafts, said_if_not_writable, write_file
+from ..utils.files import (
+    contents,
+    read_json_object,
+    remove_drafts,
+    remove_old_drafts,
+    said_if_not_writable,
+    sync_file,
+    temporary_folder,
+    write_file,
+)
 from .state_dicts import (
     DEFAULT_FLAGS,
     WHOLE_NUMBER,
@@ -61,7 +70,7 @@ def read_flags(text: str) -> dict[str, Any]:
     Raises:
         InputError: not readable, a value of the wrong kind, or a name that is an abbreviation or looks like a misspelt one.
     """
-    given = _flags_of_file(text) if text.lower().endswith(".json") else _typed_flags(text)
+    given = read_json_object("flags", Path(text)) if text.lower().endswith(".json") else _typed_flags(text)
     for name in given:
         if name and name not in DEFAULT_FLAGS and (longer := [known for known in DEFAULT_FLAGS if known.startswith(name)]):
             raise InputError(f"flag {name!r} is an abbreviation, of {' or '.join(longer)}; write it in full")
@@ -69,16 +78,6 @@ def read_flags(text: str) -> dict[str, Any]:
         if near and name not in DEFAULT_FLAGS and name not in _OTHER_FLAGS:
             raise InputError(f"flag {name} is not known; did you mean {near[0]}?")
     return {name: _as(type(default), name, given[name]) for name, default in DEFAULT_FLAGS.items() if name in given}
-
-
-def _flags_of_file(path: str) -> dict[str, Any]:
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"flags {path} cannot be read: {reason(error)}") from error
-    if not isinstance(given, dict):
-        raise InputError(f"flags {path} holds no JSON object (names and values)")
-    return given
 
 
 def _typed_flags(text: str) -> dict[str, Any]:
@@ -248,18 +247,18 @@ def _objective(flags: Mapping[str, Any], learn_sigma: bool) -> ObjectiveConfig:
 
 def _save(pipeline: DiffusionPipeline, folder: Path) -> None:
     """A new folder is whole or absent; one that is there keeps its owner and mode and becomes a model with its last file."""
-    draft = draft_of(folder / "pipeline" if folder.exists() else folder)
+    exists = folder.exists()
     with said_if_not_writable(folder):
-        try:
-            remove_drafts(folder) if folder.exists() else remove_old_drafts(folder.parent)
-            pipeline.save_pretrained(draft, safe_serialization=True)
-            if folder.exists():
-                for path in sorted(draft.iterdir(), key=lambda path: path.name == "model_index.json"):
+        remove_drafts(folder) if exists else remove_old_drafts(folder.parent)
+        with temporary_folder(folder / "pipeline" if exists else folder) as whole:
+            pipeline.save_pretrained(whole, safe_serialization=True)
+            for path in whole.rglob("*.*"):
+                sync_file(path)
+            if exists:
+                for path in sorted(whole.iterdir(), key=lambda path: path.name == "model_index.json"):
                     os.replace(path, folder / path.name)
             else:
-                os.replace(draft, folder)
-        finally:
-            remove(draft)
+                os.replace(whole, folder)
 
 
 # ---- the way back ----------------------------------------------------------------------------------------------------

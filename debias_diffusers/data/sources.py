@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..config.hub_names import is_hub_id, place_of
 from ..config.schema import DIGITS, DataConfig
-from ..errors import CannotWriteError, InputError, raise_all
+from ..errors import CannotWriteError, InputError, raise_all, reason
 from ..utils.files import read_file, require_writable
 from . import image_folders, images
 from .labels import ClassOrder, described, in_order, with_images
@@ -514,9 +514,9 @@ def _load(path: str, config: DataConfig, **kwargs: Any) -> Any:
         return datasets.load_dataset(path, split=config.split, **kwargs)
     # load_dataset raises whatever its builders, the Hub client and the network raise.
     except Exception as error:
-        reason = " ".join(str(error.__cause__ or error).split())  # where an error is wrapped, the wrapper does not tell what is wrong
+        cause = error.__cause__ or error  # where an error is wrapped, the wrapper does not tell what is wrong
         place = _where_no_cache_can_be(datasets.config.HF_DATASETS_CACHE)
-        raise InputError(f"dataset {config.dataset} with split {config.split} cannot be loaded: {reason}{place}") from error
+        raise InputError(f"dataset {config.dataset} with split {config.split} cannot be loaded: {reason(cause)}{place}") from error
 
 
 def _where_no_cache_can_be(folder: Any) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import CannotWriteError, InputError
 from ..utils.console import say
-from ..utils.files import read_file, remove_old_drafts, write_file
+from ..utils.files import read_file, read_json, remove_old_drafts, write_file
 
 MOST_BYTES = 4 << 30  # of all entries; the newest one stays even where it alone has more
 OURS = {"debias_diffusers": "features"}  # metadata of an entry
@@ -128,7 +128,7 @@ def _is_ours(path: Path) -> bool:
     """Whether a cache wrote a file; the first version wrote no metadata, but the mean colours of images into each."""
     try:
         if path.suffix == ".json":
-            found = json.loads(read_file(path))
+            found = read_json(path)
             return bool({**found, **OURS} == found)
         with safetensors.safe_open(path, "pt") as file:
             return file.metadata() == OURS or (file.metadata() is None and "colour" in list(file.keys()))

@@ -120,7 +120,7 @@ def _values_of_run(target: str) -> dict[str, Any] | None:
         if not (run / CHECKPOINTS).is_dir() or not (run / CONFIG).is_file():
             return None
         return _with_data(target, read_config(str(run / CONFIG)), _newest_state(run))
-    path = client.fetched_files(target, [CONFIG]) / CONFIG
+    path = client.download_files(target, [CONFIG]) / CONFIG
     try:
         values = read_config(str(path)) if path.is_file() else {}
     except InputError:  # somebody else's model has another config.json

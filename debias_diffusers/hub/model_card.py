@@ -1,4 +1,4 @@
-"""The model card of a run: what others must know to use it, and what was trained. No torch."""
+"""The model card of a run (README.md): how to load the model, what was trained on which data, metrics, licence. No torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..config.validation import SPACES_OF_OTHERS
 
 TITLE = "# A diffusion model trained with debias_diffusers"
 TASK = "unconditional-image-generation"
-ON_HUB = re.compile(rf"([\w-][\w.-]*/)?[\w-][\w.-]*@{COMMIT.pattern}", re.ASCII)  # a repository and its commit
-UNKNOWN = "unknown"  # an identifier of the Hub's for a licence that nobody named
-MOST_CLASSES = 1000  # in the table of a card
-PLACEHOLDER = '"PATH"'  # where the model will be
+ON_HUB = re.compile(rf"([\w-][\w.-]*/)?[\w-][\w.-]*@{COMMIT.pattern}", re.ASCII)  # user/name@commit
+UNKNOWN = "unknown"  # the Hub's identifier for a licence that is not given
+MAX_CLASSES = 1000  # rows of the table of classes
+PLACEHOLDER = '"PATH"'  # `published` replaces it with the name of the repository
 
 CITATION = """```bibtex
 @article{yu2023unmasking,
@@ -37,15 +37,15 @@ def model_card(
     measured: Mapping[str, Any] | None = None,
     classes: Mapping[str, int] | None = None,
 ) -> str:
-    """README.md of a run: what was trained, how to draw with it, its figures, and every field of the configuration.
+    """README.md of a run: what was trained, how to load and sample the model, metrics, and every field of the configuration.
 
     Args:
         config: of the run.
-        step: that was reached.
-        num_classes: labels of the model; 0 without.
-        images: how many it learns from.
-        measured: `step`, `by` (about the measurement) and `figures`, as the run's state.json has them.
-        classes: images of each class by its name, in the order of the labels.
+        step: of the checkpoint.
+        num_classes: number of class labels; 0 for an unconditional model.
+        images: number of training images.
+        measured: the last evaluation as in state.json: `step`, `by` (extractor, number of images) and `figures` (metrics by name).
+        classes: number of images of each class by its name, in the order of the labels.
     """
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in stored(config).items())
     return f"""---
@@ -86,7 +86,7 @@ The debiased loss is that of [arXiv 2310.08442](https://arxiv.org/abs/2310.08442
 
 
 def published(card: str, repo: str, license: str | None, grid: str | None) -> str:
-    """The card of a run as that of a repository: it names the repository and the licence, and shows the picture."""
+    """The card of a run completed for a repository: its name, the licence, and the grid of samples (a file name) as a picture."""
     from huggingface_hub import ModelCard
 
     parsed: Any = ModelCard(card)
@@ -97,7 +97,7 @@ def published(card: str, repo: str, license: str | None, grid: str | None) -> st
 
 
 def _front(config: TrainConfig, measured: Mapping[str, Any] | None) -> str:
-    """What the Hub reads."""
+    """The YAML metadata."""
     from huggingface_hub import ModelCardData
 
     objective, results = config.objective, _results(config, measured)
@@ -116,12 +116,12 @@ def _front(config: TrainConfig, measured: Mapping[str, Any] | None) -> str:
 
 
 def _on_hub(name: str | None) -> list[str] | None:
-    """The repository behind a name, which a run writes down with its commit; of models and data on a disk nobody else has heard."""
+    """The repository of a name that a run has pinned to a commit; None for local paths, which mean nothing to others."""
     return [name.partition("@")[0]] if name and ON_HUB.fullmatch(name) else None
 
 
 def _results(config: TrainConfig, measured: Mapping[str, Any] | None) -> list[Any]:
-    """The figures in the form of a model-index. It knows no NaN."""
+    """The metrics for the model-index, which has no NaN."""
     from huggingface_hub import EvalResult
 
     if measured is None:
@@ -139,14 +139,14 @@ def _results(config: TrainConfig, measured: Mapping[str, Any] | None) -> list[An
 
 
 def _by(measured: Mapping[str, Any]) -> str:
-    """How figures were measured."""
+    """How the metrics were computed."""
     by = measured["by"]
     features = f"features of {by['extractor']}, " if "extractor" in by else ""
     return f"{features}{by['images']} images, step {measured['step']}"
 
 
 def _data(config: TrainConfig, images: int | None) -> str:
-    """What was learned from, and where it started."""
+    """The training data, and the initial weights."""
     (repo,) = _on_hub(config.data.dataset) or [str(config.data.dataset)]
     commit = str(config.data.dataset).removeprefix(repo).removeprefix("@")
     said = f"Trained on {_code(repo)}, split {_code(config.data.split)}"
@@ -171,7 +171,7 @@ def _use(num_classes: int, objective: ObjectiveConfig) -> str:
 
 
 def _others(num_classes: int, objective: ObjectiveConfig) -> str:
-    """What of other pipelines of diffusers: few know what a network predicts beside the noise, and none says so."""
+    """Which other pipelines of diffusers work: few support other prediction types than epsilon, and none raises an error."""
     if num_classes:
         return "\nAfter this import `DiffusionPipeline.from_pretrained` loads it, too. Pipelines of diffusers itself know no labels.\n"
     if objective.prediction_type == "flow":
@@ -187,7 +187,7 @@ def _command(objective: ObjectiveConfig) -> str:
 
 
 def variant(rate: float) -> str:
-    """Name of the weights averaged at a rate among those of a pipeline. diffusers finds none with a point in it."""
+    """The variant name of the weights averaged at a rate: ema_0_999. diffusers does not find names with a dot."""
     return f"ema_{rate}".replace(".", "_")
 
 
@@ -204,12 +204,12 @@ def _figures(measured: Mapping[str, Any] | None) -> str:
 
 
 def _classes(classes: Mapping[str, int] | None) -> str:
-    """The labels and what they stand for."""
+    """The table of labels and class names."""
     if not classes:
         return ""
     rows = [f"| {label} | {_cell(name)} | {count} |" for label, (name, count) in enumerate(classes.items())]
-    more = f"\nand {len(rows) - MOST_CLASSES} more, which `model_index.json` names.\n" if len(rows) > MOST_CLASSES else ""
-    table = "\n".join(rows[:MOST_CLASSES])
+    more = f"\nand {len(rows) - MAX_CLASSES} more, which `model_index.json` names.\n" if len(rows) > MAX_CLASSES else ""
+    table = "\n".join(rows[:MAX_CLASSES])
     return f"\n## Classes\n\n`class_labels` takes names or numbers.\n\n| label | name | images |\n|---|---|---|\n{table}\n{more}"
 
 
@@ -224,7 +224,7 @@ def _licence(config: TrainConfig) -> str:
 
 
 def _objective(objective: ObjectiveConfig) -> str:
-    """What was minimised, in sentences; its numbers stand in the table."""
+    """The training objective in sentences; its numbers are in the table of the configuration."""
     space, name = objective.prediction_type, objective.weighting
     if name == "variational":
         sentences = [f"The network predicts {space} and a variance; the variational bound was minimised, without weights."]
@@ -248,11 +248,11 @@ def _objective(objective: ObjectiveConfig) -> str:
 
 
 def _cell(value: object) -> str:
-    """As code in a cell of a table."""
+    """Inline code in a cell of a table."""
     return _code(value).replace("|", "\\|")
 
 
 def _code(value: object) -> str:
-    """As code, in which no markup counts: a name of a data set may hold any, and what ends the line or the code."""
+    """Inline code, in which Markdown has no effect; a backtick or newline in the value (a name of a data set may have any) would end it."""
     text = "".join(c if c.isprintable() else " " for c in str(value)).replace("`", "'").strip()
     return f"`{text}`" if text else ""

@@ -1,15 +1,14 @@
-"""A run on the Hub: what is pushed, and how it gets there whole and once, while the training goes on. No torch.
+"""Pushing a run to the Hub, in one commit for each push, in a subprocess of the training. No torch.
 
-At a checkpoint the files that belong together are linked into RUN/.push/step-N (nothing is copied; the run replaces its
-files, it never changes them). A process of its own takes the newest such folder and pushes it: first the files, then one
-commit that names the commit it builds on. Whatever goes wrong, the branch is read anew before anything is decided.
+At a checkpoint the files to push are hard-linked into RUN/.push/step-N (the run replaces its files and never changes them, so
+the links keep this version). A subprocess takes the newest of these folders, uploads the files, and makes one commit on top
+of the newest one. After any error the branch is read again before anything else is done.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shlex
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -31,56 +30,50 @@ from ..runs import checkpoints
 from ..runs.metrics_file import METRICS, step_of
 from ..runs.run_directory import CHECKPOINTS, CONFIG, SAMPLES
 from ..utils.console import say
-from ..utils.files import draft_of, read_file, remove, remove_drafts, said_if_not_writable, take_lock, write_file
+from ..utils.files import draft_of, read_json, remove, remove_drafts, said_if_not_writable, take_lock, temporary_folder, write_file
 from ..utils.signals import StopSignal
 from . import client, model_card
 from .client import WEIGHTS, api, retried
 from .model_card import variant
 
-PENDING = ".push"  # in a run: snapshots that are on their way,
-SENDING = "sending"  # the one that is being sent,
-TO = "to.json"  # and where they are sent to
+PENDING = ".push"  # in a run: folders of files to push,
+SENDING = "sending"  # in it: the folder that is being uploaded,
+TO = "to.json"  # and the HubConfig of the last push
 CARD, GRID = "README.md", "samples.png"
-PIECE = 1 << 20
-PATIENCE = 10.0  # seconds for the push of a training that was killed to end
-STILL, SLOWEST = 900.0, 50e3  # seconds and bytes a second after which a push is taken to have come to a stop
+LOCK_TIMEOUT = 10.0  # seconds to wait for the subprocess of a training that was killed
+MIN_TIMEOUT, MIN_BYTES_PER_SECOND = 900.0, 50e3  # the time limit of a push
 
 
-# ---- what is pushed --------------------------------------------------------------------------------------------------
+# ---- the files -------------------------------------------------------------------------------------------------------
 
 
-def snapshot(run: Path, step: int) -> Path:
-    """Links what is pushed of a run at a checkpoint into a folder that later steps do not change.
+def stage(run: Path, step: int) -> Path:
+    """Hard-links the files to push of a checkpoint into a folder that later steps do not change.
 
-    The pipeline with averaged weights, the other averages as its variants, configuration, metrics, card, and the newest grid. No
-    state of the optimizer.
+    The pipeline with averaged weights, other averages as its variants, configuration, metrics, model card, and the newest grid
+    of samples. No optimizer state.
 
     Raises:
         CannotWriteError: nothing is left behind.
         InputError: a file of the run is missing.
     """
     final = run / PENDING / checkpoints.name_of(step)
-    draft = draft_of(final)
     files = _files(run, step)
     if missing := [path for path in files.values() if not path.is_file()]:
         raise InputError(f"{run} cannot be pushed: {missing[0]} is missing")
-    with said_if_not_writable(final):
-        try:
-            for name, path in files.items():
-                (draft / name).parent.mkdir(parents=True, exist_ok=True)
-                _link(path, draft / name, step)
-            _drop(final)
-            os.rename(draft, final)
-        except OSError:
-            remove(draft)
-            raise
+    with said_if_not_writable(final), temporary_folder(final) as folder:
+        for name, path in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(path, folder / name, step)
+        _drop(final)
+        os.rename(folder, final)
     return final
 
 
 def _files(run: Path, step: int) -> dict[str, Path]:
-    """Names in the repository and the files of the run behind them."""
+    """Names in the repository, and the files of the run."""
     found = {name: run / name for name in (client.MODEL_INDEX, "unet/config.json", "scheduler/scheduler_config.json", CONFIG, CARD)}
-    # Weights from the checkpoint and not from the export, which may be a step ahead where a run was killed.
+    # Weights from the checkpoint and not from the export, which may be newer where a run was killed.
     first, *others = layered(read_config(str(run / CONFIG))).optimization.ema_decay
     names = {f"{WEIGHTS}.safetensors": first} | {f"{WEIGHTS}.{variant(rate)}.safetensors": rate for rate in others}
     folder = run / CHECKPOINTS / checkpoints.name_of(step)
@@ -94,35 +87,35 @@ def _files(run: Path, step: int) -> dict[str, Path]:
 
 
 def _link(path: Path, place: Path, step: int) -> None:
-    """metrics.jsonl grows where it lies, so its lines so far are copied; all else is replaced by a rename, and a link keeps it."""
+    """metrics.jsonl is appended to, so its lines up to `step` are copied; all other files are replaced by renames, so a link is enough."""
     if path.name == METRICS:
         lines = path.read_bytes().splitlines(keepends=True)
         place.write_bytes(b"".join(line for line in lines if step_of(line) <= step))
         return
     try:
         os.link(path, place)
-    except OSError:  # of file systems without links
+    except OSError:  # file systems without hard links
         shutil.copyfile(path, place)
 
 
 def _contents(folder: Path, repo: str, license: str | None) -> dict[str, Path | bytes]:
-    """Names in the repository and what they hold; the card names the repository and its licence."""
+    """Names in the repository and contents; the card is completed with the repository and the licence."""
     found: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     text = (folder / CARD).read_text(encoding="utf-8")
     found[CARD] = model_card.published(text, repo, license, GRID if GRID in found else None).encode()
     return found
 
 
-# ---- what is on its way ----------------------------------------------------------------------------------------------
+# ---- the queue -------------------------------------------------------------------------------------------------------
 
 
 def waiting(run: Path) -> list[Path]:
-    """Snapshots that are not on the Hub yet, oldest first."""
+    """Staged folders that are not on the Hub yet, oldest first."""
     return [*checkpoints.checkpoints(run / PENDING / SENDING), *checkpoints.checkpoints(run / PENDING)]
 
 
 def _take(run: Path) -> Path | None:
-    """The newest snapshot, out of the way of whoever drops older ones for newer; older ones go."""
+    """Moves the newest staged folder to SENDING, where the training does not drop it for a newer one, and drops the older ones."""
     while ready := checkpoints.checkpoints(run / PENDING):
         with said_if_not_writable(run / PENDING):
             for older in (*ready[:-1], run / PENDING / SENDING):
@@ -135,77 +128,49 @@ def _take(run: Path) -> Path | None:
 
 
 def _drop(folder: Path) -> None:
-    """Removes a snapshot; under another name first, so that nobody takes what is half removed."""
-    out_of_sight = draft_of(folder)
+    """Removes a staged folder; renamed first, so that no process takes a folder with files missing."""
+    renamed = draft_of(folder)
     with contextlib.suppress(FileNotFoundError):
-        folder.rename(out_of_sight)
-        remove(out_of_sight)
+        folder.rename(renamed)
+        remove(renamed)
 
 
-# ---- how it gets there -----------------------------------------------------------------------------------------------
+# ---- upload ----------------------------------------------------------------------------------------------------------
 
 
 def publish(repo: str, contents: Mapping[str, Path | bytes], message: str) -> str:
-    """Makes a repository's main branch hold these files, in one commit, and returns that commit.
+    """Makes the main branch of a repository hold these files, in one commit, and returns the hash of that commit.
 
-    Nothing is committed where the branch holds them already, as after an answer that was lost.
+    No commit is made where the branch holds them already, as after an answer that was lost.
 
     Raises:
-        HubError: the Hub refuses, or could not be reached for as long as `hub.retried` tries.
+        HubError: the Hub refuses, or cannot be reached for as long as `client.retried` tries.
     """
-    hashes = {name: _hashes(content) for name, content in contents.items()}
-    return retried(partial(_commit_what_is_missing, repo, contents, hashes, message), f"committing to {repo}")
+    return retried(partial(_commit, repo, contents, message), f"committing to {repo}")
 
 
-def _commit_what_is_missing(repo: str, contents: Mapping[str, Path | bytes], hashes: Mapping[str, set[str]], message: str) -> str:
-    """One try: what the branch holds now decides what is sent; the commit counts only on top of that."""
+def _commit(repo: str, contents: Mapping[str, Path | bytes], message: str) -> str:
+    """One attempt: uploads the files, then commits those that differ, on top of the newest commit (error 412 if another comes first)."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    tip: str = retried(lambda: api().model_info(repo), f"reading {repo}").sha or ""
-    there = retried(lambda: _listing(repo, tip), f"reading {repo}")
-    missing = [name for name in contents if there.get(name) not in hashes[name]]
-    # Weights of another model would be taken for ours: .bin, variants, pieces.
-    foreign = [name for name in there if name.startswith(f"unet/{WEIGHTS}") and name not in contents]
-    if not missing and not foreign:
-        return tip
-    additions = [CommitOperationAdd(name, content if isinstance(content := contents[name], bytes) else str(content)) for name in missing]
-    retried(lambda: api().preupload_lfs_files(repo, additions, free_memory=False), f"sending to {repo}")
-    operations: list[Any] = [*additions, *(CommitOperationDelete(name) for name in foreign)]
-    done: Any = api().create_commit(repo, operations, commit_message=message, parent_commit=tip)
-    return str(done.oid)
+    head = retried(lambda: api().model_info(repo), f"reading {repo}")
+    names = [file.rfilename for file in head.siblings or []]
+    # Other weights in unet/ would be loaded in place of these: .bin, variants, shards.
+    foreign = [name for name in names if name.startswith(f"unet/{WEIGHTS}") and name not in contents]
+    operations: list[Any] = [*(CommitOperationAdd(*item) for item in contents.items()), *map(CommitOperationDelete, foreign)]
+    commit: Any = api().create_commit(repo, operations, commit_message=message, parent_commit=head.sha)
+    return str(commit.oid)
 
 
-def _listing(repo: str, commit: str) -> dict[str, str]:
-    """Files of a commit and their hashes: sha256 of large ones, git's of the others."""
-    files: Any = (entry for entry in api().list_repo_tree(repo, recursive=True, revision=commit) if hasattr(entry, "blob_id"))
-    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
-
-
-def _hashes(content: Path | bytes) -> set[str]:
-    """By which the Hub may know a file."""
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
-    for piece in _pieces(content):
-        sha256.update(piece)
-        git.update(piece)
-    return {sha256.hexdigest(), git.hexdigest()}
-
-
-def _pieces(content: Path | bytes) -> Iterator[bytes]:
-    if isinstance(content, bytes):
-        yield content
-        return
-    with open(content, "rb") as file:
-        while piece := file.read(PIECE):
-            yield piece
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def push(config: PushConfig) -> None:
-    """Pushes what is on its way of a run, and the run as it stands where nobody trains it.
+    """Pushes what is staged of a run, and its newest checkpoint if it is not being trained.
 
     Raises:
         InputError: there is no run, or no repository is named.
-        RunInUseError: another process pushes it, or trains it and nothing waits.
+        RunInUseError: another process pushes it, or trains it and nothing is staged.
         HubError: as of `publish`.
     """
     run = Path(config.run)
@@ -213,38 +178,36 @@ def push(config: PushConfig) -> None:
         raise InputError(f"{run} is no run with an exported model; name the directory of a run that has saved once")
     if not waiting(run) and not checkpoints.checkpoints(run / CHECKPOINTS):
         raise InputError(f"{run} has no checkpoint; train it first")
-    to = _where_to(config)
+    to = _target(config)
     if config.background:
-        _end_with_standard_input()
-    with _alone(run, PATIENCE if config.background else 0.0):
+        _exit_with_parent()
+    with _lock(run, LOCK_TIMEOUT if config.background else 0.0):
         if not config.background:
-            _add_as_it_stands(run)
+            _stage_newest(run)
         if not waiting(run):
-            return  # another process was faster
+            return  # another process has pushed it
         repo = client.ready(to)
         write_file(run / PENDING / TO, json.dumps(dataclasses.asdict(dataclasses.replace(to, hub_model_id=repo))).encode())
         while folder := _take(run):
-            _push_snapshot(folder, repo, to)
+            _push_folder(folder, repo, to)
             _drop(folder)
 
 
-def _where_to(config: PushConfig) -> HubConfig:
-    """What the command says; without a name, all as of the push before."""
-    names = ("hub_model_id", "hub_private", "hub_tags", "hub_license")
+def _target(config: PushConfig) -> HubConfig:
+    """The repository and options of the command; without a name, those of the last push with what the command gives beside it."""
+    given = {name: getattr(config, name) for name in ("hub_model_id", "hub_private", "hub_tags", "hub_license")}
     if config.hub_model_id is not None:
-        return HubConfig(**{name: getattr(config, name) for name in names})
+        return HubConfig(**given)
     path = Path(config.run) / PENDING / TO
     if not path.is_file():
         raise InputError(f"hub_model_id is missing, and {config.run} was never pushed; add --hub_model_id, such as user/digits")
     try:
-        before = HubConfig(**json.loads(read_file(path)))
-    except (ValueError, TypeError) as error:
+        return HubConfig(**{**read_json(path), **{name: value for name, value in given.items() if value}})
+    except TypeError as error:
         raise InputError(f"{path} is damaged; add --hub_model_id, such as user/digits") from error
-    given = {name: getattr(config, name) for name in names if getattr(config, name)}
-    return dataclasses.replace(before, **given)
 
 
-def _push_snapshot(folder: Path, repo: str, to: HubConfig) -> None:
+def _push_folder(folder: Path, repo: str, to: HubConfig) -> None:
     step = checkpoints.step_of(folder)
     commit = publish(repo, _contents(folder, repo, to.hub_license), f"Step {step}")
     if to.hub_tags:
@@ -253,7 +216,7 @@ def _push_snapshot(folder: Path, repo: str, to: HubConfig) -> None:
 
 
 def _tag(repo: str, name: str, commit: str) -> None:
-    """Gives a commit a name, unless another has it, as after a run with the same steps."""
+    """Tags a commit, unless another commit has that tag, as after a run with the same steps."""
     refs = retried(lambda: api().list_repo_refs(repo), f"reading {repo}")
     at = next((tag.target_commit for tag in refs.tags if tag.name == name), None)
     if at is None:
@@ -262,30 +225,26 @@ def _tag(repo: str, name: str, commit: str) -> None:
         say(f"tag {name} of {repo} stays at commit {at}; delete it on the Hub to have it moved")
 
 
-@contextlib.contextmanager
-def _alone(run: Path, patience: float) -> Iterator[None]:
-    """One push of a run at a time."""
-    end = time.monotonic() + patience
+def _lock(run: Path, timeout: float) -> IO[str]:
+    """A lock for one push of a run at a time; waits up to `timeout` seconds for it."""
+    end = time.monotonic() + timeout
     while True:
         try:
-            lock: IO[str] = take_lock(run / PENDING)
-            break
+            return take_lock(run / PENDING)
         except RunInUseError:
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
-    with lock:
-        yield
 
 
-def _add_as_it_stands(run: Path) -> None:
-    """A snapshot of the newest checkpoint, which may be newer than what waits, if nobody trains the run at this moment."""
+def _stage_newest(run: Path) -> None:
+    """Stages the newest checkpoint, which may be newer than what is staged, if the run is not being trained."""
     try:
         lock = take_lock(run)
     except RunInUseError as error:
         if waiting(run):
             return
-        raise RunInUseError(f"{error}, and nothing of it waits to be pushed; a training pushes by itself with --push_to_hub") from error
+        raise RunInUseError(f"{error}, and nothing of it is staged for a push; a training pushes by itself with --push_to_hub") from error
     with lock:
         remove_drafts(run / PENDING)
         found, damaged = checkpoints.latest_valid(run / CHECKPOINTS)
@@ -293,14 +252,14 @@ def _add_as_it_stands(run: Path) -> None:
             say(f"{sentence}; an older checkpoint is pushed")
         if found is None:
             raise InputError(f"{run} has no checkpoint; train it first")
-        snapshot(run, found.step)
+        stage(run, found.step)
 
 
-def _end_with_standard_input() -> None:
-    """Ends this process when the one that holds the other end of its standard input has ended, in whatever way."""
+def _exit_with_parent() -> None:
+    """Ends this process when its standard input closes: the parent holds the other end and may be killed."""
 
     def watch() -> None:
-        while os.read(0, 1):  # not through sys.stdin, whose lock an interpreter that ends could not take
+        while os.read(0, 1):  # not sys.stdin, whose lock would block the exit of the interpreter
             pass
         os._exit(143)
 
@@ -311,24 +270,24 @@ def _end_with_standard_input() -> None:
 
 
 class Publisher:
-    """Pushes a run in a process of its own, and never makes the training wait but at its end."""
+    """Pushes a run in a subprocess; the training waits for it at its end only."""
 
     def __init__(self, run: Path, to: HubConfig, step: int) -> None:
-        """`to` names the repository in full; `step` is where the run stands."""
+        """`to` names the repository in full; `step` is the one that the run resumes from."""
         self.run, self.to = run, to
-        self.offered: int | None = None  # the newest step that was handed over
+        self.offered: int | None = None  # the newest step that was staged
         self.process: subprocess.Popen[bytes] | None = None
-        self.deadline = 0.0  # of the process
+        self.deadline = 0.0  # of the process, as of time.monotonic
         for folder in waiting(run):
-            if checkpoints.step_of(folder) > step:  # of steps that will be trained again
+            if checkpoints.step_of(folder) > step:  # will be trained again
                 _drop(folder)
 
     def offer(self, step: int) -> None:
-        """Hands a checkpoint over that was just written. What goes wrong is said."""
+        """Stages a checkpoint that was just written, and starts to push it. Errors are printed."""
         try:
-            folder = snapshot(self.run, step)
+            folder = stage(self.run, step)
             for older in checkpoints.checkpoints(self.run / PENDING):
-                if older != folder:  # not the one that is being sent; the disk must not fill while the Hub is away
+                if older != folder:  # only the newest is kept, or the disk would fill while the Hub is down
                     _drop(older)
             self.offered = step
         except (DebiasError, OSError) as error:
@@ -336,48 +295,48 @@ class Publisher:
         self.resume()
 
     def resume(self) -> None:
-        """Starts pushing what is on its way, if that is not being done. What goes wrong is said."""
+        """Starts a push if something is staged and none is running. Errors are printed."""
         try:
-            if self._is_over() and waiting(self.run):
+            if self._is_idle() and waiting(self.run):
                 self._start()
         except OSError as error:
             say(f"no push was started: {error}")
 
-    def _is_over(self) -> bool:
-        """Whether no process is pushing; one that has come to a stop is ended."""
+    def _is_idle(self) -> bool:
+        """Whether no push is running; one that is over its time limit is killed."""
         if self.process is None or self.process.poll() is not None:
             return True
         if time.monotonic() < self.deadline:
             return False
-        say(f"a push has not ended for so long that it is taken to have come to a stop: {self.to.hub_model_id}")
+        say(f"the push to {self.to.hub_model_id} has timed out and is stopped; the next one sends what is missing")
         self.process.kill()
         self.process.wait()
         return True
 
     def _start(self) -> None:
         size = sum(path.stat().st_size for folder in waiting(self.run) for path in folder.rglob("*"))
-        self.deadline = time.monotonic() + STILL + size / SLOWEST
-        package = str(Path(__file__).parent.parent.parent)  # which may be importable for the script that was started only
+        self.deadline = time.monotonic() + MIN_TIMEOUT + size / MIN_BYTES_PER_SECOND
+        package = str(Path(__file__).parent.parent.parent)  # only the directory of the script may be on sys.path
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
             [sys.executable, *self._command(), "--background"],
             stdin=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            start_new_session=True,  # Ctrl-C is for the training, with which this ends
+            start_new_session=True,  # Ctrl-C goes to the training, which then ends this
         )
 
     def _command(self) -> list[str]:
-        """What a user types to do the same."""
+        """The command that a user types for the same push."""
         flags = [f"--hub_model_id={self.to.hub_model_id}", *(["--hub_private"] if self.to.hub_private else [])]
         flags += ["--hub_tags"] if self.to.hub_tags else []
         flags += [f"--hub_license={self.to.hub_license}"] if self.to.hub_license else []
         return ["-m", "debias_diffusers.hub", "push", str(self.run), *flags]
 
     def finish(self, step: int, stop: StopSignal) -> None:
-        """Waits until the run as of its last step is on the Hub.
+        """Waits until the last step of the run is on the Hub.
 
         Raises:
-            HubError: it did not get there; names the command that finishes the job.
+            HubError: the push failed; names the command that finishes it.
             StoppedError: a signal came; names it, too.
         """
         if self.offered != step:
@@ -387,7 +346,7 @@ class Publisher:
         if self.offered != step:
             raise HubError(unfinished)
         say(f"pushing step {step} to {self.to.hub_model_id}")
-        self._wait(stop, unfinished)  # for one that may have begun before this step was there
+        self._wait(stop, unfinished)  # for a push that may have begun before this step was staged
         if waiting(self.run):
             self.resume()
             self._wait(stop, unfinished)
@@ -395,7 +354,7 @@ class Publisher:
             raise HubError(unfinished)
 
     def _wait(self, stop: StopSignal, unfinished: str) -> None:
-        while not self._is_over():
+        while not self._is_idle():
             if stop.signum:
                 raise StoppedError(f"stopped by {signal.Signals(stop.signum).name}: {unfinished}", stop.signum)
             time.sleep(0.05)

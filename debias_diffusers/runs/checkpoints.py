@@ -2,8 +2,8 @@
 
     checkpoints/step-00001000/{NAME.safetensors, ..., state.json, manifest.json}
 
-A checkpoint is drafted aside, synced, and renamed into place; only then is an older one removed. It counts only when
-every file matches the manifest.
+A checkpoint is written under a temporary name, synced, and renamed into place; only then is an older one removed. It counts
+only when every file matches the manifest.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
-
 from ..errors import InputError, NoUsableCheckpointError, reason
-from ..utils.files import draft_of, said_if_not_writable, sync_folder, write_durably
+from ..utils.files import said_if_not_writable, sync_file, sync_folder, temporary_folder, write_durably
 
 FORMAT = 1
 MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampler.safetensors"  # files of tensors
@@ -79,39 +77,33 @@ def write(folder: Path, step: int, files: Iterable[tuple[str, Writer]], state: d
         best: the step of one that stays beyond them.
 
     Raises:
-        CannotWriteError: the draft is removed, older checkpoints stay.
+        CannotWriteError: what was written is removed, older checkpoints stay.
     """
     final = folder / name_of(step)
-    draft = draft_of(final)
-    with said_if_not_writable(final):
-        try:
-            _draft(draft, step, files, state)
-            if final.exists():  # it did not verify, or we would have resumed from it
-                shutil.rmtree(final)
-            os.rename(draft, final)
-        except (OSError, SafetensorError):
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
+    with said_if_not_writable(final), temporary_folder(final) as unfinished:
+        _fill(unfinished, step, files, state)
+        if final.exists():  # it did not verify, or we would have resumed from it
+            shutil.rmtree(final)
+        os.rename(unfinished, final)
         sync_folder(folder)
     prune(folder, step, keep, best)
     return final
 
 
-def _draft(draft: Path, step: int, files: Iterable[tuple[str, Writer]], state: dict[str, Any]) -> None:
-    draft.mkdir(parents=True)
+def _fill(folder: Path, step: int, files: Iterable[tuple[str, Writer]], state: dict[str, Any]) -> None:
     manifest = {}
     for name, write_to in itertools.chain(files, [(STATE, lambda path: write_durably(path, _json(state)))]):
-        write_to(draft / name)
-        manifest[name] = _synced(draft / name)
+        write_to(folder / name)
+        manifest[name] = _synced(folder / name)
     body = {"format": FORMAT, "step": step, "files": manifest}
-    write_durably(draft / MANIFEST, _json(body | {OWN_HASH: _hash(_json(body))}))
-    sync_folder(draft)
+    write_durably(folder / MANIFEST, _json(body | {OWN_HASH: _hash(_json(body))}))
+    sync_folder(folder)
 
 
 def _synced(path: Path) -> dict[str, Any]:
     """Size and hash of a file that is on the disk when this returns."""
+    sync_file(path)
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
         digest = _hash_of(file)
         return {"size": file.tell(), "sha256": digest}
 

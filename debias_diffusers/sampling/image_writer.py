@@ -18,7 +18,7 @@ from ..config.schema import ImageFormat
 from ..data import images
 from ..data.image_folders import GRID, METADATA, PACKED, PARTS, SETTINGS
 from ..errors import InputError
-from ..utils.files import contents, drafted, read_file, remove, remove_drafts, said_if_not_writable, write_file
+from ..utils.files import contents, drafted, read_file, read_json, remove, remove_drafts, said_if_not_writable, write_file
 
 GRID_IMAGES = 100
 PNG_END = b"IEND\xaeB`\x82"
@@ -80,10 +80,7 @@ class Album:
         return True
 
     def _require_same(self, settings: dict[str, Any]) -> None:
-        try:
-            before = json.loads((self.folder / SETTINGS).read_text())
-        except (ValueError, RecursionError):
-            before = None
+        before = read_json(self.folder / SETTINGS)
         if not isinstance(before, dict) or not before:
             raise InputError(f"{self.folder / SETTINGS} is damaged; remove its folder, or name another --output_dir")
         if before.get("seed") and "seed_factor" not in before:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..config.schema import ModelConfig
-from ..errors import InputError, reason
+from ..errors import InputError
+from ..utils.files import read_json_object
 
 
 def unet_config(config: ModelConfig, resolution: int, channels: int, num_labels: int, learn_sigma: bool = False) -> dict[str, Any]:
@@ -61,13 +61,7 @@ def unet_config(config: ModelConfig, resolution: int, channels: int, num_labels:
 
 
 def _from_file(path: str, fixed: dict[str, Any]) -> dict[str, Any]:
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"model_config {path} cannot be read: {reason(error)}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"model_config {path} holds no JSON object")
-    values = {name: value for name, value in values.items() if not name.startswith("_")}
+    values = {name: value for name, value in read_json_object("model_config", Path(path)).items() if not name.startswith("_")}
     known = inspect.signature(UNet2DModel.__init__).parameters
     if unknown := sorted(set(values) - set(known)):
         raise InputError(f"model_config {path} has keys that UNet2DModel does not know: {', '.join(unknown)}")

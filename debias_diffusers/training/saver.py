@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..tasks.base import Task
 from ..utils import memory
 from ..utils.background import Background
 from ..utils.console import say
-from ..utils.files import draft_of, move_file, said_if_not_writable, write_file
+from ..utils.files import move_file, said_if_not_writable, temporary_folder, write_file
 from . import state_dicts
 from .logger import due
 
@@ -81,14 +80,11 @@ class Saver(Background[str | None]):
         average = tensors[checkpoints.ema_file(self.config.optimization.ema_decay[0])]
         weights = {**tensors[checkpoints.MODEL], **average}  # those that are not trained have no average
         network = state_dicts.with_weights(self.network, {name: value.detach().contiguous() for name, value in weights.items()})
-        draft = draft_of(folder / "export")
-        with said_if_not_writable(folder):
-            try:
-                self.task.export(network, draft)
-                # File by file, each whole or absent; only the weights differ from one export to the next.
-                for path in sorted(p for p in draft.rglob("*") if p.is_file()):
-                    move_file(path, folder / path.relative_to(draft))
-            finally:  # before the space that is left is told
-                shutil.rmtree(draft, ignore_errors=True)
+        # The error names the space that is left once the temporary folder is removed.
+        with said_if_not_writable(folder), temporary_folder(folder / "export") as export:
+            self.task.export(network, export)
+            # File by file, each whole or absent; only the weights differ from one export to the next.
+            for path in sorted(p for p in export.rglob("*") if p.is_file()):
+                move_file(path, folder / path.relative_to(export))
         card = self.task.model_card(self.config, state["step"], state["measured"])
         write_file(folder / "README.md", card.encode())

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from ..errors import CannotWriteError, InputError, RunInUseError
+from ..errors import CannotWriteError, InputError, RunInUseError, reason
 
 LOCK = ".lock"
 DRAFT = ".draft-"  # whatever begins so was being written when the process ended; nobody reads it
@@ -107,10 +107,30 @@ def write_durably(path: Path, data: bytes) -> None:
 def move_file(path: Path, destination: Path) -> None:
     """Moves a file that is whole to a place on the same disk; a power cut leaves there the old file, the new one, or none."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    sync_file(path)
     os.replace(path, destination)
     sync_folder(destination.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Waits until a file is on the disk, with the mode that the umask allows, as its folder has it.
+
+    safetensors writes files that only their owner may read.
+    """
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, to fill and to rename into place; removed at the end if it is still there."""
+    folder = draft_of(path)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -252,6 +272,21 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_json_object(name: str, path: Path) -> dict[str, Any]:
+    """The JSON object in a file that the field or flag `name` gives.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{name} {path} cannot be read: {reason(error)}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{name} {path} holds no JSON object")
+    return found
 
 
 def read_json(path: Path) -> Any:

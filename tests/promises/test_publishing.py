@@ -103,7 +103,6 @@ REQUESTS = {
     "create": ("POST", "/api/repos/create"),
     "rights": ("GET", "/auth-check/write"),
     "tip": ("GET", r"/api/models/alice/[\w-]+$"),
-    "listing": ("GET", "/tree/"),
     "preupload": ("POST", "/preupload/"),
     "card": ("POST", "/api/validate-yaml"),
     "commit": ("POST", "/commit/"),
@@ -273,7 +272,7 @@ def test_a_command_that_a_test_has_left_is_ended_and_answers_for_no_other(hub, w
 
 @OVER_LFS
 def test_the_newest_checkpoint_is_pushed_and_not_what_was_left_over(hub, worker, run, repo):
-    publish.snapshot(run, 18)
+    publish.stage(run, 18)
     assert worker.push(run, "--hub_model_id", repo)[0] == 0
     require_whole(hub, run, repo)
     assert hub.commits(repo)[0]["title"] == "Step 24" and not publish.waiting(run)
@@ -328,12 +327,12 @@ def refused(hub, folder, *flags, token="hf_write", **settings):
 @pytest.mark.parametrize(
     "token, flags, settings, named",
     [
-        ("", [], {}, ["nobody is logged in", "hf auth login"]),
-        ("hf_wrong", [], {}, ["does not know the token", "HF_TOKEN"]),
-        ("hf_read", [], {}, ["token of bob only reads"]),
-        ("hf_write", ["--hub_model_id", "bob/digits"], {}, ["making bob/digits", "may not"]),
-        ("hf_write", ["--hub_model_id", "my digits"], {}, ["hub_model_id is 'my digits'", "letters, digits"]),
-        ("hf_write", ["--hub_model_id", "a/b/c"], {}, ["hub_model_id is 'a/b/c'"]),
+        ("", [], {}, ["not logged in", "hf auth login"]),
+        ("hf_wrong", [], {}, ["invalid token (401)", "HF_TOKEN"]),
+        ("hf_read", [], {}, ["token of bob is read-only"]),
+        ("hf_write", ["--hub_model_id", "bob/digits"], {}, ["hub_model_id 'bob/digits'", "may not"]),
+        ("hf_write", ["--hub_model_id", "my digits"], {}, ["hub_model_id 'my digits'", "must use alphanumeric chars"]),
+        ("hf_write", ["--hub_model_id", "a/b/c"], {}, ["hub_model_id 'a/b/c'", "must be in the form"]),
         ("hf_write", [], {"HF_ENDPOINT": "http://127.0.0.1:9"}, ["Connection refused"]),
         ("hf_write", [], {"HF_HUB_OFFLINE": "1"}, ["offline mode is enabled"]),
         ("hf_wrïte", [], {}, ["characters that no token has"]),
@@ -541,25 +540,25 @@ def test_only_what_is_sent_and_the_newest_are_kept(run):
     assert [path.name for path in publish.waiting(run)] == ["step-00000018"]
 
 
-def test_a_snapshot_has_the_metrics_and_the_grid_of_its_step_though_the_training_has_gone_on(run):
+def test_a_staged_folder_has_the_metrics_and_the_grid_of_its_step_though_the_training_has_gone_on(run):
     (run / "samples").mkdir(exist_ok=True)
     for step in (12, 18, 24):
         (run / "samples" / f"step-{step:08d}.png").write_bytes(b"%d" % step)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 25')  # half a line
-    folder = publish.snapshot(run, 18)
+    folder = publish.stage(run, 18)
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, 19))
     assert (folder / "samples.png").read_bytes() == b"18"
 
 
-def test_a_push_that_has_come_to_a_stop_is_ended(run, monkeypatch, capsys):
+def test_a_push_over_its_time_limit_is_stopped(run, monkeypatch, capsys):
     publisher = publish.Publisher(run, HubConfig(hub_model_id="alice/run"), 24)
     publisher.process = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({HANG})"])
     publisher.deadline = time.monotonic() + HANG
-    assert not publisher._is_over()
+    assert not publisher._is_idle()
     publisher.deadline = time.monotonic()
-    assert publisher._is_over() and publisher.process.poll() is not None
-    assert "come to a stop" in capsys.readouterr().err
+    assert publisher._is_idle() and publisher.process.poll() is not None
+    assert "has timed out and is stopped" in capsys.readouterr().err
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
