@@ -72,7 +72,7 @@ def test_field_names_are_unique_over_the_sections():
         ({"weighting": "mine"}, ["weighting is mine,", "constant, debiased"]),
         (
             {**FLOW, "timestep_sampler": "log_normal", "terminal_weight_floor": 0.5},
-            ["terminal_weight_floor is 0.5", "never draws the last level", "--timestep_sampler log_normal_corrected"],
+            ["terminal_weight_floor is 0.5", "never draws the last timestep", "--timestep_sampler log_normal_corrected"],
         ),
         ({"snr_gamma": 3.0}, ["snr_gamma is 3.0", "weighting is debiased", "--weighting min_snr or soft_min_snr"]),
         ({"weighting": "edm", "sigma_data": 0.0}, ["sigma_data is 0.0", "0.5"]),

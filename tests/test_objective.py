@@ -18,8 +18,9 @@ from diffusers.training_utils import compute_snr
 from safetensors.torch import load_file
 
 from debias_diffusers import loss_weight, register_weighting
-from debias_diffusers.config.schema import WEIGHTING_PARAMETERS, ObjectiveConfig
-from debias_diffusers.config.validation import SPACES_OF_OTHERS, objective_problems
+from debias_diffusers.config.registry import WEIGHTINGS
+from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.config.validation import objective_problems
 from debias_diffusers.diffusion import weighting
 from debias_diffusers.diffusion.loss import Objective, make_objective
 from debias_diffusers.diffusion.noise_schedule import (
@@ -31,7 +32,7 @@ from debias_diffusers.diffusion.noise_schedule import (
     snr_of_betas,
     variance_preserving,
 )
-from debias_diffusers.diffusion.weighting import WEIGHTINGS, WEIGHTINGS_OF_OTHERS, effective_sample_size, weight
+from debias_diffusers.diffusion.weighting import REPEATED_FUNCTIONS, WEIGHTING_FUNCTIONS, effective_sample_size, weight
 from debias_diffusers.errors import InputError
 from debias_diffusers.pipelines.solvers import exported_scheduler, make_scheduler
 
@@ -82,7 +83,7 @@ CLOSED_FORMS = {
 
 def own(name):
     """The parameters that a weighting has."""
-    return {parameter: PARAMETERS[parameter] for parameter in WEIGHTING_PARAMETERS[name]}
+    return {parameter: PARAMETERS[parameter] for parameter in WEIGHTINGS[name].parameters}
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +92,10 @@ def golden():
 
 
 def test_every_weighting_has_a_row_here():
-    assert set(CLOSED_FORMS) == set(WEIGHTINGS)
-    assert set(WEIGHTING_PARAMETERS) == {*WEIGHTINGS, *WEIGHTINGS_OF_OTHERS, "variational"}
-    assert {name: tuple(spaces) for name, spaces in WEIGHTINGS_OF_OTHERS.items()} == SPACES_OF_OTHERS
+    assert set(CLOSED_FORMS) == set(WEIGHTING_FUNCTIONS)
+    assert set(WEIGHTINGS) == {*WEIGHTING_FUNCTIONS, *REPEATED_FUNCTIONS, "variational"}
+    for name, spec in WEIGHTINGS.items():
+        assert spec.repeats == tuple(REPEATED_FUNCTIONS.get(name, ()))
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ def test_weights_equal_the_reference_at_every_timestep(golden, name):
     assert ((table - expected) / expected).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("name", WEIGHTING_FUNCTIONS)
 def test_weights_have_their_limits_where_the_snr_is_zero_or_infinite(name):
     zero, infinite = torch.zeros(1, dtype=torch.float64), torch.full((1,), torch.inf, dtype=torch.float64)
     at_zero = {"inverse_snr": 1.0, "truncated_snr": 1.0, "edm": 1 / SD**2}.get(name, 0.0)
@@ -192,7 +194,7 @@ def test_the_weights_of_others_and_how_far_they_are_off():
     def too_heavy(name, space):
         return (weight(S, name, space) / weight(S, "debiased", space)).item()
 
-    for name in WEIGHTINGS_OF_OTHERS:
+    for name in REPEATED_FUNCTIONS:
         assert too_heavy(name, "epsilon") == 1
     assert too_heavy("debiased_as_is", "v_prediction") == pytest.approx(1e4, rel=1e-3)  # 1 / (a s) for 1 / sqrt(S)
     assert too_heavy("debiased_as_is", "sample") == pytest.approx(1e4)
@@ -213,7 +215,7 @@ def test_the_papers_code_is_repeated_in_the_space_where_it_is_right(golden):
 @pytest.fixture
 def registry(monkeypatch):
     """Registered weightings are forgotten after the test."""
-    for mapping in (WEIGHTINGS, WEIGHTING_PARAMETERS):
+    for mapping in (WEIGHTINGS, WEIGHTING_FUNCTIONS):
         monkeypatch.setitem(mapping, "halfway", None)
         del mapping["halfway"]
 
@@ -294,7 +296,7 @@ def prediction_of(space, guess, x_t, a, s):
 
 
 @pytest.mark.row(33, "the debiased weights are those of the paper at every noise level, in every space")
-@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("name", WEIGHTING_FUNCTIONS)
 @pytest.mark.parametrize("options", [*({"noise_schedule": name} for name in SCHEDULES), {"prediction_type": "flow"}], ids=str)
 @pytest.mark.parametrize("shift", (1.0, 64.0))
 @pytest.mark.parametrize("zero", (False, True))

@@ -43,7 +43,7 @@ def test_the_numbers_are_those_of_the_objective(tmp_path, options):
         (["--normalize_weights", "--timestep_mean", "3"], "timestep_mean is 3.0, but changes no weight"),
         (["--schedule_shift", "1e300"], "take a shift from"),
         (["--num_train_timesteps", "10"], "take at least 21"),
-        (["--against", "variational"], "no weights to draw"),
+        (["--against", "variational"], "no loss weights to draw"),
         (["--snr_gamma", "3"], "snr_gamma is 3.0, but changes no weight of debiased"),
         (["--learn_sigma"], "learn_sigma is True, but changes no weight"),
         (["--timestep_sampler", "logit_normal"], "timestep_sampler is logit_normal, but changes no weight"),

@@ -20,8 +20,9 @@ import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from torch import Tensor
 
+from ..config.ranges import range_problems
 from ..config.schema import ObjectiveConfig, PredictionType
-from ..config.validation import objective_problems, range_problems
+from ..config.validation import objective_problems
 from ..diffusion.noise_schedule import is_flow, make_schedule, schedule_of_scheduler
 from ..errors import InputError, raise_all, reason
 from ..pipelines.pixel_pipeline import PixelPipeline, load_pipeline
@@ -241,7 +242,8 @@ def _objective(flags: Mapping[str, Any], learn_sigma: bool) -> ObjectiveConfig:
         num_train_timesteps=flags["diffusion_steps"],
         learn_sigma=learn_sigma,
     )
-    raise_all(range_problems(dataclasses.asdict(objective)) or objective_problems(objective), "flags diffusion_steps and noise_schedule")
+    problems = range_problems(ObjectiveConfig, dataclasses.asdict(objective)) or objective_problems(objective)
+    raise_all(problems, "flags diffusion_steps and noise_schedule")
     return objective
 
 

@@ -1,4 +1,4 @@
-"""Batch, network, schedule and weighting to loss terms."""
+"""The training loss of a batch: network, noise schedule, loss weights, variational bound."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config.schema import WEIGHTING_PARAMETERS, ObjectiveConfig, PredictionType
+from ..config.registry import WEIGHTINGS
+from ..config.schema import ObjectiveConfig, PredictionType
 from ..errors import InputError
 from .noise_schedule import Schedule, at, make_schedule
 from .timestep_samplers import make_timestep_sampler
@@ -20,7 +21,7 @@ Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W), timestep (B,) 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a batch costs, sample by sample; all in the dtype of the images."""
+    """Loss terms of a batch, sample by sample; all in the dtype of the images."""
 
     loss: Tensor  # (B,) to be minimised
     mse: Tensor  # (B,) mean square of prediction - target
@@ -37,7 +38,7 @@ class Objective:
 
     schedule: Schedule
     prediction_type: PredictionType
-    weights: Tensor | None  # (T,) float64, in the space of prediction_type; None for the variational bound
+    weights: Tensor | None  # (T,) float64, loss weights on the squared error of prediction_type; None for the variational bound
     bound: VariationalBound | None = None  # None where the variance is not learned
 
     def __call__(self, network: Network, x_0: Tensor, noise: Tensor, t: Tensor) -> Terms:
@@ -48,14 +49,14 @@ class Objective:
                 (B, 2 C, H, W), the second half of which are the values that `VariationalBound.log_variance` reads.
             x_0: (B, C, H, W) clean images in [-1, 1].
             noise: (B, C, H, W) standard normal.
-            t: (B,) int64 noise levels, on the CPU.
+            t: (B,) int64 timesteps, on the CPU.
         """
         x_t = self.schedule.add_noise(x_0, noise, t)
         prediction = network(x_t, self.schedule.timesteps[t].to(x_t.device, non_blocking=True))
         return self.terms(prediction, x_0, noise, t)
 
     def terms(self, prediction: Tensor, x_0: Tensor, noise: Tensor, t: Tensor) -> Terms:
-        """Loss of each sample, given the network's output."""
+        """Loss of each sample, given the network's output for x_t; arguments as of a call."""
         prediction, *values = prediction.to(x_0.dtype).split(x_0.shape[1], dim=1)
         error = prediction - self.schedule.target(self.prediction_type, x_0, noise, t)
         mse = error.square().flatten(1).mean(1)
@@ -83,7 +84,7 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     """The objective of a configuration.
 
     Raises:
-        InputError: a noise level has no usable weight, or the schedule no noise that float32 can hold.
+        InputError: a timestep has no usable loss weight, or the schedule no noise that float32 can hold.
     """
     schedule = make_schedule(config)
     weights = None if config.weighting == "variational" else weight_table(config, schedule, config.prediction_type)
@@ -93,15 +94,15 @@ def make_objective(config: ObjectiveConfig) -> Objective:
 
 
 def weight_table(config: ObjectiveConfig, schedule: Schedule, prediction_type: PredictionType) -> Tensor:
-    """(T,) float64: the weight of each noise level in a space, with all options of the configuration."""
-    parameters = {name: getattr(config, name) for name in (*WEIGHTING_PARAMETERS[config.weighting], "snr_floor", "snr_ceiling")}
+    """(T,) float64: the loss weight of each timestep for a prediction type, with all options of the configuration."""
+    parameters = {name: getattr(config, name) for name in (*WEIGHTINGS[config.weighting].parameters, "snr_floor", "snr_ceiling")}
     weights = weight(schedule.snr, config.weighting, prediction_type, **parameters)
     if schedule.ends_in_noise and prediction_type != "epsilon":
-        # There an error of x_0 and one of v, or of u, are of the same size: one floor for all spaces.
+        # There an error of x_0 and one of v, or of u, are of the same size: one floor for all three.
         weights[-1] = weights[-1].clamp(min=config.terminal_weight_floor)
     if config.normalize_weights:
         sampler = make_timestep_sampler(config, schedule)
-        density = sampler.probabilities * sampler.corrections  # of the levels in the objective
+        density = sampler.probabilities * sampler.corrections  # of the timesteps in the objective
         weights = weights / (density * weights).sum()
     return weights
 
@@ -116,4 +117,4 @@ def _require_usable(weights: Tensor, config: ObjectiveConfig, schedule: Schedule
             f"{schedule.snr[t]:.3g}; take other parameters, or bound the SNR with --snr_floor or --snr_ceiling"
         )
     if weights.float().sum() == 0:
-        raise InputError(f"weighting {config.weighting} on {config.prediction_type} is 0 at every noise level; take other parameters")
+        raise InputError(f"weighting {config.weighting} on {config.prediction_type} is 0 at every timestep; take other parameters")

@@ -21,22 +21,22 @@ from torch import Tensor
 from ..config.schema import BETA_ENDS, ObjectiveConfig, PredictionType, noise_schedule
 from ..errors import InputError
 
-# SNR of the first level: less holds hardly an image; more has an alphas_cumprod that is 1 in float32, as solvers keep it.
-LEAST_SNR, MOST_SNR = 0.01, 2.0**23
-MOST_SNR_OF_FLOW = 1e12  # t = 1e-6, a thousandth of a timestep
-# SNR of the last level from which on sampling, which starts from pure noise, starts from what the network never saw: a tenth of the
+# SNR of the first timestep: less holds hardly an image; more has an alphas_cumprod that is 1 in float32, as solvers keep it.
+MIN_FIRST_SNR, MAX_FIRST_SNR = 0.01, 2.0**23
+MAX_FIRST_SNR_OF_FLOW = 1e12  # t = 1e-6, a thousandth of a timestep
+# SNR of the last timestep from which on sampling, which starts from pure noise, starts from what the network never saw: a tenth of the
 # image's amplitude is left there. Stable Diffusion's schedule (scaled_linear) ends at 0.0047, that of the packaged digits at 0.0026.
 MAX_TERMINAL_SNR = 0.01
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise levels t = 0 .. T-1, from nearly clean to (nearly) pure noise."""
+    """Tables over the timesteps t = 0 .. T-1, from nearly clean to (nearly) pure noise."""
 
     a: Tensor  # (T,) float64, factor of the clean image
     s: Tensor  # (T,) float64, factor of the noise
     snr: Tensor  # (T,) float64
-    timesteps: Tensor  # (T,) what the network is told of a level: t itself, or T times the t in [0, 1] of a flow
+    timesteps: Tensor  # (T,) what the network is given as the time: t itself, or T times the t in [0, 1] of a flow
     diffusers: dict[str, Any]  # the same schedule as keyword arguments of a diffusers scheduler
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Schedule:
 
     @property
     def ends_in_noise(self) -> bool:
-        """Whether the last level holds nothing of the image."""
+        """Whether the terminal SNR is 0."""
         return self.snr[-1].item() == 0
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Schedule:
 
 
 def predicted_x_0(prediction_type: PredictionType, prediction: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """The clean image that a prediction implies; images (B, C, H, W), a and s of the noise level."""
+    """The clean image that a prediction implies; images (B, C, H, W), a and s of the timestep."""
     if prediction_type == "epsilon":
         return (x_t - s * prediction) / a
     if prediction_type == "sample":
@@ -117,9 +117,9 @@ def variance_preserving(snr: Tensor, diffusers: Mapping[str, Any] | None = None)
 
 
 def rectified_flow(T: int, shift: float = 1.0) -> Schedule:
-    """The straight path a = 1 - t, s = t at T levels, the last of which is pure noise.
+    """The straight path a = 1 - t, s = t at T timesteps, the last of which is pure noise.
 
-    Levels are equally spaced in [1/T, 1], then multiplied by `shift` in their ratio t / (1 - t), as diffusers does it
+    They are equally spaced in [1/T, 1], then multiplied by `shift` in their ratio t / (1 - t), as diffusers does it
     (arXiv 2403.03206, equation 23). The SNR is thereby divided by shift^2.
     """
     level = torch.arange(1, T + 1, dtype=torch.float64) / T
@@ -173,21 +173,21 @@ _BETAS = {"linear": _linear, "scaled_linear": _scaled_linear, "sigmoid": _sigmoi
 
 
 def make_schedule(config: ObjectiveConfig) -> Schedule:
-    """The schedule of a configuration: a named one, its SNR multiplied by `schedule_shift`, perhaps rescaled to end in noise.
+    """The schedule of a configuration: a named one, its SNR multiplied by `schedule_shift`, perhaps rescaled to zero terminal SNR.
 
     Raises:
-        InputError: the shift leaves no noise that float32 can hold at the first level, or nothing but noise.
+        InputError: the shift leaves no noise that float32 can hold at the first timestep, or nothing but noise.
     """
     make = _flow if config.prediction_type == "flow" else _with_betas
     schedule = make(config)
     first = schedule.snr[0].item()
-    most = MOST_SNR_OF_FLOW if config.prediction_type == "flow" else MOST_SNR
-    if not LEAST_SNR <= first <= most:
+    largest = MAX_FIRST_SNR_OF_FLOW if config.prediction_type == "flow" else MAX_FIRST_SNR
+    if not MIN_FIRST_SNR <= first <= largest:
         plain = make(dataclasses.replace(config, schedule_shift=1.0)).snr[0].item()
-        least_shift, most_shift = 1.1 * LEAST_SNR / plain, 0.9 * most / plain  # with room for their two digits
+        min_shift, max_shift = 1.1 * MIN_FIRST_SNR / plain, 0.9 * largest / plain  # so that they hold when rounded to two digits
         raise InputError(
-            f"schedule_shift is {config.schedule_shift}, which makes the SNR of the least noisy level {first:.2g}; solvers need "
-            f"{LEAST_SNR} to {most:.2g}; take a shift from {least_shift:.2g} to {most_shift:.2g}"
+            f"schedule_shift is {config.schedule_shift}, which makes the SNR of the first timestep {first:.2g}; solvers need "
+            f"{MIN_FIRST_SNR} to {largest:.2g}; take a shift from {min_shift:.2g} to {max_shift:.2g}"
         )
     return schedule
 
@@ -227,7 +227,7 @@ def require_noise_at_the_end(config: ObjectiveConfig, schedule: Schedule) -> Non
         InputError: the SNR of the last timestep is above `MAX_TERMINAL_SNR`; names the largest shift that works.
     """
     if problem := terminal_snr_problem(schedule):
-        largest = 0.9 * MAX_TERMINAL_SNR / schedule.snr[-1].item() * config.schedule_shift  # with room for its two digits
+        largest = 0.9 * MAX_TERMINAL_SNR / schedule.snr[-1].item() * config.schedule_shift  # so that it holds when rounded to two digits
         shift = f"--schedule_shift {float(f'{largest:.2g}'):g} (now {config.schedule_shift:g})"
         raise InputError(f"{problem}; take {shift}, or --rescale_betas_zero_snr --prediction_type v_prediction, or --prediction_type flow")
 
@@ -252,7 +252,7 @@ def schedule_of_scheduler(scheduler: Any) -> Schedule:
     config = scheduler.config
     if is_flow(scheduler):
         if config.get("use_dynamic_shifting"):
-            raise InputError(f"{type(scheduler).__name__} shifts its levels by the size of the image; take one with a fixed shift")
+            raise InputError(f"{type(scheduler).__name__} shifts its timesteps by the size of the image; take one with a fixed shift")
         return rectified_flow(config.num_train_timesteps, config.shift)
     if not hasattr(scheduler, "alphas_cumprod"):
         name = type(scheduler).__name__

@@ -1,36 +1,37 @@
-"""How t is drawn: the data give each sample its u(seed, position) in [0, 1), which is mapped to a noise level here.
+"""How timesteps are drawn: each sample of the data has a u(seed, position) in [0, 1), which is mapped to a timestep here.
 
-A sampler may draw some levels more often than others. Either each loss is corrected for that, by 1 / (T p(t)), so that only
+A sampler may draw some timesteps more often than others. Either each loss is corrected for that, by 1 / (T p(t)), so that only
 the variance of its estimate changes; or, for `log_normal` and `logit_normal`, it is not, and the objective is the weighting
-times the density of these levels.
+times the density of these timesteps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.registry import TIMESTEP_SAMPLERS
 from ..config.schema import ObjectiveConfig
 from .noise_schedule import Schedule
 
 UNIFORM_SHARE = 0.1  # of the draws of a corrected density: no correction is then above 10
-HISTORY = 10  # losses of each level that loss_second_moment remembers
-LEAST_SHARE = 0.001  # of the draws of loss_second_moment that stay uniform
+HISTORY = 10  # losses of each timestep that loss_second_moment remembers
+MIN_UNIFORM_SHARE = 0.001  # of the draws of loss_second_moment
 
 
 class TimestepSampler:
     """Draws t with fixed probabilities.
 
     Args:
-        probabilities: (T,) float64, of each level.
+        probabilities: (T,) float64, of each timestep.
         corrected: whether losses are corrected, so that the objective is that of uniform t.
         strata: equal parts of [0, 1), one for each sample of a step; 1 draws all samples from the whole.
     """
 
-    learns = False  # whether it wants to be told the losses
+    learns = False  # whether `update` needs the losses
 
     def __init__(self, probabilities: Tensor, corrected: bool = True, strata: int = 1) -> None:
         self.probabilities, self.corrected, self.strata = probabilities, corrected, strata
@@ -44,15 +45,15 @@ class TimestepSampler:
 
     @property
     def corrections(self) -> Tensor:
-        """(T,) factor on the loss of a level."""
+        """(T,) factor on the loss of each timestep: 1 / (T p(t)), or 1."""
         T = len(self.probabilities)
         return 1 / (T * self.probabilities) if self.corrected else torch.ones(T, dtype=torch.float64)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Told the levels (N,) and uncorrected losses (N,) of a whole step, in the order of its positions."""
+        """Takes the timesteps (N,) and uncorrected losses (N,) of a whole optimizer step, in the order of its positions."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: nothing, where nothing is learned."""
+        """What a checkpoint holds: nothing, where nothing is learned."""
         return {}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -60,9 +61,9 @@ class TimestepSampler:
 
 
 class LossSecondMoment(TimestepSampler):
-    """p(t) proportional to the root of the mean square of the level's last losses (Improved DDPM, arXiv 2102.09672, section 3.3).
+    """p(t) proportional to the root of the mean square of the timestep's last losses (Improved DDPM, arXiv 2102.09672, section 3.3).
 
-    This is the density with the least variance of the corrected loss. Uniform until every level has been drawn often enough.
+    This is the density with the least variance of the corrected loss. Uniform until every timestep has been drawn often enough.
     Its draws follow from all losses before, so they are the same for another number of processes only as far as the losses are.
     """
 
@@ -82,7 +83,7 @@ class LossSecondMoment(TimestepSampler):
     def _weigh(self) -> None:
         moments = np.sqrt(np.square(self.losses).mean(1))
         if self.counts.min() >= HISTORY and moments.sum() > 0:
-            self.probabilities = _mixed(torch.from_numpy(moments / moments.sum()), LEAST_SHARE)
+            self.probabilities = _mixed(torch.from_numpy(moments / moments.sum()), MIN_UNIFORM_SHARE)
 
     def state(self) -> dict[str, Tensor]:
         return {"losses": torch.from_numpy(self.losses.copy()), "counts": torch.from_numpy(self.counts.copy())}
@@ -93,17 +94,21 @@ class LossSecondMoment(TimestepSampler):
 
 
 def make_timestep_sampler(config: ObjectiveConfig, schedule: Schedule, batch_size: int = 1) -> TimestepSampler:
-    """The sampler of a configuration; `batch_size` counts the samples of a step in all processes."""
-    T, name = len(schedule), config.timestep_sampler
-    if name == "loss_second_moment":
-        return LossSecondMoment(T)
-    if name in ("uniform", "stratified"):
-        return TimestepSampler(_uniform(T), strata=batch_size if name == "stratified" else 1)
-    edges = _log_noise_edges(schedule) if name.startswith("log_normal") else _logit_edges(T)
-    probabilities = torch.special.ndtr((edges - config.timestep_mean) / config.timestep_std).diff()
-    if name.endswith("_corrected"):
-        return TimestepSampler(_mixed(probabilities, UNIFORM_SHARE))
-    return TimestepSampler(probabilities, corrected=False)
+    """The sampler of a configuration; `batch_size` counts the samples of an optimizer step in all processes."""
+    return _SAMPLERS[config.timestep_sampler](config, schedule, batch_size)
+
+
+# By the names of `registry.TIMESTEP_SAMPLERS`; the number is the batch size.
+_SAMPLERS: dict[str, Callable[[ObjectiveConfig, Schedule, int], TimestepSampler]] = {
+    "uniform": lambda _, schedule, __: TimestepSampler(_uniform(len(schedule))),
+    "stratified": lambda _, schedule, batch_size: TimestepSampler(_uniform(len(schedule)), strata=batch_size),
+    "log_normal": lambda config, schedule, _: TimestepSampler(_log_normal(config, schedule), corrected=False),
+    "logit_normal": lambda config, schedule, _: TimestepSampler(_logit_normal(config, schedule), corrected=False),
+    "log_normal_corrected": lambda config, schedule, _: TimestepSampler(_mixed(_log_normal(config, schedule), UNIFORM_SHARE)),
+    "logit_normal_corrected": lambda config, schedule, _: TimestepSampler(_mixed(_logit_normal(config, schedule), UNIFORM_SHARE)),
+    "loss_second_moment": lambda _, schedule, __: LossSecondMoment(len(schedule)),
+}
+assert _SAMPLERS.keys() == TIMESTEP_SAMPLERS.keys(), _SAMPLERS.keys() ^ TIMESTEP_SAMPLERS.keys()
 
 
 def _uniform(T: int) -> Tensor:
@@ -111,17 +116,26 @@ def _uniform(T: int) -> Tensor:
 
 
 def _mixed(probabilities: Tensor, share: float) -> Tensor:
-    """A share of the draws uniform: no level is never drawn, and no correction exceeds 1 / share."""
+    """A share of the draws uniform: every timestep is drawn, and no correction exceeds 1 / share."""
     return (1 - share) * probabilities + share / len(probabilities)
 
 
-def _logit_edges(T: int) -> Tensor:
-    """(T + 1,) borders of the levels in ln(t / (1 - t)), t in [0, 1] (logit-normal: arXiv 2403.03206, section 3.1)."""
-    return torch.linspace(0, 1, T + 1, dtype=torch.float64).logit()
+def _logit_normal(config: ObjectiveConfig, schedule: Schedule) -> Tensor:
+    """(T,) probabilities of ln(t / (1 - t)) from a normal, t in [0, 1] (logit-normal: arXiv 2403.03206, section 3.1)."""
+    return _normal_between(torch.linspace(0, 1, len(schedule) + 1, dtype=torch.float64).logit(), config)
 
 
-def _log_noise_edges(schedule: Schedule) -> Tensor:
-    """(T + 1,) borders of the levels in ln(s / a), half-way between neighbours (log-normal: EDM, arXiv 2206.00364, table 1)."""
-    levels = -schedule.snr.log() / 2
-    end = levels.new_full((1,), torch.inf)
-    return torch.cat([-end, (levels[1:] + levels[:-1]) / 2, end])
+def _log_normal(config: ObjectiveConfig, schedule: Schedule) -> Tensor:
+    """(T,) probabilities of ln(s / a) from a normal (log-normal: EDM, arXiv 2206.00364, table 1).
+
+    Timesteps are bounded half-way between neighbours.
+    """
+    log_noise = -schedule.snr.log() / 2
+    end = log_noise.new_full((1,), torch.inf)
+    return _normal_between(torch.cat([-end, (log_noise[1:] + log_noise[:-1]) / 2, end]), config)
+
+
+def _normal_between(edges: Tensor, config: ObjectiveConfig) -> Tensor:
+    """(T,) probabilities of a normal between neighbours of `edges` (T + 1,)."""
+    probabilities: Tensor = torch.special.ndtr((edges - config.timestep_mean) / config.timestep_std).diff()
+    return probabilities

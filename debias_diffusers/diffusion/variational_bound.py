@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .noise_schedule import Schedule, at
 
-LEAST = 1e-12  # mass of a pixel's level
+MIN_MASS = 1e-12  # probability of a pixel value
 BITS = 1 / math.log(2)
-HALF_STEP = 1 / 255  # half the distance of two of the 256 levels of a pixel in [-1, 1]
+HALF_STEP = 1 / 255  # half the distance of two of the 256 values of a pixel in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class VariationalBound:
     """The terms L_0 .. L_{T-1} of the bound (DDPM, arXiv 2006.11239, equation 5) with a learned variance."""
 
     mean_of_x_0: Tensor  # (T,) factor of x_0 in the mean of q(x_{t-1} | x_t, x_0) (equation 7), in its standard deviations
-    log_small: Tensor  # (T,) log variance of q(x_{t-1} | x_t, x_0), the least that makes sense
-    log_range: Tensor  # (T,) from there to log beta, the most
+    log_small: Tensor  # (T,) log variance of q(x_{t-1} | x_t, x_0), the lower bound
+    log_range: Tensor  # (T,) from there to log beta, the upper bound
 
     @classmethod
     def of(cls, schedule: Schedule) -> VariationalBound:
@@ -50,7 +50,7 @@ class VariationalBound:
         Args:
             x_0_error: (B, C, H, W) predicted minus true x_0.
             values: (B, C, H, W) the network's variance channels.
-            x_0: (B, C, H, W) images in [-1, 1] of 256 levels.
+            x_0: (B, C, H, W) images in [-1, 1] of 256 values.
             t: (B,) int64 on the CPU.
 
         Returns:
@@ -72,14 +72,14 @@ class VariationalBound:
 
 
 def discretized_gaussian_log_likelihood(x_0: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log of a Gaussian's mass on the level of each pixel; the outermost levels reach to infinity (arXiv 2006.11239, equation 13).
+    """Log of a Gaussian's probability of each pixel value; the outermost values reach to infinity (arXiv 2006.11239, equation 13).
 
-    All of shape (B, C, H, W). No mass counts as less than 1e-12, so a pixel costs at most 40 bits.
+    All of shape (B, C, H, W). No probability counts as less than 1e-12, so a pixel costs at most 40 bits.
     """
     centred, std = x_0 - mean, log_std.exp()
     above = torch.where(x_0 > 1 - HALF_STEP, torch.inf, (centred + HALF_STEP) / std)
     below = torch.where(x_0 < -1 + HALF_STEP, -torch.inf, (centred - HALF_STEP) / std)
-    return (_normal_cdf(above) - _normal_cdf(below)).clamp(min=LEAST).log()
+    return (_normal_cdf(above) - _normal_cdf(below)).clamp(min=MIN_MASS).log()
 
 
 def _normal_cdf(z: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How much each noise level counts: weights as functions of the SNR, and what they become in other prediction spaces.
+"""Loss weights as functions of the SNR, and what they become for other parameterizations.
 
 A weighting is defined once, on the squared error of the predicted noise. At fixed x_t every prediction is an affine
 function of the predicted x_0, so squared errors are proportional:
@@ -21,8 +21,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..config.schema import WEIGHTING_PARAMETERS, ObjectiveConfig, PredictionType
-from ..config.validation import SPACES_OF_OTHERS, bound_problems, range_problems
+from ..config.ranges import range_problems
+from ..config.registry import WEIGHTINGS, WeightingSpec, parameters_of
+from ..config.schema import ObjectiveConfig, PredictionType
+from ..config.validation import bound_problems
 from ..errors import InputError, raise_all
 from .noise_schedule import is_flow, schedule_of_scheduler
 
@@ -38,7 +40,7 @@ def debiased(snr: Tensor) -> Tensor:
 
 
 def inverse_snr(snr: Tensor) -> Tensor:
-    """1 / SNR: every noise level of x_0 counts the same."""
+    """1 / SNR: errors of x_0 count the same at every timestep."""
     return 1 / snr
 
 
@@ -67,7 +69,8 @@ def edm(snr: Tensor, sigma_data: float = 0.5) -> Tensor:
     return 1 + 1 / (snr * sigma_data**2)
 
 
-WEIGHTINGS: dict[str, Callable[..., Tensor]] = {
+# By the names of `registry.WEIGHTINGS`.
+WEIGHTING_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "constant": constant,
     "debiased": debiased,
     "inverse_snr": inverse_snr,
@@ -78,15 +81,20 @@ WEIGHTINGS: dict[str, Callable[..., Tensor]] = {
     "edm": edm,
 }
 
-# The debiased weight as other code has it, to repeat its runs: in each space that the code knows, the weight in that space.
-WEIGHTINGS_OF_OTHERS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
+# The debiased weight as other code has it, to repeat its runs: for each prediction type of that code, the weight on its squared error.
+REPEATED_FUNCTIONS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
     # The paper's code: the weight of the noise error whatever the target.
     "debiased_as_is": {"epsilon": debiased, "sample": debiased, "v_prediction": debiased},
-    # diffengine: too heavy by 1/a on v. OneTrainer is not repeated: it bounds the SNR at 1000 in both spaces.
+    # diffengine: too heavy by 1/a on v. OneTrainer is not repeated: it bounds the SNR at 1000 for both.
     "debiased_diffengine": {"epsilon": debiased, "v_prediction": lambda snr: (snr + 1).rsqrt()},
     # sd-scripts bound the SNR at 1000. On v this is the uniform error of x_0.
     "debiased_kohya": {"epsilon": lambda snr: snr.clamp(max=1000).rsqrt(), "v_prediction": lambda snr: 1 / (snr.clamp(max=1000) + 1)},
 }
+assert {*WEIGHTING_FUNCTIONS, *REPEATED_FUNCTIONS, "variational"} == WEIGHTINGS.keys(), {
+    *WEIGHTING_FUNCTIONS,
+    *REPEATED_FUNCTIONS,
+    "variational",
+} ^ WEIGHTINGS.keys()
 
 
 def register_weighting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -105,9 +113,9 @@ def register_weighting(function: Callable[..., Tensor]) -> Callable[..., Tensor]
         _, *parameters = inspect.signature(function).parameters.values()
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{function!r} cannot be registered; write a function with a name, such as def mine(snr)") from error
-    if name in WEIGHTING_PARAMETERS:
+    if name in WEIGHTINGS:
         raise InputError(f"weighting {name!r} is there already; give your function another name")
-    known = sorted({parameter for names in WEIGHTING_PARAMETERS.values() for parameter in names})
+    known = sorted(parameters_of(WEIGHTINGS))
     for parameter in parameters:
         _require_known("parameter", parameter.name, known)
         default = getattr(ObjectiveConfig(), parameter.name)
@@ -118,8 +126,8 @@ def register_weighting(function: Callable[..., Tensor]) -> Callable[..., Tensor]
     returned = function(probe, **_defaults(names))
     if not isinstance(returned, Tensor) or returned.shape != probe.shape or not returned.is_floating_point():
         raise InputError(f"weighting {name} must return a tensor of the shape of the SNR, but returned {returned!r}")
-    WEIGHTINGS[name] = function
-    WEIGHTING_PARAMETERS[name] = names
+    WEIGHTING_FUNCTIONS[name] = function
+    WEIGHTINGS[name] = WeightingSpec(summary=(function.__doc__ or "").partition("\n")[0], parameters=names)
     return function
 
 
@@ -141,13 +149,13 @@ def weight(
     snr_ceiling: float = 0.0,
     **parameters: float,
 ) -> Tensor:
-    """The weight of the squared error in the space of `prediction_type`, of the same shape as `snr`, in float64.
+    """The weight of the squared error of `prediction_type`, of the same shape as `snr`, in float64.
 
     Args:
         snr: signal-to-noise ratios.
-        weighting: a name of `WEIGHTINGS` or `WEIGHTINGS_OF_OTHERS`.
-        prediction_type: the space of the error.
-        snr_floor: the weighting is evaluated at an SNR of at least this (the conversion between spaces is not).
+        weighting: a name of `registry.WEIGHTINGS` that has a function.
+        prediction_type: what the network predicts, whose error is weighted.
+        snr_floor: the weighting is evaluated at an SNR of at least this (the conversion between parameterizations is not).
         snr_ceiling: and of at most this; 0 is none.
         parameters: `snr_gamma`, `p2_k`, `p2_gamma`, `sigma_data`; those that the weighting has.
     """
@@ -156,12 +164,12 @@ def weight(
         return snr.clamp(snr_floor, snr_ceiling or None)
 
     snr = snr.double()
-    if weighting in WEIGHTINGS_OF_OTHERS:
-        return WEIGHTINGS_OF_OTHERS[weighting][prediction_type](seen(snr))
-    on_noise = WEIGHTINGS[weighting]
+    if weighting in REPEATED_FUNCTIONS:
+        return REPEATED_FUNCTIONS[weighting][prediction_type](seen(snr))
+    on_noise = WEIGHTING_FUNCTIONS[weighting]
     if prediction_type == "epsilon":
         return on_noise(seen(snr), **parameters)
-    # In the other spaces the limit at SNR = 0 is finite; a tiny SNR in place of 0 gives it without 0 times infinity.
+    # For the other parameterizations the limit at SNR = 0 is finite; a tiny SNR in place of 0 gives it without 0 times infinity.
     snr = snr.clamp(_TINY, _HUGE)
     on_sample = snr * on_noise(seen(snr), **parameters)
     if prediction_type == "sample":
@@ -192,8 +200,8 @@ def loss_weight(
     Args:
         scheduler: a diffusers scheduler with a discrete noise schedule, or one of flow matching.
         timesteps: (B,) the timesteps of the batch: whole numbers, or for flow matching T times t with t in [0, 1].
-        weighting: one of `WEIGHTINGS` or `WEIGHTINGS_OF_OTHERS`, or a registered one.
-        prediction_type: the space of the error; the scheduler's own if left out.
+        weighting: a name that `--weighting` takes (but for `variational`), or a registered one.
+        prediction_type: what the network predicts; the scheduler's own if left out.
         parameters: those of the weighting, named like the flags: `snr_gamma` (5) of min_snr and soft_min_snr, `p2_k` (1) and
             `p2_gamma` (1) of p2, `sigma_data` (0.5) of edm, `snr_floor` (0) and `snr_ceiling` (0, which is none) of all.
 
@@ -207,15 +215,16 @@ def loss_weight(
     """
     flow = is_flow(scheduler)
     prediction_type = prediction_type or ("flow" if flow else scheduler.config.get("prediction_type", "epsilon"))
-    _require_known("weighting", weighting, (*WEIGHTINGS, *WEIGHTINGS_OF_OTHERS))
+    _require_known("weighting", weighting, (*WEIGHTING_FUNCTIONS, *REPEATED_FUNCTIONS))
     _require_known("prediction_type", prediction_type, get_args(PredictionType))
     if (prediction_type == "flow") != flow:
         raise InputError(f"prediction_type is {prediction_type}, which does not go with {type(scheduler).__name__}; leave it out")
-    if weighting in SPACES_OF_OTHERS:
-        _require_known(f"prediction_type of {weighting}", prediction_type, SPACES_OF_OTHERS[weighting])
+    spec = WEIGHTINGS[weighting]
+    if spec.repeats:
+        _require_known(f"prediction_type of {weighting}", prediction_type, spec.repeats)
     for name in parameters:
-        _require_known("parameter", name, (*WEIGHTING_PARAMETERS[weighting], "snr_floor", "snr_ceiling"))
-    raise_all(range_problems(parameters) + bound_problems(parameters), "loss_weight")
+        _require_known("parameter", name, (*spec.parameters, "snr_floor", "snr_ceiling"))
+    raise_all(range_problems(ObjectiveConfig, parameters) + bound_problems(parameters), "loss_weight")
     if flow:
         weights = _weights(_snr_of_flow(scheduler, timesteps), weighting, prediction_type, parameters)
     else:
@@ -229,7 +238,7 @@ def loss_weight(
 
 
 def _weights(snr: Tensor, weighting: str, prediction_type: PredictionType, parameters: Mapping[str, float]) -> Tensor:
-    return weight(snr, weighting, prediction_type, **{**_defaults(WEIGHTING_PARAMETERS[weighting]), **parameters})
+    return weight(snr, weighting, prediction_type, **{**_defaults(WEIGHTINGS[weighting].parameters), **parameters})
 
 
 # Weights of all timesteps by scheduler: what the schedule was made of when they were computed, and the tables by what was asked for.
@@ -244,7 +253,7 @@ def _table(scheduler: Any, weighting: str, prediction_type: PredictionType, para
     if versions != versions_before or any(one is not other for one, other in zip(parts, parts_before)):
         tables = {}
         _tables[scheduler] = parts, versions, tables
-    asked = (weighting, WEIGHTINGS.get(weighting), prediction_type, tuple(sorted(parameters.items())), device)
+    asked = (weighting, WEIGHTING_FUNCTIONS.get(weighting), prediction_type, tuple(sorted(parameters.items())), device)
     if asked not in tables:
         if len(tables) >= MAX_TABLES:
             tables.clear()

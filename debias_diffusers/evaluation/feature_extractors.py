@@ -22,6 +22,7 @@ from torch_fidelity.feature_extractor_clip import MODEL_METADATA
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
+from ..config.registry import METRICS
 from ..errors import InputError, reason
 from ..utils.files import read_file
 
@@ -29,8 +30,6 @@ DIGITS = "digits"
 INCEPTION = "inception-v3-compat"
 SPATIAL = "spatial"  # the layer of sFID
 DIGITS_SIDE = 8
-
-NAMES_THERE = {"is": "isc"}  # of metrics that torch-fidelity calls otherwise
 
 
 class DigitsClassifier(nn.Module):
@@ -127,8 +126,10 @@ class FeatureExtractorInceptionSpatial(FeatureExtractorInceptionV3):
         return (*FeatureExtractorInceptionV3.get_provided_features_list(), SPATIAL)
 
 
-SPATIAL_INCEPTION = f"{INCEPTION}-{SPATIAL}"
-for _name, _kind in ((DIGITS, FeatureExtractorDigits), (SPATIAL_INCEPTION, FeatureExtractorInceptionSpatial)):
+# The table of extractors is torch-fidelity's; these are ours.
+SPATIAL_INCEPTION = f"{INCEPTION}-{SPATIAL}"  # as which INCEPTION is loaded where its spatial layer is wanted
+OURS = {DIGITS: FeatureExtractorDigits, SPATIAL_INCEPTION: FeatureExtractorInceptionSpatial}
+for _name, _kind in OURS.items():
     if _name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(_name, _kind)
 
@@ -141,7 +142,7 @@ class Extractor:
 
         Args:
             name: `digits`, or a name of torch-fidelity.
-            metrics: among fid, sfid, is, kid, prc.
+            metrics: those of `registry.METRICS` that compare its features.
             weights: its weight file, where it is not packaged or fetched.
 
         Raises:
@@ -149,12 +150,16 @@ class Extractor:
         """
         if name not in names():
             raise InputError(f"feature_extractor is {name}, which is not known; take one of {', '.join(names())}")
-        if "sfid" in metrics and name != INCEPTION:
-            raise InputError(f"metric sfid is of {INCEPTION}, but feature_extractor is {name}; leave sfid out or take the other")
-        kind = SPATIAL_INCEPTION if "sfid" in metrics else name
+        specs = {metric: METRICS[metric] for metric in metrics}
+        for metric, spec in specs.items():
+            if spec.extractor not in (None, name):
+                raise InputError(
+                    f"metric {metric} is of {spec.extractor}, but feature_extractor is {name}; leave {metric} out or take the other"
+                )
+        kind = SPATIAL_INCEPTION if any(spec.layer == SPATIAL for spec in specs.values()) else name
         default = FEATURE_EXTRACTORS_REGISTRY[kind].get_default_feature_layer_for_metric
         self.name = name
-        self.layers = {metric: SPATIAL if metric == "sfid" else default(NAMES_THERE.get(metric, metric)) for metric in metrics}
+        self.layers: dict[str, str] = {metric: spec.layer or default(spec.layer_of) for metric, spec in specs.items()}
         self.network = _load(kind, sorted(set(self.layers.values())), weights)
         self.weights_sha256 = _fingerprint(self.network)
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config.registry import METRICS
 from ..config.schema import DIGITS, MeasureConfig
 from ..errors import InputError, reason
 from ..utils.distributed import gathered
@@ -22,7 +23,7 @@ from .feature_extractors import INCEPTION, Extractor
 from .image_sets import (
     ImageSet,
 )
-from .metrics import COLOUR, Sample
+from .metrics import COLOUR, PIXEL_LAYERS, Sample
 
 
 class Measure:
@@ -31,13 +32,15 @@ class Measure:
     def __init__(self, config: MeasureConfig, extractor: str, device: Any, process: int = 0, processes: int = 1) -> None:
         """Loads the extractor onto a device. Of several processes, each computes its share, and all know the result."""
         wanted = config.metrics.split(",")
-        by_features = [metric for metric in wanted if metric != COLOUR]
+        by_features = [metric for metric in wanted if METRICS[metric].layer not in PIXEL_LAYERS]
         self.config, self.device, self.process, self.processes = config, device, process, processes
         self.extractor = Extractor(extractor, by_features, config.feature_extractor_weights) if by_features else None
         if self.extractor:
             self.extractor.network.to(device)
-        layers = dict(self.extractor.layers) if self.extractor else {}
-        self.layers = {metric: COLOUR if metric == COLOUR else layers[metric] for metric in wanted}
+        layers = self.extractor.layers if self.extractor else {}
+        self.layers = {metric: layers.get(metric) or str(METRICS[metric].layer) for metric in wanted}
+        # The first versions kept the colours of all images, and their features are still in caches.
+        self.pixel_layers = sorted({COLOUR, *self.layers.values()} & PIXEL_LAYERS.keys())
         self.cache = open_cache(config.cache_dir)
 
     def sample(self, images: ImageSet) -> Sample:
@@ -70,11 +73,11 @@ class Measure:
     def features(self, batch: Tensor) -> dict[str, Tensor]:
         """Of a batch (B, 3, H, W) uint8: (B, D) by layer."""
         found = self.extractor(batch.to(self.device)) if self.extractor else {}
-        return found | {COLOUR: batch.float().mean((2, 3)).cpu()}
+        return found | {layer: PIXEL_LAYERS[layer](batch).cpu() for layer in self.pixel_layers}
 
     def _key(self, of_images: str) -> str:
-        """Of content and transform, extractor and weights."""
-        parts = [of_images]
+        """Of content and transform, layers of pixels, extractor and weights."""
+        parts = [of_images, *(layer for layer in self.pixel_layers if layer != COLOUR)]
         if self.extractor:
             parts += [self.extractor.name, self.extractor.weights_sha256, *sorted(self.extractor.layers.values())]
         return key_of(*parts)

@@ -1,12 +1,11 @@
-"""Features to figures: how far one set of images is from another. torch-fidelity's formulas; sFID and colour are ours."""
+"""Metrics: how far one set of images is from another, by their features. torch-fidelity's formulas; sFID and colour are ours."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,43 +15,44 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from ..config.registry import FIGURES, METRICS
 from ..errors import InputError, reason
 from ..utils import seeding
 
-COLOUR = "colour"  # the layer of means of an image's channels
+COLOUR = "colour"
+# Layers that need no extractor: images (B, 3, H, W) uint8 to features (B, D).
+PIXEL_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
+    COLOUR: lambda images: images.float().mean((2, 3)),  # of each channel
+}
 KID_SUBSET, KID_SUBSETS = 1000, 100
 KID_SUBSETS_REDRAWN = 10  # of each redrawn set: there are many of those
 NEIGHBOURS = 3  # of precision and recall (arXiv 1904.06991)
 SPLITS = 10  # of the Inception score
-FRECHET = ("fid", "sfid", "colour")
-OF_IMAGES = ("kid", "prc")  # metrics that need the reference's images, not its statistics alone
-# Of fewer images there is no such figure.
-LEAST = {"fid": 2, "sfid": 2, "is": SPLITS, "kid": 2, "prc": NEIGHBOURS + 1, "colour": 2}
 
 Statistics = dict[str, np.ndarray]  # mu (D,) and sigma (D, D)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What is known of a set of images: features, or only their statistics, by layer."""
+    """A set of images by its features, or only by mean and covariance of these, by layer."""
 
     features: Mapping[str, Tensor]  # (N, D) float32; empty where there are statistics only
-    statistics: dict[str, Statistics]  # those given, and those worked out: a reference is compared with more than once
-    count: int | None  # of images; None where nobody wrote it down
-    rows: dict[str, np.ndarray] = field(default_factory=dict)  # (N, D) with rows^T rows = sigma, of what was worked out of N < D images
+    statistics: dict[str, Statistics]  # those given, and those computed, since a reference is compared with more than once
+    count: int | None  # of images; None if unknown
+    rows: dict[str, np.ndarray] = field(default_factory=dict)  # (N, D) with rows^T rows = sigma, of statistics computed from N < D images
 
     @staticmethod
     def of(features: Mapping[str, Tensor]) -> Sample:
-        """A set of images that is there."""
+        """Of features (N, D) by layer."""
         return Sample(features, {}, len(next(iter(features.values()))))
 
     @staticmethod
     def joined(parts: Sequence[Mapping[str, Tensor]]) -> Sample:
-        """A set of images whose features come in batches."""
+        """Of batches of features."""
         return Sample.of({layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]})
 
     def moments(self, layer: str) -> Statistics:
-        """Mean and covariance of a layer, in float64.
+        """Mean (D,) and covariance (D, D) of a layer, in float64.
 
         Raises:
             InputError: a reference of statistics has no such layer, or a single image has no covariance.
@@ -71,7 +71,7 @@ class Sample:
         return self.statistics[layer]
 
     def width(self, layer: str) -> int:
-        """How many features a layer has."""
+        """D, the number of features of a layer."""
         return self.features[layer].shape[1] if layer in self.features else len(self.moments(layer)["mu"])
 
 
@@ -110,15 +110,14 @@ def _frechet_of_few(one: Statistics, other: Statistics, rows: np.ndarray) -> flo
 
 def as_loss(name: str, value: float) -> float:
     """A figure as a number that is the smaller, the better it is."""
-    if name == "brightness_bias":  # images may be too dark as well as too bright
-        return abs(value)
-    return -value if name in ("is", "precision", "recall") else value
+    better = FIGURES[name]
+    return abs(value) if better == "near 0" else -value if better == "higher" else value
 
 
 def require_images(reference: Sample, layers: Mapping[str, str]) -> None:
     """Raises InputError where a metric needs images of the reference, and there are statistics only."""
     for metric, layer in layers.items():
-        if metric in OF_IMAGES and layer not in reference.features:
+        if METRICS[metric].reference == "images" and layer not in reference.features:
             raise InputError(f"metric {metric} compares images, but the reference is statistics; take images, or leave {metric} out")
 
 
@@ -128,7 +127,7 @@ def figures(target: Sample, reference: Sample, layers: Mapping[str, str], seed: 
     Args:
         target: features of the images.
         reference: features or statistics of those they are compared with.
-        layers: the layer that each metric compares, by metric: fid, sfid, is, kid, prc, colour.
+        layers: the layer that each metric compares, by metric.
         seed: of the subsets of KID and the order for the Inception score.
         subsets: how many KID takes.
 
@@ -136,14 +135,15 @@ def figures(target: Sample, reference: Sample, layers: Mapping[str, str], seed: 
         InputError: a metric needs images of the reference, and there are statistics only.
     """
     require_images(reference, layers)
-    functions = _FIGURES | {"kid": partial(_kid, subsets)}
+    functions = METRIC_FUNCTIONS | {"kid": partial(_kid, subsets=subsets)}
     found: dict[str, float] = {}
     for metric, layer in layers.items():
-        found |= functions[metric](target, reference, layer, seed)
+        found |= (its := functions[metric](target, reference, layer, seed))
+        assert its.keys() <= METRICS[metric].figures.keys(), f"registry.METRICS[{metric!r}] has not all of {', '.join(its)}"
     return found
 
 
-def _distance(name: str, target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
+def _distance(target: Sample, reference: Sample, layer: str, seed: int, name: str = "fid") -> dict[str, float]:
     # The distance is symmetric: the smaller set comes first, whose matrix is the smaller one.
     one, other = sorted((target, reference), key=lambda sample: len(sample.rows.get(layer, sample.moments(layer)["sigma"])))
     return {name: frechet(one.moments(layer), other.moments(layer), one.rows.get(layer))}
@@ -154,7 +154,7 @@ def _inception_score(target: Sample, reference: Sample, layer: str, seed: int) -
     return {"is": found["inception_score_mean"], "is_std": found["inception_score_std"]}
 
 
-def _kid(subsets: int, target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
+def _kid(target: Sample, reference: Sample, layer: str, seed: int, subsets: int = KID_SUBSETS) -> dict[str, float]:
     one, other = target.features[layer], reference.features[layer]
     size = min(KID_SUBSET, len(one), len(other))
     subsets = 1 if size == len(one) == len(other) else subsets  # each would be all images, and their spread rounding
@@ -171,27 +171,30 @@ def _precision_recall(target: Sample, reference: Sample, layer: str, seed: int) 
 
 
 def _colour(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
-    """The colour shift that the paper speaks of: of the mean over all images, and of the distribution of each image's mean.
+    """The colour shift (arXiv 2310.08442) of the mean over all images, and of the distribution of each image's mean.
 
-    Both in grey levels of 255; the distance is the root of Frechet's, which has that unit.
+    Both in grey values of 255; the distance is the square root of the Frechet distance, which has that unit.
     """
     one, other = target.moments(layer), reference.moments(layer)
     return {"brightness_bias": float((one["mu"] - other["mu"]).mean()), "colour_distance": max(frechet(one, other), 0.0) ** 0.5}
 
 
-_FIGURES: dict[str, Any] = {
-    "fid": partial(_distance, "fid"),
-    "sfid": partial(_distance, "sfid"),
+# By the names of `registry.METRICS`: target, reference, layer and seed to figures.
+METRIC_FUNCTIONS: dict[str, Callable[[Sample, Sample, str, int], dict[str, float]]] = {
+    "fid": _distance,
+    "sfid": partial(_distance, name="sfid"),
     "is": _inception_score,
+    "kid": _kid,
     "prc": _precision_recall,
     "colour": _colour,
 }
+assert METRIC_FUNCTIONS.keys() == METRICS.keys(), METRIC_FUNCTIONS.keys() ^ METRICS.keys()
 
 
 def halves(sample: Sample, seed: int = 0) -> tuple[Sample, Sample] | None:
-    """A set of images cut in two at random: how far they are apart is what a perfect model gets where both sides have as many images.
+    """A random split of a set of images into two halves: their distance is what a perfect model gets with as many images.
 
-    None of statistics.
+    None if there are only statistics.
     """
     if not sample.features or sample.count is None:
         return None
@@ -202,7 +205,7 @@ def halves(sample: Sample, seed: int = 0) -> tuple[Sample, Sample] | None:
 
 
 def redrawn(target: Sample, reference: Sample, layers: Mapping[str, str], seed: int, draw: int) -> dict[str, float]:
-    """Figures when the images of the target are drawn again from themselves (bootstrap), a function of (seed, draw)."""
+    """Figures of a bootstrap sample of the target's images, a function of (seed, draw)."""
     count = len(next(iter(target.features.values())))
     chosen = torch.randint(count, (count,), generator=seeding.generator(seed, "bootstrap", draw))
     again = Sample.of({layer: values[chosen] for layer, values in target.features.items()})
@@ -210,10 +213,10 @@ def redrawn(target: Sample, reference: Sample, layers: Mapping[str, str], seed: 
 
 
 def intervals(found: Mapping[str, float], rows: Sequence[Mapping[str, float]], level: float = 0.95) -> dict[str, tuple[float, float]]:
-    """Where each figure lies in `level` of the cases, by the figures of redrawn images.
+    """Confidence intervals of figures at a level, from those of bootstrap samples.
 
-    It tells of the chance in the images, not in the training; Frechet distances of redrawn images are too large by the repetitions
-    among them, so the interval is moved to the middle of the figure itself.
+    They cover the randomness of the images, not that of the training. Frechet distances of bootstrap samples are too large, as images
+    repeat, so the interval is centred on the figure itself.
     """
     low, high = (1 - level) / 2, (1 + level) / 2
     ends = {name: np.quantile([row[name] for row in rows], (low, 0.5, high)) for name in found}
@@ -221,9 +224,12 @@ def intervals(found: Mapping[str, float], rows: Sequence[Mapping[str, float]], l
 
 
 def least_images(layers: Mapping[str, str], sample: Sample, few: bool = False) -> dict[str, int]:
-    """How many images each metric needs on both sides; `sample` tells how wide the layers are.
+    """The minimum number of images of each metric, on both sides; the number of features is that of `sample`.
 
-    Without `few`, Frechet's distances need one more than the features have numbers: fewer give a singular covariance, and with it
-    a distance that means little.
+    Without `few`, metrics of statistics need one more than there are features: fewer give a singular covariance, and with it a
+    distance that means little.
     """
-    return {metric: LEAST[metric] if few or metric not in FRECHET else sample.width(layer) + 1 for metric, layer in layers.items()}
+    return {
+        metric: METRICS[metric].min_images if few or METRICS[metric].reference != "statistics" else sample.width(layer) + 1
+        for metric, layer in layers.items()
+    }

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..config.registry import WEIGHTINGS
 from ..config.schema import ObjectiveConfig, PredictionType, WeightsConfig
-from ..config.validation import SPACES_OF_OTHERS
 from ..data import images
 from ..diffusion.loss import weight_table
 from ..diffusion.noise_schedule import Schedule, make_schedule
@@ -74,7 +74,7 @@ def _is_our_csv(path: Path) -> bool:
 def _table(objective: ObjectiveConfig, schedule: Schedule, name: str) -> dict[PredictionType, Tensor]:
     """The weights (T,) in each space in which they have a meaning; without a finite mean they cannot be normalized."""
     config = dataclasses.replace(objective, weighting=name)
-    table = {space: weight_table(config, schedule, space) for space in SPACES if space in SPACES_OF_OTHERS.get(name, SPACES)}
+    table = {space: weight_table(config, schedule, space) for space in SPACES if space in (WEIGHTINGS[name].repeats or SPACES)}
     return {space: weights for space, weights in table.items() if not weights.isnan().any()}
 
 

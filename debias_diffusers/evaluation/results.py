@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.registry import FIGURES
 from ..utils.files import read_json, write_file
 from .plots import curves
 
@@ -39,9 +40,6 @@ class Row:
     intervals: dict[str, tuple[float, float]] | None = None
 
 
-ORDER = ("fid", "sfid", "is", "is_std", "kid", "kid_std", "kid_subset", "precision", "recall", "brightness_bias", "colour_distance")
-
-
 def as_row(row: Row) -> dict[str, Any]:
     """What the JSON says of a target."""
     about = {name: value for name, value in dataclasses.asdict(row).items() if value is not None and name != "figures"}
@@ -51,7 +49,7 @@ def as_row(row: Row) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> str:
     """The figures as a table in Markdown, the distance between two halves of the reference as the last row."""
     targets = result["targets"]
-    names = [name for name in ORDER if any(name in row for row in targets)]
+    names = [name for name in FIGURES if any(name in row for row in targets)]
     how = [name for name in ("checkpoint", "scheduler", "steps") if any(name in row for row in targets)]
     head = ["target", *how, "images", *names]
     lines = [" | ".join(head), "|".join(["---"] * len(head))]
@@ -80,8 +78,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
             continue
         parts = (row["target"], row["scheduler"], row.get("steps" if along == "checkpoint" else "checkpoint"))
         label = " ".join(str(part) for part in parts if part is not None)
-        for name in ORDER:
-            if name in row and not name.endswith(("_std", "_subset")):
+        for name, better in FIGURES.items():
+            if name in row and better != "neither":
                 lines.setdefault(name, {}).setdefault(label, []).append((place, row[name]))
     if any(len(points) > 1 for labelled in lines.values() for points in labelled.values()):
         write_file(path, curves(lines, "training step" if along == "checkpoint" else "steps of the solver"))

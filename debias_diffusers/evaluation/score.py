@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from ..config.registry import METRICS
 from ..config.schema import DataConfig, SampleConfig, ScoreConfig
 from ..data import image_folders
 from ..data.sources import Folder, open_source
@@ -119,7 +120,11 @@ class _References:
             metrics.require_images(found, self.measure.layers)
             # The Inception score is of the targets alone, and statistics beside images are of more than these.
             given = found.statistics if found.features else {}
-            own = {m: layer for m, layer in self.measure.layers.items() if m != "is" and not (m in metrics.FRECHET and layer in given)}
+            own = {
+                m: layer
+                for m, layer in self.measure.layers.items()
+                if METRICS[m].reference != "nothing" and not (METRICS[m].reference == "statistics" and layer in given)
+            }
             _require_enough(self.name, found.count, own, found, self.allow_few_images)
             self.known[side] = found
         return self.known[side]
@@ -164,7 +169,7 @@ def _drawn(config: ScoreConfig, target: str, compared: _References, accelerator:
             for steps in map(int, config.steps.split(",")):
                 command = SampleConfig(
                     model=target,
-                    scheduler=scheduler or None,  # type: ignore[arg-type]
+                    scheduler=scheduler or None,
                     steps=steps,
                     num_images=count,
                     batch_size=config.measure.batch_size,
@@ -212,7 +217,7 @@ def _require_enough(name: str, count: int | None, layers: Mapping[str, str], lik
     """Refuses too few images before any is drawn or looked at. A count that nobody wrote down is taken for enough."""
     lacking = {metric: least for metric, least in metrics.least_images(layers, like, few).items() if count is not None and count < least}
     if lacking:
-        would_do = count is not None and count >= max(metrics.LEAST[metric] for metric in lacking)
+        would_do = count is not None and count >= max(METRICS[metric].min_images for metric in lacking)
         raise InputError(
             f"{name} has {count} images, but metrics {','.join(lacking)} of these features need {max(lacking.values())}; take more, or "
             + ("add --allow_few_images" if would_do else "other metrics")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -9,8 +10,8 @@ from typing import Any
 
 from ..config.hub_names import COMMIT
 from ..config.loading import stored
+from ..config.registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, TIMESTEP_SAMPLERS, WEIGHTINGS
 from ..config.schema import DIGITS, ObjectiveConfig, TrainConfig
-from ..config.validation import SPACES_OF_OTHERS
 
 TITLE = "# A diffusion model trained with debias_diffusers"
 TASK = "unconditional-image-generation"
@@ -182,7 +183,7 @@ def _others(num_classes: int, objective: ObjectiveConfig) -> str:
 
 
 def _command(objective: ObjectiveConfig) -> str:
-    solver = "flow_heun" if objective.prediction_type == "flow" else "unipc"
+    solver = DEFAULT_FLOW_SOLVER if objective.prediction_type == "flow" else DEFAULT_SOLVER
     return f"debias-sample {PLACEHOLDER} --scheduler {solver} --steps {min(20, objective.num_train_timesteps // 2)} --output_dir samples"
 
 
@@ -225,23 +226,23 @@ def _licence(config: TrainConfig) -> str:
 
 def _objective(objective: ObjectiveConfig) -> str:
     """The training objective in sentences; its numbers are in the table of the configuration."""
-    space, name = objective.prediction_type, objective.weighting
+    predicted, name = objective.prediction_type, objective.weighting
+    weighting, sampler = WEIGHTINGS[name], TIMESTEP_SAMPLERS[objective.timestep_sampler]
     if name == "variational":
-        sentences = [f"The network predicts {space} and a variance; the variational bound was minimised, without weights."]
-    elif name in SPACES_OF_OTHERS:
-        sentences = [f"The squared error of the network's {space} is weighted with {_code(name)}, as other code has it."]
+        sentences = [f"The network predicts {predicted} and a variance; the variational bound was minimised, without weights."]
+    elif weighting.repeats:
+        sentences = [f"The squared error of the network's {predicted} is weighted with {_code(name)}, as other code has it."]
     else:
         sentences = [
-            f"The squared error of the network's {space} is weighted with {_code(name)}, a weight defined on the error of the noise and "
-            f"converted to what the network predicts."
+            f"The squared error of the network's {predicted} is weighted with {_code(name)}, a weight defined on the error of the noise "
+            f"and converted to what the network predicts."
         ]
-    if name == "debiased":
-        sentences.append("`debiased` is 1/sqrt(SNR), from arXiv 2310.08442.")
-    if objective.timestep_sampler in ("log_normal", "logit_normal"):
-        sentences.append(
-            f"t was drawn with the density `{objective.timestep_sampler}` (mean {objective.timestep_mean}, standard deviation "
-            f"{objective.timestep_std}) without correction, so the objective is multiplied by this density."
-        )
+    if weighting.source:
+        sentences.append(f"{_code(name)} is {weighting.summary}, from {weighting.source}.")
+    if not sampler.corrected:
+        values = sampler.card.format(**dataclasses.asdict(objective))
+        density = _code(objective.timestep_sampler) + (f" ({values})" if values else "")
+        sentences.append(f"t was drawn with the density {density} without correction, so the objective is multiplied by this density.")
     if objective.learn_sigma and name != "variational":
         sentences.append("The variance of a sampling step is learned by the variational bound.")
     return "\n".join(sentences)

@@ -25,6 +25,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..config.registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, SOLVERS
 from ..config.schema import Clipping, ObjectiveConfig, SchedulerName, Spacing
 from ..diffusion.noise_schedule import is_flow, make_schedule, predicted_x_0
 from ..errors import InputError
@@ -292,7 +293,7 @@ class UniPC(UniPCMultistepScheduler):
         return float(a[0] * sigma[0] / (a[1] * sigma[1])), [float(on_newest), *others], float(on_differences[-1]) if correct else 0.0
 
 
-# name: the class, and what it needs beside the model's own scheduler configuration
+# By the names of `registry.SOLVERS`: the class, and what it needs beside the model's own scheduler configuration.
 SCHEDULERS: dict[SchedulerName, tuple[type, dict[str, Any]]] = {
     "ddpm": (DDPM, {}),
     "ddim": (DDIM, {}),
@@ -320,14 +321,15 @@ SCHEDULERS: dict[SchedulerName, tuple[type, dict[str, Any]]] = {
     "flow_euler": (FlowMatchEulerDiscreteScheduler, {}),
     "flow_heun": (FlowMatchHeunDiscreteScheduler, {}),
 }
-FLOW: tuple[SchedulerName, ...] = ("flow_euler", "flow_heun")
+assert SCHEDULERS.keys() == SOLVERS.keys(), SCHEDULERS.keys() ^ SOLVERS.keys()
+FLOW = tuple(name for name, spec in SOLVERS.items() if spec.flow)
 PLACES_OF_THEIR_OWN = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"}
 KNOWN_TO_ALL = {"linear", "scaled_linear", "squaredcos_cap_v2"}  # names of betas; DDPMScheduler has more than the others
 
 
 def default_scheduler(own: Any) -> SchedulerName:
     """The solver for a model whose own scheduler is `own`, where none is named."""
-    return "flow_heun" if is_flow(own) else "unipc"
+    return DEFAULT_FLOW_SOLVER if is_flow(own) else DEFAULT_SOLVER
 
 
 def exported_scheduler(objective: ObjectiveConfig) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:

@@ -11,8 +11,9 @@ from here import tiny, trained_here
 from safetensors.torch import load
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from debias_diffusers.config.registry import WEIGHTINGS
 from debias_diffusers.config.schema import ObjectiveConfig
-from debias_diffusers.config.validation import UNBOUNDED, objective_problems
+from debias_diffusers.config.validation import objective_problems
 from debias_diffusers.diffusion.loss import Terms, make_objective
 from debias_diffusers.errors import InputError, NotFiniteError
 from debias_diffusers.tasks.pixels import PixelTask
@@ -274,9 +275,10 @@ def test_how_a_weight_is_brought_to_other_spaces_is_said_where_it_is_chosen():
     assert "1/sqrt(SNR)" in (ROOT / "README.md").read_text()
 
 
+UNBOUNDED = sorted(name for name, spec in WEIGHTINGS.items() if spec.unbounded)
 ENDLESS = [
-    *({"noise_schedule": "cosine", "weighting": name} for name in sorted(UNBOUNDED)),
-    *({"rescale_betas_zero_snr": True, "weighting": name} for name in sorted(UNBOUNDED)),
+    *({"noise_schedule": "cosine", "weighting": name} for name in UNBOUNDED),
+    *({"rescale_betas_zero_snr": True, "weighting": name} for name in UNBOUNDED),
     *({"rescale_betas_zero_snr": True, "prediction_type": space, "weighting": "debiased_as_is"} for space in ("sample", "v_prediction")),
 ]
 
