@@ -52,6 +52,9 @@ def test_the_command_converts_and_stock_diffusers_draws_with_the_result(tmp_path
     process = command("-m", "debias_diffusers.convert", "guided", model, "--flags", flags, tmp_path / "out")
     _, err = process.communicate(timeout=HANG)
     assert process.returncode == 0 and "1915590 parameters" in err
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out").rglob("*.*")} == {usual}
     pipeline = DDPMPipeline.from_pretrained(str(tmp_path / "out"))
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(num_inference_steps=3, output_type="np").images.shape == (1, 32, 32, 3)

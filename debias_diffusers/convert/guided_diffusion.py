@@ -30,6 +30,7 @@ from ..pipelines.solvers import exported_scheduler
 from ..tasks.unet import build_unet, differing_fields, require_finite
 from ..utils.console import say
 from ..utils.files import (
+    fsync_file,
     read_json_object,
     remove_old_temporary_files,
     remove_temporary_files,
@@ -251,6 +252,8 @@ def _save(pipeline: DiffusionPipeline, folder: Path) -> None:
         remove_temporary_files(folder) if exists else remove_old_temporary_files(folder.parent)
         with temporary_folder(folder / "pipeline" if exists else folder) as temporary:
             pipeline.save_pretrained(temporary, safe_serialization=True)
+            for path in temporary.rglob("*.*"):
+                fsync_file(path)
             if exists:
                 for path in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
                     os.replace(path, folder / path.name)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import InputError, NoUsableCheckpointError, reason
-from ..utils.files import fsync_folder, temporary_folder, translate_write_errors, write_and_fsync
+from ..utils.files import fsync_file, fsync_folder, temporary_folder, translate_write_errors, write_and_fsync
 
 FORMAT = 1
 MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampler.safetensors"  # files of tensors
@@ -102,8 +102,8 @@ def _write_files(folder: Path, step: int, files: Iterable[tuple[str, Writer]], s
 
 def _synced(path: Path) -> dict[str, Any]:
     """Size and hash of a file that is on the disk when this returns."""
+    fsync_file(path)
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
         digest = _hash_of(file)
         return {"size": file.tell(), "sha256": digest}
 

@@ -58,10 +58,7 @@ def writers(tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, 
 
 
 def _write(values: Mapping[str, Tensor], path: Path) -> None:
-    path.touch()
-    mode = path.stat().st_mode  # that the umask allows; safetensors' own files are for their owner alone
     safetensors.torch.save_file({name: value.detach().cpu().contiguous() for name, value in values.items()}, path)
-    path.chmod(mode)
 
 
 def with_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

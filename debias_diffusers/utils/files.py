@@ -104,6 +104,21 @@ def write_and_fsync(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def move_file(path: Path, destination: Path) -> None:
+    """Moves a complete file on the same disk, atomically. A power cut leaves the old file, the new file, or none at `destination`."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    fsync_file(path)
+    os.replace(path, destination)
+    fsync_folder(destination.parent)
+
+
+def fsync_file(path: Path) -> None:
+    """Syncs a file and gives it the mode that the umask allows, as its folder has it: safetensors writes files for their owner only."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Creates a temporary folder next to `path`, to fill and to rename; removes it at the end if it still exists."""
@@ -113,15 +128,6 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def move_file(path: Path, destination: Path) -> None:
-    """Moves a complete file on the same disk, atomically. A power cut leaves the old file, the new file, or none at `destination`."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(path, destination)
-    fsync_folder(destination.parent)
 
 
 def fsync_folder(folder: Path) -> None:
