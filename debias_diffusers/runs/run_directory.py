@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import math
 import os
-import signal
-import sys
-import threading
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
-from . import checkpoints
-from .checkpoints import Checkpoint
 from ..config.hub_names import is_hub_id, is_pinned, place_of
 from ..config.loading import BEFORE_THE_FIELD, differences, stored, to_json
 from ..config.schema import DIGITS, TrainConfig
-from ..errors import CannotWriteError, InputError, raise_all
-from ..utils.files import contents, read_json, remove_drafts, said_if_not_writable, take_lock, was_locked, write_file
-
-from .metrics_file import METRICS
-
-from .metrics_file import Metrics
-
+from ..errors import InputError, raise_all
 from ..utils.console import say
+from ..utils.files import contents, read_json, remove_drafts, take_lock, was_locked, write_file
+from . import checkpoints
+from .checkpoints import Checkpoint
+from .metrics_file import METRICS, Metrics
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
