@@ -23,13 +23,15 @@ def sleep(seconds):
 time.sleep = sleep
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, ModelCardData, hf_api  # noqa: F401
-from debias_diffusers import cli, hub, publish  # noqa: F401
-hub.TIMEOUT = float(os.environ.get("TIMEOUT", hub.TIMEOUT))
+from debias_diffusers import cli
+from debias_diffusers.hub import client, publish  # noqa: F401
+client.TIMEOUT = float(os.environ.get("TIMEOUT", client.TIMEOUT))
 if "TORCH" in os.environ:  # what the commands import, once for all
-    from debias_diffusers import likelihood, training  # noqa: F401
+    from debias_diffusers.evaluation import likelihood  # noqa: F401
+    from debias_diffusers.training import trainer  # noqa: F401
 for line in sys.stdin:
     program, token, arguments, limit = json.loads(line)
-    hub.TIMEOUT = limit or hub.TIMEOUT
+    client.TIMEOUT = limit or client.TIMEOUT
     with tempfile.TemporaryFile("w+") as said:
         pid = os.fork()
         if pid == 0:
