@@ -1,6 +1,7 @@
 """What is on the Hub is what was trained, for us and for stock diffusers; and what is read from it is named by its commit."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -130,16 +131,27 @@ def test_a_model_fine_tuned_from_the_hub_starts_with_its_weights(worker, server,
 # ---- without an answer -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["offline", "unreachable"])
-def test_without_the_hub_the_cache_serves_and_this_is_said(worker, server, tmp_path, how):
+@pytest.fixture(params=["offline", "unreachable"])
+def cut_off(request, worker, server):
+    """Has the cache of the other process."""
+    if request.param == "unreachable":
+        server.fault(action="drop", times=math.inf)
+        yield worker
+        return
+    offline = Worker(server, worker.home, TORCH="", HF_HUB_OFFLINE="1")
+    yield offline
+    offline.close()
+
+
+@pytest.fixture
+def drawn_before(worker, server, tmp_path):
     assert sampled(worker, "alice/digits", tmp_path / "before")[0] == 0
-    cut_off = Worker(server, worker.home, TORCH="", **how)  # with the same cache
-    try:
-        code, said = sampled(cut_off, "alice/classes", tmp_path / "cold")
-        assert code == 7 and "asking the Hub for model alice/classes" in said
-        code, said = sampled(cut_off, "alice/digits", tmp_path / "after")
-    finally:
-        cut_off.close()
+
+
+def test_without_the_hub_the_cache_serves_and_this_is_said(drawn_before, cut_off, server, tmp_path):
+    code, said = sampled(cut_off, "alice/never-seen", tmp_path / "cold")
+    assert code == 7 and "asking the Hub for model alice/never-seen" in said
+    code, said = sampled(cut_off, "alice/digits", tmp_path / "after")
     commit = server.commits("alice/digits")[0]["id"]
     assert code == 0 and f"taken from the cache as of commit {commit}, which may not be its newest" in said
     assert (tmp_path / "after" / "000000.png").read_bytes() == (tmp_path / "before" / "000000.png").read_bytes()

@@ -90,7 +90,7 @@ def test_killed_three_times_the_run_ends_with_the_same_bits(whole, tmp_path, tri
 
 
 @pytest.mark.row(1, SAME_AGAIN)
-@pytest.mark.parametrize("trial", range(4))
+@pytest.mark.parametrize("trial", [0, 1, *(pytest.param(trial, marks=pytest.mark.nightly) for trial in (2, 3))])
 def test_killed_five_times_at_random_moments_the_run_ends_with_the_same_bits(whole, tmp_path, trials, trial):
     moments = random.Random(trial)
     kill_and_finish(tmp_path / "run", LONG, [moments.uniform(0.3, 1) for _ in range(5)], trials)
