@@ -1,11 +1,13 @@
 """What several tests use: the repository's root, the tiny configuration, and commands in processes of their own."""
 
 import contextlib
+import fcntl
 import json
 import math
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,6 +34,14 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CP
 os.environ.update(OFFLINE)
 
 
+# Their tests take longest. They go first, so that at the end the processes of pytest-xdist have small ones to share.
+SLOW = ("test_publishing", "test_kills", "test_loop", "test_outputs", "test_training", "test_convert", "test_samples", "test_known_data")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
 STARTED = []  # by the test at hand: what has a `kill`
 
 
@@ -50,9 +60,21 @@ def command(*args, **options):
     return STARTED[-1]
 
 
-# Most commands run in processes forked from one that has imported torch and diffusers: seconds less for each.
+# Most commands run in processes forked from one that has imported what they and the modules of tests need: seconds less for each.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["debias_diffusers.training.setup", "debias_diffusers.cli", "datasets"])
+SERVER.set_forkserver_preload(
+    [
+        "debias_diffusers.cli",
+        "debias_diffusers.training.setup",
+        "debias_diffusers.sampling.generate",
+        "debias_diffusers.evaluation.score",
+        "debias_diffusers.evaluation.likelihood",
+        "datasets",
+        "debias_diffusers.evaluation.plots",
+        "matplotlib.backends.backend_agg",
+        "pytest",
+    ]
+)
 COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate"}
 
 
@@ -221,22 +243,31 @@ def cpu_of_children():
     yield lambda: used() - before
 
 
+def trained_once(tmp_path_factory, name, *flags):
+    """A copy of a tiny run that one of the processes of pytest-xdist trains for all; the others wait for its lock."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / f"trained-{name}"
+    with open(root / f"trained-{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            code, _, err = run(*train_args(root / f"training-{name}", *flags))
+            assert code == 0, err
+            (root / f"training-{name}").rename(folder)
+    return Path(shutil.copytree(folder, tmp_path_factory.mktemp("runs") / name))
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """An uninterrupted tiny run of 24 steps."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    code, _, err = run(*train_args(folder))
-    assert code == 0, err
-    return folder
+    return trained_once(tmp_path_factory, "whole")
 
 
 @pytest.fixture(scope="session")
 def trained_by_class(tmp_path_factory):
     """A tiny class-conditional run."""
-    folder = tmp_path_factory.mktemp("runs") / "classes"
-    code, _, err = run(*train_args(folder, "--class_conditional", "--max_steps", 6))
-    assert code == 0, err
-    return folder
+    return trained_once(tmp_path_factory, "classes", "--class_conditional", "--max_steps", 6)
 
 
 # ---- the table of docs/reliability.md ---------------------------------------------------------------------------------

@@ -27,8 +27,9 @@ from debias_diffusers import cli
 from debias_diffusers.hub import client, publish  # noqa: F401
 client.TIMEOUT = float(os.environ.get("TIMEOUT", client.TIMEOUT))
 if "TORCH" in os.environ:  # what the commands import, once for all
-    from debias_diffusers.evaluation import likelihood  # noqa: F401
-    from debias_diffusers.training import trainer  # noqa: F401
+    import datasets
+    from debias_diffusers.evaluation import likelihood, score  # noqa: F401
+    from debias_diffusers.training import setup  # noqa: F401
 for line in sys.stdin:
     program, token, arguments, limit = json.loads(line)
     client.TIMEOUT = limit or client.TIMEOUT
@@ -38,7 +39,12 @@ for line in sys.stdin:
             os.environ["HF_TOKEN"] = token
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
-            code = getattr(cli, program)(arguments)
+            if program == "script":
+                text, *sys.argv[1:] = arguments
+                exec(text, {})
+                code = 0
+            else:
+                code = getattr(cli, program)(arguments)
             print(f"waited {meant[0]:g} s", file=sys.stderr, flush=True)
             os._exit(code)
         print(pid, flush=True)
@@ -70,7 +76,7 @@ class Worker:
         self.process = subprocess.Popen([sys.executable, "-c", WORKER], cwd=ROOT, env=self.environment, **streams)
 
     def start(self, program, *args, token="hf_write", timeout=None):
-        """The process that does `train`, `sample`, `evaluate` or `push` now; `timeout` is of its requests, in seconds."""
+        """The process that does `train`, `sample`, `evaluate`, `push` or a script now; `timeout` is of its requests, in seconds."""
         self.drain()
         self.process.stdin.write(json.dumps([program, token, [str(arg) for arg in args], timeout]) + "\n")
         self.process.stdin.flush()
@@ -99,6 +105,12 @@ class Worker:
 
     def push(self, run, *flags):
         return self.run("push", "push", run, *flags)
+
+    def script(self, text, *args):
+        """What a script printed that uses the Hub; one that fails ends the process, and so the test."""
+        code, said = self.run("script", text, *args)
+        assert code == 0, said
+        return said
 
     def killed(self, run, *flags, when):
         """Pushes until `when()`, and kills it; whether it was still at work."""

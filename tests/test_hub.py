@@ -1,6 +1,7 @@
 """What is on the Hub is what was trained, for us and for stock diffusers; and what is read from it is named by its commit."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -39,14 +40,6 @@ def server(worker):
     return worker.server
 
 
-def python(server, home, code, *args, **settings):
-    """What a script prints that uses the Hub."""
-    words = [sys.executable, "-c", code, *map(str, args)]
-    done = subprocess.run(words, env=environment(server, home / "home", **settings), capture_output=True, text=True, cwd=home)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def sampled(worker, model, folder, *more, **options):
     """Draws an image: (exit code, what was said)."""
     flags = ["--steps", 2, "--num_images", 1, "--num_threads", 1, "--output_dir", folder]
@@ -69,7 +62,9 @@ pipeline(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual
 
 
 def test_stock_diffusers_loads_a_pushed_run_and_its_averages_bit_for_bit(server, trained, tmp_path):
-    python(server, tmp_path, STOCK)
+    words = [sys.executable, "-c", STOCK]
+    done = subprocess.run(words, env=environment(server, tmp_path / "home"), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     checkpoint = tensors(trained, 24)
     for name, rate in (("plain", "ema_0.9"), ("variant", "ema_0.99"), ("tag", "ema_0.9")):
         loaded, kept = load((tmp_path / f"{name}.safetensors").read_bytes()), load(checkpoint[f"{rate}.safetensors"])
@@ -82,14 +77,14 @@ import sys
 from debias_diffusers import PixelPipeline
 from safetensors.torch import save_file
 pipeline = PixelPipeline.from_pretrained("alice/classes", revision="step-00000006")
-save_file(pipeline.unet.state_dict(), "classes.safetensors")
+save_file(pipeline.unet.state_dict(), sys.argv[1])
 assert pipeline.num_classes == 10 and pipeline.config.null_label == 10
 pipeline(batch_size=2, class_labels=[3, 4], guidance_scale=2, num_inference_steps=3)
 """
 
 
-def test_a_class_conditional_model_comes_back_through_our_pipeline(server, trained_by_class, tmp_path):
-    python(server, tmp_path, OURS, PYTHONPATH=str(ROOT))
+def test_a_class_conditional_model_comes_back_through_our_pipeline(worker, server, trained_by_class, tmp_path):
+    worker.script(OURS, tmp_path / "classes.safetensors")
     loaded = load((tmp_path / "classes.safetensors").read_bytes())
     kept = load(tensors(trained_by_class, 6)["ema_0.9.safetensors"])
     assert loaded.keys() == kept.keys() and all(torch.equal(loaded[key], kept[key]) for key in kept)
@@ -136,16 +131,27 @@ def test_a_model_fine_tuned_from_the_hub_starts_with_its_weights(worker, server,
 # ---- without an answer -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["offline", "unreachable"])
-def test_without_the_hub_the_cache_serves_and_this_is_said(worker, server, tmp_path, how):
+@pytest.fixture(params=["offline", "unreachable"])
+def cut_off(request, worker, server):
+    """Has the cache of the other process."""
+    if request.param == "unreachable":
+        server.fault(action="drop", times=math.inf)
+        yield worker
+        return
+    offline = Worker(server, worker.home, TORCH="", HF_HUB_OFFLINE="1")
+    yield offline
+    offline.close()
+
+
+@pytest.fixture
+def drawn_before(worker, server, tmp_path):
     assert sampled(worker, "alice/digits", tmp_path / "before")[0] == 0
-    cut_off = Worker(server, worker.home, TORCH="", **how)  # with the same cache
-    try:
-        code, said = sampled(cut_off, "alice/classes", tmp_path / "cold")
-        assert code == 7 and "asking the Hub for model alice/classes" in said
-        code, said = sampled(cut_off, "alice/digits", tmp_path / "after")
-    finally:
-        cut_off.close()
+
+
+def test_without_the_hub_the_cache_serves_and_this_is_said(drawn_before, cut_off, server, tmp_path):
+    code, said = sampled(cut_off, "alice/never-seen", tmp_path / "cold")
+    assert code == 7 and "asking the Hub for model alice/never-seen" in said
+    code, said = sampled(cut_off, "alice/digits", tmp_path / "after")
     commit = server.commits("alice/digits")[0]["id"]
     assert code == 0 and f"taken from the cache as of commit {commit}, which may not be its newest" in said
     assert (tmp_path / "after" / "000000.png").read_bytes() == (tmp_path / "before" / "000000.png").read_bytes()
@@ -205,9 +211,13 @@ print(commit.oid)
 """
 
 
+def commit_of(said):
+    return re.search(r"^[0-9a-f]{40}$", said, re.M)[0]
+
+
 def test_a_run_learns_from_the_commit_of_a_data_set_that_it_began_with(worker, server, tmp_path):
     digits = ROOT / "debias_diffusers" / "data" / "digits.parquet"
-    first = python(server, tmp_path, UPLOAD, digits).strip()
+    first = commit_of(worker.script(UPLOAD, digits))
 
     def train(steps, folder="run"):
         flags = ["--dataset", "alice/set", "--num_workers", 0, "--max_steps", steps]
@@ -217,7 +227,7 @@ def test_a_run_learns_from_the_commit_of_a_data_set_that_it_began_with(worker, s
 
     assert train(4) == f"alice/set@{first}"
     pyarrow.parquet.write_table(pyarrow.parquet.read_table(digits).slice(0, 100), tmp_path / "fewer.parquet")
-    second = python(server, tmp_path, UPLOAD, tmp_path / "fewer.parquet").strip()
+    second = commit_of(worker.script(UPLOAD, tmp_path / "fewer.parquet"))
     assert train(6) == f"alice/set@{first}"  # and no word of changed data
     text = (tmp_path / "run" / "README.md").read_text()
     assert f"at revision `{first}`" in text and "datasets:\n- alice/set\n" in text and "1797 images" in text

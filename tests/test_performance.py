@@ -1,9 +1,11 @@
 """A training that is fast is the same training: what is done beside it, kept, laid out or recomputed changes no result."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import platform
+import resource
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import HANG, ROOT, command, launched, metrics, run, same, tensors, train_args, wait_for
+from conftest import HANG, ROOT, SERVER, command, launched, metrics, run, same, tensors, train_args, wait_for
 from here import tiny, trained_here
 from PIL import Image
 from safetensors.torch import load, load_file
@@ -26,6 +28,7 @@ from debias_diffusers.runs import checkpoints
 from debias_diffusers.runs.run_directory import open_run
 from debias_diffusers.tasks.pixels import PixelTask, network_arguments
 from debias_diffusers.tasks.unet import build_unet
+from debias_diffusers.training import device
 from debias_diffusers.training.device import memory_format, start_accelerator, to_train
 from debias_diffusers.training.hooks import Checkpointer
 from debias_diffusers.training.setup import make_trainer
@@ -173,26 +176,26 @@ def test_where_convolutions_lie_channels_last_nothing_in_between_lies_otherwise(
     assert network.training and all(module.training for module in network.modules() if isinstance(module, torch.nn.Dropout))
 
 
-def page_faults(lines):
-    """Of filling 40 MB once more, in a process that begins with these lines; the fewest, as the first may each find another place."""
-    program = f"""
-import resource, torch
-from debias_diffusers.training import device
-{lines}
-counts = []
-for _ in range(6):
-    torch.ones(10_000_000)
-    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(min(after - before for before, after in zip(counts, counts[1:])))
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True)
-    return int(done.stdout)
+def page_faults(keeping):
+    """Of filling 40 MB once more, in a process that has kept freed memory or not; the fewest, as the first may each find another place."""
+    with SERVER.Pool(1) as pool:
+        return pool.apply(_page_faults, (keeping,))
+
+
+def _page_faults(keeping):
+    if keeping:
+        device._keep_freed_memory()
+    counts = []
+    for _ in range(6):
+        torch.ones(10_000_000)
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    return min(after - before for before, after in itertools.pairwise(counts))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or platform.libc_ver()[1] < "2.35", reason="of glibc")
 def test_memory_that_was_freed_is_taken_again_without_asking_the_system():
-    assert page_faults("") > 1000  # 9766 pages of 4 KB
-    assert page_faults("device._keep_freed_memory()") < 100
+    assert page_faults(keeping=False) > 1000  # 9766 pages of 4 KB
+    assert page_faults(keeping=True) < 100
 
 
 def test_a_resumed_run_lays_its_moments_as_its_weights(trained, tmp_path):

@@ -4,13 +4,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import HANG, ROOT, TINY, command, launched, metrics, newest_step, run, same, tensors, train_args, writers
+from conftest import HANG, SERVER, TINY, command, launched, metrics, newest_step, run, same, tensors, train_args, writers
 from diffusers import (
     CMStochasticIterativeScheduler,
     DDPMPipeline,
@@ -345,13 +344,14 @@ def test_a_folder_with_other_files_is_not_made_a_run_directory(tmp_path):
 
 STOCK = """
 import json, sys
-sys.modules["debias_diffusers"] = None  # as if it were not installed
+for name in [name for name in sys.modules if name.startswith("debias_diffusers")]:
+    sys.modules[name] = None  # as if it were not installed
 import numpy as np, torch
 from diffusers import DDPMPipeline
-pipeline = DDPMPipeline.from_pretrained(sys.argv[1])
-generators = [torch.Generator().manual_seed(json.loads(line)["seed"]) for line in open(sys.argv[3])]
+pipeline = DDPMPipeline.from_pretrained("{0}")
+generators = [torch.Generator().manual_seed(json.loads(line)["seed"]) for line in open("{1}/ours/metadata.jsonl")]
 images = pipeline(batch_size=6, generator=generators, num_inference_steps=15).images
-np.save(sys.argv[2], np.stack([np.asarray(image) for image in images]))
+np.save("{1}/stock.npy", np.stack([np.asarray(image) for image in images]))
 """
 
 
@@ -371,10 +371,10 @@ def test_stock_diffusers_loads_the_run_and_draws_the_same_images(trained, tmp_pa
         tmp_path / "ours",
     ]
     assert run("sample.py", trained, *flags)[0] == 0
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(trained), "stock.npy", "ours/metadata.jsonl"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    process = SERVER.Process(target=exec, args=(STOCK.format(trained, tmp_path), {}))
+    process.start()
+    process.join(HANG)
+    assert process.exitcode == 0
     stock = np.load(tmp_path / "stock.npy")
     for k in range(6):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "ours" / f"{k:06d}.png")), stock[k])
@@ -582,20 +582,21 @@ def test_images_per_second_are_those_of_the_steps(tmp_path, monkeypatch):
     ],
 )
 def test_omp_num_threads_of_the_user_is_obeyed_and_that_of_the_launcher_not(given, of_launcher, threads, monkeypatch, capsys):
-    script = "from debias_diffusers.utils import distributed; print(distributed._omp_num_threads())"
     if of_launcher is None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
         for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
             monkeypatch.delenv(name, raising=False)
         assert distributed._omp_num_threads() == threads
         return
-    # A process with another environment than that it was started with, as the launcher's children have one.
-    parent = f"import os, subprocess, sys; os.environ.update(OMP_NUM_THREADS={given!r}, ACCELERATE_MIXED_PRECISION='no');"
-    parent += f"sys.exit(subprocess.call([sys.executable, '-c', {script!r}]))"
+    # The launcher was started with another environment than its children get.
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment |= {"OMP_NUM_THREADS": of_launcher} if of_launcher else {}
-    found = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert found.stdout.strip() == str(threads), found.stderr
+    parent = subprocess.Popen(["cat"], env=environment, stdin=subprocess.PIPE)
+    monkeypatch.setattr(os, "getppid", lambda: parent.pid)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert distributed._omp_num_threads() == threads
+    parent.communicate()
 
 
 def test_what_is_taken_of_omp_num_threads_is_said(monkeypatch, capfd):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import HANG, ROOT, command, cpu_of_children, gone, metrics, newest_step, tensors, train_args, wait_for, writers
+from conftest import HANG, command, cpu_of_children, gone, metrics, newest_step, tensors, train_args, wait_for, writers
 from pushing import Worker, copy_of, environment, repository, served, settle
 from safetensors.numpy import load, save
 
@@ -173,24 +173,16 @@ def test_what_is_there_already_is_not_pushed_again(hub, worker, run, repo):
 def test_files_of_others_stay_but_not_weights_that_would_be_taken_for_these(hub, worker, run, repo):
     assert worker.push(run, "--hub_model_id", repo)[0] == 0
     add = """
+import sys
 from huggingface_hub import HfApi
 weights = ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.ema_0_5.safetensors")
 for name in ("notes.txt", "vae/diffusion_pytorch_model.safetensors", *(f"unet/{name}" for name in weights)):
     HfApi().upload_file(path_or_fileobj=b"x" * 9, path_in_repo=name, repo_id=sys.argv[1])
 """
-    client(hub, run, add, repo)
+    worker.script(add, repo)
     (run / "metrics.jsonl").write_text("")
     assert worker.push(run, "--hub_model_id", repo)[0] == 0
     assert set(hub.files(repo)) == {*pushed(run), *REPOSITORY, "notes.txt", "vae/diffusion_pytorch_model.safetensors"}
-
-
-def client(hub, home, code, *args, token="hf_write"):
-    """Runs a script that uses the Hub's client; returns what it printed."""
-    settings = environment(hub, Path(home) / "home", token)
-    words = [sys.executable, "-c", f"import sys\n{code}", *map(str, args)]
-    done = subprocess.run(words, env=settings, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 # ---- kills and company -----------------------------------------------------------------------------------------------
@@ -262,12 +254,16 @@ def test_a_run_is_pushed_by_one_process_at_a_time(hub, worker, run, repo, tmp_pa
 
 
 @OVER_LFS
-def test_a_command_that_a_test_has_left_is_ended_and_answers_for_no_other(hub, worker, run, repo):
+def test_a_command_that_a_test_has_left_is_ended_and_answers_for_no_other(hub, run, repo, tmp_path):
     hub.hold(path="/api/whoami-v2")
-    pid = worker.start("push", "push", run, "--hub_model_id", repo, timeout=HANG)
-    wait_for(lambda: hub.log)
-    code, said = worker.push(run)
-    assert code == 2 and "never pushed" in said and gone(pid)
+    worker = Worker(hub, tmp_path / "home", TIMEOUT="1")
+    try:
+        pid = worker.start("push", "push", run, "--hub_model_id", repo, timeout=HANG)
+        wait_for(lambda: hub.log)
+        code, said = worker.push(run)
+        assert code == 2 and "never pushed" in said and gone(pid)
+    finally:
+        worker.close()
 
 
 @OVER_LFS
@@ -565,6 +561,7 @@ def test_a_push_over_its_time_limit_is_stopped(run, monkeypatch, capsys):
 
 
 BIN_ONLY = """
+import sys
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
@@ -587,7 +584,7 @@ api.upload_file(path_or_fileobj=f"{run}/weights.bin", path_in_repo="unet/diffusi
 @pytest.mark.row(47, "a model with .bin weights only is an error unless a flag allows it, and then only tensors are read")
 @pytest.mark.parametrize("kind", ["tensors", "program"])
 def test_bin_weights_are_taken_only_when_asked_for_and_as_tensors(hub, worker, run, repo, tmp_path, kind):
-    client(hub, tmp_path, BIN_ONLY, repo, run, kind)
+    worker.script(BIN_ONLY, repo, run, kind)
     flags = ["--steps", 2, "--num_images", 2, "--num_threads", 1, "--output_dir"]
     for more, code, named in (([], 2, "--allow_pickle_import"), (["--allow_pickle_import"], 0 if kind == "tensors" else 2, "")):
         ended, said = worker.run("sample", repo, *flags, tmp_path / f"drawn{code}{len(more)}", *more, timeout=60)

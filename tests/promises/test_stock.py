@@ -1,5 +1,6 @@
 """Rows 74 to 76 of docs/reliability.md: runs in stock diffusers, code and commands as they are shown, and what generic tools ask of us."""
 
+import itertools
 import re
 import shlex
 from contextlib import nullcontext
@@ -210,9 +211,15 @@ KINDS = {
 }
 
 
+# Each kind once, and the usual one both ways.
+USUAL = {("epsilon", 0), ("epsilon", 3), ("learned", 0), ("flow", 0), ("zero", 3), ("variational", 3)}
+
+
 @pytest.mark.row(75, SHOWN)
-@pytest.mark.parametrize("classes", (0, 3))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, classes",
+    [pytest.param(*each, marks=() if each in USUAL else pytest.mark.nightly) for each in itertools.product(KINDS, (0, 3))],
+)
 def test_a_card_s_code_and_command_run(kind, classes, tmp_path, few_steps):
     T = 500 if kind == "zero" else 40
     pipeline = small_pipeline(classes, num_train_timesteps=T, **KINDS[kind])
