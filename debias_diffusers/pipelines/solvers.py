@@ -214,11 +214,7 @@ def _corrected(x_s: Tensor, noise: Tensor, acp_s: Tensor, noise_before: Tensor, 
 
 
 class UniPC(UniPCMultistepScheduler):
-    """UniPC (arXiv 2302.04867) that also accepts a list of timesteps, and computes its coefficients with numpy.
-
-    The base class solves its small linear systems with some sixty tensor operations per step, which takes longer than a small
-    network on a fast device.
-    """
+    """UniPC (arXiv 2302.04867) that also accepts a list of timesteps."""
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None) -> None:
         """Spaced timesteps, or these (descending)."""
@@ -239,58 +235,6 @@ class UniPC(UniPCMultistepScheduler):
         _index(self, timestep)
         stepped: SchedulerOutput | tuple[Tensor] = super().step(model_output, timestep, sample, return_dict)
         return stepped
-
-    def multistep_uni_p_bh_update(self, model_output: Tensor, *args: Any, sample: Tensor, order: int) -> Tensor:
-        """The predictor, UniP: x_t (B, C, H, W) at the next timestep, from the x_0 predicted at this and `order` - 1 earlier ones."""
-        if not self._is_weighed:
-            predicted: Tensor = super().multistep_uni_p_bh_update(model_output, sample=sample, order=order)
-            return predicted
-        on_x, on_x_0, _ = self._weights(self.step_index + 1, order, correct=False)
-        return self._combined(on_x * sample, on_x_0)
-
-    def multistep_uni_c_bh_update(
-        self, this_model_output: Tensor, *args: Any, last_sample: Tensor, this_sample: Tensor, order: int
-    ) -> Tensor:
-        """The corrector, UniC: recomputes x_t (B, C, H, W) at this timestep with the x_0 predicted from it."""
-        if not self._is_weighed:
-            corrected: Tensor = super().multistep_uni_c_bh_update(
-                this_model_output, last_sample=last_sample, this_sample=this_sample, order=order
-            )
-            return corrected
-        on_x, on_x_0, on_this = self._weights(self.step_index, order, correct=True)
-        return self._combined(on_x * last_sample + on_this * this_model_output, on_x_0)
-
-    @property
-    def _is_weighed(self) -> bool:
-        """Whether `_weights` supports the configuration; others use the base class."""
-        return self.predict_x0 and self.config.solver_type == "bh1" and not self.solver_p
-
-    def _combined(self, x_t: Tensor, on_x_0: Sequence[float]) -> Tensor:
-        for weight, x_0 in zip(on_x_0, reversed(self.model_outputs)):
-            x_t = x_t.add(x_0, alpha=weight)
-        return x_t
-
-    def _weights(self, place: int, order: int, correct: bool) -> tuple[float, list[float], float]:
-        """Coefficients of a step to the timestep at index `place`: of x, of the earlier x_0 (newest first), of the x_0 at `place`.
-
-        Algorithms 1 and 2 with B(h) = h for predicted x_0; names as in appendix A; lambda = log(a / s).
-        """
-        sigma = self.sigmas[place - order : place + 1].double().numpy()[::-1]  # s / a at the target timestep, at the one before, ...
-        a, lambdas = 1 / np.sqrt(1 + sigma**2), -np.log(sigma)
-        h = lambdas[1] - lambdas[0]
-        r = np.append((lambdas[2:] - lambdas[1]) / -h, 1.0)
-        known = order if correct else order - 1
-        phi, factorial, g = np.expm1(h) / h - 1 if known else 0.0, 1, []  # h is 0 in a last step from t = 0, which is of order 1
-        for k in range(1, known + 1):
-            g.append(phi * factorial / h)
-            factorial *= k + 1
-            phi = phi / h - 1 / factorial
-        # For the lowest order the paper's code takes the limit of small h.
-        rho = np.full(1, 0.5) if known == 1 else np.linalg.solve(np.vander(r[:known], known, increasing=True).T, g)
-        on_differences = -a[0] * h * rho / r[:known]
-        others = on_differences[: order - 1].tolist()
-        on_newest = -a[0] * np.expm1(h) - on_differences.sum()
-        return float(a[0] * sigma[0] / (a[1] * sigma[1])), [float(on_newest), *others], float(on_differences[-1]) if correct else 0.0
 
 
 # By the names of `registry.SOLVERS`: the class, and what it needs beside the model's own scheduler configuration.
