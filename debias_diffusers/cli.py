@@ -171,7 +171,7 @@ Evaluate diffusion models and their objectives. eval.py COMMAND --help lists the
 
 WEIGHTS_HELP = """Draw the weights of an objective, over t and over log SNR and in every prediction space: weights.png and weights.csv.
 
-The flags of the objective are those of train.py. --prediction_type flow takes the noise levels of rectified flow; all spaces are
+The flags of the objective are those of train.py. --prediction_type flow takes the noise schedule of rectified flow; all spaces are
 drawn anyhow."""
 
 

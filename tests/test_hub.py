@@ -255,7 +255,7 @@ def test_a_run_learns_from_the_commit_of_a_data_set_that_it_began_with(worker, s
 )
 def test_names_of_repositories(name, is_one, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert hub_names.is_id(name) == is_one
+    assert hub_names.is_model_id(name) == is_one
 
 
 def test_a_resume_may_say_the_name_without_the_commit_but_not_another_one():

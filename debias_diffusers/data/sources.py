@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from ..config.hub_names import is_hub_id, place_of
+from ..config.hub_names import absolute_path, is_dataset_id
 from ..config.schema import DIGITS, DataConfig
 from ..errors import CannotWriteError, InputError, raise_all, reason
 from ..utils.files import read_file, require_writable
@@ -454,7 +454,7 @@ def _open(config: DataConfig, order: ClassOrder) -> Source:
         if not path.is_file():
             raise InputError(f"dataset {path} does not exist")
         return ImageTable(_load("parquet", config, data_files=str(path)), config, order)
-    if not is_hub_id(config.dataset):
+    if not is_dataset_id(config.dataset):
         advice = _hub_id_advice(config.dataset)
         raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id{advice}")
     repo, _, revision = config.dataset.partition("@")
@@ -502,9 +502,9 @@ def _digits() -> Any:
 
 def _hub_id_advice(dataset: str) -> str:
     """Advice for a missing path that could be a Hub id; empty if the path exists."""
-    if Path(dataset).exists() or not is_hub_id(f"{dataset}@main"):
+    if Path(dataset).exists() or not is_dataset_id(f"{dataset}@main"):
         return ""
-    return f": {place_of(dataset)} does not exist; {dataset}@main asks the Hub for it"
+    return f": {absolute_path(dataset)} does not exist; {dataset}@main asks the Hub for it"
 
 
 def _load(path: str, config: DataConfig, **kwargs: Any) -> Any:

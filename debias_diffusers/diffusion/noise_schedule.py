@@ -96,7 +96,7 @@ def predicted_x_0(prediction_type: PredictionType, prediction: Tensor, x_t: Tens
 
 
 def prediction_of_x_0(prediction_type: PredictionType, x_0: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """The prediction that implies this clean image: the inverse of `predicted_x_0`, for s > 0."""
+    """The prediction (B, C, H, W) that implies this clean image: the inverse of `predicted_x_0`, for s > 0."""
     if prediction_type == "sample":
         return x_0
     noise = (x_t - a * x_0) / s

@@ -48,7 +48,7 @@ class Sample:
 
     @staticmethod
     def joined(parts: Sequence[Mapping[str, Tensor]]) -> Sample:
-        """Of batches of features."""
+        """Of batches of features, each (B, D) by layer."""
         return Sample.of({layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]})
 
     def moments(self, layer: str) -> Statistics:

@@ -46,7 +46,7 @@ def plot_weights(config: WeightsConfig) -> None:
     drawn = _png(_figure(schedule, tables))
     write_file(numbers, _csv(schedule, tables).encode())
     write_file(picture, drawn)
-    say(f"weights of {len(schedule)} noise levels in {numbers}, drawn in {picture}")
+    say(f"weights of {len(schedule)} timesteps in {numbers}, drawn in {picture}")
 
 
 def _png(figure: Figure) -> bytes:

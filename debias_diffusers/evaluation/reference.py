@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..config import hub_names
-from ..config.hub_names import is_hub_id, is_pinned, place_of
+from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
 from ..config.loading import read_config, stored
 from ..config.schema import DIGITS, BitsConfig, DataConfig, MeasureConfig, TrainConfig
 from ..data import image_folders
@@ -115,7 +115,7 @@ def _values_of_run(target: str) -> dict[str, Any] | None:
     Raises:
         InputError: the data do not exist.
     """
-    if not hub_names.is_id(target):
+    if not hub_names.is_model_id(target):
         run = Path(target)
         if not (run / CHECKPOINTS).is_dir() or not (run / CONFIG).is_file():
             return None
@@ -135,7 +135,7 @@ def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) ->
         return values
     if os.path.exists(os.path.expanduser(typed)):
         before = {name: value for name, value in state.get("data", {}).items() if name != "skipped"}
-        if lay is None or place_of(typed) == lay or _fingerprint(values) == before:
+        if lay is None or absolute_path(typed) == lay or _fingerprint(values) == before:
             return values
     if lay is None or not os.path.exists(lay):
         raise InputError(f"{target} was trained on {lay or typed}, which does not exist; name the data with --reference")
@@ -153,5 +153,5 @@ def pinned_data(reference: Any, accelerator: Accelerator) -> Any:
     """Adds the commit to the Hub id of a data set, the same in all processes; returns the `.npz` of packed samples; else unchanged."""
     if isinstance(reference, str) and (file := image_folders.packed_samples(Path(reference))):
         return str(file)
-    named = isinstance(reference, str) and Path(reference).suffix not in (".npz", ".safetensors") and is_hub_id(reference)
+    named = isinstance(reference, str) and Path(reference).suffix not in (".npz", ".safetensors") and is_dataset_id(reference)
     return broadcast_from_first(lambda: client.pinned(reference, "dataset"), accelerator) if named else reference

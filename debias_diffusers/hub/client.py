@@ -17,7 +17,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError  # the builtin
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..config.hub_names import COMMIT, split
+from ..config.hub_names import COMMIT, split_revision
 from ..config.schema import HubConfig
 from ..errors import HubError, InputError, shortened
 from ..utils.console import say
@@ -218,7 +218,7 @@ def pinned(name: str, kind: str = "model") -> str:
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    repo, revision = split(name)
+    repo, revision = split_revision(name)
     if revision and COMMIT.fullmatch(revision):
         return name
     where = f"asking the Hub for {kind} {name}, as there is no such folder here"
@@ -265,7 +265,7 @@ def download_model(name: str, variant: str | None = None, allow_pickle: bool = F
     kinds = ["safetensors", *(["bin"] if allow_pickle else [])]
     folder = download_files(name, ["*.json", *(f"{stem}{part}.{kind}" for part in ("", "-*-of-*") for kind in kinds)])
     if not allow_pickle and not any(folder.rglob(f"{WEIGHTS}*")):
-        repo, commit = split(name)
+        repo, commit = split_revision(name)
         there = retried(lambda: api().list_repo_files(repo, revision=commit), f"reading {name}")
         weights = [file for file in there if Path(file).name.startswith(WEIGHTS)]
         if weights and not any(file.endswith(".safetensors") for file in weights):
@@ -275,7 +275,7 @@ def download_model(name: str, variant: str | None = None, allow_pickle: bool = F
 
 def download_files(name: str, patterns: list[str]) -> Path:
     """A folder with the files of a repository whose names match; raises as `pinned`."""
-    repo, commit = split(pinned(name))
+    repo, commit = split_revision(pinned(name))
     return retried(functools.partial(_download, repo, commit, patterns), f"downloading {name}", WAITS[:2])
 
 

@@ -322,7 +322,7 @@ def load_pipeline(model: str, allow_pickle: bool = False, variant: str | None = 
         InputError: there is no model, or a file is damaged; names it.
         HubError: the Hub cannot be reached or rejects the request.
     """
-    folder = client.download_model(model, variant, allow_pickle) if hub_names.is_id(model) else Path(model)
+    folder = client.download_model(model, variant, allow_pickle) if hub_names.is_model_id(model) else Path(model)
     if not model or (folder.exists() and not (folder / "model_index.json").is_file()):
         raise InputError(f"{model or 'an empty name'} holds no model (no model_index.json); train one, or name another folder")
     if not folder.exists():

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from ..config.hub_names import is_hub_id, is_pinned, place_of
+from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
 from ..config.loading import BEFORE_THE_FIELD, differences, stored, to_json
 from ..config.schema import DIGITS, TrainConfig
 from ..errors import InputError, raise_all
@@ -126,10 +126,12 @@ def _decided_otherwise(before: dict[str, Any], now: dict[str, Any], state: dict[
     init, began = now["init"], state.get("paths", {}).get("init", before["init"])
     same = {
         # The names and sizes of the files are compared later, when the data set is opened.
-        "dataset": not is_pinned(before["dataset"]) and not is_hub_id(now["dataset"]) and DIGITS not in (before["dataset"], now["dataset"]),
+        "dataset": not is_pinned(before["dataset"])
+        and not is_dataset_id(now["dataset"])
+        and DIGITS not in (before["dataset"], now["dataset"]),
         # The networks are compared later, when the network is built.
         "model_config": bool(before["model_config"] and now["model_config"]),
-        "init": bool(init and began) and os.path.realpath(place_of(init)) == os.path.realpath(place_of(began)),
+        "init": bool(init and began) and os.path.realpath(absolute_path(init)) == os.path.realpath(absolute_path(began)),
         # If channels was left out, the images decided it.
         "channels": before["channels"] is None and now["channels"] == state["network"]["in_channels"],
     }

@@ -92,7 +92,7 @@ def sample(config: SampleConfig) -> Path:
 
 def pinned_model(model: str, accelerator: Accelerator) -> str:
     """Adds the current commit to a Hub id, the same in all processes; returns a path unchanged."""
-    return broadcast_from_first(lambda: client.pinned(model), accelerator) if hub_names.is_id(model) else model
+    return broadcast_from_first(lambda: client.pinned(model), accelerator) if hub_names.is_model_id(model) else model
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
         **{field: getattr(config, field) for field in _SETTINGS},
         "model_sha256": _fingerprint(pipeline, own),
     }
-    if hub_names.is_id(config.model):
+    if hub_names.is_model_id(config.model):
         settings["model"] = config.model  # with its commit. Not for a folder, which may be moved.
     if config.seed:  # the first version seeded image k with seed + k, which is the same for seed 0
         settings["seed_factor"] = SEED_FACTOR

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..config.hub_names import PINNED, is_hub_id, is_id, is_pinned, place_of, split
+from ..config.hub_names import PINNED, absolute_path, is_dataset_id, is_model_id, is_pinned, split_revision
 from ..config.loading import BEFORE_THE_FIELD, differences, flatten, stored, update
 from ..config.schema import DIGITS, HubConfig, OptimizationConfig, TrainConfig
 from ..data.dataset import PositionBatchSampler
@@ -176,7 +176,7 @@ def make_trainer(
 def _pinned(config: TrainConfig, found: Checkpoint | None) -> TrainConfig:
     """The configuration with the commits of what comes from the Hub, those that the run began with or the newest, and older values."""
     values = flatten(config)
-    kinds = {"dataset": ("dataset", is_hub_id), "init": ("model", is_id)}
+    kinds = {"dataset": ("dataset", is_dataset_id), "init": ("model", is_model_id)}
     began = found.state["config"] if found else {}
     names = {n: values[n] for n in PINNED if values[n] and (is_pinned(began.get(n) or "") or kinds[n][1](values[n]))}
     if found is None:
@@ -184,7 +184,7 @@ def _pinned(config: TrainConfig, found: Checkpoint | None) -> TrainConfig:
     _require_local_data(config, found)
     kept = {name: began.get(name, value) for name, value in names.items()}
     for name, value in names.items():
-        if split(value)[1] and value != kept[name]:
+        if split_revision(value)[1] and value != kept[name]:
             say(f"{name} is {value}, but the run keeps to what it began with, {kept[name]}")
     older = {name: value for name, value in BEFORE_THE_FIELD.items() if name not in began}
     return update(config, kept | older | {"channels": began.get("channels")})
@@ -203,8 +203,8 @@ def _require_local_data(config: TrainConfig, found: Checkpoint) -> None:
 def _paths(config: TrainConfig, names: tuple[str, ...] = PINNED) -> dict[str, str]:
     """Where the data and the first weights of a run are, as far as they are on this disk."""
     values = flatten(config)
-    ids = {"dataset": is_hub_id, "init": is_id}
-    return {name: place_of(values[name]) for name in names if values[name] and values[name] != DIGITS and not ids[name](values[name])}
+    ids = {"dataset": is_dataset_id, "init": is_model_id}
+    return {name: absolute_path(values[name]) for name in names if values[name] and values[name] != DIGITS and not ids[name](values[name])}
 
 
 def _require_noise_at_the_end(config: TrainConfig, objective: Objective, found: Checkpoint | None, accelerator: Accelerator) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from test_bad_data import encoded, noise
 
 from debias_diffusers.config import hub_names
-from debias_diffusers.config.hub_names import is_hub_id
+from debias_diffusers.config.hub_names import is_dataset_id
 from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig
 from debias_diffusers.data.dataset import TrainingData
 from debias_diffusers.data.images import decode
@@ -246,9 +246,9 @@ def test_a_name_that_means_a_path_is_none_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d").mkdir()
     for name in ("five", "d/five", "d/five/", "user/set/", "./five", "../five", "/no/five", "~/five", "a/b/c", "my images", "x.parquet"):
-        assert not is_hub_id(name) and not hub_names.is_id(name), name
+        assert not is_dataset_id(name) and not hub_names.is_model_id(name), name
     for name in ("user/set", "user/set@main", "d/five@main", f"user/set@{'a' * 40}"):
-        assert is_hub_id(name) and hub_names.is_id(name), name
-    assert is_hub_id("mnist@main")
+        assert is_dataset_id(name) and hub_names.is_model_id(name), name
+    assert is_dataset_id("mnist@main")
     with pytest.raises(InputError, match=r"d/five is neither .*: /.*/d/five does not exist; d/five@main asks the Hub for it"):
         open_source(DataConfig(dataset="d/five"))
