@@ -129,6 +129,8 @@ def _decided_otherwise(before: dict[str, Any], now: dict[str, Any], state: dict[
         "dataset": not is_pinned(before["dataset"])
         and not is_dataset_id(now["dataset"])
         and DIGITS not in (before["dataset"], now["dataset"]),
+        and not is_dataset_id(now["dataset"])
+        and DIGITS not in (before["dataset"], now["dataset"]),
         # The networks are compared later, when the network is built.
         "model_config": bool(before["model_config"] and now["model_config"]),
         "init": bool(init and began) and os.path.realpath(absolute_path(init)) == os.path.realpath(absolute_path(began)),
