@@ -126,11 +126,7 @@ def _decided_otherwise(before: dict[str, Any], now: dict[str, Any], state: dict[
     init, began = now["init"], state.get("paths", {}).get("init", before["init"])
     same = {
         # The names and sizes of the files are compared later, when the data set is opened.
-        "dataset": not is_pinned(before["dataset"])
-        and not is_dataset_id(now["dataset"])
-        and DIGITS not in (before["dataset"], now["dataset"]),
-        and not is_dataset_id(now["dataset"])
-        and DIGITS not in (before["dataset"], now["dataset"]),
+        "dataset": not (is_pinned(before["dataset"]) or is_dataset_id(now["dataset"]) or DIGITS in (before["dataset"], now["dataset"])),
         # The networks are compared later, when the network is built.
         "model_config": bool(before["model_config"] and now["model_config"]),
         "init": bool(init and began) and os.path.realpath(absolute_path(init)) == os.path.realpath(absolute_path(began)),
