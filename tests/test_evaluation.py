@@ -24,7 +24,7 @@ from debias_diffusers.evaluation import feature_extractors, metrics, monitor, re
 from debias_diffusers.evaluation.feature_extractors import Extractor
 from debias_diffusers.evaluation.measure import Measure
 from debias_diffusers.evaluation.metrics import Sample
-from debias_diffusers.training.hooks import Evaluation, Measured
+from debias_diffusers.training.hooks import Evaluation, MetricHistory
 
 
 def normal(count, mean, scale, seed=0):
@@ -508,7 +508,7 @@ def test_compare_gives_intervals(trained, tmp_path):
 def measured_by(monitor):
     """What measures while training, in the first process, of images that nobody draws."""
     images = SimpleNamespace(batches=lambda *_: iter(()), task=SimpleNamespace(conditions=lambda *_, **__: []))
-    return Evaluation(every=1, images=images, monitor=monitor, measured=Measured(), run=SimpleNamespace())
+    return Evaluation(every=1, images=images, monitor=monitor, measured=MetricHistory(), run=SimpleNamespace())
 
 
 def test_the_best_checkpoint_is_the_nearest_to_no_bias_and_starts_anew_with_another_metric():

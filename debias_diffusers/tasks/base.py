@@ -21,7 +21,7 @@ class Task(Protocol):
     The loop draws timesteps and noise, computes the loss, and steps, averages and saves; it knows neither pixels nor latents.
     """
 
-    data: TrainingData  # samples by position: what this task needs of them, and u and noise
+    data: TrainingData  # samples by position, which have u (the timestep as a uniform number) and noise of the shape of x_0, too
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ class Task(Protocol):
         """What a checkpoint's state.json says of network and data; a resumed run must have the same network."""
 
     def conditions(self, count: int, as_in_data: bool) -> Sequence[Any]:
-        """Conditions of previews, to be repeated for more than there are: each in turn, or as often as in the data."""
+        """Conditions of `count` preview images: each in turn, or as often as in the data. Shorter lists are repeated; () has none."""
 
     def draw(self, network: nn.Module, indices: Sequence[int], conditions: Sequence[Any]) -> Tensor:
-        """Images (len(indices), C, H, W) uint8 on the CPU, image k from the seed k and the condition k."""
+        """Images (len(indices), C, H, W) uint8 on the CPU, image k from the seed k and the condition `k % len(conditions)`."""

@@ -86,11 +86,11 @@ class SampleGrid:
 
 
 @dataclass
-class Measured:
+class MetricHistory:
     """The metrics of a run so far, as its state.json has them."""
 
-    best: dict[str, Any] | None = None  # step and value of the best, and what was measured
-    last: dict[str, Any] | None = None  # step of the last, by what, and all figures
+    best: dict[str, Any] | None = None  # step, value (negated where higher is better) and settings of the best
+    last: dict[str, Any] | None = None  # step, settings and all metrics of the last
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Evaluation:
     every: int
     images: EmaImages
     monitor: Monitor
-    measured: Measured
+    measured: MetricHistory
     run: Run | None  # None in all processes but the first
 
     def __call__(self, step: int, logger: Logger) -> None:
@@ -145,7 +145,7 @@ class Checkpointer:
         optimizer_step: OptimizerStep,
         timestep_sampler: TimestepSampler,
         statistics: LossStatistics,
-        measured: Measured,
+        measured: MetricHistory,
         constants: Mapping[str, Any],
         step: int,
     ) -> None:
@@ -171,7 +171,7 @@ class Checkpointer:
             self.saver.check()
 
     def __call__(self, step: int, logger: Logger) -> None:
-        """Saves, but for the last step, which `Trainer.train` saves with `final`."""
+        """Saves, except the last step, which `Trainer.train` saves with `final`."""
         if step < self.config.optimization.max_steps:
             self.save(step)
 

@@ -27,7 +27,7 @@ class OptimizerStep:
         self.adamw = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         device = parameters[0].device
         self.skips = torch.zeros((), dtype=torch.int32, device=device)  # steps in a row that were not made
-        self.ended = torch.zeros((), dtype=torch.bool, device=device)
+        self.aborted = torch.zeros((), dtype=torch.bool, device=device)
 
     @torch.no_grad()
     def __call__(self, loss: Tensor, learning_rate: float, step: int) -> tuple[Tensor, Tensor]:
@@ -45,8 +45,8 @@ class OptimizerStep:
         grad_norm = torch.nn.utils.get_total_norm(grads)
         finite = loss.isfinite() & grad_norm.isfinite()
         self.skips = torch.where(finite, 0, self.skips + 1)
-        self.ended = self.ended | ~loss.isfinite() | (self.skips > self.most_skips)
-        self.adamw.found_inf = (self.ended | ~finite).float()  # type: ignore[attr-defined]
+        self.aborted = self.aborted | ~loss.isfinite() | (self.skips > self.most_skips)
+        self.adamw.found_inf = (self.aborted | ~finite).float()  # type: ignore[attr-defined]
         clipped = finite & (grad_norm > self.max_grad_norm) if self.max_grad_norm else torch.zeros_like(finite)
         if self.max_grad_norm:
             self.adamw.grad_scale = (grad_norm / self.max_grad_norm).clamp(min=1)  # type: ignore[attr-defined]

@@ -36,7 +36,7 @@ from ..utils.signals import SignalHandler
 from ..utils.torch_errors import explain_error
 from . import device, state_dicts
 from .ema import EMA
-from .hooks import Checkpointer, EmaImages, Evaluation, Hook, Measured, SampleGrid
+from .hooks import Checkpointer, EmaImages, Evaluation, Hook, MetricHistory, SampleGrid
 from .loss_statistics import LossStatistics
 from .optimizer_step import OptimizerStep
 from .saver import Saver
@@ -106,7 +106,7 @@ def make_trainer(
     """
     found = broadcast_from_first(lambda: run.resume if run else None, accelerator)
     typed_channels = config.data.channels
-    config = broadcast_from_first(lambda: _pinned(config, found), accelerator)
+    config = broadcast_from_first(lambda: _config_of_run(config, found), accelerator)
     num_threads = set_threads(config.optimization.num_threads)
     objective = make_objective(config.objective)  # first, because it may refuse the configuration
     _require_noise_at_the_end(config, objective, found, accelerator)
@@ -114,25 +114,25 @@ def make_trainer(
     monitor = _monitor(config, source, accelerator) if config.run.eval_every else None
     if monitor:
         config = update(config, {"eval_images": monitor.count})
-    learned = update(config, {"channels": typed_channels})  # those of the run may stand there as left out
+    learned = update(config, {"channels": typed_channels})  # `config` now has the run's own value, which may be None
     task = PixelTask(learned, *readable(config, source, found, typed_channels, accelerator))
     # Looks at every file of a folder, so only the process that writes it down takes it.
     fingerprint = task.data.source.fingerprint() if run else None
     timestep_sampler = make_timestep_sampler(config.objective, objective.schedule, config.optimization.batch_size)
     statistics = LossStatistics(len(objective.schedule), accelerator.device)
     network = _network(task, config.optimization, found, accelerator)
-    # Its modules, with the same tensors: what is exported and drawn with, which nothing wraps.
-    plain = state_dicts.with_weights(network, {})
+    # For exporting and drawing: the same modules and tensors, without what `accelerator.prepare` does to `forward`.
+    unwrapped = state_dicts.with_weights(network, {})
     model = _wrapped(network, config.optimization, accelerator)
     optimizer_step = _optimizer_step(task, network, config.optimization, accelerator)
     constants = {**_constants(config, found, accelerator), "num_threads": num_threads, "data": fingerprint, **task.state()}
     constants["weights"] = _some_weights(objective)
-    step, measured = 0, Measured()
+    step, measured = 0, MetricHistory()
     if found:
         if run:
             _require_same_training(found, run, constants, config.optimization)
         _restore(found, model, optimizer_step, timestep_sampler, statistics, accelerator)
-        step, measured = found.step, Measured(found.state.get("best"), found.state.get("measured"))
+        step, measured = found.step, MetricHistory(found.state.get("best"), found.state.get("measured"))
     if run:
         run.begin(config)
         device.warn_of_little_space(run.folder, sum(p.numel() for p in optimizer_step.parameters), len(config.optimization.ema_decay))
@@ -144,7 +144,7 @@ def make_trainer(
         config,
         run,
         accelerator,
-        Saver(run, config, task, plain, publisher) if run else None,
+        Saver(run, config, task, unwrapped, publisher) if run else None,
         model=model,
         optimizer_step=optimizer_step,
         timestep_sampler=timestep_sampler,
@@ -164,7 +164,7 @@ def make_trainer(
         statistics=statistics,
         positions=_positions(config.optimization, accelerator, step),
         checkpointer=checkpointer,
-        hooks=[*_image_hooks(config, run, task, plain, optimizer_step.ema, monitor, measured, accelerator), checkpointer],
+        hooks=[*_image_hooks(config, run, task, unwrapped, optimizer_step.ema, monitor, measured, accelerator), checkpointer],
         step=step,
     )
     return trainer, publisher
@@ -173,8 +173,8 @@ def make_trainer(
 # ---- configuration and data ------------------------------------------------------------------------------------------
 
 
-def _pinned(config: TrainConfig, found: Checkpoint | None) -> TrainConfig:
-    """The configuration with the commits of what comes from the Hub, those that the run began with or the newest, and older values."""
+def _config_of_run(config: TrainConfig, found: Checkpoint | None) -> TrainConfig:
+    """The configuration with commits for names on the Hub; of a run that is resumed, with its commits, channels and older defaults."""
     values = flatten(config)
     kinds = {"dataset": ("dataset", is_dataset_id), "init": ("model", is_model_id)}
     began = found.state["config"] if found else {}
@@ -208,7 +208,7 @@ def _paths(config: TrainConfig, names: tuple[str, ...] = PINNED) -> dict[str, st
 
 
 def _require_noise_at_the_end(config: TrainConfig, objective: Objective, found: Checkpoint | None, accelerator: Accelerator) -> None:
-    """Refuses a schedule that cannot be sampled; a run that began before this was looked at may end, with a warning."""
+    """Refuses a schedule that cannot be sampled from noise; a run of a version without this check goes on, with a warning."""
     if found is None:
         with told_by_the_first(accelerator):
             require_noise_at_the_end(config.objective, objective.schedule)
@@ -281,14 +281,14 @@ def _image_hooks(
     config: TrainConfig,
     run: Run | None,
     task: Task,
-    plain: nn.Module,
+    unwrapped: nn.Module,
     ema: EMA,
     monitor: Monitor | None,
-    measured: Measured,
+    measured: MetricHistory,
     accelerator: Accelerator,
 ) -> list[Hook]:
     """What draws with the averaged weights, which it shares."""
-    network = state_dicts.with_weights(plain, ema.averages[config.optimization.ema_decay[0]])
+    network = state_dicts.with_weights(unwrapped, ema.averages[config.optimization.ema_decay[0]])
     images = EmaImages(task, network, accelerator, micro_batch_size(config.optimization, accelerator.num_processes))
     hooks: list[Hook] = [SampleGrid(config.run.sample_every, images, run)]
     if monitor:
@@ -313,7 +313,7 @@ def _constants(config: TrainConfig, found: Checkpoint | None, accelerator: Accel
 
 
 def _some_weights(objective: Objective) -> dict[str, float]:
-    """Loss weights at a few timesteps, to six digits, which no other machine rounds otherwise."""
+    """Loss weights at a few timesteps, to six digits, so that rounding on other hardware does not matter."""
     weights, T = objective.weights, len(objective.schedule)
     if weights is None:
         return {}

@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -34,11 +34,11 @@ from .optimizer_step import OptimizerStep
 class PendingStep:
     """An optimizer step that the device may still be computing."""
 
-    step: int  # the number of steps that are done with it
+    step: int  # optimizer steps, including this one
     learning_rate: float
     losses: list[tuple[Tensor, Tensor]]  # timesteps and losses of its micro-batches
-    numbers: Fetched  # mean loss, gradient norm, whether it ends the run, signal, whether it is late
-    asked: bool  # whether this process is asked to stop
+    numbers: Fetched  # as `_launch` stacks them
+    stop_requested: bool  # of this process
 
 
 @dataclass(kw_only=True)
@@ -55,33 +55,33 @@ class Trainer:
     statistics: LossStatistics
     positions: PositionBatchSampler
     checkpointer: Checkpointer
-    hooks: Sequence[Hook]  # called after each step, in this order, the checkpointer last
+    hooks: Sequence[Hook]  # called after each step, in this order; the checkpointer last, so that it saves what was measured
     step: int = 0  # optimizer steps that are done
-    _losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # timesteps and losses of the micro-batches of a step
     _warned_of_zero: bool = False
 
     def train(self, stop: SignalHandler) -> int:
         """Makes all steps that are left, or those until a signal or `max_hours`; returns the signal, or 0.
 
-        The last step is saved when this returns.
+        On return the last step is saved.
 
         Raises:
             NotFiniteError: a loss or gradient is not finite.
             CannotWriteError: the last step cannot be saved.
-            DebiasError: of the data.
+            DebiasError: the data cannot be read.
         """
-        optim, signum, late = self.config.optimization, 0, 0
+        optim, signum, out_of_time = self.config.optimization, 0, 0
         deadline = time.monotonic() + optim.max_hours * 3600 if optim.max_hours else math.inf
         self._settle_ddp()
         batches = micro_batches(self.task.data, self.positions, pin_memory=self.accelerator.device.type == "cuda")
         pending: deque[PendingStep] = deque()
         logger = Logger(self.config, self.checkpointer.run, self.accelerator, self.step)
         with contextlib.closing(batches), logger, self.checkpointer:
-            while self.step < optim.max_steps and not signum and not late:
+            while self.step < optim.max_steps and not signum and not out_of_time:
                 self.checkpointer.check()
-                pending.append(self._launch(batches, stop.signum, time.monotonic() > deadline))
-                for _ in range(len(pending) - self._may_stay_unread(pending[-1])):
-                    signum, late = self._read(pending.popleft(), logger)
+                newest = self._launch(batches, stop.signum, time.monotonic() > deadline)
+                pending.append(newest)
+                while len(pending) > self._max_pending(newest):
+                    signum, out_of_time = self._read(pending.popleft(), logger)
                 with logger.paused():
                     for hook in self.hooks:
                         if due(self.step, hook.every):
@@ -93,39 +93,44 @@ class Trainer:
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def _launch(self, batches: Iterator[Batch], signum: int, late: bool) -> PendingStep:
+    def _launch(self, batches: Iterator[Batch], signum: int, out_of_time: bool) -> PendingStep:
         """Starts the next step, without waiting for the device."""
-        loss, stop = self._agree(self._gradients(batches), signum, late)
+        own_loss, losses = self._gradients(batches)
+        loss, stop = self._agree(own_loss, signum, out_of_time)
         rate = learning_rate(self.config.optimization, self.step)
         grad_norm = self._update(loss, rate)
         self.step += 1
-        numbers = torch.stack([number.to(loss.dtype) for number in (loss, grad_norm, self.optimizer_step.ended, *stop)])
-        return PendingStep(self.step, rate, self._losses, Fetched(numbers), asked=bool(signum or late))
+        numbers = torch.stack([number.to(loss.dtype) for number in (loss, grad_norm, self.optimizer_step.aborted, *stop)])
+        return PendingStep(self.step, rate, losses, Fetched(numbers), stop_requested=bool(signum or out_of_time))
 
-    def _gradients(self, batches: Iterator[Batch]) -> Tensor:
-        """One step's gradients, averaged over the processes; returns this process's mean loss ()."""
+    def _gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Computes the gradients of one step, averaged over the processes.
+
+        Returns:
+            The mean loss () of this process, and the timesteps and losses (B,) of each of its micro-batches.
+        """
         total = torch.zeros((), device=self.accelerator.device)
         parts = self.positions.micro_batches(self.step)
         corrections = self.timestep_sampler.corrections
         weights = corrections if self.objective.weights is None else corrections * self.objective.weights
-        self._losses = []
+        losses = []
         for positions in parts:
             batch = next(batches)
-            # After the loader, which draws when it starts.
+            # After the data loader, which takes from the global generator when it starts.
             torch.manual_seed(seeding.derive_seed(self.config.optimization.seed, "dropout", positions.start))
             t = self.timestep_sampler.draw(batch["u"], positions)
-            # Only the last micro-batch exchanges gradients between processes.
-            exchange = contextlib.nullcontext() if positions is parts[-1] else self.accelerator.no_sync(self.model)
-            with exchange:
+            # Gradients are reduced over the processes with the last micro-batch only.
+            sync = contextlib.nullcontext() if positions is parts[-1] else self.accelerator.no_sync(self.model)
+            with sync:
                 terms = self._terms(batch, t)
                 loss = (at(corrections, t, terms.loss) * terms.loss).sum() / self.positions.share
                 self.accelerator.backward(loss)
             total += loss.detach()
             self.statistics.add(t, terms, weights)
-            self._losses.append((t, terms.loss.detach()))
+            losses.append((t, terms.loss.detach()))
         if self.timestep_sampler.learns:
-            self._update_timestep_sampler()
-        return total
+            self._update_timestep_sampler(losses)
+        return total, losses
 
     def _terms(self, batch: Batch, t: Tensor) -> Terms:
         """The loss of each sample of a micro-batch, before any correction for how t is drawn."""
@@ -143,44 +148,44 @@ class Trainer:
         self.statistics.step(clipped)
         return grad_norm
 
-    def _update_timestep_sampler(self) -> None:
+    def _update_timestep_sampler(self, of_micro_batches: list[tuple[Tensor, Tensor]]) -> None:
         """Gives the sampler the timesteps and losses of a step, in the order of the processes, which is that of the positions.
 
         It waits for the device: the next timesteps follow from these losses.
         """
-        t, losses = (torch.cat(parts) for parts in zip(*self._losses))
+        t, losses = (torch.cat(parts) for parts in zip(*of_micro_batches))
         everyone = self.accelerator.gather(torch.stack([t.to(losses), losses], dim=1)).cpu()
         self.timestep_sampler.update(everyone[:, 0].long(), everyone[:, 1])
 
-    def _may_stay_unread(self, newest: PendingStep) -> int:
-        """How many steps may be unread: one, so that the device has work meanwhile, but none where something is logged, drawn or saved.
+    def _max_pending(self, newest: PendingStep) -> int:
+        """How many steps need not be read yet: one, so that the device has work meanwhile, but none where something is logged or saved.
 
         A single process obeys a signal at once. Several must all read the same step before they stop, and do so a step later.
         """
         due_now = any(due(self.step, every) for every in (self.config.run.log_every, *(hook.every for hook in self.hooks)))
         last = self.step == self.config.optimization.max_steps
-        return 0 if due_now or last or (newest.asked and self.accelerator.num_processes == 1) else 1
+        return 0 if due_now or last or (newest.stop_requested and self.accelerator.num_processes == 1) else 1
 
     def _read(self, pending: PendingStep, logger: Logger) -> tuple[int, int]:
-        """Waits for a step and logs it; (signal, whether it is late) as all processes have agreed on.
+        """Waits for a step and logs it; returns (signal, whether the time is over), the same in all processes.
 
         Raises:
             NotFiniteError: its update was not made, nor that of any step that was launched after it.
         """
-        loss, grad_norm, ended, signum, late = pending.numbers.read()
-        if ended:
+        loss, grad_norm, aborted, signum, out_of_time = pending.numbers.read()
+        if aborted:
             raise self._not_finite(pending, loss, grad_norm)
         if grad_norm == 0 and self.accelerator.is_main_process and not self._warned_of_zero:
             self._warned_of_zero = True
             say(f"warning: the gradient of step {pending.step} is exactly 0, so that nothing is learned from it; see weighting and data")
         logger.log_step(pending.step, loss, pending.learning_rate, grad_norm, self.statistics)
-        return int(signum), int(late)
+        return int(signum), int(out_of_time)
 
     # ---- processes ---------------------------------------------------------------------------------------------------
 
-    def _agree(self, loss: Tensor, signum: int, late: bool) -> tuple[Tensor, Tensor]:
-        """The mean loss () of all processes, and one answer (2,) of all of them to "stop?": the signal, and whether it is late."""
-        stop = torch.tensor([float(signum), float(late)]).to(self.accelerator.device, non_blocking=True)
+    def _agree(self, loss: Tensor, signum: int, out_of_time: bool) -> tuple[Tensor, Tensor]:
+        """The mean loss () of all processes, and their largest (2,) signal and "the time is over"."""
+        stop = torch.tensor([float(signum), float(out_of_time)]).to(self.accelerator.device, non_blocking=True)
         if self.accelerator.num_processes == 1:
             return loss, stop
         everyone = self.accelerator.gather(torch.cat([loss.view(1), stop]).double()[None])
@@ -189,12 +194,15 @@ class Trainer:
     def _settle_ddp(self) -> None:
         """One backward that is thrown away.
 
-        DDP changes the order of its sums after its first backward; without this, the first step after a resume would round otherwise
+        DDP rebuilds its gradient buckets after its first backward; without this, the first step after a resume would round otherwise
         than the same step of a run that was not interrupted (from three processes on).
         """
         if self.accelerator.num_processes == 1:
             return
-        size, device = self.positions.micro_batch_size, self.accelerator.device  # of a step, or it would be compiled twice
+        size, device = (
+            self.positions.micro_batch_size,
+            self.accelerator.device,
+        )  # the shape of training batches, or `compile` would compile twice
         batch = self.task.dummy_batch(size)
         network = self.task.conditioned(self.model, batch, device)
         network(self.task.x_0(batch, device), torch.zeros(size, dtype=torch.long, device=device)).sum().backward()
