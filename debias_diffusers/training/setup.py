@@ -105,19 +105,12 @@ def make_trainer(
         InputError: configuration, data and checkpoint do not fit each other or the machine.
     """
     found = broadcast_from_first(lambda: run.resume if run else None, accelerator)
-    typed_channels = config.data.channels
+    channels = config.data.channels  # as typed
     config = broadcast_from_first(lambda: _config_of_run(config, found), accelerator)
     num_threads = set_threads(config.optimization.num_threads)
     objective = make_objective(config.objective)  # first, because it may refuse the configuration
     _require_noise_at_the_end(config, objective, found, accelerator)
-    source = open_data(config, found, first=run is not None)
-    monitor = _monitor(config, source, accelerator) if config.run.eval_every else None
-    if monitor:
-        config = update(config, {"eval_images": monitor.count})
-    learned = update(config, {"channels": typed_channels})  # `config` now has the run's own value, which may be None
-    task = PixelTask(learned, *readable(config, source, found, typed_channels, accelerator))
-    # Looks at every file of a folder, so only the process that writes it down takes it.
-    fingerprint = task.data.source.fingerprint() if run else None
+    config, task, monitor = _open_task(config, channels, found, accelerator)
     timestep_sampler = make_timestep_sampler(config.objective, objective.schedule, config.optimization.batch_size)
     statistics = LossStatistics(len(objective.schedule), accelerator.device)
     network = _network(task, config.optimization, found, accelerator)
@@ -125,8 +118,7 @@ def make_trainer(
     unwrapped = state_dicts.with_weights(network, {})
     model = _wrapped(network, config.optimization, accelerator)
     optimizer_step = _optimizer_step(task, network, config.optimization, accelerator)
-    constants = {**_constants(config, found, accelerator), "num_threads": num_threads, "data": fingerprint, **task.state()}
-    constants["weights"] = _some_weights(objective)
+    constants = _constants(config, found, accelerator, objective, task) | {"num_threads": num_threads}
     step, measured = 0, MetricHistory()
     if found:
         if run:
@@ -216,6 +208,18 @@ def _require_noise_at_the_end(config: TrainConfig, objective: Objective, found: 
         say(f"warning: {problem}")
 
 
+def _open_task(
+    config: TrainConfig, channels: int | None, found: Checkpoint | None, accelerator: Accelerator
+) -> tuple[TrainConfig, Task, Monitor | None]:
+    """The configuration with what the metrics need, the task with its data, and what measures it; `channels` as typed."""
+    source = open_data(config, found, first=accelerator.is_main_process)
+    monitor = _monitor(config, source, accelerator) if config.run.eval_every else None  # before the images are read
+    if monitor:
+        config = update(config, {"eval_images": monitor.count})
+    learned = update(config, {"channels": channels})  # `config` has the run's own value, which may be None
+    return config, PixelTask(learned, *readable(config, source, found, channels, accelerator)), monitor
+
+
 def _monitor(config: TrainConfig, source: Source, accelerator: Accelerator) -> Monitor:
     from ..evaluation.monitor import Monitor  # with torch-fidelity, whose import takes seconds that a run without figures need not wait
 
@@ -299,16 +303,20 @@ def _image_hooks(
 # ---- checkpoint ------------------------------------------------------------------------------------------------------
 
 
-def _constants(config: TrainConfig, found: Checkpoint | None, accelerator: Accelerator) -> dict[str, Any]:
-    """What state.json says at every step of processes, versions, paths and configuration."""
+def _constants(config: TrainConfig, found: Checkpoint | None, accelerator: Accelerator, objective: Objective, task: Task) -> dict[str, Any]:
+    """What state.json says at every step: processes, versions, data, network, loss weights and configuration."""
     # Fields that the run began before, which it goes on without: what is resumed tells by them what may be asked of it.
     older = BEFORE_THE_FIELD.keys() - found.state["config"].keys() if found else set()
     return {
         "num_processes": accelerator.num_processes,
         "device": accelerator.device.type,
         "versions": device.versions(),
+        # Looks at every file of a folder, so only the process that writes it down takes it.
+        "data": task.data.source.fingerprint() if accelerator.is_main_process else None,
         "paths": {**found.state.get("paths", {}), **_paths(config, ("dataset",))} if found else _paths(config),
+        "weights": _some_weights(objective),
         "config": {name: value for name, value in stored(config).items() if name not in older},
+        **task.state(),
     }
 
 
