@@ -575,7 +575,7 @@ def test_a_target_that_the_weights_cannot_tell_is_to_be_checked(target, warned, 
     "argv, named",
     [
         (["guide"], "guided or export"),
-        (["guided", "x.pt"], "out is missing: a new folder for the pipeline"),
+        (["guided", "x.pt"], "out is missing: output folder of the pipeline"),
         (["export", "none", "o.pt"], "none"),
     ],
 )

@@ -227,7 +227,8 @@ def _licence(config: TrainConfig) -> str:
 def _objective(objective: ObjectiveConfig) -> str:
     """The training objective in sentences; its numbers are in the table of the configuration."""
     predicted, name = objective.prediction_type, objective.weighting
-    weighting, sampler = WEIGHTINGS[name], TIMESTEP_SAMPLERS[objective.timestep_sampler]
+    weighting = WEIGHTINGS.get(name, WeightingSpec(summary=""))  # of a run whose own function is not registered in this process
+    sampler = TIMESTEP_SAMPLERS[objective.timestep_sampler]
     if name == "variational":
         sentences = [f"The network predicts {predicted} and a variance; the variational bound was minimised, without weights."]
     elif weighting.repeats:
