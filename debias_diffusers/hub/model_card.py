@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config.hub_names import COMMIT
 from ..config.loading import stored
-from ..config.registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, TIMESTEP_SAMPLERS, WEIGHTINGS
+from ..config.registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, TIMESTEP_SAMPLERS, WEIGHTINGS, WeightingSpec
 from ..config.schema import DIGITS, ObjectiveConfig, TrainConfig
 
 TITLE = "# A diffusion model trained with debias_diffusers"
