@@ -152,7 +152,7 @@ def killed_in_save(trainer, k):
 
 
 @pytest.mark.row(2, "killed at any operation on files of a save, the old or the new checkpoint is whole")
-@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize("save", [*list(SAVES)[:2], pytest.param("the last", marks=pytest.mark.nightly)])
 def test_killed_at_any_operation_of_a_save_the_old_or_the_new_checkpoint_is_whole(tmp_path, monkeypatch, trials, save):
     step, flags = SAVES[save]
     folder, before = tmp_path / "run", tmp_path / "before"
