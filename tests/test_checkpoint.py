@@ -1,6 +1,8 @@
 """A checkpoint is whole or absent, at any moment and whatever happens to its files."""
 
+import errno
 import tracemalloc
+from pathlib import Path
 
 import torch
 from conftest import writers
@@ -52,3 +54,13 @@ def test_a_checkpoint_is_written_and_verified_without_its_files_in_memory(tmp_pa
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10 * checkpoints.BLOCK
+
+
+def test_a_disk_that_refuses_modes_does_not_refuse_checkpoints(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    tensors = {"model.safetensors": {"weight": torch.zeros(4)}}  # in a file that only its owner may read
+    monkeypatch.setattr(Path, "chmod", refuse)
+    checkpoints.write(tmp_path, 10, state_dicts.writers(tensors), {"step": 10}, keep=2)
+    assert checkpoints.latest_valid(tmp_path)[0].step == 10

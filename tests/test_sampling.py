@@ -371,6 +371,30 @@ def test_sample_writes_a_data_set_and_a_picture(trained):
     assert len(loaded) == 20 and loaded[3]["seed"] == 3  # the picture of all is not one of them
 
 
+def test_weights_that_are_not_trained_belong_to_every_average(tmp_path):
+    """Those of a Fourier embedding of the time, which UNet2DModel freezes."""
+    config = {"block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "DownBlock2D"], "time_embedding_type": "fourier"}
+    config |= {"up_block_types": ["UpBlock2D", "UpBlock2D"], "norm_num_groups": 8, "layers_per_block": 1}
+    (tmp_path / "unet.json").write_text(json.dumps(config))
+    flags = [
+        "--dataset",
+        "digits",
+        "--resolution",
+        8,
+        "--model_config",
+        tmp_path / "unet.json",
+        "--ema_decay",
+        0.9,
+        0.99,
+        "--batch_size",
+        8,
+    ]
+    code, _, err = run("train.py", "--output_dir", tmp_path / "run", *flags, "--max_steps", 2, "--num_threads", 1, "--warmup_steps", 0)
+    assert code == 0, err
+    for weights in ("0.99", "raw", "ema"):
+        sample(sample_config(tmp_path / "run", tmp_path / weights, weights=weights, num_images=2))
+
+
 def test_raw_and_other_averaged_weights_can_be_drawn(trained, tmp_path):
     drawn = {}
     for weights in ("ema", "raw", "0.9", "0.99"):

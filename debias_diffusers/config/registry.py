@@ -51,7 +51,7 @@ WEIGHTINGS: dict[str, WeightingSpec] = {
         repeats=("epsilon", "v_prediction"),
     ),
     "debiased_kohya": WeightingSpec(
-        summary="with S = min(SNR, 1000), 1/sqrt(S) on epsilon and 1/(S + 1) on v_prediction",
+        summary="1/sqrt(S) on epsilon and 1/(S + 1) on v_prediction, where S = min(SNR, 1000)",
         source="sd-scripts",
         unbounded=("epsilon",),
         repeats=("epsilon", "v_prediction"),

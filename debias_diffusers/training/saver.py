@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
@@ -28,10 +29,12 @@ Tensors = Mapping[str, Mapping[str, Tensor]]  # by file and name, as `state_dict
 class Saver(BackgroundTask[str | None]):
     """Saves one step after the other; the result of a save is what went wrong with it, or None."""
 
-    def __init__(self, run: Run, config: TrainConfig, task: Task, network: nn.Module, publisher: Publisher | None) -> None:
-        """`network` is the trained one, whose modules are exported with the averaged weights."""
+    def __init__(
+        self, run: Run, config: TrainConfig, task: Task, network: nn.Module, device: torch.device, publisher: Publisher | None
+    ) -> None:
+        """`network` is the one that is trained on `device`; its modules are exported with the averaged weights."""
         super().__init__()
-        self.run, self.config, self.task, self.network, self.publisher = run, config, task, network, publisher
+        self.run, self.config, self.task, self.network, self.device, self.publisher = run, config, task, network, device, publisher
 
     def save(self, tensors: Tensors, state: dict[str, Any], final: bool) -> None:
         """Begins; the final save is done when this returns.
@@ -43,7 +46,7 @@ class Saver(BackgroundTask[str | None]):
         """
         beside = not final and memory.free_memory() > 2 * state_dicts.size(tensors)
         if beside:
-            tensors = state_dicts.copied(tensors)
+            tensors = state_dicts.copied(tensors, self.device)
         self.start(partial(self._save, tensors, state, final), beside)
 
     def _save(self, tensors: Tensors, state: dict[str, Any], final: bool) -> str | None:
@@ -77,8 +80,7 @@ class Saver(BackgroundTask[str | None]):
 
     def _export(self, folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
-        average = tensors[checkpoints.ema_file(self.config.optimization.ema_decay[0])]
-        weights = {**tensors[checkpoints.MODEL], **average}  # those that are not trained have no average
+        weights = tensors[checkpoints.ema_file(self.config.optimization.ema_decay[0])]
         network = state_dicts.with_weights(self.network, {name: value.detach().contiguous() for name, value in weights.items()})
         # The error names the free space after the temporary folder is removed.
         with translate_write_errors(folder), temporary_folder(folder / "export") as export:

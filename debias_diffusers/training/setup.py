@@ -136,7 +136,7 @@ def make_trainer(
         config,
         run,
         accelerator,
-        Saver(run, config, task, unwrapped, publisher) if run else None,
+        Saver(run, config, task, unwrapped, accelerator.device, publisher) if run else None,
         model=model,
         optimizer_step=optimizer_step,
         timestep_sampler=timestep_sampler,

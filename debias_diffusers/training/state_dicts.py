@@ -38,15 +38,20 @@ def gather(model: nn.Module, optimizer: Optimizer, ema: EMA) -> dict[str, Mappin
     state: Any = get_optimizer_state_dict(model, optimizer, options=_FULL).get("state", {})
     return {
         MODEL: weights,
-        **{ema_file(rate): average for rate, average in ema.averages.items()},
+        # With the weights that are not trained, which have no average: each file is a whole network.
+        **{ema_file(rate): {**weights, **average} for rate, average in ema.averages.items()},
         OPTIMIZER: {f"{parameter}/{name}": value for parameter, values in state.items() for name, value in values.items()},
     }
 
 
-def copied(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Mapping[str, Tensor]]:
-    """The tensors on the CPU in memory of their own, which the training does not change."""
+def copied(tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device) -> dict[str, Mapping[str, Tensor]]:
+    """The tensors on the CPU in memory of their own, which a training on `device` does not change.
+
+    What `gather` takes from an accelerator is a copy already, except the averages, which are on it.
+    """
+    again = device.type == "cpu"
     return {
-        file: {name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True) for name, value in values.items()}
+        file: {name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=again) for name, value in values.items()}
         for file, values in tensors.items()
     }
 
@@ -68,7 +73,8 @@ def with_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module
     """
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     other = copy.deepcopy(network, shared)
-    other.load_state_dict(weights, strict=False, assign=True)
+    unknown = other.load_state_dict(weights, strict=False, assign=True).unexpected_keys
+    assert not unknown, unknown
     return other.eval()
 
 
@@ -83,7 +89,7 @@ def restore(found: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: EMA)
     state: dict[str, Any] = {}
     for key, value in safetensors.torch.load_file(found.verified(OPTIMIZER)).items():
         parameter, name = key.rsplit("/", 1)
-        state.setdefault(parameter, {})[name] = value
+        state.setdefault(parameter, {})[name] = value.clone()  # the optimizer keeps it; the loaded one is in the mapped file
     # Learning rate, decay and the like come from the configuration, so only the tensors are kept.
     hyper = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
     groups = [{**hyper, "params": list(state)}]

@@ -114,7 +114,10 @@ def move_file(path: Path, destination: Path) -> None:
 
 def fsync_file(path: Path) -> None:
     """Syncs a file and gives it the mode that the umask allows, as its folder has it: safetensors writes files for their owner only."""
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    mode = path.parent.stat().st_mode & 0o666
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        with contextlib.suppress(OSError):  # of a disk without modes, such as one of Windows
+            path.chmod(mode)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
