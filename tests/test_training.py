@@ -21,6 +21,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load
 
+import debias_diffusers
 from debias_diffusers.cli import train_config
 from debias_diffusers.config.loading import update
 from debias_diffusers.config.schema import OptimizationConfig
@@ -606,3 +607,11 @@ def test_what_is_taken_of_omp_num_threads_is_said(monkeypatch, capfd):
     assert distributed.set_threads(2) == 2 and capfd.readouterr().err == ""
     monkeypatch.setattr(distributed, "_omp_num_threads", lambda: None)
     assert distributed.set_threads(None) >= 1 and capfd.readouterr().err == ""
+
+
+def test_a_training_from_python_is_that_of_the_command(trained, tmp_path):
+    config = train_config([str(arg) for arg in train_args(tmp_path / "run")[1:]], None)
+    debias_diffusers.train(config)
+    same(trained, tmp_path / "run", 24)
+    with pytest.raises(InputError, match="max_steps is 0, but must be at least 1"):
+        debias_diffusers.train(update(config, {"max_steps": 0}))
