@@ -10,8 +10,7 @@ import re
 import signal
 import sys
 import time
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -19,6 +18,7 @@ from tyro import _errors as tyro_errors  # of a private module, so that pyprojec
 
 from .config import loading as configuration
 from .config import validation
+from .config.ranges import field_types
 from .config.schema import (
     DIGITS,
     BitsConfig,
@@ -123,7 +123,7 @@ def train_config(argv: list[str], launcher_precision: str | None) -> TrainConfig
     config = _parse(TrainConfig, flags, defaults, "train.py", TRAIN_HELP)
     typed = given | {name.removeprefix("no_") for name in given}
     config, notes = validation.yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
-    if notes and _first_process():
+    if notes and launcher.is_first_process():
         from .utils.console import say
 
         for sentence in notes:
@@ -308,23 +308,13 @@ def _sentence(event: tyro_errors.ParseErrorEvent, kind: type[Any]) -> str:
     return "the arguments cannot be read"
 
 
-def _nearest(tokens: Sequence[str], kind: type[Any]) -> str:
+def _nearest(tokens: Sequence[str], kind: Any) -> str:
     """A suggestion for the first unknown flag that is similar to a known one."""
-    known = list(_names(kind))
+    known = list(field_types(kind))
     for name in (token.split("=")[0].lstrip("-").replace("-", "_") for token in tokens if token.startswith("--")):
         if near := difflib.get_close_matches(name, known, n=1) or [flag for flag in known if flag.startswith(name)]:
             return f"; did you mean --{near[0]}?"
     return ""
-
-
-def _names(kind: type[Any]) -> Iterator[str]:
-    """The field names of a dataclass and of its nested dataclasses."""
-    for name, type_of_it in typing.get_type_hints(kind).items():
-        yield from _names(type_of_it) if isinstance(type_of_it, type) and dataclasses.is_dataclass(type_of_it) else [name]
-
-
-def _first_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _run_command(main: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
@@ -347,7 +337,7 @@ def _run_command(main: Callable[[list[str]], None], argv: Sequence[str] | None) 
         return int(done.code or 0)
     else:
         return 0
-    if _first_process() or "torch" in sys.modules:
+    if launcher.is_first_process() or "torch" in sys.modules:
         from .utils.console import say
 
         say(f"error: {sentence}")

@@ -37,7 +37,7 @@ def absolute_path(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _was_pinned(before: str | None, now: str | None) -> bool:
+def was_pinned(before: str | None, now: str | None) -> bool:
     """Whether the run recorded the commit of the name that the command gives again."""
     if before is None or now is None:
         return False

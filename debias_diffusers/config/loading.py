@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import json
 import reprlib
 import types
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
 from ..errors import InputError, raise_all, reason
-from .hub_names import PINNED, _was_pinned
+from .hub_names import PINNED, was_pinned
+from .ranges import field_types
 from .schema import CHANNEL_MULT, HubConfig, ModelConfig, TrainConfig, noise_schedule
 
 # Not written to config.json: a run directory can be moved, so it does not say where it lies; and who trains with the same
@@ -66,7 +66,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}: the run has {before.get(name, absent)}, this command says {now.get(name, absent)}"
         for name in names
-        if before.get(name, absent) != now.get(name, absent) and not (name in PINNED and _was_pinned(before.get(name), now.get(name)))
+        if before.get(name, absent) != now.get(name, absent) and not (name in PINNED and was_pinned(before.get(name), now.get(name)))
     ]
 
 
@@ -109,19 +109,13 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring = 2, 80
 
 
-@functools.cache  # a start asks tens of times
-def _hints() -> dict[str, Any]:
-    """The type of every field, by its name."""
-    return {name: hint for section in get_type_hints(TrainConfig).values() for name, hint in get_type_hints(section).items()}
-
-
 def checked_values(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
     """Values with the types of their fields.
 
     Raises:
         InputError: names all unknown fields and all values of a wrong type at once.
     """
-    hints = _hints()
+    hints = field_types(TrainConfig)
     result, problems = {}, []
     for name, value in values.items():
         if name not in hints:

@@ -30,16 +30,23 @@ def above(bound: float, example: object) -> Range:
 
 
 @functools.cache  # a start asks tens of times
+def field_types(kind: Any, include_extras: bool = False) -> Mapping[str, Any]:
+    """The types of the fields of a dataclass, and of those of the dataclasses that are its fields, by name.
+
+    `include_extras`: with what `Annotated` adds to them, as of `typing.get_type_hints`.
+    """
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind, include_extras=include_extras).items():
+        is_section = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        found |= field_types(hint, include_extras) if is_section else {name: hint}
+    return found
+
+
+@functools.cache
 def ranges(kind: Any) -> Mapping[str, Range]:
     """The ranges of a dataclass, and of the dataclasses that are its fields, by the name of the field."""
-    found: dict[str, Range] = {}
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            found |= ranges(hint)
-        for part in getattr(hint, "__metadata__", ()):
-            if isinstance(part, Range):
-                found[name] = part
-    return found
+    annotations = {name: getattr(hint, "__metadata__", ()) for name, hint in field_types(kind, include_extras=True).items()}
+    return {name: part for name, parts in annotations.items() for part in parts if isinstance(part, Range)}
 
 
 def range_problems(kind: Any, values: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,6 +32,7 @@ from ..runs.run_directory import CHECKPOINTS, SAMPLES
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, inference_accelerator
 from ..utils.files import acquire_lock, write_file
+from ..utils.launcher import is_first_process
 from ..utils.seeding import uniform
 from ..utils.torch_errors import explain_error
 from .image_writer import ImageWriter, SampleFolder, require_sample_folder
@@ -182,7 +182,7 @@ def _warn_of_terminal_snr(model: str, own: Any) -> None:
         problem = terminal_snr_problem(schedule_of_scheduler(own))
     except InputError:  # the schedule of this scheduler is unknown
         return
-    if problem and model not in _warned and os.environ.get("RANK", "0") == "0":
+    if problem and model not in _warned and is_first_process():
         say(f"warning: {model}: {problem}")
         _warned.add(model)
 

@@ -15,6 +15,7 @@ from ..config.schema import TrainConfig
 from ..data import images
 from ..diffusion.timestep_samplers import TimestepSampler
 from ..errors import CannotWriteError, InputError, NotFiniteError
+from ..evaluation.image_sets import process_batches
 from ..runs import checkpoints
 from ..runs.run_directory import SAMPLES, Run
 from ..tasks.base import Task
@@ -58,9 +59,8 @@ class EmaImages:
         """This process's share of `count` images: (number of the batch, (B, C, H, W) uint8)."""
         processes = self.accelerator.num_processes
         size = min(self.batch_size, -(-count // processes))
-        for number, first in enumerate(range(0, count, size)):
-            if number % processes == self.accelerator.process_index:
-                yield number, self.task.draw(self.network, range(first, min(first + size, count)), conditions)
+        for number, indices in process_batches(range(count), size, self.accelerator.process_index, processes):
+            yield number, self.task.draw(self.network, indices, conditions)
 
 
 @dataclass

@@ -41,9 +41,8 @@ def train(config: TrainConfig) -> None:
     from ..utils.signals import SignalHandler, stop_with_launcher
 
     stop_with_launcher()
-    first = os.environ.get("RANK", "0") == "0"
     # The signals before torch, which takes seconds to import.
-    with open_run(config) if first else contextlib.nullcontext() as run, SignalHandler() as stop:
+    with open_run(config) if launcher.is_first_process() else contextlib.nullcontext() as run, SignalHandler() as stop:
         _train_in(config, run, stop, num_processes)
 
 

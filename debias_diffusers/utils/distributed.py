@@ -21,7 +21,7 @@ from accelerate.utils import (
 
 from ..errors import DebiasError, InputError, reason
 from .console import say
-from .launcher import is_launched
+from .launcher import is_first_process, is_launched
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def set_threads(asked: int | None) -> int:
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     given = _omp_num_threads()
     threads = asked or given or share
-    if not asked and given and given != share and os.environ.get("RANK", "0") == "0":
+    if not asked and given and given != share and is_first_process():
         say(f"{given} CPU threads for each process, as OMP_NUM_THREADS says; --num_threads {share} takes all cores")
     torch.set_num_threads(threads)
     return threads

@@ -37,6 +37,11 @@ def environment_problems(environment: Mapping[str, str]) -> list[str]:
     ]
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process, or the one of rank 0, which prints what all of them find."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def is_launched() -> bool:
     """Whether `accelerate launch` or torchrun started this process."""
     return any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
