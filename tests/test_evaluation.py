@@ -24,7 +24,8 @@ from debias_diffusers.evaluation import feature_extractors, metrics, monitor, re
 from debias_diffusers.evaluation.feature_extractors import Extractor
 from debias_diffusers.evaluation.measure import Measure
 from debias_diffusers.evaluation.metrics import Sample
-from debias_diffusers.training.hooks import Evaluation, MetricHistory
+from debias_diffusers.training.hooks import Evaluation
+from debias_diffusers.training.state_dicts import MetricHistory
 
 
 def normal(count, mean, scale, seed=0):

@@ -204,12 +204,12 @@ def test_a_resumed_run_lays_its_moments_as_its_weights(trained, tmp_path):
     """Channels last on a CPU in float32; the files have the usual layout."""
     trained_here(tiny(tmp_path / "run", "--max_steps", 12, "--lr_schedule", "constant"))
     trainer = trained_here(tiny(tmp_path / "run", "--max_steps", 13, "--lr_schedule", "constant"))
-    convolutions = [p for p in trainer.optimizer_step.parameters if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    convolutions = [p for p in trainer.state.optimizer_step.parameters if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
     assert convolutions and all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
-    for parameter, moments in trainer.optimizer_step.adamw.state.items():
+    for parameter, moments in trainer.state.optimizer_step.adamw.state.items():
         assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == parameter.stride()
     kept = load(tensors(tmp_path / "run", 13)["model.safetensors"])
-    for name, weight in trainer.model.named_parameters():
+    for name, weight in trainer.state.model.named_parameters():
         assert torch.equal(kept[name], weight) and kept[name].is_contiguous()
 
 
@@ -369,13 +369,13 @@ def made(config):
 def test_what_is_drawn_and_exported_has_the_tensors_of_the_training(tmp_path):
     """No second network on the device: the drawing one has the averages themselves, the exporting one the trained weights."""
     trainer = made(tiny(tmp_path / "run", "--sample_every", 6))
-    average = trainer.optimizer_step.ema.averages[0.9]
+    average = trainer.state.optimizer_step.ema.averages[0.9]
     drawn = trainer.hooks[0].images.network
     exported = trainer.checkpointer.saver.network
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in trainer.state.model.named_parameters():
         assert dict(drawn.named_parameters())[name].data_ptr() == average[name].data_ptr() != parameter.data_ptr()
         assert dict(exported.named_parameters())[name].data_ptr() == parameter.data_ptr()
-    assert trainer.model.training and not drawn.training
+    assert trainer.state.model.training and not drawn.training
 
 
 def test_frozen_weights_are_neither_trained_nor_averaged_and_are_exported(tmp_path, monkeypatch):
@@ -389,9 +389,9 @@ def test_frozen_weights_are_neither_trained_nor_averaged_and_are_exported(tmp_pa
 
     monkeypatch.setattr(PixelTask, "build", partly_frozen)
     trainer = trained_here(tiny(tmp_path / "run", "--max_steps", 4, "--lr_schedule", "constant"))
-    frozen = {name: weight for name, weight in trainer.model.named_parameters() if not weight.requires_grad}
-    assert len(frozen) == 6 and not trainer.optimizer_step.ema.averages[0.9].keys() & frozen.keys()
-    assert len(trainer.optimizer_step.parameters) == len(list(trainer.model.parameters())) - 6
+    frozen = {name: weight for name, weight in trainer.state.model.named_parameters() if not weight.requires_grad}
+    assert len(frozen) == 6 and not trainer.state.optimizer_step.ema.averages[0.9].keys() & frozen.keys()
+    assert len(trainer.state.optimizer_step.parameters) == len(list(trainer.state.model.parameters())) - 6
     exported = load_file(tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors")
     kept = load(tensors(tmp_path / "run", 4)["model.safetensors"])
     average = load(tensors(tmp_path / "run", 4)["ema_0.9.safetensors"])
@@ -401,7 +401,7 @@ def test_frozen_weights_are_neither_trained_nor_averaged_and_are_exported(tmp_pa
         assert name not in frozen or torch.equal(exported[name], frozen[name])
     whole = trained_here(tiny(tmp_path / "whole", "--max_steps", 6, "--lr_schedule", "constant"))
     resumed = trained_here(tiny(tmp_path / "run", "--max_steps", 6, "--lr_schedule", "constant"))
-    assert all(torch.equal(one, other) for one, other in zip(whole.model.parameters(), resumed.model.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(whole.state.model.parameters(), resumed.state.model.parameters()))
 
 
 def test_after_a_resume_nothing_of_the_checkpoint_stays_mapped(trained, tmp_path):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
 from ..data import images
-from ..diffusion.timestep_samplers import TimestepSampler
 from ..errors import CannotWriteError, InputError, NotFiniteError
 from ..evaluation.image_sets import process_batches
 from ..runs import checkpoints
@@ -24,9 +23,8 @@ from ..utils.distributed import broadcast_from_first, gather_from_all
 from ..utils.files import write_file
 from . import state_dicts
 from .logger import Logger
-from .loss_statistics import LossStatistics
-from .optimizer_step import OptimizerStep
 from .saver import Saver
+from .state_dicts import MetricHistory, TrainingState
 
 if TYPE_CHECKING:
     from ..evaluation.monitor import Monitor
@@ -86,14 +84,6 @@ class SampleGrid:
 
 
 @dataclass
-class MetricHistory:
-    """The metrics of a run so far, as its state.json has them."""
-
-    best: dict[str, Any] | None = None  # step, value (negated where higher is better) and settings of the best
-    last: dict[str, Any] | None = None  # step, settings and all metrics of the last
-
-
-@dataclass
 class Evaluation:
     """Metrics of what the EMA weights draw, against the training images."""
 
@@ -140,22 +130,16 @@ class Checkpointer:
         run: Run | None,
         accelerator: Accelerator,
         saver: Saver | None,
-        *,
-        model: nn.Module,
-        optimizer_step: OptimizerStep,
-        timestep_sampler: TimestepSampler,
-        statistics: LossStatistics,
-        measured: MetricHistory,
+        state: TrainingState,
         constants: Mapping[str, Any],
         step: int,
     ) -> None:
         """`run` and `saver` are None in all processes but the first; `constants` of state.json are the same at every step."""
         self.config, self.run, self.accelerator, self.saver = config, run, accelerator, saver
-        self.model, self.optimizer_step, self.timestep_sampler = model, optimizer_step, timestep_sampler
-        self.statistics, self.measured, self.constants = statistics, measured, constants
+        self.state, self.constants = state, constants
         self.every = config.run.checkpoint_every
         self.saved_step = self.saving_step = step  # the second is that of the save under way, where there is one
-        self._checksums = (step, optimizer_step.ema.checksums())  # of the averages, as of the start or the last save
+        self._checksums = (step, state.optimizer_step.ema.checksums())  # of the averages, as of the start or the last save
         self._warned = False
 
     def __enter__(self) -> Checkpointer:
@@ -186,26 +170,24 @@ class Checkpointer:
         self._finish()
         if step == self.saved_step:
             return
-        tensors = state_dicts.gather(self.model, self.optimizer_step.adamw, self.optimizer_step.ema)
-        if self.timestep_sampler.learns:
-            tensors[checkpoints.SAMPLER] = self.timestep_sampler.state()
-        statistics = self.statistics.state(self.accelerator.gather, self.accelerator.is_main_process)
+        tensors = state_dicts.gather(self.state)
+        statistics = self.state.statistics.state(self.accelerator.gather, self.accelerator.is_main_process)
         self.saving_step = step
         if self.saver:
             self._warn_if_averages_stand_still(step)
-            self.saver.save(tensors, {**self.state(step), "window": statistics}, final)
+            self.saver.save(tensors, {**self._state_json(step), "window": statistics}, final)
         if final:
             self._finish(final=True)
 
-    def state(self, step: int) -> dict[str, Any]:
+    def _state_json(self, step: int) -> dict[str, Any]:
         """What state.json says of a step beside the tensors and statistics."""
         scaler = self.accelerator.scaler
         return {
             "step": step,
             "position": step * self.config.optimization.batch_size,
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "best": self.measured.best,
-            "measured": self.measured.last,
+            "best": self.state.measured.best,
+            "measured": self.state.measured.last,
             **self.constants,
         }
 
@@ -223,7 +205,7 @@ class Checkpointer:
 
     def _warn_if_averages_stand_still(self, step: int) -> None:
         """Says once which averages have not changed since the last save, though they should at every step."""
-        (since, before), now = self._checksums, self.optimizer_step.ema.checksums()
+        (since, before), now = self._checksums, self.state.optimizer_step.ema.checksums()
         still = [str(rate) for rate in now if now[rate] == before[rate]]
         if still and not self._warned:
             self._warned = True

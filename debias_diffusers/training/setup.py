@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -19,11 +18,10 @@ from ..data.dataset import PositionBatchSampler
 from ..data.sources import Source
 from ..diffusion.loss import Objective, make_objective
 from ..diffusion.noise_schedule import require_noise_at_the_end, terminal_snr_problem
-from ..diffusion.timestep_samplers import TimestepSampler, make_timestep_sampler
+from ..diffusion.timestep_samplers import make_timestep_sampler
 from ..errors import InputError, StoppedError, raise_all
 from ..hub import client
 from ..hub.publish import Publisher
-from ..runs import checkpoints
 from ..runs.checkpoints import Checkpoint
 from ..runs.run_directory import Run
 from ..tasks.base import Task
@@ -36,10 +34,11 @@ from ..utils.signals import SignalHandler
 from ..utils.torch_errors import explain_error
 from . import device, state_dicts
 from .ema import EMA
-from .hooks import Checkpointer, EmaImages, Evaluation, Hook, MetricHistory, SampleGrid
+from .hooks import Checkpointer, EmaImages, Evaluation, Hook, SampleGrid
 from .loss_statistics import LossStatistics
 from .optimizer_step import OptimizerStep
 from .saver import Saver
+from .state_dicts import TrainingState
 from .trainer import Trainer
 
 if TYPE_CHECKING:
@@ -111,52 +110,42 @@ def make_trainer(
     objective = make_objective(config.objective)  # first, because it may refuse the configuration
     _require_noise_at_the_end(config, objective, found, accelerator)
     config, task, monitor = _open_task(config, channels, found, accelerator)
-    timestep_sampler = make_timestep_sampler(config.objective, objective.schedule, config.optimization.batch_size)
-    statistics = LossStatistics(len(objective.schedule), accelerator.device)
     network = _network(task, config.optimization, found, accelerator)
     # For exporting and drawing: the same modules and tensors, without what `accelerator.prepare` does to `forward`.
     unwrapped = state_dicts.with_weights(network, {})
-    model = _wrapped(network, config.optimization, accelerator)
-    optimizer_step = _optimizer_step(task, network, config.optimization, accelerator)
+    state = TrainingState(
+        _wrapped(network, config.optimization, accelerator),
+        _optimizer_step(task, network, config.optimization, accelerator),
+        make_timestep_sampler(config.objective, objective.schedule, config.optimization.batch_size),
+        LossStatistics(len(objective.schedule), accelerator.device),
+    )
     constants = _constants(config, found, accelerator, objective, task) | {"num_threads": num_threads}
-    step, measured = 0, MetricHistory()
     if found:
         if run:
             _require_same_training(found, run, constants, config.optimization)
-        _restore(found, model, optimizer_step, timestep_sampler, statistics, accelerator)
-        step, measured = found.step, MetricHistory(found.state.get("best"), found.state.get("measured"))
+        state_dicts.restore(found, state, accelerator.is_main_process)
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(found.state["scaler"])
+    step = found.step if found else 0
     if run:
         run.begin(config)
-        device.warn_of_little_space(run.folder, sum(p.numel() for p in optimizer_step.parameters), len(config.optimization.ema_decay))
+        parameters = sum(p.numel() for p in state.optimizer_step.parameters)
+        device.warn_of_little_space(run.folder, parameters, len(config.optimization.ema_decay))
     if monitor:
         with told_by_the_first(accelerator):
             monitor.read(task.data.source)
     publisher = Publisher(run.folder, to, step) if run and to else None
-    checkpointer = Checkpointer(
-        config,
-        run,
-        accelerator,
-        Saver(run, config, task, unwrapped, accelerator.device, publisher) if run else None,
-        model=model,
-        optimizer_step=optimizer_step,
-        timestep_sampler=timestep_sampler,
-        statistics=statistics,
-        measured=measured,
-        constants=constants,
-        step=step,
-    )
+    saver = Saver(run, config, task, unwrapped, accelerator.device, publisher) if run else None
+    checkpointer = Checkpointer(config, run, accelerator, saver, state, constants, step)
     trainer = Trainer(
         config=config,
         accelerator=accelerator,
         task=task,
         objective=objective,
-        timestep_sampler=timestep_sampler,
-        model=model,
-        optimizer_step=optimizer_step,
-        statistics=statistics,
+        state=state,
         positions=_positions(config.optimization, accelerator, step),
         checkpointer=checkpointer,
-        hooks=[*_image_hooks(config, run, task, unwrapped, optimizer_step.ema, monitor, measured, accelerator), checkpointer],
+        hooks=[*_image_hooks(config, run, task, unwrapped, state, monitor, accelerator), checkpointer],
         step=step,
     )
     return trainer, publisher
@@ -286,17 +275,16 @@ def _image_hooks(
     run: Run | None,
     task: Task,
     unwrapped: nn.Module,
-    ema: EMA,
+    state: TrainingState,
     monitor: Monitor | None,
-    measured: MetricHistory,
     accelerator: Accelerator,
 ) -> list[Hook]:
     """What draws with the averaged weights, which it shares."""
-    network = state_dicts.with_weights(unwrapped, ema.averages[config.optimization.ema_decay[0]])
+    network = state_dicts.with_weights(unwrapped, state.optimizer_step.ema.averages[config.optimization.ema_decay[0]])
     images = EmaImages(task, network, accelerator, micro_batch_size(config.optimization, accelerator.num_processes))
     hooks: list[Hook] = [SampleGrid(config.run.sample_every, images, run)]
     if monitor:
-        hooks.append(Evaluation(config.run.eval_every, images, monitor, measured, run))
+        hooks.append(Evaluation(config.run.eval_every, images, monitor, state.measured, run))
     return hooks
 
 
@@ -340,20 +328,3 @@ def _require_same_training(found: Checkpoint, run: Run, now: dict[str, Any], opt
     if (before := found.state["config"]["max_steps"]) != optim.max_steps and optim.lr_schedule != "constant":
         say(f"warning: max_steps was {before}, now it is {optim.max_steps}: the learning rate falls to 0 there")
     say(f"resuming {run.folder} at step {found.step} of {optim.max_steps}")
-
-
-def _restore(
-    found: Checkpoint,
-    model: nn.Module,
-    optimizer_step: OptimizerStep,
-    timestep_sampler: TimestepSampler,
-    statistics: LossStatistics,
-    accelerator: Accelerator,
-) -> None:
-    """Puts everything back as it was after the checkpoint's step."""
-    state_dicts.restore(found, model, optimizer_step.adamw, optimizer_step.ema)
-    if timestep_sampler.learns:
-        timestep_sampler.load(safetensors.torch.load_file(found.verified(checkpoints.SAMPLER)))
-    statistics.load(found.state["window"], accelerator.is_main_process)
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(found.state["scaler"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,24 +24,47 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from ..runs.checkpoints import MODEL, OPTIMIZER, Checkpoint, ema_file
-from .ema import EMA
+from ..diffusion.timestep_samplers import TimestepSampler
+from ..runs.checkpoints import MODEL, OPTIMIZER, SAMPLER, Checkpoint, ema_file
+from .loss_statistics import LossStatistics
+from .optimizer_step import OptimizerStep
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def gather(model: nn.Module, optimizer: Optimizer, ema: EMA) -> dict[str, Mapping[str, Tensor]]:
+@dataclass
+class MetricHistory:
+    """The metrics of a run so far, as its state.json has them."""
+
+    best: dict[str, Any] | None = None  # step, value (negated where higher is better) and settings of the best
+    last: dict[str, Any] | None = None  # step, settings and all metrics of the last
+
+
+@dataclass
+class TrainingState:
+    """What a training changes, all of which is in a checkpoint."""
+
+    model: nn.Module  # wrapped by accelerate
+    optimizer_step: OptimizerStep  # with AdamW and the averages
+    timestep_sampler: TimestepSampler
+    statistics: LossStatistics
+    measured: MetricHistory = field(default_factory=MetricHistory)
+
+
+def gather(state: TrainingState) -> dict[str, Mapping[str, Tensor]]:
     """Tensors by file name, whole in the first process. Every process must call it, after a step of the optimizer.
 
     (Before its first step, get_optimizer_state_dict would make one and change the training.)
     """
-    weights: Any = get_model_state_dict(model, options=_FULL)
-    state: Any = get_optimizer_state_dict(model, optimizer, options=_FULL).get("state", {})
+    weights: Any = get_model_state_dict(state.model, options=_FULL)
+    adamw: Any = get_optimizer_state_dict(state.model, state.optimizer_step.adamw, options=_FULL).get("state", {})
+    averages = state.optimizer_step.ema.averages
     return {
         MODEL: weights,
         # With the weights that are not trained, which have no average: each file is a whole network.
-        **{ema_file(rate): {**weights, **average} for rate, average in ema.averages.items()},
-        OPTIMIZER: {f"{parameter}/{name}": value for parameter, values in state.items() for name, value in values.items()},
+        **{ema_file(rate): {**weights, **average} for rate, average in averages.items()},
+        OPTIMIZER: {f"{parameter}/{name}": value for parameter, values in adamw.items() for name, value in values.items()},
+        **({SAMPLER: state.timestep_sampler.state()} if state.timestep_sampler.learns else {}),
     }
 
 
@@ -84,8 +108,21 @@ def size(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
 
 
 @torch.no_grad()
-def restore(found: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: EMA) -> None:
-    """Puts the tensors of a checkpoint back. Names and shapes are those of the same configuration."""
+def restore(found: Checkpoint, state: TrainingState, is_main_process: bool) -> None:
+    """Puts everything back as it was after the checkpoint's step. Names and shapes are those of the same configuration."""
+    _restore_optimizer(found, state.model, state.optimizer_step.adamw)  # first: setting its state makes an empty step
+    weights: dict[str, Any] = safetensors.torch.load_file(found.verified(MODEL))
+    set_model_state_dict(state.model, weights, options=_FULL)
+    ema = state.optimizer_step.ema
+    for rate in ema.averages:
+        ema.load(rate, safetensors.torch.load_file(found.verified(ema_file(rate))))
+    if state.timestep_sampler.learns:
+        state.timestep_sampler.load(safetensors.torch.load_file(found.verified(SAMPLER)))
+    state.statistics.load(found.state["window"], is_main_process)
+    state.measured.best, state.measured.last = found.state.get("best"), found.state.get("measured")
+
+
+def _restore_optimizer(found: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
     state: dict[str, Any] = {}
     for key, value in safetensors.torch.load_file(found.verified(OPTIMIZER)).items():
         parameter, name = key.rsplit("/", 1)
@@ -93,13 +130,8 @@ def restore(found: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: EMA)
     # Learning rate, decay and the like come from the configuration, so only the tensors are kept.
     hyper = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
     groups = [{**hyper, "params": list(state)}]
-    # The optimizer first: setting its state makes an empty step.
     set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_FULL)
     _lay_like_the_weights(optimizer)
-    weights: dict[str, Any] = safetensors.torch.load_file(found.verified(MODEL))
-    set_model_state_dict(model, weights, options=_FULL)
-    for rate in ema.averages:
-        ema.load(rate, safetensors.torch.load_file(found.verified(ema_file(rate))))
 
 
 def _lay_like_the_weights(optimizer: Optimizer) -> None:

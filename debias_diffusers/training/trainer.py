@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.schema import OptimizationConfig, TrainConfig
 from ..data.dataset import PositionBatchSampler, micro_batches
 from ..diffusion.loss import Objective, Terms
 from ..diffusion.noise_schedule import at
-from ..diffusion.timestep_samplers import TimestepSampler
 from ..errors import NotFiniteError
 from ..tasks.base import Batch, Task
 from ..utils import seeding
@@ -26,8 +25,7 @@ from ..utils.signals import SignalHandler
 from .device import Fetched
 from .hooks import Checkpointer, Hook
 from .logger import Logger, due
-from .loss_statistics import LossStatistics
-from .optimizer_step import OptimizerStep
+from .state_dicts import TrainingState
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,7 @@ class Trainer:
     accelerator: Accelerator
     task: Task
     objective: Objective
-    timestep_sampler: TimestepSampler
-    model: nn.Module  # wrapped by accelerate
-    optimizer_step: OptimizerStep
-    statistics: LossStatistics
+    state: TrainingState
     positions: PositionBatchSampler
     checkpointer: Checkpointer
     hooks: Sequence[Hook]  # called after each step, in this order; the checkpointer last, so that it saves what was measured
@@ -100,7 +95,7 @@ class Trainer:
         rate = learning_rate(self.config.optimization, self.step)
         grad_norm = self._update(loss, rate)
         self.step += 1
-        numbers = torch.stack([number.to(loss.dtype) for number in (loss, grad_norm, self.optimizer_step.aborted, *stop)])
+        numbers = torch.stack([number.to(loss.dtype) for number in (loss, grad_norm, self.state.optimizer_step.aborted, *stop)])
         return PendingStep(self.step, rate, losses, Fetched(numbers), stop_requested=bool(signum or out_of_time))
 
     def _gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -111,24 +106,24 @@ class Trainer:
         """
         total = torch.zeros((), device=self.accelerator.device)
         parts = self.positions.micro_batches(self.step)
-        corrections = self.timestep_sampler.corrections
+        corrections = self.state.timestep_sampler.corrections
         weights = corrections if self.objective.weights is None else corrections * self.objective.weights
         losses = []
         for positions in parts:
             batch = next(batches)
             # After the data loader, which takes from the global generator when it starts.
             torch.manual_seed(seeding.derive_seed(self.config.optimization.seed, "dropout", positions.start))
-            t = self.timestep_sampler.draw(batch["u"], positions)
+            t = self.state.timestep_sampler.draw(batch["u"], positions)
             # Gradients are reduced over the processes with the last micro-batch only.
-            sync = contextlib.nullcontext() if positions is parts[-1] else self.accelerator.no_sync(self.model)
+            sync = contextlib.nullcontext() if positions is parts[-1] else self.accelerator.no_sync(self.state.model)
             with sync:
                 terms = self._terms(batch, t)
                 loss = (at(corrections, t, terms.loss) * terms.loss).sum() / self.positions.share
                 self.accelerator.backward(loss)
             total += loss.detach()
-            self.statistics.add(t, terms, weights)
+            self.state.statistics.add(t, terms, weights)
             losses.append((t, terms.loss.detach()))
-        if self.timestep_sampler.learns:
+        if self.state.timestep_sampler.learns:
             self._update_timestep_sampler(losses)
         return total, losses
 
@@ -137,15 +132,15 @@ class Trainer:
         device = self.accelerator.device
         x_0 = self.task.x_0(batch, device)
         noise = batch["noise"].to(device, non_blocking=True)
-        return self.objective(self.task.conditioned(self.model, batch, device), x_0, noise, t)
+        return self.objective(self.task.conditioned(self.state.model, batch, device), x_0, noise, t)
 
     def _update(self, loss: Tensor, rate: float) -> Tensor:
         """The optimizer step, where loss and gradient are finite; returns the gradient norm ()."""
         self.accelerator.unscale_gradients()
-        grad_norm, clipped = self.optimizer_step(loss, rate, self.step)
+        grad_norm, clipped = self.state.optimizer_step(loss, rate, self.step)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
-        self.statistics.step(clipped)
+        self.state.statistics.step(clipped)
         return grad_norm
 
     def _update_timestep_sampler(self, of_micro_batches: list[tuple[Tensor, Tensor]]) -> None:
@@ -155,7 +150,7 @@ class Trainer:
         """
         t, losses = (torch.cat(parts) for parts in zip(*of_micro_batches))
         everyone = self.accelerator.gather(torch.stack([t.to(losses), losses], dim=1)).cpu()
-        self.timestep_sampler.update(everyone[:, 0].long(), everyone[:, 1])
+        self.state.timestep_sampler.update(everyone[:, 0].long(), everyone[:, 1])
 
     def _max_pending(self, newest: PendingStep) -> int:
         """How many steps need not be read yet: one, so that the device has work meanwhile, but none where something is logged or saved.
@@ -178,7 +173,7 @@ class Trainer:
         if grad_norm == 0 and self.accelerator.is_main_process and not self._warned_of_zero:
             self._warned_of_zero = True
             say(f"warning: the gradient of step {pending.step} is exactly 0, so that nothing is learned from it; see weighting and data")
-        logger.log_step(pending.step, loss, pending.learning_rate, grad_norm, self.statistics)
+        logger.log_step(pending.step, loss, pending.learning_rate, grad_norm, self.state.statistics)
         return int(signum), int(out_of_time)
 
     # ---- processes ---------------------------------------------------------------------------------------------------
@@ -204,9 +199,9 @@ class Trainer:
             self.accelerator.device,
         )  # the shape of training batches, or `compile` would compile twice
         batch = self.task.dummy_batch(size)
-        network = self.task.conditioned(self.model, batch, device)
+        network = self.task.conditioned(self.state.model, batch, device)
         network(self.task.x_0(batch, device), torch.zeros(size, dtype=torch.long, device=device)).sum().backward()
-        self.optimizer_step.adamw.zero_grad()
+        self.state.optimizer_step.adamw.zero_grad()
 
     # ---- errors ------------------------------------------------------------------------------------------------------
 

@@ -157,7 +157,7 @@ def test_killed_at_any_operation_of_a_save_the_old_or_the_new_checkpoint_is_whol
     step, flags = SAVES[save]
     folder, before = tmp_path / "run", tmp_path / "before"
     trainer = trainer_at(folder, step, *flags)
-    tensors = state_dicts.gather(trainer.model, trainer.optimizer_step.adamw, trainer.optimizer_step.ema)
+    tensors = state_dicts.gather(trainer.state)
     monkeypatch.setattr(state_dicts, "gather", lambda *_: tensors)  # once for all saves: it has no operation on files
     shutil.copytree(folder, before)
     old = newest_step(before)

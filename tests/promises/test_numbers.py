@@ -45,7 +45,7 @@ class Spoiler:
 
     def _gradients(self, original, trainer, _):
         self.trainer = trainer
-        parameter = trainer.optimizer_step.parameters[0]
+        parameter = trainer.state.optimizer_step.parameters[0]
         if self._now("weight"):
             with torch.no_grad():
                 parameter.view(-1)[0] = self.value
@@ -99,7 +99,7 @@ def test_what_is_not_finite_stops_the_run_before_the_update(place, precision, va
             assert f"each loss finite, t from {min(spoiler.t)} to {max(spoiler.t)})" in said
         assert newest_step(folder) == SPOILT and metrics(folder)[-1]["step"] == SPOILT
         kept = load(tensors(folder, SPOILT)["model.safetensors"])
-        weights = dict(spoiler.trainer.model.named_parameters())
+        weights = dict(spoiler.trainer.state.model.named_parameters())
         changed = sum((weights[key].detach() != kept[key]).sum().item() for key in kept)
         assert changed == (place == "weight")  # the one that was spoilt by hand
         assert all(torch.isfinite(weight).all() for weight in kept.values())
@@ -125,7 +125,7 @@ def test_a_step_that_was_launched_before_this_was_read_makes_no_update_either(pl
     trainer = spoiler.trainer
     assert trainer.step == SPOILT + 2 and newest_step(tmp_path / "run") == SPOILT
     kept = {name: load(content) for name, content in tensors(tmp_path / "run", SPOILT).items()}
-    left = state_dicts.gather(trainer.model, trainer.optimizer_step.adamw, trainer.optimizer_step.ema)
+    left = state_dicts.gather(trainer.state)
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert all(torch.equal(kept[name][key], left[name][key]) for key in kept[name]), name
 
@@ -152,7 +152,7 @@ def test_a_step_is_launched_without_waiting_for_any_of_its_numbers(tmp_path, mon
     trainer = trained_here(tiny(tmp_path / "run", *flags, "--max_steps", 6, "--log_every", 0))
     assert trainer.step == 6 and asked.count == 0
     with asked:
-        trainer.optimizer_step.skips.item()
+        trainer.state.optimizer_step.skips.item()
     assert asked.count == 1
 
 
@@ -180,10 +180,10 @@ class Overflowing:
         original = Trainer._gradients
 
         def gradients(trainer, micro_batches):
-            weights = torch.cat([parameter.detach().flatten() for parameter in trainer.optimizer_step.parameters])
-            self.seen[trainer.step] = weights.clone(), int(trainer.optimizer_step.skips)
+            weights = torch.cat([parameter.detach().flatten() for parameter in trainer.state.optimizer_step.parameters])
+            self.seen[trainer.step] = weights.clone(), int(trainer.state.optimizer_step.skips)
             spoilt = trainer.step in steps
-            hook = trainer.optimizer_step.parameters[0].register_hook(lambda g: torch.full_like(g, torch.inf) if spoilt else g)
+            hook = trainer.state.optimizer_step.parameters[0].register_hook(lambda g: torch.full_like(g, torch.inf) if spoilt else g)
             found = original(trainer, micro_batches)
             hook.remove()
             return found
@@ -203,7 +203,7 @@ def test_steps_that_overflow_in_fp16_are_skipped_and_counted(tmp_path, trials):
     with pytest.MonkeyPatch.context() as patch:
         spoilt = Overflowing(patch, {step for skipped in runs for step in skipped})
         trainer = trained_here(tiny(tmp_path / "run", "--max_steps", 2 * most + 4, "--checkpoint_every", 0), scaler=scaler)
-    assert trainer.step == 2 * most + 4 and trainer.optimizer_step.skips == 0
+    assert trainer.step == 2 * most + 4 and trainer.state.optimizer_step.skips == 0
     for step in range(trainer.step - 1):
         trials()
         in_a_row = next((step - skipped.start for skipped in runs if step in skipped), None)
