@@ -116,10 +116,10 @@ def train_config(argv: list[str], launcher_precision: str | None) -> TrainConfig
     layers = [configuration.read_config(DIGITS)] if (dataset or chosen.get("dataset") or (not file and DIGITS)) == DIGITS else []
     defaults = configuration.layered(*layers, chosen)
     given = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
-    if "model_config" in given:
-        if twice := sorted(given & set(configuration.MODEL_NUMBERS)):
-            raise InputError(f"model_config describes the whole network; leave out {', '.join(twice)}")
-        defaults = configuration.layered(configuration.flatten(defaults), {"model_config": "given by a flag"})
+    for name in configuration.REPLACING.keys() & given:
+        if twice := sorted(given & set(configuration.REPLACING[name])):
+            raise InputError(f"{name} describes the whole network; leave out {', '.join(twice)}")
+        defaults = configuration.layered(configuration.flatten(defaults), {name: "given by a flag"})
     config = _parse(TrainConfig, flags, defaults, "train.py", TRAIN_HELP)
     typed = given | {name.removeprefix("no_") for name in given}
     config, notes = validation.yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))

@@ -17,11 +17,12 @@ import yaml
 from ..errors import InputError, raise_all, reason
 from .hub_names import PINNED, was_pinned
 from .ranges import field_types
-from .schema import CHANNEL_MULT, HubConfig, ModelConfig, TrainConfig, noise_schedule
+from .schema import SIZE_FIELDS, HubConfig, ModelConfig, TrainConfig, channel_mult, network_of_size, noise_schedule
 
 # Not written to config.json: a run directory can be moved, so it does not say where it lies; and who trains with the same
 # configuration must not publish over it.
-NOT_STORED = {"output_dir", *(f.name for f in dataclasses.fields(HubConfig))}
+# The numbers of a network stand there, not the size that stood for them.
+NOT_STORED = {"output_dir", "size", *(f.name for f in dataclasses.fields(HubConfig))}
 
 # A resumed run may change these; everything else must be as it was.
 CHANGEABLE = {
@@ -36,6 +37,9 @@ BEFORE_THE_FIELD = {"ema_warmup": False}
 
 # What `model_config` replaces.
 MODEL_NUMBERS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name != "model_config")
+
+# Fields that stand for others, which must be left out beside them.
+REPLACING = {"model_config": MODEL_NUMBERS, "size": (*SIZE_FIELDS, "model_config")}
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
@@ -162,31 +166,41 @@ def _describe(hint: Any) -> str:
 
 
 def layered(*layers: Mapping[str, Any]) -> TrainConfig:
-    """The field defaults, changed by each layer in turn. A `model_config` replaces the network's numbers of lower layers."""
+    """The field defaults, changed by each layer in turn. A `model_config` or `size` replaces the network's numbers of lower layers."""
     defaults = flatten(TrainConfig())
     values: dict[str, Any] = {}
     for layer in layers:
-        if layer.get("model_config"):
-            values |= {name: defaults[name] for name in MODEL_NUMBERS}
+        for name, replaced in REPLACING.items():
+            if layer.get(name):
+                values |= {number: defaults[number] for number in replaced}
         values |= layer
     return update(TrainConfig(), values)
 
 
 def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig:
-    """The configuration with what was left out filled in (channel multipliers, noise schedule, precision), and one spelling of `init`.
+    """The configuration with what was left out filled in (network of a size, noise schedule, precision), and one spelling of `init`.
 
     Raises:
-        InputError: the launcher was configured with a precision that is not supported.
+        InputError: a network size beside its numbers, or the launcher was configured with a precision that is not supported.
     """
     values: dict[str, Any] = {}
-    if not config.model.channel_mult and not config.model.model_config and config.data.resolution in CHANNEL_MULT:
-        values["channel_mult"] = CHANNEL_MULT[config.data.resolution]
+    if config.data.resolution and not config.model.model_config:
+        values = _network(config.model, config.data.resolution)
     values["noise_schedule"] = noise_schedule(config.objective)
     if config.optimization.init:
         values["init"] = config.optimization.init.rstrip("/") or "/"  # of a folder, with which a resume must not differ from without
     if config.optimization.mixed_precision is None:
         values["mixed_precision"] = checked_values({"mixed_precision": launcher_precision or "no"}, "launcher")["mixed_precision"]
     return update(config, values)
+
+
+def _network(model: ModelConfig, resolution: int) -> dict[str, Any]:
+    """Network numbers that were left out."""
+    if model.size is None:
+        return {} if model.channel_mult else {"channel_mult": channel_mult(resolution)}
+    if given := [f"{name} {getattr(model, name)}" for name in SIZE_FIELDS if getattr(model, name) != getattr(ModelConfig(), name)]:
+        raise InputError(f"size {model.size} decides {', '.join(SIZE_FIELDS)}; leave out {', '.join(given)}, or size")
+    return {"size": None, **network_of_size(model.size, resolution)}
 
 
 def to_json(config: TrainConfig) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typing_extensions import Doc
 
@@ -42,8 +42,18 @@ GuidanceScale = Annotated[float, at_least(0, "1 (off) or 3")]
 # Of no more than the 32 bits that generators of images, and those of numpy, take.
 ImageSeed = Annotated[int, Range("at least 0 and below 2^32, such as 0", lambda value: 0 <= value < 2**32)]
 
-# Channel multipliers of the paper's networks by resolution, taken when `channel_mult` is left out.
-CHANNEL_MULT = {256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}
+# Channel multipliers by resolution, those of the paper's networks from 32 pixels on.
+CHANNEL_MULT = {256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2), 16: (1, 2, 2), 8: (1, 2)}
+
+Size = Literal["tiny", "small", "base", "large"]
+SIZES: dict[Size, dict[str, Any]] = {
+    "tiny": {"model_channels": 32, "layers_per_block": 1, "attention_head_dim": 32},
+    "small": {"model_channels": 64, "layers_per_block": 2, "attention_head_dim": 64},
+    "base": {"model_channels": 128, "layers_per_block": 2, "attention_head_dim": 64},
+    "large": {"model_channels": 192, "layers_per_block": 3, "attention_head_dim": 64},
+}
+# Fields that a size decides.
+SIZE_FIELDS = ("model_channels", "channel_mult", "layers_per_block", "attention_resolutions", "attention_head_dim")
 
 # Help of the fields that name an entry of a table.
 _WEIGHTING = f"loss weighting, one objective whatever the prediction type: {summaries(WEIGHTINGS)}; or a name that you registered"
@@ -82,8 +92,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The UNet that is built: either these numbers, or a UNet2DModel configuration file."""
+    """The UNet that is built: these numbers, a size that stands for them, or a UNet2DModel configuration file."""
 
+    # network size, in place of channels, multipliers, blocks, attention and head dimension: 32, 64, 128 or 192 base channels
+    size: Size | None = None
     model_channels: Annotated[int, at_least(1, 128)] = 128  # base channels: those of the first level
     channel_mult: tuple[int, ...] = ()  # channel multipliers of the levels; by resolution if left out
     layers_per_block: Annotated[int, at_least(1, 2)] = 2  # residual blocks per level
@@ -347,3 +359,19 @@ class PushConfig:
 def noise_schedule(objective: ObjectiveConfig) -> NoiseSchedule | None:
     """The noise schedule of an objective; None of rectified flow."""
     return objective.noise_schedule or (None if objective.prediction_type == "flow" else DEFAULT_SCHEDULE)
+
+
+def channel_mult(resolution: int) -> tuple[int, ...]:
+    """The usual channel multipliers of a resolution, one for each time that it can be halved; () if it cannot."""
+    usual = CHANNEL_MULT[max((side for side in CHANNEL_MULT if side <= resolution), default=min(CHANNEL_MULT))]
+    levels = 1
+    while levels < len(usual) and resolution % 2**levels == 0:
+        levels += 1
+    return usual[:levels] if levels > 1 else ()
+
+
+def network_of_size(size: Size, resolution: int) -> dict[str, Any]:
+    """The SIZE_FIELDS of a network size, with self-attention at the levels from 5 to 16 pixels (to 8 in tiny)."""
+    mult, largest = channel_mult(resolution), 8 if size == "tiny" else 16
+    sides = tuple(resolution // 2**level for level in range(len(mult)))
+    return SIZES[size] | {"channel_mult": mult, "attention_resolutions": tuple(side for side in sides if 4 < side <= largest)}

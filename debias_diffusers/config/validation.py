@@ -19,7 +19,6 @@ from .ranges import range_problems
 from .registry import METRICS, SOLVERS, TIMESTEP_SAMPLERS, WEIGHTINGS, Parametrized, parameters_of
 from .schema import (
     BETA_ENDS,
-    CHANNEL_MULT,
     BitsConfig,
     DataConfig,
     MeasureConfig,
@@ -144,8 +143,7 @@ def _model_problems(config: TrainConfig) -> list[str]:
     if resolution is None or resolution < 1:
         return []  # said elsewhere; the rules below need it
     if not model.channel_mult:
-        known = ", ".join(map(str, sorted(CHANNEL_MULT)))
-        return [f"channel_mult is missing: resolution {resolution} has no usual value (only {known} have); give one, such as 1 2 2"]
+        return [f"resolution is {resolution}, which cannot be halved, and channel_mult is left out; take {2 * round(resolution / 2 + 0.5)}"]
     if min(model.channel_mult) < 1:
         return [f"channel_mult is {list(model.channel_mult)}, but each must be at least 1, such as 1 2 2"]
     return _level_problems(model, resolution)

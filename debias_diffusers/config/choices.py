@@ -1,0 +1,117 @@
+"""What a plain `train.py --dataset ...` chooses for the fields that were left out: what suits the images, the steps and the device.
+
+Only a command without `--config` chooses, and only at its first start: the values stand in config.json, and a resume keeps them. The field
+defaults of `schema` stay neutral, for configurations and for Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from .loading import update
+from .schema import SIZE_FIELDS, SIZES, TrainConfig, network_of_size
+
+CPU_STEPS = 10_000  # without a GPU: hours at 32 pixels, where the 100 000 of the field would be days
+CPU_BATCH = 32
+GRIDS = 20  # sample grids, and checkpoints, of a run
+WARMUP = 20  # one in so many steps
+EMA_HORIZON = 12  # the average is over about one in so many steps
+EMA_DECAYS = (0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
+LEARNING_RATES = {"tiny": 5e-4, "small": 2e-4, "base": 1e-4, "large": 1e-4}
+FEW_IMAGES, MANY_IMAGES = 5_000, 500_000
+
+
+@dataclass(frozen=True)
+class Group:
+    """Values that are chosen for one reason."""
+
+    what: str
+    values: dict[str, Any]
+    reason: str
+
+
+CHOSEN = {
+    "max_steps", "batch_size", *SIZE_FIELDS, "prediction_type", "schedule_shift", "timestep_sampler", "learning_rate", "lr_schedule",
+    "warmup_steps", "max_grad_norm", "ema_decay", "sample_every", "checkpoint_every",
+}  # fmt: skip
+
+
+def left_out(typed: Collection[str]) -> frozenset[str]:
+    """The fields that a plain command chooses, given those that were typed.
+
+    One typed number of the network leaves the others to the field defaults. With `init` the network and the parameterization are
+    those of its model, so they are not chosen.
+    """
+    names = CHOSEN - set(typed)
+    if {*SIZE_FIELDS, "size", "model_config", "init"} & set(typed):
+        names -= {*SIZE_FIELDS}
+    if "init" in typed:
+        names -= {"prediction_type", "schedule_shift"}
+    return frozenset(names)
+
+
+def choose(config: TrainConfig, names: Collection[str], images: int, gpu: bool) -> tuple[TrainConfig, list[str]]:
+    """The configuration with what was left out chosen, and a line for each group of values.
+
+    Args:
+        config: checked and resolved; what was typed is in it.
+        names: fields that may be chosen, as of `left_out`.
+        images: number of training images.
+        gpu: whether it trains on one.
+    """
+    lines = []
+    for group in (_length, _network, _objective, _optimization):
+        found = group(config, images, gpu)
+        values = {name: value for name, value in found.values.items() if name in names}
+        if values:
+            config = update(config, values)
+            lines.append(f"{found.what}: {' '.join(f'--{name} {_typed(value)}' for name, value in values.items())} ({found.reason})")
+    return config, lines
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    return " ".join(map(_typed, value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _length(config: TrainConfig, images: int, gpu: bool) -> Group:
+    if gpu:
+        return Group("length", {}, "")
+    return Group("length", {"max_steps": CPU_STEPS, "batch_size": CPU_BATCH}, "no GPU")
+
+
+def _network(config: TrainConfig, images: int, gpu: bool) -> Group:
+    assert config.data.resolution is not None
+    size = "tiny" if not gpu else "small" if images < FEW_IMAGES else "base" if images < MANY_IMAGES else "large"
+    reason = f"size {size}: {'no GPU' if not gpu else f'{images} images'}; another with --size {'|'.join(SIZES)}"
+    return Group("network", network_of_size(size, config.data.resolution), reason)
+
+
+def _objective(config: TrainConfig, images: int, gpu: bool) -> Group:
+    resolution = config.data.resolution or 64
+    values = {
+        "prediction_type": "v_prediction",
+        # At a lower resolution the same noise hides more of an image: the SNR that the schedule has at 64 pixels, per pixel of those
+        # (arXiv 2301.11093, section 2.1).
+        "schedule_shift": (64 / resolution) ** 2,
+        "timestep_sampler": "stratified",
+    }
+    return Group("objective", values, f"noise as it suits {resolution} pixels")
+
+
+def _optimization(config: TrainConfig, images: int, gpu: bool) -> Group:
+    optim, width = config.optimization, config.model.model_channels
+    size = next((size for size in LEARNING_RATES if width <= SIZES[size]["model_channels"]), "large")
+    steps, every = optim.max_steps, max(10, min(1000, optim.max_steps // GRIDS))
+    values = {
+        "learning_rate": LEARNING_RATES[size],
+        "lr_schedule": "cosine",
+        "warmup_steps": min(1000, steps // WARMUP),
+        "max_grad_norm": 1.0,
+        "ema_decay": (next((rate for rate in reversed(EMA_DECAYS) if 1 / (1 - rate) <= steps / EMA_HORIZON), EMA_DECAYS[0]),),
+        "sample_every": every,
+        "checkpoint_every": every,
+    }
+    return Group("optimization", values, f"{width} channels, {steps} steps")
