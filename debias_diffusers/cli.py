@@ -105,17 +105,27 @@ def _train(argv: list[str]) -> None:
 TRAIN_HELP = f"""Train a diffusion model with the debiased loss (arXiv 2310.08442).
 
 --config NAME|FILE takes the values of a packaged configuration ({", ".join(configuration.packaged_configs())}) or of a YAML
-or JSON file; flags win over it. Without --config and --dataset the embedded digits are trained. The same command resumes."""
+or JSON file; flags win over it. Without --config and --dataset the embedded digits are trained. The same command resumes.
+
+--resume RUN resumes a run directory with everything as it was, to its max_steps. Beside it these flags may be typed:
+{", ".join(name for name in field_types(TrainConfig) if name in configuration.CHANGEABLE - {"output_dir"})}."""
 
 
 def train_config(argv: list[str], launcher_precision: str | None) -> TrainConfig:
-    """The training configuration. Precedence: flags, `--config`, the packaged configuration of the digits (for the digits), defaults."""
+    """The training configuration. Precedence: flags, `--config`, the packaged configuration of the digits (for the digits), defaults.
+
+    With `--resume RUN`: flags, the configuration of the run.
+    """
     file, flags = _take_flag("config", argv)
+    run, flags = _take_flag("resume", flags)
     dataset, _ = _take_flag("dataset", flags)
-    chosen = configuration.read_config(file) if file else {}
-    layers = [configuration.read_config(DIGITS)] if (dataset or chosen.get("dataset") or (not file and DIGITS)) == DIGITS else []
-    defaults = configuration.layered(*layers, chosen)
     given = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    if run is not None:
+        defaults = configuration.layered(_values_of_run(run, given | ({"config"} if file else set())))
+    else:
+        chosen = configuration.read_config(file) if file else {}
+        layers = [configuration.read_config(DIGITS)] if (dataset or chosen.get("dataset") or (not file and DIGITS)) == DIGITS else []
+        defaults = configuration.layered(*layers, chosen)
     if "model_config" in given:
         if twice := sorted(given & set(configuration.MODEL_NUMBERS)):
             raise InputError(f"model_config describes the whole network; leave out {', '.join(twice)}")
@@ -129,6 +139,23 @@ def train_config(argv: list[str], launcher_precision: str | None) -> TrainConfig
         for sentence in notes:
             say(sentence)
     return configuration.resolved(config, launcher_precision)
+
+
+def _values_of_run(run: str, typed: set[str]) -> dict[str, Any]:
+    """What `--resume RUN` stands for.
+
+    Raises:
+        InputError: there is no such run, or a flag is typed that says the same.
+    """
+    if twice := sorted(typed & {"config", "output_dir"}):
+        raise InputError(
+            f"--resume takes configuration and directory of the run {run}; leave out {', '.join(f'--{name}' for name in twice)}"
+        )
+    values = configuration.run_values(run)
+    if values is None:
+        wrong = f"is no run directory (it has no {configuration.CONFIG} of a training)" if os.path.exists(run) else "does not exist"
+        raise InputError(f"resume {run!r} {wrong}; name the --output_dir of a training that began")
+    return values | {"output_dir": run}
 
 
 def _take_flag(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
