@@ -10,14 +10,15 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 from tyro import _errors as tyro_errors  # of a private module, so that pyproject.toml bounds the version
 
+from .config import choices, validation
 from .config import loading as configuration
-from .config import validation
 from .config.ranges import field_types
 from .config.schema import (
     DIGITS,
@@ -97,38 +98,105 @@ def _dispatch(program: str, commands: Mapping[str, Callable[[list[str]], None]],
 
 
 def _train(argv: list[str]) -> None:
-    from .training.start import train as train_run
+    from .training.start import train_run
 
-    train_run(train_config(argv, os.environ.get("ACCELERATE_MIXED_PRECISION")))
+    train_run(*train_command(argv, os.environ.get("ACCELERATE_MIXED_PRECISION")))
 
 
 TRAIN_HELP = f"""Train a diffusion model with the debiased loss (arXiv 2310.08442).
 
 --config NAME|FILE takes the values of a packaged configuration ({", ".join(configuration.packaged_configs())}) or of a YAML
-or JSON file; flags win over it. Without --config and --dataset the embedded digits are trained. The same command resumes."""
+or JSON file; flags win over it. Without --config and --dataset the embedded digits are trained. The same command resumes.
+
+--resume RUN resumes a run directory with everything as it was, to its max_steps. Beside it these flags may be typed:
+{", ".join(name for name in field_types(TrainConfig) if name in configuration.CHANGEABLE - {"output_dir", "size"})}."""
 
 
 def train_config(argv: list[str], launcher_precision: str | None) -> TrainConfig:
-    """The training configuration. Precedence: flags, `--config`, the packaged configuration of the digits (for the digits), defaults."""
+    """The training configuration of `train_command`, with field defaults where the data decide."""
+    return train_command(argv, launcher_precision)[0]
+
+
+def train_command(argv: list[str], launcher_precision: str | None) -> tuple[TrainConfig, frozenset[str]]:
+    """The training configuration, and the fields that are chosen as soon as the data are known.
+
+    Precedence: flags, `--config`, the packaged configuration of the digits (for the digits), defaults. With `--resume RUN`: flags, the
+    configuration of the run. A plain command, without both, chooses what was left out (`config.choices`); in the directory
+    of a run it keeps what the run has chosen.
+    """
     file, flags = _take_flag("config", argv)
+    run, flags = _take_flag("resume", flags)
     dataset, _ = _take_flag("dataset", flags)
-    chosen = configuration.read_config(file) if file else {}
-    layers = [configuration.read_config(DIGITS)] if (dataset or chosen.get("dataset") or (not file and DIGITS)) == DIGITS else []
-    defaults = configuration.layered(*layers, chosen)
-    given = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
-    for name in configuration.REPLACING.keys() & given:
-        if twice := sorted(given & set(configuration.REPLACING[name])):
-            raise InputError(f"{name} describes the whole network; leave out {', '.join(twice)}")
-        defaults = configuration.layered(configuration.flatten(defaults), {name: "given by a flag"})
+    typed = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    chosen: frozenset[str] = frozenset()
+    if run is not None:
+        defaults = configuration.layered(_values_of_run(run, typed | ({"config"} if file else set())))
+    elif file or dataset in (None, DIGITS):
+        values = configuration.read_config(file) if file else {}
+        digits = (dataset or values.get("dataset") or (not file and DIGITS)) == DIGITS
+        defaults = configuration.layered(configuration.read_config(DIGITS) if digits else {}, values)
+    else:
+        chosen = choices.left_out(typed)
+        kept = _kept(flags, chosen)
+        defaults, chosen = configuration.layered(kept), frozenset() if kept else chosen
+    defaults = _replaced(defaults, flags, typed)
     config = _parse(TrainConfig, flags, defaults, "train.py", TRAIN_HELP)
-    typed = given | {name.removeprefix("no_") for name in given}
+    typed |= {name.removeprefix("no_") for name in typed}
     config, notes = validation.yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
-    if notes and launcher.is_first_process():
+    _say_first(notes)
+    return configuration.resolved(config, launcher_precision), chosen
+
+
+def _replaced(defaults: TrainConfig, flags: list[str], typed: set[str]) -> TrainConfig:
+    """The defaults without what a flag replaces that describes the whole network.
+
+    Raises:
+        InputError: a number of the network is typed beside it.
+    """
+    for name in configuration.REPLACING.keys() & typed:
+        if twice := sorted(typed & set(configuration.REPLACING[name])):
+            raise InputError(f"{name} describes the whole network; leave out {', '.join(twice)}")
+        value, _ = _take_flag(name, flags)
+        defaults = configuration.layered(configuration.flatten(defaults), {name: value})
+    return defaults
+
+
+def _kept(flags: list[str], names: Collection[str]) -> dict[str, Any]:
+    """What a run with checkpoints has for these fields, where a plain command continues it."""
+    folder, _ = _take_flag("output_dir", flags)
+    if not folder or not any(Path(folder).glob("checkpoints/step-*")):
+        return {}
+    kept = {name: value for name, value in (configuration.run_values(folder) or {}).items() if name in names}
+    neutral = configuration.stored(TrainConfig())
+    shown = [f"{name} {value}" for name, value in kept.items() if value != neutral[name]]
+    _say_first([f"as {folder} began: {', '.join(shown)}"] if shown else [])
+    return kept
+
+
+def _say_first(sentences: list[str]) -> None:
+    """Prints sentences in the first process only."""
+    if sentences and launcher.is_first_process():
         from .utils.console import say
 
-        for sentence in notes:
+        for sentence in sentences:
             say(sentence)
-    return configuration.resolved(config, launcher_precision)
+
+
+def _values_of_run(run: str, typed: set[str]) -> dict[str, Any]:
+    """What `--resume RUN` stands for.
+
+    Raises:
+        InputError: there is no such run, or a flag is typed that says the same.
+    """
+    if twice := sorted(typed & {"config", "output_dir"}):
+        raise InputError(
+            f"--resume takes configuration and directory of the run {run}; leave out {', '.join(f'--{name}' for name in twice)}"
+        )
+    values = configuration.run_values(run)
+    if values is None:
+        wrong = f"is no run directory (it has no {configuration.CONFIG} of a training)" if os.path.exists(run) else "does not exist"
+        raise InputError(f"resume {run!r} {wrong}; name the --output_dir of a training that began")
+    return values | {"output_dir": run}
 
 
 def _take_flag(name: str, argv: list[str]) -> tuple[str | None, list[str]]:

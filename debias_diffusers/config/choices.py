@@ -6,6 +6,7 @@ defaults of `schema` stay neutral, for configurations and for Python.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,10 @@ from .schema import SIZE_FIELDS, SIZES, TrainConfig, network_of_size
 
 CPU_STEPS = 10_000  # without a GPU: hours at 32 pixels, where the 100 000 of the field would be days
 CPU_BATCH = 32
+MAX_SHIFT = 128.0  # at the linear schedule's last timestep hardly anything of an image is left
 GRIDS = 20  # sample grids, and checkpoints, of a run
 WARMUP = 20  # one in so many steps
-EMA_HORIZON = 12  # the average is over about one in so many steps
+EMA_HORIZON = 10  # the average is over about one in so many steps
 EMA_DECAYS = (0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
 LEARNING_RATES = {"tiny": 5e-4, "small": 2e-4, "base": 1e-4, "large": 1e-4}
 FEW_IMAGES, MANY_IMAGES = 5_000, 500_000
@@ -95,7 +97,7 @@ def _objective(config: TrainConfig, images: int, gpu: bool) -> Group:
         "prediction_type": "v_prediction",
         # At a lower resolution the same noise hides more of an image: the SNR that the schedule has at 64 pixels, per pixel of those
         # (arXiv 2301.11093, section 2.1).
-        "schedule_shift": (64 / resolution) ** 2,
+        "schedule_shift": min(MAX_SHIFT, (64 / resolution) ** 2),
         "timestep_sampler": "stratified",
     }
     return Group("objective", values, f"noise as it suits {resolution} pixels")
@@ -110,8 +112,9 @@ def _optimization(config: TrainConfig, images: int, gpu: bool) -> Group:
         "lr_schedule": "cosine",
         "warmup_steps": min(1000, steps // WARMUP),
         "max_grad_norm": 1.0,
-        "ema_decay": (next((rate for rate in reversed(EMA_DECAYS) if 1 / (1 - rate) <= steps / EMA_HORIZON), EMA_DECAYS[0]),),
+        "ema_decay": (next((rate for rate in reversed(EMA_DECAYS) if round(1 / (1 - rate)) <= steps / EMA_HORIZON), EMA_DECAYS[0]),),
         "sample_every": every,
-        "checkpoint_every": every,
+        # What is measured or pushed must be saved.
+        "checkpoint_every": math.gcd(config.run.eval_every * config.run.keep_best, config.hub.hub_every or 0) or every,
     }
     return Group("optimization", values, f"{width} channels, {steps} steps")

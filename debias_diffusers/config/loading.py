@@ -15,18 +15,25 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from ..errors import InputError, raise_all, reason
+from ..utils.files import read_json
 from .hub_names import PINNED, was_pinned
 from .ranges import field_types
 from .schema import SIZE_FIELDS, HubConfig, ModelConfig, TrainConfig, channel_mult, network_of_size, noise_schedule
 
+CONFIG = "config.json"  # of a run directory
+REQUIRED_FIELDS = {"dataset", "prediction_type", "weighting", "noise_schedule", "ema_decay", "max_steps"}  # of any config.json
+
+# What a command asks for, or permits, only once.
+OF_ONE_COMMAND = {"dry_run", "accept_changed_data"}
+
 # Not written to config.json: a run directory can be moved, so it does not say where it lies; and who trains with the same
 # configuration must not publish over it.
 # The numbers of a network stand there, not the size that stood for them.
-NOT_STORED = {"output_dir", "size", *(f.name for f in dataclasses.fields(HubConfig))}
+NOT_STORED = {"output_dir", "size", *OF_ONE_COMMAND, *(f.name for f in dataclasses.fields(HubConfig))}
 
 # A resumed run may change these; everything else must be as it was.
 CHANGEABLE = {
-    *NOT_STORED, "dry_run", "accept_changed_data", "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every",
+    *NOT_STORED, "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every",
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
     "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "allow_pickle_import",
     "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode", "ddp_timeout",
@@ -72,6 +79,33 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in names
         if before.get(name, absent) != now.get(name, absent) and not (name in PINNED and was_pinned(before.get(name), now.get(name)))
     ]
+
+
+def run_values(folder: str | Path) -> dict[str, Any] | None:
+    """The configuration of a run by flat names, with the defaults of its time; None where the folder is no run directory.
+
+    Without what config.json does not have: the place, pushing, and what a command asks for only once. Local data, whose path may be
+    relative to another working directory, are named by the path that the newest checkpoint has.
+
+    Raises:
+        InputError: a newer version wrote it.
+    """
+    found = read_json(Path(folder) / CONFIG)
+    if not (isinstance(found, dict) and found.keys() >= REQUIRED_FIELDS):
+        return None
+    values = flatten(TrainConfig()) | BEFORE_THE_FIELD | read_config(str(Path(folder) / CONFIG))
+    for name, path in _absolute_paths(Path(folder)).items():
+        if values.get(name) and Path(path).exists() and not Path(values[name]).expanduser().exists():
+            values[name] = path
+    return {name: value for name, value in values.items() if name not in NOT_STORED}
+
+
+def _absolute_paths(run: Path) -> dict[str, str]:
+    """Where the data and the first weights of a run were, as far as they are local, as its newest checkpoint says."""
+    for state in sorted(run.glob("checkpoints/step-*/state.json"), key=lambda path: (len(path.parent.name), path), reverse=True):
+        if isinstance(found := read_json(state), dict):
+            return found.get("paths") or {}
+    return {}
 
 
 def packaged_configs() -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
-from ..config.loading import BEFORE_THE_FIELD, differences, stored, to_json
+from ..config.loading import BEFORE_THE_FIELD, CONFIG, REQUIRED_FIELDS, differences, stored, to_json
 from ..config.schema import DIGITS, TrainConfig
 from ..errors import InputError, raise_all
 from ..utils.console import say
@@ -19,10 +19,8 @@ from .metrics_file import METRICS_FILE, MetricsFile
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
-CONFIG = "config.json"
 MARKER = ".debias_diffusers.json"  # this file marks a folder as a run directory
 MARK = {"debias_diffusers": "run"}
-REQUIRED_FIELDS = {"dataset", "prediction_type", "weighting", "noise_schedule", "ema_decay", "max_steps"}  # of any config.json
 
 
 class Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..utils.files import require_replaceable, write_file
 FIRST_IMAGES = 64  # in the picture of the first batch
 
 
-def dry_run(config: TrainConfig) -> None:
+def dry_run(config: TrainConfig, chosen: Collection[str] = ()) -> None:
     """Prints what would be trained, and writes OUTPUT_DIR-first-batch.png.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..config.choices import choose
 from ..config.hub_names import PINNED, absolute_path, is_dataset_id, is_model_id, is_pinned, split_revision
 from ..config.loading import BEFORE_THE_FIELD, differences, flatten, stored, update
 from ..config.schema import DIGITS, HubConfig, OptimizationConfig, TrainConfig
+from ..config.validation import train_problems
 from ..data.dataset import PositionBatchSampler
 from ..data.sources import Source
 from ..diffusion.loss import Objective, make_objective
@@ -43,11 +46,19 @@ from .trainer import Trainer
 
 if TYPE_CHECKING:
     from ..evaluation.monitor import Monitor
+    from .start import Callback
 
 SKIPS_IN_A_ROW = 20  # fp16 steps with overflowing gradients that are taken for a search of the loss scale
 
 
-def run_training(config: TrainConfig, run: Run | None, stop: SignalHandler, to: HubConfig | None = None) -> None:
+def run_training(
+    config: TrainConfig,
+    run: Run | None,
+    stop: SignalHandler,
+    to: HubConfig | None = None,
+    chosen: Collection[str] = (),
+    callback: Callback | None = None,
+) -> None:
     """Trains to `max_steps`, resuming where the run directory stands.
 
     Args:
@@ -55,6 +66,8 @@ def run_training(config: TrainConfig, run: Run | None, stop: SignalHandler, to: 
         run: the run directory, which is closed at the end; None in all processes but the first.
         stop: remembers signals, already since before torch was imported; closed at the end.
         to: where the first process pushes to, as the Hub allowed it; None where nothing is pushed.
+        chosen: fields whose values `config.choices` decides in a new run.
+        callback: called in the first process after each step.
 
     Raises:
         DebiasError: of the kind that tells what stopped it; StoppedError after a signal, saved.
@@ -62,7 +75,9 @@ def run_training(config: TrainConfig, run: Run | None, stop: SignalHandler, to: 
     with run or contextlib.nullcontext(), stop if isinstance(stop, SignalHandler) else contextlib.nullcontext():
         accelerator = device.start_accelerator(config)
         try:
-            _train(config, run, accelerator, stop, to)
+            trainer, publisher = make_trainer(config, run, accelerator, to, chosen)
+            trainer.callback = callback if accelerator.is_main_process else None
+            _train(trainer, publisher, stop)
         except RuntimeError as error:
             size = micro_batch_size(config.optimization, accelerator.num_processes)
             if known := explain_error(error, "--micro_batch_size", size, config.run.ddp_timeout):
@@ -72,8 +87,7 @@ def run_training(config: TrainConfig, run: Run | None, stop: SignalHandler, to: 
             accelerator.end_training()
 
 
-def _train(config: TrainConfig, run: Run | None, accelerator: Accelerator, stop: SignalHandler, to: HubConfig | None) -> None:
-    trainer, publisher = make_trainer(config, run, accelerator, to)
+def _train(trainer: Trainer, publisher: Publisher | None, stop: SignalHandler) -> None:
     if publisher:
         publisher.resume()
     signum = trainer.train(stop)
@@ -96,7 +110,7 @@ def _say_end(trainer: Trainer, signum: int) -> None:
 
 
 def make_trainer(
-    config: TrainConfig, run: Run | None, accelerator: Accelerator, to: HubConfig | None = None
+    config: TrainConfig, run: Run | None, accelerator: Accelerator, to: HubConfig | None = None, chosen: Collection[str] = ()
 ) -> tuple[Trainer, Publisher | None]:
     """A training at the step where its run directory stands, and what pushes it; arguments as of `run_training`.
 
@@ -107,9 +121,12 @@ def make_trainer(
     channels = config.data.channels  # as typed
     config = broadcast_from_first(lambda: _config_of_run(config, found), accelerator)
     num_threads = set_threads(config.optimization.num_threads)
-    objective = make_objective(config.objective)  # first, because it may refuse the configuration
+    source = open_data(config, found, first=accelerator.is_main_process)
+    if chosen and not found:
+        config = broadcast_from_first(lambda: suited(config, chosen, len(source), accelerator), accelerator)
+    objective = make_objective(config.objective)  # before the images are read, because it may refuse the configuration
     _require_noise_at_the_end(config, objective, found, accelerator)
-    config, task, monitor = _open_task(config, channels, found, accelerator)
+    config, task, monitor = _open_task(config, source, channels, found, accelerator)
     network = _network(task, config.optimization, found, accelerator)
     # For exporting and drawing: the same modules and tensors, without what `accelerator.prepare` does to `forward`.
     unwrapped = state_dicts.with_weights(network, {})
@@ -197,11 +214,24 @@ def _require_noise_at_the_end(config: TrainConfig, objective: Objective, found: 
         say(f"warning: {problem}")
 
 
+def suited(config: TrainConfig, chosen: Collection[str], images: int, accelerator: Accelerator) -> TrainConfig:
+    """The configuration with the values that suit the data for the fields that were left out. Prints what they are.
+
+    Raises:
+        InputError: they do not go with what was typed.
+    """
+    config, lines = choose(config, chosen, images, gpu=accelerator.device.type != "cpu")
+    raise_all(train_problems(config, accelerator.num_processes), "what was left out was chosen; name it")
+    resolution = config.data.resolution
+    for line in (f"chosen for {images} images of {resolution}x{resolution} pixels; flags change it, and a resume keeps it:", *lines):
+        say(line)
+    return config
+
+
 def _open_task(
-    config: TrainConfig, channels: int | None, found: Checkpoint | None, accelerator: Accelerator
+    config: TrainConfig, source: Source, channels: int | None, found: Checkpoint | None, accelerator: Accelerator
 ) -> tuple[TrainConfig, Task, Monitor | None]:
     """The configuration with what the metrics need, the task with its data, and what measures it; `channels` as typed."""
-    source = open_data(config, found, first=accelerator.is_main_process)
     monitor = _monitor(config, source, accelerator) if config.run.eval_every else None  # before the images are read
     if monitor:
         config = update(config, {"eval_images": monitor.count})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from ..config.loading import resolved
@@ -15,18 +16,39 @@ from ..utils import launcher
 from ..utils.console import say
 
 if TYPE_CHECKING:
+    from ..pipelines.pixel_pipeline import PixelPipeline
     from ..runs.run_directory import Run
     from ..utils.signals import SignalHandler
 
+Callback = Callable[[int, dict[str, float]], None]
 
-def train(config: TrainConfig) -> None:
+
+def train(config: TrainConfig, callback: Callback | None = None) -> PixelPipeline | None:
     """Trains to `max_steps` in the run directory of a configuration, or resumes there; in each process of a launcher.
+
+    Args:
+        config: what is trained, on what, and where to.
+        callback: called after each optimizer step in the first process, with the number of steps and the numbers `loss`,
+            `learning_rate` and `grad_norm`; on a GPU while the next step is computed. What it raises ends the training.
+
+    Returns:
+        The pipeline with the EMA weights, on the CPU, as it is in the run directory; None in all processes but the first, and of a dry run.
 
     Raises:
         InputError: the configuration, data or launcher's environment cannot be used.
         StoppedError: after SIGTERM or SIGINT, saved.
         DebiasError: of the kind that tells what else ended the training.
     """
+    train_run(config, callback=callback)
+    if config.run.dry_run or not launcher.is_first_process():
+        return None
+    from ..pipelines.pixel_pipeline import load_pipeline
+
+    return load_pipeline(str(config.run.output_dir))
+
+
+def train_run(config: TrainConfig, chosen: Collection[str] = (), callback: Callback | None = None) -> None:
+    """`train` without loading the result. `chosen`: fields whose values `config.choices` decides in a new run."""
     config = resolved(config, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     raise_all(launcher.environment_problems(os.environ), "launcher")
@@ -34,7 +56,7 @@ def train(config: TrainConfig) -> None:
     if config.run.dry_run:
         from .dry_run import dry_run
 
-        dry_run(config)
+        dry_run(config, chosen)
         return
 
     from ..runs.run_directory import open_run
@@ -43,10 +65,17 @@ def train(config: TrainConfig) -> None:
     stop_with_launcher()
     # The signals before torch, which takes seconds to import.
     with open_run(config) if launcher.is_first_process() else contextlib.nullcontext() as run, SignalHandler() as stop:
-        _train_in(config, run, stop, num_processes)
+        _train_in(config, run, stop, num_processes, chosen, callback)
 
 
-def _train_in(config: TrainConfig, run: Run | None, stop: SignalHandler, num_processes: int) -> None:
+def _train_in(
+    config: TrainConfig,
+    run: Run | None,
+    stop: SignalHandler,
+    num_processes: int,
+    chosen: Collection[str],
+    callback: Callback | None,
+) -> None:
     from ..hub import client
     from ..hub.publish import Publisher
 
@@ -59,4 +88,4 @@ def _train_in(config: TrainConfig, run: Run | None, stop: SignalHandler, num_pro
 
     from . import setup
 
-    setup.run_training(config, run, stop, to)
+    setup.run_training(config, run, stop, to, chosen, callback)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,7 @@ class Trainer:
     checkpointer: Checkpointer
     hooks: Sequence[Hook]  # called after each step, in this order; the checkpointer last, so that it saves what was measured
     step: int = 0  # optimizer steps that are done
+    callback: Callable[[int, dict[str, float]], None] | None = None  # called with the numbers of each step as soon as they are read
     _warned_of_zero: bool = False
 
     def train(self, stop: SignalHandler) -> int:
@@ -174,6 +175,8 @@ class Trainer:
             self._warned_of_zero = True
             say(f"warning: the gradient of step {pending.step} is exactly 0, so that nothing is learned from it; see weighting and data")
         logger.log_step(pending.step, loss, pending.learning_rate, grad_norm, self.state.statistics)
+        if self.callback:
+            self.callback(pending.step, {"loss": loss, "learning_rate": pending.learning_rate, "grad_norm": grad_norm})
         return int(signum), int(out_of_time)
 
     # ---- processes ---------------------------------------------------------------------------------------------------
