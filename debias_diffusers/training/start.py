@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..config.loading import resolved
+from ..config.choices import choose
+from ..config.loading import checked_values, flatten, layered, read_config, resolved
 from ..config.schema import TrainConfig
 from ..config.validation import train_problems
 from ..errors import raise_all
@@ -23,13 +24,16 @@ if TYPE_CHECKING:
 Callback = Callable[[int, dict[str, float]], None]
 
 
-def train(config: TrainConfig, callback: Callback | None = None) -> PixelPipeline | None:
+def train(config: TrainConfig | str | None = None, callback: Callback | None = None, **values: Any) -> PixelPipeline | None:
     """Trains to `max_steps` in the run directory of a configuration, or resumes there; in each process of a launcher.
 
+    `train("digits", output_dir="runs/digits", max_steps=500)`
+
     Args:
-        config: what is trained, on what, and where to.
+        config: a configuration, or what `--config` takes: the name of a packaged one, or a file. The field defaults if left out.
         callback: called after each optimizer step in the first process, with the number of steps and the numbers `loss`,
             `learning_rate` and `grad_norm`; on a GPU while the next step is computed. What it raises ends the training.
+        **values: fields by the names of the flags, in place of those of the configuration.
 
     Returns:
         The pipeline with the EMA weights, on the CPU, as it is in the run directory; None in all processes but the first, and of a dry run.
@@ -39,6 +43,9 @@ def train(config: TrainConfig, callback: Callback | None = None) -> PixelPipelin
         StoppedError: after SIGTERM or SIGINT, saved.
         DebiasError: of the kind that tells what else ended the training.
     """
+    if config is None or isinstance(config, str):
+        config = layered(read_config(config) if config else {})
+    config = layered(flatten(config), checked_values(values, "train"))
     train_run(config, callback=callback)
     if config.run.dry_run or not launcher.is_first_process():
         return None
@@ -52,7 +59,7 @@ def train_run(config: TrainConfig, chosen: Collection[str] = (), callback: Callb
     config = resolved(config, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     raise_all(launcher.environment_problems(os.environ), "launcher")
-    raise_all(train_problems(config, num_processes))
+    raise_all(train_problems(choose(config, chosen, images=1, gpu=False)[0] if chosen else config, num_processes))
     if config.run.dry_run:
         from .dry_run import dry_run
 
