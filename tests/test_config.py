@@ -62,7 +62,8 @@ def test_field_names_are_unique_over_the_sections():
         ({"num_workers": -1}, ["num_workers is -1", "2"]),
         ({"model_channels": 0}, ["model_channels is 0", "128"]),
         ({"channel_mult": (1, 0)}, ["channel_mult is [1, 0]", "1 2 2"]),
-        ({"channel_mult": ()}, ["channel_mult is missing", "resolution 8"]),
+        ({"channel_mult": ()}, ["channel_mult is missing", "resolution 8 take 1 2"]),
+        ({"channel_mult": (), "resolution": 27}, ["channel_mult is missing", "take --resolution 28"]),
         ({"layers_per_block": 0}, ["layers_per_block is 0", "2"]),
         ({"attention_resolutions": (16,)}, ["attention_resolutions names 16", "[8, 4]"]),
         ({"attention_head_dim": 48}, ["attention_head_dim is 48", "64", "16 does"]),
@@ -281,7 +282,8 @@ def test_what_the_launcher_says_of_precision_is_taken_when_the_command_does_not(
 
 
 def test_multipliers_follow_the_resolution_when_left_out():
-    assert train_config(["--dataset", "faces", "--resolution", "64"], None).model.channel_mult == (1, 2, 3, 4)
+    for resolution, multipliers in ((64, (1, 2, 3, 4)), (512, (1, 1, 2, 2, 4, 4)), (48, (1, 2, 2, 2)), (28, (1, 2, 2)), (27, ())):
+        assert train_config(["--dataset", "faces", "--resolution", str(resolution)], None).model.channel_mult == multipliers
 
 
 def test_a_network_file_replaces_the_numbers_of_the_configuration_below_it():
@@ -380,7 +382,7 @@ def test_every_field_is_written_down_but_the_places():
     """
     written = json.loads(loading.to_json(GOOD))
     hub = {field.name for field in dataclasses.fields(GOOD.hub)}
-    assert set(flatten(GOOD)) - set(written) == {"output_dir", *loading.OF_ONE_COMMAND, *hub}
+    assert set(flatten(GOOD)) - set(written) == {"output_dir", "size", *loading.OF_ONE_COMMAND, *hub}
 
 
 def test_a_resumed_run_is_compared_field_by_field():

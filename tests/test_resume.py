@@ -78,4 +78,4 @@ def test_help_lists_what_may_be_typed_beside_resume(capsys):
     with pytest.raises(SystemExit):
         configured("--help")
     words = set(capsys.readouterr().out.split("options")[0].replace(",", " ").replace(".", " ").replace("│", " ").split())
-    assert {name for name in flatten(TrainConfig()) if name in words} >= CHANGEABLE - {"output_dir"}
+    assert {name for name in flatten(TrainConfig()) if name in words} >= CHANGEABLE - {"output_dir", "size"}

@@ -31,6 +31,7 @@ from .schema import (
     StatsConfig,
     TrainConfig,
     WeightsConfig,
+    channel_mult,
     noise_schedule,
 )
 
@@ -143,7 +144,9 @@ def _model_problems(config: TrainConfig) -> list[str]:
     if resolution is None or resolution < 1:
         return []  # said elsewhere; the rules below need it
     if not model.channel_mult:
-        return [f"resolution is {resolution}, which cannot be halved, and channel_mult is left out; take {2 * round(resolution / 2 + 0.5)}"]
+        usual = " ".join(map(str, channel_mult(resolution)))
+        advice = f"take {usual}" if usual else f"it cannot be halved; take --resolution {resolution + 1}"
+        return [f"channel_mult is missing: for resolution {resolution} {advice}"]
     if min(model.channel_mult) < 1:
         return [f"channel_mult is {list(model.channel_mult)}, but each must be at least 1, such as 1 2 2"]
     return _level_problems(model, resolution)

@@ -42,11 +42,10 @@ from .loss_statistics import LossStatistics
 from .optimizer_step import OptimizerStep
 from .saver import Saver
 from .state_dicts import TrainingState
-from .trainer import Trainer
+from .trainer import Callback, Trainer
 
 if TYPE_CHECKING:
     from ..evaluation.monitor import Monitor
-    from .start import Callback
 
 SKIPS_IN_A_ROW = 20  # fp16 steps with overflowing gradients that are taken for a search of the loss scale
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from ..config.choices import choose
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from ..pipelines.pixel_pipeline import PixelPipeline
     from ..runs.run_directory import Run
     from ..utils.signals import SignalHandler
-
-Callback = Callable[[int, dict[str, float]], None]
+    from .trainer import Callback
 
 
 def train(config: TrainConfig | str | None = None, callback: Callback | None = None, **values: Any) -> PixelPipeline | None:

@@ -27,6 +27,8 @@ from .hooks import Checkpointer, Hook
 from .logger import Logger, due
 from .state_dicts import TrainingState
 
+Callback = Callable[[int, dict[str, float]], None]  # with optimizer steps, and loss, learning rate and gradient norm of the last one
+
 
 @dataclass(frozen=True)
 class PendingStep:
@@ -52,7 +54,7 @@ class Trainer:
     checkpointer: Checkpointer
     hooks: Sequence[Hook]  # called after each step, in this order; the checkpointer last, so that it saves what was measured
     step: int = 0  # optimizer steps that are done
-    callback: Callable[[int, dict[str, float]], None] | None = None  # called with the numbers of each step as soon as they are read
+    callback: Callback | None = None  # called with the numbers of each step as soon as they are read
     _warned_of_zero: bool = False
 
     def train(self, stop: SignalHandler) -> int:
