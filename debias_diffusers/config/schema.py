@@ -171,7 +171,9 @@ class RunConfig:
     # timeout of collective operations in seconds: how long a process waits for another, which may evaluate or save alone
     ddp_timeout: Timeout = 1800
     report_to: Literal["none", "tensorboard", "wandb"] = "none"  # experiment tracker, through accelerate
-    accept_changed_data: bool = False  # resume although the data set has changed since the run began
+    # fields that this resume changes on purpose, such as learning_rate, from its checkpoint on; train.py --help lists them
+    allow_change: tuple[str, ...] = ()
+    accept_changed_data: bool = False  # resume although the data set has changed since the run began: --allow_change dataset
     dry_run: bool = False  # show configuration, network and first batch, then stop
 
 

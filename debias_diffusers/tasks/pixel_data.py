@@ -80,8 +80,8 @@ def _require_same_data(config: TrainConfig, before: dict[str, Any], now: dict[st
     if before == now:
         return
     change = f"dataset {config.data.dataset} is not the one this run began with ({before['images']} images then, {now['images']} now)"
-    if not config.run.accept_changed_data:
-        raise InputError(f"{change}; put it back, or go on with --accept_changed_data")
+    if "dataset" not in config.run.allow_change:
+        raise InputError(f"{change}; put it back, or go on with --allow_change dataset (or --accept_changed_data, which is the same)")
     say(f"warning: {change}; positions of the run now mean other images")
 
 

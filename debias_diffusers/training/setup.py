@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..config.hub_names import PINNED, absolute_path, is_dataset_id, is_model_id, is_pinned, split_revision
-from ..config.loading import BEFORE_THE_FIELD, differences, flatten, stored, update
+from ..config.loading import BEFORE_THE_FIELD, CHANGES, differences, flatten, stored, update
 from ..config.schema import DIGITS, HubConfig, OptimizationConfig, TrainConfig
 from ..data.dataset import PositionBatchSampler
 from ..data.sources import Source
@@ -23,7 +24,7 @@ from ..errors import InputError, StoppedError, raise_all
 from ..hub import client
 from ..hub.publish import Publisher
 from ..runs.checkpoints import Checkpoint
-from ..runs.run_directory import Run
+from ..runs.run_directory import DATA, Change, Run
 from ..tasks.base import Task
 from ..tasks.pixel_data import open_data, readable
 from ..tasks.pixels import PixelTask
@@ -121,14 +122,15 @@ def make_trainer(
     )
     constants = _constants(config, found, accelerator, objective, task) | {"num_threads": num_threads}
     if found:
+        found = dataclasses.replace(found, state={**found.state, CHANGES: constants.get(CHANGES, [])})
         if run:
             _require_same_training(found, run, constants, config.optimization)
         state_dicts.restore(found, state, accelerator.is_main_process)
-        if accelerator.scaler is not None:
+        if accelerator.scaler is not None and found.state["scaler"]:  # none where the run has just been changed to fp16
             accelerator.scaler.load_state_dict(found.state["scaler"])
     step = found.step if found else 0
     if run:
-        run.begin(config)
+        run.begin(config, constants.get(CHANGES, ()))
         parameters = sum(p.numel() for p in state.optimizer_step.parameters)
         device.warn_of_little_space(run.folder, parameters, len(config.optimization.ema_decay))
     if monitor:
@@ -136,14 +138,15 @@ def make_trainer(
             monitor.read(task.data.source)
     publisher = Publisher(run.folder, to, step) if run and to else None
     saver = Saver(run, config, task, unwrapped, accelerator.device, publisher) if run else None
-    checkpointer = Checkpointer(config, run, accelerator, saver, state, constants, step)
+    positions = _positions(config.optimization, accelerator, found)
+    checkpointer = Checkpointer(config, run, accelerator, saver, state, constants, positions, step)
     trainer = Trainer(
         config=config,
         accelerator=accelerator,
         task=task,
         objective=objective,
         state=state,
-        positions=_positions(config.optimization, accelerator, step),
+        positions=positions,
         checkpointer=checkpointer,
         hooks=[*_image_hooks(config, run, task, unwrapped, state, monitor, accelerator), checkpointer],
         step=step,
@@ -164,6 +167,7 @@ def _config_of_run(config: TrainConfig, found: Checkpoint | None) -> TrainConfig
         return update(config, {name: client.pinned(value, kinds[name][0]) for name, value in names.items()})
     _require_local_data(config, found)
     kept = {name: began.get(name, value) for name, value in names.items()}
+    kept |= {name: client.pinned(kept[name], kinds[name][0]) for name in kept.keys() & found.changing}
     for name, value in names.items():
         if split_revision(value)[1] and value != kept[name]:
             say(f"{name} is {value}, but the run keeps to what it began with, {kept[name]}")
@@ -174,6 +178,8 @@ def _config_of_run(config: TrainConfig, found: Checkpoint | None) -> TrainConfig
 def _require_local_data(config: TrainConfig, found: Checkpoint) -> None:
     """Raises InputError where a run began with data of a disk and they are not where the command says: the Hub is not asked for them."""
     typed, began = str(config.data.dataset), found.state["config"]["dataset"]
+    if "dataset" in found.changing:
+        return
     paths = found.state.get("paths")
     on_disk = began != DIGITS and not is_pinned(began) and (paths is None or "dataset" in paths)
     if on_disk and not Path(typed).expanduser().exists():
@@ -264,10 +270,12 @@ def micro_batch_size(config: OptimizationConfig, num_processes: int) -> int:
     return min(share, config.micro_batch_size or share)
 
 
-def _positions(optim: OptimizationConfig, accelerator: Accelerator, step: int) -> PositionBatchSampler:
-    """The positions of this process from a step on."""
+def _positions(optim: OptimizationConfig, accelerator: Accelerator, found: Checkpoint | None) -> PositionBatchSampler:
+    """The positions of this process from a checkpoint on, whatever the batch sizes were before it."""
     size, processes = micro_batch_size(optim, accelerator.num_processes), accelerator.num_processes
-    return PositionBatchSampler(optim.batch_size, size, accelerator.process_index, processes, range(step, optim.max_steps))
+    step, position = (found.step, found.state["position"]) if found else (0, 0)
+    steps, origin = range(step, optim.max_steps), position - step * optim.batch_size
+    return PositionBatchSampler(optim.batch_size, size, accelerator.process_index, processes, steps, origin)
 
 
 def _image_hooks(
@@ -295,17 +303,30 @@ def _constants(config: TrainConfig, found: Checkpoint | None, accelerator: Accel
     """What state.json says at every step: processes, versions, data, network, loss weights and configuration."""
     # Fields that the run began before, which it goes on without: what is resumed tells by them what may be asked of it.
     older = BEFORE_THE_FIELD.keys() - found.state["config"].keys() if found else set()
+    # Looks at every file of a folder, so only the process that writes it down takes it.
+    data = task.data.source.fingerprint() if accelerator.is_main_process else None
+    paths = {name: path for name, path in found.state.get("paths", {}).items() if name not in found.changing} if found else {}
     return {
         "num_processes": accelerator.num_processes,
         "device": accelerator.device.type,
         "versions": device.versions(),
-        # Looks at every file of a folder, so only the process that writes it down takes it.
-        "data": task.data.source.fingerprint() if accelerator.is_main_process else None,
-        "paths": {**found.state.get("paths", {}), **_paths(config, ("dataset",))} if found else _paths(config),
+        "data": data,
+        "paths": paths | _paths(config, ("dataset",) if found else PINNED),
         "weights": _some_weights(objective),
         "config": {name: value for name, value in stored(config).items() if name not in older},
+        **({CHANGES: changes} if (changes := _changes(config, found, data)) else {}),
         **task.state(),
     }
+
+
+def _changes(config: TrainConfig, found: Checkpoint | None, data: dict[str, Any] | None) -> list[Change]:
+    """What --allow_change has changed so far: at this step also the files of the data, and names on the Hub with their commit."""
+    if found is None:
+        return []
+    values, changes = stored(config), found.state.get(CHANGES, [])
+    changes = [c | {"after": values[c["name"]]} if c["step"] == found.step and c["name"] in PINNED else c for c in changes]
+    other = {"step": found.step, "name": DATA, "before": found.state["data"], "after": data}
+    return changes if data in (None, found.state["data"]) or other in changes else [*changes, other]
 
 
 def _some_weights(objective: Objective) -> dict[str, float]:
@@ -320,10 +341,12 @@ def _some_weights(objective: Objective) -> dict[str, float]:
 def _require_same_training(found: Checkpoint, run: Run, now: dict[str, Any], optim: OptimizationConfig) -> None:
     """Refuses another network or weighting behind the same names, and says what else is not as it was."""
     # The file behind --model_config may have changed, though its name has not.
-    raise_all(differences(found.state["network"], now["network"]), f"run directory {run.folder} holds another network")
-    # A function that was registered may have changed, though its name has not.
-    other = differences(found.state.get("weights", now["weights"]), now["weights"])
-    raise_all(other, f"run directory {run.folder} holds another weighting; put it back, or name another --output_dir")
+    allowed = {name: value for name, value in now["network"].items() if name in found.changing}  # the dropout rate
+    raise_all(differences(found.state["network"] | allowed, now["network"]), f"run directory {run.folder} holds another network")
+    if not found.changing & state_dicts.OBJECTIVE:
+        # A function that was registered may have changed, though its name has not.
+        other = differences(found.state.get("weights", now["weights"]), now["weights"])
+        raise_all(other, f"run directory {run.folder} holds another weighting", "put it back, or name another --output_dir")
     device.say_what_changed(found.state, now)
     if (before := found.state["config"]["max_steps"]) != optim.max_steps and optim.lr_schedule != "constant":
         say(f"warning: max_steps was {before}, now it is {optim.max_steps}: the learning rate falls to 0 there")

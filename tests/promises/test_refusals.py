@@ -326,6 +326,7 @@ FIELDS = {
     "keep_best": ({"eval_every": 2, "checkpoint_every": 2}, True, None),
     "ddp_timeout": ({}, 60, None),
     "report_to": ({}, "tensorboard", None),
+    "allow_change": ({}, ("dataset",), None),
     "accept_changed_data": ({}, True, None),
     "dry_run": ({}, True, None),
     "push_to_hub": ({}, True, None),
