@@ -26,7 +26,7 @@ CHANGES = "changes"  # there, beside the fields: what --allow_change changed, an
 REQUIRED_FIELDS = {"dataset", "prediction_type", "weighting", "noise_schedule", "ema_decay", "max_steps"}  # of any config.json
 
 # What a command asks for, or permits, only once.
-OF_ONE_COMMAND = {"dry_run", "allow_change", "accept_changed_data"}
+OF_ONE_COMMAND = {"dry_run", "verbose", "allow_change", "accept_changed_data"}
 
 # Not written to config.json: a run directory can be moved, so it does not say where it lies; and who trains with the same
 # configuration must not publish over it.

@@ -174,7 +174,9 @@ class RunConfig:
     # fields that this resume changes on purpose, such as learning_rate, from its checkpoint on; train.py --help lists them
     allow_change: tuple[str, ...] = ()
     accept_changed_data: bool = False  # resume although the data set has changed since the run began: --allow_change dataset
-    dry_run: bool = False  # show configuration, network and first batch, then stop
+    dry_run: bool = False  # check everything as a start does, show data, network, memory and time, and stop; nothing is written
+    # with dry_run: show the whole configuration, too, and write the images of the first batch to OUTPUT_DIR-first-batch.png
+    verbose: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

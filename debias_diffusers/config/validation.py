@@ -46,6 +46,8 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
     found += _evaluation_problems(config.run)
     found += _allow_change_problems(config.run.allow_change)
     found += _hub_problems(config)
+    if config.run.verbose and not config.run.dry_run:
+        found.append("verbose is on, but dry_run is off; add --dry_run or leave verbose out")
     if config.run.output_dir is None:
         found.append("output_dir is missing: name the run directory, such as --output_dir runs/first")
     return found

@@ -24,7 +24,7 @@ from ..config.loading import (
 from ..config.schema import DIGITS, TrainConfig
 from ..errors import InputError, raise_all
 from ..utils.console import say
-from ..utils.files import acquire_lock, has_our_lock, read_json, remove_temporary_files, user_files, write_file
+from ..utils.files import acquire_lock, has_our_lock, read_json, remove_temporary_files, require_lockable, user_files, write_file
 from . import checkpoints
 from .checkpoints import Checkpoint
 from .metrics_file import METRICS_FILE, MetricsFile
@@ -92,15 +92,27 @@ def open_run(config: TrainConfig) -> Run:
     try:
         if not _is_marked(folder):
             write_file(folder / MARKER, (json.dumps(MARK) + "\n").encode())
-        resume, damaged = checkpoints.latest_valid(folder / CHECKPOINTS)
-        for sentence in damaged:
-            say(f"{sentence}; an older checkpoint is used")
-        if resume:
-            resume = _continued(config, resume, _recorded(folder))
+        resume = _resumed(config, folder)
     except BaseException:
         lock.close()
         raise
     return Run(folder, lock, resume)
+
+
+def inspect_run(config: TrainConfig) -> Checkpoint | None:
+    """The checkpoint from which `open_run` would resume. Raises what that would raise, and leaves nothing behind."""
+    folder = Path(config.run.output_dir or "")
+    _refuse_foreign(folder)
+    require_lockable(folder)
+    return _resumed(config, folder)
+
+
+def _resumed(config: TrainConfig, folder: Path) -> Checkpoint | None:
+    """The newest valid checkpoint, as the run goes on from it."""
+    found, damaged = checkpoints.latest_valid(folder / CHECKPOINTS)
+    for sentence in damaged:
+        say(f"{sentence}; an older checkpoint is used")
+    return _continued(config, found, _recorded(folder)) if found else None
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,17 +62,24 @@ def run_training(config: TrainConfig, run: Run | None, stop: SignalHandler, to: 
     Raises:
         DebiasError: of the kind that tells what stopped it; StoppedError after a signal, saved.
     """
-    with run or contextlib.nullcontext(), stop if isinstance(stop, SignalHandler) else contextlib.nullcontext():
-        accelerator = device.start_accelerator(config)
-        try:
-            _train(config, run, accelerator, stop, to)
-        except RuntimeError as error:
-            size = micro_batch_size(config.optimization, accelerator.num_processes)
-            if known := explain_error(error, "--micro_batch_size", size, config.run.ddp_timeout):
-                raise known from error
-            raise
-        finally:
-            accelerator.end_training()
+    signals = stop if isinstance(stop, SignalHandler) else contextlib.nullcontext()
+    with run or contextlib.nullcontext(), signals, accelerated(config) as accelerator:
+        _train(config, run, accelerator, stop, to)
+
+
+@contextlib.contextmanager
+def accelerated(config: TrainConfig) -> Iterator[Accelerator]:
+    """The `Accelerator` of a training, to its end. Errors of torch within become a DebiasError where their cause is known."""
+    accelerator = device.start_accelerator(config)
+    try:
+        yield accelerator
+    except RuntimeError as error:
+        size = micro_batch_size(config.optimization, accelerator.num_processes)
+        if known := explain_error(error, "--micro_batch_size", size, config.run.ddp_timeout):
+            raise known from error
+        raise
+    finally:
+        accelerator.end_training()
 
 
 def _train(config: TrainConfig, run: Run | None, accelerator: Accelerator, stop: SignalHandler, to: HubConfig | None) -> None:
@@ -104,13 +113,46 @@ def make_trainer(
     Raises:
         InputError: configuration, data and checkpoint do not fit each other or the machine.
     """
-    found = broadcast_from_first(lambda: run.resume if run else None, accelerator)
+    return build(prepare(config, run.resume if run else None, accelerator), run, accelerator, to)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training whose configuration is agreed on and whose data are open; there is no network yet."""
+
+    config: TrainConfig
+    found: Checkpoint | None  # to resume from
+    objective: Objective
+    task: Task
+    monitor: Monitor | None
+    num_threads: int
+
+
+def prepare(config: TrainConfig, resume: Checkpoint | None, accelerator: Accelerator) -> Plan:
+    """Configuration and data of a training that begins, or goes on from a checkpoint, which only the first process need have.
+
+    Raises:
+        InputError: configuration, data and checkpoint do not fit each other.
+    """
+    found = broadcast_from_first(lambda: resume, accelerator)
     channels = config.data.channels  # as typed
     config = broadcast_from_first(lambda: _config_of_run(config, found), accelerator)
     num_threads = set_threads(config.optimization.num_threads)
     objective = make_objective(config.objective)  # first, because it may refuse the configuration
     _require_noise_at_the_end(config, objective, found, accelerator)
     config, task, monitor = _open_task(config, channels, found, accelerator)
+    return Plan(config, found, objective, task, monitor, num_threads)
+
+
+def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig | None = None) -> tuple[Trainer, Publisher | None]:
+    """Network, optimizer and all that goes with a training, as the checkpoint has them; other arguments as of `run_training`.
+
+    Without `run` in any process nothing is written, by this or by the training.
+
+    Raises:
+        InputError: the network is not that of the checkpoint, or of `init`.
+    """
+    config, found, objective, task, monitor = plan.config, plan.found, plan.objective, plan.task, plan.monitor
     network = _network(task, config.optimization, found, accelerator)
     # For exporting and drawing: the same modules and tensors, without what `accelerator.prepare` does to `forward`.
     unwrapped = state_dicts.with_weights(network, {})
@@ -120,16 +162,18 @@ def make_trainer(
         make_timestep_sampler(config.objective, objective.schedule, config.optimization.batch_size),
         LossStatistics(len(objective.schedule), accelerator.device),
     )
-    constants = _constants(config, found, accelerator, objective, task) | {"num_threads": num_threads}
+    constants = _constants(config, found, accelerator, objective, task) | {"num_threads": plan.num_threads}
     if found:
         found = dataclasses.replace(found, state={**found.state, CHANGES: constants.get(CHANGES, [])})
-        if run:
-            _require_same_training(found, run, constants, config.optimization)
+        if accelerator.is_main_process:
+            _require_same_training(found, constants, config)
         state_dicts.restore(found, state, accelerator.is_main_process)
         if accelerator.scaler is not None and found.state["scaler"]:  # none where the run has just been changed to fp16
             accelerator.scaler.load_state_dict(found.state["scaler"])
     step = found.step if found else 0
     if run:
+        if found:
+            say(f"resuming {run.folder} at step {step} of {config.optimization.max_steps}")
         run.begin(config, constants.get(CHANGES, ()))
         parameters = sum(p.numel() for p in state.optimizer_step.parameters)
         device.warn_of_little_space(run.folder, parameters, len(config.optimization.ema_decay))
@@ -338,16 +382,16 @@ def _some_weights(objective: Objective) -> dict[str, float]:
     return {name: float(f"{value:.6g}") for name, value in some.items()}
 
 
-def _require_same_training(found: Checkpoint, run: Run, now: dict[str, Any], optim: OptimizationConfig) -> None:
+def _require_same_training(found: Checkpoint, now: dict[str, Any], config: TrainConfig) -> None:
     """Refuses another network or weighting behind the same names, and says what else is not as it was."""
+    optim, where = config.optimization, f"run directory {config.run.output_dir}"
     # The file behind --model_config may have changed, though its name has not.
     allowed = {name: value for name, value in now["network"].items() if name in found.changing}  # the dropout rate
-    raise_all(differences(found.state["network"] | allowed, now["network"]), f"run directory {run.folder} holds another network")
+    raise_all(differences(found.state["network"] | allowed, now["network"]), f"{where} holds another network")
     if not found.changing & state_dicts.OBJECTIVE:
         # A function that was registered may have changed, though its name has not.
         other = differences(found.state.get("weights", now["weights"]), now["weights"])
-        raise_all(other, f"run directory {run.folder} holds another weighting", "put it back, or name another --output_dir")
+        raise_all(other, f"{where} holds another weighting", "put it back, or name another --output_dir")
     device.say_what_changed(found.state, now)
     if (before := found.state["config"]["max_steps"]) != optim.max_steps and optim.lr_schedule != "constant":
         say(f"warning: max_steps was {before}, now it is {optim.max_steps}: the learning rate falls to 0 there")
-    say(f"resuming {run.folder} at step {found.step} of {optim.max_steps}")

@@ -86,6 +86,13 @@ class Trainer:
             self.checkpointer.save(self.step, final=True)
         return signum
 
+    def step_alone(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step, waited for, and nothing else of a training. Raises NotFiniteError."""
+        pending = self._launch(batches, 0, out_of_time=False)
+        loss, grad_norm, aborted, *_ = pending.numbers.read()
+        if aborted:
+            raise self._not_finite(pending, loss, grad_norm)
+
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def _launch(self, batches: Iterator[Batch], signum: int, out_of_time: bool) -> PendingStep:

@@ -329,6 +329,7 @@ FIELDS = {
     "allow_change": ({}, ("dataset",), None),
     "accept_changed_data": ({}, True, None),
     "dry_run": ({}, True, None),
+    "verbose": ({"dry_run": True}, True, None),
     "push_to_hub": ({}, True, None),
     "hub_model_id": (PUSHED, "user/other", None),
     "hub_private": (PUSHED, True, None),
