@@ -109,7 +109,9 @@ TRAIN_HELP = f"""Train a diffusion model with the debiased loss (arXiv 2310.0844
 or JSON file; flags win over it. Without --config and --dataset the embedded digits are trained. The same command resumes.
 
 --resume RUN resumes a run directory with everything as it was, to its max_steps. Beside it these flags may be typed:
-{", ".join(name for name in field_types(TrainConfig) if name in configuration.CHANGEABLE - {"output_dir", "size"})}."""
+{", ".join(name for name in field_types(TrainConfig) if name in configuration.CHANGEABLE - {"output_dir", "size"})}.
+With --allow_change NAME these can be changed on purpose, from the newest checkpoint on, and the optimizer's state is kept:
+{", ".join(name for name in field_types(TrainConfig) if name in configuration.ON_PURPOSE)}."""
 
 
 def train_config(argv: list[str], launcher_precision: str | None) -> TrainConfig:
@@ -189,9 +191,7 @@ def _values_of_run(run: str, typed: set[str]) -> dict[str, Any]:
         InputError: there is no such run, or a flag is typed that says the same.
     """
     if twice := sorted(typed & {"config", "output_dir"}):
-        raise InputError(
-            f"--resume takes configuration and directory of the run {run}; leave out {', '.join(f'--{name}' for name in twice)}"
-        )
+        raise InputError(f"--resume takes configuration and directory of the run {run}; leave out --{' --'.join(twice)}")
     values = configuration.run_values(run)
     if values is None:
         wrong = f"is no run directory (it has no {configuration.CONFIG} of a training)" if os.path.exists(run) else "does not exist"

@@ -63,10 +63,11 @@ def shortened(text: str) -> str:
     return " ".join(text.split())[:400]
 
 
-def raise_all(problems: Iterable[str], where: str = "configuration") -> None:
-    """Raises one InputError that lists all problems; does nothing if there are none."""
+def raise_all(problems: Iterable[str], where: str = "configuration", remedy: str = "") -> None:
+    """Raises one InputError that lists all problems, and one remedy for them; does nothing if there are none."""
     problems = list(problems)
     if len(problems) == 1:
-        raise InputError(f"{where}: {problems[0]}")
+        raise InputError(f"{where}: {problems[0]}" + (f"; {remedy}" if remedy else ""))
     if problems:
-        raise InputError(f"{where}: {len(problems)} problems\n" + "\n".join(f"  - {problem}" for problem in problems))
+        lines = [f"{where}: {len(problems)} problems", *(f"  - {problem}" for problem in problems), *([remedy] if remedy else [])]
+        raise InputError("\n".join(lines))

@@ -1,15 +1,32 @@
-"""`train.py --resume RUN`: a run goes on without its command typed again."""
+"""`train.py --resume RUN`: a run goes on without its command typed again, and changed on purpose where --allow_change says so."""
 
 import json
 import shutil
+from contextlib import suppress
 
 import pytest
-from conftest import TINY
+import torch
+from conftest import TINY, metrics, tensors
+from here import trained_here
+from safetensors.torch import load
 
 from debias_diffusers.cli import train_config
-from debias_diffusers.config.loading import BEFORE_THE_FIELD, CHANGEABLE, OF_ONE_COMMAND, flatten, run_values, stored, update
+from debias_diffusers.config.loading import (
+    BEFORE_THE_FIELD,
+    CHANGEABLE,
+    NEVER,
+    OF_ONE_COMMAND,
+    ON_PURPOSE,
+    flatten,
+    run_values,
+    stored,
+    update,
+)
 from debias_diffusers.config.schema import TrainConfig
+from debias_diffusers.config.validation import train_problems
 from debias_diffusers.errors import InputError
+from debias_diffusers.runs.run_directory import open_run
+from debias_diffusers.training.trainer import Trainer
 
 
 def configured(*args):
@@ -79,3 +96,108 @@ def test_help_lists_what_may_be_typed_beside_resume(capsys):
         configured("--help")
     words = set(capsys.readouterr().out.split("options")[0].replace(",", " ").replace(".", " ").replace("│", " ").split())
     assert {name for name in flatten(TrainConfig()) if name in words} >= CHANGEABLE - {"output_dir", "size"}
+    assert words >= ON_PURPOSE
+
+
+# ---- --allow_change ---------------------------------------------------------------------------------------------------
+
+CHANGED = {
+    "learning_rate": ["0.0005"],
+    "batch_size": ["4"],
+    "ema_decay": ["0.5", "0.99"],
+    "weighting": ["constant"],
+    "timestep_sampler": ["stratified"],
+    "dropout": ["0.2"],
+}
+FLAGS = [flag for name, values in CHANGED.items() for flag in (f"--{name}", *values)]
+ALLOWED = ["--allow_change", *CHANGED]
+
+
+@pytest.fixture
+def run_of_24(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def opened(*args):
+    """The checkpoint from which a command would go on."""
+    with open_run(configured(*args)) as run:
+        return run.resume
+
+
+def test_a_run_changed_on_purpose_goes_on_the_same_whether_it_is_killed_or_not(run_of_24, tmp_path, monkeypatch):
+    killed, changed = shutil.copytree(run_of_24, tmp_path / "killed"), [*FLAGS, *ALLOWED, "--max_steps", 30]
+    launch = Trainer._launch
+
+    def until_26(trainer, *args):
+        if trainer.step == 26:
+            raise KeyboardInterrupt
+        return launch(trainer, *args)
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Trainer, "_launch", until_26)
+        trained_here(configured("--resume", killed, *changed))
+    with pytest.raises(InputError, match=r"learning_rate: the run has 0.0005, this command says 0.001 \(changed from 0.001 at step 24\)"):
+        opened("--config", TINY, "--output_dir", killed, "--max_steps", 30)
+    for folder in (run_of_24, killed):
+        trainer = trained_here(configured("--resume", folder, *changed))
+    assert tensors(run_of_24, 30) == tensors(killed, 30) and metrics(run_of_24) == metrics(killed)
+    assert [part for step in (24, 25) for part in trainer.positions.micro_batches(step)] == [range(192, 196), range(196, 200)]
+    state = opened("--resume", run_of_24).state
+    assert state["position"] == 24 * 8 + 6 * 4
+    assert {change["name"]: change["step"] for change in state["changes"]} == dict.fromkeys(CHANGED, 24)
+    assert json.loads((killed / "config.json").read_text())["changes"] == state["changes"]
+    # Typed again, it is no other change; and both configurations can be read.
+    again = opened("--resume", run_of_24, *changed)
+    assert again.state["changes"] == state["changes"] and not again.changing
+    assert configured("--config", run_of_24 / "config.json").optimization.learning_rate == 0.0005
+
+
+def test_a_new_ema_rate_starts_from_the_nearest_average_and_a_new_batch_size_at_the_next_position(run_of_24, monkeypatch):
+    monkeypatch.setattr(Trainer, "train", lambda *_: 0)
+    flags = ["--ema_decay", "0.5", "0.99", "0.999", "--batch_size", "6", "--allow_change", "ema_decay", "batch_size"]
+    trainer = trained_here(configured("--resume", run_of_24, "--max_steps", 30, *flags))
+    saved = {rate: load(tensors(run_of_24, 24)[f"ema_{rate}.safetensors"]) for rate in (0.9, 0.99)}
+    for rate, nearest in ((0.5, 0.9), (0.99, 0.99), (0.999, 0.99)):
+        average = trainer.state.optimizer_step.ema.averages[rate]
+        assert all(torch.equal(average[name], saved[nearest][name]) for name in average)
+    assert trainer.positions.first(24) == 192 and trainer.positions.first(25) == 198
+    # Stratified timesteps are spread over the samples of a step.
+    places = [part.start - trainer.positions.origin for part in trainer.positions.micro_batches(25)]
+    assert places[0] % 6 == 0
+
+
+def test_a_change_whose_checkpoint_is_lost_applies_at_the_one_before(run_of_24, capsys):
+    change = {"step": 24, "name": "learning_rate", "before": 0.001, "after": 0.0005}
+    values = json.loads((run_of_24 / "config.json").read_text())
+    (run_of_24 / "config.json").write_text(json.dumps({**values, "learning_rate": 0.0005, "changes": [change]}))
+    shutil.rmtree(run_of_24 / "checkpoints" / "step-00000024")
+    found = opened("--resume", run_of_24)
+    assert found.changing == {"learning_rate"} and found.state["changes"] == [{**change, "step": 18}]
+    assert "learning_rate was changed at step 24, which is lost; it now changes at step 18" in capsys.readouterr().err
+
+
+def test_the_refusal_counts_problems_alone_and_names_the_ways_to_go_on(run_of_24):
+    with pytest.raises(InputError) as refused:
+        opened("--resume", run_of_24, "--learning_rate", 1, "--seed", 5, "--batch_size", 4, "--dropout", 0, "--allow_change", "dropout")
+    first, *problems, remedy = str(refused.value).splitlines()
+    assert first.endswith("holds another run: 3 problems") and len(problems) == 3
+    assert remedy == (
+        "go on with the values of the run, or change them on purpose with --allow_change dropout batch_size learning_rate, "
+        "or name another --output_dir"
+    )
+    with pytest.raises(InputError, match="seed: the run has 0, this command says 5; go on with the values of the run, or name"):
+        opened("--resume", run_of_24, "--seed", 5)
+
+
+def test_every_field_changes_with_any_command_on_purpose_or_never():
+    kinds = [CHANGEABLE, ON_PURPOSE, NEVER.keys()]
+    assert sorted(name for kind in kinds for name in kind) == sorted(flatten(TrainConfig()))
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [("seed", "cannot change in the middle of a run"), ("max_steps", "may change anyway"), ("learnin_rate", "such as learning_rate")],
+)
+def test_what_cannot_be_allowed_to_change_is_said(name, said):
+    (problem,) = train_problems(configured("--config", TINY, "--output_dir", "x", "--allow_change", name))
+    assert problem.startswith("allow_change names") and said in problem

@@ -7,7 +7,7 @@ import difflib
 import json
 import reprlib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -18,26 +18,49 @@ from ..errors import InputError, raise_all, reason
 from ..utils.files import read_json
 from .hub_names import PINNED, was_pinned
 from .ranges import field_types
+from .registry import TIMESTEP_SAMPLERS, WEIGHTINGS, parameters_of
 from .schema import SIZE_FIELDS, HubConfig, ModelConfig, TrainConfig, channel_mult, network_of_size, noise_schedule
 
 CONFIG = "config.json"  # of a run directory
+CHANGES = "changes"  # there, beside the fields: what --allow_change changed, and at which step
 REQUIRED_FIELDS = {"dataset", "prediction_type", "weighting", "noise_schedule", "ema_decay", "max_steps"}  # of any config.json
 
 # What a command asks for, or permits, only once.
-OF_ONE_COMMAND = {"dry_run", "accept_changed_data"}
+OF_ONE_COMMAND = {"dry_run", "verbose", "allow_change", "accept_changed_data"}
 
 # Not written to config.json: a run directory can be moved, so it does not say where it lies; and who trains with the same
 # configuration must not publish over it.
 # The numbers of a network stand there, not the size that stood for them.
 NOT_STORED = {"output_dir", "size", *OF_ONE_COMMAND, *(f.name for f in dataclasses.fields(HubConfig))}
 
-# A resumed run may change these; everything else must be as it was.
+# A resumed run may change these, with any command.
 CHANGEABLE = {
     *NOT_STORED, "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every",
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
     "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "allow_pickle_import",
     "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode", "ddp_timeout",
 }  # fmt: skip
+
+# These only on purpose, with --allow_change, because the result is another one.
+ON_PURPOSE = {
+    "dataset", "label_dropout", "random_flip", "dropout",
+    "weighting", *parameters_of(WEIGHTINGS), "snr_floor", "snr_ceiling", "terminal_weight_floor", "normalize_weights",
+    "timestep_sampler", *parameters_of(TIMESTEP_SAMPLERS), "variance_type",
+    "batch_size", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "ema_decay", "ema_warmup",
+    "mixed_precision",
+}  # fmt: skip
+
+# These never, and why.
+_NETWORK, _MEANING = "it changes the network", "the network has learned by it what its input and output mean"
+_DATA = "it says what the images and labels of the data set are"
+NEVER = {
+    **{f.name: _NETWORK for f in dataclasses.fields(ModelConfig) if f.name not in ON_PURPOSE | NOT_STORED},
+    **dict.fromkeys(("resolution", "channels", "class_conditional", "learn_sigma"), _NETWORK),
+    **dict.fromkeys(("prediction_type", "noise_schedule", "num_train_timesteps", "schedule_shift", "rescale_betas_zero_snr"), _MEANING),
+    **dict.fromkeys(("split", "image_column", "label_column"), _DATA),
+    "init": "a run starts from it once",
+    "seed": "the order of the images, their noise and their timesteps follow from it",
+}
 
 # Values of runs that began before the field was there, where the default is another. They keep them, whatever a command says.
 BEFORE_THE_FIELD = {"ema_warmup": False}
@@ -70,15 +93,26 @@ def stored(config: TrainConfig) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each name whose value differs, but for those that a resumed run may change. Both as read from JSON."""
-    names = sorted((before.keys() | now.keys()) - CHANGEABLE)
-    absent = "(not there)"
+_ABSENT = "(not there)"
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names whose value differs, but for those that a resumed run may change with any command. Both as read from JSON."""
     return [
-        f"{name}: the run has {before.get(name, absent)}, this command says {now.get(name, absent)}"
-        for name in names
-        if before.get(name, absent) != now.get(name, absent) and not (name in PINNED and was_pinned(before.get(name), now.get(name)))
+        name
+        for name in sorted((before.keys() | now.keys()) - CHANGEABLE)
+        if before.get(name, _ABSENT) != now.get(name, _ABSENT) and not (name in PINNED and was_pinned(before.get(name), now.get(name)))
     ]
+
+
+def difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How a value of a run differs from that of a command, in a line."""
+    return f"{name}: the run has {before.get(name, _ABSENT)}, this command says {now.get(name, _ABSENT)}"
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One `difference` for each of the names that are `differing`."""
+    return [difference(name, before, now) for name in differing(before, now)]
 
 
 def run_values(folder: str | Path) -> dict[str, Any] | None:
@@ -137,6 +171,8 @@ def read_config(name_or_file: str) -> dict[str, Any]:
         raise InputError(f"config {name_or_file!r} is nested too deeply; write one 'name: value' a line") from None
     if values is None:
         return {}
+    if isinstance(values, dict) and Path(name_or_file).name == CONFIG:
+        values.pop(CHANGES, None)
     if not isinstance(values, dict):
         raise InputError(f"config {name_or_file!r} holds a {type(values).__name__}; write one 'name: value' a line")
     return checked_values(values, f"config {name_or_file!r}")
@@ -212,7 +248,7 @@ def layered(*layers: Mapping[str, Any]) -> TrainConfig:
 
 
 def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig:
-    """The configuration with what was left out filled in (network of a size, noise schedule, precision), and one spelling of `init`.
+    """The configuration with what was left out filled in (network of a size, noise schedule, precision), and one spelling of aliases.
 
     Raises:
         InputError: a network size beside its numbers, or the launcher was configured with a precision that is not supported.
@@ -223,6 +259,8 @@ def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig
     values["noise_schedule"] = noise_schedule(config.objective)
     if config.optimization.init:
         values["init"] = config.optimization.init.rstrip("/") or "/"  # of a folder, with which a resume must not differ from without
+    if config.run.accept_changed_data and "dataset" not in config.run.allow_change:
+        values["allow_change"] = (*config.run.allow_change, "dataset")
     if config.optimization.mixed_precision is None:
         values["mixed_precision"] = checked_values({"mixed_precision": launcher_precision or "no"}, "launcher")["mixed_precision"]
     return update(config, values)
@@ -237,6 +275,6 @@ def _network(model: ModelConfig, resolution: int) -> dict[str, Any]:
     return {"size": None, **network_of_size(model.size, resolution)}
 
 
-def to_json(config: TrainConfig) -> str:
-    """The text of a run's config.json; `--config` reads it back."""
-    return json.dumps(stored(config), indent=2) + "\n"
+def to_json(config: TrainConfig, changes: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The text of a run's config.json; `--config` reads it back, without the changes."""
+    return json.dumps(stored(config) | ({CHANGES: list(changes)} if changes else {}), indent=2) + "\n"

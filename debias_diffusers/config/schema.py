@@ -183,8 +183,12 @@ class RunConfig:
     # timeout of collective operations in seconds: how long a process waits for another, which may evaluate or save alone
     ddp_timeout: Timeout = 1800
     report_to: Literal["none", "tensorboard", "wandb"] = "none"  # experiment tracker, through accelerate
-    accept_changed_data: bool = False  # resume although the data set has changed since the run began
-    dry_run: bool = False  # show configuration, network and first batch, then stop
+    # fields that this resume changes on purpose, such as learning_rate, from its checkpoint on; train.py --help lists them
+    allow_change: tuple[str, ...] = ()
+    accept_changed_data: bool = False  # resume although the data set has changed since the run began: --allow_change dataset
+    dry_run: bool = False  # check everything as a start does, show data, network, memory and time, and stop; nothing is written
+    # with dry_run: show the whole configuration, too, and write the images of the first batch to OUTPUT_DIR-first-batch.png
+    verbose: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

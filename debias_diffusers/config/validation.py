@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
-from .loading import MODEL_NUMBERS, flatten, update
+from .loading import CHANGEABLE, MODEL_NUMBERS, NEVER, ON_PURPOSE, flatten, update
 from .ranges import range_problems
 from .registry import METRICS, SOLVERS, TIMESTEP_SAMPLERS, WEIGHTINGS, Parametrized, parameters_of
 from .schema import (
@@ -44,7 +44,10 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
     found += objective_problems(config.objective)
     found += _optimization_problems(config.optimization, num_processes)
     found += _evaluation_problems(config.run)
+    found += _allow_change_problems(config.run.allow_change)
     found += _hub_problems(config)
+    if config.run.verbose and not config.run.dry_run:
+        found.append("verbose is on, but dry_run is off; add --dry_run or leave verbose out")
     if config.run.output_dir is None:
         found.append("output_dir is missing: name the run directory, such as --output_dir runs/first")
     return found
@@ -98,6 +101,20 @@ def _evaluation_problems(run: RunConfig) -> list[str]:
             f"keep_best is on, but eval_every {run.eval_every} is no multiple of checkpoint_every {run.checkpoint_every}, so that what is "
             f"measured is not kept; take --eval_every {max(1, run.checkpoint_every)}"
         )
+    return found
+
+
+def _allow_change_problems(names: tuple[str, ...]) -> list[str]:
+    """Names of fields that never change in the middle of a run, that may change anyway, or that are none."""
+    found = []
+    for name in names:
+        if name in NEVER:
+            found.append(f"allow_change names {name}, which cannot change in the middle of a run: {NEVER[name]}; leave it out")
+        elif name in CHANGEABLE:
+            found.append(f"allow_change names {name}, which may change anyway; leave it out")
+        elif name not in ON_PURPOSE:
+            near = difflib.get_close_matches(name, ON_PURPOSE, n=1) or ["learning_rate"]
+            found.append(f"allow_change names {name!r}, which is not a field; name one, such as {near[0]}")
     return found
 
 

@@ -102,18 +102,22 @@ class TrainingData(Dataset):
 class PositionBatchSampler(Sampler[list[int]]):
     """A batch sampler: the positions of each micro-batch of one process, for a range of steps.
 
-    Step k has the positions k B .. (k+1) B - 1; process r of n has the r-th of n equal parts of them, in micro-batches of at most
-    `micro_batch_size`.
+    Step k has the positions kB + o .. (k+1)B + o - 1; process r of n has the r-th of n equal parts of them, in micro-batches of at most
+    `micro_batch_size`. The origin o is 0, unless the batch size was changed: then every step goes on where the one before ended.
     """
 
-    def __init__(self, batch_size: int, micro_batch_size: int, rank: int, num_processes: int, steps: range) -> None:
-        self.batch_size, self.micro_batch_size, self.steps = batch_size, micro_batch_size, steps
+    def __init__(self, batch_size: int, micro_batch_size: int, rank: int, num_processes: int, steps: range, origin: int = 0) -> None:
+        self.batch_size, self.micro_batch_size, self.steps, self.origin = batch_size, micro_batch_size, steps, origin
         self.share = batch_size // num_processes
         self.offset = rank * self.share
 
+    def first(self, step: int) -> int:
+        """The first position of a step, over all processes."""
+        return step * self.batch_size + self.origin
+
     def micro_batches(self, step: int) -> list[range]:
         """The positions of one step in this process, one range for each forward."""
-        start = step * self.batch_size + self.offset
+        start = self.first(step) + self.offset
         end = start + self.share
         return [range(first, min(first + self.micro_batch_size, end)) for first in range(start, end, self.micro_batch_size)]
 

@@ -37,7 +37,7 @@ class TimestepSampler:
         self.probabilities, self.corrected, self.strata = probabilities, corrected, strata
 
     def draw(self, u: Tensor, positions: range) -> Tensor:
-        """(B,) int64 t, from `u` (B,) float64 in [0, 1) of the samples at these positions of the run."""
+        """(B,) int64 t, from `u` (B,) float64 in [0, 1) of the samples at these positions; a step begins at a multiple of its size."""
         place = torch.arange(positions.start, positions.stop) % self.strata
         cumulative = self.probabilities.cumsum(0)
         # The last sum may be rounded to less than a u.

@@ -44,6 +44,16 @@ class Checkpoint:
     step: int
     state: dict[str, Any]  # state.json
 
+    @property
+    def changing(self) -> set[str]:
+        """Names of what --allow_change changes at this step, as `run_directory.open_run` notes it in the state."""
+        return {change["name"] for change in self.state.get("changes", ()) if change["step"] == self.step}
+
+    @property
+    def ema_rates(self) -> list[float]:
+        """The decay rates whose averaged weights it has."""
+        return sorted(float(path.stem.removeprefix("ema_")) for path in self.path.glob("ema_*.safetensors"))
+
     def verified(self, name: str) -> Path:
         """One file, after it was hashed again.
 

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
-from ..config.loading import BEFORE_THE_FIELD, CONFIG, REQUIRED_FIELDS, differences, stored, to_json
+from ..config.loading import (
+    BEFORE_THE_FIELD,
+    CHANGES,
+    CONFIG,
+    ON_PURPOSE,
+    REQUIRED_FIELDS,
+    difference,
+    differing,
+    stored,
+    to_json,
+)
 from ..config.schema import DIGITS, TrainConfig
 from ..errors import InputError, raise_all
 from ..utils.console import say
-from ..utils.files import acquire_lock, has_our_lock, read_json, remove_temporary_files, user_files, write_file
+from ..utils.files import acquire_lock, has_our_lock, read_json, remove_temporary_files, require_lockable, user_files, write_file
 from . import checkpoints
 from .checkpoints import Checkpoint
 from .metrics_file import METRICS_FILE, MetricsFile
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+DATA = "data"  # among the changes: the files behind `dataset`, by their fingerprint
 MARKER = ".debias_diffusers.json"  # this file marks a folder as a run directory
 MARK = {"debias_diffusers": "run"}
+
+Change = dict[str, Any]  # step, name, before, after
 
 
 class Run:
@@ -47,17 +62,23 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / CHECKPOINTS
 
-    def begin(self, config: TrainConfig) -> None:
-        """Prepares the directory for training: writes config.json, removes temporary files and the metrics of later steps."""
+    def begin(self, config: TrainConfig, changes: Sequence[Change] = ()) -> None:
+        """Prepares the directory for training: writes config.json, removes temporary files and the metrics of later steps.
+
+        With the changes in it, a start that is killed before its first checkpoint has still changed the run.
+        """
         for folder in (self.folder, *(path for path in self.folder.iterdir() if path.is_dir())):
             remove_temporary_files(folder)
-        write_file(self.folder / CONFIG, to_json(config).encode())
+        write_file(self.folder / CONFIG, to_json(config, changes).encode())
         step = self.resume.step if self.resume else 0
         self.metrics.begin_after(step, goes_on=step < config.optimization.max_steps)
 
 
 def open_run(config: TrainConfig) -> Run:
     """Locks the run directory and finds the checkpoint from which to resume. Writes only the lock and the marker.
+
+    What --allow_change changes is already in `config` of the checkpoint's state, and in its `changes`, a list of all since the run began:
+    step, name, and the values before and after. Those of the checkpoint's own step are still to be applied.
 
     Raises:
         RunInUseError: another process uses the directory.
@@ -71,15 +92,27 @@ def open_run(config: TrainConfig) -> Run:
     try:
         if not _is_marked(folder):
             write_file(folder / MARKER, (json.dumps(MARK) + "\n").encode())
-        resume, damaged = checkpoints.latest_valid(folder / CHECKPOINTS)
-        for sentence in damaged:
-            say(f"{sentence}; an older checkpoint is used")
-        if resume:
-            _check_same(config, resume)
+        resume = _resumed(config, folder)
     except BaseException:
         lock.close()
         raise
     return Run(folder, lock, resume)
+
+
+def inspect_run(config: TrainConfig) -> Checkpoint | None:
+    """The checkpoint from which `open_run` would resume. Raises what that would raise, and leaves nothing behind."""
+    folder = Path(config.run.output_dir or "")
+    _refuse_foreign(folder)
+    require_lockable(folder)
+    return _resumed(config, folder)
+
+
+def _resumed(config: TrainConfig, folder: Path) -> Checkpoint | None:
+    """The newest valid checkpoint, as the run goes on from it."""
+    found, damaged = checkpoints.latest_valid(folder / CHECKPOINTS)
+    for sentence in damaged:
+        say(f"{sentence}; an older checkpoint is used")
+    return _continued(config, found, _recorded(folder)) if found else None
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -106,17 +139,61 @@ def _is_of_an_older_version(folder: Path) -> bool:
     return has_our_lock(folder) or any(map(checkpoints.has_valid_manifest, checkpoints.list_checkpoints(folder / CHECKPOINTS)))
 
 
-def _check_same(config: TrainConfig, resume: Checkpoint) -> None:
-    began = resume.state["config"]
-    now = {name: value for name, value in stored(config).items() if name in began or name not in BEFORE_THE_FIELD}
-    defaults = {name: value for name, value in stored(TrainConfig()).items() if name in now}
+def _recorded(folder: Path) -> list[Change]:
+    """The changes in config.json, which the last start has written."""
+    values = read_json(folder / CONFIG)
+    found = values.get(CHANGES) if isinstance(values, dict) else None
+    parts = found if isinstance(found, list) else []
+    return [c for c in parts if isinstance(c, dict) and c.keys() == {"step", "name", "before", "after"} and isinstance(c["step"], int)]
+
+
+def _continued(config: TrainConfig, found: Checkpoint, recorded: list[Change]) -> Checkpoint:
+    """The checkpoint with the configuration and changes with which the run goes on.
+
+    Raises:
+        InputError: names what differs and is not allowed to.
+    """
+    done: list[Change] = found.state.get(CHANGES, [])
+    changes = done + _pending(done, recorded, found.step)
+    began = found.state["config"] | {c["name"]: c["after"] for c in changes[len(done) :] if c["name"] != DATA}
+    allowed = config.run.allow_change
+    now = {name: value for name, value in stored(config).items() if name in began or name not in BEFORE_THE_FIELD or name in allowed}
+    defaults = {name: value for name, value in (stored(TrainConfig()) | BEFORE_THE_FIELD).items() if name in now}
     before = defaults | began  # a run of an older version lacks newer fields
-    changed = differences(before | {name: now[name] for name in _decided_otherwise(before, now, resume.state)}, now)
-    if changed:
-        changed.append("continue with the old values, or name another --output_dir")
-    if config.optimization.max_steps < resume.step:
-        changed.append(f"max_steps is {config.optimization.max_steps}, but the run is at step {resume.step}; take at least that")
-    raise_all(changed, f"run directory {config.run.output_dir} holds another run")
+    names = differing(before | {name: now[name] for name in _decided_otherwise(before, now, found.state)}, now)
+    _refuse_differences(config, found.step, [name for name in names if name not in allowed], before, now, changes)
+    changes += [{"step": found.step, "name": name, "before": before[name], "after": now[name]} for name in names]
+    for change in changes:
+        if change["step"] == found.step and change["name"] != DATA:
+            say(f"{change['name']} was {change['before']}, from step {found.step} on it is {change['after']}")
+    config_now = began | {name: now[name] for name in names}
+    return dataclasses.replace(found, state={**found.state, "config": config_now, CHANGES: changes})
+
+
+def _pending(done: list[Change], recorded: list[Change], step: int) -> list[Change]:
+    """The changes that a start has written down, and that no checkpoint up to `step` has seen: they apply at this step."""
+    if recorded[: len(done)] != done:
+        return []
+    pending = [change for change in recorded[len(done) :] if change["step"] >= step]
+    for change in pending:
+        if change["step"] > step:
+            say(f"warning: {change['name']} was changed at step {change['step']}, which is lost; it now changes at step {step}")
+    return [change | {"step": step} for change in pending]
+
+
+def _refuse_differences(
+    config: TrainConfig, step: int, names: list[str], before: dict[str, Any], now: dict[str, Any], changes: list[Change]
+) -> None:
+    """Raises InputError with a problem for each name, and the ways to go on."""
+    last = {change["name"]: change for change in changes}
+    since = {name: f" (changed from {change['before']} at step {change['step']})" for name, change in last.items()}
+    problems = [difference(name, before, now) + since.get(name, "") for name in names]
+    ways = ["go on with the values of the run", "name another --output_dir"]
+    if possible := [name for name in names if name in ON_PURPOSE]:
+        ways.insert(1, f"change them on purpose with --allow_change {' '.join([*config.run.allow_change, *possible])}")
+    if config.optimization.max_steps < step:
+        problems.append(f"max_steps is {config.optimization.max_steps}, but the run is at step {step}; take at least that")
+    raise_all(problems, f"run directory {config.run.output_dir} holds another run", ", or ".join(ways) if names else "")
 
 
 def _decided_otherwise(before: dict[str, Any], now: dict[str, Any], state: dict[str, Any]) -> list[str]:

@@ -56,15 +56,6 @@ def readable(
     return SourceSubset(source, known) if known else source, channels
 
 
-def look_alone(config: TrainConfig, source: Source) -> tuple[Source, int | None]:
-    """What `readable` finds for a new run, in one process, without an accelerator."""
-    if config.data.dataset == DIGITS:
-        return source, None
-    bad, coloured = check_images(source, range(len(source)))
-    require_skippable(bad, str(config.data.dataset), len(source), config.data.skip_bad)
-    return SourceSubset(source, list(bad)), config.data.channels or channels_of(coloured, len(source) - len(bad), print)
-
-
 def _known_to_be_skipped(config: TrainConfig, source: Source, found: Checkpoint | None) -> list[int] | None:
     """Indices of unreadable images; None where the images are still to be looked at."""
     if found:
@@ -80,8 +71,8 @@ def _require_same_data(config: TrainConfig, before: dict[str, Any], now: dict[st
     if before == now:
         return
     change = f"dataset {config.data.dataset} is not the one this run began with ({before['images']} images then, {now['images']} now)"
-    if not config.run.accept_changed_data:
-        raise InputError(f"{change}; put it back, or go on with --accept_changed_data")
+    if "dataset" not in config.run.allow_change:
+        raise InputError(f"{change}; put it back, or go on with --allow_change dataset (or --accept_changed_data, which is the same)")
     say(f"warning: {change}; positions of the run now mean other images")
 
 

@@ -1,59 +1,79 @@
-"""What would be trained, without training: configuration, size of the network, length of an epoch, picture of the first batch."""
+"""What would be trained, without training: all checks of a start, then data, network, objective, memory and time."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+import itertools
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from ..config.loading import to_json
-from ..config.schema import TrainConfig
+from ..config.loading import to_json, update
+from ..config.schema import OptimizationConfig, TrainConfig
 from ..data import images
-from ..data.dataset import PositionBatchSampler, micro_batches
-from ..data.sources import open_source, summary
-from ..diffusion.loss import Objective, make_objective
-from ..diffusion.noise_schedule import require_noise_at_the_end
+from ..data.dataset import TrainingData, collate
+from ..diffusion.loss import Objective
 from ..diffusion.timestep_samplers import make_timestep_sampler
 from ..diffusion.weighting import effective_sample_size
-from ..errors import InputError
-from ..tasks.pixel_data import look_alone
-from ..tasks.pixels import PixelTask, network_arguments
-from ..tasks.unet import build_unet
-from ..utils.console import say
+from ..errors import DebiasError
+from ..runs.run_directory import inspect_run
+from ..tasks.base import Batch, Task
+from ..utils import launcher, memory
+from ..utils.distributed import broadcast_from_first
 from ..utils.files import require_replaceable, write_file
+from . import setup
+from .trainer import Trainer
 
 FIRST_IMAGES = 64  # in the picture of the first batch
 
 
 def dry_run(config: TrainConfig, chosen: Collection[str] = ()) -> None:
-    """Prints what would be trained, and writes OUTPUT_DIR-first-batch.png.
+    """Prints what would be trained. Writes nothing but, with `verbose`, OUTPUT_DIR-first-batch.png.
 
     Raises:
-        InputError: the configuration cannot be trained, or the network does not fit the data.
+        DebiasError: as the start would; but the Hub is not asked whether it would take a push.
     """
-    objective = make_objective(config.objective)
-    require_noise_at_the_end(config.objective, objective.schedule)
     picture = Path(f"{Path(config.run.output_dir or '')}-first-batch.png")
-    require_replaceable("picture of the first batch", picture, lambda path: images.software(path) == images.SOFTWARE)
-    print(to_json(config), end="")
-    try:
-        source, channels = look_alone(config, open_source(config.data))
-    except InputError as error:
-        if config.data.channels and not config.data.class_conditional:
-            print(f"parameters: {_count_parameters(network_arguments(config, config.data.channels, 0))}")
-        print(f"what else depends on the data: unknown, because they cannot be seen ({error})")
-        return
-    _print_weights(config, objective)
-    for sentence in summary(source, config.data.dataset):
-        say(sentence)
-    task = PixelTask(config, source, channels)
-    _print_task(config, task)
-    first = PositionBatchSampler(min(config.optimization.batch_size, FIRST_IMAGES), config.optimization.batch_size, 0, 1, range(1))
-    (batch,) = micro_batches(task.data, first, pin_memory=False)
-    write_file(picture, images.signed_png(images.grid([images.from_array(image.numpy()) for image in batch["image"]])))
-    print(f"first batch: {picture}")
+    first = launcher.is_first_process()
+    if first and config.run.verbose:
+        require_replaceable("picture of the first batch", picture, lambda path: images.software(path) == images.SOFTWARE)
+    found = inspect_run(config) if first else None
+    # Compiling takes minutes, and is not needed for any check.
+    config = update(config, {"compile": False, "compile_mode": "default"}) if config.optimization.compile else config
+    with setup.accelerated(config) as accelerator:
+        plan = setup.prepare(config, found, accelerator, chosen)
+        network, flops = on_meta(plan.task)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        if first:
+            _print_plan(plan, parameters)
+        for line in _cost(plan, parameters, flops, accelerator):
+            if first:
+                print(line)
+        if first:
+            step, steps = (found.step if found else 0), config.optimization.max_steps
+            print(f"output_dir: {config.run.output_dir}, {'resumed from' if found else 'a new run, from'} step {step} to {steps}")
+        if first and config.run.verbose:
+            print(to_json(plan.config), end="")
+            write_file(picture, images.signed_png(_first_images(plan.task.data, config.optimization)))
+            print(f"first batch: {picture}")
+
+
+def _print_plan(plan: setup.Plan, parameters: int) -> None:
+    data, objective, optim = plan.task.data, plan.config.objective, plan.config.optimization
+    print(f"images: {len(data.source)}, {data.channels} channel(s), {data.num_classes} classes")
+    print(f"steps per epoch: {len(data.source) / optim.batch_size:.1f}")
+    print(f"parameters: {parameters}")
+    schedule = f"noise_schedule {objective.noise_schedule or 'of rectified flow'} with schedule_shift {objective.schedule_shift:g}"
+    names = f"weighting {objective.weighting}, {schedule}, timestep_sampler {objective.timestep_sampler}"
+    print(f"objective: {objective.prediction_type}, {names}")
+    _print_weights(plan.config, plan.objective)
 
 
 def _print_weights(config: TrainConfig, objective: Objective) -> None:
@@ -65,16 +85,93 @@ def _print_weights(config: TrainConfig, objective: Objective) -> None:
     print(f"weights as t is drawn: mean {(p * weights).sum():.4g}, largest {weights.max():.4g}, effective sample size {size:.2g}")
 
 
-def _print_task(config: TrainConfig, task: PixelTask) -> None:
-    print(f"parameters: {_count_parameters(task.arguments)}")
-    if config.optimization.init:
-        for sentence in task.load(task.build(), config.optimization.init):
-            print(f"warning: {sentence}")
-    images_of_all, data = len(task.data.source), task.data
-    print(f"images: {images_of_all}, {data.channels} channel(s), {data.num_classes} classes")
-    print(f"steps per epoch: {images_of_all / config.optimization.batch_size:.1f}")
+def _first_images(data: TrainingData, optim: OptimizationConfig) -> Any:
+    batch = _loaded(data, range(min(optim.batch_size, FIRST_IMAGES)))
+    return images.grid([images.from_array(image.numpy()) for image in batch["image"]])
 
 
-def _count_parameters(arguments: dict[str, Any]) -> int:
-    with torch.device("meta"):  # no memory
-        return sum(p.numel() for p in build_unet(arguments).parameters())
+def _loaded(data: TrainingData, positions: range) -> Batch:
+    """The samples at some positions, without workers."""
+    batch = collate([data[position] for position in positions])
+    if isinstance(batch, DebiasError):
+        raise batch
+    return batch
+
+
+# ---- memory and time -------------------------------------------------------------------------------------------------
+
+
+def on_meta(task: Task) -> tuple[nn.Module, int]:
+    """The network without memory, and the floating-point operations of its forward and backward for one sample."""
+    with torch.device("meta"):
+        network = task.build()
+    batch = task.dummy_batch(1)
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:  # it does not know all kernels of attention; as plain products it does
+        t = torch.zeros(1, dtype=torch.long, device="meta")
+        task.conditioned(network, batch, "meta")(task.x_0(batch, "meta"), t).sum().backward()
+    return network, counter.get_total_flops()
+
+
+def _cost(plan: setup.Plan, parameters: int, flops: int, accelerator: Accelerator) -> Iterator[str]:
+    """Memory and time of the training, measured on two optimizer steps where its tensors fit into the free memory."""
+    optim, device = plan.config.optimization, accelerator.device
+    work = f"{_in_units(flops * optim.batch_size)}FLOP per step, {_in_units(flops)}FLOP per image"
+    # float32 weights, gradients, two moments, averages; what the layers keep for the backward pass comes on top
+    needed = 4 * parameters * (4 + len(optim.ema_decay))
+    free = broadcast_from_first(lambda: _free(device), accelerator)  # all processes build the network, or none does
+    if needed > free:
+        yield (
+            f"memory: {_in_units(needed)}B for weights, gradients, moments and averages alone, but {_in_units(free)}B are free on this "
+            f"{device.type}: the training does not fit, so that neither its network is built nor a step measured"
+        )
+        yield f"time: unknown; {work}"
+        return
+    trainer, _ = setup.build(dataclasses.replace(plan, monitor=None), None, accelerator)
+    seconds, peak = measure(trainer)
+    left = max(0, optim.max_steps - trainer.checkpointer.saved_step)
+    yield f"memory: peak {_in_units(peak)}B; {_in_units(free)}B were free on this {device.type}"
+    yield (
+        f"time: {seconds:.3g} s per step ({1 / seconds:.3g} steps/s), {_duration(seconds * left)} for {left} steps, without loading, "
+        f"sample grids, evaluations and saves; {work}"
+    )
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of the memory of a device that are free."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.free_memory()
+
+
+def measure(trainer: Trainer) -> tuple[float, int]:
+    """Two optimizer steps with the samples of the first.
+
+    Returns:
+        Seconds of the second one, and the peak memory in bytes: of the GPU's tensors, or the main memory of this process.
+    """
+    device = trainer.accelerator.device
+    parts = [_loaded(trainer.task.data, positions) for positions in trainer.positions.micro_batches(trainer.step)]
+    batches = itertools.cycle(parts)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    trainer.step_alone(batches)
+    began = time.perf_counter()
+    trainer.step_alone(batches)
+    seconds = time.perf_counter() - began
+    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak_memory()
+
+
+def _in_units(number: float) -> str:
+    """A number with three digits and the prefix of its unit, such as "1.25 G"."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if number < 1000:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:.3g} P"
+
+
+def _duration(seconds: float) -> str:
+    """Such as "about 40 minutes"."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:.0f} {unit}"
+    return f"about {seconds:.0f} s"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
 from ..data import images
+from ..data.dataset import PositionBatchSampler
 from ..errors import CannotWriteError, InputError, NotFiniteError
 from ..evaluation.image_sets import process_batches
 from ..runs import checkpoints
@@ -132,9 +133,11 @@ class Checkpointer:
         saver: Saver | None,
         state: TrainingState,
         constants: Mapping[str, Any],
+        positions: PositionBatchSampler,
         step: int,
     ) -> None:
         """`run` and `saver` are None in all processes but the first; `constants` of state.json are the same at every step."""
+        self.positions = positions
         self.config, self.run, self.accelerator, self.saver = config, run, accelerator, saver
         self.state, self.constants = state, constants
         self.every = config.run.checkpoint_every
@@ -184,7 +187,7 @@ class Checkpointer:
         scaler = self.accelerator.scaler
         return {
             "step": step,
-            "position": step * self.config.optimization.batch_size,
+            "position": self.positions.first(step),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "best": self.state.measured.best,
             "measured": self.state.measured.last,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from torch import nn
 
 from ..config.choices import choose
 from ..config.hub_names import PINNED, absolute_path, is_dataset_id, is_model_id, is_pinned, split_revision
-from ..config.loading import BEFORE_THE_FIELD, differences, flatten, stored, update
+from ..config.loading import BEFORE_THE_FIELD, CHANGES, differences, flatten, stored, update
 from ..config.schema import DIGITS, HubConfig, OptimizationConfig, TrainConfig
 from ..config.validation import train_problems
 from ..data.dataset import PositionBatchSampler
@@ -26,7 +28,7 @@ from ..errors import InputError, StoppedError, raise_all
 from ..hub import client
 from ..hub.publish import Publisher
 from ..runs.checkpoints import Checkpoint
-from ..runs.run_directory import Run
+from ..runs.run_directory import DATA, Change, Run
 from ..tasks.base import Task
 from ..tasks.pixel_data import open_data, readable
 from ..tasks.pixels import PixelTask
@@ -71,19 +73,26 @@ def run_training(
     Raises:
         DebiasError: of the kind that tells what stopped it; StoppedError after a signal, saved.
     """
-    with run or contextlib.nullcontext(), stop if isinstance(stop, SignalHandler) else contextlib.nullcontext():
-        accelerator = device.start_accelerator(config)
-        try:
-            trainer, publisher = make_trainer(config, run, accelerator, to, chosen)
-            trainer.callback = callback if accelerator.is_main_process else None
-            _train(trainer, publisher, stop)
-        except RuntimeError as error:
-            size = micro_batch_size(config.optimization, accelerator.num_processes)
-            if known := explain_error(error, "--micro_batch_size", size, config.run.ddp_timeout):
-                raise known from error
-            raise
-        finally:
-            accelerator.end_training()
+    signals = stop if isinstance(stop, SignalHandler) else contextlib.nullcontext()
+    with run or contextlib.nullcontext(), signals, accelerated(config) as accelerator:
+        trainer, publisher = make_trainer(config, run, accelerator, to, chosen)
+        trainer.callback = callback if accelerator.is_main_process else None
+        _train(trainer, publisher, stop)
+
+
+@contextlib.contextmanager
+def accelerated(config: TrainConfig) -> Iterator[Accelerator]:
+    """The `Accelerator` of a training, to its end. Errors of torch within become a DebiasError where their cause is known."""
+    accelerator = device.start_accelerator(config)
+    try:
+        yield accelerator
+    except RuntimeError as error:
+        size = micro_batch_size(config.optimization, accelerator.num_processes)
+        if known := explain_error(error, "--micro_batch_size", size, config.run.ddp_timeout):
+            raise known from error
+        raise
+    finally:
+        accelerator.end_training()
 
 
 def _train(trainer: Trainer, publisher: Publisher | None, stop: SignalHandler) -> None:
@@ -116,7 +125,28 @@ def make_trainer(
     Raises:
         InputError: configuration, data and checkpoint do not fit each other or the machine.
     """
-    found = broadcast_from_first(lambda: run.resume if run else None, accelerator)
+    return build(prepare(config, run.resume if run else None, accelerator, chosen), run, accelerator, to)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training whose configuration is agreed on and whose data are open; there is no network yet."""
+
+    config: TrainConfig
+    found: Checkpoint | None  # to resume from
+    objective: Objective
+    task: Task
+    monitor: Monitor | None
+    num_threads: int
+
+
+def prepare(config: TrainConfig, resume: Checkpoint | None, accelerator: Accelerator, chosen: Collection[str] = ()) -> Plan:
+    """Configuration and data of a training that begins, or goes on from a checkpoint, which only the first process need have.
+
+    Raises:
+        InputError: configuration, data and checkpoint do not fit each other.
+    """
+    found = broadcast_from_first(lambda: resume, accelerator)
     channels = config.data.channels  # as typed
     config = broadcast_from_first(lambda: _config_of_run(config, found), accelerator)
     num_threads = set_threads(config.optimization.num_threads)
@@ -126,6 +156,18 @@ def make_trainer(
     objective = make_objective(config.objective)  # before the images are read, because it may refuse the configuration
     _require_noise_at_the_end(config, objective, found, accelerator)
     config, task, monitor = _open_task(config, source, channels, found, accelerator)
+    return Plan(config, found, objective, task, monitor, num_threads)
+
+
+def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig | None = None) -> tuple[Trainer, Publisher | None]:
+    """Network, optimizer and all that goes with a training, as the checkpoint has them; other arguments as of `run_training`.
+
+    Without `run` in any process nothing is written, by this or by the training.
+
+    Raises:
+        InputError: the network is not that of the checkpoint, or of `init`.
+    """
+    config, found, objective, task, monitor = plan.config, plan.found, plan.objective, plan.task, plan.monitor
     network = _network(task, config.optimization, found, accelerator)
     # For exporting and drawing: the same modules and tensors, without what `accelerator.prepare` does to `forward`.
     unwrapped = state_dicts.with_weights(network, {})
@@ -135,16 +177,19 @@ def make_trainer(
         make_timestep_sampler(config.objective, objective.schedule, config.optimization.batch_size),
         LossStatistics(len(objective.schedule), accelerator.device),
     )
-    constants = _constants(config, found, accelerator, objective, task) | {"num_threads": num_threads}
+    constants = _constants(config, found, accelerator, objective, task) | {"num_threads": plan.num_threads}
     if found:
-        if run:
-            _require_same_training(found, run, constants, config.optimization)
+        found = dataclasses.replace(found, state={**found.state, CHANGES: constants.get(CHANGES, [])})
+        if accelerator.is_main_process:
+            _require_same_training(found, constants, config)
         state_dicts.restore(found, state, accelerator.is_main_process)
-        if accelerator.scaler is not None:
+        if accelerator.scaler is not None and found.state["scaler"]:  # none where the run has just been changed to fp16
             accelerator.scaler.load_state_dict(found.state["scaler"])
     step = found.step if found else 0
     if run:
-        run.begin(config)
+        if found:
+            say(f"resuming {run.folder} at step {step} of {config.optimization.max_steps}")
+        run.begin(config, constants.get(CHANGES, ()))
         parameters = sum(p.numel() for p in state.optimizer_step.parameters)
         device.warn_of_little_space(run.folder, parameters, len(config.optimization.ema_decay))
     if monitor:
@@ -152,14 +197,15 @@ def make_trainer(
             monitor.read(task.data.source)
     publisher = Publisher(run.folder, to, step) if run and to else None
     saver = Saver(run, config, task, unwrapped, accelerator.device, publisher) if run else None
-    checkpointer = Checkpointer(config, run, accelerator, saver, state, constants, step)
+    positions = _positions(config.optimization, accelerator, found)
+    checkpointer = Checkpointer(config, run, accelerator, saver, state, constants, positions, step)
     trainer = Trainer(
         config=config,
         accelerator=accelerator,
         task=task,
         objective=objective,
         state=state,
-        positions=_positions(config.optimization, accelerator, step),
+        positions=positions,
         checkpointer=checkpointer,
         hooks=[*_image_hooks(config, run, task, unwrapped, state, monitor, accelerator), checkpointer],
         step=step,
@@ -180,6 +226,7 @@ def _config_of_run(config: TrainConfig, found: Checkpoint | None) -> TrainConfig
         return update(config, {name: client.pinned(value, kinds[name][0]) for name, value in names.items()})
     _require_local_data(config, found)
     kept = {name: began.get(name, value) for name, value in names.items()}
+    kept |= {name: client.pinned(kept[name], kinds[name][0]) for name in kept.keys() & found.changing}
     for name, value in names.items():
         if split_revision(value)[1] and value != kept[name]:
             say(f"{name} is {value}, but the run keeps to what it began with, {kept[name]}")
@@ -190,6 +237,8 @@ def _config_of_run(config: TrainConfig, found: Checkpoint | None) -> TrainConfig
 def _require_local_data(config: TrainConfig, found: Checkpoint) -> None:
     """Raises InputError where a run began with data of a disk and they are not where the command says: the Hub is not asked for them."""
     typed, began = str(config.data.dataset), found.state["config"]["dataset"]
+    if "dataset" in found.changing:
+        return
     paths = found.state.get("paths")
     on_disk = began != DIGITS and not is_pinned(began) and (paths is None or "dataset" in paths)
     if on_disk and not Path(typed).expanduser().exists():
@@ -293,10 +342,12 @@ def micro_batch_size(config: OptimizationConfig, num_processes: int) -> int:
     return min(share, config.micro_batch_size or share)
 
 
-def _positions(optim: OptimizationConfig, accelerator: Accelerator, step: int) -> PositionBatchSampler:
-    """The positions of this process from a step on."""
+def _positions(optim: OptimizationConfig, accelerator: Accelerator, found: Checkpoint | None) -> PositionBatchSampler:
+    """The positions of this process from a checkpoint on, whatever the batch sizes were before it."""
     size, processes = micro_batch_size(optim, accelerator.num_processes), accelerator.num_processes
-    return PositionBatchSampler(optim.batch_size, size, accelerator.process_index, processes, range(step, optim.max_steps))
+    step, position = (found.step, found.state["position"]) if found else (0, 0)
+    steps, origin = range(step, optim.max_steps), position - step * optim.batch_size
+    return PositionBatchSampler(optim.batch_size, size, accelerator.process_index, processes, steps, origin)
 
 
 def _image_hooks(
@@ -324,17 +375,30 @@ def _constants(config: TrainConfig, found: Checkpoint | None, accelerator: Accel
     """What state.json says at every step: processes, versions, data, network, loss weights and configuration."""
     # Fields that the run began before, which it goes on without: what is resumed tells by them what may be asked of it.
     older = BEFORE_THE_FIELD.keys() - found.state["config"].keys() if found else set()
+    # Looks at every file of a folder, so only the process that writes it down takes it.
+    data = task.data.source.fingerprint() if accelerator.is_main_process else None
+    paths = {name: path for name, path in found.state.get("paths", {}).items() if name not in found.changing} if found else {}
     return {
         "num_processes": accelerator.num_processes,
         "device": accelerator.device.type,
         "versions": device.versions(),
-        # Looks at every file of a folder, so only the process that writes it down takes it.
-        "data": task.data.source.fingerprint() if accelerator.is_main_process else None,
-        "paths": {**found.state.get("paths", {}), **_paths(config, ("dataset",))} if found else _paths(config),
+        "data": data,
+        "paths": paths | _paths(config, ("dataset",) if found else PINNED),
         "weights": _some_weights(objective),
         "config": {name: value for name, value in stored(config).items() if name not in older},
+        **({CHANGES: changes} if (changes := _changes(config, found, data)) else {}),
         **task.state(),
     }
+
+
+def _changes(config: TrainConfig, found: Checkpoint | None, data: dict[str, Any] | None) -> list[Change]:
+    """What --allow_change has changed so far: at this step also the files of the data, and names on the Hub with their commit."""
+    if found is None:
+        return []
+    values, changes = stored(config), found.state.get(CHANGES, [])
+    changes = [c | {"after": values[c["name"]]} if c["step"] == found.step and c["name"] in PINNED else c for c in changes]
+    other = {"step": found.step, "name": DATA, "before": found.state["data"], "after": data}
+    return changes if data in (None, found.state["data"]) or other in changes else [*changes, other]
 
 
 def _some_weights(objective: Objective) -> dict[str, float]:
@@ -346,14 +410,16 @@ def _some_weights(objective: Objective) -> dict[str, float]:
     return {name: float(f"{value:.6g}") for name, value in some.items()}
 
 
-def _require_same_training(found: Checkpoint, run: Run, now: dict[str, Any], optim: OptimizationConfig) -> None:
+def _require_same_training(found: Checkpoint, now: dict[str, Any], config: TrainConfig) -> None:
     """Refuses another network or weighting behind the same names, and says what else is not as it was."""
+    optim, where = config.optimization, f"run directory {config.run.output_dir}"
     # The file behind --model_config may have changed, though its name has not.
-    raise_all(differences(found.state["network"], now["network"]), f"run directory {run.folder} holds another network")
-    # A function that was registered may have changed, though its name has not.
-    other = differences(found.state.get("weights", now["weights"]), now["weights"])
-    raise_all(other, f"run directory {run.folder} holds another weighting; put it back, or name another --output_dir")
+    allowed = {name: value for name, value in now["network"].items() if name in found.changing}  # the dropout rate
+    raise_all(differences(found.state["network"] | allowed, now["network"]), f"{where} holds another network")
+    if not found.changing & state_dicts.OBJECTIVE:
+        # A function that was registered may have changed, though its name has not.
+        other = differences(found.state.get("weights", now["weights"]), now["weights"])
+        raise_all(other, f"{where} holds another weighting", "put it back, or name another --output_dir")
     device.say_what_changed(found.state, now)
     if (before := found.state["config"]["max_steps"]) != optim.max_steps and optim.lr_schedule != "constant":
         say(f"warning: max_steps was {before}, now it is {optim.max_steps}: the learning rate falls to 0 there")
-    say(f"resuming {run.folder} at step {found.step} of {optim.max_steps}")

@@ -6,8 +6,9 @@ Gathered with torch.distributed.checkpoint, which gives the same names and shape
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from ..config.schema import ObjectiveConfig
 from ..diffusion.timestep_samplers import TimestepSampler
 from ..runs.checkpoints import MODEL, OPTIMIZER, SAMPLER, Checkpoint, ema_file
+from ..runs.run_directory import DATA
 from .loss_statistics import LossStatistics
 from .optimizer_step import OptimizerStep
+
+OBJECTIVE = {part.name for part in fields(ObjectiveConfig)}
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -109,17 +114,25 @@ def size(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
 
 @torch.no_grad()
 def restore(found: Checkpoint, state: TrainingState, is_main_process: bool) -> None:
-    """Puts everything back as it was after the checkpoint's step. Names and shapes are those of the same configuration."""
+    """Puts everything back as it was after the checkpoint's step. Names and shapes are those of the same configuration.
+
+    Where --allow_change changes something at this step: an EMA rate that the checkpoint does not have starts from the average whose
+    rate is nearest; losses under another objective, by which `loss_second_moment` draws and of which a line of metrics has the means,
+    are forgotten; and no metric against other data is the best.
+    """
     _restore_optimizer(found, state.model, state.optimizer_step.adamw)  # first: setting its state makes an empty step
     weights: dict[str, Any] = safetensors.torch.load_file(found.verified(MODEL))
     set_model_state_dict(state.model, weights, options=_FULL)
     ema = state.optimizer_step.ema
     for rate in ema.averages:
-        ema.load(rate, safetensors.torch.load_file(found.verified(ema_file(rate))))
-    if state.timestep_sampler.learns:
-        state.timestep_sampler.load(safetensors.torch.load_file(found.verified(SAMPLER)))
-    state.statistics.load(found.state["window"], is_main_process)
-    state.measured.best, state.measured.last = found.state.get("best"), found.state.get("measured")
+        nearest = min(found.ema_rates, key=lambda saved: abs(math.log1p(-saved) - math.log1p(-rate)))
+        ema.load(rate, safetensors.torch.load_file(found.verified(ema_file(nearest))))
+    if not found.changing & OBJECTIVE:
+        if state.timestep_sampler.learns:
+            state.timestep_sampler.load(safetensors.torch.load_file(found.verified(SAMPLER)))
+        state.statistics.load(found.state["window"], is_main_process)
+    best = None if found.changing & {"dataset", DATA} else found.state.get("best")
+    state.measured.best, state.measured.last = best, found.state.get("measured")
 
 
 def _restore_optimizer(found: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:

@@ -89,6 +89,13 @@ class Trainer:
             self.checkpointer.save(self.step, final=True)
         return signum
 
+    def step_alone(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step, waited for, and nothing else of a training. Raises NotFiniteError."""
+        pending = self._launch(batches, 0, out_of_time=False)
+        loss, grad_norm, aborted, *_ = pending.numbers.read()
+        if aborted:
+            raise self._not_finite(pending, loss, grad_norm)
+
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def _launch(self, batches: Iterator[Batch], signum: int, out_of_time: bool) -> PendingStep:
@@ -116,7 +123,8 @@ class Trainer:
             batch = next(batches)
             # After the data loader, which takes from the global generator when it starts.
             torch.manual_seed(seeding.derive_seed(self.config.optimization.seed, "dropout", positions.start))
-            t = self.state.timestep_sampler.draw(batch["u"], positions)
+            origin = self.positions.origin
+            t = self.state.timestep_sampler.draw(batch["u"], range(positions.start - origin, positions.stop - origin))
             # Gradients are reduced over the processes with the last micro-batch only.
             sync = contextlib.nullcontext() if positions is parts[-1] else self.accelerator.no_sync(self.state.model)
             with sync:
@@ -213,7 +221,7 @@ class Trainer:
     def _not_finite(self, pending: PendingStep, loss: float, grad_norm: float) -> NotFiniteError:
         """The error that says what was not finite in a step, and where."""
         optim = self.config.optimization
-        first, where = (pending.step - 1) * optim.batch_size, self._where_not_finite(pending, loss)
+        first, where = self.positions.first(pending.step - 1), self._where_not_finite(pending, loss)
         return NotFiniteError(
             f"loss {loss} with gradient norm {grad_norm} in step {pending.step} (positions {first} to "
             f"{first + optim.batch_size - 1} of seed {optim.seed}; {where}); the update was not made and the last "

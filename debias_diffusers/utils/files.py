@@ -198,6 +198,24 @@ def acquire_lock(folder: Path) -> IO[str]:
     """
     with translate_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    lock = _locked(folder)
+    with translate_write_errors(folder / LOCK):
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+    return lock
+
+
+def require_lockable(folder: Path) -> None:
+    """Raises what `acquire_lock` would raise now. Leaves nothing behind."""
+    require_writable(folder / LOCK)
+    if (folder / LOCK).exists():
+        _locked(folder).close()
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The lock file, locked, with the name of the process that held it before."""
+    with translate_write_errors(folder):
         lock = open(folder / LOCK, "a+")  # noqa: SIM115
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -205,10 +223,6 @@ def acquire_lock(folder: Path) -> IO[str]:
         holder = _holder(lock)
         lock.close()
         raise RunInUseError(f"{folder} is in use by {holder}") from None
-    with translate_write_errors(folder / LOCK):
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
     return lock
 
 

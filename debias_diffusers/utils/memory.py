@@ -1,7 +1,9 @@
-"""Free main memory, also under the limits of Linux control groups (cgroups)."""
+"""Free and used main memory, also under the limits of Linux control groups (cgroups)."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -18,6 +20,12 @@ FILES = {
 def free_memory() -> int:
     """Bytes that this process can still allocate: the free memory of the computer, or of its tightest control group."""
     return min([int(psutil.virtual_memory().available), *_left_in_groups()])
+
+
+def peak_memory() -> int:
+    """Bytes of main memory that this process has used at most so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else 1024 * used
 
 
 def _left_in_groups() -> Iterator[int]:

@@ -370,6 +370,9 @@ def test_changed_data_stop_a_resume_unless_accepted(eight, tmp_path, change):
     assert code == 2 and said in err and "--accept_changed_data" in err and newest_step(tmp_path / "run") == 6
     code, _, err = run(*train_args(tmp_path / "run", "--dataset", eight, "--max_steps", 7, "--accept_changed_data"))
     assert code == 0 and "warning: dataset" in err
+    (noted,) = json.loads((tmp_path / "run" / "config.json").read_text())["changes"]
+    before, after = noted["before"]["images"], noted["after"]["images"]
+    assert (noted["step"], noted["name"]) == (6, "data") and said == f"{before} images then, {after} now"
 
 
 def of_sizes(folder, *sizes):

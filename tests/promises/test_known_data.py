@@ -59,8 +59,8 @@ def test_one_image_in_colours_decides_and_resumes_keep_to_it(tmp_path):
         assert code == 0 and "so the model learns" not in err, err
     code, _, err = run(*args, "--channels", 1, "--max_steps", 7)
     assert code == 2 and "channels: the run has None, this command says 1" in err
-    code, said, _ = run(*args, "--dry_run")
-    assert code == 0 and "1 of 4 images have colours" in said and "3 channel(s)" in said
+    code, said, err = run(*train_args(tmp_path / "dry", "--dataset", data, "--dry_run"))
+    assert code == 0 and "1 of 4 images have colours" in err and "3 channel(s)" in said
 
 
 @pytest.mark.row(79, ROW_79)

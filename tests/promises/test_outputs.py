@@ -30,7 +30,7 @@ from debias_diffusers.errors import CannotWriteError, DebiasError, InputError
 from debias_diffusers.evaluation import likelihood, plots, score, statistics
 from debias_diffusers.evaluation.results import as_json
 from debias_diffusers.runs.run_directory import MARKER, open_run
-from debias_diffusers.training import dry_run
+from debias_diffusers.training import dry_run, setup
 from debias_diffusers.training.setup import run_training
 from debias_diffusers.utils import files
 from debias_diffusers.utils.signals import SignalHandler
@@ -121,7 +121,7 @@ def figures_of(folder, **options):
 def results(data, out):
     """Commands by the files that they write: what runs them, and the first of those files."""
     measure = MeasureConfig(metrics="colour", cache_dir="", resolution=8, num_threads=1)
-    dry = ["--config", str(TINY), "--dry_run", "--output_dir", str(out / "run")]
+    dry = ["--config", str(TINY), "--dry_run", "--verbose", "--output_dir", str(out / "run")]
     return {
         "scores.json": lambda: score.score(figures_of(data, output=str(out / "scores.json"))),
         "scores.png": lambda: score.score(figures_of(data, output=str(out / "scores.png"), steps="5,10")),
@@ -153,7 +153,7 @@ def foreign(path):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("there", [foreign, lambda path: path.mkdir(parents=True), lambda path: (path.parent.mkdir(), os.mkfifo(path))])
 def test_a_file_of_somebody_else_is_refused_before_the_work(name, there, tmp_path, monkeypatch):
-    for module, work in ((score, "make_measure"), (likelihood, "open_model"), (plots, "_table"), (dry_run, "look_alone")):
+    for module, work in ((score, "make_measure"), (likelihood, "open_model"), (plots, "_table"), (setup, "prepare")):
         monkeypatch.setattr(module, work, lambda *_: pytest.fail("the work has begun"))
     there(tmp_path / "out" / name)
     before = everything(tmp_path / "out")
@@ -165,7 +165,7 @@ def test_a_file_of_somebody_else_is_refused_before_the_work(name, there, tmp_pat
 @pytest.mark.row(54, "an error of printing does not lose the result, and a file that cannot be written is an error before the computation")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_result_that_cannot_be_written_is_said_before_the_work(name, tmp_path, monkeypatch):
-    for module, work in ((score, "make_measure"), (likelihood, "open_model"), (plots, "_table"), (dry_run, "look_alone")):
+    for module, work in ((score, "make_measure"), (likelihood, "open_model"), (plots, "_table"), (setup, "prepare")):
         monkeypatch.setattr(module, work, lambda *_: pytest.fail("the work has begun"))
     data = pictures(tmp_path / "data")
     for out in (data / "0.png", Path("/proc/nowhere"), tmp_path / ("n" * 300)):

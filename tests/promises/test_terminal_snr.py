@@ -84,7 +84,6 @@ def test_a_new_run_is_refused_before_its_data_are_read_and_one_that_began_before
     config = tiny(tmp_path / "run", *FLAGS, "--max_steps", 4)
     with monkeypatch.context() as unread:
         unread.setattr(setup, "open_data", lambda *_, **__: pytest.fail("the data were read"))
-        unread.setattr(dry_run, "look_alone", lambda *_: pytest.fail("the data were read"))
         for start in (trained_here, dry_run.dry_run):
             trials()
             with pytest.raises(InputError, match=r"SNR of 0.3, above 0.01: sampling starts from pure noise"):

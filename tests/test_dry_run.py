@@ -1,0 +1,113 @@
+"""`train.py --dry_run` fails where the start fails, shows what would be trained, and leaves nothing behind."""
+
+import contextlib
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from here import tiny
+from PIL import Image
+
+from debias_diffusers.errors import InputError, RunInUseError
+from debias_diffusers.runs.run_directory import open_run
+from debias_diffusers.training import setup
+from debias_diffusers.training.dry_run import dry_run, on_meta
+from debias_diffusers.training.start import train
+from debias_diffusers.utils import memory
+
+
+@pytest.fixture(autouse=True)
+def of_its_own():
+    """accelerate remembers the precision of the first accelerator of a process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def contents(folder):
+    """Every file with its bytes and its time."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_shows_what_matters_and_leaves_nothing(tmp_path, capsys):
+    train(tiny(f"{tmp_path}/run/", "--dry_run"))
+    said = capsys.readouterr().out
+    names = [line.split(":")[0] for line in said.splitlines()]
+    assert names == [
+        "images", "steps per epoch", "parameters", "objective", "weights as t is drawn", "memory", "time", "output_dir",
+    ]  # fmt: skip
+    assert "steps per epoch: 224.6" in said and "steps/s" in said and "FLOP per step" in said and "a new run, from step 0 to 24" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_verbose_it_also_shows_the_configuration_and_the_first_batch(tmp_path, capsys):
+    train(tiny(tmp_path / "run", "--dry_run", "--verbose", "--eval_every", 5, "--eval_metrics", "colour"))
+    assert '"weighting": "debiased"' in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["run-first-batch.png"]
+    with pytest.raises(InputError, match="verbose is on, but dry_run is off"):
+        train(tiny(tmp_path / "run", "--verbose"))
+
+
+def test_a_dry_run_of_a_resume_changes_no_file(trained, capsys):
+    before = contents(trained)
+    train(tiny(trained, "--dry_run", "--max_steps", 30, "--learning_rate", "1e-4", "--allow_change", "learning_rate"))
+    assert "resumed from step 24 to 30" in capsys.readouterr().out
+    assert contents(trained) == before
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--dataset", "missing.parquet"], "missing.parquet does not exist"),
+        (["--dataset", "FOLDER", "--class_conditional"], "class_conditional"),
+        (["--report_to", "wandb"], "report_to is wandb, but it is not installed"),
+        (["--seed", 5, "--output_dir", "TRAINED"], "seed: the run has 0, this command says 5"),
+        (["--init", "TRAINED", "--model_channels", 16], "is another network"),
+        (["--output_dir", "FOLDER"], "is not a run directory and holds other files"),
+    ],
+)
+def test_a_dry_run_fails_where_the_start_would(flags, said, trained, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Image.new("L", (8, 8)).save(folder / "picture.png")
+    known = {"FOLDER": folder, "TRAINED": trained}
+    before = contents(trained)
+    with pytest.raises(InputError, match=said):
+        dry_run(tiny(tmp_path / "run", *(known.get(flag, flag) for flag in flags)))
+    assert list(tmp_path.iterdir()) == [folder] and contents(trained) == before
+
+
+def test_a_run_in_use_is_refused(trained, tmp_path):
+    with contextlib.closing(open_run(tiny(trained))), pytest.raises(RunInUseError, match="is in use by process"):
+        dry_run(tiny(trained))
+    dry_run(tiny(trained))
+
+
+def test_a_network_that_does_not_fit_is_not_built(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "free_memory", lambda: 1000)
+    monkeypatch.setattr(setup, "build", lambda *_: pytest.fail("built"))
+    dry_run(tiny(tmp_path / "run"))
+    assert "1 kB are free on this cpu: the training does not fit" in capsys.readouterr().out
+
+
+def test_floating_point_operations_of_a_network_are_those_of_its_layers():
+    """A network of one convolution: 2 * kernel * channels * channels * pixels forward, the same for the weights' gradient.
+
+    Its input needs none.
+    """
+
+    class Task:
+        def build(self):
+            return torch.nn.Conv2d(3, 5, 3, padding=1, bias=False)
+
+        def dummy_batch(self, size):
+            return {"image": torch.zeros(size, 3, 8, 8)}
+
+        def x_0(self, batch, device):
+            return batch["image"].to(device)
+
+        def conditioned(self, model, batch, device):
+            return lambda x_t, t: model(x_t)
+
+    network, flops = on_meta(Task())
+    assert flops == 2 * (2 * 9 * 3 * 5 * 64) and network.weight.is_meta
