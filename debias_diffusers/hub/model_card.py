@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..config.hub_names import COMMIT
@@ -18,6 +19,7 @@ TASK = "unconditional-image-generation"
 ON_HUB = re.compile(rf"([\w-][\w.-]*/)?[\w-][\w.-]*@{COMMIT.pattern}", re.ASCII)  # user/name@commit
 UNKNOWN = "unknown"  # the Hub's identifier for a licence that is not given
 MAX_CLASSES = 1000  # rows of the table of classes
+STEP = re.compile(r"^Step ([0-9]+) of [0-9]+; the weights are averaged at the rate ", re.MULTILINE)
 PLACEHOLDER = '"PATH"'  # `published` replaces it with the name of the repository
 
 CITATION = """```bibtex
@@ -84,6 +86,15 @@ The debiased loss is that of [arXiv 2310.08442](https://arxiv.org/abs/2310.08442
 |---|---|
 {rows}
 """
+
+
+def step_of_card(card: Path) -> int | None:
+    """The step that the card of a run says; None if there is no card, or one of others."""
+    try:
+        found = STEP.search(card.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return int(found[1]) if found else None
 
 
 def published(card: str, repo: str, license: str | None, grid: str | None) -> str:
