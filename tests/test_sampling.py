@@ -511,6 +511,20 @@ def test_labels_are_balanced_drawn_or_given_and_written_beside_the_images(traine
     assert labels_in(other) not in (drawn[:20], drawn[1:21])
 
 
+def test_the_picture_of_a_class_conditional_model_has_a_class_a_row_with_its_name(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("debias_diffusers.data.images.named_grid", lambda *args: made.append(args) or Image.new("L", (1, 1)))
+    for count, labels in ((6, [2, 0, 2, 0, 2, 0]), (7, [2, 0, 2, 0, 2, 0, 2]), (64, list(range(64)))):
+        samples = SampleFolder(tmp_path / str(count), "png", count)
+        for k in range(count):
+            samples.write(k, np.full((1, 8, 8), k, np.uint8))
+        samples.finish(labels, range(count), ["cat", "horse", "\u732b"] if count == 7 else None)
+    rows = [(names, [[np.asarray(image)[0, 0] for image in row] for row in rows]) for names, rows in made]
+    assert rows[0] == (["class 0", "class 2"], [[1, 3, 5], [0, 2, 4]])
+    assert rows[1] == (["cat", "class 2"], [[1, 3, 5], [0, 2, 4, 6]])
+    assert rows[2][1] == [[k] for k in range(20)]
+
+
 def test_all_formats_hold_the_same_images(trained_by_class, tmp_path):
     folders = {kind: sample(sample_config(trained_by_class, tmp_path / kind, format=kind)) for kind in ("png", "webp", "npz")}
     expected = [np.asarray(Image.open(folders["png"] / f"{k:06d}.png")) for k in range(10)]

@@ -18,13 +18,15 @@ from diffusers import (
     RePaintScheduler,
     UNet2DModel,
 )
+from here import tiny, trained_here
 from PIL import Image
 from safetensors.torch import load
 
 import debias_diffusers
 from debias_diffusers.cli import train_config
 from debias_diffusers.config.loading import update
-from debias_diffusers.config.schema import OptimizationConfig
+from debias_diffusers.config.schema import OptimizationConfig, TrainConfig
+from debias_diffusers.data import images
 from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.diffusion.timestep_samplers import make_timestep_sampler
 from debias_diffusers.diffusion.weighting import effective_sample_size
@@ -432,6 +434,22 @@ def test_sample_grids_and_the_tracker_are_written_when_asked(tmp_path):
     assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == ["step-00000012.png", "step-00000024.png"]
     assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
     assert metrics(tmp_path / "run") != [] and json.loads((tmp_path / "run" / "config.json").read_text())["mixed_precision"] == "bf16"
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_grid_while_training_is_small_and_has_a_class_a_row(classes, tmp_path, monkeypatch):
+    """Also with the costliest of the default solvers, of two network evaluations in each step."""
+    drawn, made = [], []
+    call, grid, named_grid = PixelPipeline._call, images.grid, images.named_grid
+    monkeypatch.setattr(PixelPipeline, "_call", lambda self, x_t, *rest: drawn.append(len(x_t)) or call(self, x_t, *rest))
+    monkeypatch.setattr(images, "grid", lambda tiles: made.append(([], [tiles])) or grid(tiles))
+    monkeypatch.setattr(images, "named_grid", lambda names, rows: made.append((names, rows)) or named_grid(names, rows))
+    flags = ["--prediction_type", "flow", "--num_train_timesteps", 1000, "--max_steps", 1, "--warmup_steps", 0, "--sample_every", 1]
+    trained_here(tiny(tmp_path / "run", *flags, *(["--class_conditional"] if classes else [])))
+    ((names, rows),) = made
+    assert (names, [len(row) for row in rows]) == (([str(k) for k in range(10)], [1] * 10) if classes else ([], [16]))
+    default = TrainConfig()
+    assert sum(drawn) <= 0.05 * default.run.sample_every * 3 * default.optimization.batch_size  # backward takes two forwards
 
 
 def test_max_hours_stops_with_a_checkpoint(tmp_path):

@@ -354,7 +354,7 @@ def _batches(missing: list[int], config: SampleConfig) -> Iterator[range]:
 
 def _finish(samples: SampleFolder, job: Job) -> None:
     every = range(samples.num_images)
-    samples.finish(job.labels(every), image_seeds(job.config.seed, every))
+    samples.finish(job.labels(every), image_seeds(job.config.seed, every), job.pipeline.class_names)
     if job.config.trajectory:
         write_file(samples.folder / TRAJECTORY, images.png(_trajectory(job)))
     where = samples.folder / PACKED if samples.kind == "npz" else samples.folder

@@ -19,10 +19,11 @@ from PIL import Image
 from ..config.schema import ImageFormat
 from ..data import images
 from ..data.image_folders import GRID, METADATA, PACKED, PARTS, SETTINGS, TRAJECTORY
+from ..data.labels import row_names
 from ..errors import InputError
 from ..utils.files import atomic_write, read_file, read_json, remove, remove_temporary_files, translate_write_errors, user_files, write_file
 
-GRID_IMAGES = 100
+GRID_IMAGES, GRID_CLASSES, GRID_COLUMNS = 100, 20, 20  # at most
 OWN_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.(png|webp)")  # of the images
 ELSEWHERE = "name another --output_dir, or replace its images with --overwrite"
 PNG_END = b"IEND\xaeB`\x82"
@@ -136,17 +137,30 @@ class SampleFolder:
         path = self.files / self.name(k)
         return images.decode(read_file(path), str(path))
 
-    def finish(self, labels: Sequence[int] | None, seeds: Sequence[int]) -> None:
-        """Writes the grid of the first images, and metadata.jsonl or the `.npz` file, which make the folder a data set."""
+    def finish(self, labels: Sequence[int] | None, seeds: Sequence[int], class_names: Sequence[str] | None = None) -> None:
+        """Writes the grid, and metadata.jsonl or the `.npz` file, which make the folder a data set.
+
+        Args:
+            labels: of all images; None for an unconditional model.
+            seeds: of the generators of all images.
+            class_names: by label, for the grid; None if unknown.
+        """
         if (self.folder / PACKED).exists():
             return
-        first = [self.read(k) for k in range(min(self.num_images, GRID_IMAGES))]
-        write_file(self.folder / GRID, images.png(images.grid(first)))
+        write_file(self.folder / GRID, images.png(self._grid(labels or [], class_names)))
         if self.kind == "npz":
             self._pack(labels)
             return
         rows = [{"file_name": self.name(k), **({"label": labels[k]} if labels else {}), "seed": seeds[k]} for k in range(self.num_images)]
         write_file(self.folder / METADATA, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def _grid(self, labels: Sequence[int], class_names: Sequence[str] | None) -> Image.Image:
+        """The first images; of several classes the first images of each, a class a row with its name."""
+        if len(classes := sorted(set(labels))[:GRID_CLASSES]) < 2:
+            return images.grid([self.read(k) for k in range(min(self.num_images, GRID_IMAGES))])
+        columns = min(GRID_COLUMNS, GRID_IMAGES // len(classes))
+        rows = [[k for k, label in enumerate(labels) if label == each][:columns] for each in classes]
+        return images.named_grid(row_names(classes, class_names), [[self.read(k) for k in row] for row in rows])
 
     def _pack(self, labels: Sequence[int] | None) -> None:
         """Writes `arr_0` (N, H, W, C) uint8 and `arr_1` (N,) int64 labels, with one image in memory at a time."""

@@ -11,7 +11,7 @@ from ..config.loading import to_json
 from ..config.schema import TrainConfig
 from ..data import images
 from ..data.dataset import PositionBatchSampler, micro_batches
-from ..data.sources import open_source, summary
+from ..data.sources import open_source, training_summary
 from ..diffusion.loss import Objective, make_objective
 from ..diffusion.noise_schedule import require_noise_at_the_end
 from ..diffusion.timestep_samplers import make_timestep_sampler
@@ -45,7 +45,7 @@ def dry_run(config: TrainConfig) -> None:
         print(f"what else depends on the data: unknown, because they cannot be seen ({error})")
         return
     _print_weights(config, objective)
-    for sentence in summary(source, config.data.dataset):
+    for sentence in training_summary(source, config.data.dataset):
         say(sentence)
     task = PixelTask(config, source, channels)
     _print_task(config, task)
