@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -23,15 +25,18 @@ from PIL import Image
 from safetensors.torch import load
 
 import debias_diffusers
+from debias_diffusers import cli
 from debias_diffusers.cli import train_config
 from debias_diffusers.config.loading import update
-from debias_diffusers.config.schema import OptimizationConfig, TrainConfig
+from debias_diffusers.config.registry import SOLVERS
+from debias_diffusers.config.schema import OptimizationConfig, SampleConfig, TrainConfig
+from debias_diffusers.config.validation import sample_problems
 from debias_diffusers.data import images
 from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.diffusion.timestep_samplers import make_timestep_sampler
 from debias_diffusers.diffusion.weighting import effective_sample_size
 from debias_diffusers.errors import InputError
-from debias_diffusers.hub.model_card import model_card
+from debias_diffusers.hub.model_card import model_card, published
 from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.runs.run_directory import open_run
@@ -417,6 +422,21 @@ def test_the_run_directory_is_laid_out_as_documented(trained):
 def test_the_model_card_says_what_was_minimised(change, named):
     config = update(train_config(["--config", str(TINY)], None), change)
     assert named in model_card(config, 1, 0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
+def test_a_card_names_a_solver_and_a_class_of_the_model(prediction_type):
+    config = update(train_config(["--config", str(TINY)], None), {"prediction_type": prediction_type})
+    card = model_card(config, 1, 3, classes={"empty": 0, "cat": 3, "dog": 2})
+    steps = 50 if prediction_type == "flow" else 1000
+    assert f'class_labels=["cat"], num_inference_steps={steps})' in card and "| 1 | `cat` | 3 |" in card
+    (command,) = re.findall(r"`debias-sample (.*?)`", card)
+    flags = cli._parse(SampleConfig, shlex.split(command), None, "sample.py", "")
+    assert sample_problems(flags) == [] and SOLVERS[flags.scheduler].flow == (prediction_type == "flow")
+    for name in ("a ``` b", "two\nlines", "PATH"):
+        assert "class_labels=[0]," in model_card(config, 1, 1, classes={name: 1})
+    _, text = published(card, "alice/pets", None, None).split("\n---\n", 1)
+    assert text.startswith("\n# pets\n") and 'from_pretrained("alice/pets")' in text and "debias-sample " in text and "PATH" not in text
 
 
 def test_a_dry_run_shows_everything_and_makes_no_run(tmp_path):
