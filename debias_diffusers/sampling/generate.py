@@ -27,7 +27,7 @@ from ..errors import InputError, raise_all
 from ..hub import client
 from ..hub.model_card import step_of_card, variant
 from ..pipelines.pixel_pipeline import PixelPipeline, check_labels, load_pipeline
-from ..pipelines.solvers import default_scheduler, make_scheduler, section_timesteps, strided_timesteps
+from ..pipelines.solvers import default_scheduler, make_scheduler, section_timesteps, set_timesteps, strided_timesteps
 from ..runs import checkpoints
 from ..runs.run_directory import CHECKPOINTS, SAMPLES
 from ..utils.console import say
@@ -126,6 +126,13 @@ class Job:
         """Samples the images of these indices, (B, C, H, W) uint8."""
         labels = self.labels(indices)
         return draw(self.pipeline, indices, self.config.seed, labels, **self.options, **more)
+
+    @property
+    def network_evaluations(self) -> int:
+        """Calls of the network for one batch."""
+        scheduler = self.pipeline.scheduler
+        set_timesteps(scheduler, self.options["num_inference_steps"], self.options["timesteps"])
+        return len(scheduler.timesteps)
 
     def labels(self, indices: Sequence[int]) -> list[int] | None:
         """The label of each image; None for an unconditional model."""
@@ -363,7 +370,7 @@ def _finish(samples: SampleFolder, job: Job) -> None:
 
 def _trajectory(job: Job) -> Any:
     """A grid with two rows for each of the first images: x_t, and the predicted x_0, at up to ten timesteps."""
-    calls = len(job.pipeline.scheduler.timesteps)
+    calls = job.network_evaluations
     stages = torch.linspace(0, calls - 1, min(calls, TRAJECTORY_STEPS)).round().int().tolist()
     seen: list[tuple[Tensor, Tensor]] = []
 
