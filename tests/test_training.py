@@ -592,6 +592,18 @@ def test_a_resume_is_the_same_run_of_wandb(tmp_path, monkeypatch):
     assert project == "mine" and own["id"] == "abc"
 
 
+def test_the_progress_bar_names_and_averages_the_loss(tmp_path):
+    config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path), "--log_every", "0"], None)
+    progress = Logger(config, SimpleNamespace(), SimpleNamespace(), 0)
+    shown = []
+    for step in range(1, 151):
+        progress.log_step(step, float(step), 0.1, 1.0, SimpleNamespace(values=None))
+        shown.append(progress.bar.postfix.partition(", ")[0])
+    progress.bar.close()
+    assert shown[0] == "loss 1 (mean of 100 steps)" and shown[1] == "loss 1.5 (mean of 100 steps)"
+    assert shown[-1] == f"loss {sum(range(51, 151)) / 100:.4g} (mean of 100 steps)"
+
+
 def test_images_per_second_are_those_of_the_steps(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("debias_diffusers.training.logger.time", SimpleNamespace(monotonic=lambda: now[0]))
