@@ -19,6 +19,7 @@ from tyro import _errors as tyro_errors  # of a private module, so that pyprojec
 
 from .config import choices, validation
 from .config import loading as configuration
+from .config.hub_names import missing_models
 from .config.ranges import field_types
 from .config.schema import (
     DIGITS,
@@ -218,7 +219,7 @@ def _raise_all(problems: list[str]) -> None:
 
 def _sample(argv: list[str]) -> None:
     config = _parse(SampleConfig, argv, None, "sample.py", "Draw images with a trained model.")
-    _raise_all(validation.sample_problems(config))
+    _raise_all(validation.sample_problems(config) + missing_models("model", config.model))
     from .utils.signals import stop_with_launcher
 
     stop_with_launcher()  # else orphaned processes would write into a folder that a new command may lock
@@ -259,7 +260,7 @@ def _compare(argv: list[str]) -> None:
 
 
 def _scored(config: ScoreConfig) -> None:
-    _raise_all(validation.score_problems(config))
+    _raise_all(validation.score_problems(config) + missing_models("target", *config.targets))
     from .evaluation import score
 
     score.score(config)
@@ -277,7 +278,7 @@ def _stats(argv: list[str]) -> None:
 
 def _bits(argv: list[str]) -> None:
     config = _parse(BitsConfig, argv, None, "eval.py bpd", BitsConfig.__doc__ or "")
-    _raise_all(validation.bits_problems(config))
+    _raise_all(validation.bits_problems(config) + missing_models("model", config.model))
     from .evaluation import likelihood
 
     likelihood.bits_per_dimension(config)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from debias_diffusers.config.schema import DataConfig
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources import open_source, summary, training_summary
 from debias_diffusers.errors import DebiasError, InputError
 from debias_diffusers.utils import seeding
 
@@ -260,3 +260,19 @@ def test_a_worker_lost_while_it_hands_a_batch_over_is_said_in_words(monkeypatch,
     data = TrainingData(open_source(DIGITS), DIGITS, seed=0)
     with pytest.raises(DebiasError, match="a process that reads images was killed"):
         next(micro_batches(data, PositionBatchSampler(8, 8, 0, 1, range(100)), pin_memory=False))
+
+
+def test_an_unconditional_run_of_data_with_classes_says_so(tmp_path):
+    for name in ("pets/train/cat/a", "pets/train/dog/b", "pets/test/dog/b", "plain/one/a", "plain/b", "rows/a", "rows/b"):
+        (path := tmp_path / f"{name}.png").parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(path)
+    (tmp_path / "rows" / "metadata.jsonl").write_text('{"file_name": "a.png", "label": "x"}\n{"file_name": "b.png", "label": "y"}\n')
+    said = {}
+    for name, flags in (("pets", {}), ("plain", {}), ("rows", {}), ("rows", {"class_conditional": True})):
+        source = open_source(DataConfig(dataset=str(tmp_path / name), **flags))
+        said[name, bool(flags)] = training_summary(source, name)[len(summary(source, name)) :]
+    (sentence,) = said.pop(("pets", False))
+    assert sentence.startswith("its 2 classes are not used") and "--class_conditional" in sentence
+    assert said == {("plain", False): [], ("rows", False): [sentence], ("rows", True): []}
+    (digits,) = training_summary(open_source(DataConfig(dataset="digits")), "digits")[1:]
+    assert digits.startswith("its 10 classes are not used")

@@ -323,6 +323,43 @@ def test_a_model_its_folder_and_its_npz_have_the_same_figures(trained, tmp_path)
     assert result["halves_of_the_reference"]["fid"] < rows[0]["fid"]
 
 
+ROWS = [
+    {"target": "runs/a", "images": 100, "scheduler": "unipc", "steps": 20, "network_evaluations": 20, "fid": 1.25},
+    {"target": "runs/flow", "images": 100, "scheduler": "flow_heun", "steps": 20, "network_evaluations": 39, "fid": 10.5},
+    {"target": "photos", "images": 90, "fid": 0.5, "intervals": {"fid": (0.25, 0.75)}},
+]
+
+
+def test_a_table_is_aligned_and_valid_markdown():
+    result = {"targets": ROWS, "halves_of_the_reference": {"fid": 0.1}, "reference": {"images": 100}}
+    head, line, *rows = results.table(result).split("\n")
+    assert len({len(row) for row in (head, line, *rows)}) == 1
+    assert [cell.strip() for cell in head.strip("|").split("|")] == ["target", "scheduler", "steps", "network evaluations", "images", "fid"]
+    assert set(line) == set("| -") and all(set(cell.strip()) == {"-"} for cell in line.strip("|").split("|"))
+    assert {row.count("|") for row in rows} == {7} and "| 0.5 (0.25 to 0.75) |" in rows[2] and rows[3].startswith("| two halves of")
+
+
+def test_what_differs_between_targets_beside_the_model_is_said():
+    assert results.unequal(ROWS) == [
+        "the targets differ in scheduler: runs/a unipc, runs/flow flow_heun",
+        "the targets differ in network evaluations: runs/a 20, runs/flow 39",
+        "the targets differ in images: runs/a 100, runs/flow 100, photos 90; --num_images 90 takes as many of each",
+    ]
+    assert results.unequal(ROWS[:1]) == results.unequal([ROWS[0], {**ROWS[0], "target": "runs/b"}]) == []
+    curves = [{**row, "steps": steps, "network_evaluations": steps} for steps in (5, 10) for row in (ROWS[0], {**ROWS[0], "target": "b"})]
+    assert results.unequal(curves) == []  # of every target the same
+
+
+def test_too_few_images_of_any_target_are_said_before_features_are_computed(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(Measure, "sample", lambda *_: pytest.fail("computed"))
+    good, few = folder_of(tmp_path / "good", 70, 0), folder_of(tmp_path / "few", 20, 1)
+    for targets, count, named in (((good, trained, few), None, "few has 20 images"), ((trained,), 50, "whole has 50 images")):
+        with pytest.raises(InputError, match=f"{named}, but metrics fid of these features need 65"):
+            scored(tmp_path, *targets, reference="digits", metrics="fid", num_images=count)
+    with pytest.raises(InputError, match=r"few has 20 images, but metrics fid"):
+        scored(tmp_path, good, reference=few, metrics="fid", measure={"feature_extractor": "digits"})
+
+
 def test_statistics_stand_for_the_images_of_a_reference(tmp_path):
     target = folder_of(tmp_path / "target", 70, 5)
     measure = {"metrics": "fid,colour", "cache_dir": "", "num_threads": 1}
@@ -382,8 +419,9 @@ def test_curves_over_checkpoints_solvers_and_steps(trained, tmp_path):
 def test_features_are_computed_once_and_a_damaged_cache_is_made_anew(tmp_path, monkeypatch):
     one, other = folder_of(tmp_path / "one", 70, 0), folder_of(tmp_path / "other", 70, 1)
     first = scored(tmp_path, one, reference=other, measure={"feature_extractor": "digits"})
-    with monkeypatch.context() as patch:
-        patch.setattr(Extractor, "__call__", lambda *_: pytest.fail("computed again"))
+    call = Extractor.__call__
+    with monkeypatch.context() as patch:  # but for one black image, which says how many features there are
+        patch.setattr(Extractor, "__call__", lambda self, batch: call(self, batch) if len(batch) == 1 else pytest.fail("computed again"))
         assert scored(tmp_path, one, reference=other, measure={"feature_extractor": "digits"}) == first
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(path.read_bytes()[:100])

@@ -97,6 +97,7 @@ def test_drawing_from_the_hub_is_drawing_from_the_run_and_names_the_commit(worke
     assert (tmp_path / "hub" / "000000.png").read_bytes() == (tmp_path / "here" / "000000.png").read_bytes()
     settings = [json.loads((tmp_path / folder / ".sampling.json").read_text()) for folder in ("hub", "here")]
     assert settings[0].pop("model") == f"alice/digits@{server.commits('alice/digits')[0]['id']}"
+    assert [each.pop("model_step") for each in settings] == [None, 24]
     assert settings[0] == settings[1]
     code, said = sampled(worker, "alice/digits", tmp_path / "none", "--weights", 0.5)
     assert code == 2 and "no weights ema_0_5" in said and "--weights ema" in said

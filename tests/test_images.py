@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from debias_diffusers.data import images
+from debias_diffusers.data.labels import row_names
 from debias_diffusers.errors import InputError
 
 
@@ -46,6 +47,23 @@ def test_pixels_and_pictures_are_each_others_inverse():
     for shape in ((1, 3, 4), (3, 3, 4)):
         array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         assert (images.to_array(images.from_array(array)) == array).all()
+
+
+def test_the_names_of_a_grid_are_those_that_the_font_can_write():
+    names = ["cat", "\u00c4rger", "a" * 30, "\u732b", "a\nb", "", " "]
+    assert row_names(range(7), names) == ["cat", "Arger", "a" * 20, "class 3", "class 4", "class 5", "class 6"]
+    assert row_names([3], None) == ["class 3"]
+
+
+def test_a_grid_with_names_has_a_row_for_each():
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]  # text is grey
+    tiles = [Image.new("RGB", (8, 8), colour) for colour in colours]
+    sheet = np.asarray(images.named_grid(["cat", "a dog with a name"], [tiles[:2], tiles[2:]])).astype(int)
+    places = [np.argwhere((sheet == colour).all(-1)) for colour in colours]
+    (_, left), *_ = corners = [tuple(place.min(0).tolist()) for place in places]
+    assert corners == [(6, left), (6, left + 54), (60, left)] and all(len(place) == 48 * 48 for place in places)
+    assert [(sheet[top : top + 48, :left] < 100).any() for top in (6, 60)] == [True, True]  # the names
+    assert (sheet[:, left - 6 : left] == 255).all() and left > 100
 
 
 def test_a_grid_enlarges_without_smoothing_and_sets_apart():

@@ -50,6 +50,12 @@ def gaussian_images(count):
     return ((x_0 / 2 + 0.5) * 255).round().clamp(0, 255) / 127.5 - 1
 
 
+def test_the_progress_is_over_timesteps():
+    seen = []
+    bound_of().terms(gaussian_images(1), None, 0, range(1), SimpleNamespace(update=lambda: seen.append(1)))
+    assert len(seen) == T
+
+
 @pytest.mark.parametrize("space", ("epsilon", "sample", "v_prediction"))
 @pytest.mark.parametrize("variance_type", ("fixed_small", "learned_range"))
 def test_every_term_of_a_gaussian_is_the_closed_form(space, variance_type):
@@ -109,7 +115,7 @@ def test_the_bound_does_not_depend_on_batches():
 
 def test_models_without_random_steps_have_no_bound():
     for own in (FlowMatchEulerDiscreteScheduler(), DDPMScheduler(variance_type="learned")):
-        with pytest.raises(InputError, match="whose steps have no bound here"):
+        with pytest.raises(InputError, match=r"whose steps have no bound here; eval\.py score measures any model"):
             Bound(SimpleNamespace(scheduler=own), clipping=True)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -371,6 +372,94 @@ def test_sample_writes_a_data_set_and_a_picture(trained):
     assert len(loaded) == 20 and loaded[3]["seed"] == 3  # the picture of all is not one of them
 
 
+@pytest.fixture
+def run_of_24_steps(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def trained_on(run):
+    """The run as after more training: other weights of a later step."""
+    path = run / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 1.01 for name, value in load_file(path).items()}, path, {"format": "pt"})
+    card = (run / "README.md").read_text()
+    (run / "README.md").write_text(card.replace("Step 24 of", "Step 48 of"))
+
+
+def in_the_run(run, **changes):
+    """The name of the folder of samples without --output_dir."""
+    return sample(sample_config(run, "", **{"num_images": 2, "steps": 2, **changes})).name
+
+
+def test_without_an_output_dir_every_setting_has_a_folder_of_its_own(run_of_24_steps, trained_by_class):
+    trained = run_of_24_steps
+    shutil.rmtree(trained / "samples", ignore_errors=True)  # of other tests
+    assert in_the_run(trained) == "unipc-2"
+    assert in_the_run(trained, seed=1) == "unipc-2-seed-1"
+    assert in_the_run(trained, weights="raw", scheduler="ddim", eta=0.5) == "ddim-2-weights-raw-eta-0.5"
+    assert in_the_run(trained, steps=None, timesteps=(900, 0)) == "unipc-2-timesteps-900,0"
+    assert in_the_run(trained, format="npz") == "unipc-2-format-npz-num_images-2"
+    assert in_the_run(trained_by_class, guidance_scale=2.0, class_labels=("3", "7")) == "unipc-2-guidance_scale-2.0-class_labels-3,7"
+    long = [in_the_run(trained_by_class, class_labels=tuple(k % 10 for k in range(n))) for n in (60, 61)]
+    assert long[0] != long[1] and max(map(len, long)) == 100
+    images = {path.parent.name: path.read_bytes() for path in trained.glob("samples/unipc-2*/000001.png")}
+    assert len(set(images.values())) == len(images) == 3
+
+    assert in_the_run(trained, num_images=4) == "unipc-2"  # completes the first
+    assert in_the_run(trained, num_images=3) == "unipc-2-num_images-3"
+    trained_on(trained)
+    assert in_the_run(trained, num_images=4) == "unipc-2-step-00000048"
+    assert in_the_run(trained, num_images=5) == "unipc-2-step-00000048"
+    assert in_the_run(trained, seed=1) == "unipc-2-seed-1-step-00000048"
+    assert (trained / "samples" / "unipc-2" / "000001.png").read_bytes() == images["unipc-2"]
+    assert in_the_run(trained, overwrite=True) == "unipc-2"
+    assert (trained / "samples" / "unipc-2" / "000001.png").read_bytes() != images["unipc-2"]
+    assert sorted(path.name for path in (trained / "samples" / "unipc-2").glob("*.png")) == ["000000.png", "000001.png"]
+
+
+def test_a_folder_with_other_settings_is_refused_in_words_and_replaced_with_overwrite(run_of_24_steps, tmp_path):
+    trained = run_of_24_steps
+    folder = sample(sample_config(trained, tmp_path / "out", format="npz", trajectory=True))
+    (folder / "letter.txt").write_text("dear")
+    (folder / "mine.webp").write_text("mine")
+    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(InputError) as refused:
+        sample(sample_config(trained, folder, scheduler="ddim", steps=3, eta=0.5, weights="raw", num_images=3))
+    assert "eta was 0.0, now 0.5; format was npz, now png; scheduler was unipc, now ddim" in str(refused.value)
+    assert "steps was 5, now 3; weights was ema, now raw);" in str(refused.value)
+    assert "--overwrite" in str(refused.value) and "sha256" not in str(refused.value)
+    trained_on(trained)
+    with pytest.raises(InputError, match=r"\(the model was at step 24, now 48\); name another --output_dir"):
+        sample(sample_config(trained, folder, format="npz"))
+    (trained / "README.md").unlink()
+    with pytest.raises(InputError, match="the model was another, or at another step"):
+        sample(sample_config(trained, folder, format="npz"))
+    with pytest.raises(InputError, match=r"holds other files, such as mine\.webp"):
+        sample(sample_config(trained, folder, format="webp", overwrite=True))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"} == {
+        path: data for path, data in whole.items() if path.name != ".lock"
+    }
+    sample(sample_config(trained, folder, num_images=3, overwrite=True))
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    images = {f"00000{k}.png" for k in range(3)}
+    assert left == {".lock", ".sampling.json", "letter.txt", "mine.webp", "metadata.jsonl", "preview/grid.png"} | images
+    kept = (folder / "000000.png").stat().st_mtime_ns
+    sample(sample_config(trained, folder, num_images=1, overwrite=True))  # the same settings: nothing is drawn
+    assert (folder / "000000.png").stat().st_mtime_ns == kept and not (folder / "000002.png").exists()
+    (folder / ".sampling.json").write_text("{")
+    with pytest.raises(InputError, match=r"images of unknown settings \(\.sampling\.json is damaged\)"):
+        sample(sample_config(trained, folder, num_images=1))
+    sample(sample_config(trained, folder, num_images=1, overwrite=True))
+
+
+@pytest.mark.parametrize("command", (("sample.py",), ("eval.py", "compare"), ("eval.py", "score"), ("eval.py", "bpd")))
+def test_a_path_that_does_not_exist_is_said_to_not_exist(command, tmp_path, capsys):
+    from debias_diffusers import cli
+
+    programs = {"sample.py": cli.sample, "eval.py": cli.evaluate}
+    assert programs[command[0]]([*command[1:], str(tmp_path / "nothing")]) == 2
+    assert f"{tmp_path / 'nothing'} does not exist" in capsys.readouterr().err
+
+
 def test_weights_that_are_not_trained_belong_to_every_average(tmp_path):
     """Those of a Fourier embedding of the time, which UNet2DModel freezes."""
     config = {"block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "DownBlock2D"], "time_embedding_type": "fourier"}
@@ -420,6 +509,20 @@ def test_labels_are_balanced_drawn_or_given_and_written_beside_the_images(traine
     assert labels_in(fewer) == drawn[:20]  # the label of image k does not depend on what is drawn with it
     other = sample(sample_config(trained_by_class, tmp_path / "other", class_labels="drawn", num_images=20, batch_size=7, seed=1))
     assert labels_in(other) not in (drawn[:20], drawn[1:21])
+
+
+def test_the_picture_of_a_class_conditional_model_has_a_class_a_row_with_its_name(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("debias_diffusers.data.images.named_grid", lambda *args: made.append(args) or Image.new("L", (1, 1)))
+    for count, labels in ((6, [2, 0, 2, 0, 2, 0]), (7, [2, 0, 2, 0, 2, 0, 2]), (64, list(range(64)))):
+        samples = SampleFolder(tmp_path / str(count), "png", count)
+        for k in range(count):
+            samples.write(k, np.full((1, 8, 8), k, np.uint8))
+        samples.finish(labels, range(count), ["cat", "horse", "\u732b"] if count == 7 else None)
+    rows = [(names, [[np.asarray(image)[0, 0] for image in row] for row in rows]) for names, rows in made]
+    assert rows[0] == (["class 0", "class 2"], [[1, 3, 5], [0, 2, 4]])
+    assert rows[1] == (["cat", "class 2"], [[1, 3, 5], [0, 2, 4, 6]])
+    assert rows[2][1] == [[k] for k in range(20)]
 
 
 def test_all_formats_hold_the_same_images(trained_by_class, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -18,18 +20,23 @@ from diffusers import (
     RePaintScheduler,
     UNet2DModel,
 )
+from here import tiny, trained_here
 from PIL import Image
 from safetensors.torch import load
 
 import debias_diffusers
+from debias_diffusers import cli
 from debias_diffusers.cli import train_config
 from debias_diffusers.config.loading import update
-from debias_diffusers.config.schema import OptimizationConfig
+from debias_diffusers.config.registry import SOLVERS
+from debias_diffusers.config.schema import OptimizationConfig, SampleConfig, TrainConfig
+from debias_diffusers.config.validation import sample_problems
+from debias_diffusers.data import images
 from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.diffusion.timestep_samplers import make_timestep_sampler
 from debias_diffusers.diffusion.weighting import effective_sample_size
 from debias_diffusers.errors import InputError
-from debias_diffusers.hub.model_card import model_card
+from debias_diffusers.hub.model_card import model_card, published
 from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.runs.run_directory import open_run
@@ -417,12 +424,43 @@ def test_the_model_card_says_what_was_minimised(change, named):
     assert named in model_card(config, 1, 0)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
+def test_a_card_names_a_solver_and_a_class_of_the_model(prediction_type):
+    config = update(train_config(["--config", str(TINY)], None), {"prediction_type": prediction_type})
+    card = model_card(config, 1, 3, classes={"empty": 0, "cat": 3, "dog": 2})
+    steps = 50 if prediction_type == "flow" else 1000
+    assert f'class_labels=["cat"], num_inference_steps={steps})' in card and "| 1 | `cat` | 3 |" in card
+    (command,) = re.findall(r"`debias-sample (.*?)`", card)
+    flags = cli._parse(SampleConfig, shlex.split(command), None, "sample.py", "")
+    assert sample_problems(flags) == [] and SOLVERS[flags.scheduler].flow == (prediction_type == "flow")
+    for name in ("a ``` b", "two\nlines", "PATH"):
+        assert "class_labels=[0]," in model_card(config, 1, 1, classes={name: 1})
+    _, text = published(card, "alice/pets", None, None).split("\n---\n", 1)
+    assert text.startswith("\n# pets\n") and 'from_pretrained("alice/pets")' in text and "debias-sample " in text and "PATH" not in text
+
+
 def test_sample_grids_and_the_tracker_are_written_when_asked(tmp_path):
     flags = ["--sample_every", 12, "--report_to", "tensorboard", "--max_grad_norm", 0.1, "--mixed_precision", "bf16"]
     assert run(*train_args(tmp_path / "run", *flags))[0] == 0
     assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == ["step-00000012.png", "step-00000024.png"]
     assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
     assert metrics(tmp_path / "run") != [] and json.loads((tmp_path / "run" / "config.json").read_text())["mixed_precision"] == "bf16"
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_grid_while_training_is_small_and_has_a_class_a_row(classes, tmp_path, monkeypatch):
+    """Also with the costliest of the default solvers, of two network evaluations in each step."""
+    drawn, made = [], []
+    call, grid, named_grid = PixelPipeline._call, images.grid, images.named_grid
+    monkeypatch.setattr(PixelPipeline, "_call", lambda self, x_t, *rest: drawn.append(len(x_t)) or call(self, x_t, *rest))
+    monkeypatch.setattr(images, "grid", lambda tiles: made.append(([], [tiles])) or grid(tiles))
+    monkeypatch.setattr(images, "named_grid", lambda names, rows: made.append((names, rows)) or named_grid(names, rows))
+    flags = ["--prediction_type", "flow", "--num_train_timesteps", 1000, "--max_steps", 1, "--warmup_steps", 0, "--sample_every", 1]
+    trained_here(tiny(tmp_path / "run", *flags, *(["--class_conditional"] if classes else [])))
+    ((names, rows),) = made
+    assert (names, [len(row) for row in rows]) == (([str(k) for k in range(10)], [1] * 10) if classes else ([], [16]))
+    default = TrainConfig()
+    assert sum(drawn) <= 0.05 * default.run.sample_every * 3 * default.optimization.batch_size  # backward takes two forwards
 
 
 def test_max_hours_stops_with_a_checkpoint(tmp_path):
@@ -543,6 +581,18 @@ def test_a_resume_is_the_same_run_of_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "abc")
     project, own = tracked(tmp_path / "run", monkeypatch)
     assert project == "mine" and own["id"] == "abc"
+
+
+def test_the_progress_bar_names_and_averages_the_loss(tmp_path):
+    config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path), "--log_every", "0"], None)
+    progress = Logger(config, SimpleNamespace(), SimpleNamespace(), 0)
+    shown = []
+    for step in range(1, 151):
+        progress.log_step(step, float(step), 0.1, 1.0, SimpleNamespace(values=None))
+        shown.append(progress.bar.postfix.partition(", ")[0])
+    progress.bar.close()
+    assert shown[0] == "loss 1 (mean of 100 steps)" and shown[1] == "loss 1.5 (mean of 100 steps)"
+    assert shown[-1] == f"loss {sum(range(51, 151)) / 100:.4g} (mean of 100 steps)"
 
 
 def test_images_per_second_are_those_of_the_steps(tmp_path, monkeypatch):

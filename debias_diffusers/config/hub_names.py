@@ -50,6 +50,15 @@ def is_model_id(name: str) -> bool:
     return bool(_MODEL_ID.fullmatch(name)) and not name.startswith("..") and not is_path(name)
 
 
+def missing_models(field: str, *names: str) -> list[str]:
+    """A sentence for each name that is neither a path that exists nor an id on the Hub."""
+    return [
+        f"{field} {name} does not exist; name a run directory, a pipeline folder or a Hub id such as user/name"
+        for name in names
+        if name and not is_model_id(name) and not Path(name).exists()
+    ]
+
+
 def split_revision(name: str) -> tuple[str, str | None]:
     """`user/name@revision` as (user/name, revision)."""
     repo, _, revision = name.partition("@")

@@ -254,7 +254,9 @@ class SampleConfig:
     num_threads: Threads = None  # CPU threads per process; all cores, shared by the processes on them, if left out
     format: ImageFormat = "png"  # image format: png, webp (lossless), or npz: one file, as guided-diffusion's evaluation reads it
     trajectory: bool = False  # also save the denoising trajectory of the first images
-    output_dir: str | None = None  # output directory; MODEL/samples/SCHEDULER-STEPS for a run if left out
+    # output directory; MODEL/samples/SCHEDULER-STEPS for a run if left out, with all other settings that are not left out in its name
+    output_dir: str | None = None
+    overwrite: bool = False  # replace images of other settings in the output directory, and images beyond num_images
     allow_pickle_import: bool = False  # also load a model that has .bin weights only, read as tensors only
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import InputError, reason
 from . import image_metadata
 
 SOFTWARE = "debias_diffusers"  # the Software tag of pictures that this package writes
+FONT_SIZE = 14  # pixels, of names in grids
 MAX_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 268 MB as RGB in Pillow
 # Pillow's formats of raster images, without documents, vector graphics, films and formats that need other programs.
 FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
@@ -173,16 +174,31 @@ def from_array(array: np.ndarray) -> Image.Image:
 
 def grid(images: Sequence[Image.Image], smallest: int = 48, columns: int | None = None) -> Image.Image:
     """A grid of images of one size, nearly square without `columns`. Images below `smallest` pixels are enlarged without smoothing."""
-    width, height = images[0].size
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    return _sheet([images[first : first + columns] for first in range(0, len(images), columns)], [], smallest)
+
+
+def named_grid(names: Sequence[str], rows: Sequence[Sequence[Image.Image]], smallest: int = 48) -> Image.Image:
+    """A grid with a name beside each row of images; rows may have different lengths. Otherwise as `grid`."""
+    return _sheet(rows, names, smallest)
+
+
+def _sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str], smallest: int) -> Image.Image:
+    width, height = rows[0][0].size
     scale = max(1, math.ceil(smallest / min(width, height)))
     margin = max(2, scale)
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
     cell_w, cell_h = scale * width + margin, scale * height + margin
-    sheet = Image.new(images[0].mode, (columns * cell_w + margin, rows * cell_h + margin), "white")
-    for k, image in enumerate(images):
-        enlarged = image.resize((scale * width, scale * height), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (margin + k % columns * cell_w, margin + k // columns * cell_h))
+    font = ImageFont.load_default(min(FONT_SIZE, scale * height))
+    left = margin + max((math.ceil(font.getlength(name)) + margin for name in names), default=0)
+    sheet = Image.new(rows[0][0].mode, (left + max(map(len, rows)) * cell_w, len(rows) * cell_h + margin), "white")
+    for place, row in enumerate(rows):
+        for column, image in enumerate(row):
+            enlarged = image.resize((scale * width, scale * height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left + column * cell_w, margin + place * cell_h))
+    pen = ImageDraw.Draw(sheet)
+    for place, name in enumerate(names):
+        _, top, _, bottom = font.getbbox(name)
+        pen.text((margin, margin + place * cell_h + (scale * height - top - bottom) / 2), name, "black", font)
     return sheet
 
 

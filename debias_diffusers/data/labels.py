@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -11,6 +12,7 @@ import numpy as np
 from ..errors import InputError
 
 T = TypeVar("T")
+MAX_NAME = 20  # characters of a class name in a grid
 WHOLE_NUMBER = re.compile("-?[0-9]{1,18}")
 
 # The order in which class names become labels: natural order; plain text order, as guided-diffusion and the first versions of
@@ -96,6 +98,14 @@ def shortened_list(items: Iterable[object], max_items: int = 10) -> str:
     """The first items, separated by commas, and the number of further items."""
     texts = [str(item) for item in items]
     return ", ".join(texts[:max_items]) + (f" and {len(texts) - max_items} more" if len(texts) > max_items else "")
+
+
+def row_names(labels: Sequence[int], names: Sequence[str] | None) -> list[str]:
+    """What a grid writes beside the images of each class: its name, or its number where the font, which is ASCII, lacks a letter."""
+    decomposed = [unicodedata.normalize("NFKD", names[label]) if names else "" for label in labels]
+    plain = ["".join(letter for letter in name if not unicodedata.combining(letter)) for name in decomposed]
+    good = [name.isascii() and name.isprintable() and name.strip() for name in plain]
+    return [name[:MAX_NAME] if ok else f"class {label}" for name, ok, label in zip(plain, good, labels)]
 
 
 def describe_classes(names: Sequence[str], counts: Sequence[int]) -> str:

@@ -45,6 +45,9 @@ class Source(Protocol):
     def labels(self) -> Sequence[int | None]:
         """The label of every image; None for an image without one."""
 
+    def unused_labels(self) -> str | None:
+        """What the data have for class-conditional training, such as "2 classes", where they were opened without labels."""
+
     def fingerprint(self) -> dict[str, Any]:
         """Identifies the data when a run resumes: the number of images, and a hash of their names and sizes."""
 
@@ -77,6 +80,7 @@ class ImageFolder:
             image_folders.read_metadata(self.root, split, config.label_column) if config.class_conditional and order != "plain" else None
         )
         self._refuse_columns(config, ("image_column",) if given else ("image_column", "label_column"))
+        self._split = split
         self.class_names: list[str] | None = None
         self._in_metadata = b""  # the labels as JSON, if they come from a metadata file
         if given:
@@ -122,6 +126,16 @@ class ImageFolder:
     def labels(self) -> Sequence[int | None]:
         return self._labels if self.class_names else [0] * len(self)
 
+    def unused_labels(self) -> str | None:
+        if self.class_names:
+            return None
+        inner = [name.removeprefix(f"{self._split}/" if self._split else "") for name in self.names]
+        found: set[Any] = {name.split("/")[0] for name in inner if "/" in name}
+        with contextlib.suppress(InputError):
+            if given := image_folders.read_metadata(self.root, self._split, None):
+                found = {str(label) for label in given[1].values() if label is not None}
+        return f"{len(found)} classes" if len(found) > 1 else None
+
     def read(self, index: int) -> tuple[bytes, int, str]:
         path = self.root / self.names[index]
         label = self._labels[index] if self.class_names else 0
@@ -151,7 +165,7 @@ class LegacyFolder(ImageFolder):
 
     def __init__(self, root: Path, config: DataConfig, order: ClassOrder) -> None:
         found = image_folders.scan_folder(root)
-        self.root, self.split, self._in_metadata = root, "", b""
+        self.root, self.split, self._split, self._in_metadata = root, "", "", b""
         self.names = [name for name in found.images if Path(name).suffix.lower() in self.EXTENSIONS]
         unknown = sorted(set(found.images) - set(self.names))
         self.passed_over = [(name, "not read by the version that began this run") for name in unknown] + found.passed_over
@@ -188,6 +202,7 @@ class ImageTable:
             self.label_column = config.label_column or _only_column(table, datasets.ClassLabel, "label")
             _check_column(table, self.label_column, "label_column")
             self.class_names, self._number = _classes_of(table, self.label_column, order)
+        self._unused = [f"{len(f.names)} classes" for f in table.features.values() if isinstance(f, datasets.ClassLabel)]
         self.table = _undecoded(table.select_columns([c for c in (self.image_column, self.label_column) if c]), self.image_column)
 
     def __len__(self) -> int:
@@ -208,6 +223,9 @@ class ImageTable:
         if not self.label_column:
             return [0] * len(self)
         return [self._number.get(value, value) for value in self.table[self.label_column][:]]
+
+    def unused_labels(self) -> str | None:
+        return self._unused[0] if self._unused and not self.class_names else None
 
     def fingerprint(self) -> dict[str, Any]:
         columns = sorted(self.table.column_names)
@@ -239,6 +257,9 @@ class SourceSubset:
     def labels(self) -> Sequence[int | None]:
         every = self.source.labels()
         return [every[index] for index in self.indices]
+
+    def unused_labels(self) -> str | None:
+        return self.source.unused_labels()
 
     def fingerprint(self) -> dict[str, Any]:
         return self.source.fingerprint() | ({"skipped": self.skipped} if self.skipped else {})
@@ -392,6 +413,14 @@ def summary(source: Source, name: str | None) -> list[str]:
         parts.append(describe_classes(source.class_names, class_counts(source) or []))
     found = f"dataset {name}: {', '.join([*parts, source.split] if source.split else parts)}"
     return [found, f"passed over: {image_folders.count_by_reason(source.passed_over)}"] if source.passed_over else [found]
+
+
+def training_summary(source: Source, name: str | None) -> list[str]:
+    """`summary`, and whether the data have classes that the training does not use."""
+    unused = source.unused_labels()
+    return summary(source, name) + (
+        [f"its {unused} are not used: an unconditional model is trained; --class_conditional trains one that knows them"] if unused else []
+    )
 
 
 def open_source(config: DataConfig, order: ClassOrder = "natural") -> Source:

@@ -54,11 +54,12 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     chosen = seeding.subset(config.seed, len(data.source), config.num_images)
     dealt = list(process_batches(chosen, config.batch_size, accelerator.process_index, accelerator.num_processes))
     mine = []
-    for number, indices in tqdm(dealt, unit="batch", disable=not accelerator.is_main_process):
-        images, labels = zip(*(data.decoded(k) for k in indices))
-        x_0 = torch.stack(images).float() / 127.5 - 1
-        given = torch.tensor(labels) if data.num_classes else None
-        mine.append((number, bound.terms(x_0, given, config.seed, indices), bound.prior(x_0)))
+    with tqdm(total=len(dealt) * len(bound.schedule), unit="timestep", disable=not accelerator.is_main_process) as progress:
+        for number, indices in dealt:
+            images, labels = zip(*(data.decoded(k) for k in indices))
+            x_0 = torch.stack(images).float() / 127.5 - 1
+            given = torch.tensor(labels) if data.num_classes else None
+            mine.append((number, bound.terms(x_0, given, config.seed, indices, progress), bound.prior(x_0)))
     parts = sorted(gather_object(mine) if accelerator.num_processes > 1 else mine, key=lambda part: part[0])
     result = _result(torch.cat([terms for _, terms, _ in parts]), torch.cat([prior for *_, prior in parts]))
     result |= {
@@ -97,14 +98,20 @@ class Bound:
         own = pipeline.scheduler
         kind = own.config.get("variance_type")
         if is_flow(own) or not (kind in FIXED or kind == "learned_range"):
-            raise InputError(f"the model's scheduler is {type(own).__name__} with variance_type {kind}, whose steps have no bound here")
+            raise InputError(
+                f"the model's scheduler is {type(own).__name__} with variance_type {kind}, whose steps have no bound here; eval.py score "
+                f"measures any model (fid, kid, prc); a model of another --prediction_type than flow has a bound"
+            )
         self.pipeline, self.clipping, self.kind = pipeline, clipping, kind
         self.schedule: Schedule = schedule_of_scheduler(own)
         self.bound = VariationalBound.of(self.schedule)
 
     @torch.no_grad()
-    def terms(self, x_0: Tensor, labels: Tensor | None, seed: int, indices: Sequence[int]) -> Tensor:
-        """The terms (B, T) float64 in bits per dimension of images (B, C, H, W) in [-1, 1]; at t = 0 the likelihood of the image."""
+    def terms(self, x_0: Tensor, labels: Tensor | None, seed: int, indices: Sequence[int], progress: Any = None) -> Tensor:
+        """The terms (B, T) float64 in bits per dimension of images (B, C, H, W) in [-1, 1]; at t = 0 the likelihood of the image.
+
+        `progress` is a progress bar over timesteps.
+        """
         device, T = self.pipeline.device, len(self.schedule)
         x_0, labels = x_0.to(device), labels.to(device) if labels is not None else None
         columns = []
@@ -115,6 +122,8 @@ class Bound:
             x_t = self.schedule.add_noise(x_0, noise.to(device), t)
             predicted, values = self._predicted(x_t, timestep, labels)
             columns.append(self.bound.terms(predicted - x_0, values, x_0, t).double().cpu())
+            if progress is not None:
+                progress.update()
         return torch.stack(columns, dim=1)
 
     def _predicted(self, x_t: Tensor, timestep: int, labels: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
@@ -42,6 +43,10 @@ class Measure:
         # The first versions kept the colours of all images, and their features are still in caches.
         self.pixel_layers = sorted({COLOUR, *self.layers.values()} & PIXEL_LAYERS.keys())
         self.cache = open_cache(config.cache_dir)
+
+    def probe(self) -> Sample:
+        """The features of one black image: how many there are in each layer decides how many images the metrics need."""
+        return Sample.of(self.features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)))
 
     def sample(self, images: ImageSet) -> Sample:
         """The features of a set, computed over all processes in one pass for all metrics, or read from the cache."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config.schema import MeasureConfig, TrainConfig
@@ -16,7 +15,6 @@ from . import metrics
 from .feature_cache import cache_key
 from .image_sets import content_hashes, content_key, images_of_source, to_rgb, transform_name
 from .measure import Measure, extractor_metadata, usual_extractor
-from .metrics import Sample
 
 DEFAULT_EVAL_IMAGES = 1000  # of an evaluation during training
 
@@ -40,9 +38,7 @@ class Monitor:
             metrics=chosen.eval_metrics, feature_extractor_weights=chosen.feature_extractor_weights, cache_dir=chosen.cache_dir
         )
         self.measure = Measure(measure, chosen.feature_extractor or usual_extractor(self.name), device, process, processes)
-        # One image suffices to find the width of the features, on which the number of images needed depends.
-        like = Sample.of(self.measure.features(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8)))
-        least = max(metrics.least_images(self.measure.layers, like).values())
+        least = max(metrics.least_images(self.measure.layers, self.measure.probe()).values())
         self.count = wanted or max(DEFAULT_EVAL_IMAGES, least)
         if (fewest := min(self.count, len(source))) < least:
             more = "take more --eval_images" if fewest < len(source) else "the data set has no more: take other --eval_metrics"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Row:
     total_images: int | None = None  # of a folder or an .npz, of which `images` were taken
     scheduler: str | None = None
     steps: int | None = None
+    network_evaluations: int | None = None  # of one image; with guidance each is of two inputs
     checkpoint: int | None = None
     intervals: dict[str, tuple[float, float]] | None = None
 
@@ -47,19 +48,36 @@ def as_row(row: Row) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The figures as a table in Markdown, the distance between two halves of the reference as the last row."""
+    """The figures as an aligned table in Markdown, the distance between two halves of the reference as the last row."""
     targets = result["targets"]
     names = [name for name in FIGURES if any(name in row for row in targets)]
-    how = [name for name in ("checkpoint", "scheduler", "steps") if any(name in row for row in targets)]
-    head = ["target", *how, "images", *names]
-    lines = [" | ".join(head), "|".join(["---"] * len(head))]
+    how = [name for name in ("checkpoint", "scheduler", "steps", "network_evaluations") if any(name in row for row in targets)]
+    rows = [["target", *(name.replace("_", " ") for name in how), "images", *names]]
     for row in targets:
         cells = [row["target"], *(str(row.get(name, "")) for name in how), str(row["images"])]
-        lines.append(" | ".join([*cells, *(_cell(row, name) for name in names)]))
+        rows.append([*cells, *(_cell(row, name) for name in names)])
     if yardstick := result["halves_of_the_reference"]:
         cells = ["two halves of the reference", *("" for _ in how), str(result["reference"]["images"] // 2)]
-        lines.append(" | ".join([*cells, *(_cell(yardstick, name) for name in names)]))
-    return "\n".join(f"| {line} |" for line in lines)
+        rows.append([*cells, *(_cell(yardstick, name) for name in names)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |" for row in rows)
+
+
+def unequal(targets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each way in which the targets were sampled differently, which their figures depend on."""
+    found = []
+    for name in ("scheduler", "network_evaluations", "images"):
+        values: dict[str, dict[Any, None]] = {}  # each a set in the order of the rows
+        for row in targets:
+            if name in row:
+                values.setdefault(row["target"], {})[row[name]] = None
+        if len({tuple(each) for each in values.values()}) > 1:
+            listed = ", ".join(f"{target} {'/'.join(map(str, each))}" for target, each in values.items())
+            found.append(f"the targets differ in {name.replace('_', ' ')}: {listed}")
+    if found and found[-1].startswith("the targets differ in images"):
+        found[-1] += f"; --num_images {min(row['images'] for row in targets)} takes as many of each"
+    return found
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:

@@ -30,7 +30,7 @@ from .measure import Measure, make_measure
 from .metrics import Sample
 from .plots import is_our_picture
 from .reference import open_reference, pinned_data, print_summary, reference_data
-from .results import Row, as_json, as_row, draw_curves, has_fields, table
+from .results import Row, as_json, as_row, draw_curves, has_fields, table, unequal
 from .statistics import npz_statistics, read_statistics
 
 MAX_GENERATED = 50_000
@@ -66,6 +66,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
             write_file(figures, as_json(result))
             draw_curves(result["targets"], picture)
         print(table(result))
+        for sentence in unequal(result["targets"]):
+            say(f"note: {sentence}")
     return result
 
 
@@ -91,6 +93,7 @@ def _scored(config: ScoreConfig, reference: str, accelerator: Accelerator) -> di
         )  # before an extractor is fetched for nothing
     measure = make_measure(config.measure, reference, accelerator)
     compared = _References(reference, measure, config.allow_few_images)
+    _require_enough_of_all(config, measure, compared)
     rows = [_row(config, measure, compared, images, how) for images, how in _targets(config, compared, accelerator)]
     return _result(config, measure, compared, reference, rows)
 
@@ -104,6 +107,9 @@ class _References:
         self.path, self.npz = Path(name), Path(name).suffix == ".npz"
         self.statistics = self.path.suffix == ".safetensors" or (self.npz and not holds_images(self.path))
         self.side = npz_shape(self.path)[1] if self.npz and not self.statistics else None  # None: of its targets
+        # ADM's files have statistics of a whole data set and 10,000 of its images; its evaluator uses the statistics.
+        of_inception = measure.extractor is not None and measure.extractor.name == INCEPTION
+        self.has_statistics = self.statistics or (self.npz and of_inception)
 
     def sample(self, side: int | None) -> Sample:
         """Features or statistics of the reference for targets of `side` pixels; None for its own resolution."""
@@ -124,8 +130,7 @@ class _References:
 
     def _images(self, side: int | None) -> Sample:
         sample = self.measure.sample(open_reference(self.name, self.measure.config, side))
-        if self.npz and self.measure.extractor and self.measure.extractor.name == INCEPTION:
-            # ADM's files have statistics of a whole data set and 10,000 of its images; its evaluator uses the statistics.
+        if self.has_statistics:
             sample.statistics.update(npz_statistics(self.path))
         return sample
 
@@ -145,7 +150,7 @@ def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerato
         path = Path(target)
         if path.suffix == ".npz":
             yield images_of_npz(path, config.num_images, config.seed), {}
-        elif path.is_dir() and not (path / "model_index.json").is_file():
+        elif _is_folder_of_images(path):
             folder = open_source(DataConfig(dataset=target))
             if not isinstance(folder, ImageFolder):
                 raise InputError(f"target {target} is a saved data set; name it as --reference, or give its images as a folder")
@@ -155,8 +160,39 @@ def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerato
             yield from _drawn(config, target, compared, accelerator)
 
 
+def _require_enough_of_all(config: ScoreConfig, measure: Measure, compared: _References) -> None:
+    """Raises InputError if a target or the reference has too few images, before features are computed."""
+    like = measure.probe()
+    for target in config.targets:
+        _require_enough(target, _count(config, target, compared), measure.layers, like, config.allow_few_images)
+    if not compared.has_statistics:
+        needed = {metric: layer for metric, layer in measure.layers.items() if METRICS[metric].reference != "nothing"}
+        _require_enough(compared.name, compared.count(), needed, like, config.allow_few_images)
+
+
+def _count(config: ScoreConfig, target: str, compared: _References) -> int:
+    """The number of images of a target that are compared."""
+    path = Path(target)
+    if path.suffix == ".npz":
+        there = npz_shape(path)[0]
+    elif _is_folder_of_images(path):
+        there = len(open_source(DataConfig(dataset=target)))
+    else:
+        return _num_drawn(config, compared)
+    return min(config.num_images or there, there)
+
+
+def _num_drawn(config: ScoreConfig, compared: _References) -> int:
+    """The number of images that are sampled of a model."""
+    return config.num_images or min(compared.count() or MAX_GENERATED, MAX_GENERATED)
+
+
+def _is_folder_of_images(path: Path) -> bool:
+    return path.is_dir() and not (path / "model_index.json").is_file()
+
+
 def _drawn(config: ScoreConfig, target: str, compared: _References, accelerator: Accelerator) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
-    count = config.num_images or min(compared.count() or MAX_GENERATED, MAX_GENERATED)
+    count = _num_drawn(config, compared)
     for step in _steps_of(Path(target), config.checkpoints):
         for scheduler in config.schedulers.split(","):
             for steps in map(int, config.steps.split(",")):
@@ -177,7 +213,8 @@ def _drawn(config: ScoreConfig, target: str, compared: _References, accelerator:
                     raise InputError(f"class_labels is balanced, but {target} is unconditional; leave it out")
                 if job.pipeline.num_classes and job.config.class_labels != config.class_labels and accelerator.is_main_process:
                     say(f"{target} does not say how many images of each class it was trained on: as many are drawn of each")
-                yield generated_images(job, count, target), {"scheduler": job.settings["scheduler"], "steps": steps, "checkpoint": step}
+                how = {"scheduler": job.settings["scheduler"], "steps": steps, "network_evaluations": job.network_evaluations}
+                yield generated_images(job, count, target), {**how, "checkpoint": step}
 
 
 def _steps_of(run: Path, wanted: str) -> Sequence[int | None]:
@@ -191,7 +228,7 @@ def _steps_of(run: Path, wanted: str) -> Sequence[int | None]:
 
 def _row(config: ScoreConfig, measure: Measure, compared: _References, images: ImageSet, how: Mapping[str, Any]) -> Row:
     reference = compared.sample(images.side)
-    _require_enough(images.name, images.count, measure.layers, reference, config.allow_few_images)
+    _require_enough(images.name, images.count, measure.layers, reference, config.allow_few_images)  # of the reference's statistics, too
     target = measure.sample(images)
     figures = metrics.figures(target, reference, measure.layers, config.seed)
     intervals = metrics.intervals(figures, _bootstrap(config, measure, target, reference, images.name)) if config.bootstrap else None

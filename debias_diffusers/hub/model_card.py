@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..config.hub_names import COMMIT
@@ -18,6 +20,7 @@ TASK = "unconditional-image-generation"
 ON_HUB = re.compile(rf"([\w-][\w.-]*/)?[\w-][\w.-]*@{COMMIT.pattern}", re.ASCII)  # user/name@commit
 UNKNOWN = "unknown"  # the Hub's identifier for a licence that is not given
 MAX_CLASSES = 1000  # rows of the table of classes
+STEP = re.compile(r"^Step ([0-9]+) of [0-9]+; the weights are averaged at the rate ", re.MULTILINE)
 PLACEHOLDER = '"PATH"'  # `published` replaces it with the name of the repository
 
 CITATION = """```bibtex
@@ -62,7 +65,7 @@ Step {step} of {config.optimization.max_steps}; the weights are averaged at the 
 ## Use it
 
 ```python
-{_use(num_classes, config.objective)}
+{_use(num_classes, config.objective, classes)}
 ```
 {_others(num_classes, config.objective)}
 or, with debias_diffusers installed, `{_command(config.objective)}`.
@@ -86,6 +89,15 @@ The debiased loss is that of [arXiv 2310.08442](https://arxiv.org/abs/2310.08442
 """
 
 
+def step_of_card(card: Path) -> int | None:
+    """The step that the card of a run says; None if there is no card, or one of others."""
+    try:
+        found = STEP.search(card.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return int(found[1]) if found else None
+
+
 def published(card: str, repo: str, license: str | None, grid: str | None) -> str:
     """The card of a run completed for a repository: its name, the licence, and the grid of samples (a file name) as a picture."""
     from huggingface_hub import ModelCard
@@ -94,7 +106,8 @@ def published(card: str, repo: str, license: str | None, grid: str | None) -> st
     parsed.data.license = license or UNKNOWN
     parsed.data.model_name = repo.split("/")[-1] if parsed.data.eval_results else None
     text = str(parsed).replace(PLACEHOLDER, f'"{repo}"').replace(f"model: {_code(UNKNOWN)}", f"model: {_code(parsed.data.license)}", 1)
-    return text.replace(f"{TITLE}\n", f"{TITLE}\n\n![Drawn while it was trained]({grid})\n", 1) if grid else text
+    title = f"# {repo.split('/')[-1]}\n\nA diffusion model trained with debias_diffusers.\n"
+    return text.replace(f"{TITLE}\n", title + (f"\n![Drawn while it was trained]({grid})\n" if grid else ""), 1)
 
 
 def _front(config: TrainConfig, measured: Mapping[str, Any] | None) -> str:
@@ -157,18 +170,26 @@ def _data(config: TrainConfig, images: int | None) -> str:
     return said + "."
 
 
-def _use(num_classes: int, objective: ObjectiveConfig) -> str:
+def _use(num_classes: int, objective: ObjectiveConfig, classes: Mapping[str, int] | None) -> str:
+    """Python code that draws an image with the exported scheduler."""
+    T = objective.num_train_timesteps
+    steps = f"num_inference_steps={min(50, T) if objective.prediction_type == 'flow' else T}"
     if num_classes:
         return (
             "from debias_diffusers import PixelPipeline\n\n"
-            'pipeline = PixelPipeline.from_pretrained("PATH")\n'
-            f"image = pipeline(class_labels=[0]).images[0]  # labels 0 to {num_classes - 1}"
+            f"pipeline = PixelPipeline.from_pretrained({PLACEHOLDER})\n"
+            f"image = pipeline(class_labels=[{_some_class(classes or {})}], {steps}).images[0]  # labels 0 to {num_classes - 1}"
         )
     return (
-        "from diffusers import DDPMPipeline\n\n"
-        'pipeline = DDPMPipeline.from_pretrained("PATH")\n'
-        f"image = pipeline(num_inference_steps={50 if objective.prediction_type == 'flow' else objective.num_train_timesteps}).images[0]"
+        f"from diffusers import DDPMPipeline\n\npipeline = DDPMPipeline.from_pretrained({PLACEHOLDER})\nimage = pipeline({steps}).images[0]"
     )
+
+
+def _some_class(classes: Mapping[str, int]) -> str:
+    """The first class with images as Python code: its name, or its number where the name has characters that end the code in Markdown."""
+    label, name = next(((label, name) for label, (name, count) in enumerate(classes.items()) if count), (0, ""))
+    quoted = json.dumps(name, ensure_ascii=False)
+    return quoted if name and name.isprintable() and "`" not in name and quoted != PLACEHOLDER else str(label)
 
 
 def _others(num_classes: int, objective: ObjectiveConfig) -> str:

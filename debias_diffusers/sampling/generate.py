@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -22,11 +23,11 @@ from ..data import images
 from ..data.image_folders import GRID, PACKED, TRAJECTORY
 from ..data.labels import ambiguous_labels, label_indices, nonempty_classes, proportional_labels, shortened_list
 from ..diffusion.noise_schedule import schedule_of_scheduler, terminal_snr_problem
-from ..errors import InputError
+from ..errors import InputError, raise_all
 from ..hub import client
-from ..hub.model_card import variant
+from ..hub.model_card import step_of_card, variant
 from ..pipelines.pixel_pipeline import PixelPipeline, check_labels, load_pipeline
-from ..pipelines.solvers import default_scheduler, make_scheduler, section_timesteps, strided_timesteps
+from ..pipelines.solvers import default_scheduler, make_scheduler, section_timesteps, set_timesteps, strided_timesteps
 from ..runs import checkpoints
 from ..runs.run_directory import CHECKPOINTS, SAMPLES
 from ..utils.console import say
@@ -40,6 +41,7 @@ from .image_writer import ImageWriter, SampleFolder, require_sample_folder
 DEFAULT_STEPS = 20
 TRAJECTORY_IMAGES, TRAJECTORY_STEPS = 6, 10
 SEED_FACTOR = 2654435761  # 2^32 over the golden ratio: its multiples mod 2^32 lie far apart
+LONGEST_NAME = 100  # characters of a folder's name; the system's limit is 255 bytes
 
 
 def image_seeds(seed: int, indices: Sequence[int]) -> list[int]:
@@ -67,6 +69,7 @@ def sample(config: SampleConfig) -> Path:
         InputError: the model, its labels, or the folder do not fit the command.
         RunInUseError: another command writes into the folder.
     """
+    raise_all(hub_names.missing_models("model", config.model))
     if not config.output_dir and not (Path(config.model) / CHECKPOINTS).is_dir():
         raise InputError(f"output_dir is missing: {config.model} is not a run directory; add --output_dir, such as samples")
     accelerator = inference_accelerator(config.num_threads)
@@ -78,7 +81,7 @@ def sample(config: SampleConfig) -> Path:
         )
     if accelerator.is_main_process:
         _say_labels(config, job.pipeline)
-    folder = Path(config.output_dir or Path(config.model) / SAMPLES / job.name)
+    folder = Path(config.output_dir) if config.output_dir else broadcast_from_first(lambda: default_folder(job), accelerator)
     if accelerator.is_main_process:
         require_sample_folder(folder)
     try:
@@ -88,6 +91,20 @@ def sample(config: SampleConfig) -> Path:
             raise sentence from error
         raise
     return folder
+
+
+def default_folder(job: Job) -> Path:
+    """The folder of a job's images in its run: samples/NAME, unless that holds images of another model, or more of them.
+
+    Then the step of the model, or the number of images, is a part of its name, too. With `overwrite` it is always samples/NAME.
+    """
+    config = job.config
+    samples = SampleFolder(Path(config.model) / SAMPLES / job.name, config.format, config.num_images)
+    if config.overwrite:
+        return samples.folder
+    if (step := job.settings["model_step"]) is not None and samples.other_content(_with_count(job.settings, samples)):
+        samples = samples.beside(checkpoints.folder_name(step))
+    return samples.beside(f"num_images-{config.num_images}").folder if samples.beyond() else samples.folder
 
 
 def pinned_model(model: str, accelerator: Accelerator) -> str:
@@ -101,7 +118,7 @@ class Job:
 
     config: SampleConfig
     pipeline: PixelPipeline
-    name: str  # solver and steps, such as unipc-20
+    name: str  # of its folder in a run, such as unipc-20-seed-1
     settings: dict[str, Any]  # everything on which image k depends
     options: dict[str, Any]  # arguments of the pipeline's call
 
@@ -109,6 +126,13 @@ class Job:
         """Samples the images of these indices, (B, C, H, W) uint8."""
         labels = self.labels(indices)
         return draw(self.pipeline, indices, self.config.seed, labels, **self.options, **more)
+
+    @property
+    def network_evaluations(self) -> int:
+        """Calls of the network for one batch."""
+        scheduler = self.pipeline.scheduler
+        set_timesteps(scheduler, self.options["num_inference_steps"], self.options["timesteps"])
+        return len(scheduler.timesteps)
 
     def labels(self, indices: Sequence[int]) -> list[int] | None:
         """The label of each image; None for an unconditional model."""
@@ -143,7 +167,7 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
     """
     if config.dtype == "float16" and torch.device(device).type == "cpu":
         raise InputError("dtype is float16, which is slow and inexact on a CPU; take bfloat16 or float32")
-    pipeline = open_model(config.model, config.weights, config.allow_pickle_import, step)
+    pipeline, step = _open(config.model, config.weights, config.allow_pickle_import, step)
     own = pipeline.scheduler
     _warn_of_terminal_snr(config.model, own)
     name = config.scheduler or default_scheduler(own)
@@ -158,6 +182,8 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
         "timesteps": timesteps,
         **{field: getattr(config, field) for field in _SETTINGS},
         "model_sha256": _fingerprint(pipeline, own),
+        "model_step": step,  # this and the next are for the user: the hash is compared
+        "weights": config.weights,
     }
     if hub_names.is_model_id(config.model):
         settings["model"] = config.model  # with its commit. Not for a folder, which may be moved.
@@ -166,11 +192,22 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
     _make_ready(pipeline, config, device)
     options = {field: getattr(config, field) for field in _OPTIONS} | {"num_inference_steps": steps, "timesteps": timesteps}
     # As JSON gives them back (lists instead of tuples), so that they can be compared with a file.
-    return Job(config, pipeline, f"{name}-{steps}", json.loads(json.dumps(settings)), options)
+    return Job(config, pipeline, _folder_name(config, f"{name}-{steps}"), json.loads(json.dumps(settings)), options)
 
 
 _OPTIONS = ("guidance_scale", "guidance_interval", "eta", "clipping", "clipping_quantile")
 _SETTINGS = (*_OPTIONS, "spacing", "seed", "class_labels", "dtype", "format")
+
+
+def _folder_name(config: SampleConfig, start: str) -> str:
+    """`start` with all other settings that are not left out: unipc-20-seed-1-weights-raw. Of a long name a hash is the end."""
+    fields = ["weights", "timesteps", "sections", *_SETTINGS, *(["num_images"] if config.format == "npz" else [])]
+    values = {name: getattr(config, name) for name in fields if getattr(config, name) != getattr(SampleConfig(model=""), name)}
+    texts = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
+    name = "-".join([start, *(f"{name}-{text}" for name, text in texts.items())])
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 _warned = set[str]()  # models, because one command may make several jobs of a model
@@ -236,20 +273,24 @@ def open_model(model: str, weights: str = "ema", allow_pickle: bool = False, ste
     Raises:
         InputError, HubError: as `load_pipeline`; or the model does not have these weights.
     """
+    return _open(model, weights, allow_pickle, step)[0]
+
+
+def _open(model: str, weights: str, allow_pickle: bool, step: int | None) -> tuple[PixelPipeline, int | None]:
+    """`open_model`, and the training step of these weights; None if it is unknown."""
     run = Path(model)
     if weights == "ema" and step is None:
-        return load_pipeline(model, allow_pickle)
+        return load_pipeline(model, allow_pickle), step_of_card(run / "README.md")
     if (run / CHECKPOINTS).is_dir():
         pipeline = load_pipeline(model, allow_pickle)
-        _load_weights(pipeline, run, weights, step)
-        return pipeline
+        return pipeline, _load_weights(pipeline, run, weights, step)
     if weights in ("ema", "raw"):
         raise InputError(f"weights is {weights}, but {run} has no checkpoints; take --weights ema")
-    return load_pipeline(model, allow_pickle, variant(float(weights)))
+    return load_pipeline(model, allow_pickle, variant(float(weights))), None
 
 
-def _load_weights(pipeline: PixelPipeline, run: Path, weights: str, step: int | None = None) -> None:
-    """Loads the raw or averaged weights of a run's checkpoint (the newest if step is None) into the pipeline."""
+def _load_weights(pipeline: PixelPipeline, run: Path, weights: str, step: int | None = None) -> int:
+    """Loads the raw or averaged weights of a run's checkpoint (the newest if step is None) into the pipeline; returns its step."""
     found = checkpoints.latest_valid(run / CHECKPOINTS)[0] if step is None else _checkpoint_at(run, step)
     if found is None:
         raise InputError(f"weights is {weights}, but {run} has no checkpoints; take --weights ema")
@@ -258,6 +299,7 @@ def _load_weights(pipeline: PixelPipeline, run: Path, weights: str, step: int | 
     if not (found.path / name).is_file():
         raise InputError(f"weights is {weights}, but the run averages at {rates} only; take one of these, ema or raw")
     pipeline.unet.load_state_dict(safetensors.torch.load_file(found.verified(name)))
+    return found.step
 
 
 def _checkpoint_at(run: Path, step: int) -> checkpoints.Checkpoint:
@@ -286,18 +328,20 @@ def _make_ready(pipeline: PixelPipeline, config: SampleConfig, device: Any) -> N
 
 def _draw_into(samples: SampleFolder, job: Job, accelerator: Accelerator) -> None:
     """Samples the missing images; process r of n takes every n-th batch."""
-    lock = acquire_lock(samples.folder) if accelerator.is_main_process else None
-    # Only the first process lists the folder: files may appear while others list it.
-    missing = broadcast_from_first(lambda: samples.begin(_with_count(job.settings, samples)), accelerator)
-    mine = list(_batches(missing, job.config))[accelerator.process_index :: accelerator.num_processes]
-    with ImageWriter(samples) as writer, tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as progress:
-        for indices in mine:
-            writer.put(indices, job.draw(indices))
-            progress.update(len(indices))
-    accelerator.wait_for_everyone()
-    if lock:
-        _finish(samples, job)
-        lock.close()
+    with acquire_lock(samples.folder) if accelerator.is_main_process else contextlib.nullcontext():
+        # Only the first process lists the folder: files may appear while others list it.
+        missing = broadcast_from_first(lambda: samples.begin(_with_count(job.settings, samples), job.config.overwrite), accelerator)
+        mine = list(_batches(missing, job.config))[accelerator.process_index :: accelerator.num_processes]
+        with (
+            ImageWriter(samples) as writer,
+            tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as progress,
+        ):
+            for indices in mine:
+                writer.put(indices, job.draw(indices))
+                progress.update(len(indices))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _finish(samples, job)
     accelerator.wait_for_everyone()  # no process ends before the folder is complete
 
 
@@ -317,7 +361,7 @@ def _batches(missing: list[int], config: SampleConfig) -> Iterator[range]:
 
 def _finish(samples: SampleFolder, job: Job) -> None:
     every = range(samples.num_images)
-    samples.finish(job.labels(every), image_seeds(job.config.seed, every))
+    samples.finish(job.labels(every), image_seeds(job.config.seed, every), job.pipeline.class_names)
     if job.config.trajectory:
         write_file(samples.folder / TRAJECTORY, images.png(_trajectory(job)))
     where = samples.folder / PACKED if samples.kind == "npz" else samples.folder
@@ -326,7 +370,7 @@ def _finish(samples: SampleFolder, job: Job) -> None:
 
 def _trajectory(job: Job) -> Any:
     """A grid with two rows for each of the first images: x_t, and the predicted x_0, at up to ten timesteps."""
-    calls = len(job.pipeline.scheduler.timesteps)
+    calls = job.network_evaluations
     stages = torch.linspace(0, calls - 1, min(calls, TRAJECTORY_STEPS)).round().int().tolist()
     seen: list[tuple[Tensor, Tensor]] = []
 

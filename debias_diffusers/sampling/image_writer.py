@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import zipfile
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,11 +18,14 @@ from PIL import Image
 
 from ..config.schema import ImageFormat
 from ..data import images
-from ..data.image_folders import GRID, METADATA, PACKED, PARTS, SETTINGS
+from ..data.image_folders import GRID, METADATA, PACKED, PARTS, SETTINGS, TRAJECTORY
+from ..data.labels import row_names
 from ..errors import InputError
 from ..utils.files import atomic_write, read_file, read_json, remove, remove_temporary_files, translate_write_errors, user_files, write_file
 
-GRID_IMAGES = 100
+GRID_IMAGES, GRID_CLASSES, GRID_COLUMNS = 100, 20, 20  # at most
+OWN_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.(png|webp)")  # of the images
+ELSEWHERE = "name another --output_dir, or replace its images with --overwrite"
 PNG_END = b"IEND\xaeB`\x82"
 WRITER_THREADS = min(8, os.cpu_count() or 1)  # threads that encode; more would compete with sampling for the interpreter lock
 MAX_PENDING_BATCHES = 2  # batches that wait to be written before sampling waits for them
@@ -46,26 +51,66 @@ class SampleFolder:
         """The file name of image k."""
         return f"{k:06d}{self.suffix}"
 
-    def begin(self, settings: dict[str, Any]) -> list[int]:
+    def beside(self, more: str) -> SampleFolder:
+        """A folder for as many images with `more` in its name."""
+        return SampleFolder(self.folder.with_name(f"{self.folder.name}-{more}"), self.kind, self.num_images)
+
+    def begin(self, settings: dict[str, Any], overwrite: bool = False) -> list[int]:
         """Prepares the folder for images with these settings and returns the indices of missing images. Call it in one process only.
 
+        With `overwrite`, images with other settings are removed first, and those beyond `num_images`.
+
         Raises:
-            InputError: the folder has other files, images with other settings, or more images.
+            InputError: the folder has other files; or, without `overwrite`, images with other settings, or more images.
         """
         remove_temporary_files(self.folder)
         remove_temporary_files(self.files)
-        if (self.folder / SETTINGS).exists():
-            self._require_same(settings)
-        else:
+        if others := sorted(p.name for p in self.files.glob(f"*{self.suffix}") if not OWN_NAME.fullmatch(p.name)):
+            raise InputError(f"output_dir {self.folder} holds other files, such as {others[0]}; name another --output_dir")
+        other = self.other_content(settings)
+        if other and not overwrite:
+            raise InputError(f"output_dir {self.folder} holds {other}; {ELSEWHERE}")
+        if other:
+            self._remove_images()
+        if other or not (self.folder / SETTINGS).exists():
+            # After the images: a kill between the two leaves none that these settings do not describe.
             write_file(self.folder / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
         if self._is_packed():
             return []
+        if (beyond := self.beyond()) and not overwrite:
+            raise InputError(f"output_dir {self.folder} holds more than {self.num_images} images, such as {beyond[0].name}; {ELSEWHERE}")
+        with translate_write_errors(self.folder):
+            for path in beyond:
+                remove(path)
         found = {p.name: p for p in self.files.glob(f"*{self.suffix}")}
-        wanted = dict.fromkeys(map(self.name, range(self.num_images)))
-        if beyond := sorted(found.keys() - wanted.keys()):
-            kind = f"more than {self.num_images} images" if beyond[0][: -len(self.suffix)].isdecimal() else "other files"
-            raise InputError(f"output_dir {self.folder} holds {kind}, such as {beyond[0]}; name another --output_dir")
-        return [k for k, name in enumerate(wanted) if name not in found or not is_complete(found[name])]
+        return [k for k in range(self.num_images) if (name := self.name(k)) not in found or not is_complete(found[name])]
+
+    def beyond(self) -> list[Path]:
+        """The images with numbers from `num_images` on."""
+        numbered = (p for p in self.files.glob(f"*{self.suffix}") if OWN_NAME.fullmatch(p.name))
+        return sorted(p for p in numbered if int(p.stem) >= self.num_images)
+
+    def other_content(self, settings: dict[str, Any]) -> str | None:
+        """What the folder holds if it holds images that have, or may have, other settings than these."""
+        if not (self.folder / SETTINGS).exists():
+            return None
+        before = read_json(self.folder / SETTINGS)
+        if not isinstance(before, dict) or not before:
+            return f"images of unknown settings ({SETTINGS} is damaged)"
+        if before.get("seed") and "seed_factor" not in before:
+            formulas = "seed + k and not from seed * 2654435761 + k"
+            return f"images of seed {before['seed']} by an older version, which drew image k from {formulas}"
+        changed = _differences(before, settings)
+        return f"images of other settings ({'; '.join(changed)})" if changed else None
+
+    def _remove_images(self) -> None:
+        """Removes what `sample.py` wrote, of any format, but for the settings. Other files stay."""
+        numbered = [p for folder in (self.folder, self.folder / PARTS) for p in folder.glob("*") if OWN_NAME.fullmatch(p.name)]
+        with translate_write_errors(self.folder):
+            for path in (*numbered, *(self.folder / name for name in (METADATA, PACKED, GRID, TRAJECTORY))):
+                remove(path)
+        with contextlib.suppress(OSError):  # not there, or with other files
+            (self.folder / PARTS).rmdir()
 
     def _is_packed(self) -> bool:
         """Whether a complete `.npz` exists. Removes a damaged one, or the leftover parts of a complete one."""
@@ -78,23 +123,6 @@ class SampleFolder:
                 return False
             remove(self.files)
         return True
-
-    def _require_same(self, settings: dict[str, Any]) -> None:
-        before = read_json(self.folder / SETTINGS)
-        if not isinstance(before, dict) or not before:
-            raise InputError(f"{self.folder / SETTINGS} is damaged; remove its folder, or name another --output_dir")
-        if before.get("seed") and "seed_factor" not in before:
-            raise InputError(
-                f"output_dir {self.folder} holds images of seed {before['seed']} by an older version, which drew image k from seed + k "
-                f"and not from seed * 2654435761 + k; name another --output_dir"
-            )
-        changed = [
-            f"{name} was {before.get(name)}, now {settings.get(name)}"
-            for name in sorted(before.keys() | settings.keys())
-            if before.get(name) != settings.get(name)
-        ]
-        if changed:
-            raise InputError(f"output_dir {self.folder} holds images of other settings ({'; '.join(changed)}); name another --output_dir")
 
     def write(self, k: int, array: np.ndarray) -> None:
         """Writes image k, (C, H, W) uint8, atomically but without fsync: after a power cut `begin` finds damaged files."""
@@ -109,17 +137,30 @@ class SampleFolder:
         path = self.files / self.name(k)
         return images.decode(read_file(path), str(path))
 
-    def finish(self, labels: Sequence[int] | None, seeds: Sequence[int]) -> None:
-        """Writes the grid of the first images, and metadata.jsonl or the `.npz` file, which make the folder a data set."""
+    def finish(self, labels: Sequence[int] | None, seeds: Sequence[int], class_names: Sequence[str] | None = None) -> None:
+        """Writes the grid, and metadata.jsonl or the `.npz` file, which make the folder a data set.
+
+        Args:
+            labels: of all images; None for an unconditional model.
+            seeds: of the generators of all images.
+            class_names: by label, for the grid; None if unknown.
+        """
         if (self.folder / PACKED).exists():
             return
-        first = [self.read(k) for k in range(min(self.num_images, GRID_IMAGES))]
-        write_file(self.folder / GRID, images.png(images.grid(first)))
+        write_file(self.folder / GRID, images.png(self._grid(labels or [], class_names)))
         if self.kind == "npz":
             self._pack(labels)
             return
         rows = [{"file_name": self.name(k), **({"label": labels[k]} if labels else {}), "seed": seeds[k]} for k in range(self.num_images)]
         write_file(self.folder / METADATA, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def _grid(self, labels: Sequence[int], class_names: Sequence[str] | None) -> Image.Image:
+        """The first images; of several classes the first images of each, a class a row with its name."""
+        if len(classes := sorted(set(labels))[:GRID_CLASSES]) < 2:
+            return images.grid([self.read(k) for k in range(min(self.num_images, GRID_IMAGES))])
+        columns = min(GRID_COLUMNS, GRID_IMAGES // len(classes))
+        rows = [[k for k, label in enumerate(labels) if label == each][:columns] for each in classes]
+        return images.named_grid(row_names(classes, class_names), [[self.read(k) for k in row] for row in rows])
 
     def _pack(self, labels: Sequence[int] | None) -> None:
         """Writes `arr_0` (N, H, W, C) uint8 and `arr_1` (N,) int64 labels, with one image in memory at a time."""
@@ -135,6 +176,25 @@ class SampleFolder:
                     np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64))
         with translate_write_errors(self.files):
             remove(self.files)
+
+
+# They say whose hash it is, which alone is compared, or follow from other settings.
+_TOLD_OTHERWISE = ("model_sha256", "model_step", "weights", "seed_factor")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """How settings of `.sampling.json` differ, in words."""
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    words = [f"{name} was {before.get(name)}, now {now.get(name)}" for name in changed if name not in _TOLD_OTHERWISE]
+    if "format" in changed:
+        words = [word for word in words if not word.startswith("num_images ")]  # of an npz only
+    if "model_sha256" not in changed:
+        return words
+    labels = {"weights": "weights was", "model_step": "the model was at step"}
+    about = [
+        f"{label} {before[name]}, now {now[name]}" for name, label in labels.items() if name in changed and before.get(name) and now[name]
+    ]
+    return words + (about or ["the model was another, or at another step"])
 
 
 def is_complete(path: Path) -> bool:

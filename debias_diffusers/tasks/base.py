@@ -64,5 +64,8 @@ class Task(Protocol):
     def conditions(self, count: int, as_in_data: bool) -> Sequence[Any]:
         """Conditions of `count` preview images: each in turn, or as often as in the data. Shorter lists are repeated; () has none."""
 
+    def condition_names(self, conditions: Sequence[Any]) -> Sequence[str]:
+        """What a grid writes beside the images of each condition."""
+
     def draw(self, network: nn.Module, indices: Sequence[int], conditions: Sequence[Any]) -> Tensor:
         """Images (len(indices), C, H, W) uint8 on the CPU, image k from the seed k and the condition `k % len(conditions)`."""

@@ -9,7 +9,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..config.schema import DIGITS, TrainConfig
-from ..data.sources import Source, SourceSubset, check_images, open_source, reopen_source, require_skippable, summary
+from ..data.sources import (
+    Source,
+    SourceSubset,
+    check_images,
+    open_source,
+    reopen_source,
+    require_skippable,
+    summary,
+    training_summary,
+)
 from ..errors import InputError
 from ..runs.checkpoints import Checkpoint
 from ..utils.console import say
@@ -20,7 +29,7 @@ def open_data(config: TrainConfig, found: Checkpoint | None, first: bool) -> Sou
     """The data, its labels in the order of the run; a run that did not write down its class names has the plain one."""
     data = config.data
     source = reopen_source(data, found.state.get("class_names") or "plain", found.state["data"]) if found else open_source(data)
-    for sentence in summary(source, data.dataset) if first else ():
+    for sentence in (summary if found else training_summary)(source, data.dataset) if first else ():
         say(sentence)
     return source
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
 from ..data.dataset import TrainingData
-from ..data.labels import nonempty_classes, proportional_labels, shortened_list, to_config_mapping
+from ..data.labels import nonempty_classes, proportional_labels, row_names, shortened_list, to_config_mapping
 from ..data.sources import Source, class_counts
 from ..diffusion.loss import Network
 from ..diffusion.noise_schedule import is_flow, schedule_of_scheduler
@@ -168,6 +168,10 @@ class PixelTask:
         """Labels; none without classes."""
         counts = self.class_counts or []
         return proportional_labels(counts, count) if as_in_data else nonempty_classes(counts)
+
+    def condition_names(self, conditions: Sequence[int]) -> Sequence[str]:
+        """Class names."""
+        return row_names(conditions, self.class_names)
 
     def draw(self, network: nn.Module, indices: Sequence[int], conditions: Sequence[int]) -> Tensor:
         """Images (len(indices), C, H, W) uint8 on the CPU, image k from the seed k and the label `conditions[k]`, in turn."""

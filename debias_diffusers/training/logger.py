@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import secrets
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..runs.run_directory import Run
 from ..utils.files import write_file
 from .loss_statistics import BINS, LossStatistics
 
+SHOWN_STEPS = 100  # over which the progress bar averages the loss; fewer at the beginning
 PROJECT = "debias_diffusers"  # of wandb, where WANDB_PROJECT names no other
 
 
@@ -34,7 +35,7 @@ class Logger:
 
     def __init__(self, config: TrainConfig, run: Run | None, accelerator: Accelerator, step: int) -> None:
         self.config, self.run, self.accelerator = config, run, accelerator
-        self.smooth = math.nan
+        self.losses: deque[float] = deque(maxlen=SHOWN_STEPS)
         self.quality = ""  # as last measured
         self.began, self.images = time.monotonic(), 0
         self.bar = tqdm(
@@ -76,9 +77,10 @@ class Logger:
             statistics: over the steps since the last line.
         """
         self.images += self.config.optimization.batch_size
-        self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
+        self.losses.append(loss)
         rate = self.images / max(time.monotonic() - self.began, 1e-9)
-        self.bar.set_postfix_str(f"loss {self.smooth:.3f}, {rate:.0f} images/s{self.quality}", refresh=False)
+        mean = sum(self.losses) / len(self.losses)
+        self.bar.set_postfix_str(f"loss {mean:.4g} (mean of {SHOWN_STEPS} steps), {rate:.0f} images/s{self.quality}", refresh=False)
         self.bar.update()
         every = self.config.run.log_every
         # A line that is only written because the run ends does not reset the statistics: after a resume the next one has all steps.

@@ -152,7 +152,7 @@ def test_half_of_a_set_is_near_the_whole_and_the_figures_say_what_was_taken(two_
 def test_bits_per_dimension_are_of_images_of_both_classes(two_classes, trained, tmp_path, monkeypatch, seed):
     seen = []
 
-    def terms(self, x_0, labels, noise_seed, indices):
+    def terms(self, x_0, labels, noise_seed, indices, progress):
         seen.extend((k, round(float(image.min() * 127.5 + 127.5))) for k, image in zip(indices, x_0))
         return torch.zeros(len(x_0), 1)
 
