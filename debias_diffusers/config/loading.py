@@ -75,6 +75,16 @@ def packaged_configs() -> list[str]:
     return sorted(Path(p.name).stem for p in resources.files(__package__).joinpath("presets").iterdir() if p.name.endswith(".yaml"))
 
 
+def preset_changes() -> dict[str, str]:
+    """By the names of packaged configurations with the same values: what they change of the field defaults, as text."""
+    defaults, found = flatten(TrainConfig()), {}
+    for name in packaged_configs():
+        changed = {key: value for key, value in read_config(name).items() if value != defaults[key] and key != "output_dir"}
+        text = ", ".join(f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for key, value in changed.items())
+        found.setdefault(text, []).append(name)
+    return {", ".join(names): text for text, names in found.items()}
+
+
 def read_config(name_or_file: str) -> dict[str, Any]:
     """Flat values of a packaged configuration (by name) or of a YAML or JSON file.
 
