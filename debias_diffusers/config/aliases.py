@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args, get_origin
 
 from . import schema
 from .ranges import field_types
@@ -25,8 +25,16 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "--max_steps",
         "it counts optimizer steps: an epoch has images / batch_size of them",
     ),
-    ("train_batch_size per_device_train_batch_size batch bs", "--batch_size", "it counts the images of all processes, not of each device"),
-    ("eval_batch_size val_batch_size", "", "evaluations take the batch size of the training; --micro_batch_size takes less memory"),
+    (
+        "train_batch_size per_device_train_batch_size batch bs",
+        "--batch_size",
+        "it counts the images of all processes; --micro_batch_size those of one",
+    ),
+    (
+        "eval_batch_size val_batch_size",
+        "",
+        "images are drawn in batches that the training has memory for; --micro_batch_size makes them smaller",
+    ),
     (
         "gradient_accumulation_steps grad_accum accumulate_grad_batches gradient_accumulation",
         "--micro_batch_size",
@@ -51,7 +59,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     # optimizer
     ("adam_weight_decay wd", "--weight_decay", ""),
     ("decay", "--ema_decay or --weight_decay", ""),
-    ("adam_beta1 adam_beta2 adam_betas betas", "", "AdamW has the betas 0.9 and 0.999, which no flag changes"),
+    ("adam_beta1 adam_beta2 adam_betas beta1 beta2", "", "AdamW has the betas 0.9 and 0.999, which no flag changes"),
     ("adam_epsilon", "", "the epsilon of AdamW is 1e-8, which no flag changes"),
     ("optimizer optimizer_type optimizer_args optim", "", "the optimizer is AdamW; no flag chooses another"),
     (
@@ -59,23 +67,28 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "",
         "there is no 8-bit AdamW; --gradient_checkpointing and --micro_batch_size take less memory",
     ),
-    ("grad_clip gradient_clip gradient_clip_val clip_grad clip_grad_norm clip_norm max_norm", "--max_grad_norm", ""),
+    ("clip grad_clip gradient_clip gradient_clip_val clip_grad clip_grad_norm clip_norm max_norm", "--max_grad_norm", ""),
     # EMA
     ("ema ema_rate ema_beta ema_rates", "--ema_decay", "one or more rates; the EMA is always there"),
     ("ema_max_decay", "--ema_decay", ""),
     ("use_ema", "", "the EMA is always there; --ema_decay sets its rate"),
     ("ema_inv_gamma ema_power", "", "the warmup of the EMA is min(rate, (1 + n) / (10 + n)); --no_ema_warmup switches it off"),
     # data
-    ("dataset_name train_data_dir instance_data_dir data_dir data_path dataset_path image_dir images", "--dataset", ""),
+    ("data dataset_name train_data_dir instance_data_dir data_dir data_path data_root dataset_path image_dir", "--dataset", ""),
+    ("images image_folder folder path train_dir input_dir", "--dataset", ""),
     ("dataset_config_name dataset_config", "", "a dataset of the Hub is taken by its name alone; --split names the split"),
-    ("max_train_samples", "", "all images of --dataset are trained; give a folder with fewer"),
+    ("max_train_samples max_images num_samples", "", "all images of --dataset are trained; give a folder with fewer"),
     ("image_size img_size image_resolution sample_size res", "--resolution", ""),
     ("center_crop", "", "images are always cropped at the center after resizing (--resolution)"),
     ("random_crop crop", "", "there is no random crop: images are resized and cropped at the center (--resolution)"),
     ("bucket_reso_steps enable_bucket min_bucket_reso max_bucket_reso", "", "all images get the size of --resolution"),
-    ("color_aug vertical_flip", "", "there is no such augmentation; --random_flip flips horizontally"),
+    ("color_aug vertical_flip augment augmentation aug", "", "the only augmentation is --random_flip"),
+    ("grayscale greyscale gray grey", "--channels 1", ""),
+    ("color colour rgb", "--channels 3", ""),
     ("flip flip_aug horizontal_flip hflip", "--random_flip", ""),
     ("class_cond conditional", "--class_conditional", ""),
+    ("unconditional uncond", "--no_class_conditional", ""),
+    ("num_classes n_classes classes labels", "", "classes are found in the data; --class_conditional trains with them"),
     ("cfg_dropout class_dropout_prob cond_drop_prob p_uncond label_drop_prob", "--label_dropout", "only with --class_conditional"),
     ("dataloader_num_workers max_data_loader_n_workers workers n_workers", "--num_workers", ""),
     ("max_images num_samples n_samples num_images_per_prompt n", "--num_images", ""),
@@ -92,7 +105,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ),
     ("caption_column caption_extension shuffle_caption", "", "this trains pixel models without captions; --label_column has class labels"),
     (
-        "rank lora_rank network_dim network_alpha network_module network_args lora_alpha",
+        "lora rank lora_rank network_dim network_alpha network_module network_args lora_alpha",
         "",
         "this trains all weights of a pixel model, no LoRA; --model_channels sets the size of a new network",
     ),
@@ -104,17 +117,21 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("noise_offset input_perturbation ip_noise_gamma multires_noise_iterations", "", "the noise is always standard normal"),
     # network
     (
-        "pretrained_model_name_or_path pretrained pretrained_model finetune_from load_weights",
+        "pretrained_model_name_or_path pretrained pretrained_model finetune finetune_from init_from load_weights",
         "--init",
         "weights of a pixel model alone: no text encoder, no VAE",
     ),
+    ("model model_path model_name network", "--init or --model_config", "weights to start from, or the configuration of a network"),
+    ("ckpt ckpt_path checkpoint checkpoint_path", "--init", "weights alone; the same command resumes a run"),
     ("model_config_name_or_path unet_config model_config_file", "--model_config", ""),
-    ("num_channels base_channels model_dim hidden_size unet_dim dim", "--model_channels", "--channels are those of the images"),
+    ("num_channels base_channels model_dim hidden_size unet_dim dim width", "--model_channels", "--channels are those of the images"),
     ("in_channels out_channels image_channels", "--channels", "those of the images"),
     ("channel_multipliers channel_mults dim_mults ch_mult", "--channel_mult", ""),
-    ("num_res_blocks res_blocks depth num_layers", "--layers_per_block", ""),
-    ("num_heads attention_heads num_attention_heads", "--attention_head_dim", "channels of a head, not the number of heads"),
+    ("num_res_blocks res_blocks depth num_layers n_layers layers blocks", "--layers_per_block", ""),
+    ("num_heads n_heads heads attention_heads num_attention_heads", "--attention_head_dim", "channels of a head, not the number of heads"),
     ("num_head_channels head_dim", "--attention_head_dim", ""),
+    ("dropout_rate dropout_prob drop_rate", "--dropout", ""),
+    ("patch_size", "", "the network is a UNet without patches; --channel_mult has its levels"),
     ("attn_resolutions", "--attention_resolutions", ""),
     ("use_scale_shift_norm scale_shift_norm", "--resnet_time_scale_shift scale_shift", ""),
     ("use_checkpoint checkpointing", "--gradient_checkpointing", "--checkpoint_every saves checkpoints"),
@@ -122,16 +139,18 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     # objective
     ("parameterization pred_type objective prediction", "--prediction_type", ""),
     ("predict_xstart", "--prediction_type sample", ""),
-    ("v_parameterization v_pred", "--prediction_type v_prediction", ""),
-    ("loss_weighting loss_weight weighting_scheme weight_schedule mse_loss_weight_type weights", "--weighting", ""),
+    ("v_parameterization v_pred v_prediction", "--prediction_type v_prediction", ""),
+    ("loss_weighting loss_weight weighting_scheme weight_schedule mse_loss_weight_type", "--weighting", ""),
+    ("weights", "--weighting or --init", "weights of the loss, or of a network to start from"),
     ("loss loss_type huber_c", "", "the loss is a weighted mean square; --weighting chooses the weights"),
     ("min_snr_gamma min_snr", "--weighting min_snr --snr_gamma", "the same weights whatever --prediction_type"),
     ("debiased_estimation_loss debiased debiased_estimation", "--weighting debiased", "debiased_kohya is the loss of kohya's scripts"),
     ("use_kl rescale_learned_sigmas", "--learn_sigma", "--weighting variational is the bound alone"),
     ("diffusion_steps num_timesteps timesteps num_diffusion_steps ddpm_num_steps", "--num_train_timesteps", ""),
     ("ddpm_beta_schedule beta_schedule", "--noise_schedule", "cosine is squaredcos_cap_v2"),
-    ("beta_start beta_end", "", "--noise_schedule has its own betas; --schedule_shift multiplies the SNR"),
+    ("beta_start beta_end betas", "", "--noise_schedule has its own betas; --schedule_shift multiplies the SNR"),
     ("zero_terminal_snr ztsnr", "--rescale_betas_zero_snr", ""),
+    ("shift flow_shift timestep_shift discrete_flow_shift", "--schedule_shift", "it multiplies the SNR: a shift s of t is 1/s^2 here"),
     ("schedule_sampler", "--timestep_sampler", ""),
     ("logit_mean", "--timestep_mean", ""),
     ("logit_std", "--timestep_std", ""),
@@ -142,7 +161,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("bf16 full_bf16", "--mixed_precision bf16", ""),
     ("precision", "--mixed_precision", ""),
     ("enable_xformers_memory_efficient_attention xformers mem_eff_attn flash_attention", "", "attention is PyTorch's own"),
-    ("allow_tf32 tf32", "", "TF32 is on where the network is computed in float32 on a GPU that has it"),
+    ("allow_tf32 tf32", "", "no flag changes it; --mixed_precision bf16 computes in half precision"),
     (
         "device gpu gpus num_gpus devices num_processes",
         "",
@@ -150,7 +169,11 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ),
     ("local_rank", "", "accelerate launch and torchrun set it in the environment"),
     # output
-    ("out outdir out_dir output save_dir logging_dir log_dir logdir run_dir output_name results_dir", "--output_dir", ""),
+    (
+        "out outdir out_dir output save_dir logging_dir log_dir logdir run_dir run_name results_dir checkpoint_dir ckpt_dir",
+        "--output_dir",
+        "",
+    ),
     ("overwrite_output_dir", "--output_dir", "a run is never overwritten; name another directory"),
     (
         "save_every save_steps save_interval checkpointing_steps save_every_n_steps checkpoint_interval ckpt_every save_model_steps",
@@ -161,16 +184,22 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("checkpoints_total_limit save_total_limit save_last_n_steps keep_last", "--keep_checkpoints", "a number of checkpoints"),
     ("sample_steps validation_steps sample_every_n_steps save_images_steps sample_interval", "--sample_every", ""),
     ("validation_epochs save_images_epochs sample_every_n_epochs", "--sample_every", "it counts optimizer steps"),
-    ("log_interval logging_steps log_steps log_freq print_freq", "--log_every", ""),
+    ("log_interval logging_steps log_steps log_freq print_freq print_every", "--log_every", ""),
     ("eval_steps eval_interval eval_freq", "--eval_every", ""),
     ("logger log_with tracker", "--report_to", ""),
+    ("wandb use_wandb", "--report_to wandb", ""),
+    ("tensorboard use_tensorboard", "--report_to tensorboard", ""),
+    ("random_seed manual_seed", "--seed", ""),
+    ("torch_compile compile_model", "--compile", ""),
+    ("mode", "--compile_mode", ""),
+    ("max_time time_limit", "--max_hours", ""),
     ("tracker_project_name wandb_project", "", "--report_to wandb takes WANDB_PROJECT from the environment"),
     (
         "resume_from_checkpoint resume_checkpoint resume_from resume save_state",
         "",
         "the same command with the same --output_dir resumes a run; --init takes weights alone",
     ),
-    ("hub_token", "", "the token is that of `hf auth login` or HF_TOKEN"),
+    ("hub_token hf_token token", "", "the token is that of `hf auth login` or HF_TOKEN"),
     ("hub_private_repo", "--hub_private", ""),
     ("hub_repo repo_id hub_id hub_name", "--hub_model_id", ""),
     # sampling and evaluation
@@ -179,8 +208,15 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "MODEL",
         "it stands first, without a flag",
     ),
-    ("target model samples", "TARGETS", "they stand first, without a flag"),
-    ("reference", "REFERENCE", "it stands first, without a flag"),
+    ("target targets model samples", "TARGETS", "they stand first, without a flag"),
+    ("reference dataset", "REFERENCE OUT", "they stand first, without a flag"),
+    ("run run_dir model checkpoint", "RUN", "it stands first, without a flag"),
+    ("output out out_dir outdir output_dir output_path", "OUT", "it stands second, without a flag"),
+    (
+        "image_size num_channels num_res_blocks num_heads num_head_channels channel_mult attention_resolutions learn_sigma class_cond",
+        "--flags",
+        "all of them as one text: see the help",
+    ),
     ("num_inference_steps sampling_steps ddim_steps ddpm_num_inference_steps num_steps n_steps sample_steps", "--steps", ""),
     ("sampler solver method sample_sampler", "--scheduler", ""),
     ("sampler solver scheduler", "--schedulers", ""),
@@ -191,12 +227,12 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("thresholding dynamic_thresholding", "--clipping dynamic", ""),
     ("cfg cfg_scale guidance classifier_scale", "--guidance_scale", "1 is off"),
     ("class classes class_label label labels", "--class_labels", ""),
-    ("ema use_ema", "--weights", "ema (as exported), raw, or a rate"),
+    ("ema use_ema", "--weights", "raw is without EMA"),
     ("fp16 bf16 half precision mixed_precision", "--dtype", ""),
     ("batch bs eval_batch_size", "--batch_size", "images of one process"),
-    ("ref reference_path real fid_ref", "--reference", ""),
+    ("ref reference_path real fid_ref dataset data", "--reference", ""),
     ("num_fid_samples fid_samples max_images num_samples n_samples", "--num_images", ""),
-    ("out outdir output_dir output_path", "--output", ""),
+    ("out outdir out_dir output_dir output_path", "--output", ""),
     ("image_size img_size", "--resolution", ""),
 )  # fmt: skip
 
@@ -230,15 +266,17 @@ _VALUES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 _VALUES["schedulers"] = _VALUES["scheduler"]
 
-# The commands whose flags are typed at another.
-_COMMANDS = {"training": schema.TrainConfig, "sampling": schema.SampleConfig, "eval score": schema.ScoreConfig}
+POSITIONS = {"model", "targets", "out", "run"}  # arguments without a flag, in any command
+
+# Commands of whose flags others are told.
+_COMMANDS = {"train.py": schema.TrainConfig, "sample.py": schema.SampleConfig, "eval.py score": schema.ScoreConfig}
 
 SIMILAR = 0.8  # difflib's ratio, from which on a word is a misspelling: a letter left out of five, or two swapped
 
 
-def targets(text: str) -> set[str]:
-    """The fields that a suggestion names."""
-    return set(re.findall(r"--(?:no_)?(\w+)", text)) | {name.lower() for name in re.findall(r"\b[A-Z]+\b", text)}
+def fields_of(text: str) -> set[str]:
+    """The fields whose flags a text names."""
+    return set(re.findall(r"--(?:no_)?(\w+)", text))
 
 
 def suggestion(typed: str, kind: Any) -> str:
@@ -248,30 +286,28 @@ def suggestion(typed: str, kind: Any) -> str:
         typed: the name, without dashes.
         kind: the dataclass of the command's flags.
     """
-    name, known = typed.lower().replace("-", "_"), field_types(kind)
-    if row := _row(name, known):
-        return _told(*row)
-    for command, other in _COMMANDS.items():
-        if name in field_types(other):
-            return f"that is a flag of {command}"
-    aliases = [alias for names, flags, _ in _ROWS for alias in names.split() if targets(flags) <= known.keys()]
-    near = difflib.get_close_matches(name, [*known, *aliases], n=1, cutoff=SIMILAR)
-    if near:
-        return f"did you mean --{near[0]}?" if near[0] in known else _told(*(_row(near[0], known) or ("", "")))
-    words = [flag for flag in known if len(name) >= 3 and (flag.startswith(name) or flag.endswith(f"_{name}"))]
-    return f"did you mean {' or '.join(f'--{flag}' for flag in words)}?" if 1 <= len(words) <= 3 else ""
+    known, name = field_types(kind), typed.lower().replace("-", "_")
+    rows = {alias: row for *row, names in _rows(known) for alias in names}
+    if name not in rows:
+        for command, other in _COMMANDS.items():
+            if name in field_types(other) and name not in POSITIONS:
+                return f"that is a flag of {command}"
+        flags = difflib.get_close_matches(name, known.keys() - POSITIONS, n=1, cutoff=SIMILAR)
+        begins, ends = len(name) >= 3, len(name) >= 5  # that a flag ends with "size" or "rate" says nothing
+        flags = flags or [flag for flag in known if (begins and flag.startswith(name)) or (ends and flag.endswith(f"_{name}"))]
+        if 1 <= len(flags) <= 3:
+            return f"did you mean {' or '.join(f'--{flag}' for flag in flags)}?"
+        name = next(iter(difflib.get_close_matches(name, rows, n=1, cutoff=SIMILAR)), name)
+    meant, differs = rows.get(name, ("", ""))
+    return f"did you mean {meant}?{f' ({differs})' if differs else ''}" if meant else differs
 
 
-def _row(name: str, known: Mapping[str, Any]) -> tuple[str, str] | None:
-    """What the table has for a name, and in what it differs."""
-    rows = ((flags, differs) for names, flags, differs in _ROWS if name in names.split())
-    return next((row for row in rows if targets(row[0] or row[1]) <= known.keys()), None)
-
-
-def _told(flags: str, differs: str) -> str:
-    if not flags:
-        return differs
-    return f"did you mean {flags}?" + (f" ({differs})" if differs else "")
+def _rows(known: Container[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """The rows for a command, those that count first at the end, with their names apart."""
+    for names, meant, differs in reversed(_ROWS):
+        positions = {name.lower() for name in re.findall(r"\b[A-Z]+\b", meant)}
+        if all(field in known for field in fields_of(f"{meant} {differs}") | positions):
+            yield meant, differs, names.split()
 
 
 def value_suggestion(field: str, typed: str, choices: Iterable[str]) -> str:
@@ -286,10 +322,31 @@ def value_suggestion(field: str, typed: str, choices: Iterable[str]) -> str:
 
 def typed_suggestion(flag: str, typed: Sequence[str], hint: Any) -> str:
     """How to type values that cannot be read: a list with commas, as guided-diffusion writes it, or a whole number such as 1e5; or ""."""
-    parts = [part.strip() for text in typed for part in text.strip("[]()").split(",") if part.strip()]
-    if "tuple" in str(hint):
-        return f"; separate the values by spaces: {flag} {' '.join(parts)}" if any("," in text for text in typed) else ""
+    types = {hint, *get_args(hint)}
+    if any(get_origin(one) is tuple for one in types):
+        return f"; separate the values by spaces: {flag} {' '.join(_parts(typed))}" if "," in "".join(typed) else ""
+    return whole_number(typed[0]) if int in types and len(typed) == 1 else ""
+
+
+def written_suggestion(name: str, value: Any, hint: Any) -> str:
+    """The same for the value of a field in a configuration file, which may also be another word for one of its choices."""
+    types = {hint, *get_args(hint)}
+    if any(get_origin(one) is tuple for one in types):
+        return f"; write [{', '.join(_parts([value]))}]" if isinstance(value, str) and "," in value else ""
+    choices = [choice for one in types if get_origin(one) is Literal for choice in get_args(one)]
+    if choices:
+        near = value_suggestion(name, value, choices) if isinstance(value, str) else ""
+        return f"; did you mean {near}?" if near else ""
+    return whole_number(value) if int in types and isinstance(value, str | float) else ""
+
+
+def whole_number(value: str | float) -> str:
+    """The end of a sentence about a whole number that is written as 1e5; "" where it is none."""
     with contextlib.suppress(ValueError, OverflowError):
-        if len(typed) == 1 and float(typed[0]).is_integer():
-            return f"; did you mean {int(float(typed[0]))}?"
+        if float(value).is_integer():
+            return f"; did you mean {int(float(value))}?"
     return ""
+
+
+def _parts(typed: Sequence[str]) -> list[str]:
+    return [part for text in typed for part in re.split(r"[\[\](), ]+", text) if part]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import reprlib
 import types
@@ -15,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from ..errors import InputError, raise_all, reason
+from .aliases import suggestion, written_suggestion
 from .hub_names import PINNED, was_pinned
 from .ranges import field_types
 from .schema import CHANNEL_MULT, HubConfig, ModelConfig, TrainConfig, noise_schedule
@@ -129,13 +129,14 @@ def checked_values(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
     result, problems = {}, []
     for name, value in values.items():
         if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, n=1)
-            problems.append(f"{_SHORT.repr(name)} is not a field" + (f"; did you mean {near[0]}?" if near else ""))
+            meant = suggestion(str(name)[:80], TrainConfig).replace("--", "")
+            problems.append(f"{_SHORT.repr(name)} is not a field" + (f"; {meant}" if meant else ""))
             continue
         try:
             result[name] = _convert(value, hints[name])
         except (TypeError, ValueError, OverflowError):
-            problems.append(f"{name} is {_SHORT.repr(value)}, but must be {_describe(hints[name])}")
+            meant = written_suggestion(name, value, hints[name])
+            problems.append(f"{name} is {_SHORT.repr(value)}, but must be {_describe(hints[name])}{meant}")
     raise_all(problems, where)
     return result
 
