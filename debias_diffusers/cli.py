@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
+import itertools
 import os
 import re
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 from tyro import _errors as tyro_errors  # of a private module, so that pyproject.toml bounds the version
 
-from .config import choices, validation
+from . import __version__
+from .config import aliases, choices, validation
 from .config import loading as configuration
 from .config.hub_names import missing_models
 from .config.ranges import field_types
@@ -38,40 +41,42 @@ from .utils import console, launcher
 
 T = TypeVar("T")
 
+HELP_FLAGS = {"-h", "--help"}
 ERROR_GRACE_SECONDS = 10.0  # the other processes wait so long for the first one to print its error
 
 
 def train(argv: Sequence[str] | None = None) -> int:
     """`python train.py`, `accelerate launch train.py`, `debias-train`: returns the exit code."""
-    return _run_command(_train, argv)
+    return _run_command(_train, argv, "train.py")
 
 
 def sample(argv: Sequence[str] | None = None) -> int:
     """`python sample.py`, `debias-sample`: returns the exit code."""
-    return _run_command(_sample, argv)
+    return _run_command(_sample, argv, "sample.py")
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """`python eval.py`, `debias-eval`: returns the exit code."""
-    return _run_command(_evaluate, argv)
+    return _run_command(_evaluate, argv, "eval.py")
 
 
 def convert(argv: Sequence[str] | None = None) -> int:
     """`python -m debias_diffusers.convert`: returns the exit code."""
-    return _run_command(_convert, argv)
+    return _run_command(_convert, argv, "python -m debias_diffusers.convert")
 
 
 def push(argv: Sequence[str] | None = None) -> int:
     """`python -m debias_diffusers.hub`: returns the exit code."""
-    return _run_command(_hub, argv)
+    return _run_command(_hub, argv, "python -m debias_diffusers.hub")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m debias_diffusers COMMAND`: returns the exit code."""
-    return _run_command(_main, argv)
+    return _run_command(_main, argv, "python -m debias_diffusers")
 
 
-HELP = """usage: python -m debias_diffusers {train,sample,eval,convert,hub} ...
+HELP = """
+--version prints the version, here and in every command.
 
   train      train a model, or resume a run
   sample     draw images with a trained model
@@ -80,70 +85,92 @@ HELP = """usage: python -m debias_diffusers {train,sample,eval,convert,hub} ...
   hub        push a run to the Hub"""
 
 
-def _main(argv: list[str]) -> None:
-    _dispatch("debias_diffusers", {"train": _train, "sample": _sample, "eval": _evaluate, "convert": _convert, "hub": _hub}, HELP, argv)
+# A command gets its arguments and the name under which it was called.
+Command = Callable[[list[str], str], None]
 
 
-def _dispatch(program: str, commands: Mapping[str, Callable[[list[str]], None]], usage: str, argv: list[str]) -> None:
+def _main(argv: list[str], program: str) -> None:
+    _dispatch({"train": _train, "sample": _sample, "eval": _evaluate, "convert": _convert, "hub": _hub}, HELP, argv, program)
+
+
+def _dispatch(commands: Mapping[str, Command], summary: str, argv: list[str], program: str) -> None:
     """Runs the sub-command that the first argument names.
 
     Raises:
         InputError: there is no such sub-command.
     """
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage)
+    if not argv or argv[0] in HELP_FLAGS:
+        print(f"usage: {program} {{{','.join(commands)}}} ...\n{summary}")
         return
     if argv[0] not in commands:
-        raise InputError(f"{program} {argv[0]} is not known; take one of {', '.join(commands)}")
-    commands[argv[0]](argv[1:])
+        names = " or ".join(commands) if len(commands) <= 2 else f"one of {', '.join(commands)}"
+        raise InputError(f"{program} {argv[0]} is not known; take {names}")
+    commands[argv[0]](argv[1:], f"{program} {argv[0]}")
 
 
-def _train(argv: list[str]) -> None:
+def _train(argv: list[str], program: str) -> None:
     from .training.start import train_run
 
-    train_run(*train_command(argv, os.environ.get("ACCELERATE_MIXED_PRECISION")))
+    train_run(*train_command(argv, os.environ.get("ACCELERATE_MIXED_PRECISION"), program))
 
 
-TRAIN_HELP = f"""Train a diffusion model with the debiased loss (arXiv 2310.08442).
+TRAIN_HELP = """Train a diffusion model with the debiased loss (arXiv 2310.08442). The same command resumes a run.
 
---config NAME|FILE takes the values of a packaged configuration ({", ".join(configuration.packaged_configs())}) or of a YAML
-or JSON file; flags win over it. Without --config and --dataset the embedded digits are trained. The same command resumes.
+--config NAME or --config FILE.yaml takes the values of a packaged configuration or of a YAML or JSON file; flags win over it.
+With --dataset and without --config, what is left out is chosen to suit the data, and printed: it may differ from the defaults below.
 
---resume RUN resumes a run directory with everything as it was, to its max_steps. Beside it these flags may be typed:
-{", ".join(name for name in field_types(TrainConfig) if name in configuration.CHANGEABLE - {"output_dir", "size"})}.
-With --allow_change NAME these can be changed on purpose, from the newest checkpoint on, and the optimizer's state is kept:
-{", ".join(name for name in field_types(TrainConfig) if name in configuration.ON_PURPOSE)}."""
+--resume RUN resumes a run directory with everything as it was, to its max_steps. Beside it may be typed:
+{changeable}.
+With --allow_change NAME these change on purpose, from the newest checkpoint on, and the optimizer's state is kept:
+{on_purpose}.
+"""
 
 
-def train_config(argv: list[str], launcher_precision: str | None) -> TrainConfig:
+def _train_help(file: str | None) -> str:
+    """The text above the flags: which configuration changes which defaults, or whose values are shown as defaults."""
+    names = {"changeable": configuration.CHANGEABLE - {"output_dir", "size"}, "on_purpose": configuration.ON_PURPOSE}
+    lists = {key: ", ".join(name for name in field_types(TrainConfig) if name in found) for key, found in names.items()}
+    text = TRAIN_HELP.format(**{key: textwrap.fill(value, 120) for key, value in lists.items()})
+    if file:
+        return f"{text}\nThe defaults below are those of --config {file}."
+    changes = [
+        textwrap.fill(f"  {names}: {values}", 120, subsequent_indent="      ") for names, values in configuration.preset_changes().items()
+    ]
+    said = "Without --config and --dataset, it is --config digits. What the packaged configurations change of the defaults below:"
+    return "\n".join((text, said, *changes))
+
+
+def train_config(argv: list[str], launcher_precision: str | None, program: str = "train.py") -> TrainConfig:
     """The training configuration of `train_command`, with field defaults where the data decide."""
-    return train_command(argv, launcher_precision)[0]
+    return train_command(argv, launcher_precision, program)[0]
 
 
-def train_command(argv: list[str], launcher_precision: str | None) -> tuple[TrainConfig, frozenset[str]]:
+def train_command(argv: list[str], launcher_precision: str | None, program: str = "train.py") -> tuple[TrainConfig, frozenset[str]]:
     """The training configuration, and the fields that are chosen as soon as the data are known.
 
     Precedence: flags, `--config`, the packaged configuration of the digits (for the digits), defaults. With `--resume RUN`: flags, the
     configuration of the run. A plain command, without both, chooses what was left out (`config.choices`); in the directory
     of a run it keeps what the run has chosen.
+    `--help` prints the field defaults, or with `--config` the values of that configuration.
     """
     file, flags = _take_flag("config", argv)
     run, flags = _take_flag("resume", flags)
     dataset, _ = _take_flag("dataset", flags)
+    asks_help = not HELP_FLAGS.isdisjoint(flags)
     typed = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
     chosen: frozenset[str] = frozenset()
     if run is not None:
         defaults = configuration.layered(_values_of_run(run, typed | ({"config"} if file else set())))
     elif file or dataset in (None, DIGITS):
         values = configuration.read_config(file) if file else {}
-        digits = (dataset or values.get("dataset") or (not file and DIGITS)) == DIGITS
+        digits = (dataset or values.get("dataset") or (None if file or asks_help else DIGITS)) == DIGITS
         defaults = configuration.layered(configuration.read_config(DIGITS) if digits else {}, values)
     else:
         chosen = choices.left_out(typed)
         kept = _kept(flags, chosen)
         defaults, chosen = configuration.layered(kept), frozenset() if kept else chosen
     defaults = _replaced(defaults, flags, typed)
-    config = _parse(TrainConfig, flags, defaults, "train.py", TRAIN_HELP)
+    config = _parse(TrainConfig, flags, defaults, program, _train_help(file) if asks_help else "")
     typed |= {name.removeprefix("no_") for name in typed}
     config, notes = validation.yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
     _say_first(notes)
@@ -217,8 +244,8 @@ def _raise_all(problems: list[str]) -> None:
     raise_all(problems)
 
 
-def _sample(argv: list[str]) -> None:
-    config = _parse(SampleConfig, argv, None, "sample.py", "Draw images with a trained model.")
+def _sample(argv: list[str], program: str) -> None:
+    config = _parse(SampleConfig, argv, None, program, "Draw images with a trained model.")
     _raise_all(validation.sample_problems(config) + missing_models("model", config.model))
     from .utils.signals import stop_with_launcher
 
@@ -228,9 +255,8 @@ def _sample(argv: list[str]) -> None:
     generate.sample(config)
 
 
-EVAL_HELP = """usage: eval.py {score,compare,stats,bpd,weights} ...
-
-Evaluate diffusion models and their objectives. eval.py COMMAND --help lists the flags of each.
+EVAL_HELP = """
+Evaluate diffusion models and their objectives. COMMAND --help lists the flags of each.
 
   score TARGET...    FID, sFID, IS, KID, precision, recall and colour shift of models or images against a reference
   compare RUN...     the same for runs side by side, with confidence intervals
@@ -244,18 +270,16 @@ The flags of the objective are those of train.py. --prediction_type flow takes t
 drawn anyhow."""
 
 
-def _evaluate(argv: list[str]) -> None:
-    _dispatch("eval.py", EVALUATIONS, EVAL_HELP, argv)
+def _evaluate(argv: list[str], program: str) -> None:
+    _dispatch(EVALUATIONS, EVAL_HELP, argv, program)
 
 
-def _score(argv: list[str]) -> None:
-    _scored(_parse(ScoreConfig, argv, None, "eval.py score", ScoreConfig.__doc__ or ""))
+def _score(argv: list[str], program: str) -> None:
+    _scored(_parse(ScoreConfig, argv, None, program, ScoreConfig.__doc__ or ""))
 
 
-def _compare(argv: list[str]) -> None:
-    given = _parse(
-        ScoreConfig, argv, None, "eval.py compare", "Score runs side by side, with confidence intervals (--bootstrap 200 if left out)."
-    )
+def _compare(argv: list[str], program: str = "eval.py compare") -> None:
+    given = _parse(ScoreConfig, argv, None, program, "Score runs side by side, with confidence intervals (--bootstrap 200 if left out).")
     _scored(dataclasses.replace(given, bootstrap=200 if given.bootstrap is None else given.bootstrap))
 
 
@@ -268,24 +292,24 @@ def _scored(config: ScoreConfig) -> None:
         raise CannotWriteError(f"the figures cannot be printed: {problem.strerror}; write them to a file with --output scores.json")
 
 
-def _stats(argv: list[str]) -> None:
-    config = _parse(StatsConfig, argv, None, "eval.py stats", StatsConfig.__doc__ or "")
+def _stats(argv: list[str], program: str) -> None:
+    config = _parse(StatsConfig, argv, None, program, StatsConfig.__doc__ or "")
     _raise_all(validation.stats_problems(config))
     from .evaluation import statistics
 
     statistics.stats(config)
 
 
-def _bits(argv: list[str]) -> None:
-    config = _parse(BitsConfig, argv, None, "eval.py bpd", BitsConfig.__doc__ or "")
+def _bits(argv: list[str], program: str) -> None:
+    config = _parse(BitsConfig, argv, None, program, BitsConfig.__doc__ or "")
     _raise_all(validation.bits_problems(config) + missing_models("model", config.model))
     from .evaluation import likelihood
 
     likelihood.bits_per_dimension(config)
 
 
-def _weights(argv: list[str]) -> None:
-    config = _parse(WeightsConfig, argv, None, "eval.py weights", WEIGHTS_HELP)
+def _weights(argv: list[str], program: str) -> None:
+    config = _parse(WeightsConfig, argv, None, program, WEIGHTS_HELP)
     raise_all(validation.weights_problems(config))
     from .evaluation import plots
 
@@ -295,41 +319,42 @@ def _weights(argv: list[str]) -> None:
 EVALUATIONS = {"score": _score, "compare": _compare, "stats": _stats, "bpd": _bits, "weights": _weights}
 
 
-CONVERT_HELP = """usage: python -m debias_diffusers.convert {guided,export} ...
-
+CONVERT_HELP = """
   guided MODEL.pt OUT --flags FLAGS   a checkpoint of guided-diffusion (the paper's code, ADM, P2, Min-SNR) to a pipeline
   export MODEL OUT.pt                 the network of a run or pipeline to a checkpoint that guided-diffusion loads"""
 
 
-def _convert(argv: list[str]) -> None:
-    kinds: dict[str, type[Any]] = {"guided": GuidedConfig, "export": ExportConfig}
-    if not argv or argv[0] in ("-h", "--help"):
-        print(CONVERT_HELP)
-        return
-    command, *rest = argv
-    if "--flags" in rest[:-1]:  # its value starts with dashes, so argparse needs "--flags=VALUE"
-        place = rest.index("--flags")
-        rest[place : place + 2] = [f"--flags={rest[place + 1]}"]
-    if command not in kinds:
-        raise InputError(f"convert {command} is not known; take guided or export")
-    config: Any = _parse(kinds[command], rest, None, f"convert {command}", CONVERT_HELP)
-    from .convert import guided_diffusion as module
-
-    getattr(module, command)(**dataclasses.asdict(config))
+def _convert(argv: list[str], program: str) -> None:
+    _dispatch({"guided": _guided, "export": _export}, CONVERT_HELP, argv, program)
 
 
-PUSH_HELP = """usage: python -m debias_diffusers.hub push RUN ...
+def _guided(argv: list[str], program: str) -> None:
+    if "--flags" in argv[:-1]:  # its value starts with dashes, so the parser needs "--flags=VALUE"
+        place = argv.index("--flags")
+        argv = [*argv[:place], f"--flags={argv[place + 1]}", *argv[place + 2 :]]
+    config = _parse(GuidedConfig, argv, None, program, GuidedConfig.__doc__ or "")
+    from .convert import guided_diffusion
 
+    guided_diffusion.guided(**dataclasses.asdict(config))
+
+
+def _export(argv: list[str], program: str) -> None:
+    config = _parse(ExportConfig, argv, None, program, ExportConfig.__doc__ or "")
+    from .convert import guided_diffusion
+
+    guided_diffusion.export(**dataclasses.asdict(config))
+
+
+PUSH_HELP = """
   push RUN    push a run to the Hub, or what is missing of it"""
 
 
-def _hub(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(PUSH_HELP)
-        return
-    if argv[0] != "push":
-        raise InputError(f"hub {argv[0]} is not known; take push")
-    config = _parse(PushConfig, argv[1:], None, "hub push", PushConfig.__doc__ or "")
+def _hub(argv: list[str], program: str) -> None:
+    _dispatch({"push": _push}, PUSH_HELP, argv, program)
+
+
+def _push(argv: list[str], program: str) -> None:
+    config = _parse(PushConfig, argv, None, program, PushConfig.__doc__ or "")
     from .hub import publish
 
     publish.push(config)
@@ -339,26 +364,75 @@ def _parse(kind: type[T], argv: list[str], default: T | None, program: str, desc
     """Parses flags to a dataclass. An error of tyro becomes an InputError of one sentence.
 
     Raises:
-        InputError: an unknown flag (names the nearest known one) or an invalid value.
+        InputError: an unknown flag (says what was meant) or an invalid value.
     """
 
     def refuse(event: tyro_errors.ParseErrorEvent) -> None:
-        raise InputError(f"{_sentence(event, kind)}; {program} --help lists all flags")
+        sentence = _sentence(event, kind, argv)
+        separator = "\n" if "\n" in sentence else "; "
+        raise InputError(f"{sentence}{separator}{program} --help lists all flags")
 
-    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)
     options: dict[str, Any] = {} if default is None else {"default": default}
+    options |= {"config": (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs), "registry": _registry()}
     with tyro_errors.on_parse_error(refuse):
-        parsed: T = tyro.cli(kind, args=argv, prog=program, description=description, use_underscores=True, config=markers, **options)
+        parsed: T = tyro.cli(kind, args=argv, prog=program, description=description, use_underscores=True, **options)
     return parsed
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """What makes tyro print types in words, and no default where a value is left out."""
+    registry, asked = tyro.constructors.ConstructorRegistry(), []
+
+    def in_words(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+        if not dataclasses.is_dataclass(info.type) or info.type in asked:
+            return None
+        asked.append(info.type)  # so that tyro's own rule answers
+        found = registry.get_struct_spec(info)
+        asked.pop()
+        if not isinstance(found, tyro.constructors.StructConstructorSpec):
+            return found
+        return dataclasses.replace(found, fields=tuple(map(_with_words, found.fields)))
+
+    registry.struct_rule(in_words)
+    return registry
+
+
+def _with_words(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.StructFieldSpec:
+    """A field with what `--help` prints of it: its type in words, or its name where it stands without a flag; and its default."""
+    words = _words(field.type)
+    if field.default in (tyro.MISSING, tyro.constructors.MISSING_NONPROP):
+        words = field.name.upper() + (" ..." if words.endswith("...") else "")
+    said = tyro.conf.arg(
+        metavar=words or None,  # of true and false, which are two flags
+        help_behavior_hint=lambda default: "" if default in LEFT_OUT else f"(default: {default})",
+    )
+    return dataclasses.replace(field, type=Annotated[field.type, said])
+
+
+LEFT_OUT = ("None", "", "''")  # as tyro writes None, () and ""
+
+
+def _words(hint: Any) -> str:
+    """A type as `--help` prints it: INTEGER, NUMBER ..., {one,of,these}; "" for true and false."""
+    origin, members = get_origin(hint), [member for member in get_args(hint) if member not in (type(None), Ellipsis)]
+    if origin is Annotated:
+        return _words(members[0])
+    if origin is Literal:
+        return "{" + ",".join(members) + "}"
+    if origin is tuple:
+        return f"{_words(members[0])} ..." if len(members) == 1 else " ".join(map(_words, members))
+    if members:
+        return " or ".join(dict.fromkeys(map(_words, members)))
+    return {int: "INTEGER", float: "NUMBER", str: "TEXT"}.get(hint, "")
 
 
 BOLD = r"\[/?bold\]"  # markup of tyro
 
 
-def _sentence(event: tyro_errors.ParseErrorEvent, kind: type[Any]) -> str:
-    """An error of tyro as one sentence."""
+def _sentence(event: tyro_errors.ParseErrorEvent, kind: type[Any], argv: Sequence[str]) -> str:
+    """An error of tyro as one sentence, with a line for each flag where several are not known."""
     if isinstance(event, tyro_errors.UnrecognizedArgs):
-        return f"Unrecognized options: {', '.join(event.tokens)}{_nearest(event.tokens, kind)}"
+        return f"Unrecognized options: {', '.join(event.tokens)}{_suggestions(event.tokens, kind, argv)}"
     if isinstance(event, tyro_errors.MissingArgs):
         fields = [argument.arg.field for argument in event.missing_arguments]
         helptexts = [field.helptext() if callable(field.helptext) else field.helptext for field in fields]
@@ -366,10 +440,17 @@ def _sentence(event: tyro_errors.ParseErrorEvent, kind: type[Any]) -> str:
     argument = getattr(event, "argument", None)
     flag = argument.display_name() if argument else "the arguments"
     if isinstance(event, tyro_errors.InvalidChoice):
-        choices = ", ".join(sorted(set(event.choices) - {"None"}))
-        return f"invalid choice {event.value!r} for argument {flag!r}. Expected one of {choices}."
+        choices = sorted(set(event.choices) - {"None"})
+        near = aliases.value_suggestion(flag.lstrip("-"), event.value, choices)
+        meant = f"; did you mean {near}?" if near else ""
+        return f"invalid choice {event.value!r} for argument {flag!r}. Expected one of {', '.join(choices)}{meant}"
     if isinstance(event, tyro_errors.InstantiationFailure):
-        return f"Error parsing {flag}: {shortened(re.sub(BOLD, '', event.message))}"
+        typed, hint = _typed_values(flag, argv), field_types(kind).get(_name(flag))
+        if "..." in _words(hint) or " " in _words(hint):
+            problem = f"it takes {_words(hint)}, but has {' '.join(typed)}"
+        else:  # of a union, tyro lists why each member does not fit; the last is what is not None
+            problem = shortened(re.sub(BOLD, "", event.message.rpartition("\n- ")[2].rpartition(">: ")[2]))
+        return f"Error parsing {flag}: {problem}{aliases.typed_suggestion(flag, typed, hint)}"
     if isinstance(event, tyro_errors.BadValue):
         if not flag.startswith("-"):
             return f"{flag} is missing: it stands without a flag, before the options"
@@ -377,23 +458,52 @@ def _sentence(event: tyro_errors.ParseErrorEvent, kind: type[Any]) -> str:
     return "the arguments cannot be read"
 
 
-def _nearest(tokens: Sequence[str], kind: Any) -> str:
-    """A suggestion for the first unknown flag that is similar to a known one."""
-    known = list(field_types(kind))
-    for name in (token.split("=")[0].lstrip("-").replace("-", "_") for token in tokens if token.startswith("--")):
-        if near := difflib.get_close_matches(name, known, n=1) or [flag for flag in known if flag.startswith(name)]:
-            return f"; did you mean --{near[0]}?"
-    return ""
+def _name(token: str) -> str:
+    """The field that a flag as typed names."""
+    return token.split("=")[0].lstrip("-").replace("-", "_")
 
 
-def _run_command(main: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
+def _words_of(argv: Sequence[str]) -> list[str]:
+    """The arguments with `--flag=value` in two."""
+    return [part for token in argv for part in (token.split("=", 1) if token.startswith("--") else [token])]
+
+
+def _typed_values(flag: str, argv: Sequence[str]) -> list[str]:
+    """What was typed after a flag, the last time."""
+    words = _words_of(argv)
+    places = [place for place, word in enumerate(words) if word.startswith("--") and _name(word) == _name(flag)]
+    return list(itertools.takewhile(lambda word: not word.startswith("--"), words[places[-1] + 1 :])) if places else []
+
+
+def _suggestions(tokens: Sequence[str], kind: Any, argv: Sequence[str]) -> str:
+    """What was meant by options that are not known; a line for each where there are several."""
+    found = {token.split("=")[0]: aliases.suggestion(_name(token), kind) for token in tokens if token.startswith("--")}
+    for flag, value in pairwise(_words_of(argv)):
+        if value in tokens and flag.startswith("--") and field_types(kind).get(_name(flag)) is bool:
+            found[value] = f"--{_name(flag)} takes no value; type --{_name(flag)} or --no_{_name(flag)}"
+    if len(found) == 1:
+        return "".join(f"; {text}" for text in found.values() if text)
+    return "".join(f"\n  - {typed}: {text}" for typed, text in found.items() if text)
+
+
+def _run_command(main: Command, argv: Sequence[str] | None, program: str) -> int:
     """Runs a command and returns its exit code. Prints a DebiasError as the last line.
 
     Errors of the configuration, which all processes find, are printed by the first process only; a later error by its own process.
+
+    Args:
+        main: the command.
+        argv: its arguments; those of the process if None.
+        program: its name where it was not called from a shell.
     """
     console.ignore_stream_errors()
     try:
-        main(list(sys.argv[1:] if argv is None else argv))
+        if argv is None:
+            argv, program = sys.argv[1:], _called(sys.argv[0], program)
+        if "--version" in argv:
+            print(f"debias_diffusers {__version__}")
+            return 0
+        main(list(argv), program)
     except DebiasError as error:
         sentence, code = str(error), error.exit_code
     except OSError as error:  # for example, a path that is too long or not permitted
@@ -413,6 +523,11 @@ def _run_command(main: Callable[[list[str]], None], argv: Sequence[str] | None) 
     else:
         _wait_for_the_first()
     return code
+
+
+def _called(script: str, program: str) -> str:
+    """The name under which a script was called; `program` for `python -m`, whose script is a `__main__.py`."""
+    return program if Path(script).name == "__main__.py" else Path(script).name
 
 
 def _wait_for_the_first() -> None:

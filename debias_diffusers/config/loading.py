@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import reprlib
 import types
@@ -16,6 +15,7 @@ import yaml
 
 from ..errors import InputError, raise_all, reason
 from ..utils.files import read_json
+from .aliases import suggestion, written_suggestion
 from .hub_names import PINNED, was_pinned
 from .ranges import field_types
 from .registry import TIMESTEP_SAMPLERS, WEIGHTINGS, parameters_of
@@ -147,6 +147,16 @@ def packaged_configs() -> list[str]:
     return sorted(Path(p.name).stem for p in resources.files(__package__).joinpath("presets").iterdir() if p.name.endswith(".yaml"))
 
 
+def preset_changes() -> dict[str, str]:
+    """By the names of packaged configurations with the same values: what they change of the field defaults, as text."""
+    defaults, found = flatten(TrainConfig()), {}
+    for name in packaged_configs():
+        changed = {key: value for key, value in read_config(name).items() if value != defaults[key] and key != "output_dir"}
+        text = ", ".join(f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for key, value in changed.items())
+        found.setdefault(text, []).append(name)
+    return {", ".join(names): text for text, names in found.items()}
+
+
 def read_config(name_or_file: str) -> dict[str, Any]:
     """Flat values of a packaged configuration (by name) or of a YAML or JSON file.
 
@@ -193,13 +203,14 @@ def checked_values(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
     result, problems = {}, []
     for name, value in values.items():
         if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, n=1)
-            problems.append(f"{_SHORT.repr(name)} is not a field" + (f"; did you mean {near[0]}?" if near else ""))
+            meant = suggestion(str(name)[:80], TrainConfig).replace("--", "")
+            problems.append(f"{_SHORT.repr(name)} is not a field" + (f"; {meant}" if meant else ""))
             continue
         try:
             result[name] = _convert(value, hints[name])
         except (TypeError, ValueError, OverflowError):
-            problems.append(f"{name} is {_SHORT.repr(value)}, but must be {_describe(hints[name])}")
+            meant = written_suggestion(name, value, hints[name])
+            problems.append(f"{name} is {_SHORT.repr(value)}, but must be {_describe(hints[name])}{meant}")
     raise_all(problems, where)
     return result
 

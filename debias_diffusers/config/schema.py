@@ -145,7 +145,7 @@ class OptimizationConfig:
     max_hours: Annotated[float, at_least(0, 12, zero="off")] = 0.0  # time limit: save and stop after so many hours of this start; 0 is off
     learning_rate: Annotated[float, above(0, "1e-4")] = 1e-4  # peak learning rate of AdamW
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # learning rate schedule after the warmup: constant, or decay to 0
-    warmup_steps: Annotated[int, at_least(0, 1000)] = 0  # learning rate warmup: steps over which it rises from 0
+    warmup_steps: Annotated[int, at_least(0, 0)] = 0  # learning rate warmup: steps over which it rises from 0
     weight_decay: Annotated[float, at_least(0, 0.01)] = 0.0  # weight decay of AdamW (decoupled)
     max_grad_norm: Annotated[float, at_least(0, 1, zero="off")] = 0.0  # gradient norm clipping; 0 is off
     ema_decay: tuple[float, ...] = (0.9999,)  # EMA decay rates; the EMA weights of the first are exported

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
+from .aliases import value_suggestion
 from .loading import CHANGEABLE, MODEL_NUMBERS, NEVER, ON_PURPOSE, flatten, update
 from .ranges import range_problems
 from .registry import METRICS, SOLVERS, TIMESTEP_SAMPLERS, WEIGHTINGS, Parametrized, parameters_of
@@ -75,7 +76,7 @@ def yielded(
         resolve: fills in what was left out.
     """
     wrong_alone, before, defaults = set(train_problems(resolve(preset))), flatten(preset), flatten(TrainConfig())
-    defaults["warmup_steps"] = config.optimization.max_steps // 10
+    defaults["warmup_steps"] = max(0, config.optimization.max_steps // 10)
     said = []
     for name in YIELDING:
         problems = set(train_problems(resolve(config))) - wrong_alone
@@ -96,10 +97,12 @@ def _evaluation_problems(run: RunConfig) -> list[str]:
         given = [name for name in names if getattr(run, name) not in (getattr(RunConfig(), name), older.get(name))]
         return [f"{name} is {getattr(run, name)}, but eval_every is 0; add --eval_every 5000 or leave {name} out" for name in given]
     found = metrics_problems("eval_metrics", run.eval_metrics)
-    if run.keep_best and (not run.checkpoint_every or run.eval_every % run.checkpoint_every):
+    every = run.checkpoint_every
+    if run.keep_best and every >= 0 and (not every or run.eval_every % every):
+        advice = f"--eval_every {every}" if every else f"--checkpoint_every {run.eval_every}"
         found.append(
-            f"keep_best is on, but eval_every {run.eval_every} is no multiple of checkpoint_every {run.checkpoint_every}, so that what is "
-            f"measured is not kept; take --eval_every {max(1, run.checkpoint_every)}"
+            f"keep_best is on, but eval_every {run.eval_every} is no multiple of checkpoint_every {every}, so that what is "
+            f"measured is not kept; take {advice}"
         )
     return found
 
@@ -127,10 +130,10 @@ def _hub_problems(config: TrainConfig) -> list[str]:
     found = []
     if not hub.hub_model_id:
         found.append("push_to_hub is on, but hub_model_id is missing; name a repository, such as --hub_model_id user/digits")
-    if hub.hub_every and (not every or hub.hub_every % every):
+    if hub.hub_every and every >= 0 and (not every or hub.hub_every % every):
         found.append(
             f"hub_every is {hub.hub_every}, but checkpoint_every is {every}, and only checkpoints are pushed; "
-            f"take --hub_every {every or 0}, or leave it out"
+            f"take --hub_every {every}, or leave it out"
         )
     if hub.hub_license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", hub.hub_license):
         found.append(f"hub_license is {hub.hub_license!r}, but must be an identifier of the Hub, such as apache-2.0 or other")
@@ -160,12 +163,13 @@ def _model_problems(config: TrainConfig) -> list[str]:
         return [f"{numbers}, but model_config {model.model_config} already describes the network; give one of the two"] if given else []
     if resolution is None or resolution < 1:
         return []  # said elsewhere; the rules below need it
+    fits = "1 2 2" if resolution % 4 == 0 else "1 2" if resolution % 2 == 0 else "1"  # each level but the first halves the resolution
     if not model.channel_mult:
         usual = " ".join(map(str, channel_mult(resolution)))
         advice = f"take {usual}" if usual else f"it cannot be halved; take --resolution {resolution + 1}"
         return [f"channel_mult is missing: for resolution {resolution} {advice}"]
     if min(model.channel_mult) < 1:
-        return [f"channel_mult is {list(model.channel_mult)}, but each must be at least 1, such as 1 2 2"]
+        return [f"channel_mult is {list(model.channel_mult)}, but each must be at least 1, such as {fits}"]
     return _level_problems(model, resolution)
 
 
@@ -184,11 +188,12 @@ def _level_problems(model: ModelConfig, resolution: int) -> list[str]:
     attending = {model.channel_mult[sides.index(side)] for side in model.attention_resolutions if side in sides}
     attending.add(model.channel_mult[-1])  # the middle block always attends
     if model.attention_head_dim >= 1:
+        widths = sorted(mult * model.model_channels for mult in attending if model.model_channels > 0)
         found += [
             f"attention_head_dim is {model.attention_head_dim}, but must divide the {width} channels of a level that attends; "
-            f"{math.gcd(width, model.attention_head_dim)} does"
-            for width in sorted(mult * model.model_channels for mult in attending)
-            if width > 0 and width % model.attention_head_dim
+            f"{math.gcd(model.attention_head_dim, *widths)} does"
+            for width in widths
+            if width % model.attention_head_dim
         ]
     return found
 
@@ -216,8 +221,8 @@ def bound_problems(values: Mapping[str, Any]) -> list[str]:
 def _unknown_weighting(name: str) -> str | None:
     if name in WEIGHTINGS:
         return None
-    near = difflib.get_close_matches(name, WEIGHTINGS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"take one of: {', '.join(WEIGHTINGS)}"
+    near = value_suggestion("weighting", name, WEIGHTINGS)
+    hint = f"did you mean {near}?" if near else f"take one of: {', '.join(WEIGHTINGS)}"
     return f"weighting is {name}, which is not known; {hint}"
 
 
@@ -286,12 +291,11 @@ def _schedule_problems(objective: ObjectiveConfig) -> list[str]:
     if T >= 2 and beta_end * 1000 / T >= 1:
         found.append(
             f"num_train_timesteps is {T}, but the betas of noise_schedule {objective.noise_schedule} "
-            f"scale by 1000/T and must stay below 1; take at least {int(beta_end * 1000) + 1}, or --noise_schedule cosine"
+            f"scale by 1000/T and must stay below 1; take at least {int(beta_end * 1000) + 1}"
         )
     if predicted == "flow" and objective.noise_schedule is not None:
         found.append(
-            f"noise_schedule is {objective.noise_schedule}, but prediction_type flow has its own, a = 1 - t and s = t; "
-            f"take --noise_schedule None"
+            f"noise_schedule is {objective.noise_schedule}, but prediction_type flow has its own, a = 1 - t and s = t; leave it out"
         )
     if predicted == "flow" and objective.rescale_betas_zero_snr:
         found.append("rescale_betas_zero_snr is on, but prediction_type flow ends at zero SNR as it is; leave it out")
@@ -345,7 +349,7 @@ def _optimization_problems(optimization: OptimizationConfig, num_processes: int)
     rates = optimization.ema_decay
     if not rates or not all(0 <= rate < 1 for rate in rates) or len(set(rates)) < len(rates):
         found.append(f"ema_decay is {list(rates)}, but must be one or more different rates, each at least 0 and below 1, such as 0.9999")
-    if optimization.warmup_steps > optimization.max_steps:
+    if optimization.warmup_steps > optimization.max_steps >= 1:
         found.append(
             f"warmup_steps is {optimization.warmup_steps}, but max_steps is only {optimization.max_steps}; "
             f"take --warmup_steps {optimization.max_steps // 10}"
@@ -408,7 +412,8 @@ def score_problems(config: ScoreConfig) -> list[str]:
         found.append("targets are missing; name a run, a pipeline folder, a folder of images or an .npz file")
     for name in config.schedulers.split(","):
         if name and name not in SOLVERS:
-            found.append(f"schedulers has {name}, which is not known; take some of {', '.join(SOLVERS)}")
+            near = value_suggestion("schedulers", name, SOLVERS) or f"some of {', '.join(SOLVERS)}"
+            found.append(f"schedulers has {name}, which is not known; take {near}")
     if not all(part.isdecimal() and int(part) for part in config.steps.split(",")):
         found.append(f"steps is {config.steps}, but must be whole numbers above 0, separated by commas, such as 10,20,50")
     if config.checkpoints not in ("", "all") and not all(part.isdecimal() for part in config.checkpoints.split(",")):

@@ -1,0 +1,278 @@
+"""What the command line says: help, version, its own name, and what was meant by what it does not know."""
+
+import re
+import sys
+from typing import get_args
+
+import pytest
+import yaml
+
+from debias_diffusers import __version__, cli
+from debias_diffusers.config import aliases, loading
+from debias_diffusers.config.ranges import field_types
+from debias_diffusers.config.registry import SOLVERS, WEIGHTINGS
+from debias_diffusers.config.schema import (
+    BitsConfig,
+    ExportConfig,
+    GuidedConfig,
+    PushConfig,
+    SampleConfig,
+    ScoreConfig,
+    StatsConfig,
+    TrainConfig,
+    WeightsConfig,
+)
+from debias_diffusers.config.validation import score_problems, train_problems
+from debias_diffusers.errors import InputError
+
+COMMANDS = (
+    *(["train"], ["sample"], ["eval", "score"], ["eval", "compare"], ["eval", "stats"], ["eval", "bpd"], ["eval", "weights"]),
+    *(["convert", "guided"], ["convert", "export"], ["hub", "push"]),
+)
+
+
+def said(capsys, *arguments):
+    """What `python -m debias_diffusers` prints, without the boxes and on one line."""
+    cli.main(arguments)
+    printed = capsys.readouterr()
+    return " ".join((printed.out + printed.err).replace("│", " ").split())
+
+
+def default(text, flag):
+    """The default that a help prints for a flag; None if none."""
+    return re.search(rf" --{flag} (?:(?! --).)*?\(default: ([^)]*)\)", text)
+
+
+def test_help_has_the_defaults_of_the_fields_or_of_a_configuration(capsys):
+    plain, digits = said(capsys, "train", "--help"), said(capsys, "train", "--config", "digits", "--help")
+    for name, neutral, of_digits in (("model_channels", "128", "32"), ("max_steps", "100000", "2500"), ("schedule_shift", "1.0", "64.0")):
+        assert (default(plain, name)[1], default(digits, name)[1]) == (neutral, of_digits)
+    assert said(capsys, "train", "-h", "--config", "digits") == digits
+    assert "--resolution INTEGER image size in pixels: resize of the shorter side, then center crop --channels" in plain  # left out
+
+
+def test_help_says_which_packaged_configuration_changes_what(capsys):
+    text, defaults = said(capsys, "train", "--help"), loading.flatten(TrainConfig())
+    assert "digits: dataset digits, resolution 8, num_workers 0, model_channels 32, channel_mult 1 2," in text
+    changes = loading.preset_changes()
+    assert sorted(name for names in changes for name in names.split(", ")) == loading.packaged_configs()
+    for names, values in changes.items():
+        assert f"{names}: {values}" in text
+        for name in names.split(", "):
+            changed = {key for key, value in loading.read_config(name).items() if value != defaults[key]} - {"output_dir"}
+            assert {value.split()[0] for value in values.split(", ")} == changed
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_and_version_of_every_command(command, capsys):
+    text = said(capsys, *command, "--help")
+    assert text.startswith(f"usage: python -m debias_diffusers {' '.join(command)} [-h]")
+    assert not re.search(r"None\||\{None|\[\[|\b(STR|INT|FLOAT)\b|default: (None|''|\))", text), text
+    assert said(capsys, *command, "--version") == f"debias_diffusers {__version__}"
+
+
+def test_version_of_what_has_commands(capsys):
+    for command in ([], ["eval"], ["convert"], ["hub"]):
+        assert said(capsys, *command, "--version") == f"debias_diffusers {__version__}"
+
+
+@pytest.mark.parametrize(
+    "entry, argv, name",
+    [
+        ("train", ["train.py", "--max_stepz", "1"], "train.py"),
+        ("train", ["/opt/bin/debias-train", "--max_stepz", "1"], "debias-train"),
+        ("main", ["/x/debias_diffusers/__main__.py", "train", "--max_stepz", "1"], "python -m debias_diffusers train"),
+        ("main", ["/x/debias_diffusers/__main__.py", "eval", "bpd", "x", "--max_stepz"], "python -m debias_diffusers eval bpd"),
+        ("evaluate", ["/opt/bin/debias-eval", "stats", "x", "y", "--max_stepz"], "debias-eval stats"),
+        ("convert", ["/x/debias_diffusers/convert/__main__.py", "export", "x"], "python -m debias_diffusers.convert export"),
+        ("push", ["/x/debias_diffusers/hub/__main__.py", "push"], "python -m debias_diffusers.hub push"),
+    ],
+)
+def test_a_command_names_itself_as_it_was_called(entry, argv, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert getattr(cli, entry)() == 2
+    assert capsys.readouterr().err.endswith(f"; {name} --help lists all flags\n")
+
+
+# ---- what was meant --------------------------------------------------------------------------------------------------
+
+KINDS = (TrainConfig, WeightsConfig, SampleConfig, ScoreConfig, StatsConfig, BitsConfig, GuidedConfig, ExportConfig, PushConfig)
+
+
+def test_every_suggestion_is_a_flag_with_a_value_that_it_has():
+    for names, meant, differs in aliases._ROWS:
+        fields = aliases.fields_of(f"{meant} {differs}")
+        positions = {name.lower() for name in re.findall(r"\b[A-Z]+\b", meant)}
+        kinds = [kind for kind in KINDS if fields | positions <= field_types(kind).keys()]
+        assert kinds, names
+        assert all(set(names.split()) - field_types(kind).keys() for kind in kinds), names
+        for name, value in re.findall(r"--(\w+) (?!or\b)(\w+)", meant):
+            hint = field_types(kinds[0])[name]
+            choices = {*get_args(hint), *(choice for one in get_args(hint) for choice in get_args(one))}
+            assert value in choices or value in WEIGHTINGS or int in choices, (names, value)
+    for name, values in aliases._VALUES.items():
+        hints = [field_types(kind)[name] for kind in KINDS if name in field_types(kind)]
+        known = {choice for hint in hints for one in (hint, *get_args(hint)) for choice in get_args(one)} or {*WEIGHTINGS, *SOLVERS}
+        assert set(values.values()) <= known and not known & values.keys(), name
+
+
+MEANT = {  # by eye; "" where no flag is the same
+    **dict.fromkeys(("lr", "learningrate", "peak_lr"), "--learning_rate"),
+    **dict.fromkeys(("steps", "max_train_steps", "num_steps", "max_step", "epochs", "num_train_epochs"), "--max_steps"),
+    **dict.fromkeys(("train_batch_size", "batch"), "--batch_size"),
+    **dict.fromkeys(("gradient_accumulation_steps", "microbatch"), "--micro_batch_size"),
+    **dict.fromkeys(("lr_scheduler", "lr-scheduler"), "--lr_schedule"),
+    **dict.fromkeys(("lr_warmup_steps", "warmup_epochs", "warm"), "--warmup_steps"),
+    **dict.fromkeys(("schedule", "scheduler"), "--noise_schedule or --lr_schedule"),
+    **dict.fromkeys(("ema", "ema_rate"), "--ema_decay"),
+    **dict.fromkeys(("image_size", "img_size"), "--resolution"),
+    **dict.fromkeys(("num_heads", "heads"), "--attention_head_dim"),
+    "threads": "--num_threads",
+    "num_channels": "--model_channels",
+    "save_every": "--checkpoint_every",
+    "sample_steps": "--sample_every",
+    "pretrained_model_name_or_path": "--init",
+    "unconditional": "--no_class_conditional",
+    "decay": "--ema_decay or --weight_decay",
+    "grad_norm": "--max_grad_norm",
+    "fp16": "--mixed_precision fp16",
+    "v_prediction": "--prediction_type v_prediction",
+    "dropout_rate": "--dropout",
+    "hub_repo": "--hub_model_id",
+    **dict.fromkeys(("num_samples", "patch_size", "optimizer", "momentum", "beta_start", "adam_beta1", "eval_batch_size", "gpu"), ""),
+    **dict.fromkeys(("network_dim", "rank", "validation_prompt", "proportion_empty_prompts", "caption_dropout_rate"), ""),
+    **dict.fromkeys(("use_8bit_adam", "resume_from_checkpoint", "num_images", "size", "rate", "name", "val_data", "temperature"), ""),
+}
+
+
+def test_what_people_type_leads_to_the_flag_of_the_same_meaning():
+    for typed, meant in MEANT.items():
+        found = re.match(r"did you mean (.*)\?", aliases.suggestion(typed, TrainConfig))
+        assert (found[1] if found else "") == meant, typed
+    assert aliases.suggestion("steps_", SampleConfig) == "did you mean --steps?"
+    assert aliases.suggestion("batch", SampleConfig) == "did you mean --batch_size? (images of one process)"
+    assert aliases.suggestion("ckpt", SampleConfig) == "did you mean MODEL? (it stands first, without a flag)"
+
+
+@pytest.mark.parametrize(
+    "typed, differs",
+    [
+        ("pretrained_model_name_or_path", "no text encoder"),
+        ("train_batch_size", "all processes"),
+        ("gradient_accumulation_steps", "one forward pass"),
+        ("num_train_epochs", "an epoch has images / batch_size"),
+        ("resume_from_checkpoint", "the same command"),
+        ("network_dim", "no LoRA"),
+        ("rank", "no LoRA"),
+        ("validation_prompt", "without text"),
+        ("proportion_empty_prompts", "--label_dropout leaves out class labels"),
+        ("caption_dropout_rate", "without captions"),
+        ("use_8bit_adam", "no 8-bit AdamW"),
+    ],
+)
+def test_a_flag_of_another_trainer_is_refused_with_what_differs(typed, differs):
+    with pytest.raises(InputError, match=rf"^Unrecognized options: --{typed}, 1; .*{differs}"):
+        cli.train_config([f"--{typed}", "1"], None)
+
+
+def test_every_unknown_flag_of_a_command_is_answered():
+    with pytest.raises(InputError) as error:
+        cli.train_config(["--lr", "1e-4", "--num_train_epochs=3", "--zzz"], None)
+    first, *lines, last = str(error.value).splitlines()
+    assert first == "Unrecognized options: --lr, 1e-4, --num_train_epochs=3, --zzz" and last == "train.py --help lists all flags"
+    assert [line.split("?")[0] for line in lines] == [
+        "  - --lr: did you mean --learning_rate",
+        "  - --num_train_epochs: did you mean --max_steps",
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags, meant",
+    [
+        (["--prediction_type", "v"], "did you mean v_prediction?"),
+        (["--prediction_type", "eps"], "did you mean epsilon?"),
+        (["--prediction_type=x0"], "did you mean sample?"),
+        (["--noise_schedule", "squaredcos_cap_v2"], "did you mean cosine?"),
+        (["--timestep_sampler", "loss-second-moment"], "did you mean loss_second_moment?"),
+        (["--mixed_precision", "bfloat16"], "did you mean bf16?"),
+        (["--channel_mult", "1,2,2"], "it takes INTEGER ..., but has 1,2,2; separate the values by spaces: --channel_mult 1 2 2"),
+        (["--attention_resolutions=16, 8"], "separate the values by spaces: --attention_resolutions 16 8"),
+        (["--max_steps", "1e5"], "'1e5'; did you mean 100000?"),
+        (["--resolution", "many"], "Error parsing --resolution: invalid literal for int() with base 10: 'many'; train.py"),
+        (["--class_conditional", "True"], "--class_conditional takes no value; type --class_conditional or --no_class_conditional"),
+        (["--random_flip=1"], "--random_flip takes no value"),
+    ],
+)
+def test_a_value_as_others_write_it_is_told_how_to_type_it(flags, meant):
+    with pytest.raises(InputError) as error:
+        cli.train_config(flags, None)
+    assert meant in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_configuration_file_has_the_same_suggestions(tmp_path):
+    file = tmp_path / "other.yaml"
+    file.write_text(
+        "lr: 1\nnum_images: 3\nprediction_type: v\nchannel_mult: 1,2,2\nmax_steps: 1e5\nfp16: true\nseed: no\nlr_schedule: step\n"
+    )
+    with pytest.raises(InputError) as error:
+        loading.read_config(str(file))
+    assert [line.partition("; ")[2] for line in str(error.value).splitlines()[1:]] == [
+        "did you mean learning_rate?", "that is a flag of sample.py", "did you mean v_prediction?", "write [1, 2, 2]",
+        "did you mean 100000?", "did you mean mixed_precision fp16?", "", "",
+    ]  # fmt: skip
+
+
+def test_a_weighting_or_solver_by_another_name():
+    (problem,) = score_problems(ScoreConfig(targets=("x",), schedulers="DDIM"))
+    assert problem == "schedulers has DDIM, which is not known; take ddim"
+    for typed, meant in (("min-snr", "min_snr"), ("debias", "debiased"), ("uniform", "constant")):
+        problems = train_problems(cli.train_config(["--weighting", typed], None))
+        assert [problem for problem in problems if f"weighting is {typed}, which is not known; did you mean {meant}?" in problem]
+
+
+# ---- what a problem advises works ------------------------------------------------------------------------------------
+
+ADVISED = (  # commands whose problem names what to take instead
+    *(
+        "--max_steps -5",
+        "--warmup_steps -1 --max_steps 50",
+        "--warmup_steps 9 --max_steps 5",
+        "--prediction_type flow --noise_schedule linear",
+    ),
+    *("--keep_best --eval_every 7 --checkpoint_every 0", "--keep_best --eval_every 7 --checkpoint_every -1"),
+    *(
+        "--push_to_hub --hub_model_id u/x --hub_every 7 --checkpoint_every 5",
+        "--push_to_hub --hub_model_id u/x --hub_every 7 --checkpoint_every -5",
+    ),
+    *(
+        "--rescale_betas_zero_snr --batch_size 0",
+        "--noise_schedule cosine --seed -1",
+        "--terminal_weight_floor 0.5",
+        "--num_train_timesteps 10",
+    ),
+    "--attention_head_dim 48 --model_channels 20 --channel_mult 3 4 --attention_resolutions 8",
+    "--channel_mult 0 --resolution 9 --attention_resolutions 9",
+)
+
+
+def advised(problem):
+    """Fields and values that a problem names, or values for the field that it is about; {} if none."""
+    flags = re.search(r"(?:take|add) (--.*?)(?:, or |$)", problem)
+    values = re.search(r"(?:such as|take at least|take|;) ([\d. e-]+?)(?: does)?$", problem)
+    text = flags[1] if flags else f"--{problem.split()[0]} {values[1]}" if values else ""
+    found = {name: value.split() for name, value in re.findall(r"--(\w+) ?([^-]*(?:-\d)?)", text)}
+    return {
+        name: yaml.safe_load(f"[{', '.join(value)}]") if len(value) > 1 else yaml.safe_load("".join(value) or "true")
+        for name, value in found.items()
+    }
+
+
+@pytest.mark.parametrize("command", ADVISED)
+def test_what_a_problem_advises_is_no_problem_itself(command):
+    config = cli.train_config(["--output_dir", "x", *command.split()], None)
+    problems = train_problems(config)
+    assert problems and not [problem for problem in problems if re.search(r"--\w+ (-\d|None)", problem)], problems
+    for problem in problems:
+        if changes := advised(problem):
+            after = train_problems(loading.update(config, loading.checked_values(changes, problem)))
+            assert problem not in after and not [each for each in after if each.split()[0] in changes], (problem, changes, after)
