@@ -102,6 +102,10 @@ def test_it_is_chosen_once_said_and_kept(tmp_path, capsys, monkeypatch):
     images(tmp_path / "photos", 6)
     run = tmp_path / "run"
     command = ["--dataset", tmp_path / "photos", "--resolution", 8, "--output_dir", run, "--sample_every", 0, "--num_workers", 0]
+    # A dry run chooses the same, and leaves nothing.
+    assert cli.train([*map(str, command), "--dry_run"]) == 0
+    shown = capsys.readouterr()
+    assert "--schedule_shift 64" in shown.err and "from step 0 to 10000" in shown.out and not run.exists()
     assert cli.train([*map(str, command), "--max_steps", "2", "--batch_size", "2"]) == 0
     said = capsys.readouterr().err
     assert "chosen for 6 images of 8x8 pixels" in said

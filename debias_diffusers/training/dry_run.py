@@ -57,7 +57,7 @@ def dry_run(config: TrainConfig, chosen: Collection[str] = ()) -> None:
             if first:
                 print(line)
         if first:
-            step, steps = (found.step if found else 0), config.optimization.max_steps
+            step, steps = (found.step if found else 0), plan.config.optimization.max_steps
             print(f"output_dir: {config.run.output_dir}, {'resumed from' if found else 'a new run, from'} step {step} to {steps}")
         if first and config.run.verbose:
             print(to_json(plan.config), end="")
