@@ -109,6 +109,7 @@ or JSON file; flags win over it. Without --config and --dataset the embedded dig
 
 --resume RUN resumes a run directory with everything as it was, to its max_steps. Beside it these flags may be typed:
 {", ".join(name for name in field_types(TrainConfig) if name in configuration.CHANGEABLE - {"output_dir"})}.
+
 With --allow_change NAME these can be changed on purpose, from the newest checkpoint on, and the optimizer's state is kept:
 {", ".join(name for name in field_types(TrainConfig) if name in configuration.ON_PURPOSE)}."""
 

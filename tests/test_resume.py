@@ -146,6 +146,7 @@ def test_a_run_changed_on_purpose_goes_on_the_same_whether_it_is_killed_or_not(r
     assert state["position"] == 24 * 8 + 6 * 4
     assert {change["name"]: change["step"] for change in state["changes"]} == dict.fromkeys(CHANGED, 24)
     assert json.loads((killed / "config.json").read_text())["changes"] == state["changes"]
+    assert "- step 24: `learning_rate` from `0.001` to `0.0005`\n" in (killed / "README.md").read_text()
     # Typed again, it is no other change; and both configurations can be read.
     again = opened("--resume", run_of_24, *changed)
     assert again.state["changes"] == state["changes"] and not again.changing

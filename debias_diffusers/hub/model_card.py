@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config.hub_names import COMMIT
@@ -84,6 +84,18 @@ The debiased loss is that of [arXiv 2310.08442](https://arxiv.org/abs/2310.08442
 |---|---|
 {rows}
 """
+
+
+def changes_section(changes: Sequence[Mapping[str, Any]]) -> str:
+    """The end of a card: what --allow_change changed in the middle of the run, as state.json has it; "" where nothing was."""
+    lines = [f"- step {change['step']}: {_changed(change)}" for change in changes]
+    return "\n## Changed in the middle of the run\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _changed(change: Mapping[str, Any]) -> str:
+    if change["name"] == "data":
+        return "the files of the data set"
+    return f"{_code(change['name'])} from {_code(change['before'])} to {_code(change['after'])}"
 
 
 def published(card: str, repo: str, license: str | None, grid: str | None) -> str:
