@@ -121,6 +121,7 @@ With --dataset and without --config, what is left out is chosen to suit the data
 
 --resume RUN resumes a run directory with everything as it was, to its max_steps. Beside it may be typed:
 {changeable}.
+
 With --allow_change NAME these change on purpose, from the newest checkpoint on, and the optimizer's state is kept:
 {on_purpose}.
 """

@@ -24,8 +24,10 @@ from debias_diffusers.config.loading import (
 )
 from debias_diffusers.config.schema import TrainConfig
 from debias_diffusers.config.validation import train_problems
+from debias_diffusers.diffusion.timestep_samplers import TimestepSampler
 from debias_diffusers.errors import InputError
 from debias_diffusers.runs.run_directory import open_run
+from debias_diffusers.training import setup
 from debias_diffusers.training.trainer import Trainer
 
 
@@ -103,7 +105,7 @@ def test_help_lists_what_may_be_typed_beside_resume(capsys):
 
 CHANGED = {
     "learning_rate": ["0.0005"],
-    "batch_size": ["4"],
+    "batch_size": ["5"],
     "ema_decay": ["0.5", "0.99"],
     "weighting": ["constant"],
     "timestep_sampler": ["stratified"],
@@ -138,14 +140,18 @@ def test_a_run_changed_on_purpose_goes_on_the_same_whether_it_is_killed_or_not(r
         trained_here(configured("--resume", killed, *changed))
     with pytest.raises(InputError, match=r"learning_rate: the run has 0.0005, this command says 0.001 \(changed from 0.001 at step 24\)"):
         opened("--config", TINY, "--output_dir", killed, "--max_steps", 30)
+    drawn, draw = [], TimestepSampler.draw
+    monkeypatch.setattr(TimestepSampler, "draw", lambda sampler, u, places: drawn.append(places) or draw(sampler, u, places))
     for folder in (run_of_24, killed):
         trainer = trained_here(configured("--resume", folder, *changed))
+    assert {places.start % 5 for places in drawn} == {0}  # the strata of a step begin with its first sample
     assert tensors(run_of_24, 30) == tensors(killed, 30) and metrics(run_of_24) == metrics(killed)
-    assert [part for step in (24, 25) for part in trainer.positions.micro_batches(step)] == [range(192, 196), range(196, 200)]
+    assert [part for step in (24, 25) for part in trainer.positions.micro_batches(step)] == [range(192, 197), range(197, 202)]
     state = opened("--resume", run_of_24).state
-    assert state["position"] == 24 * 8 + 6 * 4
+    assert state["position"] == 24 * 8 + 6 * 5
     assert {change["name"]: change["step"] for change in state["changes"]} == dict.fromkeys(CHANGED, 24)
     assert json.loads((killed / "config.json").read_text())["changes"] == state["changes"]
+    assert "- step 24: `learning_rate` from `0.001` to `0.0005`\n" in (killed / "README.md").read_text()
     # Typed again, it is no other change; and both configurations can be read.
     again = opened("--resume", run_of_24, *changed)
     assert again.state["changes"] == state["changes"] and not again.changing
@@ -161,9 +167,6 @@ def test_a_new_ema_rate_starts_from_the_nearest_average_and_a_new_batch_size_at_
         average = trainer.state.optimizer_step.ema.averages[rate]
         assert all(torch.equal(average[name], saved[nearest][name]) for name in average)
     assert trainer.positions.first(24) == 192 and trainer.positions.first(25) == 198
-    # Stratified timesteps are spread over the samples of a step.
-    places = [part.start - trainer.positions.origin for part in trainer.positions.micro_batches(25)]
-    assert places[0] % 6 == 0
 
 
 def test_a_change_whose_checkpoint_is_lost_applies_at_the_one_before(run_of_24, capsys):
@@ -174,6 +177,20 @@ def test_a_change_whose_checkpoint_is_lost_applies_at_the_one_before(run_of_24, 
     found = opened("--resume", run_of_24)
     assert found.changing == {"learning_rate"} and found.state["changes"] == [{**change, "step": 18}]
     assert "learning_rate was changed at step 24, which is lost; it now changes at step 18" in capsys.readouterr().err
+
+
+def test_a_data_set_of_the_hub_keeps_the_commit_with_which_it_was_changed(run_of_24, monkeypatch):
+    commits = iter(["a" * 40, "b" * 40])
+    monkeypatch.setattr(setup.client, "pinned", lambda name, kind: name if "@" in name else f"{name}@{next(commits)}")
+    flags = ["--resume", run_of_24, "--dataset", "user/set", "--allow_change", "dataset"]
+    for _ in range(2):  # typed again after a kill, the branch has moved on
+        found = opened(*flags)
+        config = setup._config_of_run(configured(*flags), found)
+        assert config.data.dataset == f"user/set@{'a' * 40}"
+        values = json.loads((run_of_24 / "config.json").read_text())
+        noted = setup._changes(config, found, found.state["data"])
+        assert [(change["before"], change["after"]) for change in noted] == [("digits", config.data.dataset)]
+        (run_of_24 / "config.json").write_text(json.dumps({**values, "dataset": config.data.dataset, "changes": noted}))
 
 
 def test_the_refusal_counts_problems_alone_and_names_the_ways_to_go_on(run_of_24):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .loading import update
-from .schema import SIZE_FIELDS, SIZES, TrainConfig, network_of_size
+from .schema import SIZE_FIELDS, SIZES, Size, TrainConfig, network_of_size
 
 CPU_STEPS = 10_000  # without a GPU: hours at 32 pixels, where the 100 000 of the field would be days
 CPU_BATCH = 32
@@ -21,7 +21,7 @@ GRIDS = 20  # sample grids, and checkpoints, of a run
 WARMUP = 20  # one in so many steps
 EMA_HORIZON = 10  # the average is over about one in so many steps
 EMA_DECAYS = (0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
-LEARNING_RATES = {"tiny": 5e-4, "small": 2e-4, "base": 1e-4, "large": 1e-4}
+LEARNING_RATES: dict[Size, float] = {"tiny": 5e-4, "small": 2e-4, "base": 1e-4, "large": 1e-4}
 FEW_IMAGES, MANY_IMAGES = 5_000, 500_000
 
 
@@ -87,7 +87,7 @@ def _length(config: TrainConfig, images: int, gpu: bool) -> Group:
 def _network(config: TrainConfig, images: int, gpu: bool) -> Group:
     if config.data.resolution is None or config.data.resolution < 1:
         return Group("network", {}, "")  # a problem that the validation names
-    size = "tiny" if not gpu else "small" if images < FEW_IMAGES else "base" if images < MANY_IMAGES else "large"
+    size: Size = "tiny" if not gpu else "small" if images < FEW_IMAGES else "base" if images < MANY_IMAGES else "large"
     reason = f"size {size}: {'no GPU' if not gpu else f'{images} images'}; another with --size {'|'.join(SIZES)}"
     return Group("network", network_of_size(size, config.data.resolution), reason)
 

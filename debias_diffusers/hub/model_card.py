@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,18 @@ def step_of_card(card: Path) -> int | None:
     except (OSError, ValueError):
         return None
     return int(found[1]) if found else None
+
+
+def changes_section(changes: Sequence[Mapping[str, Any]]) -> str:
+    """The end of a card: what --allow_change changed in the middle of the run, as state.json has it; "" where nothing was."""
+    lines = [f"- step {change['step']}: {_changed(change)}" for change in changes]
+    return "\n## Changed in the middle of the run\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _changed(change: Mapping[str, Any]) -> str:
+    if change["name"] == "data":
+        return "the files of the data set"
+    return f"{_code(change['name'])} from {_code(change['before'])} to {_code(change['after'])}"
 
 
 def published(card: str, repo: str, license: str | None, grid: str | None) -> str:

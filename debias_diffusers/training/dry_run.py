@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config.loading import to_json, update
+from ..config.loading import to_json
 from ..config.schema import OptimizationConfig, TrainConfig
 from ..data import images
 from ..data.dataset import TrainingData, collate
@@ -26,6 +26,7 @@ from ..errors import DebiasError
 from ..runs.run_directory import inspect_run
 from ..tasks.base import Batch, Task
 from ..utils import launcher, memory
+from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
 from ..utils.files import require_replaceable, write_file
 from . import setup
@@ -45,8 +46,8 @@ def dry_run(config: TrainConfig, chosen: Collection[str] = ()) -> None:
     if first and config.run.verbose:
         require_replaceable("picture of the first batch", picture, lambda path: images.software(path) == images.SOFTWARE)
     found = inspect_run(config) if first else None
-    # Compiling takes minutes, and is not needed for any check.
-    config = update(config, {"compile": False, "compile_mode": "default"}) if config.optimization.compile else config
+    if first and config.optimization.compile:
+        say("the network is compiled before its steps are measured, which takes minutes")
     with setup.accelerated(config) as accelerator:
         plan = setup.prepare(config, found, accelerator, chosen)
         network, flops = on_meta(plan.task)

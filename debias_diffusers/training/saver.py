@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.loading import CHANGES
 from ..config.schema import TrainConfig
 from ..errors import CannotWriteError
+from ..hub.model_card import changes_section
 from ..hub.publish import Publisher
 from ..runs import checkpoints
 from ..runs.run_directory import Run
@@ -88,5 +90,5 @@ class Saver(BackgroundTask[str | None]):
             # File by file, each atomically; only the weights differ from one export to the next.
             for path in sorted(p for p in export.rglob("*") if p.is_file()):
                 move_file(path, folder / path.relative_to(export))
-        card = self.task.model_card(self.config, state["step"], state["measured"])
+        card = self.task.model_card(self.config, state["step"], state["measured"]) + changes_section(state.get(CHANGES, ()))
         write_file(folder / "README.md", card.encode())

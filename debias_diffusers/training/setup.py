@@ -270,12 +270,10 @@ def suited(config: TrainConfig, chosen: Collection[str], images: int, accelerato
     """
     config, lines = choose(config, chosen, images, gpu=accelerator.device.type != "cpu")
     raise_all(train_problems(config, accelerator.num_processes), "what was left out was chosen; name it")
-    resolution = config.data.resolution
-    for line in (
-        f"chosen for {images} images of {resolution}x{resolution} pixels; flags change it, and a resume keeps it:",
-        *(f"  {line}" for line in lines),
-    ):
-        say(line)
+    size = f"{config.data.resolution}x{config.data.resolution}"
+    say(f"chosen for {images} images of {size} pixels; flags change it, and a resume keeps it:")
+    for line in lines:
+        say(f"  {line}")
     return config
 
 
