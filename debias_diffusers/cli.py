@@ -37,6 +37,7 @@ from .config.schema import (
     WeightsConfig,
 )
 from .errors import CannotWriteError, DebiasError, InputError, raise_all, shortened
+from .runs.run_directory import model_problems
 from .utils import console, launcher
 
 T = TypeVar("T")
@@ -247,7 +248,7 @@ def _raise_all(problems: list[str]) -> None:
 
 def _sample(argv: list[str], program: str) -> None:
     config = _parse(SampleConfig, argv, None, program, "Draw images with a trained model.")
-    _raise_all(validation.sample_problems(config) + missing_models("model", config.model))
+    _raise_all(validation.sample_problems(config) + model_problems(config.model, config.output_dir))
     from .utils.signals import stop_with_launcher
 
     stop_with_launcher()  # else orphaned processes would write into a folder that a new command may lock

@@ -458,6 +458,9 @@ def test_a_path_that_does_not_exist_is_said_to_not_exist(command, tmp_path, caps
     programs = {"sample.py": cli.sample, "eval.py": cli.evaluate}
     assert programs[command[0]]([*command[1:], str(tmp_path / "nothing")]) == 2
     assert f"{tmp_path / 'nothing'} does not exist" in capsys.readouterr().err
+    if command == ("sample.py",):  # what looks like a name on the Hub, too
+        assert cli.sample(["no-such-folder/digits"]) == 2
+        assert "no-such-folder/digits does not exist here; to draw with" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_trained_belong_to_every_average(tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
+from ..config.hub_names import absolute_path, is_dataset_id, is_pinned, missing_models
 from ..config.loading import (
     BEFORE_THE_FIELD,
     CHANGES,
@@ -72,6 +72,19 @@ class Run:
         write_file(self.folder / CONFIG, to_json(config, changes).encode())
         step = self.resume.step if self.resume else 0
         self.metrics.begin_after(step, goes_on=step < config.optimization.max_steps)
+
+
+def model_problems(model: str, output_dir: str | None) -> list[str]:
+    """What is wrong with the model of a sampling command: it does not exist, or is no run, which alone has a folder for samples."""
+    if missing := missing_models("model", model):
+        return missing
+    if output_dir or (Path(model) / CHECKPOINTS).is_dir():
+        return []
+    if not Path(model).exists():
+        return [
+            f"output_dir is missing, and {model} does not exist here; to draw with {model} of the Hub, add --output_dir, such as samples"
+        ]
+    return [f"output_dir is missing: {model} is not a run directory; add --output_dir, such as samples"]
 
 
 def open_run(config: TrainConfig) -> Run:

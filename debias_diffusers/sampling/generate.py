@@ -29,7 +29,7 @@ from ..hub.model_card import step_of_card, variant
 from ..pipelines.pixel_pipeline import PixelPipeline, check_labels, load_pipeline
 from ..pipelines.solvers import default_scheduler, make_scheduler, section_timesteps, set_timesteps, strided_timesteps
 from ..runs import checkpoints
-from ..runs.run_directory import CHECKPOINTS, SAMPLES
+from ..runs.run_directory import CHECKPOINTS, SAMPLES, model_problems
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, inference_accelerator
 from ..utils.files import acquire_lock, write_file
@@ -69,9 +69,7 @@ def sample(config: SampleConfig) -> Path:
         InputError: the model, its labels, or the folder do not fit the command.
         RunInUseError: another command writes into the folder.
     """
-    raise_all(hub_names.missing_models("model", config.model))
-    if not config.output_dir and not (Path(config.model) / CHECKPOINTS).is_dir():
-        raise InputError(f"output_dir is missing: {config.model} is not a run directory; add --output_dir, such as samples")
+    raise_all(model_problems(config.model, config.output_dir))
     accelerator = inference_accelerator(config.num_threads)
     config = replace(config, model=pinned_model(config.model, accelerator))
     job = make_job(config, accelerator.device)
