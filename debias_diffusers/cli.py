@@ -20,7 +20,7 @@ import tyro
 from tyro import _errors as tyro_errors  # of a private module, so that pyproject.toml bounds the version
 
 from . import __version__
-from .config import aliases, validation
+from .config import aliases, hub_names, validation
 from .config import loading as configuration
 from .config.ranges import field_types
 from .config.schema import (
@@ -176,7 +176,7 @@ def _raise_all(problems: list[str]) -> None:
 
 def _sample(argv: list[str], program: str) -> None:
     config = _parse(SampleConfig, argv, None, program, "Draw images with a trained model.")
-    _raise_all(validation.sample_problems(config))
+    _raise_all(validation.sample_problems(config) + hub_names.model_problems("model", config.model))
     from .utils.signals import stop_with_launcher
 
     stop_with_launcher()  # else orphaned processes would write into a folder that a new command may lock
@@ -214,7 +214,8 @@ def _compare(argv: list[str], program: str = "eval.py compare") -> None:
 
 
 def _scored(config: ScoreConfig) -> None:
-    _raise_all(validation.score_problems(config))
+    absent = [problem for target in config.targets for problem in hub_names.target_problems(target)]
+    _raise_all(validation.score_problems(config) + absent + hub_names.data_problems("reference", config.reference))
     from .evaluation import score
 
     score.score(config)
@@ -224,7 +225,7 @@ def _scored(config: ScoreConfig) -> None:
 
 def _stats(argv: list[str], program: str) -> None:
     config = _parse(StatsConfig, argv, None, program, StatsConfig.__doc__ or "")
-    _raise_all(validation.stats_problems(config))
+    _raise_all(validation.stats_problems(config) + hub_names.data_problems("reference", config.reference))
     from .evaluation import statistics
 
     statistics.stats(config)
@@ -232,7 +233,8 @@ def _stats(argv: list[str], program: str) -> None:
 
 def _bits(argv: list[str], program: str) -> None:
     config = _parse(BitsConfig, argv, None, program, BitsConfig.__doc__ or "")
-    _raise_all(validation.bits_problems(config))
+    absent = hub_names.model_problems("model", config.model) + hub_names.data_problems("reference", config.reference)
+    _raise_all(validation.bits_problems(config) + absent)
     from .evaluation import likelihood
 
     likelihood.bits_per_dimension(config)

@@ -183,6 +183,8 @@ def push(config: PushConfig) -> None:
         HubError: as of `publish`.
     """
     run = Path(config.run)
+    if not run.exists():
+        raise InputError(f"{run} does not exist; name the directory of a run that has saved once")
     if not (run / CONFIG).is_file() or not (run / client.MODEL_INDEX).is_file():
         raise InputError(f"{run} is no run with an exported model; name the directory of a run that has saved once")
     if not waiting(run) and not checkpoints.list_checkpoints(run / CHECKPOINTS):
