@@ -322,7 +322,7 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
         found = registry.get_struct_spec(info)
         asked.pop()
         if not isinstance(found, tyro.constructors.StructConstructorSpec):
-            return found
+            return None
         return dataclasses.replace(found, fields=tuple(map(_with_words, found.fields)))
 
     registry.struct_rule(in_words)
@@ -338,7 +338,8 @@ def _with_words(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.S
         metavar=words or None,  # of true and false, which are two flags
         help_behavior_hint=lambda default: "" if default in LEFT_OUT else f"(default: {default})",
     )
-    return dataclasses.replace(field, type=Annotated[field.type, said])
+    hint: Any = Annotated[field.type, said]
+    return dataclasses.replace(field, type=hint)
 
 
 LEFT_OUT = ("None", "", "''")  # as tyro writes None, () and ""
@@ -361,7 +362,7 @@ def _words(hint: Any) -> str:
 BOLD = r"\[/?bold\]"  # markup of tyro
 
 
-def _sentence(event: tyro_errors.ParseErrorEvent, kind: type[Any], argv: Sequence[str]) -> str:
+def _sentence(event: tyro_errors.ParseErrorEvent, kind: Any, argv: Sequence[str]) -> str:
     """An error of tyro as one sentence, with a line for each flag where several are not known."""
     if isinstance(event, tyro_errors.UnrecognizedArgs):
         return f"Unrecognized options: {', '.join(event.tokens)}{_suggestions(event.tokens, kind, argv)}"

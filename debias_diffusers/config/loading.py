@@ -77,7 +77,8 @@ def packaged_configs() -> list[str]:
 
 def preset_changes() -> dict[str, str]:
     """By the names of packaged configurations with the same values: what they change of the field defaults, as text."""
-    defaults, found = flatten(TrainConfig()), {}
+    defaults = flatten(TrainConfig())
+    found: dict[str, list[str]] = {}
     for name in packaged_configs():
         changed = {key: value for key, value in read_config(name).items() if value != defaults[key] and key != "output_dir"}
         text = ", ".join(f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for key, value in changed.items())
