@@ -20,9 +20,8 @@ import tyro
 from tyro import _errors as tyro_errors  # of a private module, so that pyproject.toml bounds the version
 
 from . import __version__
-from .config import aliases, choices, validation
+from .config import aliases, choices, hub_names, validation
 from .config import loading as configuration
-from .config.hub_names import missing_models
 from .config.ranges import field_types
 from .config.schema import (
     DIGITS,
@@ -37,7 +36,7 @@ from .config.schema import (
     WeightsConfig,
 )
 from .errors import CannotWriteError, DebiasError, InputError, raise_all, shortened
-from .runs.run_directory import model_problems
+from .runs.run_directory import sampling_problems
 from .utils import console, launcher
 
 T = TypeVar("T")
@@ -248,7 +247,7 @@ def _raise_all(problems: list[str]) -> None:
 
 def _sample(argv: list[str], program: str) -> None:
     config = _parse(SampleConfig, argv, None, program, "Draw images with a trained model.")
-    _raise_all(validation.sample_problems(config) + model_problems(config.model, config.output_dir))
+    _raise_all(validation.sample_problems(config) + sampling_problems(config.model, config.output_dir))
     from .utils.signals import stop_with_launcher
 
     stop_with_launcher()  # else orphaned processes would write into a folder that a new command may lock
@@ -286,7 +285,8 @@ def _compare(argv: list[str], program: str = "eval.py compare") -> None:
 
 
 def _scored(config: ScoreConfig) -> None:
-    _raise_all(validation.score_problems(config) + missing_models("target", *config.targets))
+    absent = [problem for target in config.targets for problem in hub_names.target_problems(target)]
+    _raise_all(validation.score_problems(config) + absent + hub_names.data_problems("reference", config.reference))
     from .evaluation import score
 
     score.score(config)
@@ -296,7 +296,7 @@ def _scored(config: ScoreConfig) -> None:
 
 def _stats(argv: list[str], program: str) -> None:
     config = _parse(StatsConfig, argv, None, program, StatsConfig.__doc__ or "")
-    _raise_all(validation.stats_problems(config))
+    _raise_all(validation.stats_problems(config) + hub_names.data_problems("reference", config.reference))
     from .evaluation import statistics
 
     statistics.stats(config)
@@ -304,7 +304,8 @@ def _stats(argv: list[str], program: str) -> None:
 
 def _bits(argv: list[str], program: str) -> None:
     config = _parse(BitsConfig, argv, None, program, BitsConfig.__doc__ or "")
-    _raise_all(validation.bits_problems(config) + missing_models("model", config.model))
+    absent = hub_names.model_problems("model", config.model) + hub_names.data_problems("reference", config.reference)
+    _raise_all(validation.bits_problems(config) + absent)
     from .evaluation import likelihood
 
     likelihood.bits_per_dimension(config)
@@ -392,7 +393,7 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
         found = registry.get_struct_spec(info)
         asked.pop()
         if not isinstance(found, tyro.constructors.StructConstructorSpec):
-            return found
+            return None
         return dataclasses.replace(found, fields=tuple(map(_with_words, found.fields)))
 
     registry.struct_rule(in_words)
@@ -408,7 +409,8 @@ def _with_words(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.S
         metavar=words or None,  # of true and false, which are two flags
         help_behavior_hint=lambda default: "" if default in LEFT_OUT else f"(default: {default})",
     )
-    return dataclasses.replace(field, type=Annotated[field.type, said])
+    hint: Any = Annotated[field.type, said]
+    return dataclasses.replace(field, type=hint)
 
 
 LEFT_OUT = ("None", "", "''")  # as tyro writes None, () and ""
@@ -431,7 +433,7 @@ def _words(hint: Any) -> str:
 BOLD = r"\[/?bold\]"  # markup of tyro
 
 
-def _sentence(event: tyro_errors.ParseErrorEvent, kind: type[Any], argv: Sequence[str]) -> str:
+def _sentence(event: tyro_errors.ParseErrorEvent, kind: Any, argv: Sequence[str]) -> str:
     """An error of tyro as one sentence, with a line for each flag where several are not known."""
     if isinstance(event, tyro_errors.UnrecognizedArgs):
         return f"Unrecognized options: {', '.join(event.tokens)}{_suggestions(event.tokens, kind, argv)}"

@@ -55,6 +55,8 @@ class StoppedError(DebiasError):
 
 def reason(error: BaseException) -> str:
     """The message of a library's error on one line; its type if the message is empty."""
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{error.filename} does not exist"
     return shortened(str(error)) or type(error).__name__
 
 

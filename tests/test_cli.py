@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -13,6 +14,7 @@ from debias_diffusers.config.ranges import field_types
 from debias_diffusers.config.registry import SOLVERS, WEIGHTINGS
 from debias_diffusers.config.schema import (
     BitsConfig,
+    DataConfig,
     ExportConfig,
     GuidedConfig,
     PushConfig,
@@ -23,7 +25,11 @@ from debias_diffusers.config.schema import (
     WeightsConfig,
 )
 from debias_diffusers.config.validation import score_problems, train_problems
+from debias_diffusers.data.sources import open_source
 from debias_diffusers.errors import InputError
+from debias_diffusers.evaluation.feature_extractors import Extractor
+from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
+from debias_diffusers.utils.files import read_json_object
 
 COMMANDS = (
     *(["train"], ["sample"], ["eval", "score"], ["eval", "compare"], ["eval", "stats"], ["eval", "bpd"], ["eval", "weights"]),
@@ -276,3 +282,50 @@ def test_what_a_problem_advises_is_no_problem_itself(command):
         if changes := advised(problem):
             after = train_problems(loading.update(config, loading.checked_values(changes, problem)))
             assert problem not in after and not [each for each in after if each.split()[0] in changes], (problem, changes, after)
+
+
+# ---- paths -----------------------------------------------------------------------------------------------------------
+
+ABSENT = [
+    ("sample", ["no/such/run"], "model no/such/run does not exist"),
+    ("sample", ["absent", "--weights", "raw"], "model absent does not exist"),
+    ("evaluate", ["score", "absent", "--reference", "digits"], "target absent does not exist"),
+    ("evaluate", ["score", "no/such/run"], "target no/such/run does not exist"),
+    ("evaluate", ["compare", "pictures", "no/such.npz", "--reference", "digits"], "target no/such.npz does not exist"),
+    ("evaluate", ["score", "pictures", "--reference", "./no/such"], "no/such does not exist"),
+    ("evaluate", ["score", "pictures", "--reference", "no/such.npz"], "no/such.npz does not exist"),
+    ("evaluate", ["stats", "absent", "out.safetensors"], "absent does not exist; absent@main asks the Hub for it"),
+    ("evaluate", ["bpd", "absent"], "model absent does not exist"),
+    ("evaluate", ["bpd", "absent", "--reference", "no/such.safetensors"], "no/such.safetensors does not exist"),
+    ("train", ["--config", "no/such.yaml"], "no/such.yaml does not exist"),
+    ("train", ["--config", "no/such"], "config 'no/such' does not exist"),
+    ("convert", ["guided", "no/such.pt", "out", "--flags", "--image_size 8 --num_heads 1"], "no/such.pt does not exist"),
+    ("convert", ["guided", "no/such.pt", "out", "--flags", "no/such.json"], "no/such.json does not exist"),
+    ("convert", ["export", "absent", "out.pt"], "absent does not exist"),
+    ("push", ["push", "absent", "--hub_model_id", "user/x"], "absent does not exist"),
+]
+
+
+@pytest.mark.parametrize("entry, argv, sentence", ABSENT, ids=[" ".join(argv[:3]) for _, argv, _ in ABSENT])
+def test_a_path_that_does_not_exist_is_said_to_not_exist(entry, argv, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    assert getattr(cli, entry)(argv) == 2
+    assert sentence in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_data_and_files_of_a_training_that_do_not_exist_are_said_to_not_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("absent", "./no/such", "no/such/deep", "/no/such", "~/absent", "absent.parquet", "no/such.parquet"):
+        with pytest.raises(InputError, match=rf"^dataset {re.escape(name)} is neither .*: /.*{name.lstrip('~./')} does not exist"):
+            open_source(DataConfig(dataset=name))
+    with pytest.raises(InputError, match=r"^there is no such folder here, and dataset no/such with split train cannot be loaded"):
+        open_source(DataConfig(dataset="no/such"))
+    for name in ("absent", "no/such/deep", "/no/such"):
+        with pytest.raises(InputError, match=f"^{name} does not exist; name a run directory"):
+            load_pipeline(name)
+    with pytest.raises(InputError, match=r"^model_config no/such\.json cannot be read: no/such\.json does not exist"):
+        read_json_object("model_config", Path("no/such.json"))
+    with pytest.raises(InputError, match=r"^feature_extractor_weights no/such\.pt does not exist"):
+        Extractor("digits", ["fid"], "no/such.pt")

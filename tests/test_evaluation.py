@@ -280,8 +280,8 @@ class Hostile:
 
 def test_weights_that_cannot_be_read_or_are_of_another_network_are_refused(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"no")
-    for name in ("broken.safetensors", "missing.pth"):
-        with pytest.raises(InputError, match=f"{name} is missing, damaged, or holds more than tensors"):
+    for name, why in (("broken.safetensors", "is damaged, or holds more than tensors"), ("missing.pth", "does not exist")):
+        with pytest.raises(InputError, match=f"{name} {why}"):
             Extractor("inception-v3-compat", ["fid"], str(tmp_path / name))
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"other\.pth are no weights of inception-v3-compat"):

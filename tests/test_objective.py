@@ -461,6 +461,23 @@ def test_loss_weight_serves_a_loop_of_somebody_else(golden):
     assert velocity.max() <= 0.5
 
 
+def test_loss_weight_takes_timesteps_as_tensor_list_or_number():
+    for scheduler, timesteps in ((DDPMScheduler(), [0, 500, 999]), (FlowMatchEulerDiscreteScheduler(), [1, 250.5, 1000.0])):
+        weights = loss_weight(scheduler, torch.tensor(timesteps))
+        assert torch.equal(loss_weight(scheduler, timesteps), weights) and torch.equal(loss_weight(scheduler, tuple(timesteps)), weights)
+        for t, one in zip(timesteps, weights):
+            assert torch.equal(loss_weight(scheduler, t), one) and loss_weight(scheduler, t).shape == ()
+    for wrong in (-1, 1000, 1.5, [10, 1000], [1.0]):
+        with pytest.raises(InputError, match="whole numbers from 0 to 999"):
+            loss_weight(DDPMScheduler(), wrong)
+    for wrong in (-1, 1000.5, [10, 1001]):
+        with pytest.raises(InputError, match="from 0 to 1000"):
+            loss_weight(FlowMatchEulerDiscreteScheduler(), wrong)
+    for wrong in (None, "10", ["a"], [[1, 2], [3]], 10**30):
+        with pytest.raises(InputError, match="timesteps must be a tensor, a list of numbers or a number"):
+            loss_weight(DDPMScheduler(), wrong)
+
+
 def test_loss_weight_of_a_flow_is_a_function_of_its_timesteps():
     t = torch.tensor([0.0, 250.0, 700.5, 1000.0])
     for scheduler in (FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)):
@@ -517,6 +534,8 @@ def test_loss_weight_refuses_what_has_no_finite_weight():
     scheduler = DDIMScheduler(rescale_betas_zero_snr=True)
     with pytest.raises(InputError, match=r"not finite at timesteps \[999\]"):
         loss_weight(scheduler, torch.tensor([10, 999]))
+    with pytest.raises(InputError, match=r"not finite at timesteps \[999\]"):
+        loss_weight(scheduler, 999)
     assert loss_weight(scheduler, torch.tensor([10, 999]), prediction_type="v_prediction")[1] == 0
     with pytest.raises(InputError, match="weighting 'debias' is not known"):
         loss_weight(scheduler, torch.tensor([10]), weighting="debias")

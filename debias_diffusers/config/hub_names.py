@@ -50,13 +50,28 @@ def is_model_id(name: str) -> bool:
     return bool(_MODEL_ID.fullmatch(name)) and not name.startswith("..") and not is_path(name)
 
 
-def missing_models(field: str, *names: str) -> list[str]:
-    """A sentence for each name that is neither a path that exists nor an id on the Hub."""
-    return [
-        f"{field} {name} does not exist; name a run directory, a pipeline folder or a Hub id such as user/name"
-        for name in names
-        if name and not is_model_id(name) and not Path(name).exists()
-    ]
+def model_problems(field: str, name: str) -> list[str]:
+    """A model that is neither on this disk nor the name of a repository."""
+    if not name or is_model_id(name) or Path(name).exists():
+        return []  # an empty name is told where the model is loaded
+    return [f"{field} {name} does not exist; name a run directory, a pipeline folder or a Hub id such as user/name"]
+
+
+def data_problems(field: str, name: str | None) -> list[str]:
+    """Data, or a file of their statistics, that are neither on this disk nor the name of a data set on the Hub."""
+    if not name or name == DIGITS or Path(name).expanduser().exists():
+        return []
+    if is_dataset_id(name) and Path(name).suffix not in (".npz", ".safetensors"):
+        return []
+    advice = f"; {name}@main asks the Hub for it" if is_dataset_id(f"{name}@main") else ""
+    return [f"{field} {name} is neither digits, a folder, a file nor a Hub id: {absolute_path(name)} does not exist{advice}"]
+
+
+def target_problems(name: str) -> list[str]:
+    """What is to be scored, a model or images, that is not there."""
+    if Path(name).suffix == ".npz" and not Path(name).exists():
+        return [f"target {name} does not exist; name a run directory, a pipeline folder, a Hub id, a folder of images or an .npz file"]
+    return model_problems("target", name)
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

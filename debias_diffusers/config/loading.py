@@ -149,7 +149,8 @@ def packaged_configs() -> list[str]:
 
 def preset_changes() -> dict[str, str]:
     """By the names of packaged configurations with the same values: what they change of the field defaults, as text."""
-    defaults, found = flatten(TrainConfig()), {}
+    defaults = flatten(TrainConfig())
+    found: dict[str, list[str]] = {}
     for name in packaged_configs():
         changed = {key: value for key, value in read_config(name).items() if value != defaults[key] and key != "output_dir"}
         text = ", ".join(f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for key, value in changed.items())
@@ -169,12 +170,13 @@ def read_config(name_or_file: str) -> dict[str, Any]:
         elif name_or_file in packaged_configs():
             text = resources.files(__package__).joinpath("presets", f"{name_or_file}.yaml").read_text(encoding="utf-8")
         else:
+            absent = "" if Path(name_or_file).exists() else "does not exist: it "
             raise InputError(
-                f"config {name_or_file!r} is neither a file ending in .yaml or .json nor one of: {', '.join(packaged_configs())}"
+                f"config {name_or_file!r} {absent}is neither a file ending in .yaml or .json nor one of: {', '.join(packaged_configs())}"
             )
         values = json.loads(text) if name_or_file.endswith(".json") else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config {name_or_file!r} cannot be read: {error}") from error
+        raise InputError(f"config {name_or_file!r} cannot be read: {reason(error)}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: of JSON, and of YAML's dates that do not exist
         raise InputError(f"config {name_or_file!r} is not valid YAML or JSON: {reason(error)}") from error
     except RecursionError:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from ..config.hub_names import absolute_path, is_dataset_id
+from ..config.hub_names import data_problems, is_dataset_id
 from ..config.schema import DIGITS, DataConfig
 from ..errors import CannotWriteError, InputError, raise_all, reason
 from ..utils.files import read_file, require_writable
@@ -479,13 +479,12 @@ def _open(config: DataConfig, order: ClassOrder) -> Source:
             return ImageTable(_digits(), config, order)
     if path.is_dir():
         return _open_folder(path, config, order)
+    if absent := data_problems("dataset", config.dataset):
+        raise InputError(absent[0])
     if path.suffix.lower() == ".parquet":
-        if not path.is_file():
-            raise InputError(f"dataset {path} does not exist")
         return ImageTable(_load("parquet", config, data_files=str(path)), config, order)
     if not is_dataset_id(config.dataset):
-        advice = _hub_id_advice(config.dataset)
-        raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id{advice}")
+        raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id")
     repo, _, revision = config.dataset.partition("@")
     return ImageTable(_load(repo, config, revision=revision or None), config, order)
 
@@ -529,13 +528,6 @@ def _digits() -> Any:
     return datasets.Dataset(pyarrow.ipc.open_stream(form.getvalue()).read_all())
 
 
-def _hub_id_advice(dataset: str) -> str:
-    """Advice for a missing path that could be a Hub id; empty if the path exists."""
-    if Path(dataset).exists() or not is_dataset_id(f"{dataset}@main"):
-        return ""
-    return f": {absolute_path(dataset)} does not exist; {dataset}@main asks the Hub for it"
-
-
 def _load(path: str, config: DataConfig, **kwargs: Any) -> Any:
     import datasets
 
@@ -546,7 +538,8 @@ def _load(path: str, config: DataConfig, **kwargs: Any) -> Any:
     except Exception as error:
         cause = error.__cause__ or error  # of a wrapped error, the cause has the useful message
         advice = _cache_folder_advice(datasets.config.HF_DATASETS_CACHE)
-        raise InputError(f"dataset {config.dataset} with split {config.split} cannot be loaded: {reason(cause)}{advice}") from error
+        absent = "there is no such folder here, and " if kwargs.get("revision", "") is None else ""  # of a name on the Hub
+        raise InputError(f"{absent}dataset {config.dataset} with split {config.split} cannot be loaded: {reason(cause)}{advice}") from error
 
 
 def _cache_folder_advice(folder: Any) -> str:

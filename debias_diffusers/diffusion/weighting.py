@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
@@ -190,7 +190,7 @@ def effective_sample_size(weights: Tensor, probabilities: Tensor | None = None) 
 
 def loss_weight(
     scheduler: Any,
-    timesteps: Tensor,
+    timesteps: Tensor | Sequence[float] | float,
     weighting: str = "debiased",
     prediction_type: PredictionType | None = None,
     **parameters: float,
@@ -199,21 +199,22 @@ def loss_weight(
 
     Args:
         scheduler: a diffusers scheduler with a discrete noise schedule, or one of flow matching.
-        timesteps: (B,) the timesteps of the batch: whole numbers, or for flow matching T times t with t in [0, 1].
+        timesteps: (B,) the timesteps of the batch, as a tensor or a list: whole numbers, or for flow matching T times t with t in
+            [0, 1]. Or a single one as a number.
         weighting: a name that `--weighting` takes (but for `variational`), or a registered one.
         prediction_type: what the network predicts; the scheduler's own if left out.
         parameters: those of the weighting, named like the flags: `snr_gamma` (5) of min_snr and soft_min_snr, `p2_k` (1) and
             `p2_gamma` (1) of p2, `sigma_data` (0.5) of edm, `snr_floor` (0) and `snr_ceiling` (0, which is none) of all.
 
     Returns:
-        (B,) float32, on the device of `timesteps`.
+        (B,) float32, on the device of `timesteps`; () of a single number.
 
     Raises:
         InputError: an unknown name, a parameter the weighting does not have or that is out of range, a prediction type that is
             not the scheduler's kind or not known to the code that the weighting repeats; on a CPU also timesteps that the scheduler
             does not have, or a weight that is not finite. An accelerator is not waited for: there these weights are not finite.
     """
-    flow = is_flow(scheduler)
+    flow, timesteps = is_flow(scheduler), _as_tensor(timesteps)
     prediction_type = prediction_type or ("flow" if flow else scheduler.config.get("prediction_type", "epsilon"))
     _require_known("weighting", weighting, (*WEIGHTING_FUNCTIONS, *REPEATED_FUNCTIONS))
     _require_known("prediction_type", prediction_type, get_args(PredictionType))
@@ -235,6 +236,13 @@ def loss_weight(
             f"where the SNR is 0; add snr_floor=1e-3, or take weighting debiased and predict v"
         )
     return weights.to(timesteps.device, torch.float32)
+
+
+def _as_tensor(timesteps: Tensor | Sequence[float] | float) -> Tensor:
+    try:
+        return torch.as_tensor(timesteps)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"timesteps must be a tensor, a list of numbers or a number, but are {timesteps!r:.80}") from error
 
 
 def _weights(snr: Tensor, weighting: str, prediction_type: PredictionType, parameters: Mapping[str, float]) -> Tensor:

@@ -175,6 +175,8 @@ def names() -> list[str]:
 
 
 def _load(kind: str, layers: list[str], weights: str | None) -> Any:
+    if weights and not Path(weights).exists():
+        raise InputError(f"feature_extractor_weights {weights} does not exist; name a file of weights")
     try:
         with _harmless(kind, weights) as path:
             return FEATURE_EXTRACTORS_REGISTRY[kind](kind, layers, feature_extractor_weights_path=path, verbose=False)
@@ -211,7 +213,7 @@ def _harmless(kind: str, weights: str | None) -> Iterator[str | None]:
         data = safetensors.torch.load_file(weights) if weights.endswith(".safetensors") else torch.load(weights, weights_only=True)
     except Exception as error:  # a damaged or hostile file may provoke any
         raise InputError(
-            f"feature_extractor_weights {weights} is missing, damaged, or holds more than tensors; give a .safetensors file, or a "
+            f"feature_extractor_weights {weights} is damaged, or holds more than tensors; give a .safetensors file, or a "
             f"state dict that was saved alone"
         ) from error
     with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..config.hub_names import absolute_path, is_dataset_id, is_pinned, missing_models
+from ..config import hub_names
+from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
 from ..config.loading import (
     BEFORE_THE_FIELD,
     CHANGES,
@@ -74,9 +75,9 @@ class Run:
         self.metrics.begin_after(step, goes_on=step < config.optimization.max_steps)
 
 
-def model_problems(model: str, output_dir: str | None) -> list[str]:
+def sampling_problems(model: str, output_dir: str | None) -> list[str]:
     """What is wrong with the model of a sampling command: it does not exist, or is no run, which alone has a folder for samples."""
-    if missing := missing_models("model", model):
+    if missing := hub_names.model_problems("model", model):
         return missing
     if output_dir or (Path(model) / CHECKPOINTS).is_dir():
         return []

@@ -29,7 +29,7 @@ from ..hub.model_card import step_of_card, variant
 from ..pipelines.pixel_pipeline import PixelPipeline, check_labels, load_pipeline
 from ..pipelines.solvers import default_scheduler, make_scheduler, section_timesteps, set_timesteps, strided_timesteps
 from ..runs import checkpoints
-from ..runs.run_directory import CHECKPOINTS, SAMPLES, model_problems
+from ..runs.run_directory import CHECKPOINTS, SAMPLES, sampling_problems
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, inference_accelerator
 from ..utils.files import acquire_lock, write_file
@@ -69,7 +69,7 @@ def sample(config: SampleConfig) -> Path:
         InputError: the model, its labels, or the folder do not fit the command.
         RunInUseError: another command writes into the folder.
     """
-    raise_all(model_problems(config.model, config.output_dir))
+    raise_all(sampling_problems(config.model, config.output_dir))
     accelerator = inference_accelerator(config.num_threads)
     config = replace(config, model=pinned_model(config.model, accelerator))
     job = make_job(config, accelerator.device)

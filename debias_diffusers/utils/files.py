@@ -284,6 +284,8 @@ def read_file(path: Path) -> bytes:
         if not stat.S_ISREG(path.stat().st_mode):
             raise InputError(f"{path} cannot be read: it is not a regular file")
         return path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path} cannot be read: it does not exist") from error
     except (OSError, ValueError) as error:  # ValueError: an invalid file name
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
