@@ -106,7 +106,7 @@ def _objective(config: TrainConfig, images: int, gpu: bool) -> Group:
 
 def _optimization(config: TrainConfig, images: int, gpu: bool) -> Group:
     optim, width = config.optimization, config.model.model_channels
-    size = next((size for size in LEARNING_RATES if width <= SIZES[size]["model_channels"]), "large")
+    size: Size = next((size for size in LEARNING_RATES if width <= SIZES[size]["model_channels"]), "large")
     steps, every = optim.max_steps, max(100, min(1000, optim.max_steps // GRIDS))
     values = {
         "learning_rate": LEARNING_RATES[size],

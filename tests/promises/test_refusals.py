@@ -265,6 +265,7 @@ FIELDS = {
     "skip_bad": ({}, True, None),
     "num_workers": ({}, 1, None),
     "cache_images_mb": ({}, 0, None),
+    "size": ({}, "tiny", None),
     "model_channels": ({}, 16, METRICS),
     "channel_mult": ({}, (1, 1), METRICS),
     "layers_per_block": ({}, 2, METRICS),
@@ -387,6 +388,7 @@ def test_every_field_is_in_the_table():
         "skip_bad",  # shapes the training where there are images to skip, which row 25 shows
         "num_workers",
         "cache_images_mb",
+        "size",  # stands for numbers before anything is compared or stored: test_choices
         "gradient_checkpointing",
         "compile",  # to the last digits, which is said on a resume
         "compile_mode",
