@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from debias_diffusers import __version__, cli
 from debias_diffusers.config import aliases, loading
@@ -158,6 +159,17 @@ def test_what_people_type_leads_to_the_flag_of_the_same_meaning():
     assert aliases.suggestion("steps_", SampleConfig) == "did you mean --steps?"
     assert aliases.suggestion("batch", SampleConfig) == "did you mean --batch_size? (images of one process)"
     assert aliases.suggestion("ckpt", SampleConfig) == "did you mean MODEL? (it stands first, without a flag)"
+
+
+def test_flags_of_the_reference_lead_to_what_the_documentation_says():
+    text = (ROOT / "docs" / "from_the_reference.md").read_text()
+    rows = re.findall(r"^\| (`[a-z].*?) \| (.*) \|$", text[text.index("| reference (default) | here |") :], re.M)
+    assert len(rows) > 20
+    for left, right in rows:
+        kind = SampleConfig if "sample.py" in right or "clipping" in right else TrainConfig
+        for name in re.findall(r"`([a-z_0-9]+)`", left):
+            flags = aliases.fields_of(aliases.suggestion(name, kind)) | ({name} & field_types(kind).keys())
+            assert flags & aliases.fields_of(right), (name, right)
 
 
 @pytest.mark.parametrize(
