@@ -243,6 +243,9 @@ def test_a_configuration_file_has_the_same_suggestions(tmp_path):
 def test_a_weighting_or_solver_by_another_name():
     (problem,) = score_problems(ScoreConfig(targets=("x",), schedulers="DDIM"))
     assert problem == "schedulers has DDIM, which is not known; take ddim"
+    for field, typed, meant in (("dtype", "float64", ""), ("dtype", "bfloat", ""), ("dtype", "fp16", "float16"), ("format", "jpg", "")):
+        choices = get_args(field_types(SampleConfig)[field])
+        assert aliases.value_suggestion(field, typed, choices) == meant
     for typed, meant in (("min-snr", "min_snr"), ("debias", "debiased"), ("uniform", "constant")):
         problems = train_problems(cli.train_config(["--weighting", typed], None))
         assert [problem for problem in problems if f"weighting is {typed}, which is not known; did you mean {meant}?" in problem]

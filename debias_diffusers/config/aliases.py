@@ -317,8 +317,9 @@ def value_suggestion(field: str, typed: str, choices: Iterable[str]) -> str:
     choices, name = list(choices), typed.strip().lower().replace("-", "_").replace(" ", "_")
     plain = {choice.replace("-", "_"): choice for choice in choices}
     found = _VALUES.get(field, {}).get(name) or plain.get(name)
-    if not found and (near := difflib.get_close_matches(name, plain, n=1, cutoff=SIMILAR)):
-        found = plain[near[0]]
+    if not found:  # other digits are another value: float64 is not float16
+        same = [choice for choice in plain if re.findall(r"\d", choice) == re.findall(r"\d", name)]
+        found = next((plain[near] for near in difflib.get_close_matches(name, same, n=1, cutoff=SIMILAR)), None)
     return found if found in choices else ""
 
 
