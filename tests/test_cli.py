@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from debias_diffusers import __version__, cli
 from debias_diffusers.config import aliases, loading
@@ -160,6 +161,17 @@ def test_what_people_type_leads_to_the_flag_of_the_same_meaning():
     assert aliases.suggestion("ckpt", SampleConfig) == "did you mean MODEL? (it stands first, without a flag)"
 
 
+def test_flags_of_the_reference_lead_to_what_the_documentation_says():
+    text = (ROOT / "docs" / "from_the_reference.md").read_text()
+    rows = re.findall(r"^\| (`[a-z].*?) \| (.*) \|$", text[text.index("| reference (default) | here |") :], re.M)
+    assert len(rows) > 20
+    for left, right in rows:
+        kind = SampleConfig if "sample.py" in right or "clipping" in right else TrainConfig
+        for name in re.findall(r"`([a-z_0-9]+)`", left):
+            flags = aliases.fields_of(aliases.suggestion(name, kind)) | ({name} & field_types(kind).keys())
+            assert flags & aliases.fields_of(right), (name, right)
+
+
 @pytest.mark.parametrize(
     "typed, differs",
     [
@@ -231,6 +243,9 @@ def test_a_configuration_file_has_the_same_suggestions(tmp_path):
 def test_a_weighting_or_solver_by_another_name():
     (problem,) = score_problems(ScoreConfig(targets=("x",), schedulers="DDIM"))
     assert problem == "schedulers has DDIM, which is not known; take ddim"
+    for field, typed, meant in (("dtype", "float64", ""), ("dtype", "bfloat", ""), ("dtype", "fp16", "float16"), ("format", "jpg", "")):
+        choices = get_args(field_types(SampleConfig)[field])
+        assert aliases.value_suggestion(field, typed, choices) == meant
     for typed, meant in (("min-snr", "min_snr"), ("debias", "debiased"), ("uniform", "constant")):
         problems = train_problems(cli.train_config(["--weighting", typed], None))
         assert [problem for problem in problems if f"weighting is {typed}, which is not known; did you mean {meant}?" in problem]

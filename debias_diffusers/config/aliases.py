@@ -139,13 +139,14 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     # objective
     ("parameterization pred_type objective prediction", "--prediction_type", ""),
     ("predict_xstart", "--prediction_type sample", ""),
-    ("v_parameterization v_pred v_prediction", "--prediction_type v_prediction", ""),
+    ("predict_v v_parameterization v_pred v_prediction", "--prediction_type v_prediction", ""),
     ("loss_weighting loss_weight weighting_scheme weight_schedule mse_loss_weight_type", "--weighting", ""),
     ("weights", "--weighting or --init", "weights of the loss, or of a network to start from"),
     ("loss loss_type huber_c", "", "the loss is a weighted mean square; --weighting chooses the weights"),
     ("min_snr_gamma min_snr", "--weighting min_snr --snr_gamma", "the same weights whatever --prediction_type"),
     ("debiased_estimation_loss debiased debiased_estimation", "--weighting debiased", "debiased_kohya is the loss of kohya's scripts"),
-    ("use_kl rescale_learned_sigmas", "--learn_sigma", "--weighting variational is the bound alone"),
+    ("use_kl", "--learn_sigma --weighting variational", "the bound alone"),
+    ("rescale_learned_sigmas", "--learn_sigma", "the bound is always rescaled by T/1000"),
     ("diffusion_steps num_timesteps timesteps num_diffusion_steps ddpm_num_steps", "--num_train_timesteps", ""),
     ("ddpm_beta_schedule beta_schedule", "--noise_schedule", "cosine is squaredcos_cap_v2"),
     ("beta_start beta_end betas", "", "--noise_schedule has its own betas; --schedule_shift multiplies the SNR"),
@@ -158,6 +159,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("rescale_timesteps", "", "timesteps go to the network as they are, from 0 to T - 1"),
     # device
     ("fp16 use_fp16 full_fp16 amp half", "--mixed_precision fp16", ""),
+    ("fp16_scale_growth", "--mixed_precision fp16", "the loss scale is that of accelerate"),
     ("bf16 full_bf16", "--mixed_precision bf16", ""),
     ("precision", "--mixed_precision", ""),
     ("enable_xformers_memory_efficient_attention xformers mem_eff_attn flash_attention", "", "attention is PyTorch's own"),
@@ -315,8 +317,9 @@ def value_suggestion(field: str, typed: str, choices: Iterable[str]) -> str:
     choices, name = list(choices), typed.strip().lower().replace("-", "_").replace(" ", "_")
     plain = {choice.replace("-", "_"): choice for choice in choices}
     found = _VALUES.get(field, {}).get(name) or plain.get(name)
-    if not found and (near := difflib.get_close_matches(name, plain, n=1, cutoff=SIMILAR)):
-        found = plain[near[0]]
+    if not found:  # other digits are another value: float64 is not float16
+        same = [choice for choice in plain if re.findall(r"\d", choice) == re.findall(r"\d", name)]
+        found = next((plain[near] for near in difflib.get_close_matches(name, same, n=1, cutoff=SIMILAR)), None)
     return found if found in choices else ""
 
 
