@@ -32,6 +32,7 @@ from debias_diffusers.config.schema import ObjectiveConfig
 from debias_diffusers.errors import CannotWriteError, InputError, NotFiniteError
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
 from debias_diffusers.pipelines.solvers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
+from debias_diffusers.sampling import image_writer
 from debias_diffusers.sampling.generate import draw, sample
 from debias_diffusers.sampling.image_writer import ImageWriter, SampleFolder
 from debias_diffusers.tasks.unet import build_unet
@@ -449,6 +450,21 @@ def test_a_folder_with_other_settings_is_refused_in_words_and_replaced_with_over
     with pytest.raises(InputError, match=r"images of unknown settings \(\.sampling\.json is damaged\)"):
         sample(sample_config(trained, folder, num_images=1))
     sample(sample_config(trained, folder, num_images=1, overwrite=True))
+
+
+def test_a_kill_while_images_are_replaced_leaves_none_of_other_settings(tmp_path, monkeypatch):
+    samples = SampleFolder(tmp_path, "png", 2)
+    assert samples.begin({"steps": 5}) == [0, 1]
+    for k in range(2):
+        samples.write(k, np.zeros((1, 8, 8), np.uint8))
+    samples.finish(None, range(2))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(image_writer, "write_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        samples.begin({"steps": 6}, overwrite=True)
+    assert list(tmp_path.glob("*.png")) == []
+    with pytest.raises(InputError, match="steps was 5, now 6"):
+        samples.begin({"steps": 6})
+    assert samples.begin({"steps": 6}, overwrite=True) == samples.begin({"steps": 6}) == [0, 1]
 
 
 @pytest.mark.parametrize("command", (("sample.py",), ("eval.py", "compare"), ("eval.py", "score"), ("eval.py", "bpd")))
