@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import os
-import re
 import signal
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
-
-import tyro
-from tyro import _errors as tyro_errors  # of a private module, so that pyproject.toml bounds the version
+from typing import Any
 
 from . import __version__
-from .config import aliases, choices, hub_names, validation
+from .config import choices, hub_names, validation
 from .config import loading as configuration
 from .config.ranges import field_types
 from .config.schema import (
@@ -35,11 +29,10 @@ from .config.schema import (
     TrainConfig,
     WeightsConfig,
 )
-from .errors import CannotWriteError, DebiasError, InputError, raise_all, shortened
+from .errors import CannotWriteError, DebiasError, InputError, raise_all
+from .parsing import parse
 from .runs.run_directory import sampling_problems
 from .utils import console, launcher
-
-T = TypeVar("T")
 
 HELP_FLAGS = {"-h", "--help"}
 ERROR_GRACE_SECONDS = 10.0  # the other processes wait so long for the first one to print its error
@@ -171,7 +164,7 @@ def train_command(argv: list[str], launcher_precision: str | None, program: str 
         kept = _kept(flags, chosen)
         defaults, chosen = configuration.layered(kept), frozenset() if kept else chosen
     defaults = _replaced(defaults, flags, typed)
-    config = _parse(TrainConfig, flags, defaults, program, _train_help(file) if asks_help else "")
+    config = parse(TrainConfig, flags, defaults, program, _train_help(file) if asks_help else "")
     typed |= {name.removeprefix("no_") for name in typed}
     config, notes = validation.yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
     _say_first(notes)
@@ -246,7 +239,7 @@ def _raise_all(problems: list[str]) -> None:
 
 
 def _sample(argv: list[str], program: str) -> None:
-    config = _parse(SampleConfig, argv, None, program, "Draw images with a trained model.")
+    config = parse(SampleConfig, argv, None, program, "Draw images with a trained model.")
     _raise_all(validation.sample_problems(config) + sampling_problems(config.model, config.output_dir))
     from .utils.signals import stop_with_launcher
 
@@ -276,11 +269,11 @@ def _evaluate(argv: list[str], program: str) -> None:
 
 
 def _score(argv: list[str], program: str) -> None:
-    _scored(_parse(ScoreConfig, argv, None, program, ScoreConfig.__doc__ or ""))
+    _scored(parse(ScoreConfig, argv, None, program, ScoreConfig.__doc__ or ""))
 
 
 def _compare(argv: list[str], program: str = "eval.py compare") -> None:
-    given = _parse(ScoreConfig, argv, None, program, "Score runs side by side, with confidence intervals (--bootstrap 200 if left out).")
+    given = parse(ScoreConfig, argv, None, program, "Score runs side by side, with confidence intervals (--bootstrap 200 if left out).")
     _scored(dataclasses.replace(given, bootstrap=200 if given.bootstrap is None else given.bootstrap))
 
 
@@ -295,7 +288,7 @@ def _scored(config: ScoreConfig) -> None:
 
 
 def _stats(argv: list[str], program: str) -> None:
-    config = _parse(StatsConfig, argv, None, program, StatsConfig.__doc__ or "")
+    config = parse(StatsConfig, argv, None, program, StatsConfig.__doc__ or "")
     _raise_all(validation.stats_problems(config) + hub_names.data_problems("reference", config.reference))
     from .evaluation import statistics
 
@@ -303,7 +296,7 @@ def _stats(argv: list[str], program: str) -> None:
 
 
 def _bits(argv: list[str], program: str) -> None:
-    config = _parse(BitsConfig, argv, None, program, BitsConfig.__doc__ or "")
+    config = parse(BitsConfig, argv, None, program, BitsConfig.__doc__ or "")
     absent = hub_names.model_problems("model", config.model) + hub_names.data_problems("reference", config.reference)
     _raise_all(validation.bits_problems(config) + absent)
     from .evaluation import likelihood
@@ -312,7 +305,7 @@ def _bits(argv: list[str], program: str) -> None:
 
 
 def _weights(argv: list[str], program: str) -> None:
-    config = _parse(WeightsConfig, argv, None, program, WEIGHTS_HELP)
+    config = parse(WeightsConfig, argv, None, program, WEIGHTS_HELP)
     raise_all(validation.weights_problems(config))
     from .evaluation import plots
 
@@ -335,14 +328,14 @@ def _guided(argv: list[str], program: str) -> None:
     if "--flags" in argv[:-1]:  # its value starts with dashes, so the parser needs "--flags=VALUE"
         place = argv.index("--flags")
         argv = [*argv[:place], f"--flags={argv[place + 1]}", *argv[place + 2 :]]
-    config = _parse(GuidedConfig, argv, None, program, GuidedConfig.__doc__ or "")
+    config = parse(GuidedConfig, argv, None, program, GuidedConfig.__doc__ or "")
     from .convert import guided_diffusion
 
     guided_diffusion.guided(**dataclasses.asdict(config))
 
 
 def _export(argv: list[str], program: str) -> None:
-    config = _parse(ExportConfig, argv, None, program, ExportConfig.__doc__ or "")
+    config = parse(ExportConfig, argv, None, program, ExportConfig.__doc__ or "")
     from .convert import guided_diffusion
 
     guided_diffusion.export(**dataclasses.asdict(config))
@@ -357,137 +350,10 @@ def _hub(argv: list[str], program: str) -> None:
 
 
 def _push(argv: list[str], program: str) -> None:
-    config = _parse(PushConfig, argv, None, program, PushConfig.__doc__ or "")
+    config = parse(PushConfig, argv, None, program, PushConfig.__doc__ or "")
     from .hub import publish
 
     publish.push(config)
-
-
-def _parse(kind: type[T], argv: list[str], default: T | None, program: str, description: str) -> T:
-    """Parses flags to a dataclass. An error of tyro becomes an InputError of one sentence.
-
-    Raises:
-        InputError: an unknown flag (says what was meant) or an invalid value.
-    """
-
-    def refuse(event: tyro_errors.ParseErrorEvent) -> None:
-        sentence = _sentence(event, kind, argv)
-        separator = "\n" if "\n" in sentence else "; "
-        raise InputError(f"{sentence}{separator}{program} --help lists all flags")
-
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    options |= {"config": (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs), "registry": _registry()}
-    with tyro_errors.on_parse_error(refuse):
-        parsed: T = tyro.cli(kind, args=argv, prog=program, description=description, use_underscores=True, **options)
-    return parsed
-
-
-def _registry() -> tyro.constructors.ConstructorRegistry:
-    """What makes tyro print types in words, and no default where a value is left out."""
-    registry, asked = tyro.constructors.ConstructorRegistry(), []
-
-    def in_words(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
-        if not dataclasses.is_dataclass(info.type) or info.type in asked:
-            return None
-        asked.append(info.type)  # so that tyro's own rule answers
-        found = registry.get_struct_spec(info)
-        asked.pop()
-        if not isinstance(found, tyro.constructors.StructConstructorSpec):
-            return None
-        return dataclasses.replace(found, fields=tuple(map(_with_words, found.fields)))
-
-    registry.struct_rule(in_words)
-    return registry
-
-
-def _with_words(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.StructFieldSpec:
-    """A field with what `--help` prints of it: its type in words, or its name where it stands without a flag; and its default."""
-    words = _words(field.type)
-    if field.default in (tyro.MISSING, tyro.constructors.MISSING_NONPROP):
-        words = field.name.upper() + (" ..." if words.endswith("...") else "")
-    said = tyro.conf.arg(
-        metavar=words or None,  # of true and false, which are two flags
-        help_behavior_hint=lambda default: "" if default in LEFT_OUT else f"(default: {default})",
-    )
-    hint: Any = Annotated[field.type, said]
-    return dataclasses.replace(field, type=hint)
-
-
-LEFT_OUT = ("None", "", "''")  # as tyro writes None, () and ""
-
-
-def _words(hint: Any) -> str:
-    """A type as `--help` prints it: INTEGER, NUMBER ..., {one,of,these}; "" for true and false."""
-    origin, members = get_origin(hint), [member for member in get_args(hint) if member not in (type(None), Ellipsis)]
-    if origin is Annotated:
-        return _words(members[0])
-    if origin is Literal:
-        return "{" + ",".join(members) + "}"
-    if origin is tuple:
-        return f"{_words(members[0])} ..." if len(members) == 1 else " ".join(map(_words, members))
-    if members:
-        return " or ".join(dict.fromkeys(map(_words, members)))
-    return {int: "INTEGER", float: "NUMBER", str: "TEXT"}.get(hint, "")
-
-
-BOLD = r"\[/?bold\]"  # markup of tyro
-
-
-def _sentence(event: tyro_errors.ParseErrorEvent, kind: Any, argv: Sequence[str]) -> str:
-    """An error of tyro as one sentence, with a line for each flag where several are not known."""
-    if isinstance(event, tyro_errors.UnrecognizedArgs):
-        return f"Unrecognized options: {', '.join(event.tokens)}{_suggestions(event.tokens, kind, argv)}"
-    if isinstance(event, tyro_errors.MissingArgs):
-        fields = [argument.arg.field for argument in event.missing_arguments]
-        helptexts = [field.helptext() if callable(field.helptext) else field.helptext for field in fields]
-        return "; ".join(f"{field.intern_name} is missing: {text}" for field, text in zip(fields, helptexts))
-    argument = getattr(event, "argument", None)
-    flag = argument.display_name() if argument else "the arguments"
-    if isinstance(event, tyro_errors.InvalidChoice):
-        choices = sorted(set(event.choices) - {"None"})
-        near = aliases.value_suggestion(flag.lstrip("-"), event.value, choices)
-        meant = f"; did you mean {near}?" if near else ""
-        return f"invalid choice {event.value!r} for argument {flag!r}. Expected one of {', '.join(choices)}{meant}"
-    if isinstance(event, tyro_errors.InstantiationFailure):
-        typed, hint = _typed_values(flag, argv), field_types(kind).get(_name(flag))
-        if "..." in _words(hint) or " " in _words(hint):
-            problem = f"it takes {_words(hint)}, but has {' '.join(typed)}"
-        else:  # of a union, tyro lists why each member does not fit; the last is what is not None
-            problem = shortened(re.sub(BOLD, "", event.message.rpartition("\n- ")[2].rpartition(">: ")[2]))
-        return f"Error parsing {flag}: {problem}{aliases.typed_suggestion(flag, typed, hint)}"
-    if isinstance(event, tyro_errors.BadValue):
-        if not flag.startswith("-"):
-            return f"{flag} is missing: it stands without a flag, before the options"
-        return f"Missing value for argument {flag!r}. Expected {event.argument.lowered.nargs} values."
-    return "the arguments cannot be read"
-
-
-def _name(token: str) -> str:
-    """The field that a flag as typed names."""
-    return token.split("=")[0].lstrip("-").replace("-", "_")
-
-
-def _words_of(argv: Sequence[str]) -> list[str]:
-    """The arguments with `--flag=value` in two."""
-    return [part for token in argv for part in (token.split("=", 1) if token.startswith("--") else [token])]
-
-
-def _typed_values(flag: str, argv: Sequence[str]) -> list[str]:
-    """What was typed after a flag, the last time."""
-    words = _words_of(argv)
-    places = [place for place, word in enumerate(words) if word.startswith("--") and _name(word) == _name(flag)]
-    return list(itertools.takewhile(lambda word: not word.startswith("--"), words[places[-1] + 1 :])) if places else []
-
-
-def _suggestions(tokens: Sequence[str], kind: Any, argv: Sequence[str]) -> str:
-    """What was meant by options that are not known; a line for each where there are several."""
-    found = {token.split("=")[0]: aliases.suggestion(_name(token), kind) for token in tokens if token.startswith("--")}
-    for flag, value in pairwise(_words_of(argv)):
-        if value in tokens and flag.startswith("--") and field_types(kind).get(_name(flag)) is bool:
-            found[value] = f"--{_name(flag)} takes no value; type --{_name(flag)} or --no_{_name(flag)}"
-    if len(found) == 1:
-        return "".join(f"; {text}" for text in found.values() if text)
-    return "".join(f"\n  - {typed}: {text}" for typed, text in found.items() if text)
 
 
 def _run_command(main: Command, argv: Sequence[str] | None, program: str) -> int:

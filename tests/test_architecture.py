@@ -26,6 +26,7 @@ ORDER = [
     "tasks",
     "training",
     "convert",
+    "parsing",
     "cli",
 ]
 
@@ -38,7 +39,7 @@ USERS = {
     "diffusers": {"pipelines", "tasks", "training.device", "convert.guided_diffusion"},
     "accelerate": {"utils.distributed", "training", "sampling.generate", "evaluation", "tasks.pixel_data"},
     "torch_fidelity": {"evaluation.feature_extractors", "evaluation.metrics"},
-    "tyro": {"cli"},
+    "tyro": {"parsing"},
     "yaml": {"config.loading"},
     "huggingface_hub": {"hub"},
     "PIL": {"data.images", "sampling.image_writer", "evaluation.image_sets"},
@@ -57,6 +58,7 @@ WITHOUT_TORCH = {
     "runs",
     "hub",
     "training.start",
+    "parsing",
     "cli",
 }
 

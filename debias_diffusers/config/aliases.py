@@ -195,11 +195,12 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("torch_compile compile_model", "--compile", ""),
     ("mode", "--compile_mode", ""),
     ("max_time time_limit", "--max_hours", ""),
+    ("model_size unet_size network_size", "--size", ""),
     ("tracker_project_name wandb_project", "", "--report_to wandb takes WANDB_PROJECT from the environment"),
     (
-        "resume_from_checkpoint resume_checkpoint resume_from resume save_state",
+        "resume_from_checkpoint resume_checkpoint resume_from save_state",
         "",
-        "the same command with the same --output_dir resumes a run; --init takes weights alone",
+        "--resume RUN goes on with a run, and so does the same command; --init takes weights alone",
     ),
     ("hub_token hf_token token", "", "the token is that of `hf auth login` or HF_TOKEN"),
     ("hub_private_repo", "--hub_private", ""),
@@ -277,8 +278,8 @@ SIMILAR = 0.8  # difflib's ratio, from which on a word is a misspelling: a lette
 
 
 def fields_of(text: str) -> set[str]:
-    """The fields whose flags a text names."""
-    return set(re.findall(r"--(?:no_)?(\w+)", text))
+    """The fields whose flags a text names; `--config` and `--resume` of train.py are none."""
+    return set(re.findall(r"--(?:no_)?(\w+)", text)) - {"config", "resume"}
 
 
 def suggestion(typed: str, kind: Any) -> str:

@@ -13,12 +13,13 @@ from here import tiny, trained_here
 from PIL import Image as Picture
 from test_config import WITHOUT_TORCH
 
-from debias_diffusers.cli import _parse, train_config
+from debias_diffusers.cli import train_config
 from debias_diffusers.config.loading import CHANGEABLE, NOT_STORED, differences, flatten, stored, to_json
 from debias_diffusers.config.loading import update as updated
 from debias_diffusers.config.schema import SampleConfig, ScoreConfig, TrainConfig
 from debias_diffusers.config.validation import train_problems
 from debias_diffusers.errors import InputError
+from debias_diffusers.parsing import parse
 
 TRAIN = ["--output_dir", "never/made"]
 PUSH = ["--push_to_hub", "--hub_model_id", "user/digits"]
@@ -240,7 +241,7 @@ def test_a_misspelt_flag_suggests_the_right_one(chosen, trials):
     for kind, name, wrong in chosen:
         trials()
         with pytest.raises(InputError) as error:
-            train_config([f"--{wrong}", "3"], None) if kind is TrainConfig else _parse(kind, ["x", f"--{wrong}", "3"], None, "p", "")
+            train_config([f"--{wrong}", "3"], None) if kind is TrainConfig else parse(kind, ["x", f"--{wrong}", "3"], None, "p", "")
         assert f"did you mean --{name}?" in str(error.value)
 
 

@@ -29,7 +29,7 @@ from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallb
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from test_sampling import loud_pipeline, small_pipeline, solved
 
-from debias_diffusers import PixelPipeline, cli
+from debias_diffusers import PixelPipeline, cli, parsing
 from debias_diffusers.config.loading import update
 from debias_diffusers.config.schema import ObjectiveConfig
 from debias_diffusers.diffusion.noise_schedule import make_schedule, prediction_of_x_0
@@ -257,7 +257,7 @@ def test_the_commands_of_a_page_are_known(page, trials):
         if words[0] == "train.py":
             cli.train_config(words[1:], None)
         else:
-            cli._parse(cli.SampleConfig, words[1:], None, "sample.py", "")
+            parsing.parse(cli.SampleConfig, words[1:], None, "sample.py", "")
         trials()
 
 
