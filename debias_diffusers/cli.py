@@ -163,7 +163,7 @@ def train_command(argv: list[str], launcher_precision: str | None, program: str 
         chosen = choices.left_out(typed)
         kept = _kept(flags, chosen)
         defaults, chosen = configuration.layered(kept), frozenset() if kept else chosen
-    defaults = _replaced(defaults, flags, typed)
+    defaults = _replaced(defaults, typed)
     config = parse(TrainConfig, flags, defaults, program, _train_help(file) if asks_help else "")
     typed |= {name.removeprefix("no_") for name in typed}
     config, notes = validation.yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
@@ -171,17 +171,17 @@ def train_command(argv: list[str], launcher_precision: str | None, program: str 
     return configuration.resolved(config, launcher_precision), chosen
 
 
-def _replaced(defaults: TrainConfig, flags: list[str], typed: set[str]) -> TrainConfig:
+def _replaced(defaults: TrainConfig, typed: set[str]) -> TrainConfig:
     """The defaults without what a flag replaces that describes the whole network.
 
     Raises:
         InputError: a number of the network is typed beside it.
     """
+    neutral = configuration.flatten(TrainConfig())
     for name in configuration.REPLACING.keys() & typed:
         if twice := sorted(typed & set(configuration.REPLACING[name])):
             raise InputError(f"{name} describes the whole network; leave out {', '.join(twice)}")
-        value, _ = _take_flag(name, flags)
-        defaults = configuration.layered(configuration.flatten(defaults), {name: value})
+        defaults = configuration.update(defaults, {number: neutral[number] for number in configuration.REPLACING[name]})
     return defaults
 
 

@@ -139,7 +139,7 @@ def _suggestions(tokens: Sequence[str], kind: Any, argv: Sequence[str]) -> str:
     """What was meant by options that are not known; a line for each where there are several."""
     found = {token.split("=")[0]: aliases.suggestion(_name(token), kind) for token in tokens if token.startswith("--")}
     for flag, value in pairwise(_words_of(argv)):
-        if value in tokens and flag.startswith("--") and field_types(kind).get(_name(flag)) is bool:
+        if value in tokens and not value.startswith("-") and flag.startswith("--") and field_types(kind).get(_name(flag)) is bool:
             found[value] = f"--{_name(flag)} takes no value; type --{_name(flag)} or --no_{_name(flag)}"
     if len(found) == 1:
         return "".join(f"; {text}" for text in found.values() if text)

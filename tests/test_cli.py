@@ -124,7 +124,7 @@ def test_every_suggestion_is_a_flag_with_a_value_that_it_has():
 
 
 MEANT = {  # by eye; "" where no flag is the same
-    **dict.fromkeys(("lr", "learningrate", "peak_lr"), "--learning_rate"),
+    **dict.fromkeys(("lr", "learningrate", "peak_lr", "train_lr"), "--learning_rate"),
     **dict.fromkeys(("steps", "max_train_steps", "num_steps", "max_step", "epochs", "num_train_epochs"), "--max_steps"),
     **dict.fromkeys(("train_batch_size", "batch"), "--batch_size"),
     **dict.fromkeys(("gradient_accumulation_steps", "microbatch"), "--micro_batch_size"),
@@ -135,6 +135,8 @@ MEANT = {  # by eye; "" where no flag is the same
     **dict.fromkeys(("image_size", "img_size"), "--resolution"),
     **dict.fromkeys(("num_heads", "heads"), "--attention_head_dim"),
     "threads": "--num_threads",
+    "resum": "--resume",
+    "sampling_timesteps": "",
     "num_channels": "--model_channels",
     "save_every": "--checkpoint_every",
     "sample_steps": "--sample_every",
@@ -219,6 +221,8 @@ def test_every_unknown_flag_of_a_command_is_answered():
         (["--resolution", "many"], "Error parsing --resolution: invalid literal for int() with base 10: 'many'; train.py"),
         (["--class_conditional", "True"], "--class_conditional takes no value; type --class_conditional or --no_class_conditional"),
         (["--random_flip=1"], "--random_flip takes no value"),
+        (["--random_flip", "--lr", "1"], "Unrecognized options: --lr, 1; did you mean --learning_rate?"),
+        (["--size", "huge"], "invalid choice 'huge' for argument '--size'"),
     ],
 )
 def test_a_value_as_others_write_it_is_told_how_to_type_it(flags, meant):

@@ -19,7 +19,11 @@ from .ranges import field_types
 # the same here, the last says what to do instead. A row is for the commands that have all its flags; the first such row counts.
 _ROWS: tuple[tuple[str, str, str], ...] = (
     # length and batches
-    ("steps num_steps n_steps train_steps max_train_steps num_iterations iterations iters max_iters total_steps", "--max_steps", ""),
+    (
+        "steps num_steps n_steps train_steps train_num_steps max_train_steps num_iterations iterations iters max_iters total_steps",
+        "--max_steps",
+        "",
+    ),
     (
         "epochs epoch num_epochs n_epochs max_epochs num_train_epochs max_train_epochs",
         "--max_steps",
@@ -36,14 +40,14 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "images are drawn in batches that the training has memory for; --micro_batch_size makes them smaller",
     ),
     (
-        "gradient_accumulation_steps grad_accum accumulate_grad_batches gradient_accumulation",
+        "gradient_accumulation_steps gradient_accumulate_every grad_accum accumulate_grad_batches gradient_accumulation",
         "--micro_batch_size",
         "it counts the images of one forward pass; batch_size stays that of a whole optimizer step",
     ),
     ("microbatch microbatch_size", "--micro_batch_size", "the whole batch if left out, where guided-diffusion has -1"),
     ("scale_lr", "", "the learning rate is not scaled by the batch size; --learning_rate is what is taken"),
     # learning rate
-    ("lr base_lr peak_lr unet_lr", "--learning_rate", ""),
+    ("lr base_lr peak_lr train_lr unet_lr", "--learning_rate", ""),
     ("lr_scheduler lr_scheduler_type", "--lr_schedule", "constant, linear or cosine; --warmup_steps is a flag of its own"),
     ("lr_warmup_steps lr_warmup num_warmup_steps warmup", "--warmup_steps", "optimizer steps, however many processes there are"),
     ("warmup_epochs", "--warmup_steps", "it counts optimizer steps"),
@@ -69,9 +73,9 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ),
     ("clip grad_clip gradient_clip gradient_clip_val clip_grad clip_grad_norm clip_norm max_norm", "--max_grad_norm", ""),
     # EMA
-    ("ema ema_rate ema_beta ema_rates", "--ema_decay", "one or more rates; the EMA is always there"),
+    ("ema ema_rate ema_decay_rate ema_beta ema_rates", "--ema_decay", "one or more rates; the EMA is always there"),
     ("ema_max_decay", "--ema_decay", ""),
-    ("use_ema", "", "the EMA is always there; --ema_decay sets its rate"),
+    ("use_ema no_ema", "", "the EMA is always there; --ema_decay sets its rate"),
     ("ema_inv_gamma ema_power", "", "the warmup of the EMA is min(rate, (1 + n) / (10 + n)); --no_ema_warmup switches it off"),
     # data
     ("data dataset_name train_data_dir instance_data_dir data_dir data_path data_root dataset_path image_dir", "--dataset", ""),
@@ -149,7 +153,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("rescale_learned_sigmas", "--learn_sigma", "the bound is always rescaled by T/1000"),
     ("diffusion_steps num_timesteps timesteps num_diffusion_steps ddpm_num_steps", "--num_train_timesteps", ""),
     ("ddpm_beta_schedule beta_schedule", "--noise_schedule", "cosine is squaredcos_cap_v2"),
-    ("beta_start beta_end betas", "", "--noise_schedule has its own betas; --schedule_shift multiplies the SNR"),
+    ("beta_start beta_end betas", "", "--noise_schedule has its own betas, AdamW 0.9 and 0.999; --schedule_shift multiplies the SNR"),
     ("zero_terminal_snr ztsnr", "--rescale_betas_zero_snr", ""),
     ("shift flow_shift timestep_shift discrete_flow_shift", "--schedule_shift", "it multiplies the SNR: a shift s of t is 1/s^2 here"),
     ("schedule_sampler", "--timestep_sampler", ""),
@@ -172,7 +176,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("local_rank", "", "accelerate launch and torchrun set it in the environment"),
     # output
     (
-        "out outdir out_dir output save_dir logging_dir log_dir logdir run_dir run_name results_dir checkpoint_dir ckpt_dir",
+        "out outdir out_dir output save_dir logging_dir log_dir logdir run_dir run_name results_dir results_folder checkpoint_dir ckpt_dir",
         "--output_dir",
         "",
     ),
@@ -220,7 +224,11 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "--flags",
         "all of them as one text: see the help",
     ),
-    ("num_inference_steps sampling_steps ddim_steps ddpm_num_inference_steps num_steps n_steps sample_steps", "--steps", ""),
+    (
+        "num_inference_steps sampling_steps sampling_timesteps ddim_steps ddpm_num_inference_steps num_steps n_steps sample_steps",
+        "--steps",
+        "",
+    ),
     ("sampler solver method sample_sampler", "--scheduler", ""),
     ("sampler solver scheduler", "--schedulers", ""),
     ("use_ddim", "--scheduler ddim", ""),
@@ -242,8 +250,9 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
 # Values that are typed for those of a field, where no spelling rule leads to them.
 _VALUES: dict[str, dict[str, str]] = {
     "prediction_type": {
-        "v": "v_prediction", "velocity": "v_prediction", "v_pred": "v_prediction", "eps": "epsilon", "noise": "epsilon",
-        "x0": "sample", "x_0": "sample", "x_start": "sample", "xstart": "sample", "x": "sample", "image": "sample",
+        "v": "v_prediction", "velocity": "v_prediction", "v_pred": "v_prediction", "pred_v": "v_prediction",
+        "eps": "epsilon", "noise": "epsilon", "pred_noise": "epsilon",
+        "x0": "sample", "pred_x0": "sample", "x_0": "sample", "x_start": "sample", "xstart": "sample", "x": "sample", "image": "sample",
         "rf": "flow", "rectified_flow": "flow", "flow_matching": "flow", "flow_prediction": "flow",
     },
     "noise_schedule": {"squaredcos_cap_v2": "cosine", "squaredcos": "cosine", "cos": "cosine"},
@@ -275,6 +284,7 @@ POSITIONS = {"model", "targets", "out", "run"}  # arguments without a flag, in a
 _COMMANDS = {"train.py": schema.TrainConfig, "sample.py": schema.SampleConfig, "eval.py score": schema.ScoreConfig}
 
 SIMILAR = 0.8  # difflib's ratio, from which on a word is a misspelling: a letter left out of five, or two swapped
+VERY_SIMILAR = 0.9  # for names of others, which are many and may differ by a syllable
 
 
 def fields_of(text: str) -> set[str]:
@@ -295,12 +305,13 @@ def suggestion(typed: str, kind: Any) -> str:
         for command, other in _COMMANDS.items():
             if name in field_types(other) and name not in POSITIONS:
                 return f"that is a flag of {command}"
-        flags = difflib.get_close_matches(name, known.keys() - POSITIONS, n=1, cutoff=SIMILAR)
+        own = {"config", "resume"} if kind is schema.TrainConfig else set()
+        flags = difflib.get_close_matches(name, own | known.keys() - POSITIONS, n=1, cutoff=SIMILAR)
         begins, ends = len(name) >= 3, len(name) >= 5  # that a flag ends with "size" or "rate" says nothing
         flags = flags or [flag for flag in known if (begins and flag.startswith(name)) or (ends and flag.endswith(f"_{name}"))]
         if 1 <= len(flags) <= 3:
             return f"did you mean {' or '.join(f'--{flag}' for flag in flags)}?"
-        name = next(iter(difflib.get_close_matches(name, rows, n=1, cutoff=SIMILAR)), name)
+        name = next(iter(difflib.get_close_matches(name, rows, n=1, cutoff=VERY_SIMILAR)), name)
     meant, differs = rows.get(name, ("", ""))
     return f"did you mean {meant}?{f' ({differs})' if differs else ''}" if meant else differs
 
