@@ -31,7 +31,7 @@ from .config.schema import (
 )
 from .errors import CannotWriteError, DebiasError, InputError, raise_all
 from .parsing import parse
-from .runs.run_directory import sampling_problems
+from .runs.run_directory import recorded_changes, sampling_problems
 from .utils import console, launcher
 
 HELP_FLAGS = {"-h", "--help"}
@@ -152,6 +152,7 @@ def train_command(argv: list[str], launcher_precision: str | None, program: str 
     dataset, _ = _take_flag("dataset", flags)
     asks_help = not HELP_FLAGS.isdisjoint(flags)
     typed = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    typed |= {name.removeprefix("no_") for name in typed}
     chosen: frozenset[str] = frozenset()
     if run is not None:
         defaults = configuration.layered(_values_of_run(run, typed | ({"config"} if file else set())))
@@ -160,12 +161,13 @@ def train_command(argv: list[str], launcher_precision: str | None, program: str 
         digits = (dataset or values.get("dataset") or (None if file or asks_help else DIGITS)) == DIGITS
         defaults = configuration.layered(configuration.read_config(DIGITS) if digits else {}, values)
     else:
-        chosen = choices.left_out(typed)
-        kept = _kept(flags, chosen)
-        defaults, chosen = configuration.layered(kept), frozenset() if kept else chosen
+        chosen, of_init = choices.left_out(typed), choices.of_init(typed)
+        kept = _kept(flags, chosen | of_init)
+        init, _ = _take_flag("init", flags)
+        defaults = configuration.layered(kept or (_values(init, of_init) if init else {}))
+        chosen = frozenset() if kept else chosen
     defaults = _replaced(defaults, typed)
     config = parse(TrainConfig, flags, defaults, program, _train_help(file) if asks_help else "")
-    typed |= {name.removeprefix("no_") for name in typed}
     config, notes = validation.yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
     _say_first(notes)
     return configuration.resolved(config, launcher_precision), chosen
@@ -188,13 +190,17 @@ def _replaced(defaults: TrainConfig, typed: set[str]) -> TrainConfig:
 def _kept(flags: list[str], names: Collection[str]) -> dict[str, Any]:
     """What a run with checkpoints has for these fields, where a plain command continues it."""
     folder, _ = _take_flag("output_dir", flags)
-    if not folder or not any(Path(folder).glob("checkpoints/step-*")):
-        return {}
-    kept = {name: value for name, value in (configuration.run_values(folder) or {}).items() if name in names}
-    neutral = configuration.stored(TrainConfig())
-    shown = [f"{name} {value}" for name, value in kept.items() if value != neutral[name]]
-    _say_first([f"as {folder} began: {', '.join(shown)}"] if shown else [])
-    return kept
+    return _values(folder, names) if folder and any(Path(folder).glob("checkpoints/step-*")) else {}
+
+
+def _values(run: str, names: Collection[str]) -> dict[str, Any]:
+    """What a run has for these fields, which is printed; nothing where it is no run directory."""
+    found = {name: value for name, value in (configuration.run_values(run) or {}).items() if name in names}
+    neutral = configuration.flatten(TrainConfig())
+    shown = choices.as_flags({name: value for name, value in found.items() if value != neutral[name]})
+    changed = [f"{change['name']} (since step {change['step']})" for change in recorded_changes(Path(run)) if change["name"] in names]
+    _say_first([f"as in {run}: {shown}" + (f"; changed on purpose: {', '.join(changed)}" if changed else "")] if shown else [])
+    return found
 
 
 def _say_first(sentences: list[str]) -> None:

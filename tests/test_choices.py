@@ -116,11 +116,15 @@ def test_it_is_chosen_once_said_and_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(choices, "SIZES", {})
     assert cli.train([*map(str, command), "--max_steps", "3", "--batch_size", "2"]) == 0
     said = capsys.readouterr().err
-    assert f"as {run} began: " in said and "schedule_shift 64" in said and "resuming" in said and "chosen for" not in said
+    assert f"as in {run}: --" in said and "--schedule_shift 64" in said and "resuming" in said and "chosen for" not in said
     assert json.loads((run / "config.json").read_text()) == values | {"max_steps": 3}
     # What is typed now, and was not then, is refused as ever.
     assert cli.train([*map(str, command), "--max_steps", "3", "--batch_size", "2", "--schedule_shift", "1"]) == 2
     assert "schedule_shift: the run has 64.0, this command says 1.0" in capsys.readouterr().err
+    # What starts from its weights has its network and its parameterization.
+    started = cli.train_config([*map(str, command[:4]), "--output_dir", "other", "--init", str(run), "--max_steps", "2"], None)
+    assert (started.objective.prediction_type, started.objective.schedule_shift) == ("v_prediction", 64)
+    assert started.model == cli.train_config(["--resume", str(run)], None).model
 
 
 def test_a_size_stands_for_five_numbers(tmp_path):

@@ -7,7 +7,7 @@ defaults of `schema` stay neutral, for configurations and for Python.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,10 @@ CHOSEN = {
     "warmup_steps", "max_grad_norm", "ema_decay", "sample_every", "checkpoint_every",
 }  # fmt: skip
 
+# Of the run from whose weights another begins: its network, and what this has learned that its input and output mean.
+NETWORK = {*SIZE_FIELDS, "model_config", "resblock_updown", "resnet_time_scale_shift", "learn_sigma"}
+PARAMETERIZATION = {"prediction_type", "noise_schedule", "num_train_timesteps", "schedule_shift", "rescale_betas_zero_snr"}
+
 
 def left_out(typed: Collection[str]) -> frozenset[str]:
     """The fields that a plain command chooses, given those that were typed.
@@ -47,11 +51,20 @@ def left_out(typed: Collection[str]) -> frozenset[str]:
     those of its model, so they are not chosen.
     """
     names = CHOSEN - set(typed)
-    if {*SIZE_FIELDS, "size", "model_config", "init"} & set(typed):
-        names -= {*SIZE_FIELDS}
     if "init" in typed:
-        names -= {"prediction_type", "schedule_shift"}
-    return frozenset(names)
+        names -= NETWORK | PARAMETERIZATION
+    return frozenset(names - NETWORK if _typed_network(typed) else names)
+
+
+def of_init(typed: Collection[str]) -> frozenset[str]:
+    """The fields that a plain command with `init` takes from that run, given those that were typed."""
+    if "init" not in typed:
+        return frozenset()
+    return frozenset((PARAMETERIZATION if _typed_network(typed) else NETWORK | PARAMETERIZATION) - set(typed))
+
+
+def _typed_network(typed: Collection[str]) -> bool:
+    return not {*SIZE_FIELDS, "size", "model_config"}.isdisjoint(typed)
 
 
 def choose(config: TrainConfig, names: Collection[str], images: int, gpu: bool) -> tuple[TrainConfig, list[str]]:
@@ -69,8 +82,17 @@ def choose(config: TrainConfig, names: Collection[str], images: int, gpu: bool) 
         values = {name: value for name, value in found.values.items() if name in names}
         if values:
             config = update(config, values)
-            lines.append(f"{found.what}: {' '.join(f'--{name} {_typed(value)}' for name, value in values.items())} ({found.reason})")
+            lines.append(f"{found.what}: {as_flags(values)} ({found.reason})")
     return config, lines
+
+
+def as_flags(values: Mapping[str, Any]) -> str:
+    """Values as they are typed on the command line."""
+    return " ".join(_as_flag(name, value) for name, value in values.items())
+
+
+def _as_flag(name: str, value: Any) -> str:
+    return f"--{'' if value else 'no_'}{name}" if isinstance(value, bool) else f"--{name} {_typed(value)}"
 
 
 def _typed(value: Any) -> str:

@@ -126,7 +126,7 @@ def _resumed(config: TrainConfig, folder: Path) -> Checkpoint | None:
     found, damaged = checkpoints.latest_valid(folder / CHECKPOINTS)
     for sentence in damaged:
         say(f"{sentence}; an older checkpoint is used")
-    return _continued(config, found, _recorded(folder)) if found else None
+    return _continued(config, found, recorded_changes(folder)) if found else None
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -153,7 +153,7 @@ def _is_of_an_older_version(folder: Path) -> bool:
     return has_our_lock(folder) or any(map(checkpoints.has_valid_manifest, checkpoints.list_checkpoints(folder / CHECKPOINTS)))
 
 
-def _recorded(folder: Path) -> list[Change]:
+def recorded_changes(folder: Path) -> list[Change]:
     """The changes in config.json, which the last start has written."""
     values = read_json(folder / CONFIG)
     found = values.get(CHANGES) if isinstance(values, dict) else None
@@ -178,7 +178,7 @@ def _continued(config: TrainConfig, found: Checkpoint, recorded: list[Change]) -
     _refuse_differences(config, found.step, [name for name in names if name not in allowed], before, now, changes)
     changes += [{"step": found.step, "name": name, "before": before[name], "after": now[name]} for name in names]
     for change in changes:
-        if change["step"] == found.step and change["name"] != DATA:
+        if change["step"] == found.step < config.optimization.max_steps and change["name"] != DATA:  # else nothing is trained with it
             say(f"{change['name']} was {change['before']}, from step {found.step} on it is {change['after']}")
     config_now = began | {name: now[name] for name in names}
     return dataclasses.replace(found, state={**found.state, "config": config_now, CHANGES: changes})
