@@ -158,8 +158,8 @@ def test_python_trains_in_five_lines(tmp_path):
 
     steps = []
     pipeline = train(
-        str(TINY),
-        output_dir=str(tmp_path / "run"),
+        TINY,
+        output_dir=tmp_path / "run",
         max_steps=2,
         warmup_steps=0,
         callback=lambda step, numbers: steps.append((step, numbers)),
@@ -168,6 +168,9 @@ def test_python_trains_in_five_lines(tmp_path):
     assert [step for step, _ in steps] == [1, 2]
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1][1] == {name: logged[-1][name] for name in ("loss", "learning_rate", "grad_norm")}
+    # Another one in the same process, with another precision.
+    assert train(TINY, output_dir=tmp_path / "half", max_steps=1, warmup_steps=0, mixed_precision="bf16")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["mixed_precision"] == "bf16"
     with pytest.raises(InputError, match="'resolutoin' is not a field; did you mean resolution"):
         train(TrainConfig(), resolutoin=8)
 

@@ -4,7 +4,6 @@ import contextlib
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from here import tiny
 from PIL import Image
 
@@ -14,14 +13,6 @@ from debias_diffusers.training import setup
 from debias_diffusers.training.dry_run import dry_run, on_meta
 from debias_diffusers.training.start import train
 from debias_diffusers.utils import memory
-
-
-@pytest.fixture(autouse=True)
-def of_its_own():
-    """accelerate remembers the precision of the first accelerator of a process."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def contents(folder):

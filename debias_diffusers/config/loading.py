@@ -230,6 +230,8 @@ def _convert(value: Any, hint: Any) -> Any:
         return value
     if origin is tuple:
         return tuple(_convert(v, args[0]) for v in (value if isinstance(value, (list, tuple)) else [value]))
+    if hint is str and isinstance(value, Path):
+        return str(value)
     if hint is float and not isinstance(value, bool):
         return float(value)  # also of a string: YAML 1.1 reads 1e-4 as one
     if type(value) is not hint:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.choices import choose
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .trainer import Callback
 
 
-def train(config: TrainConfig | str | None = None, callback: Callback | None = None, **values: Any) -> PixelPipeline | None:
+def train(config: TrainConfig | str | Path | None = None, callback: Callback | None = None, **values: Any) -> PixelPipeline | None:
     """Trains to `max_steps` in the run directory of a configuration, or resumes there; in each process of a launcher.
 
     `train("digits", output_dir="runs/digits", max_steps=500)`
@@ -42,8 +43,8 @@ def train(config: TrainConfig | str | None = None, callback: Callback | None = N
         StoppedError: after SIGTERM or SIGINT, saved.
         DebiasError: of the kind that tells what else ended the training.
     """
-    if config is None or isinstance(config, str):
-        config = layered(read_config(config) if config else {})
+    if not isinstance(config, TrainConfig):
+        config = layered(read_config(str(config)) if config else {})
     config = layered(flatten(config), checked_values(values, "train"))
     train_run(config, callback=callback)
     if config.run.dry_run or not launcher.is_first_process():
