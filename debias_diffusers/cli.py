@@ -198,7 +198,8 @@ def _values(run: str, names: Collection[str]) -> dict[str, Any]:
     found = {name: value for name, value in (configuration.run_values(run) or {}).items() if name in names}
     neutral = configuration.flatten(TrainConfig())
     shown = choices.as_flags({name: value for name, value in found.items() if value != neutral[name]})
-    changed = [f"{change['name']} (since step {change['step']})" for change in recorded_changes(Path(run)) if change["name"] in names]
+    steps = {change["name"]: change["step"] for change in recorded_changes(Path(run)) if change["name"] in names}
+    changed = [f"{name} (since step {step})" for name, step in steps.items()]
     _say_first([f"as in {run}: {shown}" + (f"; changed on purpose: {', '.join(changed)}" if changed else "")] if shown else [])
     return found
 

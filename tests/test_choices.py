@@ -140,9 +140,10 @@ def test_a_size_stands_for_five_numbers(tmp_path):
     file = tmp_path / "sized.yaml"
     file.write_text("dataset: photos\nresolution: 32\nsize: large\n")
     assert cli.train_config(["--config", str(file)], None).model.model_channels == 192
-    file.write_text("dataset: photos\nresolution: 32\nsize: large\nmodel_channels: 96\n")
-    with pytest.raises(InputError, match=r"size large decides .*; leave out model_channels 96, or size"):
-        cli.train_config(["--config", str(file)], None)
+    for other in ("model_channels: 96", "model_config: unet.json"):
+        file.write_text(f"dataset: photos\nresolution: 32\nsize: large\n{other}\n")
+        with pytest.raises(InputError, match=rf"size large decides .*; leave out {other.replace(':', '')}, or size"):
+            cli.train_config(["--config", str(file)], None)
     with pytest.raises(InputError, match="size describes the whole network; leave out layers_per_block"):
         cli.train_config([*PLAIN, "64", "--size", "small", "--layers_per_block", "3"], None)
 

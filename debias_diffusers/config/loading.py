@@ -269,7 +269,7 @@ def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig
         InputError: a network size beside its numbers, or the launcher was configured with a precision that is not supported.
     """
     values: dict[str, Any] = {}
-    if config.data.resolution and not config.model.model_config:
+    if config.data.resolution and (config.model.size or not config.model.model_config):
         values = _network(config.model, config.data.resolution)
     values["noise_schedule"] = noise_schedule(config.objective)
     if config.optimization.init:
@@ -285,8 +285,9 @@ def _network(model: ModelConfig, resolution: int) -> dict[str, Any]:
     """Network numbers that were left out."""
     if model.size is None:
         return {} if model.channel_mult else {"channel_mult": channel_mult(resolution)}
-    if given := [f"{name} {getattr(model, name)}" for name in SIZE_FIELDS if getattr(model, name) != getattr(ModelConfig(), name)]:
-        raise InputError(f"size {model.size} decides {', '.join(SIZE_FIELDS)}; leave out {', '.join(given)}, or size")
+    names = REPLACING["size"]
+    if given := [f"{name} {getattr(model, name)}" for name in names if getattr(model, name) != getattr(ModelConfig(), name)]:
+        raise InputError(f"size {model.size} decides {', '.join(names)}; leave out {', '.join(given)}, or size")
     return {"size": None, **network_of_size(model.size, resolution)}
 
 
