@@ -202,9 +202,9 @@ def _refuse_differences(
     last = {change["name"]: change for change in changes}
     since = {name: f" (changed from {change['before']} at step {change['step']})" for name, change in last.items()}
     problems = [difference(name, before, now) + since.get(name, "") for name in names]
-    ways = ["go on with the values of the run", "name another --output_dir"]
-    if possible := [name for name in names if name in ON_PURPOSE]:
-        ways.insert(1, f"change them on purpose with --allow_change {' '.join([*config.run.allow_change, *possible])}")
+    ways = [f"go on with the values of the run: --resume {config.run.output_dir}", "name another --output_dir"]
+    if ON_PURPOSE.issuperset(names):
+        ways.insert(1, f"change them on purpose with --allow_change {' '.join([*config.run.allow_change, *names])}")
     if config.optimization.max_steps < step:
         problems.append(f"max_steps is {config.optimization.max_steps}, but the run is at step {step}; take at least that")
     raise_all(problems, f"run directory {config.run.output_dir} holds another run", ", or ".join(ways) if names else "")
