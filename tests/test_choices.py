@@ -43,6 +43,7 @@ def chosen(*args, images=400, gpu=False):
         "--weighting min_snr --rescale_betas_zero_snr",
         "--size large --batch_size 3",
         "--model_channels 96 --attention_head_dim 32",
+        "--channel_mult 1 2 2",
         "--noise_schedule cosine --snr_floor 1e-3",
         "--timestep_sampler log_normal --timestep_std 2",
         "--init model --class_conditional",
@@ -71,6 +72,9 @@ def test_the_values_that_suit_some_data():
     config = flatten(chosen(*PLAIN, 256, images=10**6, gpu=True)[0])
     expected = {"schedule_shift": 1 / 16, "model_channels": 192, "max_steps": 100_000, "ema_decay": (0.9999,), "learning_rate": 1e-4}
     assert {name: config[name] for name in expected} == expected
+    # A typed number of the network leaves the others to be chosen, and they go with it.
+    model = chosen(*PLAIN, 48, "--channel_mult", 1, 2, gpu=True)[0].model
+    assert (model.model_channels, model.channel_mult, model.attention_resolutions) == (64, (1, 2), ())
     # Of a model that is continued, network and parameterization are its own.
     config, _, names = chosen(*PLAIN, 32, "--init", "model")
     assert config.objective.prediction_type == "epsilon" and config.objective.schedule_shift == 1 and config.model.model_channels == 128

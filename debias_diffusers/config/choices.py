@@ -47,24 +47,20 @@ PARAMETERIZATION = {"prediction_type", "noise_schedule", "num_train_timesteps", 
 def left_out(typed: Collection[str]) -> frozenset[str]:
     """The fields that a plain command chooses, given those that were typed.
 
-    One typed number of the network leaves the others to the field defaults. With `init` the network and the parameterization are
-    those of its model, so they are not chosen.
+    With `init` the network and the parameterization are those of its model, so they are not chosen.
     """
     names = CHOSEN - set(typed)
     if "init" in typed:
         names -= NETWORK | PARAMETERIZATION
-    return frozenset(names - NETWORK if _typed_network(typed) else names)
+    return frozenset(names if {"size", "model_config"}.isdisjoint(typed) else names - NETWORK)
 
 
 def of_init(typed: Collection[str]) -> frozenset[str]:
     """The fields that a plain command with `init` takes from that run, given those that were typed."""
     if "init" not in typed:
         return frozenset()
-    return frozenset((PARAMETERIZATION if _typed_network(typed) else NETWORK | PARAMETERIZATION) - set(typed))
-
-
-def _typed_network(typed: Collection[str]) -> bool:
-    return not {*SIZE_FIELDS, "size", "model_config"}.isdisjoint(typed)
+    of_network = NETWORK if {*SIZE_FIELDS, "size", "model_config"}.isdisjoint(typed) else set()
+    return frozenset((of_network | PARAMETERIZATION) - set(typed))
 
 
 def choose(config: TrainConfig, names: Collection[str], images: int, gpu: bool) -> tuple[TrainConfig, list[str]]:
@@ -111,7 +107,7 @@ def _network(config: TrainConfig, images: int, gpu: bool) -> Group:
         return Group("network", {}, "")  # a problem that the validation names
     size: Size = "tiny" if not gpu else "small" if images < FEW_IMAGES else "base" if images < MANY_IMAGES else "large"
     reason = f"size {size}: {'no GPU' if not gpu else f'{images} images'}; another with --size {'|'.join(SIZES)}"
-    return Group("network", network_of_size(size, config.data.resolution), reason)
+    return Group("network", network_of_size(size, config.data.resolution, config.model.channel_mult), reason)
 
 
 def _objective(config: TrainConfig, images: int, gpu: bool) -> Group:

@@ -376,8 +376,11 @@ def channel_mult(resolution: int) -> tuple[int, ...]:
     return usual[:levels] if levels > 1 else ()
 
 
-def network_of_size(size: Size, resolution: int) -> dict[str, Any]:
-    """The SIZE_FIELDS of a network size, with self-attention at the levels from 5 to 16 pixels (to 8 in tiny)."""
-    mult, largest = channel_mult(resolution), 8 if size == "tiny" else 16
+def network_of_size(size: Size, resolution: int, mult: tuple[int, ...] = ()) -> dict[str, Any]:
+    """The SIZE_FIELDS of a network size, with self-attention at the levels from 5 to 16 pixels (to 8 in tiny).
+
+    `mult`: the channel multipliers, if they are not the usual ones.
+    """
+    mult, largest = mult or channel_mult(resolution), 8 if size == "tiny" else 16
     sides = tuple(resolution // 2**level for level in range(len(mult)))
     return SIZES[size] | {"channel_mult": mult, "attention_resolutions": tuple(side for side in sides if 4 < side <= largest)}
