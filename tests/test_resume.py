@@ -138,6 +138,8 @@ def test_a_run_changed_on_purpose_goes_on_the_same_whether_it_is_killed_or_not(r
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
         patch.setattr(Trainer, "_launch", until_26)
         trained_here(configured("--resume", killed, *changed))
+    with pytest.raises(InputError, match=r"is finished at step 24, .*; raise --max_steps, too"):
+        opened("--resume", run_of_24, "--learning_rate", 1, "--allow_change", "learning_rate")
     with pytest.raises(InputError, match=r"learning_rate: the run has 0.0005, this command says 0.001 \(changed from 0.001 at step 24\)"):
         opened("--config", TINY, "--output_dir", killed, "--max_steps", 30)
     drawn, draw = [], TimestepSampler.draw
@@ -182,7 +184,7 @@ def test_a_change_whose_checkpoint_is_lost_applies_at_the_one_before(run_of_24, 
 def test_a_data_set_of_the_hub_keeps_the_commit_with_which_it_was_changed(run_of_24, monkeypatch):
     commits = iter(["a" * 40, "b" * 40])
     monkeypatch.setattr(setup.client, "pinned", lambda name, kind: name if "@" in name else f"{name}@{next(commits)}")
-    flags = ["--resume", run_of_24, "--dataset", "user/set", "--allow_change", "dataset"]
+    flags = ["--resume", run_of_24, "--dataset", "user/set", "--max_steps", 30, "--allow_change", "dataset"]
     for _ in range(2):  # typed again after a kill, the branch has moved on
         found = opened(*flags)
         config = setup._config_of_run(configured(*flags), found)

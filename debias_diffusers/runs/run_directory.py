@@ -176,9 +176,12 @@ def _continued(config: TrainConfig, found: Checkpoint, recorded: list[Change]) -
     before = defaults | began  # a run of an older version lacks newer fields
     names = differing(before | {name: now[name] for name in _decided_otherwise(before, now, found.state)}, now)
     _refuse_differences(config, found.step, [name for name in names if name not in allowed], before, now, changes)
+    if names and found.step == config.optimization.max_steps:
+        where = f"run directory {config.run.output_dir} is finished at step {found.step}"
+        raise InputError(f"{where}, so that nothing would be trained with another {', '.join(names)}; raise --max_steps, too")
     changes += [{"step": found.step, "name": name, "before": before[name], "after": now[name]} for name in names]
     for change in changes:
-        if change["step"] == found.step < config.optimization.max_steps and change["name"] != DATA:  # else nothing is trained with it
+        if change["step"] == found.step and change["name"] != DATA:
             say(f"{change['name']} was {change['before']}, from step {found.step} on it is {change['after']}")
     config_now = began | {name: now[name] for name in names}
     return dataclasses.replace(found, state={**found.state, "config": config_now, CHANGES: changes})
