@@ -136,4 +136,4 @@ def _optimization(config: TrainConfig, images: int, gpu: bool) -> Group:
         # What is measured or pushed must be saved.
         "checkpoint_every": math.gcd(config.run.eval_every * config.run.keep_best, config.hub.hub_every or 0) or every,
     }
-    return Group("optimization", values, f"{width} channels, {steps} steps")
+    return Group("optimization", values, f"{steps} steps" if config.model.model_config else f"{width} channels, {steps} steps")

@@ -158,7 +158,8 @@ def recorded_changes(folder: Path) -> list[Change]:
     values = read_json(folder / CONFIG)
     found = values.get(CHANGES) if isinstance(values, dict) else None
     parts = found if isinstance(found, list) else []
-    return [c for c in parts if isinstance(c, dict) and c.keys() == {"step", "name", "before", "after"} and isinstance(c["step"], int)]
+    whole = (c for c in parts if isinstance(c, dict) and c.keys() == {"step", "name", "before", "after"})
+    return [c for c in whole if isinstance(c["step"], int) and isinstance(c["name"], str)]
 
 
 def _continued(config: TrainConfig, found: Checkpoint, recorded: list[Change]) -> Checkpoint:

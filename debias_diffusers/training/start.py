@@ -59,7 +59,7 @@ def train_run(config: TrainConfig, chosen: Collection[str] = (), callback: Callb
     config = resolved(config, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     raise_all(launcher.environment_problems(os.environ), "launcher")
-    raise_all(train_problems(choose(config, chosen, images=1, gpu=False)[0] if chosen else config, num_processes))
+    raise_all(train_problems(choose(config, chosen, images=1, gpu=True)[0] if chosen else config, num_processes))
     if config.run.dry_run:
         from .dry_run import dry_run
 
