@@ -13,7 +13,7 @@ import accelerate
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
@@ -42,7 +42,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     available = {"tensorboard": accelerate.utils.is_tensorboard_available, "wandb": accelerate.utils.is_wandb_available}
     if report_to != "none" and not available[report_to]():
         raise InputError(f"report_to is {report_to}, but it is not installed; run pip install {report_to}")
-    AcceleratorState._reset_state()  # it would keep to the precision of an earlier training in this process
+    if is_initialized() and AcceleratorState().mixed_precision != precision:  # that of an earlier training in this process
+        AcceleratorState._reset_state()
     accelerator = make_accelerator(
         mixed_precision=precision,
         log_with=None if report_to == "none" else report_to,
