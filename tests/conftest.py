@@ -66,13 +66,17 @@ SERVER.set_forkserver_preload(
     [
         "debias_diffusers.cli",
         "debias_diffusers.training.setup",
+        "debias_diffusers.training.start",
         "debias_diffusers.sampling.generate",
         "debias_diffusers.evaluation.score",
         "debias_diffusers.evaluation.likelihood",
         "datasets",
         "debias_diffusers.evaluation.plots",
         "matplotlib.backends.backend_agg",
+        "diffusers.guiders",
+        "numpy.ctypeslib",
         "pytest",
+        "typeguard",
     ]
 )
 COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate"}
