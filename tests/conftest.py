@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import json
 import math
 import multiprocessing
@@ -36,6 +37,15 @@ os.environ.update(OFFLINE)
 
 # Their tests take longest. They go first, so that at the end the processes of pytest-xdist have small ones to share.
 SLOW = ("test_publishing", "test_kills", "test_loop", "test_outputs", "test_training", "test_convert", "test_samples", "test_known_data")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection():
+    """What the modules of tests import is never garbage; to look through it again and again takes a fifth of their collection."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

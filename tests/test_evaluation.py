@@ -188,7 +188,9 @@ def folder_of(root, count, seed, size=8, colour=False):
 
 
 def scored(tmp_path, *targets, reference, metrics="fid,is,kid,prc,colour", **options):
-    measure = MeasureConfig(metrics=metrics, cache_dir=str(tmp_path / "cache"), num_threads=1, **options.pop("measure", {}))
+    """Features of the digits are computed once for all tests, those of other references in each."""
+    cache = tmp_path.parent / "features-of-digits" if reference == "digits" else tmp_path / "cache"
+    measure = MeasureConfig(metrics=metrics, cache_dir=str(cache), num_threads=1, **options.pop("measure", {}))
     return score.score(ScoreConfig(targets=tuple(map(str, targets)), reference=str(reference), measure=measure, **options))
 
 

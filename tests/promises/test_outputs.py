@@ -283,9 +283,9 @@ def test_training_and_sampling_go_on_whatever_becomes_of_the_progress(state, tra
     for broken in ("stdout", "stderr"):
         trials()
         out = tmp_path / broken
-        flags = ["--config", TINY, "--max_steps", 4, "--output_dir", out / "run"]
+        flags = ["--config", TINY, "--max_steps", 1, "--warmup_steps", 0, "--output_dir", out / "run"]
         assert with_streams(broken, state, "train", *flags) == (0, 0)
-        assert [line["step"] for line in metrics(out / "run")][-1] == 4
+        assert [line["step"] for line in metrics(out / "run")] == [1]
         flags = ["--num_images", 2, "--steps", 2, "--num_threads", 1, "--output_dir", out / "images"]
         assert with_streams(broken, state, "sample", trained, *flags) == (0, 0)
         assert len(list((out / "images").glob("0*.png"))) == 2
