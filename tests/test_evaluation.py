@@ -719,7 +719,7 @@ def test_a_damaged_npz_is_named(tmp_path):
         (["--checkpoints", "7"], "no usable checkpoint at step 7"),
         (["--feature_extractor", "foo"], "take one of digits, clip-rn101"),
         (["--metrics", "sfid"], "sfid is of inception-v3-compat, but feature_extractor is digits"),
-        (["--reference", "nowhere"], "dataset nowhere"),
+        (["--reference", "nowhere"], "reference nowhere"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(trained, flags, named):

@@ -216,7 +216,7 @@ def test_what_is_not_built_is_refused_by_name(name, program, args, monkeypatch, 
 def test_another_process_does_not_end_before_the_first_has_said_it(error, monkeypatch, capfd, trials):
     """torchrun kills all processes when one has failed: the first, too, which alone says what all of them found."""
 
-    def fail(_):
+    def fail(*_):
         raise error
 
     trials()
