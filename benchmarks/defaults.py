@@ -45,7 +45,7 @@ class Size:
 
 SIZES = (
     Size(32, 3, {"channel_mult": (1, 2, 4), "attention_resolutions": (8,), "batch_size": 32}),
-    Size(64, 1, {"channel_mult": (1, 1, 2, 4), "attention_resolutions": (8,), "batch_size": 16}),
+    Size(64, 1, {"channel_mult": (1, 1, 2, 4), "attention_resolutions": (8,), "batch_size": 16, "max_steps": 500}),
 )
 RECIPES = {"epsilon, shift 1": ("epsilon", False), "v, matched shift": ("v_prediction", True)}
 COMMON = {

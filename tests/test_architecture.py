@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+from functools import cache
 
 import pytest
 from conftest import ROOT
@@ -72,10 +73,16 @@ def modules():
 MODULES = modules()
 
 
+@cache
+def statements(module, everywhere):
+    """Those that import."""
+    tree = ast.parse(MODULES[module].read_text())
+    return [node for node in (ast.walk(tree) if everywhere else tree.body) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imports(module, everywhere=True):
     """(library, None) or (None, module of the package) for each import; `everywhere` also within functions."""
-    tree = ast.parse(MODULES[module].read_text())
-    for node in ast.walk(tree) if everywhere else tree.body:
+    for node in statements(module, everywhere):
         if isinstance(node, ast.Import):
             yield from ((alias.name.split(".")[0], None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:

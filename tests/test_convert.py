@@ -15,6 +15,7 @@ from conftest import GOLDEN, HANG, command, run
 from diffusers import CMStochasticIterativeScheduler, DDPMPipeline, RePaintScheduler, UNet2DModel, UniPCMultistepScheduler
 from safetensors.torch import load_file
 
+from debias_diffusers import cli
 from debias_diffusers.config.schema import ModelConfig, ObjectiveConfig
 from debias_diffusers.convert.guided_diffusion import export, guided, read_flags
 from debias_diffusers.convert.state_dicts import Shape, from_guided, infer_shape, join_qkv, module_names, split_qkv, to_guided
@@ -48,11 +49,15 @@ def test_a_converted_network_computes_what_the_reference_computes(name, tmp_path
     assert pipeline.num_classes == (10 if "classcond" in name else 0) and pipeline.config.null_label is None
 
 
-def test_the_command_converts_and_stock_diffusers_draws_with_the_result(tmp_path):
+def test_the_module_is_the_command():
+    process = command("-m", "debias_diffusers.convert", "--help")
+    assert "{guided,export}" in process.communicate(timeout=HANG)[0] and process.returncode == 0
+
+
+def test_the_command_converts_and_stock_diffusers_draws_with_the_result(tmp_path, capfd):
     model, flags, _ = golden("unet_paper_32")
-    process = command("-m", "debias_diffusers.convert", "guided", model, "--flags", flags, tmp_path / "out")
-    _, err = process.communicate(timeout=HANG)
-    assert process.returncode == 0 and "1915590 parameters" in err
+    assert cli.convert(["guided", str(model), "--flags", str(flags), str(tmp_path / "out")]) == 0
+    assert "1915590 parameters" in capfd.readouterr().err
     (tmp_path / "usual").touch()
     usual = (tmp_path / "usual").stat().st_mode
     assert {path.stat().st_mode for path in (tmp_path / "out").rglob("*.*")} == {usual}

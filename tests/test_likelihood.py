@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import run
+from conftest import run, train_args
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
@@ -146,10 +146,12 @@ def test_a_bound_of_one_image_has_no_standard_error():
     assert json.loads(written, parse_constant=pytest.fail)["standard_error"] is None
 
 
-def test_the_command_bounds_a_run(trained_by_class, tmp_path):
+def test_the_command_bounds_a_run(tmp_path):
+    few = ["--class_conditional", "--num_train_timesteps", 50, "--max_steps", 1, "--warmup_steps", 0]
+    assert run(*train_args(tmp_path / "run", *few))[0] == 0
     flags = ["--num_images", 3, "--num_threads", 1, "--output", tmp_path / "out.json"]
-    code, _, err = run("eval.py", "bpd", trained_by_class, *flags)
+    code, _, err = run("eval.py", "bpd", tmp_path / "run", *flags)
     assert code == 0 and "bits per dimension" in err, err
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["images"] == 3 and len(found["terms"]) == 1000 and found["variance_type"] == "fixed_large"
+    assert found["images"] == 3 and len(found["terms"]) == 50 and found["variance_type"] == "fixed_large"
     assert found["total"] == pytest.approx(sum(found["terms"]) + found["prior"]) and found["standard_error"] > 0

@@ -150,11 +150,13 @@ def prepare(config: TrainConfig, resume: Checkpoint | None, accelerator: Acceler
     channels = config.data.channels  # as typed
     config = broadcast_from_first(lambda: _config_of_run(config, found), accelerator)
     num_threads = set_threads(config.optimization.num_threads)
-    source = open_data(config, found, first=accelerator.is_main_process)
-    if chosen and not found:
+    if chosen and not found:  # by the data
+        source = open_data(config, found, first=accelerator.is_main_process)
         config = broadcast_from_first(lambda: suited(config, chosen, len(source), accelerator), accelerator)
-    objective = make_objective(config.objective)  # before the images are read, because it may refuse the configuration
-    _require_noise_at_the_end(config, objective, found, accelerator)
+        objective = _objective(config, found, accelerator)
+    else:
+        objective = _objective(config, found, accelerator)  # first, because it may refuse the configuration
+        source = open_data(config, found, first=accelerator.is_main_process)
     config, task, monitor = _open_task(config, source, channels, found, accelerator)
     return Plan(config, found, objective, task, monitor, num_threads)
 
@@ -253,13 +255,15 @@ def _paths(config: TrainConfig, names: tuple[str, ...] = PINNED) -> dict[str, st
     return {name: absolute_path(values[name]) for name in names if values[name] and values[name] != DIGITS and not ids[name](values[name])}
 
 
-def _require_noise_at_the_end(config: TrainConfig, objective: Objective, found: Checkpoint | None, accelerator: Accelerator) -> None:
-    """Refuses a schedule that cannot be sampled from noise; a run of a version without this check goes on, with a warning."""
+def _objective(config: TrainConfig, found: Checkpoint | None, accelerator: Accelerator) -> Objective:
+    """The objective; refused where sampling could not start from noise, but a run of a version without this check is only warned."""
+    objective = make_objective(config.objective)
     if found is None:
         with told_by_the_first(accelerator):
             require_noise_at_the_end(config.objective, objective.schedule)
     elif accelerator.is_main_process and (problem := terminal_snr_problem(objective.schedule)):
         say(f"warning: {problem}")
+    return objective
 
 
 def suited(config: TrainConfig, chosen: Collection[str], images: int, accelerator: Accelerator) -> TrainConfig:

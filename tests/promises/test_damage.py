@@ -202,7 +202,7 @@ def test_verifying_costs_a_second_of_one_core_per_gigabyte(tmp_path):
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_every_file_of_a_run_directory_has_the_mode_that_the_umask_allows(tmp_path, umask, trials):
     folder = tmp_path / "run"
-    args = train_args(folder, *LEARNING, "--max_steps", 4, "--checkpoint_every", 2, "--sample_every", 4)
+    args = train_args(folder, *LEARNING, "--max_steps", 4, "--checkpoint_every", 2, "--sample_every", 4, "--batch_size", 64)
     process = SERVER.Process(target=_under_umask, args=(umask, args[0], [str(a) for a in args[1:]], *(str(tmp_path / n) for n in "oe")))
     process.start()
     process.join(HANG)

@@ -155,10 +155,10 @@ def test_when_there_is_room_again_the_next_save_succeeds(mounts, monkeypatch):
         ballast.unlink()
 
     monkeypatch.setattr(saver, "say", make_room)
-    trained_here(tiny(folder, *STEADY, "--max_steps", 30))
+    trained_here(tiny(folder, *STEADY, "--max_steps", 12))
     assert len(said) == 1 and "step 2 was not saved" in said[0] and "error" not in said[0]
-    assert [found.step for found in map(checkpoints.verify, checkpoints.list_checkpoints(folder / "checkpoints"))] == [28, 30]
-    assert [line["step"] for line in metrics(folder)] == list(range(1, 31))
+    assert [found.step for found in map(checkpoints.verify, checkpoints.list_checkpoints(folder / "checkpoints"))] == [10, 12]
+    assert [line["step"] for line in metrics(folder)] == list(range(1, 13))
 
 
 LIMITED = """

@@ -216,7 +216,7 @@ def test_what_is_not_built_is_refused_by_name(name, program, args, monkeypatch, 
 def test_another_process_does_not_end_before_the_first_has_said_it(error, monkeypatch, capfd, trials):
     """torchrun kills all processes when one has failed: the first, too, which alone says what all of them found."""
 
-    def fail(_):
+    def fail(*_):
         raise error
 
     trials()
@@ -449,14 +449,15 @@ class Together:
 
 
 FEW_STEPS = ["--max_steps", 2, "--warmup_steps", 0, "--lr_schedule", "constant"]
-MEASURING = [*FEW_STEPS, "--eval_every", 2, "--eval_images", 66, "--eval_metrics", "fid"]
+MEASURING = [*FEW_STEPS, "--eval_every", 2, "--eval_images", 66, "--eval_metrics", "fid", "--feature_extractor", "digits"]
 
 
 @pytest.mark.row(67, SHARED)
 def test_a_measurement_that_takes_longer_than_the_limit_is_shared(tmp_path, trials):
     """33 batches of a third of a second: 11 seconds for one process, and more than the limit for each of two."""
     trials()
-    both = Together(2, _slow, tmp_path, *MEASURING, "--micro_batch_size", 2, "--ddp_timeout", 5)
+    data = pictures(tmp_path / "pictures")
+    both = Together(2, _slow, tmp_path, *MEASURING, "--dataset", data, "--micro_batch_size", 2, "--ddp_timeout", 5)
     for rank in range(2):
         code, err = both.ended(rank)
         assert code == 0 and "Traceback" not in err, err
@@ -466,7 +467,8 @@ def test_a_measurement_that_takes_longer_than_the_limit_is_shared(tmp_path, tria
 @pytest.mark.row(67, SHARED)
 def test_a_process_that_waits_longer_than_the_limit_says_so(tmp_path, trials):
     trials()
-    both = Together(2, _first_waits_for_the_second, tmp_path, *MEASURING, "--max_steps", 4, "--ddp_timeout", 5)
+    data = pictures(tmp_path / "pictures")
+    both = Together(2, _first_waits_for_the_second, tmp_path, *MEASURING, "--dataset", data, "--max_steps", 4, "--ddp_timeout", 5)
     code, err = both.ended(1)
     assert code == 1 and "Traceback" not in err
     assert "waited longer for another process than --ddp_timeout allows (5 s)" in err.splitlines()[-1]
@@ -487,7 +489,7 @@ def test_a_process_that_waits_longer_than_the_limit_says_so(tmp_path, trials):
 def test_no_process_waits_for_one_that_failed(tmp_path, trials, patch, code, said):
     """The limit, of half an hour, would be longer than this test may take."""
     trials()
-    both = Together(2, patch, tmp_path, *MEASURING)
+    both = Together(2, patch, tmp_path, *MEASURING, "--dataset", pictures(tmp_path / "pictures"))
     ends = [both.ended(rank) for rank in range(2)]
     assert [end[0] for end in ends] == [code] * 2, ends
     assert any(said in err for _, err in ends)
@@ -501,7 +503,7 @@ def test_a_grid_does_not_depend_on_the_number_of_processes(tmp_path, trials):
         trials()
         folder = tmp_path / str(processes)
         folder.mkdir()
-        together = Together(processes, _nothing, folder, *FEW_STEPS, "--sample_every", 2, "--learning_rate", 1e-12)
+        together = Together(processes, _nothing, folder, *FEW_STEPS, "--sample_every", 2, "--learning_rate", 1e-12, "--batch_size", 64)
         assert [together.ended(rank)[0] for rank in range(processes)] == [0] * processes
         pictures.append(np.asarray(Image.open(folder / "run" / "samples" / "step-00000002.png")).astype(int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1 and pictures[0].std() > 10

@@ -121,13 +121,18 @@ FAULTS = {
     "answer lost": {"action": "drop_after", "times": 1},
     "time-out": {"action": "delay", "times": 1},  # the client waits for one second, the server for ever; with Xet both as long as it takes
 }
-USUAL = {"429 with Retry-After", "answer lost"}
+USUAL = ("429 with Retry-After", "answer lost")
 
 
 @pytest.mark.row(43, "a push survives 429, 500, resets, lost responses and timeouts at each of its requests, and makes one commit")
-@pytest.mark.parametrize("fault", [pytest.param(name, marks=() if name in USUAL else pytest.mark.nightly) for name in FAULTS])
-def test_a_push_survives_faults_at_each_request(hub, worker, run, fault, trials):
-    for name, (method, path) in {**REQUESTS, **(OF_XET if hub.xet else OF_LFS)}.items():
+@pytest.mark.parametrize(
+    "fault, everywhere",
+    [*((fault, False) for fault in USUAL), *(pytest.param(fault, True, marks=pytest.mark.nightly) for fault in FAULTS)],
+)
+def test_a_push_survives_faults_at_each_request(hub, worker, run, fault, everywhere, trials):
+    """Requests that do not depend on how files are sent are tried over LFS, and nightly over Xet, too."""
+    own = OF_XET if hub.xet else OF_LFS
+    for name, (method, path) in (REQUESTS | own if everywhere or not hub.xet else own).items():
         trials()
         repo = next(NAMES)
         unlike_others(run)
