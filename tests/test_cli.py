@@ -26,6 +26,7 @@ from debias_diffusers.config.schema import (
     WeightsConfig,
 )
 from debias_diffusers.config.validation import score_problems, train_problems
+from debias_diffusers.data.labels import label_indices
 from debias_diffusers.data.sources import open_source
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation.feature_extractors import Extractor
@@ -231,6 +232,11 @@ def test_a_value_as_others_write_it_is_told_how_to_type_it(flags, meant):
     assert meant in str(error.value) and "\n" not in str(error.value)
 
 
+def test_class_labels_with_commas_are_told_to_be_apart():
+    with pytest.raises(InputError, match=r"has cat,dog, but the model's classes are cat, dog; separate the values by spaces: cat dog$"):
+        label_indices(("cat,dog",), ["cat", "dog"])
+
+
 def test_a_configuration_file_has_the_same_suggestions(tmp_path):
     file = tmp_path / "other.yaml"
     file.write_text(
@@ -319,6 +325,7 @@ ABSENT = [
     ("train", ["--config", "no/such.yaml"], "no/such.yaml does not exist"),
     ("train", ["--config", "no/such"], "config 'no/such' does not exist"),
     ("convert", ["guided", "no/such.pt", "out", "--flags", "--image_size 8 --num_heads 1"], "no/such.pt does not exist"),
+    ("convert", ["guided", "no/such.pt", "out"], "no/such.pt does not exist"),
     ("convert", ["guided", "no/such.pt", "out", "--flags", "no/such.json"], "no/such.json does not exist"),
     ("convert", ["export", "absent", "out.pt"], "absent does not exist"),
     ("push", ["push", "absent", "--hub_model_id", "user/x"], "absent does not exist"),

@@ -155,6 +155,8 @@ def guided(model: str, flags: str, out: str) -> None:
         InputError: a file cannot be read, weights and flags conflict, or UNet2DModel does not support the network.
     """
     given, folder = read_flags(flags), _new_folder(out)
+    if not Path(model).exists():
+        raise InputError(f"model {model} does not exist; name a .pt file")
     raise_all(_missing(given), "flags")
     values = {**DEFAULT_FLAGS, **given}
     try:

@@ -59,7 +59,8 @@ def label_indices(wanted: Sequence[int | str], names: Sequence[str] | None) -> l
     for label in wanted:
         if isinstance(label, str) and label not in by_name and not WHOLE_NUMBER.fullmatch(label):
             known = f"the model's classes are {shortened_list(names)}" if names else "the model knows its classes by numbers only"
-            raise InputError(f"class_labels has {label}, but {known}")
+            apart = f"; separate the values by spaces: {label.replace(',', ' ')}" if "," in label else ""
+            raise InputError(f"class_labels has {label}, but {known}{apart}")
         found.append(by_name[label] if label in by_name else int(label))
     return found
 
