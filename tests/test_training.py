@@ -196,7 +196,10 @@ def test_a_stock_unconditional_model_is_fine_tuned_as_it_is(tmp_path):
     [
         (["--model_channels", 16], ["is another network", "block_out_channels: init has [8, 16], this run [16, 32]", "--model_config"]),
         (["--learn_sigma"], ["out_channels: init has 1, this run 2", "its variance is not learned: take --no_learn_sigma)"]),
-        (["--class_conditional"], ["num_class_embeds: init has None, this run 11"]),
+        (
+            ["--class_conditional"],
+            ["num_class_embeds: init has None, this run 11", "it has no class labels: leave out --class_conditional)"],
+        ),
     ],
 )
 def test_weights_of_another_network_are_refused_with_what_differs(trained, tmp_path, flags, named):

@@ -93,6 +93,9 @@ class PixelTask:
         if names == ["out_channels"] and theirs.out_channels in (theirs.in_channels, 2 * theirs.in_channels):
             learned = theirs.out_channels > theirs.in_channels
             return f"its variance is {'' if learned else 'not '}learned: take --{'' if learned else 'no_'}learn_sigma"
+        if names == ["num_class_embeds"] and None in (theirs.num_class_embeds, ours.num_class_embeds):
+            labelled = theirs.num_class_embeds is not None
+            return f"it has {'' if labelled else 'no '}class labels: {'add' if labelled else 'leave out'} --class_conditional"
         advice = "to take it as it is: --model_config with its unet/config.json"
         if (theirs.num_class_embeds or 0) + 1 == ours.num_class_embeds and self.data.null_label is not None:
             advice += '; it has no label for "none", so add --label_dropout 0'
