@@ -125,6 +125,9 @@ def test_it_is_chosen_once_said_and_kept(tmp_path, capsys, monkeypatch):
     # What is typed now, and was not then, is refused as ever.
     assert cli.train([*map(str, command), "--max_steps", "3", "--batch_size", "2", "--schedule_shift", "1"]) == 2
     assert "schedule_shift: the run has 64.0, this command says 1.0" in capsys.readouterr().err
+    # Also where config.json is damaged.
+    (run / "config.json").write_text("{")
+    assert cli.train_config([*map(str, command), "--max_steps", "3"], None).objective.prediction_type == "v_prediction"
     # What starts from its weights has its network and its parameterization.
     started = cli.train_config([*map(str, command[:4]), "--output_dir", "other", "--init", str(run), "--max_steps", "2"], None)
     assert (started.objective.prediction_type, started.objective.schedule_shift) == ("v_prediction", 64)

@@ -118,27 +118,32 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def run_values(folder: str | Path) -> dict[str, Any] | None:
     """The configuration of a run by flat names, with the defaults of its time; None where the folder is no run directory.
 
+    Where config.json is missing or damaged, it is that of the newest checkpoint.
+
     Without what config.json does not have: the place, pushing, and what a command asks for only once. Local data, whose path may be
     relative to another working directory, are named by the path that the newest checkpoint has.
 
     Raises:
         InputError: a newer version wrote it.
     """
-    found = read_json(Path(folder) / CONFIG)
-    if not (isinstance(found, dict) and found.keys() >= REQUIRED_FIELDS):
+    state = _newest_state(Path(folder))
+    both = (read_json(Path(folder) / CONFIG), state.get("config"))
+    found = next((each for each in both if isinstance(each, dict) and each.keys() >= REQUIRED_FIELDS), None)
+    if found is None:
         return None
-    values = flatten(TrainConfig()) | BEFORE_THE_FIELD | read_config(str(Path(folder) / CONFIG))
-    for name, path in _absolute_paths(Path(folder)).items():
+    found.pop(CHANGES, None)
+    values = flatten(TrainConfig()) | BEFORE_THE_FIELD | checked_values(found, f"run {str(folder)!r}")
+    for name, path in (state.get("paths") or {}).items():
         if values.get(name) and Path(path).exists() and not Path(values[name]).expanduser().exists():
             values[name] = path
     return {name: value for name, value in values.items() if name not in NOT_STORED}
 
 
-def _absolute_paths(run: Path) -> dict[str, str]:
-    """Where the data and the first weights of a run were, as far as they are local, as its newest checkpoint says."""
+def _newest_state(run: Path) -> dict[str, Any]:
+    """The state.json of a run's newest checkpoint; {} where there is none."""
     for state in sorted(run.glob("checkpoints/step-*/state.json"), key=lambda path: (len(path.parent.name), path), reverse=True):
         if isinstance(found := read_json(state), dict):
-            return found.get("paths") or {}
+            return found
     return {}
 
 
