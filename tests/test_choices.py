@@ -45,6 +45,8 @@ def chosen(*args, images=400, gpu=False):
         "--model_channels 96 --attention_head_dim 32",
         "--channel_mult 1 2 2",
         "--noise_schedule cosine --snr_floor 1e-3",
+        "--noise_schedule scaled_linear",
+        "--noise_schedule sigmoid",
         "--timestep_sampler log_normal --timestep_std 2",
         "--init model --class_conditional",
     ],

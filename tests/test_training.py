@@ -597,7 +597,7 @@ def test_the_progress_bar_names_and_averages_the_loss(tmp_path):
         progress.log_step(step, float(step), 0.1, 1.0, SimpleNamespace(values=None))
         shown.append(progress.bar.postfix.partition(", ")[0])
     progress.bar.close()
-    assert shown[0] == "loss 1 (mean of 100 steps)" and shown[1] == "loss 1.5 (mean of 100 steps)"
+    assert shown[0] == "loss 1 (mean of 1 steps)" and shown[1] == "loss 1.5 (mean of 2 steps)"
     assert shown[-1] == f"loss {sum(range(51, 151)) / 100:.4g} (mean of 100 steps)"
 
 

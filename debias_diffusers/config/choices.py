@@ -112,11 +112,12 @@ def _network(config: TrainConfig, images: int, gpu: bool) -> Group:
 
 def _objective(config: TrainConfig, images: int, gpu: bool) -> Group:
     resolution = config.data.resolution or 64
+    ends_in_noise = config.objective.noise_schedule in (None, "linear", "cosine")  # also where its SNR is multiplied
     values = {
         "prediction_type": "v_prediction",
         # At a lower resolution the same noise hides more of an image: the SNR that the schedule has at 64 pixels, per pixel of those
         # (arXiv 2301.11093, section 2.1).
-        "schedule_shift": min(MAX_SHIFT, (64 / resolution) ** 2),
+        "schedule_shift": min(MAX_SHIFT if ends_in_noise else 1.0, (64 / resolution) ** 2),
         "timestep_sampler": "stratified",
     }
     return Group("objective", values, f"noise as it suits {resolution} pixels")

@@ -80,7 +80,7 @@ class Logger:
         self.losses.append(loss)
         rate = self.images / max(time.monotonic() - self.began, 1e-9)
         mean = sum(self.losses) / len(self.losses)
-        self.bar.set_postfix_str(f"loss {mean:.4g} (mean of {SHOWN_STEPS} steps), {rate:.0f} images/s{self.quality}", refresh=False)
+        self.bar.set_postfix_str(f"loss {mean:.4g} (mean of {len(self.losses)} steps), {rate:.0f} images/s{self.quality}", refresh=False)
         self.bar.update()
         every = self.config.run.log_every
         # A line that is only written because the run ends does not reset the statistics: after a resume the next one has all steps.
