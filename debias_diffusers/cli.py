@@ -30,8 +30,9 @@ from .config.schema import (
     WeightsConfig,
 )
 from .errors import CannotWriteError, DebiasError, InputError, raise_all
-from .parsing import parse
-from .runs.run_directory import recorded_changes, sampling_problems
+from .parsing import field_name, parse
+from .runs.checkpoints import list_checkpoints
+from .runs.run_directory import CHECKPOINTS, recorded_changes, run_values, sampling_problems
 from .utils import console, launcher
 
 HELP_FLAGS = {"-h", "--help"}
@@ -151,7 +152,7 @@ def train_command(argv: list[str], launcher_precision: str | None, program: str 
     run, flags = _take_flag("resume", flags)
     dataset, _ = _take_flag("dataset", flags)
     asks_help = not HELP_FLAGS.isdisjoint(flags)
-    typed = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    typed = {field_name(flag) for flag in flags if flag.startswith("--")}
     typed |= {name.removeprefix("no_") for name in typed}
     chosen: frozenset[str] = frozenset()
     if run is not None:
@@ -190,12 +191,12 @@ def _replaced(defaults: TrainConfig, typed: set[str]) -> TrainConfig:
 def _kept(flags: list[str], names: Collection[str]) -> dict[str, Any]:
     """What a run with checkpoints has for these fields, where a plain command continues it."""
     folder, _ = _take_flag("output_dir", flags)
-    return _values(folder, names) if folder and any(Path(folder).glob("checkpoints/step-*")) else {}
+    return _values(folder, names) if folder and list_checkpoints(Path(folder) / CHECKPOINTS) else {}
 
 
 def _values(run: str, names: Collection[str]) -> dict[str, Any]:
     """What a run has for these fields, which is printed; nothing where it is no run directory."""
-    found = {name: value for name, value in (configuration.run_values(run) or {}).items() if name in names}
+    found = {name: value for name, value in (run_values(run) or {}).items() if name in names}
     neutral = configuration.flatten(TrainConfig())
     shown = choices.as_flags({name: value for name, value in found.items() if value != neutral[name]})
     steps = {change["name"]: change["step"] for change in recorded_changes(Path(run)) if change["name"] in names}
@@ -221,7 +222,7 @@ def _values_of_run(run: str, typed: set[str]) -> dict[str, Any]:
     """
     if twice := sorted(typed & {"config", "output_dir"}):
         raise InputError(f"--resume takes configuration and directory of the run {run}; leave out --{' --'.join(twice)}")
-    values = configuration.run_values(run)
+    values = run_values(run)
     if values is None:
         wrong = f"is no run directory (it has no {configuration.CONFIG} of a training)" if os.path.exists(run) else "does not exist"
         raise InputError(f"resume {run!r} {wrong}; name the --output_dir of a training that began")

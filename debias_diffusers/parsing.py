@@ -105,7 +105,7 @@ def _sentence(event: tyro_errors.ParseErrorEvent, kind: Any, argv: Sequence[str]
         meant = f"; did you mean {near}?" if near else ""
         return f"invalid choice {event.value!r} for argument {flag!r}. Expected one of {', '.join(choices)}{meant}"
     if isinstance(event, tyro_errors.InstantiationFailure):
-        typed, hint = _typed_values(flag, argv), field_types(kind).get(_name(flag))
+        typed, hint = _typed_values(flag, argv), field_types(kind).get(field_name(flag))
         if "..." in _words(hint) or " " in _words(hint):
             problem = f"it takes {_words(hint)}, but has {' '.join(typed)}"
         else:  # of a union, tyro lists why each member does not fit; the last is what is not None
@@ -118,7 +118,7 @@ def _sentence(event: tyro_errors.ParseErrorEvent, kind: Any, argv: Sequence[str]
     return "the arguments cannot be read"
 
 
-def _name(token: str) -> str:
+def field_name(token: str) -> str:
     """The field that a flag as typed names."""
     return token.split("=")[0].lstrip("-").replace("-", "_")
 
@@ -131,16 +131,16 @@ def _words_of(argv: Sequence[str]) -> list[str]:
 def _typed_values(flag: str, argv: Sequence[str]) -> list[str]:
     """What was typed after a flag, the last time."""
     words = _words_of(argv)
-    places = [place for place, word in enumerate(words) if word.startswith("--") and _name(word) == _name(flag)]
+    places = [place for place, word in enumerate(words) if word.startswith("--") and field_name(word) == field_name(flag)]
     return list(itertools.takewhile(lambda word: not word.startswith("--"), words[places[-1] + 1 :])) if places else []
 
 
 def _suggestions(tokens: Sequence[str], kind: Any, argv: Sequence[str]) -> str:
     """What was meant by options that are not known; a line for each where there are several."""
-    found = {token.split("=")[0]: aliases.suggestion(_name(token), kind) for token in tokens if token.startswith("--")}
+    found = {token.split("=")[0]: aliases.suggestion(field_name(token), kind) for token in tokens if token.startswith("--")}
     for flag, value in pairwise(_words_of(argv)):
-        if value in tokens and not value.startswith("-") and flag.startswith("--") and field_types(kind).get(_name(flag)) is bool:
-            found[value] = f"--{_name(flag)} takes no value; type --{_name(flag)} or --no_{_name(flag)}"
+        if value in tokens and not value.startswith("-") and flag.startswith("--") and field_types(kind).get(field_name(flag)) is bool:
+            found[value] = f"--{field_name(flag)} takes no value; type --{field_name(flag)} or --no_{field_name(flag)}"
     if len(found) == 1:
         return "".join(f"; {text}" for text in found.values() if text)
     return "".join(f"\n  - {typed}: {text}" for typed, text in found.items() if text)

@@ -18,7 +18,6 @@ from debias_diffusers.config.loading import (
     OF_ONE_COMMAND,
     ON_PURPOSE,
     flatten,
-    run_values,
     stored,
     update,
 )
@@ -26,7 +25,7 @@ from debias_diffusers.config.schema import TrainConfig
 from debias_diffusers.config.validation import train_problems
 from debias_diffusers.diffusion.timestep_samplers import TimestepSampler
 from debias_diffusers.errors import InputError
-from debias_diffusers.runs.run_directory import open_run
+from debias_diffusers.runs.run_directory import open_run, run_values
 from debias_diffusers.training import setup
 from debias_diffusers.training.trainer import Trainer
 

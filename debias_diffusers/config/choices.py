@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .loading import update
+from .loading import PARAMETERIZATION, update
 from .schema import SIZE_FIELDS, SIZES, Size, TrainConfig, network_of_size
 
 CPU_STEPS = 10_000  # without a GPU: hours at 32 pixels, where the 100 000 of the field would be days
@@ -39,9 +39,8 @@ CHOSEN = {
     "warmup_steps", "max_grad_norm", "ema_decay", "sample_every", "checkpoint_every",
 }  # fmt: skip
 
-# Of the run from whose weights another begins: its network, and what this has learned that its input and output mean.
+# Of the network from whose weights a run begins.
 NETWORK = {*SIZE_FIELDS, "model_config", "resblock_updown", "resnet_time_scale_shift", "learn_sigma"}
-PARAMETERIZATION = {"prediction_type", "noise_schedule", "num_train_timesteps", "schedule_shift", "rescale_betas_zero_snr"}
 
 
 def left_out(typed: Collection[str]) -> frozenset[str]:
@@ -51,7 +50,7 @@ def left_out(typed: Collection[str]) -> frozenset[str]:
     """
     names = CHOSEN - set(typed)
     if "init" in typed:
-        names -= NETWORK | PARAMETERIZATION
+        names -= NETWORK.union(PARAMETERIZATION)
     return frozenset(names if {"size", "model_config"}.isdisjoint(typed) else names - NETWORK)
 
 
@@ -60,7 +59,7 @@ def of_init(typed: Collection[str]) -> frozenset[str]:
     if "init" not in typed:
         return frozenset()
     of_network = NETWORK if {*SIZE_FIELDS, "size", "model_config"}.isdisjoint(typed) else set()
-    return frozenset((of_network | PARAMETERIZATION) - set(typed))
+    return frozenset(of_network.union(PARAMETERIZATION) - set(typed))
 
 
 def choose(config: TrainConfig, names: Collection[str], images: int, gpu: bool) -> tuple[TrainConfig, list[str]]:

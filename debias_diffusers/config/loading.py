@@ -14,7 +14,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from ..errors import InputError, raise_all, reason
-from ..utils.files import read_json
 from .aliases import suggestion, written_suggestion
 from .hub_names import PINNED, was_pinned
 from .ranges import field_types
@@ -23,7 +22,6 @@ from .schema import SIZE_FIELDS, HubConfig, ModelConfig, TrainConfig, channel_mu
 
 CONFIG = "config.json"  # of a run directory
 CHANGES = "changes"  # there, beside the fields: what --allow_change changed, and at which step
-REQUIRED_FIELDS = {"dataset", "prediction_type", "weighting", "noise_schedule", "ema_decay", "max_steps"}  # of any config.json
 
 # What a command asks for, or permits, only once.
 OF_ONE_COMMAND = {"dry_run", "verbose", "allow_change", "accept_changed_data"}
@@ -50,13 +48,16 @@ ON_PURPOSE = {
     "mixed_precision",
 }  # fmt: skip
 
+# What the network has learned that its input and output mean.
+PARAMETERIZATION = ("prediction_type", "noise_schedule", "num_train_timesteps", "schedule_shift", "rescale_betas_zero_snr")
+
 # These never, and why.
 _NETWORK, _MEANING = "it changes the network", "the network has learned by it what its input and output mean"
 _DATA = "it says what the images and labels of the data set are"
 NEVER = {
     **{f.name: _NETWORK for f in dataclasses.fields(ModelConfig) if f.name not in ON_PURPOSE | NOT_STORED},
     **dict.fromkeys(("resolution", "channels", "class_conditional", "learn_sigma"), _NETWORK),
-    **dict.fromkeys(("prediction_type", "noise_schedule", "num_train_timesteps", "schedule_shift", "rescale_betas_zero_snr"), _MEANING),
+    **dict.fromkeys(PARAMETERIZATION, _MEANING),
     **dict.fromkeys(("split", "image_column", "label_column"), _DATA),
     "init": "a run starts from it once",
     "seed": "the order of the images, their noise and their timesteps follow from it",
@@ -113,38 +114,6 @@ def difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One `difference` for each of the names that are `differing`."""
     return [difference(name, before, now) for name in differing(before, now)]
-
-
-def run_values(folder: str | Path) -> dict[str, Any] | None:
-    """The configuration of a run by flat names, with the defaults of its time; None where the folder is no run directory.
-
-    Where config.json is missing or damaged, it is that of the newest checkpoint.
-
-    Without what config.json does not have: the place, pushing, and what a command asks for only once. Local data, whose path may be
-    relative to another working directory, are named by the path that the newest checkpoint has.
-
-    Raises:
-        InputError: a newer version wrote it.
-    """
-    state = _newest_state(Path(folder))
-    both = (read_json(Path(folder) / CONFIG), state.get("config"))
-    found = next((each for each in both if isinstance(each, dict) and each.keys() >= REQUIRED_FIELDS), None)
-    if found is None:
-        return None
-    found.pop(CHANGES, None)
-    values = flatten(TrainConfig()) | BEFORE_THE_FIELD | checked_values(found, f"run {str(folder)!r}")
-    for name, path in (state.get("paths") or {}).items():
-        if values.get(name) and Path(path).exists() and not Path(values[name]).expanduser().exists():
-            values[name] = path
-    return {name: value for name, value in values.items() if name not in NOT_STORED}
-
-
-def _newest_state(run: Path) -> dict[str, Any]:
-    """The state.json of a run's newest checkpoint; {} where there is none."""
-    for state in sorted(run.glob("checkpoints/step-*/state.json"), key=lambda path: (len(path.parent.name), path), reverse=True):
-        if isinstance(found := read_json(state), dict):
-            return found
-    return {}
 
 
 def packaged_configs() -> list[str]:

@@ -22,7 +22,6 @@ from ..runs import checkpoints
 from ..runs.run_directory import CHECKPOINTS, CONFIG
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
-from ..utils.files import read_json
 from .image_sets import (
     ImageSet,
     images_of_folder,
@@ -119,7 +118,7 @@ def _values_of_run(target: str) -> dict[str, Any] | None:
         run = Path(target)
         if not (run / CHECKPOINTS).is_dir() or not (run / CONFIG).is_file():
             return None
-        return _with_data(target, read_config(str(run / CONFIG)), _newest_state(run))
+        return _with_data(target, read_config(str(run / CONFIG)), checkpoints.newest_state(run / CHECKPOINTS))
     path = client.download_files(target, [CONFIG]) / CONFIG
     try:
         values = read_config(str(path)) if path.is_file() else {}
@@ -130,7 +129,8 @@ def _values_of_run(target: str) -> dict[str, Any] | None:
 
 def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
     """Sets the path of local data: the path in the configuration if it has the same files, else the absolute path at training time."""
-    typed, lay = values["dataset"], state.get("paths", {}).get("dataset")
+    paths = state.get("paths")
+    typed, lay = values["dataset"], paths.get("dataset") if isinstance(paths, dict) else None
     if typed == DIGITS or is_pinned(typed):  # for the Hub, a run saves the commit
         return values
     if os.path.exists(os.path.expanduser(typed)):
@@ -140,13 +140,6 @@ def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) ->
     if lay is None or not os.path.exists(lay):
         raise InputError(f"{target} was trained on {lay or typed}, which does not exist; name the data with --reference")
     return {**values, "dataset": lay}
-
-
-def _newest_state(run: Path) -> dict[str, Any]:
-    """The state.json of the newest checkpoint of a run; {} if there is none that can be read."""
-    there = checkpoints.list_checkpoints(run / CHECKPOINTS)
-    found = read_json(there[-1] / checkpoints.STATE) if there else None
-    return found if isinstance(found, dict) and isinstance(found.get("paths"), dict) else {}
 
 
 def pinned_data(reference: Any, accelerator: Accelerator) -> Any:

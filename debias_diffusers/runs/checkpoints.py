@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ..config.loading import CHANGES
 from ..errors import InputError, NoUsableCheckpointError, reason
-from ..utils.files import fsync_file, fsync_folder, temporary_folder, translate_write_errors, write_and_fsync
+from ..utils.files import fsync_file, fsync_folder, read_json, temporary_folder, translate_write_errors, write_and_fsync
 
 FORMAT = 1
 MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampler.safetensors"  # files of tensors
@@ -47,7 +48,7 @@ class Checkpoint:
     @property
     def changing(self) -> set[str]:
         """Names of what --allow_change changes at this step, as `run_directory.open_run` notes it in the state."""
-        return {change["name"] for change in self.state.get("changes", ()) if change["step"] == self.step}
+        return {change["name"] for change in self.state.get(CHANGES, ()) if change["step"] == self.step}
 
     @property
     def ema_rates(self) -> list[float]:
@@ -151,6 +152,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
         return []
     named = (p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.name == folder_name(step_of_folder(p)))
     return sorted((p for p in named if p.is_dir() and not p.is_symlink()), key=step_of_folder)
+
+
+def newest_state(folder: Path) -> dict[str, Any]:
+    """The newest state.json in a folder of checkpoints that can be read, without verifying the checkpoint; {} where there is none."""
+    states = (read_json(path / STATE) for path in reversed(list_checkpoints(folder)))
+    return next((state for state in states if isinstance(state, dict)), {})
 
 
 def step_of_folder(path: Path) -> int:

@@ -15,10 +15,12 @@ from ..config.loading import (
     BEFORE_THE_FIELD,
     CHANGES,
     CONFIG,
+    NOT_STORED,
     ON_PURPOSE,
-    REQUIRED_FIELDS,
+    checked_values,
     difference,
     differing,
+    flatten,
     stored,
     to_json,
 )
@@ -32,6 +34,7 @@ from .metrics_file import METRICS_FILE, MetricsFile
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+REQUIRED_FIELDS = {"dataset", "prediction_type", "weighting", "noise_schedule", "ema_decay", "max_steps"}  # of any config.json
 DATA = "data"  # among the changes: the files behind `dataset`, by their fingerprint
 MARKER = ".debias_diffusers.json"  # this file marks a folder as a run directory
 MARK = {"debias_diffusers": "run"}
@@ -73,6 +76,30 @@ class Run:
         write_file(self.folder / CONFIG, to_json(config, changes).encode())
         step = self.resume.step if self.resume else 0
         self.metrics.begin_after(step, goes_on=step < config.optimization.max_steps)
+
+
+def run_values(folder: str | Path) -> dict[str, Any] | None:
+    """The configuration of a run by flat names, with the defaults of its time; None where the folder is no run directory.
+
+    Where config.json is missing or damaged, it is that of the newest checkpoint.
+
+    Without what config.json does not have: the place, pushing, and what a command asks for only once. Local data, whose path may be
+    relative to another working directory, are named by the path that the newest checkpoint has.
+
+    Raises:
+        InputError: a newer version wrote it.
+    """
+    state = checkpoints.newest_state(Path(folder) / CHECKPOINTS)
+    both = (read_json(Path(folder) / CONFIG), state.get("config"))
+    found = next((each for each in both if isinstance(each, dict) and each.keys() >= REQUIRED_FIELDS), None)
+    if found is None:
+        return None
+    found.pop(CHANGES, None)
+    values = flatten(TrainConfig()) | BEFORE_THE_FIELD | checked_values(found, f"run {str(folder)!r}")
+    for name, path in (state.get("paths") or {}).items():
+        if values.get(name) and Path(path).exists() and not Path(values[name]).expanduser().exists():
+            values[name] = path
+    return {name: value for name, value in values.items() if name not in NOT_STORED}
 
 
 def sampling_problems(model: str, output_dir: str | None) -> list[str]:
