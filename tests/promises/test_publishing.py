@@ -449,7 +449,7 @@ def test_a_training_that_was_killed_sends_what_is_missing(fresh, trained, tmp_pa
     fresh.hold(path="/preupload/")
 
     def kill(process, _):
-        wait_for(lambda: newest_step(tmp_path / "run") >= 12)
+        wait_for(lambda: preuploads(fresh))  # not only a checkpoint: the process that pushes it has started
         process.kill()
 
     trained_and_pushed(fresh, tmp_path, "--max_steps", 24, during=kill)
