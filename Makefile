@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test nightly lint
+.PHONY: demo demo-text test nightly lint
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch train.py $(THREADS:%=--num_threads %)
@@ -13,6 +13,15 @@ demo: $(VENV)/.installed
 	@echo
 	@echo "Digits drawn while it was training:  runs/digits/samples/step-*.png"
 	@echo "Digits drawn by the trained model:   runs/digits/samples/unipc-20/preview/grid.png"
+
+demo-text: $(VENV)/.installed
+	$(BIN)/accelerate launch train.py --config digits_text $(THREADS:%=--num_threads %)
+	$(BIN)/python sample.py runs/digits_text --guidance_scale 2 --num_images 100 --output_dir runs/digits_text/samples/prompts $(THREADS:%=--num_threads %) \
+		--prompt "a handwritten zero" "a handwritten one" "a handwritten two" "a handwritten three" "a handwritten four" \
+		"a handwritten five" "a handwritten six" "a handwritten seven" "a handwritten eight" "a handwritten nine"
+	$(BIN)/python eval.py score runs/digits_text --guidance_scale 2 --metrics fid,prompt_accuracy --num_images 1000 $(THREADS:%=--num_threads %)
+	@echo
+	@echo "Digits of prompts:  runs/digits_text/samples/prompts/preview/grid.png"
 
 # Two at a time with one thread each: most tests wait for small processes to start.
 test: $(VENV)/.installed

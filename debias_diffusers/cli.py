@@ -9,7 +9,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .config import loading as configuration
 from .config.ranges import field_types
 from .config.schema import (
     DIGITS,
+    DIGITS_TEXT,
     BitsConfig,
     ExportConfig,
     GuidedConfig,
@@ -31,9 +32,9 @@ from .config.schema import (
 )
 from .errors import CannotWriteError, DebiasError, InputError, raise_all
 from .parsing import field_name, parse
-from .runs.checkpoints import list_checkpoints
-from .runs.run_directory import CHECKPOINTS, recorded_changes, run_values, sampling_problems
-from .utils import console, launcher
+from .runs.model_folder import check_sampling, pixel_problems, task_of
+from .runs.run_directory import kept_values, run_values, sampling_problems, shown_values
+from .utils import console, launcher, text_libraries
 
 HELP_FLAGS = {"-h", "--help"}
 ERROR_GRACE_SECONDS = 10.0  # the other processes wait so long for the first one to print its error
@@ -113,6 +114,8 @@ TRAIN_HELP = """Train a diffusion model with the debiased loss (arXiv 2310.08442
 --config NAME or --config FILE.yaml takes the values of a packaged configuration or of a YAML or JSON file; flags win over it.
 With --dataset and without --config, what is left out is chosen to suit the data, and printed: it may differ from the defaults below.
 
+--base_model MODEL trains a text-to-image model, whose noise schedule and prediction type are those of the base model if left out.
+
 --resume RUN resumes a run directory with everything as it was, to its max_steps. Beside it may be typed:
 {changeable}.
 
@@ -151,21 +154,28 @@ def train_command(argv: list[str], launcher_precision: str | None, program: str 
     file, flags = _take_flag("config", argv)
     run, flags = _take_flag("resume", flags)
     dataset, _ = _take_flag("dataset", flags)
+    values = configuration.read_config(file) if file else {}
+    base = _take_flag("base_model", flags)[0] or values.get("base_model")
     asks_help = not HELP_FLAGS.isdisjoint(flags)
     typed = {field_name(flag) for flag in flags if flag.startswith("--")}
     typed |= {name.removeprefix("no_") for name in typed}
     chosen: frozenset[str] = frozenset()
     if run is not None:
         defaults = configuration.layered(_values_of_run(run, typed | ({"config"} if file else set())))
+    elif base:
+        values = configuration.read_config(DIGITS_TEXT) if base == DIGITS and not file else values
+        chosen = choices.of_base(typed | values.keys())
+        kept = kept_values(_take_flag("output_dir", flags)[0] or values.get("output_dir"), chosen)
+        defaults = configuration.layered(values, kept)
+        chosen = frozenset() if kept else chosen
     elif file or dataset in (None, DIGITS):
-        values = configuration.read_config(file) if file else {}
         digits = (dataset or values.get("dataset") or (None if file or asks_help else DIGITS)) == DIGITS
         defaults = configuration.layered(configuration.read_config(DIGITS) if digits else {}, values)
     else:
         chosen, of_init = choices.left_out(typed), choices.of_init(typed)
-        kept = _kept(flags, chosen | of_init)
+        kept = kept_values(_take_flag("output_dir", flags)[0], chosen | of_init)
         init, _ = _take_flag("init", flags)
-        defaults = configuration.layered(kept or (_values(init, of_init) if init else {}))
+        defaults = configuration.layered(kept or (shown_values(init, of_init) if init else {}))
         chosen = frozenset() if kept else chosen
     defaults = _replaced(defaults, typed)
     config = parse(TrainConfig, flags, defaults, program, _train_help(file) if asks_help else "")
@@ -175,34 +185,18 @@ def train_command(argv: list[str], launcher_precision: str | None, program: str 
 
 
 def _replaced(defaults: TrainConfig, typed: set[str]) -> TrainConfig:
-    """The defaults without what a flag replaces that describes the whole network.
+    """The defaults without what a flag replaces.
 
     Raises:
-        InputError: a number of the network is typed beside it.
+        InputError: both are typed.
     """
     neutral = configuration.flatten(TrainConfig())
     for name in configuration.REPLACING.keys() & typed:
         if twice := sorted(typed & set(configuration.REPLACING[name])):
-            raise InputError(f"{name} describes the whole network; leave out {', '.join(twice)}")
+            what = "decides the length of the run" if "num_epochs" in (name, *twice) else "describes the whole network"
+            raise InputError(f"{name} {what}; leave out {', '.join(twice)}")
         defaults = configuration.update(defaults, {number: neutral[number] for number in configuration.REPLACING[name]})
     return defaults
-
-
-def _kept(flags: list[str], names: Collection[str]) -> dict[str, Any]:
-    """What a run with checkpoints has for these fields, where a plain command continues it."""
-    folder, _ = _take_flag("output_dir", flags)
-    return _values(folder, names) if folder and list_checkpoints(Path(folder) / CHECKPOINTS) else {}
-
-
-def _values(run: str, names: Collection[str]) -> dict[str, Any]:
-    """What a run has for these fields, which is printed; nothing where it is no run directory."""
-    found = {name: value for name, value in (run_values(run) or {}).items() if name in names}
-    neutral = configuration.flatten(TrainConfig())
-    shown = choices.as_flags({name: value for name, value in found.items() if value != neutral[name]})
-    steps = {change["name"]: change["step"] for change in recorded_changes(Path(run)) if change["name"] in names}
-    changed = [f"{name} (since step {step})" for name, step in steps.items()]
-    _say_first([f"as in {run}: {shown}" + (f"; changed on purpose: {', '.join(changed)}" if changed else "")] if shown else [])
-    return found
 
 
 def _say_first(sentences: list[str]) -> None:
@@ -249,6 +243,10 @@ def _raise_all(problems: list[str]) -> None:
 def _sample(argv: list[str], program: str) -> None:
     config = parse(SampleConfig, argv, None, program, "Draw images with a trained model.")
     _raise_all(validation.sample_problems(config) + sampling_problems(config.model, config.output_dir))
+    if hub_names.is_model_id(config.model):
+        text_libraries.show()  # which it may need
+    else:
+        check_sampling(config, Path(config.model))
     from .utils.signals import stop_with_launcher
 
     stop_with_launcher()  # else orphaned processes would write into a folder that a new command may lock
@@ -288,6 +286,10 @@ def _compare(argv: list[str], program: str = "eval.py compare") -> None:
 def _scored(config: ScoreConfig) -> None:
     absent = [problem for target in config.targets for problem in hub_names.target_problems(target)]
     _raise_all(validation.score_problems(config) + absent + hub_names.data_problems("reference", config.reference))
+    if "clip_score" in config.measure.metrics or any(task_of(Path(target)) == "text_to_image" for target in config.targets):
+        text_libraries.require()
+    elif any(map(hub_names.is_model_id, config.targets)):
+        text_libraries.show()  # which they may need
     from .evaluation import score
 
     score.score(config)
@@ -306,7 +308,7 @@ def _stats(argv: list[str], program: str) -> None:
 def _bits(argv: list[str], program: str) -> None:
     config = parse(BitsConfig, argv, None, program, BitsConfig.__doc__ or "")
     absent = hub_names.model_problems("model", config.model) + hub_names.data_problems("reference", config.reference)
-    _raise_all(validation.bits_problems(config) + absent)
+    _raise_all(validation.bits_problems(config) + absent + pixel_problems(config.model, "bpd"))
     from .evaluation import likelihood
 
     likelihood.bits_per_dimension(config)
@@ -378,6 +380,7 @@ def _run_command(main: Command, argv: Sequence[str] | None, program: str) -> int
     try:
         if argv is None:
             argv, program = sys.argv[1:], _called(sys.argv[0], program)
+            text_libraries.hide()  # of a process of its own: pixel models do not wait for them
         if "--version" in argv:
             print(f"debias_diffusers {__version__}")
             return 0

@@ -284,6 +284,20 @@ def trained_by_class(tmp_path_factory):
     return trained_once(tmp_path_factory, "classes", "--class_conditional", "--max_steps", 6)
 
 
+@pytest.fixture(scope="session")
+def text_models(tmp_path_factory):
+    """Folders of tiny text-to-image models by name: `xl`, `sd`, and `v` (an `sd` of v_prediction with zero terminal SNR)."""
+    pytest.importorskip("transformers")
+    import text_models as models
+
+    root = tmp_path_factory.mktemp("text_models")
+    return {
+        "xl": models.save_xl(root / "xl"),
+        "sd": models.save_sd(root / "sd"),
+        "v": models.save_sd(root / "v", "v_prediction", rescale_betas_zero_snr=True),
+    }
+
+
 # ---- the table of docs/reliability.md ---------------------------------------------------------------------------------
 # A test of tests/promises has the mark `row(number, promise)` and counts its trials, if they are more than one, with the
 # fixture `trials`. `pytest -m row --table FILE` writes what was tried and what failed.

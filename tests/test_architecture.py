@@ -35,10 +35,10 @@ MAX_MODULES = 12  # directly in the package, and in each folder
 
 # The modules, or whole folders, that may import a library.
 USERS = {
-    "datasets": {"data.sources"},
+    "datasets": {"data.sources", "data.captions"},
     "pyarrow": {"data.sources"},
     "diffusers": {"pipelines", "tasks", "training.device", "convert.guided_diffusion"},
-    "accelerate": {"utils.distributed", "training", "sampling.generate", "evaluation", "tasks.pixel_data"},
+    "accelerate": {"utils.distributed", "training", "sampling.generate", "evaluation", "tasks"},
     "torch_fidelity": {"evaluation.feature_extractors", "evaluation.metrics"},
     "tyro": {"parsing"},
     "yaml": {"config.loading"},
@@ -46,6 +46,8 @@ USERS = {
     "PIL": {"data.images", "sampling.image_writer", "evaluation.image_sets"},
     "matplotlib": {"evaluation.plots"},
     "psutil": {"utils.memory"},
+    "transformers": {"pipelines.text_pipeline", "evaluation.feature_extractors", "tasks.frozen_parts"},
+    "bitsandbytes": {"training.optimizer_step"},
 }
 
 WITHOUT_TORCH = {
@@ -54,10 +56,12 @@ WITHOUT_TORCH = {
     "utils.files",
     "utils.launcher",
     "utils.signals",
+    "utils.text_libraries",
     "config",
     "data.labels",
     "runs",
     "hub",
+    "tasks.base_model",
     "training.start",
     "parsing",
     "cli",
@@ -168,6 +172,11 @@ def test_training_without_figures_does_not_wait_for_the_import_of(library):
         left |= neighbours(module, everywhere=False) - found
     assert {"pipelines.pixel_pipeline", "data.sources"} < found
     assert not {module for module in found if (library, None) in imports(module, everywhere=False)}
+
+
+@pytest.mark.parametrize("library", ["transformers", "peft"])
+def test_pixel_models_need_no_library_of_text_models(library):
+    assert {module for module in MODULES if (library, None) in imports(module, everywhere=False)} == set()
 
 
 @pytest.mark.parametrize("name", debias_diffusers.__all__)

@@ -126,7 +126,8 @@ def test_every_suggestion_is_a_flag_with_a_value_that_it_has():
 
 MEANT = {  # by eye; "" where no flag is the same
     **dict.fromkeys(("lr", "learningrate", "peak_lr", "train_lr"), "--learning_rate"),
-    **dict.fromkeys(("steps", "max_train_steps", "num_steps", "max_step", "epochs", "num_train_epochs"), "--max_steps"),
+    **dict.fromkeys(("steps", "max_train_steps", "num_steps", "max_step"), "--max_steps"),
+    **dict.fromkeys(("epochs", "num_train_epochs"), "--num_epochs"),
     **dict.fromkeys(("train_batch_size", "batch"), "--batch_size"),
     **dict.fromkeys(("gradient_accumulation_steps", "microbatch"), "--micro_batch_size"),
     **dict.fromkeys(("lr_scheduler", "lr-scheduler"), "--lr_schedule"),
@@ -141,7 +142,7 @@ MEANT = {  # by eye; "" where no flag is the same
     "num_channels": "--model_channels",
     "save_every": "--checkpoint_every",
     "sample_steps": "--sample_every",
-    "pretrained_model_name_or_path": "--init",
+    "pretrained_model_name_or_path": "--init or --base_model",
     "unconditional": "--no_class_conditional",
     "decay": "--ema_decay or --weight_decay",
     "grad_norm": "--max_grad_norm",
@@ -149,9 +150,13 @@ MEANT = {  # by eye; "" where no flag is the same
     "v_prediction": "--prediction_type v_prediction",
     "dropout_rate": "--dropout",
     "hub_repo": "--hub_model_id",
-    **dict.fromkeys(("num_samples", "patch_size", "optimizer", "momentum", "beta_start", "adam_beta1", "eval_batch_size", "gpu"), ""),
-    **dict.fromkeys(("network_dim", "rank", "validation_prompt", "proportion_empty_prompts", "caption_dropout_rate"), ""),
-    **dict.fromkeys(("use_8bit_adam", "resume_from_checkpoint", "num_images", "size", "rate", "name", "val_data", "temperature"), ""),
+    "use_8bit_adam": "--optimizer adamw8bit",
+    "optim": "--optimizer",
+    **dict.fromkeys(("num_samples", "patch_size", "momentum", "beta_start", "adam_beta1", "eval_batch_size", "gpu"), ""),
+    **dict.fromkeys(("network_dim", "rank"), ""),
+    "validation_prompt": "--sample_prompts",
+    **dict.fromkeys(("proportion_empty_prompts", "caption_dropout_rate"), "--caption_dropout"),
+    **dict.fromkeys(("resume_from_checkpoint", "num_images", "size", "rate", "name", "val_data", "temperature"), ""),
 }
 
 
@@ -178,17 +183,17 @@ def test_flags_of_the_reference_lead_to_what_the_documentation_says():
 @pytest.mark.parametrize(
     "typed, differs",
     [
-        ("pretrained_model_name_or_path", "no text encoder"),
+        ("pretrained_model_name_or_path", "a text-to-image model"),
         ("train_batch_size", "all processes"),
         ("gradient_accumulation_steps", "one forward pass"),
-        ("num_train_epochs", "an epoch has images / batch_size"),
+        ("num_train_epochs", "in place of --max_steps"),
         ("resume_from_checkpoint", "the same command"),
         ("network_dim", "no LoRA"),
         ("rank", "no LoRA"),
-        ("validation_prompt", "without text"),
-        ("proportion_empty_prompts", "--label_dropout leaves out class labels"),
-        ("caption_dropout_rate", "without captions"),
-        ("use_8bit_adam", "no 8-bit AdamW"),
+        ("validation_prompt", "prompts of the sample grids"),
+        ("proportion_empty_prompts", "did you mean --caption_dropout"),
+        ("caption_dropout_rate", "did you mean --caption_dropout"),
+        ("use_8bit_adam", "did you mean --optimizer adamw8bit"),
     ],
 )
 def test_a_flag_of_another_trainer_is_refused_with_what_differs(typed, differs):
@@ -203,7 +208,7 @@ def test_every_unknown_flag_of_a_command_is_answered():
     assert first == "Unrecognized options: --lr, 1e-4, --num_train_epochs=3, --zzz" and last == "train.py --help lists all flags"
     assert [line.split("?")[0] for line in lines] == [
         "  - --lr: did you mean --learning_rate",
-        "  - --num_train_epochs: did you mean --max_steps",
+        "  - --num_train_epochs: did you mean --num_epochs",
     ]
 
 

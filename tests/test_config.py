@@ -325,7 +325,7 @@ PAPER = {
 
 
 def test_every_packaged_configuration_has_a_test():
-    assert set(loading.packaged_configs()) == {*PAPER, "digits", "reference_parity"}
+    assert set(loading.packaged_configs()) == {*PAPER, "digits", "reference_parity", "digits_text", "sdxl"}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -363,7 +363,7 @@ def test_an_unknown_configuration_lists_the_known():
 def test_config_json_reads_back_as_the_same_configuration(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(loading.to_json(GOOD))
-    assert update(layered(read_config(str(file))), {"output_dir": "runs/x"}) == GOOD
+    assert update(layered(read_config(str(file))), {"output_dir": "runs/x", "task": GOOD.data.task}) == GOOD
 
 
 def test_every_field_is_written_down_but_the_places():
@@ -373,7 +373,7 @@ def test_every_field_is_written_down_but_the_places():
     """
     written = json.loads(loading.to_json(GOOD))
     hub = {field.name for field in dataclasses.fields(GOOD.hub)}
-    assert set(flatten(GOOD)) - set(written) == {"output_dir", "size", *loading.OF_ONE_COMMAND, *hub}
+    assert set(flatten(GOOD)) - set(written) == {"output_dir", "size", "num_epochs", *loading.OF_ONE_COMMAND, *hub, *loading.TEXT_FIELDS}
 
 
 def test_a_resumed_run_is_compared_field_by_field():

@@ -10,7 +10,7 @@ from PIL import Image
 
 from debias_diffusers.config.schema import DataConfig
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
-from debias_diffusers.data.sources import open_source, summary, training_summary
+from debias_diffusers.data.sources import RepeatedSource, SourceSubset, folder_repeats, open_source, summary, training_summary
 from debias_diffusers.errors import DebiasError, InputError
 from debias_diffusers.utils import seeding
 
@@ -276,3 +276,19 @@ def test_an_unconditional_run_of_data_with_classes_says_so(tmp_path):
     assert said == {("plain", False): [], ("rows", False): [sentence], ("rows", True): []}
     (digits,) = training_summary(open_source(DataConfig(dataset="digits")), "digits")[1:]
     assert digits.startswith("its 10 classes are not used")
+
+
+def test_images_of_a_folder_that_names_a_number_are_repeated(tmp_path):
+    for name in ("10_cats/a.png", "10_cats/b.png", "2_dogs/c.png", "birds/d.png"):
+        (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(9).save(tmp_path / "pets" / name)
+    config = DataConfig(dataset=str(tmp_path / "pets"), resolution=8, folder_repeats=True)
+    source = open_source(config)
+    assert folder_repeats(source) == [10, 10, 2, 1]
+    subset = SourceSubset(source, [1])
+    repeated = RepeatedSource(subset, folder_repeats(subset))
+    assert len(repeated) == 13 and repeated.fingerprint() == subset.fingerprint()
+    names = [repeated.read(index)[2].split("/")[-1] for index in range(13)]
+    assert names == ["a.png"] * 10 + ["c.png"] * 2 + ["d.png"]
+    with pytest.raises(InputError, match="no folder of images"):
+        folder_repeats(open_source(DIGITS))

@@ -206,7 +206,7 @@ def test_a_resumed_run_lays_its_moments_as_its_weights(trained, tmp_path):
     trainer = trained_here(tiny(tmp_path / "run", "--max_steps", 13, "--lr_schedule", "constant"))
     convolutions = [p for p in trainer.state.optimizer_step.parameters if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
     assert convolutions and all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
-    for parameter, moments in trainer.state.optimizer_step.adamw.state.items():
+    for parameter, moments in trainer.state.optimizer_step.optimizer.state.items():
         assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == parameter.stride()
     kept = load(tensors(tmp_path / "run", 13)["model.safetensors"])
     for name, weight in trainer.state.model.named_parameters():

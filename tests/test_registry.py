@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from debias_diffusers import cli
 from debias_diffusers.config import ranges, registry, schema
-from debias_diffusers.config.registry import METRICS, SOLVERS, TIMESTEP_SAMPLERS, WEIGHTINGS
+from debias_diffusers.config.registry import METRICS, SOLVERS, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS
 from debias_diffusers.config.schema import ObjectiveConfig, SampleConfig, ScoreConfig, TrainConfig
 from debias_diffusers.diffusion.noise_schedule import make_schedule
 from debias_diffusers.diffusion.timestep_samplers import make_timestep_sampler
@@ -33,7 +33,12 @@ def documented(page, flag):
 
 @pytest.mark.parametrize(
     "table, page, flag",
-    [(TIMESTEP_SAMPLERS, "weighting.md", "timestep_sampler"), (METRICS, "evaluation.md", "metric"), (SOLVERS, "sampling.md", "scheduler")],
+    [
+        (TIMESTEP_SAMPLERS, "weighting.md", "timestep_sampler"),
+        (TIMESTEP_BIASES, "weighting.md", "timestep_bias_strategy"),
+        (METRICS, "evaluation.md", "metric"),
+        (SOLVERS, "sampling.md", "scheduler"),
+    ],
 )
 def test_the_documentation_has_a_row_for_every_entry(table, page, flag):
     assert documented(page, flag) == set(table)
@@ -45,7 +50,10 @@ def test_the_documentation_has_a_row_for_every_weighting():
     assert "`--weighting variational`" in shared
 
 
-@pytest.mark.parametrize("entry, table", [("train", WEIGHTINGS), ("train", TIMESTEP_SAMPLERS), ("train", METRICS), ("sample", SOLVERS)])
+@pytest.mark.parametrize(
+    "entry, table",
+    [("train", WEIGHTINGS), ("train", TIMESTEP_SAMPLERS), ("train", TIMESTEP_BIASES), ("train", METRICS), ("sample", SOLVERS)],
+)
 def test_the_help_says_what_every_entry_is(entry, table, capsys):
     assert getattr(cli, entry)(["--help"]) == 0
     said = "".join(capsys.readouterr().out.replace("│", "").split())
@@ -58,7 +66,7 @@ def test_choices_of_a_flag_are_the_entries_of_its_table():
 
 
 @pytest.mark.parametrize(
-    "kind, spec", [(ObjectiveConfig, spec) for table in (WEIGHTINGS, TIMESTEP_SAMPLERS) for spec in table.values()]
+    "kind, spec", [(ObjectiveConfig, spec) for table in (WEIGHTINGS, TIMESTEP_SAMPLERS, TIMESTEP_BIASES) for spec in table.values()]
     + [(SampleConfig, spec) for spec in SOLVERS.values()],
 )  # fmt: skip
 def test_a_parameter_is_a_field_with_a_range(kind, spec):
@@ -140,5 +148,5 @@ def test_what_a_metric_needs_of_an_extractor_is_there():
         if spec.layer is None:
             assert FEATURE_EXTRACTORS_REGISTRY[INCEPTION].get_default_feature_layer_for_metric(spec.layer_of), name
         else:
-            assert spec.extractor or spec.layer in metrics.PIXEL_LAYERS
+            assert spec.extractor or spec.layer in metrics.PIXEL_LAYERS or spec.of_prompts
     assert len(registry.FIGURES) == sum(len(spec.figures) for spec in METRICS.values())

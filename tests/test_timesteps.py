@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 
+from debias_diffusers.config.loading import layered
 from debias_diffusers.config.registry import TIMESTEP_SAMPLERS
 from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.config.validation import objective_problems
 from debias_diffusers.diffusion.noise_schedule import make_schedule
 from debias_diffusers.diffusion.timestep_samplers import HISTORY, LossSecondMoment, TimestepSampler, make_timestep_sampler
+from debias_diffusers.hub.model_card import model_card
 from debias_diffusers.utils import seeding
 
 CORRECTED = tuple(name for name, spec in TIMESTEP_SAMPLERS.items() if spec.corrected)
@@ -148,3 +151,75 @@ def test_what_loss_second_moment_learned_comes_back():
     for sampler in (one, other):
         sampler.update(torch.tensor([0, 2]), torch.tensor([5.0, 6.0]))
     assert torch.equal(one.probabilities, other.probabilities)
+
+
+# ---- bias --------------------------------------------------------------------------------------------------------------
+
+BIASES = {  # as diffusers' example scripts weigh 200 timesteps
+    "earlier": ({"timestep_bias_portion": 0.2}, range(40)),
+    "later": ({"timestep_bias_portion": 0.2}, range(160, 200)),
+    "range": ({"timestep_bias_begin": 50, "timestep_bias_end": 70}, range(50, 70)),
+}
+
+
+@pytest.mark.parametrize("strategy", BIASES)
+@pytest.mark.parametrize("name", TIMESTEP_SAMPLERS)
+def test_a_bias_multiplies_the_objective_of_any_sampler(name, strategy):
+    options, biased = BIASES[strategy]
+    shared = {"num_train_timesteps": 200, "noise_schedule": "cosine"}
+    plain = sampler_of(name, **shared)
+    sampler = sampler_of(name, timestep_bias_strategy=strategy, timestep_bias_multiplier=3.0, **options, **shared)
+    for each in (plain, sampler):
+        if each.learns:
+            levels = torch.arange(200).repeat(HISTORY)
+            each.update(levels, (1 + levels) / 50)
+            assert each.probabilities.max() > 1.2 * each.probabilities.min()
+    factors = torch.ones(200, dtype=torch.float64)
+    factors[list(biased)] = 3
+    for bias, of_plain in ((sampler.probabilities, plain.probabilities), (density(sampler), density(plain))):
+        torch.testing.assert_close(bias, of_plain * factors / (of_plain * factors).sum(), rtol=1e-12, atol=0)
+    assert sampler.probabilities.sum().item() == pytest.approx(1)
+
+
+def density(sampler):
+    """(T,) of the timesteps in the objective."""
+    return sampler.probabilities * sampler.corrections
+
+
+def test_strata_with_a_bias_have_equal_probabilities():
+    """With a multiplier of 3 on half of the timesteps, three quarters of each step's samples lie there, exactly."""
+    options = {"timestep_bias_strategy": "later", "timestep_bias_portion": 0.5, "timestep_bias_multiplier": 3.0}
+    sampler = sampler_of("stratified", batch_size=20, **options)
+    t = sampler.draw(uniforms(20 * 50), range(20 * 50)).view(50, 20)
+    assert ((t >= 500).sum(1) == 15).all() and (t.diff(dim=1) >= 0).all()
+    torch.testing.assert_close(sampler.corrections, torch.ones(1000, dtype=torch.float64))
+
+
+BIASED = {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 2.0}
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"timestep_bias_multiplier": 2.0}, "timestep_bias_strategy is none, which does not have it"),
+        ({"timestep_bias_strategy": "later"}, "timestep_bias_multiplier is 1, which changes nothing"),
+        (
+            {**BIASED, "timestep_bias_begin": 5},
+            "timestep_bias_strategy is later, which does not have it; take --timestep_bias_strategy range",
+        ),
+        ({**BIASED, "timestep_bias_portion": 1e-4}, "which is none or all of 1000 timesteps"),
+        ({**BIASED, "timestep_bias_strategy": "range"}, "from timestep_bias_begin 0 to before timestep_bias_end 1000, but must be a part"),
+        (
+            {**BIASED, "timestep_bias_strategy": "range", "timestep_bias_end": 1001},
+            "take --timestep_bias_begin 500 --timestep_bias_end 1000",
+        ),
+    ],
+)
+def test_a_bias_that_changes_nothing_is_refused(options, said):
+    (problem,) = objective_problems(ObjectiveConfig(**options))
+    assert said in problem
+
+
+def test_a_bias_is_in_the_model_card():
+    card = model_card(layered(BIASED), 1, 0)
+    assert "bias `later` (timestep_bias_multiplier 2.0, timestep_bias_portion 0.25) without correction: the objective has it, too." in card

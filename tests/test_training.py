@@ -501,7 +501,7 @@ def test_averages_follow_their_closed_form():
         ema.update()
     expected = sum(0.1 * 0.9 ** (2 - k) * value for k, value in enumerate(values))
     torch.testing.assert_close(ema.averages[0.9]["w"], torch.full((3,), expected))
-    assert ema.averages[0.0]["w"].tolist() == [5.0] * 3
+    assert {**ema.weights, **ema.of(0.0)}["w"].tolist() == [5.0] * 3  # the weights as they are, without memory of their own
 
 
 def test_out_of_memory_proposes_a_smaller_micro_batch(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .loading import PARAMETERIZATION, update
-from .schema import SIZE_FIELDS, SIZES, Size, TrainConfig, network_of_size
+from .schema import SIZE_FIELDS, SIZES, OptimizationConfig, Size, TrainConfig, network_of_size
 
 CPU_STEPS = 10_000  # without a GPU: hours at 32 pixels, where the 100 000 of the field would be days
 CPU_BATCH = 32
@@ -48,7 +48,7 @@ def left_out(typed: Collection[str]) -> frozenset[str]:
 
     With `init` the network and the parameterization are those of its model, so they are not chosen.
     """
-    names = CHOSEN - set(typed)
+    names = CHOSEN - set(typed) - ({"max_steps"} if "num_epochs" in typed else set())
     if "init" in typed:
         names -= NETWORK.union(PARAMETERIZATION)
     return frozenset(names if {"size", "model_config"}.isdisjoint(typed) else names - NETWORK)
@@ -62,13 +62,18 @@ def of_init(typed: Collection[str]) -> frozenset[str]:
     return frozenset(of_network.union(PARAMETERIZATION) - set(typed))
 
 
+def of_base(named: Collection[str]) -> frozenset[str]:
+    """The fields of a text-to-image training that its base model decides, given those that a command and its configuration name."""
+    return frozenset(set(PARAMETERIZATION) - set(named))
+
+
 def choose(config: TrainConfig, names: Collection[str], images: int, gpu: bool) -> tuple[TrainConfig, list[str]]:
     """The configuration with what was left out chosen, and a line for each group of values.
 
     Args:
         config: checked and resolved; what was typed is in it.
         names: fields that may be chosen, as of `left_out`.
-        images: number of training images.
+        images: number of training images; 0 where it is not known yet.
         gpu: whether it trains on one.
     """
     lines = []
@@ -79,6 +84,13 @@ def choose(config: TrainConfig, names: Collection[str], images: int, gpu: bool) 
             config = update(config, values)
             lines.append(f"{found.what}: {as_flags(values)} ({found.reason})")
     return config, lines
+
+
+def steps_of_epochs(optim: OptimizationConfig, images: int, step: int = 0, position: int = 0) -> int:
+    """The `max_steps` that `num_epochs` of so many training images are, of a run that is at this step and position."""
+    assert optim.num_epochs is not None
+    left = math.ceil(optim.num_epochs * images) - position
+    return step + max(0, -(-left // optim.batch_size))
 
 
 def as_flags(values: Mapping[str, Any]) -> str:
@@ -125,7 +137,8 @@ def _objective(config: TrainConfig, images: int, gpu: bool) -> Group:
 def _optimization(config: TrainConfig, images: int, gpu: bool) -> Group:
     optim, width = config.optimization, config.model.model_channels
     size: Size = next((size for size in LEARNING_RATES if width <= SIZES[size]["model_channels"]), "large")
-    steps, every = optim.max_steps, max(100, min(1000, optim.max_steps // GRIDS))
+    steps = steps_of_epochs(optim, images) if optim.num_epochs and images else optim.max_steps
+    every = max(100, min(1000, steps // GRIDS))
     values = {
         "learning_rate": LEARNING_RATES[size],
         "lr_schedule": "cosine",

@@ -9,7 +9,7 @@ from pathlib import Path
 from .schema import DIGITS
 
 # Names of Hub repositories, which a run writes down with the commit that it took: user/name@commit.
-PINNED = ("dataset", "init")
+PINNED = ("dataset", "init", "base_model", "vae")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _MODEL_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
 _DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?", re.ASCII)

@@ -17,33 +17,36 @@ from ..errors import InputError, raise_all, reason
 from .aliases import suggestion, written_suggestion
 from .hub_names import PINNED, was_pinned
 from .ranges import field_types
-from .registry import TIMESTEP_SAMPLERS, WEIGHTINGS, parameters_of
-from .schema import SIZE_FIELDS, HubConfig, ModelConfig, TrainConfig, channel_mult, network_of_size, noise_schedule
+from .registry import TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, parameters_of
+from .schema import SIZE_FIELDS, HubConfig, ModelConfig, NoiseConfig, TextConfig, TrainConfig, channel_mult, network_of_size, noise_schedule
 
 CONFIG = "config.json"  # of a run directory
 CHANGES = "changes"  # there, beside the fields: what --allow_change changed, and at which step
+
 
 # What a command asks for, or permits, only once.
 OF_ONE_COMMAND = {"dry_run", "verbose", "allow_change", "accept_changed_data"}
 
 # Not written to config.json: a run directory can be moved, so it does not say where it lies; and who trains with the same
 # configuration must not publish over it.
-# The numbers of a network stand there, not the size that stood for them.
-NOT_STORED = {"output_dir", "size", *OF_ONE_COMMAND, *(f.name for f in dataclasses.fields(HubConfig))}
+# The numbers of a network stand there, not the size that stood for them, and max_steps, not num_epochs.
+NOT_STORED = {"output_dir", "size", "num_epochs", *OF_ONE_COMMAND, *(f.name for f in dataclasses.fields(HubConfig))}
 
 # A resumed run may change these, with any command.
 CHANGEABLE = {
-    *NOT_STORED, "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every",
+    *NOT_STORED, "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every", "validation_every",
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
     "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "allow_pickle_import",
-    "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode", "ddp_timeout",
+    "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode", "ddp_timeout", "sample_prompts", "sample_guidance_scale",
 }  # fmt: skip
 
 # These only on purpose, with --allow_change, because the result is another one.
 ON_PURPOSE = {
-    "dataset", "label_dropout", "random_flip", "dropout",
+    "dataset", "label_dropout", "random_flip", "folder_repeats", "dropout",
+    "caption_dropout", "shuffle_caption", "keep_tokens", "crop", "crop_per_image",
     "weighting", *parameters_of(WEIGHTINGS), "snr_floor", "snr_ceiling", "terminal_weight_floor", "normalize_weights",
-    "timestep_sampler", *parameters_of(TIMESTEP_SAMPLERS), "variance_type",
+    "timestep_sampler", *parameters_of(TIMESTEP_SAMPLERS), "timestep_bias_strategy", *parameters_of(TIMESTEP_BIASES), "variance_type",
+    *(f.name for f in dataclasses.fields(NoiseConfig)),
     "batch_size", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "ema_decay", "ema_warmup",
     "mixed_precision",
 }  # fmt: skip
@@ -53,24 +56,42 @@ PARAMETERIZATION = ("prediction_type", "noise_schedule", "num_train_timesteps", 
 
 # These never, and why.
 _NETWORK, _MEANING = "it changes the network", "the network has learned by it what its input and output mean"
+_BASE, _CAPTIONS = "the network has learned the latents and embeddings of it", "the network has learned by it what captions mean"
 _DATA = "it says what the images and labels of the data set are"
 NEVER = {
     **{f.name: _NETWORK for f in dataclasses.fields(ModelConfig) if f.name not in ON_PURPOSE | NOT_STORED},
     **dict.fromkeys(("resolution", "channels", "class_conditional", "learn_sigma"), _NETWORK),
     **dict.fromkeys(PARAMETERIZATION, _MEANING),
     **dict.fromkeys(("split", "image_column", "label_column"), _DATA),
+    **dict.fromkeys(("task", "base_model", "vae"), _BASE),
+    **dict.fromkeys(("null_caption", "caption_chunks"), _CAPTIONS),
+    "caption_column": "it says what the captions of the data set are",
+    "validation_split": "images that are held out must never have been trained",
     "init": "a run starts from it once",
+    "optimizer": "the state in the checkpoints is that of one optimizer",
     "seed": "the order of the images, their noise and their timesteps follow from it",
 }
 
 # Values of runs that began before the field was there, where the default is another. They keep them, whatever a command says.
 BEFORE_THE_FIELD = {"ema_warmup": False}
 
+# Fields of one task, which are no fields of the other.
+TEXT_FIELDS = {"task", *(f.name for f in dataclasses.fields(TextConfig))}
+PIXEL_FIELDS = {
+    *(f.name for f in dataclasses.fields(ModelConfig)), "channels", "class_conditional", "label_column", "label_dropout", "init",
+    "allow_pickle_import", "cache_images_mb", "learn_sigma", "variance_type",
+}  # fmt: skip
+
 # What `model_config` replaces.
 MODEL_NUMBERS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name != "model_config")
 
 # Fields that stand for others, which must be left out beside them.
-REPLACING = {"model_config": MODEL_NUMBERS, "size": (*SIZE_FIELDS, "model_config")}
+REPLACING = {
+    "model_config": MODEL_NUMBERS,
+    "size": (*SIZE_FIELDS, "model_config"),
+    "num_epochs": ("max_steps",),
+    "max_steps": ("num_epochs",),
+}
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
@@ -88,9 +109,19 @@ def update(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**sections)
 
 
+def is_text(config: TrainConfig) -> bool:
+    """Whether a text-to-image model is trained."""
+    return config.data.task == "text_to_image" or config.text.base_model is not None
+
+
 def stored(config: TrainConfig) -> dict[str, Any]:
-    """The flat fields as they stand in a run's config.json: lists in place of tuples."""
-    values = {name: value for name, value in flatten(config).items() if name not in NOT_STORED}
+    """The flat fields as they stand in a run's config.json, without those of another task: lists in place of tuples."""
+    left_out = NOT_STORED | (PIXEL_FIELDS if is_text(config) else TEXT_FIELDS)
+    return as_json({name: value for name, value in flatten(config).items() if name not in left_out})
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON gives them back: lists in place of tuples."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -225,7 +256,7 @@ def _describe(hint: Any) -> str:
 
 
 def layered(*layers: Mapping[str, Any]) -> TrainConfig:
-    """The field defaults, changed by each layer in turn. A `model_config` or `size` replaces the network's numbers of lower layers."""
+    """The field defaults, changed by each layer in turn. What is `REPLACING` replaces values of lower layers."""
     defaults = flatten(TrainConfig())
     values: dict[str, Any] = {}
     for layer in layers:
@@ -242,12 +273,13 @@ def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig
     Raises:
         InputError: a network size beside its numbers, or the launcher was configured with a precision that is not supported.
     """
-    values: dict[str, Any] = {}
-    if config.data.resolution and (config.model.size or not config.model.model_config):
-        values = _network(config.model, config.data.resolution)
+    values: dict[str, Any] = {"task": config.data.task or ("text_to_image" if is_text(config) else "pixels")}
+    if config.data.resolution and not is_text(config) and (config.model.size or not config.model.model_config):
+        values |= _network(config.model, config.data.resolution)
     values["noise_schedule"] = noise_schedule(config.objective)
-    if config.optimization.init:
-        values["init"] = config.optimization.init.rstrip("/") or "/"  # of a folder, with which a resume must not differ from without
+    for name, given in (("init", config.optimization.init), ("base_model", config.text.base_model), ("vae", config.text.vae)):
+        if given:
+            values[name] = given.rstrip("/") or "/"  # of a folder, with which a resume must not differ from without
     if config.run.accept_changed_data and "dataset" not in config.run.allow_change:
         values["allow_change"] = (*config.run.allow_change, "dataset")
     if config.optimization.mixed_precision is None:

@@ -1,4 +1,4 @@
-"""What is chosen by name, one table for each kind: weightings, timestep samplers, metrics, solvers.
+"""What is chosen by name, one table for each kind: weightings, timestep samplers and biases, metrics, solvers.
 
 Flags, validation, `--help`, the model card and the tests derive from these tables; nothing else lists the names. No torch: the
 functions and classes are where tensors are, and each of those modules asserts on import that it has one for every name here. (Feature
@@ -90,6 +90,25 @@ TIMESTEP_SAMPLERS: dict[str, TimestepSamplerSpec] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class TimestepBiasSpec:
+    """Timesteps that are drawn more (or less) often than the sampler says. Never corrected: the objective is multiplied, too."""
+
+    summary: str
+    parameters: tuple[str, ...] = ()  # fields of ObjectiveConfig, which carry range and help
+
+
+# The names are those of diffusers' example scripts.
+TIMESTEP_BIASES: dict[str, TimestepBiasSpec] = {
+    "none": TimestepBiasSpec(summary="as the timestep sampler says"),
+    "earlier": TimestepBiasSpec(summary="a portion from t = 0 on", parameters=("timestep_bias_multiplier", "timestep_bias_portion")),
+    "later": TimestepBiasSpec(summary="a portion up to t = T - 1", parameters=("timestep_bias_multiplier", "timestep_bias_portion")),
+    "range": TimestepBiasSpec(
+        summary="from begin to before end", parameters=("timestep_bias_multiplier", "timestep_bias_begin", "timestep_bias_end")
+    ),
+}
+
+
 Better = Literal["lower", "higher", "near 0", "neither"]  # neither: a spread or a size, which no curve shows
 
 
@@ -105,6 +124,7 @@ class MetricSpec:
     layer: str | None = None  # the features that it compares; the extractor's for `layer_of` if None
     layer_of: str = "fid"  # name of a metric in torch-fidelity
     extractor: str | None = None  # the only extractor with this layer
+    of_prompts: bool = False  # it is a mean over images of how well each fits its prompt, which is its layer
 
 
 METRICS: dict[str, MetricSpec] = {
@@ -141,6 +161,22 @@ METRICS: dict[str, MetricSpec] = {
         figures={"brightness_bias": "near 0", "colour_distance": "lower"},
         reference="statistics",
         layer="colour",
+    ),
+    "prompt_accuracy": MetricSpec(
+        summary="share of images of digits that show the digit which their prompt names",
+        figures={"prompt_accuracy": "higher"},
+        min_images=1,
+        reference="nothing",
+        layer="prompt_accuracy",
+        of_prompts=True,
+    ),
+    "clip_score": MetricSpec(
+        summary="similarity of image and prompt, the mean of max(100 cos, 0) of CLIP's embeddings",
+        figures={"clip_score": "higher"},
+        min_images=1,
+        reference="nothing",
+        layer="clip_score",
+        of_prompts=True,
     ),
 }
 FIGURES: dict[str, Better] = {name: better for spec in METRICS.values() for name, better in spec.figures.items()}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typing_extensions import Doc
 
 from .ranges import Range, above, at_least
-from .registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, METRICS, SOLVERS, TIMESTEP_SAMPLERS, WEIGHTINGS, summaries
+from .registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, METRICS, SOLVERS, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, summaries
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
 NoiseSchedule = Literal["linear", "cosine", "scaled_linear", "sigmoid"]
@@ -22,12 +22,16 @@ Spacing = Literal["linspace", "leading", "trailing", "stride"]
 Clipping = Literal["off", "static", "dynamic"]
 ImageFormat = Literal["png", "webp", "npz"]
 Precision = Literal["no", "fp16", "bf16"]
+Task = Literal["pixels", "text_to_image"]
+OptimizerName = Literal["adamw", "adafactor", "adamw8bit"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 if TYPE_CHECKING:
     TimestepSamplerName = str
+    TimestepBiasName = str
     SchedulerName = str
 else:
     TimestepSamplerName = Literal[tuple(TIMESTEP_SAMPLERS)]
+    TimestepBiasName = Literal[tuple(TIMESTEP_BIASES)]
     SchedulerName = Literal[tuple(SOLVERS)]
 
 Threads = Annotated[int | None, at_least(1, 2)]
@@ -38,7 +42,8 @@ BatchSize = Annotated[int, at_least(1, 64)]
 Channels = Annotated[int | None, Range("1 (grey) or 3 (colour)", lambda value: value in (1, 3))]
 Quantile = Annotated[float, Range("above 0 and at most 1, such as 0.995", lambda value: 0 < value <= 1)]
 Timeout = Annotated[int, Range("at least 1 (and at most 3 years), such as 1800", lambda value: 1 <= value <= 10**8)]
-GuidanceScale = Annotated[float, at_least(0, "1 (off) or 3")]
+GuidanceScale = Annotated[float | None, at_least(0, "1 (off) or 3")]
+Side = Annotated[int | None, at_least(8, 1024)]  # of an image
 # Of no more than the 32 bits that generators of images, and those of numpy, take.
 ImageSeed = Annotated[int, Range("at least 0 and below 2^32, such as 0", lambda value: 0 <= value < 2**32)]
 
@@ -61,10 +66,15 @@ _TIMESTEP_SAMPLER = (
     f"distribution of the timesteps: {summaries(TIMESTEP_SAMPLERS)}; "
     f"{' and '.join(name for name, spec in TIMESTEP_SAMPLERS.items() if not spec.corrected)} change the objective"
 )
+_TIMESTEP_BIAS = (
+    f"bias of the timesteps, a factor on what timestep_sampler draws, without correction, so that it changes the objective: "
+    f"{summaries(TIMESTEP_BIASES)}"
+)
 _METRICS = f"metrics, separated by commas: {summaries(METRICS)}"
 _SCHEDULER = f"scheduler (solver): {summaries(SOLVERS)}; {DEFAULT_SOLVER} if left out, {DEFAULT_FLOW_SOLVER} for a model of rectified flow"
 
 DIGITS = "digits"
+DIGITS_TEXT = "digits_text"  # the configuration of the captioned digits
 DEFAULT_SCHEDULE: NoiseSchedule = "linear"
 
 # Ends of the betas at T = 1000; for other T they scale by 1000 / T, which keeps the noise of the last timestep about the same.
@@ -75,6 +85,8 @@ BETA_ENDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "sigmoid
 class DataConfig:
     """The training images."""
 
+    # what is trained: a pixel model, or a text-to-image model; follows from base_model if left out
+    task: Task | None = None
     dataset: str | None = None  # data set: digits, a folder of images, a .parquet file, a saved dataset, or a Hub id (user/set@revision)
     split: str = "train"  # split of a parquet, saved or Hub dataset
     image_column: str | None = None  # column of the images; found by its type if left out
@@ -84,10 +96,35 @@ class DataConfig:
     class_conditional: bool = False  # class-conditional training, with class labels
     label_dropout: Share = 0.1  # label dropout for classifier-free guidance: share of labels replaced by "none"
     random_flip: bool = False  # random horizontal flip of half of the images
+    folder_repeats: bool = False  # train images of a folder named N_NAME, such as 10_cats, N times in each epoch
+    validation_split: Share = 0.0  # share of the images that is held out of training, for the validation loss; 0 is off
     skip_bad: bool = False  # skip images that cannot be read, up to 1% of them, instead of stopping at the start
     num_workers: Annotated[int, at_least(0, 2)] = 2  # data loader workers per training process; 0 loads in the training process
     # cache of decoded images per process, in MB, used if all fit; 0 is off
     cache_images_mb: Annotated[int, at_least(0, 1024, zero="off")] = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Text-to-image only: the base model, captions, crops."""
+
+    # base model whose UNet is trained: Stable Diffusion XL, 2.x or 1.x as a pipeline folder, a run directory or a Hub id
+    # (user/name@revision); digits is the packaged one for the captioned digits
+    base_model: str | None = None
+    vae: str | None = None  # another VAE than that of the base model: its folder, or a Hub id
+    # column of the captions: text, caption or prompt, else the only column of texts, if left out; NAME.txt beside NAME.png in a folder
+    caption_column: str | None = None
+    caption_dropout: Share = 0.1  # caption dropout for classifier-free guidance: share of captions replaced by "no caption"
+    # what "no caption" is: zeros, or the encoding of the empty prompt; as the base model samples without a negative prompt if left out
+    null_caption: Literal["zeros", "empty"] | None = None
+    shuffle_caption: bool = False  # shuffle the parts of a caption between its commas (tags)
+    keep_tokens: Annotated[int, at_least(0, 1)] = 0  # parts at the beginning of a caption that shuffle_caption leaves in place
+    # text encoder inputs per caption: each holds 75 tokens of Stable Diffusion's tokenizers; longer captions are cut
+    caption_chunks: Annotated[int, at_least(1, 1)] = 1
+    crop: Literal["center", "random"] = "center"  # crop of the resized image to a square
+    crop_per_image: bool = False  # with crop random: always the same crop of an image, so that its latents are kept in memory
+    sample_prompts: tuple[str, ...] = ()  # prompts of the sample grids; captions of the data if left out
+    sample_guidance_scale: Annotated[float, at_least(0, "1 (off) or 5")] = 5.0  # classifier-free guidance scale of the sample grids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +169,26 @@ class ObjectiveConfig:
     # mean of ln(s/a) in log_normal, of ln(t/(1-t)) before any shift in logit_normal
     timestep_mean: Annotated[float, Range("a finite number, such as 0", math.isfinite)] = 0.0
     timestep_std: Annotated[float, above(0, 1)] = 1.0  # standard deviation of the same
+    timestep_bias_strategy: Annotated[TimestepBiasName, Doc(_TIMESTEP_BIAS)] = "none"
+    timestep_bias_multiplier: Annotated[float, above(0, 2)] = 1.0  # how many times as often these timesteps are drawn
+    # portion of the timesteps that earlier and later bias
+    timestep_bias_portion: Annotated[float, Range("above 0 and below 1, such as 0.25", lambda value: 0 < value < 1)] = 0.25
+    timestep_bias_begin: Annotated[int, at_least(0, 0)] = 0  # first timestep of range
+    timestep_bias_end: Annotated[int | None, at_least(1, 500)] = None  # the timestep after the last of range; T if left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """The noise in training, where it is not standard normal; sampling starts from standard normal noise all the same."""
+
+    # offset noise: a normal number for each sample and channel, times this, is added to the noise; 0 is off
+    noise_offset: Annotated[float, at_least(0, 0.05, zero="off")] = 0.0
+    # pyramid (multi-resolution) noise: noise of a level times this is added to that of the level with more pixels; 0 is off
+    pyramid_noise_discount: Share = 0.0
+    # levels of pyramid noise below the full resolution, each with a half to a quarter of the pixels a side; fewer where one pixel is left
+    pyramid_noise_iterations: Annotated[int, at_least(1, 6)] = 6
+    # input perturbation: x_t is made with more noise than the target, by normal noise times this; 0 is off
+    input_perturbation: Annotated[float, at_least(0, 0.1, zero="off")] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +199,17 @@ class OptimizationConfig:
     # gradient accumulation: images per forward pass and process; smaller takes less memory
     micro_batch_size: Annotated[int | None, at_least(1, 8)] = None
     max_steps: Annotated[int, at_least(1, 100_000)] = 100_000  # optimizer steps of the whole run
+    # epochs of the whole run, in place of max_steps, which is written down as soon as the number of training images is known
+    num_epochs: Annotated[float | None, above(0, 50)] = None
     max_hours: Annotated[float, at_least(0, 12, zero="off")] = 0.0  # time limit: save and stop after so many hours of this start; 0 is off
-    learning_rate: Annotated[float, above(0, "1e-4")] = 1e-4  # peak learning rate of AdamW
+    # optimizer: adamw; adafactor: torch's, whose state is smaller (factored second moments, no first); adamw8bit: that of bitsandbytes
+    optimizer: OptimizerName = "adamw"
+    learning_rate: Annotated[float, above(0, "1e-4")] = 1e-4  # peak learning rate; with adafactor the RMS of an update
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # learning rate schedule after the warmup: constant, or decay to 0
     warmup_steps: Annotated[int, at_least(0, 0)] = 0  # learning rate warmup: steps over which it rises from 0
-    weight_decay: Annotated[float, at_least(0, 0.01)] = 0.0  # weight decay of AdamW (decoupled)
+    weight_decay: Annotated[float, at_least(0, 0.01)] = 0.0  # weight decay (decoupled): learning rate times it in each step
     max_grad_norm: Annotated[float, at_least(0, 1, zero="off")] = 0.0  # gradient norm clipping; 0 is off
-    ema_decay: tuple[float, ...] = (0.9999,)  # EMA decay rates; the EMA weights of the first are exported
+    ema_decay: tuple[float, ...] = (0.9999,)  # EMA decay rates; the EMA weights of the first are exported; 0 is off
     ema_warmup: bool = True  # EMA warmup: at step n the rates are at most (1 + n) / (10 + n)
     init: str | None = None  # pretrained model to start from: a run directory, a pipeline folder, or a Hub id (user/name@revision)
     allow_pickle_import: bool = False  # also from .bin weights, read as tensors only
@@ -170,6 +231,8 @@ class RunConfig:
     keep_checkpoints: Annotated[int, at_least(1, 2)] = 2  # number of checkpoints to keep
     sample_every: Annotated[int, at_least(0, 1000, zero="off")] = 1000  # steps between sample grids; 0 is off
     log_every: Annotated[int, at_least(0, 10, zero="off")] = 10  # steps between lines of metrics.jsonl; 0 is off
+    # with validation_split: steps between validation losses, of the EMA weights on the images that are held out, always with the same noise
+    validation_every: Annotated[int, at_least(0, 1000, zero="off")] = 1000
     # steps between evaluations of samples of the EMA weights against the training images; 0 is off
     eval_every: Annotated[int, at_least(0, 5000, zero="off")] = 0
     eval_metrics: Annotated[str, Doc(f"{_METRICS}; the first decides which checkpoint is the best")] = "fid,colour"
@@ -209,8 +272,10 @@ class TrainConfig:
     """Train a diffusion model with the debiased loss (arXiv 2310.08442)."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     run: RunConfig = field(default_factory=RunConfig)
     hub: HubConfig = field(default_factory=HubConfig)
@@ -230,6 +295,11 @@ class SampleConfig:
     """Sample images from a trained model."""
 
     model: str  # a run directory, a pipeline folder, or a Hub id
+    prompt: tuple[str, ...] = ()  # text-to-image models: prompts, repeated; image k of n prompts has prompt k mod n
+    prompts: str | None = None  # text-to-image models: file of prompts, one a line, in UTF-8, in place of prompt
+    negative_prompt: str | None = None  # text-to-image models: what guidance leads away from; as the model says if left out
+    width: Side = None  # text-to-image models: width of the images in pixels; that of the model if left out
+    height: Side = None  # text-to-image models: height of the images in pixels; that of the model if left out
     scheduler: Annotated[SchedulerName | None, Doc(_SCHEDULER)] = None
     steps: Annotated[int | None, at_least(1, 20)] = None  # number of inference steps; 20 if left out
     spacing: Spacing = "linspace"  # timestep spacing, as in diffusers; stride: with a whole stride from 0 on
@@ -246,7 +316,9 @@ class SampleConfig:
     # class labels of a class-conditional model: names or numbers, repeated; balanced: all trained ones in turn; drawn: at random among
     # them; data: in proportion to the training images of each
     class_labels: Literal["balanced", "drawn", "data"] | tuple[str | int, ...] = "balanced"
-    guidance_scale: GuidanceScale = 1.0  # classifier-free guidance scale; 1 is off
+    # classifier-free guidance scale; 1 is off; if left out, 1 for pixel models, and for text-to-image models the default of their
+    # pipeline: 5 for Stable Diffusion XL, 7.5 for Stable Diffusion
+    guidance_scale: GuidanceScale = None
     guidance_interval: tuple[int, int] | None = None  # guidance interval: minimum and maximum guided timestep; all if left out
     weights: str = "ema"  # network weights: ema (as exported), raw, or an EMA decay rate of the run such as 0.999
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the network; the solver is always float32
@@ -286,13 +358,19 @@ class ScoreConfig:
     # reference data: a data set, folder, .npz or file of `eval.py stats`; what a run was trained on if left out
     reference: str | None = None
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    prompts: str | None = None  # prompts of text-to-image models: a file, one a line; the captions of the reference if left out
+    # column of the captions, of the reference and of folders of images; text, caption or prompt, else the only column of texts, or as
+    # the run says, if left out
+    caption_column: str | None = None
+    # model of clip_score: a CLIPModel of transformers, as a folder, or as the name of a repository that is in the cache
+    clip_model: str | None = None
     # number of images of each target: of a folder or an .npz a random subset, all if left out; of a model as many as the reference has
     num_images: Annotated[int | None, NUM_IMAGES] = None
     schedulers: str = ""  # schedulers (solvers) for models, separated by commas; as in sample.py if left out
     steps: str = "20"  # numbers of inference steps for models, separated by commas
     checkpoints: str = ""  # checkpoints of runs: all, or steps separated by commas; the exported weights if left out
     weights: str = "ema"  # network weights of models: ema, raw, or an EMA decay rate of the run
-    guidance_scale: GuidanceScale = 1.0  # classifier-free guidance scale of models; 1 is off
+    guidance_scale: GuidanceScale = None  # classifier-free guidance scale of models; 1 is off; as in sample.py if left out
     # class labels of class-conditional models: in proportion as trained, all in turn, at random
     class_labels: Literal["data", "balanced", "drawn"] = "data"
     seed: ImageSeed = 0  # random seed of sampling, of subsets of images, of KID's subsets and of the bootstrap

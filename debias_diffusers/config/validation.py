@@ -9,27 +9,30 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
 from .aliases import value_suggestion
-from .loading import CHANGEABLE, MODEL_NUMBERS, NEVER, ON_PURPOSE, flatten, update
+from .loading import CHANGEABLE, MODEL_NUMBERS, NEVER, ON_PURPOSE, PIXEL_FIELDS, TEXT_FIELDS, flatten, is_text, update
+from .prompts import broken_text
 from .ranges import range_problems
-from .registry import METRICS, SOLVERS, TIMESTEP_SAMPLERS, WEIGHTINGS, Parametrized, parameters_of
+from .registry import METRICS, SOLVERS, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, Parametrized, parameters_of
 from .schema import (
     BETA_ENDS,
     BitsConfig,
     DataConfig,
     MeasureConfig,
     ModelConfig,
+    NoiseConfig,
     ObjectiveConfig,
     OptimizationConfig,
     RunConfig,
     SampleConfig,
     ScoreConfig,
     StatsConfig,
+    Task,
     TrainConfig,
     WeightsConfig,
     channel_mult,
@@ -41,9 +44,11 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
     """Everything that is wrong with a configuration, a sentence each, naming field, value and a value that works."""
     found = range_problems(TrainConfig, flatten(config))
     found += _data_problems(config)
-    found += _model_problems(config)
+    found += _text_problems(config) if is_text(config) else _pixel_problems(config)
     found += objective_problems(config.objective)
+    found += _noise_problems(config)
     found += _optimization_problems(config.optimization, num_processes)
+    found += _validation_problems(config)
     found += _evaluation_problems(config.run)
     found += _allow_change_problems(config.run.allow_change)
     found += _hub_problems(config)
@@ -58,7 +63,9 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
 YIELDING = (
     "warmup_steps", "label_dropout", "label_column", "attention_resolutions", "attention_head_dim", "channel_mult",
     *parameters_of(WEIGHTINGS), "snr_floor", "snr_ceiling", "terminal_weight_floor", "normalize_weights",
-    *parameters_of(TIMESTEP_SAMPLERS), "noise_schedule", "learn_sigma", "variance_type", "micro_batch_size", "compile_mode",
+    *parameters_of(TIMESTEP_SAMPLERS), *parameters_of(TIMESTEP_BIASES), "noise_schedule", "learn_sigma", "variance_type",
+    "micro_batch_size", "compile_mode",
+    "pyramid_noise_iterations", "validation_every",
     "keep_best", "eval_metrics", "eval_images", "feature_extractor", "feature_extractor_weights",
     "hub_model_id", "hub_private", "hub_every", "hub_tags", "hub_license",
 )  # fmt: skip
@@ -89,6 +96,18 @@ def yielded(
     return config, said
 
 
+def _validation_problems(config: TrainConfig) -> list[str]:
+    """A validation loss without images, or images that are held out for nothing."""
+    share, every = config.data.validation_split, config.run.validation_every
+    if not share and every != RunConfig().validation_every:
+        return [f"validation_every is {every}, but validation_split is 0; add --validation_split 0.1 or leave validation_every out"]
+    if share and not every:
+        return [
+            f"validation_split is {share}, but validation_every is 0, so that images are held out for nothing; leave one of the two out"
+        ]
+    return []
+
+
 def _evaluation_problems(run: RunConfig) -> list[str]:
     """Measuring while training: what would be ignored, or cannot be kept."""
     if not run.eval_every:
@@ -96,7 +115,7 @@ def _evaluation_problems(run: RunConfig) -> list[str]:
         older = {"eval_images": 1000}  # its default in the config.json of older runs
         given = [name for name in names if getattr(run, name) not in (getattr(RunConfig(), name), older.get(name))]
         return [f"{name} is {getattr(run, name)}, but eval_every is 0; add --eval_every 5000 or leave {name} out" for name in given]
-    found = metrics_problems("eval_metrics", run.eval_metrics)
+    found = metrics_problems("eval_metrics", run.eval_metrics) + _prompt_metrics_problems("eval_metrics", run.eval_metrics)
     every = run.checkpoint_every
     if run.keep_best and every >= 0 and (not every or run.eval_every % every):
         advice = f"--eval_every {every}" if every else f"--checkpoint_every {run.eval_every}"
@@ -146,7 +165,7 @@ def _data_problems(config: TrainConfig) -> list[str]:
         found.append("dataset is missing: name digits, a folder of images, a .parquet file or a Hub id")
     if data.resolution is None:
         found.append("resolution is missing: name the pixels a side, such as --resolution 64")
-    if not data.class_conditional:
+    if not data.class_conditional and not is_text(config):
         found += [
             f"{name} is {getattr(data, name)}, but class_conditional is off; add --class_conditional or leave {name} out"
             for name in ("label_column", "label_dropout")
@@ -198,6 +217,46 @@ def _level_problems(model: ModelConfig, resolution: int) -> list[str]:
     return found
 
 
+def _others(config: TrainConfig, names: Collection[str]) -> list[str]:
+    """Those of the fields that do not have their default."""
+    values, defaults = flatten(config), flatten(TrainConfig())
+    return [name for name in defaults if name in names and values[name] != defaults[name]]
+
+
+def _pixel_problems(config: TrainConfig) -> list[str]:
+    """The network of a pixel model, and fields of text-to-image models."""
+    values = flatten(config)
+    return _model_problems(config) + [
+        f"{name} is {values[name]}, but a pixel model has no captions; leave it out, or name a text-to-image model with --base_model"
+        for name in _others(config, TEXT_FIELDS - {"task"})
+    ]
+
+
+def _text_problems(config: TrainConfig) -> list[str]:
+    """A text-to-image training: fields of pixel models, objectives without a meaning here, and what would be ignored."""
+    text, values, found = config.text, flatten(config), []
+    if not text.base_model:
+        found.append("task is text_to_image, but base_model is missing; name a pipeline folder or a Hub id, or digits, the packaged one")
+    if config.data.task == "pixels":
+        found.append(f"task is pixels, but base_model is {text.base_model}, a text-to-image model; leave one of the two out")
+    found += [
+        f"{name} is {values[name]}, but is for pixel models, and base_model {text.base_model} is a text-to-image model; leave it out"
+        for name in _others(config, PIXEL_FIELDS)
+    ]
+    if config.objective.weighting == "variational":
+        found.append("weighting variational needs a learned variance, which text-to-image models do not have; take --weighting debiased")
+    if config.objective.prediction_type in ("flow", "sample"):
+        predicted = config.objective.prediction_type
+        found.append(f"prediction_type is {predicted}, but pipelines of Stable Diffusion know epsilon and v_prediction; leave it out")
+    if (broken := broken_text(text.sample_prompts)) is not None:
+        found.append(f"sample_prompts has {broken!r}, which is not Unicode; write it anew")
+    if text.keep_tokens and not text.shuffle_caption:
+        found.append(f"keep_tokens is {text.keep_tokens}, but shuffle_caption is off; add --shuffle_caption or leave keep_tokens out")
+    if text.crop_per_image and text.crop != "random":
+        found.append("crop_per_image is on, but crop is center, which is the same for every image; add --crop random or leave it out")
+    return found
+
+
 MIN_SNR_FLOOR = 1e-4  # to be a bound worth its name: the debiased weights of the cosine schedule are then up to 100
 
 
@@ -207,7 +266,8 @@ def objective_problems(objective: ObjectiveConfig) -> list[str]:
         found = [unknown]
     else:
         found = [*_unused(objective).values(), *_weighting_problems(objective)]
-    return found + bound_problems(dataclasses.asdict(objective)) + _schedule_problems(objective) + _variance_problems(objective)
+    found += bound_problems(dataclasses.asdict(objective)) + _timestep_bias_problems(objective)
+    return found + _schedule_problems(objective) + _variance_problems(objective)
 
 
 def bound_problems(values: Mapping[str, Any]) -> list[str]:
@@ -231,6 +291,7 @@ def _unused(objective: ObjectiveConfig) -> dict[str, str]:
     weighting, sampler = objective.weighting, objective.timestep_sampler
     found = _parameters_of_others("weighting", WEIGHTINGS, weighting)
     found |= _parameters_of_others("timestep_sampler", TIMESTEP_SAMPLERS, sampler)
+    found |= _parameters_of_others("timestep_bias_strategy", TIMESTEP_BIASES, objective.timestep_bias_strategy)
     spec, bound = WEIGHTINGS[weighting], weighting == "variational"
     constant_below = getattr(objective, spec.constant_below) if isinstance(spec.constant_below, str) else spec.constant_below
     without_use = {
@@ -312,6 +373,29 @@ def _schedule_problems(objective: ObjectiveConfig) -> list[str]:
     return found
 
 
+def _timestep_bias_problems(objective: ObjectiveConfig) -> list[str]:
+    """A bias that changes nothing."""
+    strategy, T = objective.timestep_bias_strategy, objective.num_train_timesteps
+    if strategy == "none":
+        return []
+    found = []
+    if objective.timestep_bias_multiplier == 1:
+        found.append(
+            f"timestep_bias_strategy is {strategy}, but timestep_bias_multiplier is 1, which changes nothing; "
+            f"take --timestep_bias_multiplier 2, or --timestep_bias_strategy none"
+        )
+    begin, end = objective.timestep_bias_begin, T if objective.timestep_bias_end is None else objective.timestep_bias_end
+    if strategy == "range" and not (0 <= begin < end <= T and end - begin < T):
+        found.append(
+            f"timestep_bias_strategy is range, from timestep_bias_begin {begin} to before timestep_bias_end {end}, but must be a part of "
+            f"the timesteps 0 to {T - 1}; take --timestep_bias_begin {T // 2}" + (f" --timestep_bias_end {T}" if end != T else "")
+        )
+    portion = objective.timestep_bias_portion
+    if strategy != "range" and 0 < portion < 1 and not 0 < round(portion * T) < T:
+        found.append(f"timestep_bias_portion is {portion}, which is none or all of {T} timesteps; take --timestep_bias_portion 0.25")
+    return found
+
+
 def _variance_problems(objective: ObjectiveConfig) -> list[str]:
     predicted, found = objective.prediction_type, []
     if objective.weighting == "variational" and not objective.learn_sigma:
@@ -326,6 +410,25 @@ def _variance_problems(objective: ObjectiveConfig) -> list[str]:
         ]
     elif objective.learn_sigma and objective.variance_type:
         found.append(f"variance_type is {objective.variance_type}, but learn_sigma makes the network predict it; give one of the two")
+    return found
+
+
+def _noise_problems(config: TrainConfig) -> list[str]:
+    """Options of the noise that would be ignored, or that the variational bound does not know."""
+    noise, found = config.noise, []
+    iterations = noise.pyramid_noise_iterations
+    if iterations != NoiseConfig().pyramid_noise_iterations and not noise.pyramid_noise_discount:
+        found.append(
+            f"pyramid_noise_iterations is {iterations}, but pyramid_noise_discount is 0, which is off; add --pyramid_noise_discount 0.3 "
+            f"or leave pyramid_noise_iterations out"
+        )
+    if config.objective.learn_sigma:
+        found += [
+            f"{name} is {getattr(noise, name)}, but learn_sigma is on, and the variational bound is that of standard normal noise; "
+            f"leave one of the two out"
+            for name in ("noise_offset", "pyramid_noise_discount", "input_perturbation")
+            if getattr(noise, name)
+        ]
     return found
 
 
@@ -349,6 +452,8 @@ def _optimization_problems(optimization: OptimizationConfig, num_processes: int)
     rates = optimization.ema_decay
     if not rates or not all(0 <= rate < 1 for rate in rates) or len(set(rates)) < len(rates):
         found.append(f"ema_decay is {list(rates)}, but must be one or more different rates, each at least 0 and below 1, such as 0.9999")
+    if optimization.num_epochs is not None and optimization.max_steps != OptimizationConfig().max_steps:
+        found.append(f"num_epochs is {optimization.num_epochs:g}, but max_steps is {optimization.max_steps}; give one of the two")
     if optimization.warmup_steps > optimization.max_steps >= 1:
         found.append(
             f"warmup_steps is {optimization.warmup_steps}, but max_steps is only {optimization.max_steps}; "
@@ -368,7 +473,7 @@ def weights_problems(config: WeightsConfig) -> list[str]:
     unused = set.intersection(*(set(_unused(dataclasses.replace(objective, weighting=name))) for name in names))
     unused |= {"learn_sigma", "variance_type"}
     if not objective.normalize_weights:
-        unused |= {"timestep_sampler", "timestep_mean", "timestep_std"}
+        unused |= {"timestep_sampler", "timestep_mean", "timestep_std", "timestep_bias_strategy", *parameters_of(TIMESTEP_BIASES)}
     found += [
         f"{name} is {getattr(objective, name)}, but changes no weight of {', '.join(names)}; leave it out"
         for name in sorted(unused)
@@ -394,13 +499,46 @@ def sample_problems(config: SampleConfig) -> list[str]:
         found.append(f"clipping_quantile is {config.clipping_quantile}, but clipping is not dynamic; add --clipping dynamic")
     if config.guidance_interval is not None:
         low, high = config.guidance_interval
-        if config.guidance_scale == 1:
+        if config.guidance_scale in (None, 1):
             found.append(f"guidance_interval is {low} {high}, but guidance_scale is 1, which is off; take --guidance_scale 2")
         if not 0 <= low <= high:
             found.append(f"guidance_interval is {low} {high}, but must be a minimum and a maximum timestep, such as 200 800")
     if config.class_labels == ():
         found.append("class_labels has no value; give one or more labels, balanced, drawn or data")
+    if config.prompt and config.prompts is not None:
+        found.append("prompt and prompts are given, but only one can say what is drawn; leave one out")
+    if (broken := broken_text((*config.prompt, config.negative_prompt or ""))) is not None:
+        found.append(f"prompt {broken!r} is not Unicode; write it anew")
     found += _network_weights_problems(config.weights)
+    return found
+
+
+# Fields of SampleConfig that only one kind of model has.
+OF_ONE_TASK: dict[Task, tuple[str, ...]] = {
+    "pixels": ("class_labels", "guidance_interval", "clipping", "clipping_quantile", "allow_pickle_import"),
+    "text_to_image": ("prompt", "prompts", "negative_prompt", "width", "height"),
+}
+_KIND = {"pixels": "a pixel model", "text_to_image": "a text-to-image model"}
+
+
+def model_flag_problems(config: SampleConfig, task: Task) -> list[str]:
+    """The flags of a sampling command that its kind of model does not have, or lacks."""
+    (other,) = OF_ONE_TASK.keys() - {task}
+    found = [
+        f"{name} is {' '.join(map(str, value)) if isinstance(value, tuple) else value}, but {config.model} is {_KIND[task]}, and {name} is "
+        f"for the other kind; leave it out"
+        for name in OF_ONE_TASK[other]
+        if (value := getattr(config, name)) != getattr(SampleConfig(model=""), name)
+    ]
+    if task == "pixels":
+        return found
+    if not config.prompt and config.prompts is None:
+        found.append(f"prompt is missing: {config.model} is a text-to-image model; say what to draw with --prompt, or --prompts FILE")
+    scale = config.guidance_scale
+    if scale is not None and 0 <= scale < 1:
+        found.append(f"guidance_scale is {scale}, but text-to-image models have guidance above 1 only; take 1, which is off, or more")
+    if scale is not None and scale <= 1 and config.negative_prompt is not None:
+        found.append(f"negative_prompt is given, but guidance_scale is {scale}, which is off; take --guidance_scale 5, or leave it out")
     return found
 
 
@@ -418,13 +556,27 @@ def score_problems(config: ScoreConfig) -> list[str]:
         found.append(f"steps is {config.steps}, but must be whole numbers above 0, separated by commas, such as 10,20,50")
     if config.checkpoints not in ("", "all") and not all(part.isdecimal() for part in config.checkpoints.split(",")):
         found.append(f"checkpoints is {config.checkpoints}, but must be all, or steps separated by commas, such as 1000,2000")
+    clip = "clip_score" in config.measure.metrics.split(",")
+    if clip and not config.clip_model:
+        found.append(
+            "clip_model is missing, which clip_score needs; name a CLIPModel of transformers, such as openai/clip-vit-large-patch14"
+        )
+    if config.clip_model and not clip:
+        found.append(f"clip_model is {config.clip_model}, but metrics has no clip_score; add it, or leave clip_model out")
     found += _network_weights_problems(config.weights)
     return found
 
 
 def stats_problems(config: StatsConfig) -> list[str]:
     """Everything that is wrong with a command that writes statistics, before anything is looked at."""
-    return measure_problems(config.measure) + _file_problems("out", config.out)
+    found = measure_problems(config.measure) + _prompt_metrics_problems("metrics", config.measure.metrics)
+    return found + _file_problems("out", config.out)
+
+
+def _prompt_metrics_problems(field: str, metrics: str) -> list[str]:
+    """Metrics of images and their prompts, which eval.py score alone computes."""
+    of_prompts = [name for name in metrics.split(",") if name in METRICS and METRICS[name].of_prompts]
+    return [f"{field} has {of_prompts[0]}, which needs the prompt of each image; take it in eval.py score"] if of_prompts else []
 
 
 def _file_problems(field: str, path: str | None) -> list[str]:

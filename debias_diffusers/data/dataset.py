@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,67 +17,89 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from ..config.schema import DataConfig
+from ..config.schema import DataConfig, NoiseConfig
 from ..errors import DebiasError, InputError
 from ..utils import seeding
 from ..utils.torch_errors import LOST_WORKER
 from . import images
 from .decoded_cache import make_cache
+from .noise import draw_noise
 from .sources import Source, require_class
 
 
-class TrainingData(Dataset):
-    """The samples of a run by position: 0, 1, 2, ... through all epochs.
+class PositionedData(Dataset):
+    """The samples of a run by position: 0, 1, 2, ... through all epochs, each a permutation of the source.
 
-    A sample is a dict: `image` (C, H, W) uint8, `label` int64, `u` float64 in [0, 1), `noise` (C, H, W) float32. A dropped label is
-    `null_label`, the index after the last class. For an unreadable image the error is returned and not raised, because a data loader
-    worker would turn a raised error into a traceback.
+    A sample is a dict with `u`, float64 in [0, 1), `noise`, float32 of the shape of x_0, and what the task needs. Where an image cannot
+    be read the error is returned and not raised, because a data loader worker would turn a raised error into a traceback.
     """
 
-    def __init__(self, source: Source, config: DataConfig, seed: int, channels: int | None = None) -> None:
-        """`channels`: of the network, used if `config` leaves them out. If both are None, the first image decides."""
+    shape: tuple[int, ...]  # of one x_0
+
+    def __init__(self, source: Source, config: DataConfig, seed: int, noise: NoiseConfig) -> None:
         assert config.resolution is not None
-        self.source, self.config, self.seed = source, config, seed
-        self.resolution = config.resolution
+        self.source, self.config, self.seed, self.resolution, self.noise = source, config, seed, config.resolution, noise
+        self.count = len(source)
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def index(self, position: int) -> int:
+        """The index in the source of the image at a position. Each epoch is a permutation, a function of (seed, epoch)."""
+        epoch, place = divmod(position, self.count)
+        if epoch != self._epoch:
+            order = torch.randperm(self.count, generator=seeding.generator(self.seed, "order", epoch))
+            self._epoch, self._order = epoch, order.numpy()
+        return int(self._order[place])
+
+    def __getitem__(self, position: int) -> dict[str, Any] | DebiasError:
+        try:
+            return self.sample(position)
+        except DebiasError as error:
+            return error
+
+    def sample(self, position: int) -> dict[str, Any]:
+        """The sample at a position, a function of (seed, position). Raises DebiasError."""
+        raise NotImplementedError
+
+    def flips(self, position: int) -> bool:
+        """Whether the image at a position is mirrored."""
+        return self.config.random_flip and seeding.uniform(self.seed, "flip", position) < 0.5
+
+    def drawn(self, position: int) -> dict[str, Any]:
+        """The random numbers of the loss at a position: `u`, and what `draw_noise` returns."""
+        return {"u": seeding.uniform(self.seed, "timestep", position), **draw_noise(self.shape, self.noise, self.seed, position)}
+
+
+class TrainingData(PositionedData):
+    """Images and their labels.
+
+    Beside `u` and `noise` a sample has `image` (C, H, W) uint8 and `label` int64. A dropped label is `null_label`, the index after the
+    last class.
+    """
+
+    def __init__(
+        self, source: Source, config: DataConfig, seed: int, channels: int | None = None, noise: NoiseConfig | None = None
+    ) -> None:
+        """`channels`: of the network, used if `config` leaves them out. If both are None, the first image decides."""
+        super().__init__(source, config, seed, noise or NoiseConfig())
         self.num_classes = len(source.class_names) if source.class_names else 0
         self.null_label = self.num_classes if self.num_classes and config.label_dropout > 0 else None
         self.channels = config.channels or channels or self._channels_of_the_first()
         self.shape = (self.channels, self.resolution, self.resolution)
         # Data loader workers share the cache: they are forked from this process, or receive its shared tensors.
         self.cache = make_cache(len(source), self.shape, config.cache_images_mb, shared=config.num_workers > 0)
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
 
     def _channels_of_the_first(self) -> int:
         content, _, where = self.source.read(0)
         return 3 if images.decode(content, where).mode == "RGB" else 1
 
-    def index(self, position: int) -> int:
-        """The index in the source of the image at a position. Each epoch is a permutation, a function of (seed, epoch)."""
-        epoch, place = divmod(position, len(self.source))
-        if epoch != self._epoch:
-            order = torch.randperm(len(self.source), generator=seeding.generator(self.seed, "order", epoch))
-            self._epoch, self._order = epoch, order.numpy()
-        return int(self._order[place])
-
-    def __getitem__(self, position: int) -> dict[str, Any] | DebiasError:
-        try:
-            return self._sample(position)
-        except DebiasError as error:
-            return error
-
-    def _sample(self, position: int) -> dict[str, Any]:
+    def sample(self, position: int) -> dict[str, Any]:
         pixels, label = self.decoded(self.index(position))
-        if self.config.random_flip and seeding.uniform(self.seed, "flip", position) < 0.5:
+        if self.flips(position):
             pixels = pixels.flip(-1)
         if self.null_label is not None and seeding.uniform(self.seed, "label", position) < self.config.label_dropout:
             label = self.null_label
-        return {
-            "image": pixels,
-            "label": label,
-            "u": seeding.uniform(self.seed, "timestep", position),
-            "noise": torch.randn(self.shape, generator=seeding.generator(self.seed, "noise", position)),
-        }
+        return {"image": pixels, "label": label, **self.drawn(position)}
 
     def decoded(self, index: int) -> tuple[Tensor, int]:
         """Pixels (C, H, W) uint8 and label of the image at an index of the source, from the cache in memory if there is one."""
@@ -130,7 +152,7 @@ class PositionBatchSampler(Sampler[list[int]]):
 
 
 def collate(samples: list[dict[str, Any] | DebiasError]) -> dict[str, Tensor] | DebiasError:
-    """Stacks samples to a batch: `image` and `noise` (B, C, H, W), `label` and `u` (B,). Returns the first error if there is one."""
+    """Stacks samples to a batch, such as `image` and `noise` (B, C, H, W) and `u` (B,). Returns the first error if there is one."""
     for sample in samples:
         if isinstance(sample, DebiasError):
             return sample
@@ -138,8 +160,20 @@ def collate(samples: list[dict[str, Any] | DebiasError]) -> dict[str, Tensor] | 
     return batch
 
 
-def micro_batches(data: TrainingData, positions: PositionBatchSampler, pin_memory: bool) -> Generator[dict[str, Tensor], None, None]:
-    """Loads micro-batches in the order of `positions`: `image` and `noise` (B, C, H, W), `label` and `u` (B,).
+def load_batch(data: PositionedData, positions: Sequence[int]) -> dict[str, Tensor]:
+    """The batch of samples at some positions, without workers.
+
+    Raises:
+        DebiasError: an image cannot be read.
+    """
+    batch = collate([data[position] for position in positions])
+    if isinstance(batch, DebiasError):
+        raise batch
+    return batch
+
+
+def micro_batches(data: PositionedData, positions: PositionBatchSampler, pin_memory: bool) -> Generator[dict[str, Tensor], None, None]:
+    """Loads micro-batches in the order of `positions`, as `collate` stacks them.
 
     At the end, whether by the last batch, an error or `close`, all data loader workers are stopped.
 

@@ -158,17 +158,25 @@ def class_folders(found: Listing, split: str) -> list[str]:
     return [name[start:] for name in found.folders if len(name) > start and "/" not in name[start:]]
 
 
-def read_metadata(root: Path, split: str, column: str | None) -> tuple[Path, dict[str, Any]] | None:
-    """Labels by the path of an image, from metadata.jsonl or metadata.csv in the folder of the split or in the root.
+def read_metadata(
+    root: Path, split: str, column: str | None, usual: Sequence[str] = ("label", "class"), field: str = "label_column"
+) -> tuple[Path, dict[str, Any]] | None:
+    """Values by the path of an image, from metadata.jsonl or metadata.csv in the folder of the split or in the root.
 
-    The format is that of the `datasets` library: `file_name` is relative to the metadata file. The labels are in `column`; if it is
-    None, in `label` or `class`.
+    The format is that of the `datasets` library: `file_name` is relative to the metadata file.
+
+    Args:
+        root: the folder of images.
+        split: the folder of the split; "" where there are none.
+        column: of the values; if None, the first of `usual` that there is.
+        usual: names of columns.
+        field: the flag that names the column, for messages.
 
     Returns:
-        The metadata file and its labels; None if there is no metadata file with labels.
+        The metadata file and its values; None if there is no metadata file with them.
 
     Raises:
-        InputError: it cannot be read, lacks the column, or has two labels for one image.
+        InputError: it cannot be read, lacks the column, or has two values for one image.
     """
     for place in dict.fromkeys((split, "")):
         for path in (root / place / METADATA, root / place / "metadata.csv"):
@@ -177,19 +185,19 @@ def read_metadata(root: Path, split: str, column: str | None) -> tuple[Path, dic
             rows = _rows(path)
             columns = list(dict.fromkeys(str(name) for row in rows for name in row))
             if column and column not in columns:
-                raise InputError(f"label_column is {column}, but {path} has only: {', '.join(columns)}")
-            if label := column or next((name for name in ("label", "class") if name in columns), None):
-                return path, _by_name(path, place, [(row["file_name"], row.get(label)) for row in rows])
+                raise InputError(f"{field} is {column}, but {path} has only: {', '.join(columns)}")
+            if found := column or next((name for name in usual if name in columns), None):
+                return path, _by_name(path, place, [(row["file_name"], row.get(found)) for row in rows], field.split("_")[0])
     return None
 
 
-def _by_name(path: Path, place: str, rows: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Labels by the path of an image relative to the root, from (file_name, label) rows of a metadata file in the folder `place`."""
+def _by_name(path: Path, place: str, rows: Sequence[tuple[str, Any]], what: str) -> dict[str, Any]:
+    """Values by the path of an image relative to the root, from (file_name, value) rows of a metadata file in the folder `place`."""
     found: dict[str, Any] = {}
-    for name, label in rows:
+    for name, value in rows:
         key = posixpath.normpath(posixpath.join(place, name))
-        if found.setdefault(key, label) != label:
-            raise InputError(f"{path} has two labels for {name}, {reprlib.repr(found[key])} and {reprlib.repr(label)}; keep one row")
+        if found.setdefault(key, value) != value:
+            raise InputError(f"{path} has two {what}s for {name}, {reprlib.repr(found[key])} and {reprlib.repr(value)}; keep one row")
     return found
 
 

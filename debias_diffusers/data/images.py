@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 import sys
@@ -18,6 +19,8 @@ from . import image_metadata
 
 SOFTWARE = "debias_diffusers"  # the Software tag of pictures that this package writes
 FONT_SIZE = 14  # pixels, of names in grids
+TEXT_SIZE, LINE, TEXT_WIDTH, TEXT_LINES = 12, 15, 120, 6  # of texts beside or under images: pixels, but for the lines at most
+SMALLEST, LARGEST, MARGIN = 64, 256, 6  # pixels a side of images with texts
 MAX_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 268 MB as RGB in Pillow
 # Pillow's formats of raster images, without documents, vector graphics, films and formats that need other programs.
 FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
@@ -161,6 +164,13 @@ def fit(image: Image.Image, resolution: int) -> Image.Image:
     return ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
 
 
+def resize_shorter(image: Image.Image, resolution: int) -> Image.Image:
+    """Resizes (bicubic, antialiased) so that the shorter side has `resolution` pixels; the longer one is rounded."""
+    scale = resolution / min(image.size)
+    size = (max(resolution, round(scale * image.width)), max(resolution, round(scale * image.height)))
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
 def to_array(image: Image.Image) -> np.ndarray:
     """An image as an array (C, H, W) uint8."""
     array = np.array(image)  # a writable copy, for torch
@@ -200,6 +210,103 @@ def _sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str], smallest
         _, top, _, bottom = font.getbbox(name)
         pen.text((margin, margin + place * cell_h + (scale * height - top - bottom) / 2), name, "black", font)
     return sheet
+
+
+def captioned_grid(texts: Sequence[str], images: Sequence[Image.Image]) -> Image.Image:
+    """A nearly square grid of images of one size, each above its text in lines of its width, or a little more."""
+    cells = [_fitted(image) for image in images]
+    font, columns = _text_font(), math.ceil(math.sqrt(len(images)))
+    width, height = max(cells[0].width, TEXT_WIDTH), cells[0].height
+    lines = [_wrapped(text, font, width) for text in texts]
+    rows = range(0, len(images), columns)
+    below = [_text_height(lines[first : first + columns]) for first in rows]
+    sheet = _blank(columns * (width + MARGIN), sum(height + each + 2 * MARGIN for each in below))
+    top = MARGIN
+    for first, extra in zip(rows, below):
+        for place in range(first, min(first + columns, len(images))):
+            left = MARGIN + (place - first) * (width + MARGIN)
+            sheet.paste(cells[place], (left, top))
+            _write(sheet, lines[place], left, top + height + MARGIN // 2, font)
+        top += height + extra + 2 * MARGIN
+    return sheet
+
+
+def captioned_rows(texts: Sequence[str], groups: Sequence[Sequence[Image.Image]], columns: int) -> Image.Image:
+    """Groups of images of one size, in rows of so many, with the text of each group beside it."""
+    font = _text_font()
+    lines = [_wrapped(text, font, TEXT_WIDTH) for text in texts]
+    left = TEXT_WIDTH + 2 * MARGIN
+    cells = [[_fitted(image) for image in group] for group in groups]
+    width, height = cells[0][0].size
+    heights = [max(-(-len(group) // columns) * (height + MARGIN), _text_height([text]) + MARGIN) for group, text in zip(cells, lines)]
+    sheet = _blank(left + min(columns, max(map(len, cells))) * (width + MARGIN) - MARGIN, sum(heights))
+    top = MARGIN
+    for group, text, extent in zip(cells, lines, heights):
+        _write(sheet, text, MARGIN, top, font)
+        for place, cell in enumerate(group):
+            sheet.paste(cell, (left + place % columns * (width + MARGIN), top + place // columns * (height + MARGIN)))
+        top += extent
+    return sheet
+
+
+def _fitted(image: Image.Image) -> Image.Image:
+    """An image in colour for a sheet with texts: a small one enlarged without smoothing, a large one reduced."""
+    colour, side = image.convert("RGB"), max(image.size)
+    if side > LARGEST:
+        return colour.resize([max(1, round(length * LARGEST / side)) for length in image.size], Image.Resampling.LANCZOS)
+    scale = max(1, math.ceil(SMALLEST / min(image.size)))
+    return colour.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
+
+
+def _text_font() -> Any:
+    """The font that comes with matplotlib, which has most alphabets; Pillow's own is ASCII."""
+    found = importlib.util.find_spec("matplotlib")
+    places = found.submodule_search_locations if found else None
+    try:
+        return ImageFont.truetype(str(Path(next(iter(places or ())), "mpl-data", "fonts", "ttf", "DejaVuSans.ttf")), TEXT_SIZE)
+    except (OSError, StopIteration):
+        return ImageFont.load_default(TEXT_SIZE)
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """A text in lines of at most so many pixels, at most `TEXT_LINES`."""
+    lines, line = [], ""
+    for word in text.split():
+        for part in _parts(word, font, width):
+            if line and font.getlength(f"{line} {part}") > width:
+                lines.append(line)
+                line = part
+            else:
+                line = f"{line} {part}" if line else part
+    lines = [*lines, line] if line else lines
+    if len(lines) <= TEXT_LINES:
+        return lines
+    last = lines[TEXT_LINES - 1]
+    while last and font.getlength(f"{last}...") > width:
+        last = last[:-1]
+    return [*lines[: TEXT_LINES - 1], f"{last}..."]
+
+
+def _parts(word: str, font: Any, width: int) -> Iterator[str]:
+    """A word, or as much of a longer one as fits in each line."""
+    while word:
+        end = next((end for end in range(1, len(word) + 1) if font.getlength(word[:end]) > width), len(word) + 1)
+        yield word[: max(1, end - 1)]
+        word = word[max(1, end - 1) :]
+
+
+def _text_height(lines: Sequence[Sequence[str]]) -> int:
+    return max(map(len, lines), default=0) * LINE
+
+
+def _write(sheet: Image.Image, lines: Sequence[str], left: int, top: int, font: Any) -> None:
+    pen = ImageDraw.Draw(sheet)
+    for place, line in enumerate(lines):
+        pen.text((left, top + place * LINE), line, "black", font)
+
+
+def _blank(width: int, height: int) -> Image.Image:
+    return Image.new("RGB", (width + MARGIN, height + MARGIN), "white")
 
 
 def png(image: Image.Image) -> bytes:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,7 +81,7 @@ class ImageFolder:
             image_folders.read_metadata(self.root, split, config.label_column) if config.class_conditional and order != "plain" else None
         )
         self._refuse_columns(config, ("image_column",) if given else ("image_column", "label_column"))
-        self._split = split
+        self.split_folder = split
         self.class_names: list[str] | None = None
         self._in_metadata = b""  # the labels as JSON, if they come from a metadata file
         if given:
@@ -129,10 +130,10 @@ class ImageFolder:
     def unused_labels(self) -> str | None:
         if self.class_names:
             return None
-        inner = [name.removeprefix(f"{self._split}/" if self._split else "") for name in self.names]
+        inner = [name.removeprefix(f"{self.split_folder}/" if self.split_folder else "") for name in self.names]
         found: set[Any] = {name.split("/")[0] for name in inner if "/" in name}
         with contextlib.suppress(InputError):
-            if given := image_folders.read_metadata(self.root, self._split, None):
+            if given := image_folders.read_metadata(self.root, self.split_folder, None):
                 found = {str(label) for label in given[1].values() if label is not None}
         return f"{len(found)} classes" if len(found) > 1 else None
 
@@ -165,7 +166,7 @@ class LegacyFolder(ImageFolder):
 
     def __init__(self, root: Path, config: DataConfig, order: ClassOrder) -> None:
         found = image_folders.scan_folder(root)
-        self.root, self.split, self._split, self._in_metadata = root, "", "", b""
+        self.root, self.split, self.split_folder, self._in_metadata = root, "", "", b""
         self.names = [name for name in found.images if Path(name).suffix.lower() in self.EXTENSIONS]
         unknown = sorted(set(found.images) - set(self.names))
         self.passed_over = [(name, "not read by the version that began this run") for name in unknown] + found.passed_over
@@ -191,6 +192,7 @@ class ImageTable:
         import datasets
 
         self.name = config.dataset
+        self.columns = table  # all of them
         splits = list(table.info.splits or ())
         self.split = f"split {config.split} of {', '.join(splits)}" if len(splits) > 1 else ""
         self.passed_over: list[tuple[str, str]] = []
@@ -266,6 +268,31 @@ class SourceSubset:
 
     def files(self) -> list[str] | None:
         return self.source.files()
+
+
+class RepeatedSource(SourceSubset):
+    """A source whose images occur so many times, one after the other."""
+
+    def __init__(self, source: Source, repeats: Sequence[int]) -> None:
+        super().__init__(source, ())
+        self.indices = [index for index, count in enumerate(repeats) for _ in range(count)]
+
+
+def folder_repeats(source: Source) -> list[int]:
+    """How often each image of a folder is to occur in an epoch: N below a first-level folder named N_NAME, else once.
+
+    Raises:
+        InputError: the source is no folder of images.
+    """
+    if isinstance(source, SourceSubset):
+        every = folder_repeats(source.source)
+        return [every[index] for index in source.indices]
+    inner = getattr(source, "source", source)  # of a source with captions
+    if not isinstance(inner, ImageFolder):
+        raise InputError("folder_repeats is on, but the dataset is no folder of images; leave it out")
+    folders = [name.removeprefix(f"{inner.split_folder}/" if inner.split_folder else "").split("/")[:-1] for name in inner.names]
+    found = [re.match(r"([0-9]{1,6})_", folder[0]) if folder else None for folder in folders]
+    return [int(match[1]) if match else 1 for match in found]
 
 
 def file_state_hash(source: Source) -> str | None:

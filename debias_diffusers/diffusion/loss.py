@@ -41,7 +41,7 @@ class Objective:
     weights: Tensor | None  # (T,) float64, loss weights on the squared error of prediction_type; None for the variational bound
     bound: VariationalBound | None = None  # None where the variance is not learned
 
-    def __call__(self, network: Network, x_0: Tensor, noise: Tensor, t: Tensor) -> Terms:
+    def __call__(self, network: Network, x_0: Tensor, noise: Tensor, t: Tensor, input_noise: Tensor | None = None) -> Terms:
         """Loss of each sample.
 
         Args:
@@ -50,8 +50,9 @@ class Objective:
             x_0: (B, C, H, W) clean images in [-1, 1].
             noise: (B, C, H, W) standard normal.
             t: (B,) int64 timesteps, on the CPU.
+            input_noise: (B, C, H, W) noise of which x_t is made, where the target is of another (input perturbation, arXiv 2301.11706).
         """
-        x_t = self.schedule.add_noise(x_0, noise, t)
+        x_t = self.schedule.add_noise(x_0, noise if input_noise is None else input_noise, t)
         prediction = network(x_t, self.schedule.timesteps[t].to(x_t.device, non_blocking=True))
         return self.terms(prediction, x_0, noise, t)
 

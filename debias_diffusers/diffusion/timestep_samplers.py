@@ -2,7 +2,7 @@
 
 A sampler may draw some timesteps more often than others. Either each loss is corrected for that, by 1 / (T p(t)), so that only
 the variance of its estimate changes; or, for `log_normal` and `logit_normal`, it is not, and the objective is the weighting
-times the density of these timesteps.
+times the density of these timesteps. A bias multiplies the density of any sampler and is never corrected.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.registry import TIMESTEP_SAMPLERS
+from ..config.registry import TIMESTEP_BIASES, TIMESTEP_SAMPLERS
 from ..config.schema import ObjectiveConfig
 from .noise_schedule import Schedule
 
@@ -33,8 +33,16 @@ class TimestepSampler:
 
     learns = False  # whether `update` needs the losses
 
+    probabilities: Tensor  # (T,) float64, with the bias
+    bias: Tensor | None = None  # (T,) float64 factors on the probabilities, which are not corrected; None where all are 1
+
     def __init__(self, probabilities: Tensor, corrected: bool = True, strata: int = 1) -> None:
-        self.probabilities, self.corrected, self.strata = probabilities, corrected, strata
+        self.corrected, self.strata = corrected, strata
+        self.set_probabilities(probabilities)
+
+    def set_probabilities(self, probabilities: Tensor) -> None:
+        """Draws with these (T,), times the bias, from now on."""
+        self.probabilities = probabilities if self.bias is None else _normalized(probabilities * self.bias)
 
     def draw(self, u: Tensor, positions: range) -> Tensor:
         """(B,) int64 t, from `u` (B,) float64 in [0, 1) of the samples at these positions; a step begins at a multiple of its size."""
@@ -45,9 +53,11 @@ class TimestepSampler:
 
     @property
     def corrections(self) -> Tensor:
-        """(T,) factor on the loss of each timestep: 1 / (T p(t)), or 1."""
+        """(T,) factor on the loss of each timestep: 1 / (T p(t)), or 1. With a bias: that density of the objective / p(t), or 1."""
         T = len(self.probabilities)
-        return 1 / (T * self.probabilities) if self.corrected else torch.ones(T, dtype=torch.float64)
+        if not self.corrected:
+            return torch.ones(T, dtype=torch.float64)
+        return 1 / (T * self.probabilities) if self.bias is None else _normalized(self.bias) / self.probabilities
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Takes the timesteps (N,) and uncorrected losses (N,) of a whole optimizer step, in the order of its positions."""
@@ -83,7 +93,7 @@ class LossSecondMoment(TimestepSampler):
     def _weigh(self) -> None:
         moments = np.sqrt(np.square(self.losses).mean(1))
         if self.counts.min() >= HISTORY and moments.sum() > 0:
-            self.probabilities = _mixed(torch.from_numpy(moments / moments.sum()), MIN_UNIFORM_SHARE)
+            self.set_probabilities(_mixed(torch.from_numpy(moments / moments.sum()), MIN_UNIFORM_SHARE))
 
     def state(self) -> dict[str, Tensor]:
         return {"losses": torch.from_numpy(self.losses.copy()), "counts": torch.from_numpy(self.counts.copy())}
@@ -95,7 +105,27 @@ class LossSecondMoment(TimestepSampler):
 
 def make_timestep_sampler(config: ObjectiveConfig, schedule: Schedule, batch_size: int = 1) -> TimestepSampler:
     """The sampler of a configuration; `batch_size` counts the samples of an optimizer step in all processes."""
-    return _SAMPLERS[config.timestep_sampler](config, schedule, batch_size)
+    sampler = _SAMPLERS[config.timestep_sampler](config, schedule, batch_size)
+    sampler.bias = timestep_bias(config, len(schedule))
+    sampler.set_probabilities(sampler.probabilities)
+    return sampler
+
+
+def timestep_bias(config: ObjectiveConfig, T: int) -> Tensor | None:
+    """(T,) float64 factors on the density of the timesteps, as diffusers' example scripts have them; None without a bias."""
+    count = round(config.timestep_bias_portion * T)
+    biased = {
+        "none": None,
+        "earlier": slice(0, count),
+        "later": slice(T - count, T),
+        "range": slice(config.timestep_bias_begin, config.timestep_bias_end),
+    }
+    assert biased.keys() == TIMESTEP_BIASES.keys()
+    if (part := biased[config.timestep_bias_strategy]) is None:
+        return None
+    factors = torch.ones(T, dtype=torch.float64)
+    factors[part] = config.timestep_bias_multiplier
+    return factors
 
 
 # By the names of `registry.TIMESTEP_SAMPLERS`; the number is the batch size.
@@ -113,6 +143,10 @@ assert _SAMPLERS.keys() == TIMESTEP_SAMPLERS.keys(), _SAMPLERS.keys() ^ TIMESTEP
 
 def _uniform(T: int) -> Tensor:
     return torch.full((T,), 1 / T, dtype=torch.float64)
+
+
+def _normalized(factors: Tensor) -> Tensor:
+    return factors / factors.sum()
 
 
 def _mixed(probabilities: Tensor, share: float) -> Tensor:

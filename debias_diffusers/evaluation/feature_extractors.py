@@ -1,4 +1,4 @@
-"""Networks whose features compare images: a small classifier of the digits, and those of torch-fidelity.
+"""Networks whose features compare images: a small classifier of the digits, and those of torch-fidelity; and images with prompts.
 
 An extractor takes images as bytes, (B, 3, H, W) uint8, and resizes them itself, as its weights were meant to be used.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -23,7 +24,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 from ..config.registry import METRICS
-from ..errors import InputError, reason
+from ..data.captions import DIGIT_NAMES
+from ..errors import InputError, reason, shortened
+from ..utils import text_libraries
 from ..utils.files import read_file
 
 DIGITS = "digits"
@@ -167,6 +170,101 @@ class Extractor:
         """(B, 3, H, W) uint8 on the network's device to (B, D) float32 features on the CPU for each layer."""
         with torch.inference_mode():
             return {name: value.float().cpu() for name, value in zip(self.network.features_list, self.network(images))}
+
+
+# ---- images with their prompts ---------------------------------------------------------------------------------------
+
+
+class PromptScorer(Protocol):
+    """How well images fit their prompts."""
+
+    weights_sha256: str
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises InputError for prompts that it cannot judge."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B, 3, H, W) uint8 on the network's device and B prompts to (B, 1) float32 on the CPU."""
+
+
+def prompt_scorer(metric: str, clip_model: str | None, device: Any) -> PromptScorer:
+    """The network of a metric of images and prompts, on a device."""
+    return PromptAccuracy(device) if metric == "prompt_accuracy" else ClipScore(clip_model or "", device)
+
+
+_DIGIT = re.compile(rf"\b({'|'.join(DIGIT_NAMES)}|[0-9])\b", re.IGNORECASE)
+
+
+class PromptAccuracy:
+    """1 where the packaged classifier of the digits sees the digit that the prompt names, as a word or as a figure; else 0."""
+
+    def __init__(self, device: Any) -> None:
+        self.network = FeatureExtractorDigits(DIGITS, ["logits"]).to(device)
+        self.weights_sha256 = _fingerprint(self.network)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises InputError for prompts that name no digit, or several."""
+        if wrong := [prompt for prompt in prompts if _digit(prompt) is None]:
+            raise InputError(
+                f"metric prompt_accuracy is for prompts that name one digit, such as 'a handwritten seven', but {len(wrong)} of "
+                f"{len(prompts)} do not, such as {shortened(wrong[0])[:60]!r}; leave it out"
+            )
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        with torch.inference_mode():
+            seen = self.network(images)[0].argmax(1).cpu()
+        named = torch.tensor([-1 if (digit := _digit(prompt)) is None else digit for prompt in prompts])
+        met: Tensor = seen == named
+        return met.float()[:, None]
+
+
+def _digit(prompt: str) -> int | None:
+    """The digit that a prompt names; None if it names none, or several."""
+    words = {word.lower() for word in _DIGIT.findall(prompt)}
+    found = {int(word) if word.isdecimal() else DIGIT_NAMES.index(word) for word in words}
+    return found.pop() if len(found) == 1 else None
+
+
+class ClipScore:
+    """max(100 cos, 0) of the embeddings of image and prompt (arXiv 2104.08718) by a CLIPModel of transformers."""
+
+    def __init__(self, model: str, device: Any) -> None:
+        """Loads it from a folder, or from the cache by the name of its repository.
+
+        Raises:
+            InputError: transformers is not installed, or there is no such model here.
+        """
+        text_libraries.require()
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+        try:
+            network, found = CLIPModel.from_pretrained(model, local_files_only=True, use_safetensors=True, output_loading_info=True)
+            if found["missing_keys"]:  # which transformers would make random
+                raise ValueError(f"its weights lack {sorted(found['missing_keys'])[0]}")
+            self.network = network.float().eval().to(device)
+            self.tokenizer = CLIPTokenizer.from_pretrained(model, local_files_only=True)
+            self.processor = CLIPImageProcessor.from_pretrained(model, local_files_only=True)
+        except Exception as error:  # a damaged or hostile file may provoke any
+            raise InputError(
+                f"clip_model {model} cannot be loaded: {reason(error)}; name a folder with a CLIPModel of transformers in safetensors, its "
+                f"tokenizer and its preprocessor_config.json, or a repository that is in the cache (hf download NAME)"
+            ) from error
+        self.weights_sha256 = _fingerprint(self.network)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Any prompt will do; of a long one the beginning is read."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        most = self.network.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=most, return_tensors="pt")
+        pixels = self.processor(images=[image.permute(1, 2, 0).cpu().numpy() for image in images], return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            found = self.network(**tokens.to(self.network.device), pixel_values=pixels.to(self.network.device))
+            cosine: Tensor = nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
+        return (100 * cosine).clamp(min=0).float().cpu()[:, None]
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
 
 
 def names() -> list[str]:

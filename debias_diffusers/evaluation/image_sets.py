@@ -46,17 +46,18 @@ class ImageSet:
     key: str | None  # identifies the images in the feature cache; None for samples of a model, which are not cached
     batches: Callable[[int, int, int], Iterator[tuple[int, Tensor]]]
     total: int | None = None  # the size of the set of which these are a random subset; None for samples of a model
+    prompts: Sequence[str] | None = None  # of each image, where they are known and wanted
 
 
 def generated_images(job: Job, count: int, name: str) -> ImageSet:
     """`count` samples of a model, in memory only. Image k is the same as that of `sample.py` with the same seed."""
-    size = job.pipeline.unet.config.sample_size
+    height, width = job.size
 
     def batches(batch_size: int, part: int, parts: int) -> Iterator[tuple[int, Tensor]]:
         for number, indices in process_batches(range(count), batch_size, part, parts):
             yield number, to_rgb(job.draw(indices))
 
-    return ImageSet(name, count, size if isinstance(size, int) else None, None, batches)
+    return ImageSet(name, count, height if height == width else None, None, batches, prompts=job.conditions(range(count)).prompts)
 
 
 def images_of_source(
@@ -68,6 +69,7 @@ def images_of_source(
     channels: int | None = None,
     key: str | None = None,
     seed: int = 0,
+    prompts: Sequence[str] | None = None,
 ) -> ImageSet:
     """The images of a data set, resized to `side` pixels as in training, converted to grey if `channels` is 1; without flips.
 
@@ -80,6 +82,7 @@ def images_of_source(
         channels: 1 for grey.
         key: the `content_key` if known; else all images are read to compute it.
         seed: of the subset.
+        prompts: of every image of the source, where they are wanted.
 
     Raises:
         InputError: an image cannot be read; names it.
@@ -96,7 +99,8 @@ def images_of_source(
 
     # `check` is part of the key: cached features of unchecked images must not be used for checked ones.
     key = key or content_key(transform_name(side, channels, check is not None), content_hashes(source, chosen))
-    return ImageSet(name, len(chosen), side, key, _reader(read, chosen), total=len(source))
+    of_chosen = [prompts[k] for k in chosen] if prompts else None
+    return ImageSet(name, len(chosen), side, key, _reader(read, chosen), total=len(source), prompts=of_chosen)
 
 
 def transform_name(side: int, channels: int | None = None, as_they_are: bool = False) -> str:
@@ -117,8 +121,15 @@ def content_key(how: str, hashes: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def images_of_folder(source: ImageFolder, name: str, count: int | None = None, channels: int | None = None, seed: int = 0) -> ImageSet:
-    """The images of a folder without resizing; they must be squares of one size. `count` and `seed` as in `images_of_source`.
+def images_of_folder(
+    source: ImageFolder,
+    name: str,
+    count: int | None = None,
+    channels: int | None = None,
+    seed: int = 0,
+    prompts: Sequence[str] | None = None,
+) -> ImageSet:
+    """The images of a folder without resizing; they must be squares of one size. `count`, `seed`, `prompts` as in `images_of_source`.
 
     Raises:
         InputError: an image cannot be read, or has another size; names it.
@@ -133,7 +144,7 @@ def images_of_folder(source: ImageFolder, name: str, count: int | None = None, c
             size = f"{image.width}x{image.height}"
             raise InputError(f"image {where} has {size} pixels, the first {first.width}x{first.height}; remove one kind")
 
-    return images_of_source(source, name, first.width, count, require_same_size, channels, seed=seed)
+    return images_of_source(source, name, first.width, count, require_same_size, channels, seed=seed, prompts=prompts)
 
 
 def images_of_npz(path: Path, count: int | None = None, seed: int = 0) -> ImageSet:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config.prompts import prompts_hash
 from ..config.registry import METRICS
 from ..config.schema import DIGITS, MeasureConfig
 from ..errors import InputError, reason
 from ..utils.distributed import gather_from_all
 from .feature_cache import cache_key, open_cache
-from .feature_extractors import INCEPTION, Extractor
+from .feature_extractors import INCEPTION, Extractor, prompt_scorer
 from .image_sets import (
     ImageSet,
 )
@@ -30,10 +31,13 @@ from .metrics import COLOUR, PIXEL_LAYERS, Sample
 class Measure:
     """An extractor with its cache, and everything that is the same for all sets of images."""
 
-    def __init__(self, config: MeasureConfig, extractor: str, device: Any, process: int = 0, processes: int = 1) -> None:
+    def __init__(
+        self, config: MeasureConfig, extractor: str, device: Any, process: int = 0, processes: int = 1, clip_model: str | None = None
+    ) -> None:
         """Loads the extractor onto a device. Of several processes, each computes its share, and all know the result."""
         wanted = config.metrics.split(",")
-        by_features = [metric for metric in wanted if METRICS[metric].layer not in PIXEL_LAYERS]
+        by_features = [metric for metric in wanted if METRICS[metric].layer not in PIXEL_LAYERS and not METRICS[metric].of_prompts]
+        self.of_prompts = {metric: prompt_scorer(metric, clip_model, device) for metric in wanted if METRICS[metric].of_prompts}
         self.config, self.device, self.process, self.processes = config, device, process, processes
         self.extractor = Extractor(extractor, by_features, config.feature_extractor_weights) if by_features else None
         if self.extractor:
@@ -50,18 +54,21 @@ class Measure:
 
     def sample(self, images: ImageSet) -> Sample:
         """The features of a set, computed over all processes in one pass for all metrics, or read from the cache."""
-        key = self._key(images.key) if images.key else None
-        if key and (found := self._kept(key, images.count)):
+        prompts = images.prompts if self.of_prompts else None
+        key = self._key(images.key, prompts) if images.key else None
+        if key and (found := self._kept(key, images.count, prompts is not None)):
             return Sample.of(found)
         share = -(-images.count // self.processes)
         with tqdm(total=share, desc=images.name, unit="image", leave=False, disable=self.process > 0) as progress:
-            sample = self.joined(images.batches(self.config.batch_size, self.process, self.processes), progress)
+            sample = self.joined(images.batches(self.config.batch_size, self.process, self.processes), progress, prompts)
         if key and self.process == 0:
             self.cache.put(key, sample.features)
         return sample
 
-    def joined(self, batches: Iterator[tuple[int, Tensor]], progress: Any = None) -> Sample:
+    def joined(self, batches: Iterator[tuple[int, Tensor]], progress: Any = None, prompts: Sequence[str] | None = None) -> Sample:
         """The features of all processes' batches (B, 3, H, W) uint8, in the order of their numbers.
+
+        `prompts` are those of all images, in batches of `config.batch_size`.
 
         Raises:
             Exception: what any process met, in all of them.
@@ -69,28 +76,34 @@ class Measure:
 
         def share() -> Iterator[tuple[int, dict[str, Tensor]]]:
             for number, batch in batches:
-                yield number, self.features(batch)
+                first = number * self.config.batch_size
+                yield number, self.features(batch, prompts[first : first + len(batch)] if prompts else None)
                 if progress is not None:
                     progress.update(len(batch))
 
         return Sample.joined([part for _, part in sorted(gather_from_all(lambda: list(share()), self.processes), key=lambda pair: pair[0])])
 
-    def features(self, batch: Tensor) -> dict[str, Tensor]:
-        """Of a batch (B, 3, H, W) uint8: (B, D) by layer."""
+    def features(self, batch: Tensor, prompts: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Of a batch (B, 3, H, W) uint8, and of their B prompts where there are some: (B, D) by layer."""
         found = self.extractor(batch.to(self.device)) if self.extractor else {}
+        if prompts is not None:
+            found |= {layer: scorer(batch.to(self.device), prompts) for layer, scorer in self.of_prompts.items()}
         return found | {layer: PIXEL_LAYERS[layer](batch).cpu() for layer in self.pixel_layers}
 
-    def _key(self, of_images: str) -> str:
-        """Of content and transform, layers of pixels, extractor and weights."""
+    def _key(self, of_images: str, prompts: Sequence[str] | None) -> str:
+        """Of content and transform, layers of pixels, extractor and weights, and of prompts."""
         parts = [of_images, *(layer for layer in self.pixel_layers if layer != COLOUR)]
         if self.extractor:
             parts += [self.extractor.name, self.extractor.weights_sha256, *sorted(self.extractor.layers.values())]
+        if prompts is not None:
+            parts += [prompts_hash(prompts), *(f"{layer} {scorer.weights_sha256}" for layer, scorer in sorted(self.of_prompts.items()))]
         return cache_key(*parts)
 
-    def _kept(self, key: str, count: int) -> dict[str, Tensor] | None:
+    def _kept(self, key: str, count: int, of_prompts: bool) -> dict[str, Tensor] | None:
         """Features of the cache, where all processes find them: if one computed alone, it would wait for ever."""
         found = self.cache.get(key)
-        there = found is not None and _are_sound(found, {COLOUR, *self.layers.values()}, count)
+        layers = {layer for metric, layer in self.layers.items() if of_prompts or metric not in self.of_prompts}
+        there = found is not None and _are_sound(found, {COLOUR, *layers}, count)
         everywhere = all(gather_object([there])) if self.processes > 1 else there
         return found if everywhere else None
 
@@ -120,6 +133,6 @@ def statistics_metadata(path: Path) -> dict[str, str]:
         raise InputError(f"reference {path} cannot be read as a file of eval.py stats: {reason(error)}") from error
 
 
-def make_measure(config: MeasureConfig, reference: str, accelerator: Accelerator) -> Measure:
+def make_measure(config: MeasureConfig, reference: str, accelerator: Accelerator, clip_model: str | None = None) -> Measure:
     extractor = config.feature_extractor or usual_extractor(reference)
-    return Measure(config, extractor, accelerator.device, accelerator.process_index, accelerator.num_processes)
+    return Measure(config, extractor, accelerator.device, accelerator.process_index, accelerator.num_processes, clip_model)

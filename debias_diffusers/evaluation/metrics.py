@@ -179,6 +179,10 @@ def _colour(target: Sample, reference: Sample, layer: str, seed: int) -> dict[st
     return {"brightness_bias": float((one["mu"] - other["mu"]).mean()), "colour_distance": max(frechet(one, other), 0.0) ** 0.5}
 
 
+def _mean(target: Sample, reference: Sample, layer: str, seed: int, name: str) -> dict[str, float]:
+    return {name: float(target.features[layer].double().mean())}
+
+
 # By the names of `registry.METRICS`: target, reference, layer and seed to figures.
 METRIC_FUNCTIONS: dict[str, Callable[[Sample, Sample, str, int], dict[str, float]]] = {
     "fid": _distance,
@@ -187,6 +191,8 @@ METRIC_FUNCTIONS: dict[str, Callable[[Sample, Sample, str, int], dict[str, float
     "kid": _kid,
     "prc": _precision_recall,
     "colour": _colour,
+    "prompt_accuracy": partial(_mean, name="prompt_accuracy"),
+    "clip_score": partial(_mean, name="clip_score"),
 }
 assert METRIC_FUNCTIONS.keys() == METRICS.keys(), METRIC_FUNCTIONS.keys() ^ METRICS.keys()
 

@@ -85,10 +85,21 @@ def _trained_on(targets: Sequence[str]) -> DataConfig:
             raise InputError(f"reference is missing, and {said}; add --reference, such as {first['dataset']}")
     grey = all(values.get("channels") == 1 for values in values_of.values())
     return DataConfig(
-        **{name: first[name] for name in (*names, "label_column")},
+        **{name: first[name] for name in names},
+        label_column=first.get("label_column"),  # which runs of text-to-image have none of
         skip_bad=first.get("skip_bad", False),
         channels=1 if grey else None,
     )
+
+
+def caption_column(targets: Sequence[str]) -> str | None:
+    """The column of captions of the first run among the targets; None if no target is a run, or its was found by its name."""
+    return next((values.get("caption_column") for target in targets if (values := _values_of_run(target))), None)
+
+
+def any_run(targets: Sequence[str]) -> bool:
+    """Whether a target is a run, which knows its data."""
+    return any(_values_of_run(target) is not None for target in targets)
 
 
 def _of_same_files(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -37,6 +37,7 @@ class Row:
     scheduler: str | None = None
     steps: int | None = None
     network_evaluations: int | None = None  # of one image; with guidance each is of two inputs
+    guidance_scale: float | None = None  # of text-to-image models
     checkpoint: int | None = None
     intervals: dict[str, tuple[float, float]] | None = None
 
@@ -51,7 +52,11 @@ def table(result: Mapping[str, Any]) -> str:
     """The figures as an aligned table in Markdown, the distance between two halves of the reference as the last row."""
     targets = result["targets"]
     names = [name for name in FIGURES if any(name in row for row in targets)]
-    how = [name for name in ("checkpoint", "scheduler", "steps", "network_evaluations") if any(name in row for row in targets)]
+    how = [
+        name
+        for name in ("checkpoint", "scheduler", "steps", "network_evaluations", "guidance_scale")
+        if any(name in row for row in targets)
+    ]
     rows = [["target", *(name.replace("_", " ") for name in how), "images", *names]]
     for row in targets:
         cells = [row["target"], *(str(row.get(name, "")) for name in how), str(row["images"])]
@@ -67,7 +72,7 @@ def table(result: Mapping[str, Any]) -> str:
 def unequal(targets: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sentence for each way in which the targets were sampled differently, which their figures depend on."""
     found = []
-    for name in ("scheduler", "network_evaluations", "images"):
+    for name in ("scheduler", "network_evaluations", "guidance_scale", "images"):
         values: dict[str, dict[Any, None]] = {}  # each a set in the order of the rows
         for row in targets:
             if name in row:

@@ -8,18 +8,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from ..config.prompts import read_prompts
 from ..config.registry import METRICS
 from ..config.schema import DataConfig, SampleConfig, ScoreConfig
 from ..data import image_folders
-from ..data.sources import ImageFolder, open_source
+from ..data.captions import read_captions
+from ..data.sources import ImageFolder, Source, open_source
 from ..errors import InputError
+from ..hub import client
 from ..runs import checkpoints
+from ..runs.model_folder import task_of
 from ..runs.run_directory import CHECKPOINTS
 from ..sampling.generate import make_job, pinned_model
+from ..sampling.job import Job
+from ..sampling.pixel_job import PixelJob
+from ..utils import seeding
 from ..utils.console import say
 from ..utils.distributed import inference_accelerator
 from ..utils.files import require_replaceable, write_file
@@ -29,7 +37,7 @@ from .image_sets import ImageSet, generated_images, holds_images, images_of_fold
 from .measure import Measure, make_measure
 from .metrics import Sample
 from .plots import is_our_picture
-from .reference import open_reference, pinned_data, print_summary, reference_data
+from .reference import any_run, caption_column, open_reference, pinned_data, print_summary, reference_data
 from .results import Row, as_json, as_row, draw_curves, has_fields, table, unequal
 from .statistics import npz_statistics, read_statistics
 
@@ -51,15 +59,16 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     targets = (target if target.endswith(".npz") else pinned_model(target, accelerator) for target in config.targets)
     targets = (str(image_folders.packed_samples(Path(target)) or target) for target in targets)
     config = dataclasses.replace(config, targets=tuple(targets), reference=pinned_data(config.reference, accelerator))
-    if config.reference is None:
+    needs_reference = any(METRICS[metric].reference != "nothing" for metric in config.measure.metrics.split(","))
+    if config.reference is None and (needs_reference or any_run(config.targets)):
         data = reference_data(config.measure, None, config.targets)
         channels = config.measure.channels or data.channels
         measure = dataclasses.replace(
             config.measure, split=data.split, image_column=data.image_column, skip_bad=data.skip_bad, channels=channels
         )
-        config = dataclasses.replace(config, reference=data.dataset, measure=measure)
-    assert config.reference is not None
-    result = _scored(config, config.reference, accelerator)
+        column = config.caption_column or caption_column(config.targets)
+        config = dataclasses.replace(config, reference=data.dataset, measure=measure, caption_column=column)
+    result = _scored(config, accelerator)
     if accelerator.is_main_process:
         if config.output:  # before printing, which may fail
             figures, picture = _files_of(config.output)
@@ -86,16 +95,35 @@ def _require_output(config: ScoreConfig, output: str) -> None:
         require_replaceable("output", picture, lambda path: is_our_picture(path, before))
 
 
-def _scored(config: ScoreConfig, reference: str, accelerator: Accelerator) -> dict[str, Any]:
-    if Path(reference).suffix not in (".npz", ".safetensors"):
+def _scored(config: ScoreConfig, accelerator: Accelerator) -> dict[str, Any]:
+    reference = config.reference
+    if reference is not None and Path(reference).suffix not in (".npz", ".safetensors"):
         print_summary(
             open_source(reference_data(config.measure, reference)), reference, accelerator
         )  # before an extractor is fetched for nothing
-    measure = make_measure(config.measure, reference, accelerator)
-    compared = _References(reference, measure, config.allow_few_images)
-    _require_enough_of_all(config, measure, compared)
-    rows = [_row(config, measure, compared, images, how) for images, how in _targets(config, compared, accelerator)]
-    return _result(config, measure, compared, reference, rows)
+    measure = make_measure(config.measure, reference or "", accelerator, config.clip_model)
+    compared = _References(reference, measure, config.allow_few_images) if reference is not None else _NoReference()
+    prompts = _prompts_of_all(config, measure)
+    _require_enough_of_all(config, measure, compared, prompts)
+    rows = [_row(config, measure, compared, images, how) for images, how in _targets(config, compared, prompts, accelerator)]
+    return _result(config, measure, compared, rows)
+
+
+class _NoReference:
+    """What stands for the reference where no metric compares with one."""
+
+    known: Mapping[int | None, Sample]
+
+    def __init__(self) -> None:
+        self.known = {}
+
+    def sample(self, side: int | None) -> Sample:
+        """Nothing."""
+        return Sample({}, {}, None)
+
+    def count(self) -> int | None:
+        """Unknown."""
+        return None
 
 
 class _References:
@@ -144,7 +172,64 @@ class _References:
         return Sample({}, npz_statistics(self.path), None) if self.npz else read_statistics(self.path, self.measure, side)
 
 
-def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerator) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
+_Compared = _References | _NoReference
+_Prompts = Mapping[str, Sequence[str]]  # by target
+
+
+def _prompts_of_all(config: ScoreConfig, measure: Measure) -> _Prompts:
+    """The prompts of every target that has some: those of which a text-to-image model draws, and captions of images that are judged.
+
+    Raises:
+        InputError: a target has no prompts and needs them; or a metric cannot judge them.
+    """
+    found, wanted = dict[str, Sequence[str]](), ", ".join(measure.of_prompts)
+    for target in config.targets:
+        path = Path(target)
+        if path.suffix != ".npz" and not _is_folder_of_images(path) and task_of(client.configurations(target)) == "text_to_image":
+            found[target] = _prompts_of_model(config, target)
+        elif wanted and path.suffix != ".npz" and _is_folder_of_images(path):
+            found[target] = _one_each(open_source(DataConfig(dataset=target)), config.caption_column, target)
+        elif wanted:
+            raise InputError(f"metric {wanted} needs the prompt of each image, which {target} does not have; leave it out")
+    if config.prompts is not None and not any(task_of(client.configurations(target)) == "text_to_image" for target in found):
+        raise InputError(f"prompts is {config.prompts}, but no target is a text-to-image model; leave it out")
+    if config.caption_column is not None and not found:
+        raise InputError(f"caption_column is {config.caption_column}, but no captions are needed; leave it out")
+    for prompts in found.values():
+        for scorer in measure.of_prompts.values():
+            scorer.check(prompts)
+    return found
+
+
+def _prompts_of_model(config: ScoreConfig, target: str) -> Sequence[str]:
+    """Of --prompts, or one caption of each image of the reference: image k has number k mod n of them, in an order that is always the same.
+
+    The order is shuffled, because the first images of a data set may be of one class.
+    """
+    if config.prompts is not None:
+        return read_prompts(SampleConfig(model=target, prompts=config.prompts))
+    if config.reference is None or Path(config.reference).suffix in (".npz", ".safetensors"):
+        raise InputError(
+            f"{target} is a text-to-image model, whose images are drawn of the captions of the reference, and there are none; name a "
+            f"data set with captions as --reference, or prompts with --prompts FILE"
+        )
+    source = open_source(reference_data(config.measure, config.reference))
+    captions = [each[k % len(each)] for k, each in enumerate(read_captions(source, config.caption_column)) if each]
+    order = torch.randperm(len(captions), generator=seeding.generator(0, "captions", 0))
+    return [captions[k] for k in order.tolist()]
+
+
+def _one_each(source: Source, column: str | None, target: str) -> Sequence[str]:
+    """The first caption of every image; raises InputError if one has none."""
+    captions = read_captions(source, column)
+    if without := [k for k, each in enumerate(captions) if not each]:
+        raise InputError(f"{len(without)} of {len(captions)} images of {target} have no caption, such as {source.read(without[0])[2]}")
+    return [each[0] for each in captions]
+
+
+def _targets(
+    config: ScoreConfig, compared: _Compared, prompts: _Prompts, accelerator: Accelerator
+) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
     """Yields every set of images to score, and how it was sampled."""
     for target in config.targets:
         path = Path(target)
@@ -155,22 +240,22 @@ def _targets(config: ScoreConfig, compared: _References, accelerator: Accelerato
             if not isinstance(folder, ImageFolder):
                 raise InputError(f"target {target} is a saved data set; name it as --reference, or give its images as a folder")
             print_summary(folder, target, accelerator)
-            yield images_of_folder(folder, target, config.num_images, seed=config.seed), {}
+            yield images_of_folder(folder, target, config.num_images, seed=config.seed, prompts=prompts.get(target)), {}
         else:
-            yield from _drawn(config, target, compared, accelerator)
+            yield from _drawn(config, target, compared, prompts.get(target), accelerator)
 
 
-def _require_enough_of_all(config: ScoreConfig, measure: Measure, compared: _References) -> None:
+def _require_enough_of_all(config: ScoreConfig, measure: Measure, compared: _Compared, prompts: _Prompts) -> None:
     """Raises InputError if a target or the reference has too few images, before features are computed."""
     like = measure.probe()
     for target in config.targets:
-        _require_enough(target, _count(config, target, compared), measure.layers, like, config.allow_few_images)
-    if not compared.has_statistics:
+        _require_enough(target, _count(config, target, compared, prompts.get(target)), measure.layers, like, config.allow_few_images)
+    if isinstance(compared, _References) and not compared.has_statistics:
         needed = {metric: layer for metric, layer in measure.layers.items() if METRICS[metric].reference != "nothing"}
         _require_enough(compared.name, compared.count(), needed, like, config.allow_few_images)
 
 
-def _count(config: ScoreConfig, target: str, compared: _References) -> int:
+def _count(config: ScoreConfig, target: str, compared: _Compared, prompts: Sequence[str] | None) -> int:
     """The number of images of a target that are compared."""
     path = Path(target)
     if path.suffix == ".npz":
@@ -178,21 +263,31 @@ def _count(config: ScoreConfig, target: str, compared: _References) -> int:
     elif _is_folder_of_images(path):
         there = len(open_source(DataConfig(dataset=target)))
     else:
-        return _num_drawn(config, compared)
+        return _num_drawn(config, compared, prompts)
     return min(config.num_images or there, there)
 
 
-def _num_drawn(config: ScoreConfig, compared: _References) -> int:
-    """The number of images that are sampled of a model."""
-    return config.num_images or min(compared.count() or MAX_GENERATED, MAX_GENERATED)
+def _num_drawn(config: ScoreConfig, compared: _Compared, prompts: Sequence[str] | None) -> int:
+    """The number of images that are sampled of a model: as many as the reference has, or, without one, of each prompt one."""
+    return config.num_images or min(compared.count() or len(prompts or ()) or MAX_GENERATED, MAX_GENERATED)
 
 
 def _is_folder_of_images(path: Path) -> bool:
     return path.is_dir() and not (path / "model_index.json").is_file()
 
 
-def _drawn(config: ScoreConfig, target: str, compared: _References, accelerator: Accelerator) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
-    count = _num_drawn(config, compared)
+def _drawn(
+    config: ScoreConfig, target: str, compared: _Compared, prompts: Sequence[str] | None, accelerator: Accelerator
+) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
+    count = _num_drawn(config, compared, prompts)
+    own: dict[str, Any] = (
+        {"prompt": tuple(prompts[:count])}
+        if prompts
+        else {"class_labels": config.class_labels, "allow_pickle_import": config.allow_pickle_import}
+    )
+    if prompts and config.class_labels != "data":
+        raise InputError(f"class_labels is {config.class_labels}, but {target} is a text-to-image model; leave it out")
+    said = not accelerator.is_main_process
     for step in _steps_of(Path(target), config.checkpoints):
         for scheduler in config.schedulers.split(","):
             for steps in map(int, config.steps.split(",")):
@@ -205,16 +300,26 @@ def _drawn(config: ScoreConfig, target: str, compared: _References, accelerator:
                     seed=config.seed,
                     weights=config.weights,
                     guidance_scale=config.guidance_scale,
-                    class_labels=config.class_labels,
-                    allow_pickle_import=config.allow_pickle_import,
+                    **own,
                 )
                 job = make_job(command, accelerator.device, step)
-                if config.class_labels == "balanced" and not job.pipeline.num_classes:
+                if isinstance(job, PixelJob) and config.class_labels == "balanced" and not job.pipeline.num_classes:
                     raise InputError(f"class_labels is balanced, but {target} is unconditional; leave it out")
-                if job.pipeline.num_classes and job.config.class_labels != config.class_labels and accelerator.is_main_process:
-                    say(f"{target} does not say how many images of each class it was trained on: as many are drawn of each")
+                for note in () if said else _notes(job, config, target):
+                    say(note)
+                said = said or bool(prompts)  # they are the same for all
                 how = {"scheduler": job.settings["scheduler"], "steps": steps, "network_evaluations": job.network_evaluations}
+                how |= {"guidance_scale": job.options["guidance_scale"]} if prompts else {}
                 yield generated_images(job, count, target), {**how, "checkpoint": step}
+
+
+def _notes(job: Job, config: ScoreConfig, target: str) -> list[str]:
+    """What the user should know of a model's images."""
+    if not isinstance(job, PixelJob):
+        return job.notes()
+    if job.pipeline.num_classes and job.config.class_labels != config.class_labels:
+        return [f"{target} does not say how many images of each class it was trained on: as many are drawn of each"]
+    return []
 
 
 def _steps_of(run: Path, wanted: str) -> Sequence[int | None]:
@@ -226,7 +331,7 @@ def _steps_of(run: Path, wanted: str) -> Sequence[int | None]:
     return there if wanted == "all" else [int(step) for step in wanted.split(",")]
 
 
-def _row(config: ScoreConfig, measure: Measure, compared: _References, images: ImageSet, how: Mapping[str, Any]) -> Row:
+def _row(config: ScoreConfig, measure: Measure, compared: _Compared, images: ImageSet, how: Mapping[str, Any]) -> Row:
     reference = compared.sample(images.side)
     _require_enough(images.name, images.count, measure.layers, reference, config.allow_few_images)  # of the reference's statistics, too
     target = measure.sample(images)
@@ -254,17 +359,21 @@ def _require_enough(name: str, count: int | None, layers: Mapping[str, str], lik
         )
 
 
-def _result(config: ScoreConfig, measure: Measure, compared: _References, reference: str, rows: list[Row]) -> dict[str, Any]:
-    known = next(iter(compared.known.items()))
+def _result(config: ScoreConfig, measure: Measure, compared: _Compared, rows: list[Row]) -> dict[str, Any]:
+    side, sample = next(iter(compared.known.items()), (None, None))
+    of_prompts = {metric: {"weights_sha256": scorer.weights_sha256} for metric, scorer in measure.of_prompts.items()}
+    if "clip_score" in of_prompts:
+        of_prompts["clip_score"] |= {"clip_model": str(config.clip_model)}
     return {
-        "reference": {"name": reference, "images": known[1].count, "resolution": known[0]},
+        "reference": {"name": config.reference, "images": sample.count, "resolution": side} if sample else None,
         "extractor": {
             "name": measure.extractor.name if measure.extractor else None,
             "weights_sha256": measure.extractor.weights_sha256 if measure.extractor else None,
             "layers": measure.layers,
             "transform": "bytes of 0 to 255, grey as three equal channels; the extractor resizes them itself; no flips",
         },
-        "halves_of_the_reference": _distance_of_halves(known[1], measure.layers, config),
+        **({"of_prompts": of_prompts} if of_prompts else {}),
+        "halves_of_the_reference": _distance_of_halves(sample, measure.layers, config) if sample else None,
         "seed": config.seed,
         "targets": [as_row(row) for row in rows],
     }
@@ -276,5 +385,6 @@ def _distance_of_halves(reference: Sample, layers: Mapping[str, str], config: Sc
     if apart is None:
         return None
     least = metrics.least_images(layers, reference, config.allow_few_images)
-    enough = {metric: layer for metric, layer in layers.items() if len(apart[0].features[layer]) >= least[metric]}
+    there = {metric: layer for metric, layer in layers.items() if layer in apart[0].features}  # not what needs prompts
+    enough = {metric: layer for metric, layer in there.items() if len(apart[0].features[layer]) >= least[metric]}
     return metrics.figures(*apart, enough, config.seed) or None

@@ -17,9 +17,10 @@ from concurrent.futures import TimeoutError as FutureTimeoutError  # the builtin
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..config.hub_names import COMMIT, split_revision
+from ..config.hub_names import COMMIT, is_model_id, split_revision
 from ..config.schema import HubConfig
 from ..errors import HubError, InputError, shortened
+from ..runs.model_folder import MODEL_INDEX, task_of
 from ..utils.console import say
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ TIMEOUT = 60.0  # seconds for each phase of a request (connect, send, receive); 
 PREFLIGHT = 5.0  # seconds for the access check before a training
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between the five attempts of a request
 MAX_RETRY_AFTER = 300.0  # seconds of a server's Retry-After; a longer one is cut
-MODEL_INDEX, WEIGHTS = "model_index.json", "diffusion_pytorch_model"
+WEIGHTS = "diffusion_pytorch_model"
 RETRIED = {408, 409, 412, 425, 429}  # of the 4xx: another commit came first, or the server is busy
 
 
@@ -260,17 +261,23 @@ def download_model(name: str, variant: str | None = None, allow_pickle: bool = F
         InputError: it has .bin weights only, without `allow_pickle`.
     """
     name = pinned(name)
-    stem = f"*{WEIGHTS}.{variant}" if variant else f"*{WEIGHTS}"
-    # * matches folders, too; sharded weights have numbers after the stem.
     kinds = ["safetensors", *(["bin"] if allow_pickle else [])]
-    folder = download_files(name, ["*.json", *(f"{stem}{part}.{kind}" for part in ("", "-*-of-*") for kind in kinds)])
+    # Sharded weights have numbers after the stem. The UNet of a pixel model may lie in the root.
+    stems = [*(f"{folder}{WEIGHTS}{f'.{variant}' if variant else ''}" for folder in ("", "unet/")), f"vae/{WEIGHTS}", "text_encoder*/model"]
+    weights = [f"{stem}{part}.{kind}" for stem in stems for part in ("", "-*-of-*") for kind in kinds]
+    folder = download_files(name, ["*.json", "tokenizer*/*.txt", *weights])
     if not allow_pickle and not any(folder.rglob(f"{WEIGHTS}*")):
         repo, commit = split_revision(name)
         there = retried(lambda: api().list_repo_files(repo, revision=commit), f"reading {name}")
         weights = [file for file in there if Path(file).name.startswith(WEIGHTS)]
         if weights and not any(file.endswith(".safetensors") for file in weights):
-            raise bin_refused(name, weights[0])
+            raise text_bin_refused(name, weights[0]) if task_of(folder) == "text_to_image" else bin_refused(name, weights[0])
     return folder
+
+
+def configurations(model: str) -> Path:
+    """A folder with the configuration files of a model: its own, or what is downloaded of a Hub id; raises as `pinned`."""
+    return download_files(model, ["*.json"]) if is_model_id(model) else Path(model)
 
 
 def download_files(name: str, patterns: list[str]) -> Path:
@@ -283,4 +290,12 @@ def bin_refused(model: str, file: str) -> InputError:
     """The error for a model without safetensors weights."""
     return InputError(
         f"model {model} has no safetensors but {file}, a format that can contain code; add --allow_pickle_import to read its tensors only"
+    )
+
+
+def text_bin_refused(model: str, file: str) -> InputError:
+    """The error for a text-to-image model without safetensors weights."""
+    return InputError(
+        f"model {model} has no safetensors but {file}, a format that can contain code; text-to-image models are read from safetensors "
+        f"only: save it with diffusers' save_pretrained, or take another"
     )

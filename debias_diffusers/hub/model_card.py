@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from ..config.hub_names import COMMIT
-from ..config.loading import stored
-from ..config.registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, TIMESTEP_SAMPLERS, WEIGHTINGS, WeightingSpec
-from ..config.schema import DIGITS, ObjectiveConfig, TrainConfig
+from ..config.loading import is_text, stored
+from ..config.registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, WeightingSpec
+from ..config.schema import DIGITS, NoiseConfig, ObjectiveConfig, TrainConfig
 
 TITLE = "# A diffusion model trained with debias_diffusers"
-TASK = "unconditional-image-generation"
+TASK, TEXT_TASK = "unconditional-image-generation", "text-to-image"
 ON_HUB = re.compile(rf"([\w-][\w.-]*/)?[\w-][\w.-]*@{COMMIT.pattern}", re.ASCII)  # user/name@commit
 UNKNOWN = "unknown"  # the Hub's identifier for a licence that is not given
 MAX_CLASSES = 1000  # rows of the table of classes
-STEP = re.compile(r"^Step ([0-9]+) of [0-9]+; the weights are averaged at the rate ", re.MULTILINE)
+STEP = re.compile(r"^Step ([0-9]+) of [0-9]+; the weights are ", re.MULTILINE)
 PLACEHOLDER = '"PATH"'  # `published` replaces it with the name of the repository
 
 CITATION = """```bibtex
@@ -58,17 +58,17 @@ def model_card(
 
 {TITLE}
 
-Step {step} of {config.optimization.max_steps}; the weights are averaged at the rate {config.optimization.ema_decay[0]}.
-{_objective(config.objective)}
+Step {step} of {config.optimization.max_steps}; the weights are {_averaged(config.optimization.ema_decay[0])}.
+{_objective(config.objective)}{_noise(config.noise)}
 {_data(config, images)}
 
 ## Use it
 
 ```python
-{_use(num_classes, config.objective, classes)}
+{_use_text(config) if is_text(config) else _use(num_classes, config.objective, classes)}
 ```
-{_others(num_classes, config.objective)}
-or, with debias_diffusers installed, `{_command(config.objective)}`.
+{_text_notes(config) if is_text(config) else _others(num_classes, config.objective)}
+or, with debias_diffusers installed, `{_command(config)}`.
 {_variants(config)}
 {_figures(measured)}{_classes(classes)}
 ## Licence
@@ -87,6 +87,10 @@ The debiased loss is that of [arXiv 2310.08442](https://arxiv.org/abs/2310.08442
 |---|---|
 {rows}
 """
+
+
+def _averaged(rate: float) -> str:
+    return f"averaged at the rate {rate}" if rate else "those of this step, not averaged"
 
 
 def step_of_card(card: Path) -> int | None:
@@ -130,10 +134,10 @@ def _front(config: TrainConfig, measured: Mapping[str, Any] | None) -> str:
     data = ModelCardData(
         license=UNKNOWN,
         library_name="diffusers",
-        pipeline_tag=TASK,
+        pipeline_tag=TEXT_TASK if is_text(config) else TASK,
         tags=["debias_diffusers", objective.weighting, objective.prediction_type],
         datasets=_on_hub(config.data.dataset),
-        base_model=_on_hub(config.optimization.init),
+        base_model=_on_hub(config.text.base_model or config.optimization.init),
         model_name="debias_diffusers" if results else None,
         eval_results=results or None,
     )
@@ -154,7 +158,7 @@ def _results(config: TrainConfig, measured: Mapping[str, Any] | None) -> list[An
         return []
     name, _, commit = str(config.data.dataset).partition("@")
     shown = name if name == DIGITS or _on_hub(config.data.dataset) else "images"
-    about: dict[str, Any] = {"task_type": TASK, "dataset_type": shown, "dataset_name": shown}
+    about: dict[str, Any] = {"task_type": TEXT_TASK if is_text(config) else TASK, "dataset_type": shown, "dataset_name": shown}
     about["dataset_revision"] = commit if _on_hub(config.data.dataset) else None
     figures = measured["figures"].items()
     return [
@@ -178,7 +182,11 @@ def _data(config: TrainConfig, images: int | None) -> str:
     said = f"Trained on {_code(repo)}, split {_code(config.data.split)}"
     said += f" at revision `{commit}`" if commit else ""
     said += f", {images} images" if images else ""
-    said += f", starting from the weights of {_code(config.optimization.init)}" if config.optimization.init else ""
+    start = config.optimization.init or config.text.base_model
+    said += f", starting from the weights of {_code(start)}" if start else ""
+    if is_text(config):
+        said += f", of which the UNet was trained; {config.text.caption_dropout:.0%} of the captions were dropped"
+        said += f", and the VAE is that of {_code(config.text.vae)}" if config.text.vae else ""
     return said + "."
 
 
@@ -195,6 +203,23 @@ def _use(num_classes: int, objective: ObjectiveConfig, classes: Mapping[str, int
     return (
         f"from diffusers import DDPMPipeline\n\npipeline = DDPMPipeline.from_pretrained({PLACEHOLDER})\nimage = pipeline({steps}).images[0]"
     )
+
+
+def _use_text(config: TrainConfig) -> str:
+    """Python code that draws an image of a prompt."""
+    prompt = next(iter(config.text.sample_prompts), "a photograph")
+    quoted = json.dumps(prompt if "`" not in prompt else "a photograph", ensure_ascii=False)
+    side = config.data.resolution
+    return (
+        f"from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained({PLACEHOLDER})\n"
+        f"image = pipeline({quoted}, height={side}, width={side}, guidance_scale={config.text.sample_guidance_scale:g}).images[0]"
+    )
+
+
+def _text_notes(config: TrainConfig) -> str:
+    """The prompts of the sample grids."""
+    prompts = "".join(f"\n- {_code(prompt)}" for prompt in config.text.sample_prompts)
+    return f"\nThe grids that were drawn while it was trained have the prompts\n{prompts}\n" if prompts else ""
 
 
 def _some_class(classes: Mapping[str, int]) -> str:
@@ -215,7 +240,10 @@ def _others(num_classes: int, objective: ObjectiveConfig) -> str:
     return "\nWith `DDIMPipeline`, pass `use_clipped_model_output=True`.\n"
 
 
-def _command(objective: ObjectiveConfig) -> str:
+def _command(config: TrainConfig) -> str:
+    objective = config.objective
+    if is_text(config):
+        return f'debias-sample {PLACEHOLDER} --prompt "a photograph" --output_dir samples'
     solver = DEFAULT_FLOW_SOLVER if objective.prediction_type == "flow" else DEFAULT_SOLVER
     return f"debias-sample {PLACEHOLDER} --scheduler {solver} --steps {min(20, objective.num_train_timesteps // 2)} --output_dir samples"
 
@@ -249,6 +277,8 @@ def _classes(classes: Mapping[str, int] | None) -> str:
 
 def _licence(config: TrainConfig) -> str:
     said = f"Licence of this model: {_code(UNKNOWN)}."
+    if is_text(config):
+        said += f" It contains parts of {_code(config.text.base_model)} and was trained from it, whose licence applies to it, too."
     if config.data.dataset == DIGITS:
         said += (
             " The digits are from *Optical Recognition of Handwritten Digits* by E. Alpaydin and C. Kaynak (UCI Machine Learning "
@@ -277,9 +307,19 @@ def _objective(objective: ObjectiveConfig) -> str:
         values = sampler.card.format(**dataclasses.asdict(objective))
         density = _code(objective.timestep_sampler) + (f" ({values})" if values else "")
         sentences.append(f"t was drawn with the density {density} without correction, so the objective is multiplied by this density.")
+    if (strategy := objective.timestep_bias_strategy) != "none":
+        values = ", ".join(f"{name} {getattr(objective, name)}" for name in TIMESTEP_BIASES[strategy].parameters)
+        sentences.append(f"Timesteps were drawn with the bias {_code(strategy)} ({values}) without correction: the objective has it, too.")
     if objective.learn_sigma and name != "variational":
         sentences.append("The variance of a sampling step is learned by the variational bound.")
     return "\n".join(sentences)
+
+
+def _noise(noise: NoiseConfig) -> str:
+    """What noise was trained, where it was not standard normal; on a line of its own."""
+    names = [name for name in ("noise_offset", "pyramid_noise_discount", "input_perturbation") if getattr(noise, name)]
+    said = ", ".join(f"{_code(name)} {getattr(noise, name)}" for name in names)
+    return f"\nThe noise in training was not standard normal: {said}." if said else ""
 
 
 def _cell(value: object) -> str:

@@ -28,6 +28,7 @@ from ..config.schema import HubConfig, PushConfig
 from ..errors import DebiasError, HubError, InputError, RunInUseError, StoppedError
 from ..runs import checkpoints
 from ..runs.metrics_file import METRICS_FILE, step_of_line
+from ..runs.model_folder import text_parts
 from ..runs.run_directory import CHECKPOINTS, CONFIG, SAMPLES
 from ..utils.console import say
 from ..utils.files import (
@@ -82,11 +83,13 @@ def stage(run: Path, step: int) -> Path:
 def _files(run: Path, step: int) -> dict[str, Path]:
     """Names in the repository, and the files of the run."""
     found = {name: run / name for name in (client.MODEL_INDEX, "unet/config.json", "scheduler/scheduler_config.json", CONFIG, CARD)}
+    parts = [run / part for part in text_parts(run) if part != "unet"]
+    found |= {f"{part.name}/{path.name}": path for part in parts for path in sorted(part.glob("[!.]*")) if path.is_file()}
     # Weights from the checkpoint and not from the export, which may be newer where a run was killed.
     first, *others = layered(read_config(str(run / CONFIG))).optimization.ema_decay
     names = {f"{WEIGHTS}.safetensors": first} | {f"{WEIGHTS}.{variant(rate)}.safetensors": rate for rate in others}
     folder = run / CHECKPOINTS / checkpoints.folder_name(step)
-    found |= {f"unet/{name}": folder / checkpoints.ema_file(rate) for name, rate in names.items()}
+    found |= {f"unet/{name}": folder / checkpoints.weights_file(rate) for name, rate in names.items()}
     if (run / METRICS_FILE).is_file():  # not where nothing was logged
         found[METRICS_FILE] = run / METRICS_FILE
     grids = sorted((run / SAMPLES).glob("step-*.png"))  # of later steps, too, where the training has gone on

@@ -17,12 +17,13 @@ from torch import Tensor
 
 # Older pipelines name this module, and diffusers takes solvers only from modules that were imported.
 from .. import schedulers  # noqa: F401
-from ..config import hub_names
 from ..config.schema import Clipping, PredictionType
 from ..data.labels import from_config_mapping, label_indices
 from ..diffusion.noise_schedule import is_flow, predicted_x_0, prediction_of_x_0
-from ..errors import InputError, NotFiniteError, reason
+from ..errors import InputError, NotFiniteError
 from ..hub import client
+from ..runs.model_folder import task_of
+from .loading import explained_errors, folder_of_model, require_all_weights, require_variant
 from .solvers import set_timesteps
 
 
@@ -322,30 +323,22 @@ def load_pipeline(model: str, allow_pickle: bool = False, variant: str | None = 
         InputError: there is no model, or a file is damaged; names it.
         HubError: the Hub cannot be reached or rejects the request.
     """
-    folder = client.download_model(model, variant, allow_pickle) if hub_names.is_model_id(model) else Path(model)
-    if not model or (folder.exists() and not (folder / "model_index.json").is_file()):
-        raise InputError(f"{model or 'an empty name'} holds no model (no model_index.json); train one, or name another folder")
-    if not folder.exists():
-        raise InputError(f"{model} does not exist; name a run directory, a pipeline folder or a Hub id such as user/name")
+    folder = folder_of_model(model, variant, allow_pickle)
+    if task_of(folder) == "text_to_image":
+        raise InputError(f"model {model} is a text-to-image model, but this is for pixel models")
     logging.disable_progress_bar()  # of loading two components
-    try:
+    with explained_errors(model):
         parts = {name for name, value in PixelPipeline.load_config(folder).items() if isinstance(value, list | tuple) and value[0]}
         if other := sorted(parts - {"unet", "scheduler"}):
             raise ValueError(f"it has a {other[0]}, but this is for pixel models, of a unet and a scheduler only")
         safe = _has_safetensors(folder, model, allow_pickle)
-        if variant and not any(folder.glob(f"unet/{client.WEIGHTS}.{variant}.*")):
-            raise InputError(f"model {model} has no weights {variant}, as averages at other rates are named; take --weights ema")
+        require_variant(folder, model, variant)
         pipeline: PixelPipeline = PixelPipeline.from_pretrained(folder, use_safetensors=safe, variant=variant)
-    except InputError:
-        raise
-    except Exception as error:  # a damaged or hostile file may provoke any
-        raise InputError(f"model {model} cannot be loaded: {reason(error)}") from error
     if not isinstance(pipeline.unet, UNet2DModel):
         raise InputError(
             f"model {model} cannot be loaded: its unet is a {type(pipeline.unet).__name__}, but pixel models have a UNet2DModel"
         )
-    if missing := [name for name, parameter in pipeline.unet.named_parameters() if parameter.is_meta]:
-        raise InputError(f"model {model} cannot be loaded: its weight file lacks {missing[0]}")
+    require_all_weights(pipeline.unet, model)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -414,6 +414,10 @@ def set_timesteps(scheduler: Any, steps: int, timesteps: Sequence[int] | None = 
         return
     if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise InputError(f"timesteps are given, but {type(scheduler).__name__} takes none; leave them out")
-    if scheduler.config.get("final_sigmas_type") == "sigma_min" and timesteps[-1] == 0 and len(timesteps) > 1:
-        timesteps = timesteps[:-1]
-    scheduler.set_timesteps(timesteps=list(timesteps), device="cpu")
+    scheduler.set_timesteps(timesteps=without_last_zero(scheduler, timesteps), device="cpu")
+
+
+def without_last_zero(scheduler: Any, timesteps: Sequence[int]) -> list[int]:
+    """Descending timesteps as a scheduler takes them: one that ends at t = 0 by itself evaluates no network there."""
+    ends_by_itself = scheduler.config.get("final_sigmas_type") == "sigma_min" and timesteps[-1] == 0 and len(timesteps) > 1
+    return list(timesteps[:-1] if ends_by_itself else timesteps)

@@ -77,6 +77,11 @@ def ema_file(rate: float) -> str:
     return f"ema_{rate}.safetensors"
 
 
+def weights_file(rate: float) -> str:
+    """The file with the weights that are exported for a decay rate: at the rate 0, those that are trained."""
+    return ema_file(rate) if rate else MODEL
+
+
 def write(folder: Path, step: int, files: Iterable[tuple[str, Writer]], state: dict[str, Any], keep: int, best: int | None = None) -> Path:
     """Writes the checkpoint of a step and then removes the oldest beyond `keep`.
 
@@ -115,11 +120,11 @@ def _synced(path: Path) -> dict[str, Any]:
     """Size and hash of a file that is on the disk when this returns."""
     fsync_file(path)
     with open(path, "rb") as file:
-        digest = _hash_of(file)
+        digest = hash_of(file)
         return {"size": file.tell(), "sha256": digest}
 
 
-def _hash_of(file: IO[bytes]) -> str:
+def hash_of(file: IO[bytes]) -> str:
     """Of a file in blocks: they take half the time of new memory for gigabytes, and no memory."""
     digest = hashlib.sha256()
     while block := file.read(BLOCK):
@@ -237,7 +242,7 @@ def _require_unchanged(path: Path, entry: dict[str, Any]) -> None:
         # The size first: a file that grew without bounds is not read.
         if (size := path.stat().st_size) == entry["size"]:
             with open(path, "rb") as file:
-                digest = _hash_of(file)
+                digest = hash_of(file)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise DamagedError(f"{path.name}: {getattr(error, 'strerror', None) or reason(error)}") from error
     if size != entry["size"]:

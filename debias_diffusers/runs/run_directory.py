@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from ..config import hub_names
-from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
+from ..config.choices import as_flags
+from ..config.hub_names import absolute_path, is_dataset_id, is_model_id, is_pinned
 from ..config.loading import (
     BEFORE_THE_FIELD,
     CHANGES,
     CONFIG,
     NOT_STORED,
     ON_PURPOSE,
+    as_json,
     checked_values,
     difference,
     differing,
@@ -26,6 +28,7 @@ from ..config.loading import (
 )
 from ..config.schema import DIGITS, TrainConfig
 from ..errors import InputError, raise_all
+from ..utils import launcher
 from ..utils.console import say
 from ..utils.files import acquire_lock, has_our_lock, read_json, remove_temporary_files, require_lockable, user_files, write_file
 from . import checkpoints
@@ -100,6 +103,23 @@ def run_values(folder: str | Path) -> dict[str, Any] | None:
         if values.get(name) and Path(path).exists() and not Path(values[name]).expanduser().exists():
             values[name] = path
     return {name: value for name, value in values.items() if name not in NOT_STORED}
+
+
+def kept_values(folder: str | None, names: Collection[str]) -> dict[str, Any]:
+    """What a run with checkpoints has for these fields, where a command that does not name them continues it."""
+    return shown_values(folder, names) if folder and checkpoints.list_checkpoints(Path(folder) / CHECKPOINTS) else {}
+
+
+def shown_values(run: str, names: Collection[str]) -> dict[str, Any]:
+    """What a run has for these fields, which is printed; nothing where it is no run directory."""
+    found = {name: value for name, value in (run_values(run) or {}).items() if name in names}
+    neutral = flatten(TrainConfig())
+    shown = as_flags({name: value for name, value in found.items() if value != neutral[name]})
+    steps = {change["name"]: change["step"] for change in recorded_changes(Path(run)) if change["name"] in names}
+    changed = [f"{name} (since step {step})" for name, step in steps.items()]
+    if shown and launcher.is_first_process():
+        say(f"as in {run}: {shown}" + (f"; changed on purpose: {', '.join(changed)}" if changed else ""))
+    return found
 
 
 def sampling_problems(model: str, output_dir: str | None) -> list[str]:
@@ -200,7 +220,7 @@ def _continued(config: TrainConfig, found: Checkpoint, recorded: list[Change]) -
     began = found.state["config"] | {c["name"]: c["after"] for c in changes[len(done) :] if c["name"] != DATA}
     allowed = config.run.allow_change
     now = {name: value for name, value in stored(config).items() if name in began or name not in BEFORE_THE_FIELD or name in allowed}
-    defaults = {name: value for name, value in (stored(TrainConfig()) | BEFORE_THE_FIELD).items() if name in now}
+    defaults = {name: value for name, value in (as_json(flatten(TrainConfig())) | BEFORE_THE_FIELD).items() if name in now}
     before = defaults | began  # a run of an older version lacks newer fields
     names = differing(before | {name: now[name] for name in _decided_otherwise(before, now, found.state)}, now)
     _refuse_differences(config, found.step, [name for name in names if name not in allowed], before, now, changes)
@@ -236,21 +256,29 @@ def _refuse_differences(
     ways = [f"go on with the values of the run: --resume {config.run.output_dir}", "name another --output_dir"]
     if ON_PURPOSE.issuperset(names):
         ways.insert(1, f"change them on purpose with --allow_change {' '.join([*config.run.allow_change, *names])}")
-    if config.optimization.max_steps < step:
+    if config.optimization.num_epochs is None and config.optimization.max_steps < step:
         problems.append(f"max_steps is {config.optimization.max_steps}, but the run is at step {step}; take at least that")
     raise_all(problems, f"run directory {config.run.output_dir} holds another run", ", or ".join(ways) if names else "")
 
 
 def _decided_otherwise(before: dict[str, Any], now: dict[str, Any], state: dict[str, Any]) -> list[str]:
     """Fields whose text may differ, because something else decides whether it is the same run."""
-    init, began = now["init"], state.get("paths", {}).get("init", before["init"])
+    paths = state.get("paths", {})
+    init, began = now.get("init") or "", paths.get("init", before.get("init")) or ""
     same = {
+        "init": bool(init and began) and os.path.realpath(absolute_path(init)) == os.path.realpath(absolute_path(began)),
+        # Of models on this disk, which may have moved, the files are compared later, when they are loaded.
+        **{name: name in paths and _on_this_disk(now.get(name)) for name in ("base_model", "vae")},
         # The names and sizes of the files are compared later, when the data set is opened.
         "dataset": not (is_pinned(before["dataset"]) or is_dataset_id(now["dataset"]) or DIGITS in (before["dataset"], now["dataset"])),
         # The networks are compared later, when the network is built.
-        "model_config": bool(before["model_config"] and now["model_config"]),
-        "init": bool(init and began) and os.path.realpath(absolute_path(init)) == os.path.realpath(absolute_path(began)),
+        "model_config": bool(before.get("model_config") and now.get("model_config")),
         # If channels was left out, the images decided it.
-        "channels": before["channels"] is None and now["channels"] == state["network"]["in_channels"],
+        "channels": before.get("channels") is None and now.get("channels") == state["network"]["in_channels"],
     }
     return [name for name, holds in same.items() if holds]
+
+
+def _on_this_disk(model: str | None) -> bool:
+    """Whether a model is a folder of this disk, there or not, and neither the packaged one nor one of the Hub."""
+    return bool(model) and model != DIGITS and not is_pinned(str(model)) and not is_model_id(str(model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import zipfile
@@ -137,21 +138,37 @@ class SampleFolder:
         path = self.files / self.name(k)
         return images.decode(read_file(path), str(path))
 
-    def finish(self, labels: Sequence[int] | None, seeds: Sequence[int], class_names: Sequence[str] | None = None) -> None:
+    def finish(
+        self,
+        labels: Sequence[int] | None,
+        seeds: Sequence[int],
+        class_names: Sequence[str] | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> None:
         """Writes the grid, and metadata.jsonl or the `.npz` file, which make the folder a data set.
 
         Args:
-            labels: of all images; None for an unconditional model.
+            labels: of all images; None for a model without classes.
             seeds: of the generators of all images.
             class_names: by label, for the grid; None if unknown.
+            prompts: of all images of a text-to-image model.
         """
         if (self.folder / PACKED).exists():
             return
-        write_file(self.folder / GRID, images.png(self._grid(labels or [], class_names)))
+        grid = self._prompts_grid(prompts) if prompts else self._grid(labels or [], class_names)
+        write_file(self.folder / GRID, images.png(grid))
         if self.kind == "npz":
             self._pack(labels)
             return
-        rows = [{"file_name": self.name(k), **({"label": labels[k]} if labels else {}), "seed": seeds[k]} for k in range(self.num_images)]
+        rows = [
+            {
+                "file_name": self.name(k),
+                **({"label": labels[k]} if labels else {}),
+                **({"text": prompts[k]} if prompts else {}),
+                "seed": seeds[k],
+            }
+            for k in range(self.num_images)
+        ]
         write_file(self.folder / METADATA, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def _grid(self, labels: Sequence[int], class_names: Sequence[str] | None) -> Image.Image:
@@ -161,6 +178,18 @@ class SampleFolder:
         columns = min(GRID_COLUMNS, GRID_IMAGES // len(classes))
         rows = [[k for k, label in enumerate(labels) if label == each][:columns] for each in classes]
         return images.named_grid(row_names(classes, class_names), [[self.read(k) for k in row] for row in rows])
+
+    def _prompts_grid(self, prompts: Sequence[str]) -> Image.Image:
+        """The first images, each above its prompt; where a few prompts have several images each, a prompt a row, with its text beside."""
+        of_each = {prompt: [k for k, other in enumerate(prompts) if other == prompt] for prompt in dict.fromkeys(prompts[:GRID_IMAGES])}
+        if len(of_each) == 1:
+            (group,) = of_each.values()
+            shown = [self.read(k) for k in group[:GRID_IMAGES]]
+            return images.captioned_rows(prompts[:1], [shown], math.ceil(math.sqrt(len(shown))))
+        if len(of_each) > GRID_CLASSES or min(map(len, of_each.values())) < 2:
+            return images.captioned_grid(prompts[:GRID_IMAGES], [self.read(k) for k in range(min(self.num_images, GRID_IMAGES))])
+        columns = min(GRID_COLUMNS, GRID_IMAGES // len(of_each))
+        return images.captioned_rows([*of_each], [[self.read(k) for k in group[:columns]] for group in of_each.values()], columns)
 
     def _pack(self, labels: Sequence[int] | None) -> None:
         """Writes `arr_0` (N, H, W, C) uint8 and `arr_1` (N,) int64 labels, with one image in memory at a time."""
@@ -179,13 +208,14 @@ class SampleFolder:
 
 
 # They say whose hash it is, which alone is compared, or follow from other settings.
-_TOLD_OTHERWISE = ("model_sha256", "model_step", "weights", "seed_factor")
+_TOLD_OTHERWISE = ("model_sha256", "model_step", "weights", "seed_factor", "prompts_sha256")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """How settings of `.sampling.json` differ, in words."""
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     words = [f"{name} was {before.get(name)}, now {now.get(name)}" for name in changed if name not in _TOLD_OTHERWISE]
+    words += ["the prompts were others"] if "prompts_sha256" in changed else []
     if "format" in changed:
         words = [word for word in words if not word.startswith("num_images ")]  # of an npz only
     if "model_sha256" not in changed:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
-from ..data.dataset import TrainingData
+from ..data.dataset import PositionedData
 from ..diffusion.loss import Network
 
 Batch = Mapping[str, Tensor]
@@ -21,11 +21,20 @@ class Task(Protocol):
     The loop draws timesteps and noise, computes the loss, and steps, averages and saves; it knows neither pixels nor latents.
     """
 
-    data: TrainingData  # samples by position, which have u (the timestep as a uniform number) and noise of the shape of x_0, too
+    @property
+    def data(self) -> PositionedData:
+        """Samples by position, which have u (the timestep as a uniform number) and noise of the shape of x_0, too."""
+
+    @property
+    def held_out(self) -> PositionedData | None:
+        """The images of the validation loss, each at one of the first positions, with all conditions; None without them."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one x_0, such as (C, H, W)."""
+
+    def prepare(self) -> None:
+        """Computes what is known before the first step, such as the latents of images."""
 
     def build(self) -> nn.Module:
         """The network with fresh weights, from torch's global generator."""
@@ -40,6 +49,10 @@ class Task(Protocol):
             InputError: its network is another one.
         """
 
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of what is on the device beside the network, such as a VAE."""
+
     def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that are trained, averaged and saved, by name."""
 
@@ -52,11 +65,20 @@ class Task(Protocol):
     def conditioned(self, model: nn.Module, batch: Batch, device: Any) -> Network:
         """The model as a function of x_t and the timesteps, with the conditions (labels, captions) of a batch."""
 
+    def frozen_files(self) -> Mapping[str, Path]:
+        """Files of the exported pipeline that no training changes: where they are, by their path in the folder."""
+
     def export(self, network: nn.Module, folder: Path) -> None:
-        """Writes the pipeline with this network into a folder, as `from_pretrained` reads it."""
+        """Writes the pipeline with this network into a folder, as `from_pretrained` reads it, but for the frozen files."""
 
     def model_card(self, config: TrainConfig, step: int, measured: Mapping[str, Any] | None) -> str:
         """README.md of a run at a step, with the last measurement of its metrics."""
+
+    def describe(self) -> Sequence[str]:
+        """Lines of a dry run: the data."""
+
+    def picture(self, batch: Batch) -> Any:
+        """The images of a batch as one picture, for a dry run."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint's state.json says of network and data; a resumed run must have the same network."""

@@ -1,4 +1,4 @@
-"""The data of a pixel run: opened in the order of the run, and looked at before anything is trained."""
+"""The images of a run: opened in the order of the run, and looked at before anything is trained."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..data.sources import (
     summary,
     training_summary,
 )
+from ..data.validation_split import HELD_OUT
 from ..errors import InputError
 from ..runs.checkpoints import Checkpoint
 from ..utils.console import say
@@ -28,8 +29,10 @@ from ..utils.distributed import broadcast_from_first, told_by_the_first
 def open_data(config: TrainConfig, found: Checkpoint | None, first: bool) -> Source:
     """The data, its labels in the order of the run; a run that did not write down its class names has the plain one."""
     data = config.data
-    source = reopen_source(data, found.state.get("class_names") or "plain", found.state["data"]) if found else open_source(data)
-    for sentence in (summary if found else training_summary)(source, data.dataset) if first else ():
+    known = {name: value for name, value in found.state["data"].items() if name not in ("captions", HELD_OUT)} if found else {}
+    source = reopen_source(data, found.state.get("class_names") or "plain", known) if found else open_source(data)
+    plain = found or data.task == "text_to_image"
+    for sentence in (summary if plain else training_summary)(source, data.dataset) if first else ():
         say(sentence)
     return source
 
@@ -68,7 +71,7 @@ def readable(
 def _known_to_be_skipped(config: TrainConfig, source: Source, found: Checkpoint | None) -> list[int] | None:
     """Indices of unreadable images; None where the images are still to be looked at."""
     if found:
-        before = found.state["data"]
+        before = {name: value for name, value in found.state["data"].items() if name != HELD_OUT}
         known: list[int] = before.get("skipped", [])
         if before == SourceSubset(source, known).fingerprint():
             return known

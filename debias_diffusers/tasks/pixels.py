@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
+from ..data import images
 from ..data.dataset import TrainingData
 from ..data.labels import nonempty_classes, proportional_labels, row_names, shortened_list, to_config_mapping
 from ..data.sources import Source, class_counts
+from ..data.validation_split import validation_seed
 from ..diffusion.loss import Network
 from ..diffusion.noise_schedule import is_flow, schedule_of_scheduler
 from ..errors import InputError, raise_all
@@ -39,14 +42,21 @@ def network_arguments(config: TrainConfig, channels: int, num_labels: int) -> di
 class PixelTask:
     """Images and their labels, and the UNet that learns them; a `Task`."""
 
-    def __init__(self, config: TrainConfig, source: Source, channels: int | None = None) -> None:
+    def __init__(self, config: TrainConfig, source: Source, channels: int | None = None, held_out: Source | None = None) -> None:
         """Fits a network to the data, whose images have so many channels if the configuration leaves that out.
+
+        `held_out` are the images of the validation loss.
 
         Raises:
             InputError: the first image cannot be read, or the network does not fit.
         """
         self.config = config
-        self.data = TrainingData(source, config.data, config.optimization.seed, channels)
+        self.data = TrainingData(source, config.data, config.optimization.seed, channels, config.noise)
+        self.held_out: TrainingData | None = None
+        if held_out:
+            plain = dataclasses.replace(config.data, random_flip=False, label_dropout=0.0, num_workers=0)
+            seed, noise = validation_seed(config.optimization.seed), dataclasses.replace(config.noise, input_perturbation=0.0)
+            self.held_out = TrainingData(held_out, plain, seed, self.data.channels, noise)
         self.class_names, self.class_counts = source.class_names, class_counts(source)
         num_labels = self.data.num_classes + (self.data.null_label is not None)
         self.arguments = network_arguments(config, self.data.channels, num_labels)
@@ -55,6 +65,9 @@ class PixelTask:
     def shape(self) -> tuple[int, ...]:
         """(C, H, W)."""
         return self.data.shape
+
+    def prepare(self) -> None:
+        """Nothing: images are decoded as they are needed."""
 
     # ---- network -----------------------------------------------------------------------------------------------------
 
@@ -125,6 +138,11 @@ class PixelTask:
             found.append(f"the noise schedule is not that of {model}, whose SNR go from {before[0]:.3g} to {before[-1]:.3g}")
         return found
 
+    @property
+    def frozen_bytes(self) -> int:
+        """None."""
+        return 0
+
     def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
         """All parameters."""
         return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
@@ -146,6 +164,10 @@ class PixelTask:
 
     # ---- what is exported and drawn ----------------------------------------------------------------------------------
 
+    def frozen_files(self) -> Mapping[str, Path]:
+        """None."""
+        return {}
+
     def export(self, network: nn.Module, folder: Path) -> None:
         """Writes a pipeline. Without labels it is diffusers' own, so that nobody needs this package to use it."""
         self.pipeline(network).save_pretrained(folder, safe_serialization=True)
@@ -162,6 +184,14 @@ class PixelTask:
         """README.md of a run at a step."""
         classes = dict(zip(self.class_names or (), self.class_counts or ()))
         return model_card(config, step, self.data.num_classes, len(self.data.source), measured, classes)
+
+    def describe(self) -> Sequence[str]:
+        """Images, channels, classes."""
+        return [f"images: {len(self.data.source)}, {self.data.channels} channel(s), {self.data.num_classes} classes"]
+
+    def picture(self, batch: Batch) -> Any:
+        """The images of a batch in a grid."""
+        return images.grid([images.from_array(image.numpy()) for image in batch["image"]])
 
     def state(self) -> dict[str, Any]:
         """Network, and the classes with their numbers of images."""

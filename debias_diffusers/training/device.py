@@ -22,10 +22,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from .. import __version__
-from ..config.schema import TrainConfig
+from ..config.schema import OptimizerName, TrainConfig
 from ..errors import InputError
 from ..utils.console import say
 from ..utils.distributed import make_accelerator
+from .optimizer_step import require_optimizer
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -56,6 +57,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision is fp16, but a CPU cannot train in it; take bf16 or no")
+    require_optimizer(config.optimization, accelerator.device)
     if accelerator.device.type == "cpu":
         _keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # a training's shapes stay the same, so trying the kernels out pays
@@ -81,9 +83,12 @@ def memory_format(accelerator: Accelerator) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def to_train(network: N, accelerator: Accelerator) -> N:
-    """The network on its device, ready to be trained, with its convolutions in `memory_format`."""
-    layout = memory_format(accelerator)
+def to_train(network: N, accelerator: Accelerator, optimizer: OptimizerName = "adamw") -> N:
+    """The network on its device, ready to be trained, with its convolutions in `memory_format`.
+
+    bitsandbytes makes all weights contiguous, but not the moments that it has made before, which would then lie otherwise.
+    """
+    layout = torch.contiguous_format if optimizer == "adamw8bit" else memory_format(accelerator)
     network.to(accelerator.device).to(memory_format=layout).train()
     if layout == torch.channels_last:
         for module in network.modules():
@@ -111,9 +116,9 @@ class Fetched:
         return self._numbers.tolist()
 
 
-def warn_of_little_space(folder: Path, parameters: int, rates: int) -> None:
-    """Says when the disk holds less than 2.5 checkpoints: an old one stays until the new one is whole."""
-    needed = 2.5 * 4 * parameters * (3 + rates)  # float32 weights, two moments, averages
+def warn_of_little_space(folder: Path, checkpoint: int) -> None:
+    """Says when the disk holds less than 2.5 checkpoints of so many bytes: an old one stays until the new one is whole."""
+    needed = 2.5 * checkpoint
     free = shutil.disk_usage(folder).free
     if free < needed:
         say(f"warning: {folder} has {free / 1e6:.1f} MB free, but checkpoints need about {needed / 1e6:.1f} MB")

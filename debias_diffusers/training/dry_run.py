@@ -18,18 +18,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config.loading import to_json
 from ..config.schema import OptimizationConfig, TrainConfig
 from ..data import images
-from ..data.dataset import TrainingData, collate
+from ..data.dataset import load_batch
 from ..diffusion.loss import Objective
 from ..diffusion.timestep_samplers import make_timestep_sampler
 from ..diffusion.weighting import effective_sample_size
-from ..errors import DebiasError
 from ..runs.run_directory import inspect_run
-from ..tasks.base import Batch, Task
+from ..tasks.base import Task
 from ..utils import launcher, memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
 from ..utils.files import require_replaceable, write_file
 from . import setup
+from .optimizer_step import state_bytes
 from .trainer import Trainer
 
 FIRST_IMAGES = 64  # in the picture of the first batch
@@ -51,10 +51,9 @@ def dry_run(config: TrainConfig, chosen: Collection[str] = ()) -> None:
     with setup.accelerated(config) as accelerator:
         plan = setup.prepare(config, found, accelerator, chosen)
         network, flops = on_meta(plan.task)
-        parameters = sum(parameter.numel() for parameter in network.parameters())
         if first:
-            _print_plan(plan, parameters)
-        for line in _cost(plan, parameters, flops, accelerator):
+            _print_plan(plan, sum(parameter.numel() for parameter in network.parameters()))
+        for line in _cost(plan, network, flops, accelerator):
             if first:
                 print(line)
         if first:
@@ -62,17 +61,19 @@ def dry_run(config: TrainConfig, chosen: Collection[str] = ()) -> None:
             print(f"output_dir: {config.run.output_dir}, {'resumed from' if found else 'a new run, from'} step {step} to {steps}")
         if first and config.run.verbose:
             print(to_json(plan.config), end="")
-            write_file(picture, images.signed_png(_first_images(plan.task.data, config.optimization)))
+            write_file(picture, images.signed_png(_first_images(plan.task, config.optimization)))
             print(f"first batch: {picture}")
 
 
 def _print_plan(plan: setup.Plan, parameters: int) -> None:
     data, objective, optim = plan.task.data, plan.config.objective, plan.config.optimization
-    print(f"images: {len(data.source)}, {data.channels} channel(s), {data.num_classes} classes")
+    print("\n".join(plan.task.describe()))
     print(f"steps per epoch: {len(data.source) / optim.batch_size:.1f}")
     print(f"parameters: {parameters}")
     schedule = f"noise_schedule {objective.noise_schedule or 'of rectified flow'} with schedule_shift {objective.schedule_shift:g}"
     names = f"weighting {objective.weighting}, {schedule}, timestep_sampler {objective.timestep_sampler}"
+    if objective.timestep_bias_strategy != "none":
+        names += f", timestep_bias_strategy {objective.timestep_bias_strategy}"
     print(f"objective: {objective.prediction_type}, {names}")
     _print_weights(plan.config, plan.objective)
 
@@ -86,17 +87,8 @@ def _print_weights(config: TrainConfig, objective: Objective) -> None:
     print(f"weights as t is drawn: mean {(p * weights).sum():.4g}, largest {weights.max():.4g}, effective sample size {size:.2g}")
 
 
-def _first_images(data: TrainingData, optim: OptimizationConfig) -> Any:
-    batch = _loaded(data, range(min(optim.batch_size, FIRST_IMAGES)))
-    return images.grid([images.from_array(image.numpy()) for image in batch["image"]])
-
-
-def _loaded(data: TrainingData, positions: range) -> Batch:
-    """The samples at some positions, without workers."""
-    batch = collate([data[position] for position in positions])
-    if isinstance(batch, DebiasError):
-        raise batch
-    return batch
+def _first_images(task: Task, optim: OptimizationConfig) -> Any:
+    return task.picture(load_batch(task.data, range(min(optim.batch_size, FIRST_IMAGES))))
 
 
 # ---- memory and time -------------------------------------------------------------------------------------------------
@@ -114,12 +106,11 @@ def on_meta(task: Task) -> tuple[nn.Module, int]:
     return network, counter.get_total_flops()
 
 
-def _cost(plan: setup.Plan, parameters: int, flops: int, accelerator: Accelerator) -> Iterator[str]:
+def _cost(plan: setup.Plan, network: nn.Module, flops: int, accelerator: Accelerator) -> Iterator[str]:
     """Memory and time of the training, measured on two optimizer steps where its tensors fit into the free memory."""
     optim, device = plan.config.optimization, accelerator.device
     work = f"{_in_units(flops * optim.batch_size)}FLOP per step, {_in_units(flops)}FLOP per image"
-    # float32 weights, gradients, two moments, averages; what the layers keep for the backward pass comes on top
-    needed = 4 * parameters * (4 + len(optim.ema_decay))
+    needed = training_bytes(plan.task, network, optim)
     free = broadcast_from_first(lambda: _free(device), accelerator)  # all processes build the network, or none does
     if needed > free:
         yield (
@@ -138,6 +129,17 @@ def _cost(plan: setup.Plan, parameters: int, flops: int, accelerator: Accelerato
     )
 
 
+def training_bytes(task: Task, network: nn.Module, optim: OptimizationConfig) -> int:
+    """Bytes of a training's tensors: float32 weights, gradients and averages, the optimizer's state, and what is frozen.
+
+    What the layers keep for the backward pass comes on top.
+    """
+    trained = list(task.trained(network).values())
+    averages = sum(rate > 0 for rate in optim.ema_decay)
+    values = sum(p.numel() for p in trained)
+    return 4 * values * (2 + averages) + state_bytes(optim.optimizer, trained) + task.frozen_bytes
+
+
 def _free(device: torch.device) -> int:
     """Bytes of the memory of a device that are free."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.free_memory()
@@ -150,7 +152,7 @@ def measure(trainer: Trainer) -> tuple[float, int]:
         Seconds of the second one, and the peak memory in bytes: of the GPU's tensors, or the main memory of this process.
     """
     device = trainer.accelerator.device
-    parts = [_loaded(trainer.task.data, positions) for positions in trainer.positions.micro_batches(trainer.step)]
+    parts = [load_batch(trainer.task.data, positions) for positions in trainer.positions.micro_batches(trainer.step)]
     batches = itertools.cycle(parts)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

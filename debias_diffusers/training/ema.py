@@ -13,13 +13,19 @@ class EMA:
 
     With a warm-up r is at most (1 + n) / (10 + n) in the update after n others (as in TensorFlow's ExponentialMovingAverage): the
     initial weights are forgotten within some hundred steps, whatever the rate. A function of the step, so that nothing is saved.
+
+    At the rate 0 the average is the weights themselves, which takes neither memory nor time.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], rates: Iterable[float], warmup: bool = False) -> None:
         """`weights` are the trained parameters by name; they are read again at each update."""
         self.warmup = warmup
         self.weights = dict(weights)  # not detached: DistributedDataParallel may give a parameter other storage
-        self.averages = {rate: {name: w.detach().clone() for name, w in weights.items()} for rate in rates}
+        self.averages = {rate: {name: w.detach().clone() for name, w in weights.items()} for rate in rates if rate}
+
+    def of(self, rate: float) -> Mapping[str, Tensor]:
+        """The averages at a rate; {} at the rate 0, of weights that are as they are."""
+        return self.averages[rate] if rate else {}
 
     @torch.no_grad()
     def update(self, step: int = 0) -> None:

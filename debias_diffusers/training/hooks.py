@@ -1,4 +1,4 @@
-"""What happens at intervals of a training: sample grids, metrics of what the EMA weights draw, checkpoints."""
+"""What happens at intervals of a training: sample grids, validation losses, metrics of what the EMA weights draw, checkpoints."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..config.schema import TrainConfig
+from ..config.schema import ObjectiveConfig, TrainConfig
 from ..data import images
-from ..data.dataset import PositionBatchSampler
+from ..data.dataset import PositionBatchSampler, load_batch
+from ..diffusion.loss import Objective
+from ..diffusion.noise_schedule import at
+from ..diffusion.timestep_samplers import make_timestep_sampler
 from ..errors import CannotWriteError, InputError, NotFiniteError
 from ..evaluation.image_sets import process_batches
 from ..runs import checkpoints
@@ -125,6 +128,50 @@ class Evaluation:
         loss, by, best = as_loss(name, value), {"figure": name, **self.monitor.about}, self.measured.best
         if math.isfinite(loss) and (best is None or best.get("by") != by or loss < best["value"]):
             self.measured.best = {"step": step, "value": loss, "by": by}
+
+
+class ValidationLoss:
+    """The loss of the EMA weights on images that are held out of training, each time with the same noise and timesteps.
+
+    `validation_loss` estimates the objective of the training, `validation_mse` its mean square error without weights, at timesteps that
+    are drawn equally often: image k of N from the k-th of N equal parts of them.
+    """
+
+    def __init__(
+        self, every: int, task: Task, network: nn.Module, objective: Objective, density: Tensor, accelerator: Accelerator, batch_size: int
+    ) -> None:
+        """`network` has the EMA weights; `density` (T,) float64 is that of the timesteps in the objective."""
+        assert task.held_out is not None
+        self.every, self.task, self.held_out, self.network = every, task, task.held_out, network
+        self.objective, self.accelerator, self.batch_size = objective, accelerator, batch_size
+        self.count = len(task.held_out.source)
+        self.density = len(density) * density
+        self.timesteps = make_timestep_sampler(ObjectiveConfig(timestep_sampler="stratified"), objective.schedule, self.count)
+
+    def __call__(self, step: int, logger: Logger) -> None:
+        """Measures and logs; weights whose loss is not finite are said."""
+        losses, squares = self.measure()
+        if math.isfinite(losses):
+            logger.log_values(step, {"validation_loss": losses, "validation_mse": squares})
+        elif self.accelerator.is_main_process:
+            say(f"no validation loss at step {step}: it is {losses}")
+
+    @torch.no_grad()
+    def measure(self) -> tuple[float, float]:
+        """Mean loss and mean square error, the same in all processes, which share the images."""
+        processes = self.accelerator.num_processes
+        size = min(self.batch_size, -(-self.count // processes))
+        batches = process_batches(range(self.count), size, self.accelerator.process_index, processes)
+        found = gather_from_all(lambda: [each for _, indices in batches for each in self._losses(indices)], processes)
+        losses, squares = zip(*found)
+        return math.fsum(losses) / self.count, math.fsum(squares) / self.count
+
+    def _losses(self, indices: Sequence[int]) -> list[tuple[float, float]]:
+        """Loss and mean square error of each of these images."""
+        device, batch = self.accelerator.device, load_batch(self.held_out, indices)
+        t, x_0 = self.timesteps.draw(batch["u"], range(indices[0], indices[-1] + 1)), self.task.x_0(batch, device)
+        terms = self.objective(self.task.conditioned(self.network, batch, device), x_0, batch["noise"].to(device), t)
+        return list(zip((at(self.density, t, terms.loss) * terms.loss).tolist(), terms.mse.tolist()))
 
 
 class Checkpointer:

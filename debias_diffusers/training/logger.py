@@ -98,11 +98,15 @@ class Logger:
         """Writes the metrics of what the EMA weights draw at a step, and shows the first; nothing where there are none."""
         if not metrics:
             return
-        values = {f"eval_{name}": value for name, value in metrics.items()}
         if self.run:
-            self.run.metrics.append({"step": step, **values})
             name, value = next(iter(metrics.items()))
             self.quality = f", {name} {value:.4g}"
+        self.log_values(step, {f"eval_{name}": value for name, value in metrics.items()})
+
+    def log_values(self, step: int, values: dict[str, float]) -> None:
+        """Writes a line of values that were measured at a step."""
+        if self.run:
+            self.run.metrics.append({"step": step, **values})
         self.accelerator.log(values, step=step)
 
 

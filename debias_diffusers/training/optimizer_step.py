@@ -1,21 +1,77 @@
-"""The update of a step: clipping, AdamW and averages, all on the device, and made only where loss and gradient are finite.
+"""The update of a step: clipping, the optimizer and averages, made only where loss and gradient are finite.
 
-Nothing here waits for the device. Whether a step was made is decided there, and read later.
+With AdamW all of it is on the device and nothing here waits: whether a step was made is decided there, and read later. The other
+optimizers cannot be told on the device, so for them the gate is read first. (torch's Adafactor waits anyway, twice for each tensor.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..config.schema import OptimizationConfig
+from ..config.schema import OptimizationConfig, OptimizerName
+from ..errors import InputError, reason
 from .ema import EMA
+
+# Of Adafactor. The first is a floor of 1e-30 on the second moment, as in the paper (arXiv 1804.04235). torch's default, the epsilon of
+# float32, is above the mean square of most gradients, which would then no more be divided by their average over the steps. The second
+# is a floor on the RMS of a tensor, by which the learning rate is multiplied: 1 leaves it as it is unless its RMS is above 1.
+ADAFACTOR_EPS = (1e-15, 1.0)
+
+_8BIT_BLOCK, _8BIT_LEAST = 256, 4096  # of bitsandbytes: values that share a scale, and of the smallest tensor with 8-bit moments
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], config: OptimizationConfig) -> torch.optim.Optimizer:
+    """The optimizer of a configuration."""
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=rate, eps=ADAFACTOR_EPS, weight_decay=decay)
+    if config.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr=rate, weight_decay=decay)
+        return optimizer
+    # Fused, because of all kinds it alone asks `found_inf` on the device.
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+
+
+def require_optimizer(config: OptimizationConfig, device: torch.device) -> None:
+    """Tries the kernels of bitsandbytes on a device, where they are asked for.
+
+    Raises:
+        InputError: they do not run.
+    """
+    if config.optimizer != "adamw8bit":
+        return
+    try:
+        parameter = nn.Parameter(torch.zeros(_8BIT_LEAST, device=device))
+        parameter.grad = torch.ones_like(parameter)
+        make_optimizer([parameter], config).step()
+    except (ImportError, RuntimeError, OSError, AttributeError, NotImplementedError) as error:
+        raise InputError(
+            f"optimizer is adamw8bit, but the 8-bit kernels of bitsandbytes do not run on this {device.type}: {reason(error)}; "
+            f"take --optimizer adamw or adafactor"
+        ) from error
+
+
+def state_bytes(optimizer: OptimizerName, parameters: Iterable[Tensor]) -> int:
+    """Bytes of an optimizer's state for these parameters, in memory and in a checkpoint."""
+    return sum(_state_bytes(optimizer, parameter) for parameter in parameters)
+
+
+def _state_bytes(optimizer: OptimizerName, parameter: Tensor) -> int:
+    values = parameter.numel()
+    if optimizer == "adafactor":  # factored over the last two axes: of a convolution those of its kernel
+        return 4 * (values // parameter.shape[-1] + values // parameter.shape[-2] if parameter.ndim > 1 else values)
+    if optimizer == "adamw8bit" and values >= _8BIT_LEAST:
+        return 2 * (values + 4 * -(-values // _8BIT_BLOCK))
+    return 8 * values
 
 
 class OptimizerStep:
-    """AdamW with a gate: what is not finite reaches neither weights nor moments.
+    """An optimizer with a gate: what is not finite reaches neither weights nor moments.
 
     A step that ends the run closes the gate for good, because more steps may be launched before anybody has read that it did.
     """
@@ -23,8 +79,7 @@ class OptimizerStep:
     def __init__(self, parameters: Sequence[nn.Parameter], ema: EMA, config: OptimizationConfig, skips: int = 0) -> None:
         """`skips`: how many steps in a row may have a gradient that is not finite without an end of the run."""
         self.parameters, self.ema, self.max_grad_norm, self.most_skips = parameters, ema, config.max_grad_norm, skips
-        # Fused, because of all kinds it alone asks `found_inf` on the device.
-        self.adamw = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        self.optimizer = make_optimizer(parameters, config)
         device = parameters[0].device
         self.skips = torch.zeros((), dtype=torch.int32, device=device)  # steps in a row that were not made
         self.aborted = torch.zeros((), dtype=torch.bool, device=device)
@@ -46,13 +101,23 @@ class OptimizerStep:
         finite = loss.isfinite() & grad_norm.isfinite()
         self.skips = torch.where(finite, 0, self.skips + 1)
         self.aborted = self.aborted | ~loss.isfinite() | (self.skips > self.most_skips)
-        self.adamw.found_inf = (self.aborted | ~finite).float()  # type: ignore[attr-defined]
         clipped = finite & (grad_norm > self.max_grad_norm) if self.max_grad_norm else torch.zeros_like(finite)
-        if self.max_grad_norm:
-            self.adamw.grad_scale = (grad_norm / self.max_grad_norm).clamp(min=1)  # type: ignore[attr-defined]
-        for group in self.adamw.param_groups:
+        divisor = (grad_norm / self.max_grad_norm).clamp(min=1) if self.max_grad_norm else None
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.adamw.step()
-        self.adamw.zero_grad()
+        self._step(self.aborted | ~finite, divisor, grads)
+        self.optimizer.zero_grad()
         self.ema.update(step)  # of a step that was not made, towards the weights as they stayed
         return grad_norm, clipped
+
+    def _step(self, closed: Tensor, divisor: Tensor | None, grads: list[Tensor]) -> None:
+        """The optimizer's step with the gradients divided by `divisor` (), unless the gate is `closed` ()."""
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            self.optimizer.found_inf = closed.float()  # type: ignore[attr-defined]
+            if divisor is not None:
+                self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not closed:
+            if divisor is not None:
+                torch._foreach_div_(grads, divisor)
+            self.optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..tasks.base import Task
 from ..utils import memory
 from ..utils.background import BackgroundTask
 from ..utils.console import say
-from ..utils.files import move_file, temporary_folder, translate_write_errors, write_file
+from ..utils.files import link_or_copy, move_file, temporary_folder, translate_write_errors, write_file
 from . import state_dicts
 from .logger import due
 
@@ -37,6 +38,7 @@ class Saver(BackgroundTask[str | None]):
         """`network` is the one that is trained on `device`; its modules are exported with the averaged weights."""
         super().__init__()
         self.run, self.config, self.task, self.network, self.device, self.publisher = run, config, task, network, device, publisher
+        self._has_frozen_files = False  # in the run directory, as they are compared once
 
     def save(self, tensors: Tensors, state: dict[str, Any], final: bool) -> None:
         """Begins; the final save is done when this returns.
@@ -82,8 +84,10 @@ class Saver(BackgroundTask[str | None]):
 
     def _export(self, folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
-        weights = tensors[checkpoints.ema_file(self.config.optimization.ema_decay[0])]
+        weights = tensors[checkpoints.weights_file(self.config.optimization.ema_decay[0])]
         network = state_dicts.with_weights(self.network, {name: value.detach().contiguous() for name, value in weights.items()})
+        if not self._has_frozen_files:
+            self._place_frozen_files(folder)
         # The error names the free space after the temporary folder is removed.
         with translate_write_errors(folder), temporary_folder(folder / "export") as export:
             self.task.export(network, export)
@@ -92,3 +96,11 @@ class Saver(BackgroundTask[str | None]):
                 move_file(path, folder / path.relative_to(export))
         card = self.task.model_card(self.config, state["step"], state["measured"]) + changes_section(state.get(CHANGES, ()))
         write_file(folder / "README.md", card.encode())
+
+    def _place_frozen_files(self, folder: Path) -> None:
+        """Links or copies the files that no training changes, unless they are there, and not those of another start's base model."""
+        for name, path in self.task.frozen_files().items():
+            there = folder / name
+            if not (there.is_file() and (there.samefile(path) or filecmp.cmp(there, path, shallow=False))):
+                link_or_copy(path, there)
+        self._has_frozen_files = True

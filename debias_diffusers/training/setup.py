@@ -14,13 +14,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..config.choices import choose
+from ..config.choices import choose, steps_of_epochs
 from ..config.hub_names import PINNED, absolute_path, is_dataset_id, is_model_id, is_pinned, split_revision
 from ..config.loading import BEFORE_THE_FIELD, CHANGES, differences, flatten, stored, update
 from ..config.schema import DIGITS, HubConfig, OptimizationConfig, TrainConfig
 from ..config.validation import train_problems
+from ..data.captions import require_captions
 from ..data.dataset import PositionBatchSampler
-from ..data.sources import Source
+from ..data.sources import RepeatedSource, Source, folder_repeats
+from ..data.validation_split import split_source
 from ..diffusion.loss import Objective, make_objective
 from ..diffusion.noise_schedule import require_noise_at_the_end, terminal_snr_problem
 from ..diffusion.timestep_samplers import make_timestep_sampler
@@ -32,6 +34,7 @@ from ..runs.run_directory import DATA, Change, Run
 from ..tasks.base import Task
 from ..tasks.pixel_data import open_data, readable
 from ..tasks.pixels import PixelTask
+from ..tasks.text_data import base_of_run, captioned
 from ..utils import seeding
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, gather_from_all, set_threads, told_by_the_first
@@ -39,9 +42,9 @@ from ..utils.signals import SignalHandler
 from ..utils.torch_errors import explain_error
 from . import device, state_dicts
 from .ema import EMA
-from .hooks import Checkpointer, EmaImages, Evaluation, Hook, SampleGrid
+from .hooks import Checkpointer, EmaImages, Evaluation, Hook, SampleGrid, ValidationLoss
 from .loss_statistics import LossStatistics
-from .optimizer_step import OptimizerStep
+from .optimizer_step import OptimizerStep, state_bytes
 from .saver import Saver
 from .state_dicts import TrainingState
 from .trainer import Callback, Trainer
@@ -150,6 +153,8 @@ def prepare(config: TrainConfig, resume: Checkpoint | None, accelerator: Acceler
     channels = config.data.channels  # as typed
     config = broadcast_from_first(lambda: _config_of_run(config, found), accelerator)
     num_threads = set_threads(config.optimization.num_threads)
+    if config.data.task == "text_to_image":
+        return _prepare_text(config, found, accelerator, chosen, num_threads)
     if chosen and not found:  # by the data
         source = open_data(config, found, first=accelerator.is_main_process)
         config = broadcast_from_first(lambda: suited(config, chosen, len(source), accelerator), accelerator)
@@ -158,6 +163,29 @@ def prepare(config: TrainConfig, resume: Checkpoint | None, accelerator: Acceler
         objective = _objective(config, found, accelerator)  # first, because it may refuse the configuration
         source = open_data(config, found, first=accelerator.is_main_process)
     config, task, monitor = _open_task(config, source, channels, found, accelerator)
+    config = _with_max_steps(config, len(task.data.source), found, accelerator)
+    return Plan(config, found, objective, task, monitor, num_threads)
+
+
+def _prepare_text(
+    config: TrainConfig, found: Checkpoint | None, accelerator: Accelerator, chosen: Collection[str], num_threads: int
+) -> Plan:
+    """`prepare` of a text-to-image training."""
+    from ..tasks.text_to_image import TextToImageTask  # with transformers, which pixel models do not need
+
+    config, base = base_of_run(config, found, chosen, accelerator)
+    objective = _objective(config, found, accelerator)
+    source = open_data(config, found, first=accelerator.is_main_process)
+    monitor = _monitor(config, source, accelerator) if config.run.eval_every else None
+    if monitor:
+        config = update(config, {"eval_images": monitor.count})
+    trained, held_out = _split(config, captioned(config, source, found, accelerator), accelerator)
+    with told_by_the_first(accelerator):
+        require_captions(trained)
+    task = TextToImageTask(config, base, trained, accelerator, held_out)
+    if accelerator.is_main_process:
+        task.say_captions()
+    config = _with_max_steps(config, len(task.data.source), found, accelerator)
     return Plan(config, found, objective, task, monitor, num_threads)
 
 
@@ -170,6 +198,7 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         InputError: the network is not that of the checkpoint, or of `init`.
     """
     config, found, objective, task, monitor = plan.config, plan.found, plan.objective, plan.task, plan.monitor
+    task.prepare()
     network = _network(task, config.optimization, found, accelerator)
     # For exporting and drawing: the same modules and tensors, without what `accelerator.prepare` does to `forward`.
     unwrapped = state_dicts.with_weights(network, {})
@@ -192,8 +221,10 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         if found:
             say(f"resuming {run.folder} at step {step} of {config.optimization.max_steps}")
         run.begin(config, constants.get(CHANGES, ()))
-        parameters = sum(p.numel() for p in state.optimizer_step.parameters)
-        device.warn_of_little_space(run.folder, parameters, len(config.optimization.ema_decay))
+        parameters = state.optimizer_step.parameters
+        weights = 4 * sum(p.numel() for p in parameters)
+        averages = weights * sum(rate > 0 for rate in config.optimization.ema_decay)
+        device.warn_of_little_space(run.folder, weights + averages + state_bytes(config.optimization.optimizer, parameters))
     if monitor:
         with told_by_the_first(accelerator):
             monitor.read(task.data.source)
@@ -209,7 +240,7 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         state=state,
         positions=positions,
         checkpointer=checkpointer,
-        hooks=[*_image_hooks(config, run, task, unwrapped, state, monitor, accelerator), checkpointer],
+        hooks=[*_ema_hooks(config, run, task, objective, unwrapped, state, monitor, accelerator), checkpointer],
         step=step,
     )
     return trainer, publisher
@@ -221,7 +252,7 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
 def _config_of_run(config: TrainConfig, found: Checkpoint | None) -> TrainConfig:
     """The configuration with commits for names on the Hub; of a run that is resumed, with its commits, channels and older defaults."""
     values = flatten(config)
-    kinds = {"dataset": ("dataset", is_dataset_id), "init": ("model", is_model_id)}
+    kinds = {name: ("dataset", is_dataset_id) if name == "dataset" else ("model", is_model_id) for name in PINNED}
     began = found.state["config"] if found else {}
     names = {n: values[n] for n in PINNED if values[n] and (is_pinned(began.get(n) or "") or kinds[n][1](values[n]))}
     if found is None:
@@ -251,7 +282,7 @@ def _require_local_data(config: TrainConfig, found: Checkpoint) -> None:
 def _paths(config: TrainConfig, names: tuple[str, ...] = PINNED) -> dict[str, str]:
     """Where the data and the first weights of a run are, as far as they are on this disk."""
     values = flatten(config)
-    ids = {"dataset": is_dataset_id, "init": is_model_id}
+    ids = {name: is_dataset_id if name == "dataset" else is_model_id for name in names}
     return {name: absolute_path(values[name]) for name in names if values[name] and values[name] != DIGITS and not ids[name](values[name])}
 
 
@@ -281,6 +312,25 @@ def suited(config: TrainConfig, chosen: Collection[str], images: int, accelerato
     return config
 
 
+def _with_max_steps(config: TrainConfig, images: int, found: Checkpoint | None, accelerator: Accelerator) -> TrainConfig:
+    """The configuration with `max_steps` in place of `num_epochs`, now that the number of training images is known.
+
+    Raises:
+        InputError: so many steps do not go with the rest.
+    """
+    optim = config.optimization
+    if optim.num_epochs is None:
+        return config
+    steps = steps_of_epochs(optim, images, *((found.step, found.state["position"]) if found else ()))
+    config = update(config, {"num_epochs": None, "max_steps": steps})
+    said = f"num_epochs {optim.num_epochs:g} of {images} images"
+    with told_by_the_first(accelerator):
+        raise_all(train_problems(config, accelerator.num_processes), said)
+    if accelerator.is_main_process:
+        say(f"{said}: max_steps is {steps}")
+    return config
+
+
 def _open_task(
     config: TrainConfig, source: Source, channels: int | None, found: Checkpoint | None, accelerator: Accelerator
 ) -> tuple[TrainConfig, Task, Monitor | None]:
@@ -289,7 +339,31 @@ def _open_task(
     if monitor:
         config = update(config, {"eval_images": monitor.count})
     learned = update(config, {"channels": channels})  # `config` has the run's own value, which may be None
-    return config, PixelTask(learned, *readable(config, source, found, channels, accelerator)), monitor
+    source, channels = readable(config, source, found, channels, accelerator)
+    trained, held_out = _split(config, source, accelerator)
+    return config, PixelTask(learned, trained, channels, held_out), monitor
+
+
+def _split(config: TrainConfig, source: Source, accelerator: Accelerator) -> tuple[Source, Source | None]:
+    """The images that are trained, and those that are held out; how many is said."""
+    with told_by_the_first(accelerator):
+        trained, held_out = split_source(source, config.data.validation_split, config.optimization.seed)
+    if held_out and accelerator.is_main_process:
+        say(f"validation_split {config.data.validation_split}: {len(held_out)} images are held out, {len(trained)} are trained")
+    return _repeated(config, trained, accelerator), held_out
+
+
+def _repeated(config: TrainConfig, source: Source, accelerator: Accelerator) -> Source:
+    """The source with the images of folders that name a number of repeats as often; how many there then are is said."""
+    if not config.data.folder_repeats:
+        return source
+    with told_by_the_first(accelerator):
+        repeated = RepeatedSource(source, folder_repeats(source))
+        if not len(repeated):
+            raise InputError("folder_repeats is on, and all folders have names that begin with 0_, so that no image is trained; rename one")
+    if accelerator.is_main_process:
+        say(f"folder_repeats: {len(repeated)} samples an epoch, of {len(source)} images")
+    return repeated
 
 
 def _monitor(config: TrainConfig, source: Source, accelerator: Accelerator) -> Monitor:
@@ -318,7 +392,7 @@ def _network(task: Task, optim: OptimizationConfig, found: Checkpoint | None, ac
         for sentence in (*(f"warning: {warning}" for warning in warnings), f"starting from the weights of {optim.init}"):
             if accelerator.is_main_process:
                 say(sentence)
-    return device.to_train(network, accelerator)
+    return device.to_train(network, accelerator, optim.optimizer)
 
 
 def _wrapped(network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> nn.Module:
@@ -327,17 +401,18 @@ def _wrapped(network: nn.Module, optim: OptimizationConfig, accelerator: Acceler
     if optim.gradient_checkpointing:
         network.enable_gradient_checkpointing()  # type: ignore[operator]
     if optim.compile:  # in place, so that weights keep their names; within DDP, which then exchanges while it computes
-        network.compile(mode=optim.compile_mode)
+        regional = getattr(network, "_repeated_blocks", None)  # of which diffusers compiles one for all: minutes less
+        (network.compile_repeated_blocks if regional else network.compile)(mode=optim.compile_mode)  # type: ignore[operator]
     return model
 
 
 def _optimizer_step(task: Task, network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> OptimizerStep:
-    """AdamW and averages over the parameters as they are after the network was wrapped."""
+    """Optimizer and averages over the parameters as they are after the network was wrapped."""
     trained = task.trained(network)
     ema = EMA(trained, optim.ema_decay, optim.ema_warmup)
     # A loss that is not finite is never the search of fp16 for its scale, an overflowing gradient may be.
     step = OptimizerStep(list(trained.values()), ema, optim, SKIPS_IN_A_ROW - 1 if accelerator.scaler is not None else 0)
-    accelerator.prepare(step.adamw)  # for the scaler of fp16
+    accelerator.prepare(step.optimizer)  # for the scaler of fp16
     return step
 
 
@@ -355,19 +430,25 @@ def _positions(optim: OptimizationConfig, accelerator: Accelerator, found: Check
     return PositionBatchSampler(optim.batch_size, size, accelerator.process_index, processes, steps, origin)
 
 
-def _image_hooks(
+def _ema_hooks(
     config: TrainConfig,
     run: Run | None,
     task: Task,
+    objective: Objective,
     unwrapped: nn.Module,
     state: TrainingState,
     monitor: Monitor | None,
     accelerator: Accelerator,
 ) -> list[Hook]:
-    """What draws with the averaged weights, which it shares."""
-    network = state_dicts.with_weights(unwrapped, state.optimizer_step.ema.averages[config.optimization.ema_decay[0]])
-    images = EmaImages(task, network, accelerator, micro_batch_size(config.optimization, accelerator.num_processes))
+    """What draws with the averaged weights, and what measures them, which share these weights."""
+    network = state_dicts.with_weights(unwrapped, state.optimizer_step.ema.of(config.optimization.ema_decay[0]))
+    batch_size = micro_batch_size(config.optimization, accelerator.num_processes)
+    images = EmaImages(task, network, accelerator, batch_size)
     hooks: list[Hook] = [SampleGrid(config.run.sample_every, images, run)]
+    if task.held_out:
+        sampler = make_timestep_sampler(config.objective, objective.schedule)
+        density = sampler.probabilities * sampler.corrections
+        hooks.append(ValidationLoss(config.run.validation_every, task, network, objective, density, accelerator, batch_size))
     if monitor:
         hooks.append(Evaluation(config.run.eval_every, images, monitor, state.measured, run))
     return hooks
@@ -388,7 +469,7 @@ def _constants(config: TrainConfig, found: Checkpoint | None, accelerator: Accel
         "device": accelerator.device.type,
         "versions": device.versions(),
         "data": data,
-        "paths": paths | _paths(config, ("dataset",) if found else PINNED),
+        "paths": paths | _paths(config, tuple(name for name in PINNED if name != "init") if found else PINNED),
         "weights": _some_weights(objective),
         "config": {name: value for name, value in stored(config).items() if name not in older},
         **({CHANGES: changes} if (changes := _changes(config, found, data)) else {}),
@@ -421,6 +502,11 @@ def _require_same_training(found: Checkpoint, now: dict[str, Any], config: Train
     # The file behind --model_config may have changed, though its name has not.
     allowed = {name: value for name, value in now["network"].items() if name in found.changing}  # the dropout rate
     raise_all(differences(found.state["network"] | allowed, now["network"]), f"{where} holds another network")
+    if found.state.get("frozen_parts") != now.get("frozen_parts"):  # pixel models have none
+        raise InputError(
+            f"{where} was trained with other files of text encoders, tokenizers or VAE than those of base_model {config.text.base_model} "
+            f"now; put them back, or name another --output_dir"
+        )
     if not found.changing & state_dicts.OBJECTIVE:
         # A function that was registered may have changed, though its name has not.
         other = differences(found.state.get("weights", now["weights"]), now["weights"])

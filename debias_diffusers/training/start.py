@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.choices import choose
-from ..config.loading import checked_values, flatten, layered, read_config, resolved
+from ..config.choices import choose, of_base
+from ..config.hub_names import is_model_id
+from ..config.loading import checked_values, flatten, is_text, layered, read_config, resolved, update
 from ..config.schema import TrainConfig
 from ..config.validation import train_problems
-from ..errors import raise_all
-from ..utils import launcher
+from ..errors import InputError, raise_all
+from ..runs.run_directory import kept_values, open_run
+from ..tasks.base_model import open_base, with_objective
+from ..utils import launcher, text_libraries
 from ..utils.console import say
 
 if TYPE_CHECKING:
-    from ..pipelines.pixel_pipeline import PixelPipeline
     from ..runs.run_directory import Run
     from ..utils.signals import SignalHandler
     from .trainer import Callback
 
 
-def train(config: TrainConfig | str | Path | None = None, callback: Callback | None = None, **values: Any) -> PixelPipeline | None:
+def train(config: TrainConfig | str | Path | None = None, callback: Callback | None = None, **values: Any) -> Any:
     """Trains to `max_steps` in the run directory of a configuration, or resumes there; in each process of a launcher.
 
     `train("digits", output_dir="runs/digits", max_steps=500)`
@@ -36,19 +39,29 @@ def train(config: TrainConfig | str | Path | None = None, callback: Callback | N
         **values: fields by the names of the flags, in place of those of the configuration.
 
     Returns:
-        The pipeline with the EMA weights, on the CPU, as it is in the run directory; None in all processes but the first, and of a dry run.
+        The pipeline with the EMA weights, on the CPU, as it is in the run directory: a `PixelPipeline`, or the stock pipeline of a
+        text-to-image model; None in all processes but the first, and of a dry run.
 
     Raises:
         InputError: the configuration, data or launcher's environment cannot be used.
         StoppedError: after SIGTERM or SIGINT, saved.
         DebiasError: of the kind that tells what else ended the training.
     """
+    chosen: Collection[str] = ()
+    given = checked_values(values, "train")
     if not isinstance(config, TrainConfig):
-        config = layered(read_config(str(config)) if config else {})
-    config = layered(flatten(config), checked_values(values, "train"))
-    train_run(config, callback=callback)
+        found = read_config(str(config)) if config else {}
+        named = found | given
+        chosen = of_base(named.keys()) if named.get("base_model") else ()
+        config = layered(found, kept_values(named.get("output_dir"), chosen))
+    config = layered(flatten(config), given)
+    train_run(config, chosen, callback)
     if config.run.dry_run or not launcher.is_first_process():
         return None
+    if is_text(config):
+        from ..pipelines.text_pipeline import load_text_pipeline
+
+        return load_text_pipeline(str(config.run.output_dir))
     from ..pipelines.pixel_pipeline import load_pipeline
 
     return load_pipeline(str(config.run.output_dir))
@@ -59,20 +72,52 @@ def train_run(config: TrainConfig, chosen: Collection[str] = (), callback: Callb
     config = resolved(config, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     raise_all(launcher.environment_problems(os.environ), "launcher")
-    raise_all(train_problems(choose(config, chosen, images=1, gpu=True)[0] if chosen else config, num_processes))
+    if config.text.base_model:
+        text_libraries.require()
+        _check_text(config, chosen, num_processes)
+    else:
+        raise_all(train_problems(choose(config, chosen, images=0, gpu=True)[0] if chosen else config, num_processes))
+    _require_packages(config)
     if config.run.dry_run:
         from .dry_run import dry_run
 
         dry_run(config, chosen)
         return
 
-    from ..runs.run_directory import open_run
     from ..utils.signals import SignalHandler, stop_with_launcher
 
     stop_with_launcher()
     # The signals before torch, which takes seconds to import.
     with open_run(config) if launcher.is_first_process() else contextlib.nullcontext() as run, SignalHandler() as stop:
         _train_in(config, run, stop, num_processes, chosen, callback)
+
+
+def _require_packages(config: TrainConfig) -> None:
+    """Raises InputError where an extra is not installed that the configuration needs. Imports none of them."""
+    if config.optimization.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError('optimizer is adamw8bit, but bitsandbytes is not installed; run pip install -e ".[bitsandbytes]"')
+
+
+# What the schedulers of Stable Diffusion say: 1.x and XL, and models with zero terminal SNR.
+_USUAL_BASES: tuple[dict[str, Any], ...] = (
+    {"noise_schedule": "scaled_linear"},
+    {"noise_schedule": "scaled_linear", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+)
+
+
+def _check_text(config: TrainConfig, chosen: Collection[str], num_processes: int) -> None:
+    """Raises InputError for a text-to-image training that cannot be, or a base model on this disk that cannot be trained.
+
+    One on the Hub is looked at when it is downloaded; before, only what is wrong with each of the usual ones is an error.
+    """
+    usual = [{name: value for name, value in base.items() if name in chosen} for base in _USUAL_BASES]
+    first, *others = (train_problems(update(config, values), num_processes) for values in usual)
+    raise_all([problem for problem in first if all(problem in problems for problems in others)])
+    base, folder = str(config.text.base_model), str(config.run.output_dir)
+    if os.path.realpath(base) == os.path.realpath(folder):  # whose UNet the first export replaces
+        raise InputError(f"base_model {base} is the run directory; name another --output_dir, or resume the run with --resume {folder}")
+    if not any(map(is_model_id, filter(None, (base, config.text.vae)))):
+        with_objective(config, open_base(config.text), chosen, num_processes)
 
 
 def _train_in(
@@ -87,7 +132,8 @@ def _train_in(
     from ..hub.publish import Publisher
 
     to = dataclasses.replace(config.hub, hub_model_id=client.preflight(config.hub)) if run and config.hub.push_to_hub else None
-    if run and run.resume and run.resume.step == config.optimization.max_steps and num_processes == 1:
+    optim = config.optimization  # whose max_steps says nothing beside num_epochs
+    if run and run.resume and not optim.num_epochs and run.resume.step == optim.max_steps and num_processes == 1:
         say(f"{run.folder} is finished at step {run.resume.step}; raise --max_steps to go on")
         if to:
             Publisher(run.folder, to, run.resume.step).finish(run.resume.step, stop)

@@ -25,14 +25,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from ..config.schema import ObjectiveConfig
+from ..config.schema import NoiseConfig, ObjectiveConfig
 from ..diffusion.timestep_samplers import TimestepSampler
-from ..runs.checkpoints import MODEL, OPTIMIZER, SAMPLER, Checkpoint, ema_file
+from ..runs.checkpoints import MODEL, OPTIMIZER, SAMPLER, Checkpoint, ema_file, weights_file
 from ..runs.run_directory import DATA
 from .loss_statistics import LossStatistics
 from .optimizer_step import OptimizerStep
 
-OBJECTIVE = {part.name for part in fields(ObjectiveConfig)}
+OBJECTIVE = {part.name for kind in (ObjectiveConfig, NoiseConfig) for part in fields(kind)}  # what decides the losses
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -50,7 +50,7 @@ class TrainingState:
     """What a training changes, all of which is in a checkpoint."""
 
     model: nn.Module  # wrapped by accelerate
-    optimizer_step: OptimizerStep  # with AdamW and the averages
+    optimizer_step: OptimizerStep  # with the optimizer and the averages
     timestep_sampler: TimestepSampler
     statistics: LossStatistics
     measured: MetricHistory = field(default_factory=MetricHistory)
@@ -59,18 +59,34 @@ class TrainingState:
 def gather(state: TrainingState) -> dict[str, Mapping[str, Tensor]]:
     """Tensors by file name, whole in the first process. Every process must call it, after a step of the optimizer.
 
-    (Before its first step, get_optimizer_state_dict would make one and change the training.)
+    Before the first step that the optimizer makes, it has no state; get_optimizer_state_dict would make an empty step and change the
+    training.
     """
     weights: Any = get_model_state_dict(state.model, options=_FULL)
-    adamw: Any = get_optimizer_state_dict(state.model, state.optimizer_step.adamw, options=_FULL).get("state", {})
+    optimizer = state.optimizer_step.optimizer
+    moments: Any = get_optimizer_state_dict(state.model, optimizer, options=_FULL).get("state", {}) if optimizer.state else {}
     averages = state.optimizer_step.ema.averages
     return {
         MODEL: weights,
         # With the weights that are not trained, which have no average: each file is a whole network.
         **{ema_file(rate): {**weights, **average} for rate, average in averages.items()},
-        OPTIMIZER: {f"{parameter}/{name}": value for parameter, values in adamw.items() for name, value in values.items()},
+        OPTIMIZER: _named(moments),
         **({SAMPLER: state.timestep_sampler.state()} if state.timestep_sampler.learns else {}),
     }
+
+
+def _named(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of an optimizer as tensors by PARAMETER/NAME, or PARAMETER/.../NAME where its values are nested.
+
+    bitsandbytes counts steps in a number, nests its 8-bit tensors, and shares tables among parameters, which safetensors refuses.
+    """
+    found = {}
+    for name, value in state.items():
+        if isinstance(value, dict):
+            found.update({f"{name}/{inner}": tensor for inner, tensor in _named(value).items()})
+        else:
+            found[name] = value.clone() if name.startswith("qmap") else torch.as_tensor(value)
+    return found
 
 
 def copied(tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device) -> dict[str, Mapping[str, Tensor]]:
@@ -120,13 +136,13 @@ def restore(found: Checkpoint, state: TrainingState, is_main_process: bool) -> N
     rate is nearest; losses under another objective, by which `loss_second_moment` draws and of which a line of metrics has the means,
     are forgotten; and no metric against other data is the best.
     """
-    _restore_optimizer(found, state.model, state.optimizer_step.adamw)  # first: setting its state makes an empty step
+    _restore_optimizer(found, state.model, state.optimizer_step.optimizer)  # first: setting its state makes an empty step
     weights: dict[str, Any] = safetensors.torch.load_file(found.verified(MODEL))
     set_model_state_dict(state.model, weights, options=_FULL)
     ema = state.optimizer_step.ema
     for rate in ema.averages:
-        nearest = min(found.ema_rates, key=lambda saved: abs(math.log1p(-saved) - math.log1p(-rate)))
-        ema.load(rate, safetensors.torch.load_file(found.verified(ema_file(nearest))))
+        nearest = min(found.ema_rates or [0.0], key=lambda saved: abs(math.log1p(-saved) - math.log1p(-rate)))
+        ema.load(rate, safetensors.torch.load_file(found.verified(weights_file(nearest))))
     if not found.changing & OBJECTIVE:
         if state.timestep_sampler.learns:
             state.timestep_sampler.load(safetensors.torch.load_file(found.verified(SAMPLER)))
@@ -138,8 +154,14 @@ def restore(found: Checkpoint, state: TrainingState, is_main_process: bool) -> N
 def _restore_optimizer(found: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
     state: dict[str, Any] = {}
     for key, value in safetensors.torch.load_file(found.verified(OPTIMIZER)).items():
-        parameter, name = key.rsplit("/", 1)
-        state.setdefault(parameter, {})[name] = value.clone()  # the optimizer keeps it; the loaded one is in the mapped file
+        parameter, *outer, name = key.split("/")
+        values = state.setdefault(parameter, {})
+        for part in outer:
+            values = values.setdefault(part, {})
+        # The optimizer keeps it; the loaded one is in the mapped file. A whole number is the step of bitsandbytes, as `_named` has it.
+        values[name] = value.item() if value.dtype == torch.int64 else value.clone()
+    if not state:
+        return
     # Learning rate, decay and the like come from the configuration, so only the tensors are kept.
     hyper = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
     groups = [{**hyper, "params": list(state)}]
@@ -151,5 +173,5 @@ def _lay_like_the_weights(optimizer: Optimizer) -> None:
     """The fused optimizer walks through memory as it lies, so moments must lie there as their weights do (channels last or not)."""
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            if value.shape == parameter.shape and value.stride() != parameter.stride():
-                values[name] = torch.empty_like(parameter).copy_(value)
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -122,7 +122,7 @@ class Trainer:
         for positions in parts:
             batch = next(batches)
             # After the data loader, which takes from the global generator when it starts.
-            torch.manual_seed(seeding.derive_seed(self.config.optimization.seed, "dropout", positions.start))
+            seeding.seed_device(self.accelerator.device, seeding.derive_seed(self.config.optimization.seed, "dropout", positions.start))
             origin = self.positions.origin
             t = self.state.timestep_sampler.draw(batch["u"], range(positions.start - origin, positions.stop - origin))
             # Gradients are reduced over the processes with the last micro-batch only.
@@ -142,8 +142,8 @@ class Trainer:
         """The loss of each sample of a micro-batch, before any correction for how t is drawn."""
         device = self.accelerator.device
         x_0 = self.task.x_0(batch, device)
-        noise = batch["noise"].to(device, non_blocking=True)
-        return self.objective(self.task.conditioned(self.state.model, batch, device), x_0, noise, t)
+        noise, *of_input = (batch[name].to(device, non_blocking=True) for name in ("noise", "input_noise") if name in batch)
+        return self.objective(self.task.conditioned(self.state.model, batch, device), x_0, noise, t, *of_input)
 
     def _update(self, loss: Tensor, rate: float) -> Tensor:
         """The optimizer step, where loss and gradient are finite; returns the gradient norm ()."""
@@ -214,7 +214,7 @@ class Trainer:
         batch = self.task.dummy_batch(size)
         network = self.task.conditioned(self.state.model, batch, device)
         network(self.task.x_0(batch, device), torch.zeros(size, dtype=torch.long, device=device)).sum().backward()
-        self.state.optimizer_step.adamw.zero_grad()
+        self.state.optimizer_step.optimizer.zero_grad()
 
     # ---- errors ------------------------------------------------------------------------------------------------------
 

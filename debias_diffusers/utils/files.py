@@ -112,6 +112,28 @@ def move_file(path: Path, destination: Path) -> None:
     fsync_folder(destination.parent)
 
 
+LINKED_FROM = 1 << 20  # bytes: smaller files are copied, so that a change of one changes no other
+
+
+def link_or_copy(path: Path, destination: Path) -> None:
+    """Makes `destination` the same file as `path` by a hard link, or a copy of it where it is small or on another disk, atomically.
+
+    Raises:
+        CannotWriteError: it cannot be written.
+    """
+    found = Path(os.path.realpath(path))  # of a symbolic link, as caches have them, the file itself
+    if found.stat().st_size >= LINKED_FROM:
+        temporary = temporary_path(destination)
+        with contextlib.suppress(OSError):  # another disk, or one without hard links
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            os.link(found, temporary)
+            os.replace(temporary, destination)
+            fsync_folder(destination.parent)
+            return
+    with atomic_write(destination) as file, open(found, "rb") as source:
+        shutil.copyfileobj(source, file)
+
+
 def fsync_file(path: Path) -> None:
     """Syncs a file and gives it the mode that the umask allows, as its folder has it: safetensors writes files for their owner only."""
     mode = path.parent.stat().st_mode & 0o666

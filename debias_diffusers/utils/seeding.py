@@ -29,6 +29,14 @@ def generator(seed: int, purpose: str, position: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, purpose, position) % 2**32)
 
 
+def seed_device(device: torch.device, seed: int) -> None:
+    """`torch.manual_seed` for what is computed on a device. For the CPU without its calls for accelerators, which take milliseconds."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 def subset(seed: int, total: int, count: int) -> Sequence[int]:
     """A random subset of `count` of the indices 0 .. total - 1, in ascending order; all indices if count >= total.
 

@@ -25,7 +25,7 @@ def trained_here(config, scaler=None):
     try:
         trainer, _ = make_trainer(config, run, accelerator)
         if scaler:
-            accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.state.optimizer_step.adamw)
+            accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.state.optimizer_step.optimizer)
         trainer.train(SimpleNamespace(signum=0))
     finally:
         accelerator.end_training()

@@ -220,7 +220,7 @@ def test_the_limit_is_two_and_a_half_checkpoints(tmp_path, monkeypatch, capfd, f
     tensors = {name: torch.zeros(25_000).numpy().tobytes() for name in ("weights", "moment", "other moment", "0.9", "0.99")}
     size = sum(len(content) for content in tensors.values())
     monkeypatch.setattr(device.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10 * size, 0, int(free * size)))
-    device.warn_of_little_space(tmp_path, 25_000, 2)
+    device.warn_of_little_space(tmp_path, 500_000)
     assert ("warning" in capfd.readouterr().err) == warned
 
 

@@ -382,7 +382,7 @@ def drawn_by(config):
     jobs = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(score, "generated_images", lambda job, count, name: jobs.append(job))
-        list(score._drawn(config, config.targets[0], None, Accelerator()))
+        list(score._drawn(config, config.targets[0], None, None, Accelerator()))
     return jobs[0].labels(range(config.num_images))
 
 

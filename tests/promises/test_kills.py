@@ -92,7 +92,8 @@ def test_killed_three_times_the_run_ends_with_the_same_bits(whole, tmp_path, tri
 
 
 @pytest.mark.row(1, SAME_AGAIN)
-@pytest.mark.parametrize("trial", [0, *(pytest.param(trial, marks=pytest.mark.nightly) for trial in (1, 2, 3))])
+@pytest.mark.nightly
+@pytest.mark.parametrize("trial", range(4))
 def test_killed_five_times_at_random_moments_the_run_ends_with_the_same_bits(whole, tmp_path, trials, trial):
     moments = random.Random(trial)
     kill_and_finish(tmp_path / "run", LONG, [moments.uniform(0.3, 1) for _ in range(5)], trials)
@@ -156,7 +157,7 @@ def killed_in_save(trainer, k):
 @pytest.mark.row(2, "killed at any operation on files of a save, the old or the new checkpoint is whole")
 @pytest.mark.parametrize(
     "save, stride",
-    [("the first", 4), ("one that prunes", 4), *(pytest.param(save, 1, marks=pytest.mark.nightly) for save in SAVES)],
+    [("one that prunes", 4), *(pytest.param(save, 1, marks=pytest.mark.nightly) for save in SAVES)],
 )
 def test_killed_at_any_operation_of_a_save_the_old_or_the_new_checkpoint_is_whole(tmp_path, monkeypatch, trials, save, stride):
     """At every fourth operation, and nightly at every one; power cuts, below, are tried at every one."""
@@ -363,7 +364,7 @@ def test_interrupted_twice_it_stops_at_once(whole, tmp_path, trials, count):
 
 
 @pytest.mark.row(5, "one SIGINT: the run saves, exit code 130; two: it stops at once, and the last checkpoint is whole")
-@pytest.mark.parametrize("seconds", (0.15, 1.5))
+@pytest.mark.parametrize("seconds", (0.15, pytest.param(1.5, marks=pytest.mark.nightly)))
 def test_interrupted_while_it_starts_it_says_so(tmp_path, seconds):
     process = command(*train_args(tmp_path / "run", "--max_steps", 100_000))
     wait_for(lambda: computed(process.pid) >= seconds)

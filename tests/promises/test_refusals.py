@@ -8,15 +8,16 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, metrics, newest_step, run, train_args
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from here import tiny, trained_here
 from PIL import Image as Picture
 from test_config import WITHOUT_TORCH
+from text_models import make_base
 
 from debias_diffusers.cli import train_config
 from debias_diffusers.config.loading import CHANGEABLE, NOT_STORED, differences, flatten, stored, to_json
 from debias_diffusers.config.loading import update as updated
-from debias_diffusers.config.schema import SampleConfig, ScoreConfig, TrainConfig
+from debias_diffusers.config.schema import ModelConfig, SampleConfig, ScoreConfig, TrainConfig
 from debias_diffusers.config.validation import train_problems
 from debias_diffusers.errors import InputError
 from debias_diffusers.parsing import parse
@@ -251,6 +252,15 @@ METRICS, WEIGHTS, SCHEDULER = "metrics", "weights", "scheduler"  # where the eff
 FLOW = {"prediction_type": "flow", "noise_schedule": None}
 CLASSES = {"class_conditional": True}
 PUSHED = {"push_to_hub": True, "hub_model_id": "user/digits"}
+# A text-to-image model, with the defaults for the fields of the network of a pixel model.
+TEXT = {
+    **{field.name: field.default for field in dataclasses.fields(ModelConfig)},
+    "task": "text_to_image", "base_model": "BASE", "noise_schedule": "scaled_linear", "schedule_shift": 1.0,
+}  # fmt: skip
+BIASED = {
+    "timestep_bias_strategy": "range", "timestep_bias_multiplier": 9.0, "timestep_bias_begin": 100, "timestep_bias_end": 900,
+}  # fmt: skip
+CAPTIONED = {**TEXT, "dataset": "CAPTIONED", "image_column": "image", "caption_column": "first"}
 
 # field: (what both runs have, what one of them has, where they must differ; None where the training itself must not)
 FIELDS = {
@@ -263,9 +273,23 @@ FIELDS = {
     "class_conditional": ({}, True, METRICS),
     "label_dropout": (CLASSES, 0.9, METRICS),
     "random_flip": ({}, True, METRICS),
+    "folder_repeats": ({"dataset": "FOLDERS"}, True, METRICS),
+    "validation_split": ({"validation_split": 0.1, "validation_every": 2}, 0.3, METRICS),
     "skip_bad": ({}, True, None),
     "num_workers": ({}, 1, None),
     "cache_images_mb": ({}, 0, None),
+    "base_model": (TEXT, "OTHER_BASE", METRICS),
+    "vae": (TEXT, "OTHER_BASE", METRICS),
+    "caption_column": ({**CAPTIONED, "caption_column": "first"}, "second", METRICS),
+    "caption_dropout": (TEXT, 0.9, METRICS),
+    "null_caption": ({**TEXT, "caption_dropout": 0.5}, "empty", METRICS),
+    "shuffle_caption": (CAPTIONED, True, METRICS),
+    "keep_tokens": ({**CAPTIONED, "shuffle_caption": True}, 2, METRICS),
+    "caption_chunks": (TEXT, 2, METRICS),
+    "crop": (CAPTIONED, "random", METRICS),
+    "crop_per_image": ({**CAPTIONED, "crop": "random"}, True, METRICS),
+    "sample_prompts": (TEXT, ("a handwritten seven",), None),
+    "sample_guidance_scale": (TEXT, 2.0, None),
     "size": ({}, "tiny", None),
     "model_channels": ({}, 16, METRICS),
     "channel_mult": ({}, (1, 1), METRICS),
@@ -295,10 +319,21 @@ FIELDS = {
     "timestep_sampler": ({}, "stratified", METRICS),
     "timestep_mean": ({"timestep_sampler": "logit_normal"}, 1.0, METRICS),
     "timestep_std": ({"timestep_sampler": "logit_normal"}, 2.0, METRICS),
+    "timestep_bias_strategy": ({"timestep_bias_strategy": "earlier", "timestep_bias_multiplier": 3.0}, "later", METRICS),
+    "timestep_bias_multiplier": ({"timestep_bias_strategy": "later", "timestep_bias_multiplier": 3.0}, 9.0, METRICS),
+    "timestep_bias_portion": ({"timestep_bias_strategy": "later", "timestep_bias_multiplier": 9.0}, 0.9, METRICS),
+    "timestep_bias_begin": (BIASED, 600, METRICS),
+    "timestep_bias_end": (BIASED, 600, METRICS),
+    "noise_offset": ({}, 0.1, METRICS),
+    "pyramid_noise_discount": ({}, 0.5, METRICS),
+    "pyramid_noise_iterations": ({"pyramid_noise_discount": 0.5}, 1, METRICS),
+    "input_perturbation": ({}, 0.1, METRICS),
     "batch_size": ({}, 4, METRICS),
     "micro_batch_size": ({}, 4, None),
     "max_steps": ({}, 4, METRICS),
+    "num_epochs": ({"max_steps": 100_000}, 2.0, None),
     "max_hours": ({}, 1.0, None),
+    "optimizer": ({}, "adafactor", METRICS),
     "learning_rate": ({}, 1e-2, METRICS),
     "lr_schedule": ({}, "constant", METRICS),
     "warmup_steps": ({}, 2, METRICS),
@@ -319,6 +354,7 @@ FIELDS = {
     "keep_checkpoints": ({}, 1, None),
     "sample_every": ({}, 2, None),
     "log_every": ({}, 2, None),
+    "validation_every": ({"validation_split": 0.1, "validation_every": 1}, 3, None),
     "eval_every": ({}, 2, None),
     "eval_metrics": ({"eval_every": 2}, "colour", None),
     "eval_images": ({"eval_every": 2}, 80, None),
@@ -358,7 +394,17 @@ def places(trained, tmp_path_factory):
     DatasetDict({name: Dataset.from_list(part, features=features) for name, part in parts.items()}).save_to_disk(folder / "saved")
     network = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "norm_num_groups": 8}
     (folder / "unet.json").write_text(json.dumps(network))
-    return {"OTHER": folder / "images", "SAVED": folder / "saved", "UNET": folder / "unet.json", "TRAINED": trained}
+    for number, picture in enumerate(pictures[:8]):
+        place = folder / "folders" / ("3_often" if number < 4 else "once") / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(place)
+    wide = [Picture.fromarray(generator.integers(0, 256, (8, 14, 3), dtype=np.uint8)) for _ in range(12)]
+    words = [{"image": p, "first": f"{k}, a, b, c, d", "second": f"number {k}"} for k, p in enumerate(wide)]
+    texts = Features({"image": Image(), "first": Value("string"), "second": Value("string")})
+    Dataset.from_list(words, features=texts).save_to_disk(folder / "captioned")
+    bases = {name: make_base(folder / name, seed=seed) for seed, name in enumerate(("BASE", "OTHER_BASE"))}
+    named = {"OTHER": "images", "SAVED": "saved", "FOLDERS": "folders", "CAPTIONED": "captioned", "UNET": "unet.json"}
+    return {name: folder / file for name, file in named.items()} | {"TRAINED": trained, **bases}
 
 
 TINY_CONFIG = tiny("x")
@@ -383,9 +429,14 @@ def pair(name, places, folder):
 
 @pytest.mark.row(37, "changing any field of the configuration changes what is saved, and a field of the training changes the result")
 def test_every_field_is_in_the_table():
-    assert list(FIELDS) == list(flatten(TrainConfig()))
-    sections = (TrainConfig().data, TrainConfig().model, TrainConfig().objective, TrainConfig().optimization)
+    assert list(FIELDS) == [name for name in flatten(TrainConfig()) if name != "task"]  # which follows from base_model
+    plain = TrainConfig()
+    sections = (plain.data, plain.text, plain.model, plain.objective, plain.noise, plain.optimization)
     shaping = {name for section in sections for name in dataclasses.asdict(section)} - {
+        "task",
+        "sample_prompts",
+        "sample_guidance_scale",
+        "num_epochs",  # stands for max_steps
         "skip_bad",  # shapes the training where there are images to skip, which row 25 shows
         "num_workers",
         "cache_images_mb",

@@ -1,0 +1,56 @@
+"""What loading pixel models and text-to-image models has in common: the folder of a model, and weights that are all there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..config import hub_names
+from ..errors import InputError, reason
+from ..hub import client
+from ..runs.model_folder import MODEL_INDEX
+
+
+def folder_of_model(model: str, variant: str | None = None, allow_pickle: bool = False) -> Path:
+    """The folder of a model: a path, or what is downloaded of a Hub id (user/name, user/name@revision).
+
+    Args:
+        model: path or Hub id.
+        variant: of the weights of the UNet, such as ema_0_999; None for the default weights.
+        allow_pickle: download .bin weights, too.
+
+    Raises:
+        InputError: there is no such folder, or it holds no pipeline.
+        HubError: the Hub cannot be reached or rejects the request.
+    """
+    folder = client.download_model(model, variant, allow_pickle) if hub_names.is_model_id(model) else Path(model)
+    if not model or (folder.exists() and not (folder / MODEL_INDEX).is_file()):
+        raise InputError(f"{model or 'an empty name'} holds no model (no {MODEL_INDEX}); train one, or name another folder")
+    if not folder.exists():
+        raise InputError(f"{model} does not exist; name a run directory, a pipeline folder or a Hub id such as user/name")
+    return folder
+
+
+@contextlib.contextmanager
+def explained_errors(model: str) -> Iterator[None]:
+    """Turns whatever loading a model raises into an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # a damaged or hostile file may provoke any
+        raise InputError(f"model {model} cannot be loaded: {reason(error)}") from error
+
+
+def require_variant(folder: Path, model: str, variant: str | None) -> None:
+    """Raises InputError if the UNet has no weights of a variant."""
+    if variant and not any(folder.glob(f"unet/{client.WEIGHTS}.{variant}.*")):
+        raise InputError(f"model {model} has no weights {variant}, as averages at other rates are named; take --weights ema")
+
+
+def require_all_weights(module: Any, model: str) -> None:
+    """Raises InputError if a weight file lacked a tensor of a module, which diffusers leaves on the meta device."""
+    if missing := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
+        raise InputError(f"model {model} cannot be loaded: its weight file lacks {missing[0]}")

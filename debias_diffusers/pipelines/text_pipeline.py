@@ -1,0 +1,246 @@
+"""Text-to-image models, which are stock pipelines of Stable Diffusion and Stable Diffusion XL: loading, text embeddings, images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+from ..errors import InputError, NotFiniteError
+from ..hub import client
+from ..runs.model_folder import TEXT_PIPELINES, model_index, require_text_model
+from .loading import explained_errors, folder_of_model, require_all_weights, require_variant
+
+ENCODED_AT_ONCE = 64  # prompts
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_text_pipeline(model: str, variant: str | None = None) -> Any:
+    """Loads a StableDiffusionPipeline or StableDiffusionXLPipeline in float32, without safety checker, image encoder and watermark.
+
+    Args:
+        model: a run directory, a pipeline folder or a Hub id (user/name, user/name@revision).
+        variant: of the UNet's weights, such as ema_0_999; None for the default weights.
+
+    Raises:
+        InputError: there is no such model, it lacks a part or a tensor, or a file is damaged; names it.
+        HubError: the Hub cannot be reached or rejects the request.
+    """
+    folder = folder_of_model(model, variant)
+    require_text_model(folder, model)
+    _require_safetensors(folder, model)
+    require_variant(folder, model, variant)
+    name = model_index(folder)["_class_name"]
+    xl = name == "StableDiffusionXLPipeline"
+    left_out = {"add_watermarker": False} if xl else {"safety_checker": None, "requires_safety_checker": False}
+    with explained_errors(model), _quiet():
+        encoders = {part: _text_encoder(folder, part, model) for part in TEXT_PIPELINES[name] if part.startswith("text_encoder")}
+        pipeline = getattr(diffusers, name).from_pretrained(
+            folder,
+            use_safetensors=True,
+            variant=variant,
+            local_files_only=True,
+            feature_extractor=None,
+            image_encoder=None,
+            **encoders,
+            **left_out,
+        )
+    for part in (pipeline.unet, pipeline.vae):
+        require_all_weights(part, model)
+        part.float().requires_grad_(False).eval()  # the argument for it has another name in each version
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _text_encoder(folder: Path, part: str, model: str) -> nn.Module:
+    """A text encoder. transformers would give tensors that the file lacks random values, with a warning only."""
+    import transformers
+
+    kind = getattr(transformers, model_index(folder)[part][1])
+    encoder, found = kind.from_pretrained(folder / part, use_safetensors=True, local_files_only=True, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]) or sorted(str(each) for each in found["mismatched_keys"]):
+        raise InputError(f"model {model} cannot be loaded: the weight file of its {part} lacks {missing[0]}")
+    return encoder.float().requires_grad_(False).eval()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and notes of loading; errors are raised anyhow."""
+    from transformers.utils import logging as of_transformers
+
+    before = logging.get_verbosity(), of_transformers.get_verbosity()
+    for each in (logging, of_transformers):
+        each.disable_progress_bar()
+        each.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before[0])
+        of_transformers.set_verbosity(before[1])
+
+
+def _require_safetensors(folder: Path, model: str) -> None:
+    """Raises InputError for a part with weights in another format only, which can contain code."""
+    for part, stem in (("unet", client.WEIGHTS), ("vae", client.WEIGHTS), ("text_encoder", "*model"), ("text_encoder_2", "*model")):
+        others = sorted((folder / part).glob(f"{stem}*.bin"))
+        if others and not any((folder / part).glob("*.safetensors")):
+            raise client.text_bin_refused(model, str(others[0].relative_to(folder)))
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def draw(pipeline: Any, prompts: Embeddings, null: Embeddings, generators: Sequence[torch.Generator], **options: Any) -> Tensor:
+    """Draws a batch of images, (B, 3, H, W) uint8, through the stock pipeline's own call.
+
+    Args:
+        pipeline: of `load_text_pipeline`, with its solver.
+        prompts: of B prompts.
+        null: of what guidance leads away from (B is 1): `null_embeddings`, or a negative prompt.
+        generators: B of the CPU, one for each image, so that an image does not depend on its batch.
+        options: of the call, such as num_inference_steps, guidance_scale, height and width.
+
+    Raises:
+        NotFiniteError: the network, the solver or the VAE returned NaN or infinity.
+    """
+    count = len(prompts.text)
+    given = {"prompt_embeds": prompts.text, "negative_prompt_embeds": null.text.expand(count, -1, -1)}
+    if prompts.pooled is not None and null.pooled is not None:
+        given |= {"pooled_prompt_embeds": prompts.pooled, "negative_pooled_prompt_embeds": null.pooled.expand(count, -1)}
+    images: Tensor = pipeline(**given, generator=list(generators), output_type="pt", **options).images
+    if not images.isfinite().all():
+        raise NotFiniteError(f"{type(pipeline.scheduler).__name__} or the VAE drew images that are not finite")
+    return (images * 255).round().to(torch.uint8)
+
+
+def cast_unet_inputs(pipeline: Any) -> None:
+    """Lets the UNet have weights in half precision: x_t and the solver stay float32, and so do SDXL's sizes, which bf16 rounds."""
+
+    def cast(unet: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x_t, *rest = given
+        dtype = next(unet.parameters()).dtype
+        return (x_t.to(dtype), *rest), named | {"encoder_hidden_states": named["encoder_hidden_states"].to(dtype)}
+
+    def cast_back(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (output[0].float(), *output[1:])
+
+    pipeline.unet.register_forward_pre_hook(cast, with_kwargs=True)
+    pipeline.unet.register_forward_hook(cast_back)
+
+
+def decode(pipeline: Any, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1], as at the end of the stock pipeline's call."""
+    vae = pipeline.vae
+    latents = latents / vae.config.scaling_factor
+    if vae.config.latents_mean is not None and vae.config.latents_std is not None:
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(1, -1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        latents = latents * std + mean
+    with torch.no_grad():
+        images: Tensor = vae.decode(latents, return_dict=False)[0]
+    return images
+
+
+# ---- text embeddings -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Text embeddings of a batch of B prompts, float32 on the CPU."""
+
+    text: Tensor  # (B, tokens, width): of all text encoders, side by side
+    pooled: Tensor | None = None  # (B, width): of SDXL's second text encoder
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: Any, prompts: Sequence[str], chunks: int = 1) -> Embeddings:
+    """Encodes prompts as the stock pipeline's `encode_prompt` does, and longer ones in chunks.
+
+    Args:
+        pipeline: StableDiffusionPipeline or StableDiffusionXLPipeline; its UNet and VAE may be None.
+        prompts: at least one.
+        chunks: K text encoder inputs per prompt, each of (model_max_length - 2) tokens between those that begin and end a text.
+            Their embeddings are concatenated along the tokens; the pooled embedding is that of the first. What is longer is cut.
+    """
+    parts = [_encode(pipeline, prompts[first : first + ENCODED_AT_ONCE], chunks) for first in range(0, len(prompts), ENCODED_AT_ONCE)]
+    texts, pooled = zip(*parts)
+    return Embeddings(torch.cat(texts).float().cpu(), torch.cat(pooled).float().cpu() if is_xl(pipeline) else None)
+
+
+def null_embeddings(pipeline: Any, zeros: bool, chunks: int = 1) -> Embeddings:
+    """What stands for "no prompt" (B is 1): the encoding of the empty prompt, or `zeros` in its place.
+
+    A stock pipeline without a negative prompt takes what `null_is_zeros` says.
+    """
+    empty = encode_prompts(pipeline, [""], chunks)
+    if not zeros:
+        return empty
+    return Embeddings(torch.zeros_like(empty.text), None if empty.pooled is None else torch.zeros_like(empty.pooled))
+
+
+def null_is_zeros(pipeline: Any) -> bool:
+    """Whether the stock pipeline takes zeros instead of the encoding of the empty prompt where no negative prompt is given."""
+    return is_xl(pipeline) and bool(pipeline.config.force_zeros_for_empty_prompt)
+
+
+def count_tokens(pipeline: Any, prompts: Sequence[str]) -> list[int]:
+    """The number of tokens of each prompt, without those that begin and end a text; of two tokenizers the larger number."""
+    counts = [[len(tokens) for tokens in _tokens(tokenizer, prompts)] for tokenizer, _ in _encoders(pipeline)]
+    return [max(each) for each in zip(*counts)]
+
+
+def tokens_read(pipeline: Any, chunks: int = 1) -> int:
+    """The number of tokens of a prompt that the text encoders read; what is beyond is cut."""
+    return int(min(chunks * (tokenizer.model_max_length - 2) for tokenizer, _ in _encoders(pipeline)))
+
+
+def is_xl(pipeline: Any) -> bool:
+    """Whether it is a Stable Diffusion XL: with a second text encoder, pooled embeddings and size conditioning."""
+    return "text_encoder_2" in pipeline.config
+
+
+def _encoders(pipeline: Any) -> list[tuple[Any, Any]]:
+    """The tokenizers with their text encoders."""
+    pairs = [(pipeline.tokenizer, pipeline.text_encoder)]
+    if is_xl(pipeline):
+        pairs.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
+    return [(tokenizer, encoder) for tokenizer, encoder in pairs if encoder is not None]
+
+
+def _encode(pipeline: Any, prompts: Sequence[str], chunks: int) -> tuple[Tensor, Tensor]:
+    """Text embeddings (B, K tokens, width), and the first output of the last text encoder: SDXL's pooled embeddings."""
+    found = []
+    for tokenizer, encoder in _encoders(pipeline):
+        ids = _padded_ids(tokenizer, prompts, chunks).to(encoder.device)
+        output = encoder(ids, output_hidden_states=is_xl(pipeline))
+        text = output.hidden_states[-2] if is_xl(pipeline) else output[0]
+        found.append(text.reshape(len(prompts), -1, text.shape[-1]))
+    return torch.cat(found, dim=-1), output[0][::chunks]
+
+
+def _padded_ids(tokenizer: Any, prompts: Sequence[str], chunks: int) -> Tensor:
+    """Token ids (B K, model_max_length) of prompts in K chunks each, with the tokens that begin and end a text, and padding."""
+    length = tokenizer.model_max_length
+    rows = []
+    for tokens in _tokens(tokenizer, prompts):
+        for chunk in range(chunks):
+            part = tokens[chunk * (length - 2) : (chunk + 1) * (length - 2)]
+            padding = [tokenizer.pad_token_id] * (length - 2 - len(part))
+            rows.append([tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *padding])
+    return torch.tensor(rows)
+
+
+def _tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each prompt, without those that begin and end a text."""
+    found: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+    return found

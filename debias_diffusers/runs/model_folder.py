@@ -1,0 +1,131 @@
+"""The folder of a model, a pipeline of diffusers: what its configuration files say before any weights are read. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config.loading import CONFIG
+from ..config.prompts import read_prompts
+from ..config.schema import SampleConfig, Task
+from ..config.validation import model_flag_problems
+from ..errors import InputError, raise_all
+from ..utils import text_libraries
+from ..utils.files import read_json
+
+MODEL_INDEX = "model_index.json"
+CLIP_WIDTH = 512  # of a text encoder's configuration without hidden_size: transformers leaves out what is its default
+STOCK_FACTOR = 8  # stock pipelines draw sides that are multiples of it
+
+_CLIP = ("CLIPTokenizer", "CLIPTokenizerFast")
+_PARTS: dict[str, tuple[str, ...]] = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "tokenizer": _CLIP,
+    "text_encoder": ("CLIPTextModel",),
+}
+_XL_PARTS = _PARTS | {"tokenizer_2": _CLIP, "text_encoder_2": ("CLIPTextModelWithProjection",)}
+# The stock text-to-image pipelines, and the classes that their parts must have.
+TEXT_PIPELINES = {"StableDiffusionPipeline": _PARTS, "StableDiffusionXLPipeline": _XL_PARTS}
+
+
+def model_index(folder: Path) -> Mapping[str, Any]:
+    """What model_index.json says; nothing where there is none, or it is damaged."""
+    found = read_json(folder / MODEL_INDEX)
+    return found if isinstance(found, dict) else {}
+
+
+def text_parts(folder: Path) -> Mapping[str, tuple[str, ...]]:
+    """The parts of a text-to-image model, with the classes that they may have; {} of another one."""
+    return TEXT_PIPELINES.get(str(model_index(folder).get("_class_name")), {})
+
+
+def task_of(folder: Path) -> Task:
+    """What the model in a folder draws images of: of a text (Stable Diffusion, Stable Diffusion XL), or without one."""
+    return "text_to_image" if text_parts(folder) else "pixels"
+
+
+def pixel_problems(model: str, what: str) -> list[str]:
+    """A text-to-image model on this disk where `what` is for pixel models only; other names are looked at when they are loaded."""
+    if task_of(Path(model)) == "pixels":
+        return []
+    return [f"{model} is a text-to-image model, but {what} is for pixel models"]
+
+
+def require_text_model(folder: Path, model: str) -> None:
+    """Checks a text-to-image model before its weights are read.
+
+    Args:
+        folder: with the configuration files of the pipeline.
+        model: its name for messages.
+
+    Raises:
+        InputError: transformers is not installed, a part is missing or of another class, or two parts do not fit.
+    """
+    text_libraries.require()
+    index = model_index(folder)
+    for name, classes in TEXT_PIPELINES[index["_class_name"]].items():
+        given = index.get(name)
+        kind = given[1] if isinstance(given, list) and len(given) == 2 else None
+        if kind is None or not (folder / name).is_dir():
+            raise InputError(f"model {model} has no {name}; take a whole {index['_class_name']}")
+        if kind not in classes:
+            raise InputError(f"model {model} has a {name} of class {kind}, but must have a {classes[0]}")
+    unet, vae = part_config(folder, "unet"), part_config(folder, "vae")
+    if unet.get("in_channels") != vae.get("latent_channels"):
+        raise InputError(
+            f"the unet of model {model} takes {unet.get('in_channels')} channels, but its vae has {vae.get('latent_channels')} "
+            f"(as models of inpainting do); take a text-to-image model"
+        )
+    encoders = [config for name in ("text_encoder", "text_encoder_2") if (config := part_config(folder, name))]
+    width = sum(config.get("hidden_size", CLIP_WIDTH) for config in encoders)
+    if unet.get("cross_attention_dim") != width:
+        raise InputError(
+            f"the unet of model {model} takes embeddings of width {unet.get('cross_attention_dim')}, but its text encoders have {width}"
+        )
+
+
+def check_sampling(config: SampleConfig, folder: Path) -> None:
+    """Checks a sampling command against the configuration files of its model, which are in a folder. Reads no weights.
+
+    Raises:
+        InputError: flags are for the other kind of model; or prompts or sizes do not fit it, or it cannot be drawn with.
+    """
+    task = task_of(folder)
+    found = model_flag_problems(config, task)
+    if task == "text_to_image":
+        found += size_problems(folder, width=config.width, height=config.height)
+        if (config.guidance_scale or 1) > 1 and run_setting(folder, "caption_dropout") == 0:
+            found.append(
+                f"guidance_scale is {config.guidance_scale}, but {config.model} was trained with caption_dropout 0, so that it knows no "
+                f"image without a prompt; take --guidance_scale 1"
+            )
+    raise_all(found)
+    if task == "text_to_image":
+        require_text_model(folder, config.model)
+        read_prompts(config)
+
+
+def part_config(folder: Path, name: str) -> Mapping[str, Any]:
+    """The configuration of a part; nothing where there is none."""
+    found = read_json(folder / name / "config.json")
+    return found if isinstance(found, dict) else {}
+
+
+def size_problems(folder: Path, **sizes: int | None) -> list[str]:
+    """Widths and heights of images (None is what was left out) that a text-to-image model cannot draw."""
+    levels = part_config(folder, "vae").get("block_out_channels")
+    factor = math.lcm(STOCK_FACTOR, 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else 1)
+    return [
+        f"{name} is {size}, but must be a multiple of {factor}; take {max(1, round(size / factor)) * factor}"
+        for name, size in sizes.items()
+        if size is not None and size % factor
+    ]
+
+
+def run_setting(folder: Path, name: str) -> Any:
+    """What the configuration of the run in a folder has for a field; None where the folder is no run."""
+    found = read_json(folder / CONFIG)
+    return found.get(name) if isinstance(found, dict) and "dataset" in found else None

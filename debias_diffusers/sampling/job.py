@@ -1,0 +1,244 @@
+"""A sampling command with its model: what pixel models and text-to-image models have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..config import hub_names
+from ..config.schema import SampleConfig
+from ..diffusion.noise_schedule import schedule_of_scheduler, terminal_snr_problem
+from ..errors import InputError
+from ..hub.model_card import step_of_card, variant
+from ..pipelines.solvers import default_scheduler, make_scheduler, section_timesteps, set_timesteps, strided_timesteps
+from ..runs import checkpoints
+from ..runs.run_directory import CHECKPOINTS
+from ..utils.console import say
+from ..utils.launcher import is_first_process
+
+DEFAULT_STEPS = 20
+SEED_FACTOR = 2654435761  # 2^32 over the golden ratio: its multiples mod 2^32 lie far apart
+LONGEST_NAME = 100  # characters of a folder's name; the system's limit is 255 bytes
+
+
+def image_seeds(seed: int, indices: Sequence[int]) -> list[int]:
+    """The seed (32 bits, as a torch CPU generator takes) of each image. Images of different small seeds share no generator seed."""
+    return [(seed * SEED_FACTOR + k) % 2**32 for k in indices]
+
+
+def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """The CPU generator of each image: so its noise depends neither on its batch nor on the device."""
+    return [torch.Generator().manual_seed(own) for own in image_seeds(seed, indices)]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What images show, by index: a label each, or a prompt each; nothing of an unconditional model."""
+
+    labels: Sequence[int] | None = None
+    class_names: Sequence[str] | None = None  # by label; None if unknown
+    prompts: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Job(ABC):
+    """A sampling command with its model, and the settings that follow from both."""
+
+    config: SampleConfig
+    pipeline: Any
+    name: str  # of its folder in a run, such as unipc-20-seed-1
+    settings: dict[str, Any]  # everything on which image k depends
+    options: dict[str, Any]  # arguments of the pipeline's call
+
+    @abstractmethod
+    def draw(self, indices: Sequence[int]) -> Tensor:
+        """Samples the images of these indices, (B, C, H, W) uint8."""
+
+    @abstractmethod
+    def stages(self, indices: Sequence[int], calls: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """x_t and the predicted x_0, (B, C, H, W) in about [-1, 1], after these calls of the network while images are sampled."""
+
+    @abstractmethod
+    def conditions(self, indices: Sequence[int]) -> Conditions:
+        """What these images show."""
+
+    @abstractmethod
+    def notes(self) -> list[str]:
+        """What the user should know of the command before images are drawn."""
+
+    @property
+    @abstractmethod
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+
+    @property
+    def network_evaluations(self) -> int:
+        """Calls of the network for one batch."""
+        scheduler = self.pipeline.scheduler
+        set_timesteps(scheduler, self.options.get("num_inference_steps", 1), self.options.get("timesteps"))
+        return len(scheduler.timesteps)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A model's solver, and how many steps it makes."""
+
+    own: Any  # the scheduler that the model was saved with
+    name: str
+    scheduler: Any
+    steps: int
+    timesteps: list[int] | None  # in place of the steps
+
+    def settings(self) -> dict[str, Any]:
+        """What `.sampling.json` says of it."""
+        return {"scheduler": self.name, "steps": self.steps, "timesteps": self.timesteps}
+
+
+def make_solver(config: SampleConfig, own: Any, clipping: Any) -> Solver:
+    """The solver of a command for a model with the scheduler `own`; raises InputError if it does not fit the model."""
+    _warn_of_terminal_snr(config.model, own)
+    name = config.scheduler or default_scheduler(own)
+    timesteps = _timesteps(config, own.config.num_train_timesteps)
+    steps = len(timesteps) if timesteps else config.steps or DEFAULT_STEPS
+    spacing = "linspace" if config.spacing == "stride" else config.spacing
+    return Solver(own, name, make_scheduler(name, own, spacing, steps, timesteps, clipping), steps, timesteps)
+
+
+_warned = set[str]()  # models, because one command may make several jobs of a model
+
+
+def _warn_of_terminal_snr(model: str, own: Any) -> None:
+    """Warns once, in the first process, if a model's schedule does not have zero terminal SNR."""
+    try:
+        problem = terminal_snr_problem(schedule_of_scheduler(own))
+    except InputError:  # the schedule of this scheduler is unknown
+        return
+    if problem and model not in _warned and is_first_process():
+        say(f"warning: {model}: {problem}")
+        _warned.add(model)
+
+
+def _timesteps(config: SampleConfig, T: int) -> list[int] | None:
+    if config.timesteps:
+        return list(config.timesteps)
+    if config.sections:
+        return section_timesteps(T, config.sections)
+    return strided_timesteps(T, config.steps or DEFAULT_STEPS) if config.spacing == "stride" else None
+
+
+def settings_of(config: SampleConfig, own: Mapping[str, Any], fields: Sequence[str], fingerprint: str, step: int | None) -> dict[str, Any]:
+    """What `.sampling.json` says of a command: on this, image k depends.
+
+    Args:
+        config: the command.
+        own: what the kind of model adds.
+        fields: of the command.
+        fingerprint: of weights and scheduler of the model.
+        step: of the weights; None if unknown.
+    """
+    settings = {
+        **own,
+        **{field: getattr(config, field) for field in fields},
+        "model_sha256": fingerprint,
+        "model_step": step,  # this and the next are for the user: the hash is compared
+        "weights": config.weights,
+    }
+    if hub_names.is_model_id(config.model):
+        settings["model"] = config.model  # with its commit. Not for a folder, which may be moved.
+    if config.seed:  # the first version seeded image k with seed + k, which is the same for seed 0
+        settings["seed_factor"] = SEED_FACTOR
+    # As JSON gives them back (lists instead of tuples), so that they can be compared with a file.
+    found: dict[str, Any] = json.loads(json.dumps(settings))
+    return found
+
+
+def folder_name(config: SampleConfig, start: str, fields: Sequence[str], neutral: SampleConfig) -> str:
+    """`start` with all other settings that are not left out: unipc-20-seed-1-weights-raw. Of a long name a hash is the end.
+
+    `neutral` is the command of which everything is left out.
+    """
+    fields = ["weights", "timesteps", "sections", *fields, *(["num_images"] if config.format == "npz" else [])]
+    values = {name: getattr(config, name) for name in fields if getattr(config, name) != getattr(neutral, name)}
+    texts = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
+    return short_name("-".join([start, *(f"{name}-{text}" for name, text in texts.items())]))
+
+
+def short_name(name: str, longest: int = LONGEST_NAME) -> str:
+    """A name of at most so many characters: of a longer one a hash is the end."""
+    return name if len(name) <= longest else f"{name[: longest - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def open_weights(load: Callable[[str | None], Any], model: str, weights: str, step: int | None) -> tuple[Any, int | None]:
+    """A pipeline with the wanted weights, and the training step of these; None if it is unknown.
+
+    Args:
+        load: loads the pipeline with a variant of its weights; None for the exported ones.
+        model: path or Hub id.
+        weights: "ema", "raw", or an EMA rate; for a model that is not a run directory, a rate names a variant of its weights.
+        step: of the run's checkpoint; if None, the exported weights or the newest checkpoint.
+
+    Raises:
+        InputError: the model does not have these weights.
+    """
+    run = Path(model)
+    if weights == "ema" and step is None:
+        return load(None), step_of_card(run / "README.md")
+    if (run / CHECKPOINTS).is_dir():
+        pipeline = load(None)
+        return pipeline, _load_weights(pipeline, run, weights, step)
+    if weights in ("ema", "raw"):
+        raise InputError(f"weights is {weights}, but {run} has no checkpoints; take --weights ema")
+    return load(variant(float(weights))), None
+
+
+def _load_weights(pipeline: Any, run: Path, weights: str, step: int | None = None) -> int:
+    """Loads the raw or averaged weights of a run's checkpoint (the newest if step is None) into the pipeline; returns its step."""
+    found = checkpoints.latest_valid(run / CHECKPOINTS)[0] if step is None else _checkpoint_at(run, step)
+    if found is None:
+        raise InputError(f"weights is {weights}, but {run} has no checkpoints; take --weights ema")
+    rates = found.state["config"]["ema_decay"]
+    name = (
+        checkpoints.MODEL
+        if weights == "raw" or (weights == "ema" and not rates)
+        else checkpoints.weights_file(rates[0] if weights == "ema" else float(weights))
+    )
+    if not (found.path / name).is_file():
+        raise InputError(f"weights is {weights}, but the run averages at {rates} only; take one of these, ema or raw")
+    pipeline.unet.load_state_dict(safetensors.torch.load_file(found.verified(name)))
+    return found.step
+
+
+def _checkpoint_at(run: Path, step: int) -> checkpoints.Checkpoint:
+    try:
+        return checkpoints.verify(run / CHECKPOINTS / checkpoints.folder_name(step))
+    except checkpoints.DamagedError as error:
+        raise InputError(f"{run} has no usable checkpoint at step {step}: {error}") from error
+
+
+def require_dtype(config: SampleConfig, device: Any) -> None:
+    """Raises InputError for a dtype that a device is no good for."""
+    if config.dtype == "float16" and torch.device(device).type == "cpu":
+        raise InputError("dtype is float16, which is slow and inexact on a CPU; take bfloat16 or float32")
+
+
+def make_ready(pipeline: Any, config: SampleConfig, device: Any) -> None:
+    """Moves a pipeline to a device; its network gets dtype and memory format, and is compiled."""
+    pipeline.to(device)
+    if config.dtype != "float32":  # not by .to(), for which diffusers prints a warning
+        pipeline.unet.bfloat16() if config.dtype == "bfloat16" else pipeline.unet.half()
+    if pipeline.unet.device.type == "cuda":  # faster on tensor cores; on a CPU no gain was measured
+        pipeline.unet.to(memory_format=torch.channels_last)
+    if config.compile:
+        pipeline.unet.compile()

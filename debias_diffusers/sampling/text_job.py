@@ -1,0 +1,197 @@
+"""Sampling with text-to-image models: prompts, a negative prompt, sizes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.prompts import prompts_hash, read_prompts
+from ..config.schema import SampleConfig
+from ..data.labels import shortened_list
+from ..diffusion.noise_schedule import predicted_x_0
+from ..errors import InputError, shortened
+from ..hub import client
+from ..pipelines import text_pipeline
+from ..pipelines.solvers import without_last_zero
+from ..pipelines.text_pipeline import Embeddings
+from ..runs.model_folder import check_sampling, run_setting
+from .job import (
+    Conditions,
+    Job,
+    folder_name,
+    image_generators,
+    make_ready,
+    make_solver,
+    open_weights,
+    require_dtype,
+    settings_of,
+)
+
+SHOWN = 256  # pixels a side, at most, of the images of a trajectory
+KEPT_EMBEDDINGS = 1024  # prompts; 630 kB each of Stable Diffusion XL
+_FIELDS = ("guidance_scale", "eta", "negative_prompt", "width", "height", "spacing", "seed", "dtype", "format")
+
+
+@dataclass(frozen=True)
+class TextJob(Job):
+    """A sampling command with a text-to-image model: image k of n prompts shows prompt k mod n."""
+
+    prompts: tuple[str, ...]
+    chunks: int  # text encoder inputs per prompt
+    encode: Callable[[str], Embeddings]  # of one prompt
+    null: Embeddings  # what guidance leads away from
+
+    def draw(self, indices: Sequence[int]) -> Tensor:
+        encoded = [self.encode(prompt) for prompt in self._prompts_of(indices)]
+        pooled = [each.pooled for each in encoded if each.pooled is not None]
+        prompts = Embeddings(torch.cat([each.text for each in encoded]), torch.cat(pooled) if pooled else None)
+        return text_pipeline.draw(self.pipeline, prompts, self.null, image_generators(self.config.seed, indices), **self.options)
+
+    def stages(self, indices: Sequence[int], calls: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """A callback of the stock pipelines sees x_t alone, so the solver is watched; both are decoded."""
+        scheduler, seen, count = self.pipeline.scheduler, list[tuple[Tensor, Tensor]](), 0
+        step = scheduler.step
+
+        @functools.wraps(step)  # the pipeline asks for its signature
+        def watched(prediction: Tensor, t: Tensor, x_t: Tensor, *rest: Any, **options: Any) -> Any:
+            nonlocal count
+            stepped = step(prediction, t, x_t, *rest, **options)
+            if count in calls:
+                acp = scheduler.alphas_cumprod.double()[int(t)]
+                x_0 = predicted_x_0(scheduler.config.prediction_type, prediction, x_t, acp.sqrt(), (1 - acp).sqrt())
+                seen.append((self._shown(stepped[0]), self._shown(x_0)))
+            count += 1
+            return stepped
+
+        scheduler.step = watched
+        try:
+            self.draw(indices)
+        finally:
+            del scheduler.step
+        return seen
+
+    def conditions(self, indices: Sequence[int]) -> Conditions:
+        return Conditions(prompts=self._prompts_of(indices))
+
+    def notes(self) -> list[str]:
+        """How many tokens of which prompts are cut, and whether there are prompts that no image shows."""
+        most = text_pipeline.tokens_read(self.pipeline, self.chunks)
+        given = [*dict.fromkeys(self.prompts), *([self.config.negative_prompt] if self.config.negative_prompt else [])]
+        long = {prompt: count - most for prompt, count in zip(given, text_pipeline.count_tokens(self.pipeline, given)) if count > most}
+        found = []
+        if long:
+            shown = [repr(shortened(prompt)[:60]) for prompt in long]
+            found.append(
+                f"warning: {len(long)} of {len(given)} prompts are longer than the {most} tokens that the text encoders read: "
+                f"{sum(long.values())} tokens at their ends are cut, of {shortened_list(shown, 1)}"
+            )
+        if (unused := len(self.prompts) - self.config.num_images) > 0:
+            found.append(
+                f"the last {unused} of {len(self.prompts)} prompts have no image; --num_images {len(self.prompts)} draws one of each"
+            )
+        return found
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.options["height"], self.options["width"]
+
+    def _shown(self, latents: Tensor) -> Tensor:
+        """Latents as images of at most SHOWN pixels a side."""
+        images = text_pipeline.decode(self.pipeline, latents.float()).cpu()
+        factor = min(1.0, SHOWN / max(images.shape[-2:]))
+        return nn.functional.interpolate(images, scale_factor=factor, mode="bilinear", antialias=True) if factor < 1 else images
+
+    def _prompts_of(self, indices: Sequence[int]) -> list[str]:
+        return [self.prompts[k % len(self.prompts)] for k in indices]
+
+
+def make_text_job(config: SampleConfig, device: Any, step: int | None = None) -> TextJob:
+    """As `generate.make_job`, for a text-to-image model."""
+    require_dtype(config, device)
+    folder = client.configurations(config.model)
+    check_sampling(config, folder)
+    prompts = read_prompts(config)
+    chunks = run_setting(folder, "caption_chunks") or 1
+    if not isinstance(chunks, int):
+        raise InputError(f"caption_chunks of {config.model} is {chunks!r}, but must be a whole number")
+    pipeline, step = open_weights(
+        lambda variant: text_pipeline.load_text_pipeline(config.model, variant), config.model, config.weights, step
+    )
+    config = _completed(config, pipeline, folder)
+    solver = make_solver(config, pipeline.scheduler, "off")  # latents are not in [-1, 1]
+    pipeline.scheduler = solver.scheduler
+    own = {**solver.settings(), "prompts_sha256": prompts_hash(prompts), **({"caption_chunks": chunks} if chunks > 1 else {})}
+    settings = settings_of(config, own, _FIELDS, _fingerprint(pipeline, solver.own), step)
+    if config.dtype != "float32":
+        text_pipeline.cast_unet_inputs(pipeline)
+    make_ready(pipeline, config, device)
+    steps = (
+        {"timesteps": without_last_zero(solver.scheduler, solver.timesteps)} if solver.timesteps else {"num_inference_steps": solver.steps}
+    )
+    options = {**steps, **{name: getattr(config, name) for name in ("guidance_scale", "eta", "height", "width")}}
+    return TextJob(
+        config,
+        pipeline,
+        _name(config, pipeline, prompts, f"{solver.name}-{solver.steps}", folder),
+        settings,
+        options,
+        prompts,
+        chunks,
+        functools.lru_cache(KEPT_EMBEDDINGS)(lambda prompt: text_pipeline.encode_prompts(pipeline, [prompt], chunks)),
+        _null(pipeline, config.negative_prompt, chunks),
+    )
+
+
+def _completed(config: SampleConfig, pipeline: Any, folder: Path) -> SampleConfig:
+    """The command with what was left out as the stock pipeline has it."""
+    usual = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
+    if run_setting(folder, "caption_dropout") == 0:
+        usual = 1.0
+    size = pipeline.unet.config.sample_size
+    if size is None and not (config.width and config.height):
+        raise InputError(f"{config.model} does not say how large its images are; name --width and --height")
+    height, width = (side * pipeline.vae_scale_factor for side in (size if isinstance(size, Sequence) else (size or 1, size or 1)))
+    return replace(
+        config,
+        guidance_scale=usual if config.guidance_scale is None else config.guidance_scale,
+        height=config.height or height,
+        width=config.width or width,
+    )
+
+
+def _null(pipeline: Any, negative_prompt: str | None, chunks: int) -> Embeddings:
+    if negative_prompt is None:
+        return text_pipeline.null_embeddings(pipeline, text_pipeline.null_is_zeros(pipeline), chunks)
+    return text_pipeline.encode_prompts(pipeline, [negative_prompt], chunks)
+
+
+def _name(config: SampleConfig, pipeline: Any, prompts: Sequence[str], start: str, folder: Path) -> str:
+    """The folder's name, with words of the first prompt and a hash of all."""
+    words = re.sub(r"[^0-9A-Za-z]+", "_", prompts[0]).strip("_")[:30]
+    what = "-".join(part for part in (words, prompts_hash(prompts)[:8]) if part)
+    given = replace(config, negative_prompt=prompts_hash([config.negative_prompt])[:8] if config.negative_prompt is not None else None)
+    return folder_name(given, f"{start}-{what}", _FIELDS, _completed(SampleConfig(model=""), pipeline, folder))
+
+
+def _fingerprint(pipeline: Any, own: Any) -> str:
+    """A hash of all weights, of the tokenizers, of what "no prompt" is, and of the model's own scheduler."""
+    digest = hashlib.sha256(own.to_json_string().encode())
+    scale = [pipeline.vae.config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std")]
+    digest.update(repr((text_pipeline.null_is_zeros(pipeline), scale)).encode())
+    for name, part in sorted(pipeline.components.items()):
+        if isinstance(part, nn.Module):
+            for key, tensor in part.state_dict().items():
+                digest.update(f"{name} {key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        elif name.startswith("tokenizer"):
+            digest.update(repr((name, sorted(part.get_vocab().items()), part.model_max_length, part.pad_token)).encode())
+    return digest.hexdigest()
