@@ -11,36 +11,29 @@ and 2, unipc with 20 steps. Writes OUT/text_weightings.md.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from defaults import ROOT, run
+
 WEIGHTINGS = ("debiased", "constant", "min_snr")
 SEEDS = 3
 GUIDANCE = (1, 2)
 IMAGES = 500
-
-
-def run(*words: object) -> None:
-    """A command on one thread, so that several run side by side."""
-    command = [sys.executable, *map(str, words), "--num_threads", "1"]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
+ONE_THREAD = ("--num_threads", 1)  # so that several run side by side
 
 
 def measured(out: Path, weighting: str, seed: int) -> dict[int, dict[str, float]]:
     """Trains, and scores; the figures by guidance scale."""
     folder = out / f"{weighting}-seed{seed}"
-    run(ROOT / "train.py", "--config", "digits_text", "--weighting", weighting, "--seed", seed, "--output_dir", folder, "--sample_every", 0)
+    usual = ("--config", "digits_text", "--sample_every", 0, *ONE_THREAD)
+    run(ROOT / "train.py", *usual, "--weighting", weighting, "--seed", seed, "--output_dir", folder)
     found = {}
     for scale in GUIDANCE:
         scores = folder / f"scores-{scale}.json"
         if not scores.exists():
             flags = ("--metrics", "fid,prompt_accuracy", "--num_images", IMAGES, "--guidance_scale", scale, "--output", scores)
-            run(ROOT / "eval.py", "score", folder, *flags)
+            run(ROOT / "eval.py", "score", folder, *flags, *ONE_THREAD)
         (found[scale],) = json.loads(scores.read_text())["targets"]
     return found
 

@@ -50,6 +50,19 @@ def require_variant(folder: Path, model: str, variant: str | None) -> None:
         raise InputError(f"model {model} has no weights {variant}, as averages at other rates are named; take --weights ema")
 
 
+def load_part(kind: Any, folder: Path, model: str) -> Any:
+    """A part of a model, of a class of diffusers or transformers, from its folder, in float32.
+
+    Raises:
+        InputError: a file is missing or damaged, or lacks a weight, which the libraries would draw at random, with a warning only.
+    """
+    with explained_errors(model):
+        part, found = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, output_loading_info=True)
+        if missing := sorted(found["missing_keys"]) or sorted(str(each) for each in found["mismatched_keys"]):
+            raise InputError(f"model {model} cannot be loaded: the weight file of its {folder.name} lacks {missing[0]}")
+        return part.float()
+
+
 def require_all_weights(module: Any, model: str) -> None:
     """Raises InputError if a weight file lacked a tensor of a module, which diffusers leaves on the meta device."""
     if missing := [name for name, parameter in module.named_parameters() if parameter.is_meta]:

@@ -13,10 +13,10 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from ..errors import InputError, NotFiniteError
+from ..errors import NotFiniteError
 from ..hub import client
 from ..runs.model_folder import TEXT_PIPELINES, model_index, require_text_model
-from .loading import explained_errors, folder_of_model, require_all_weights, require_variant
+from .loading import explained_errors, folder_of_model, load_part, require_all_weights, require_variant
 
 ENCODED_AT_ONCE = 64  # prompts
 
@@ -62,14 +62,10 @@ def load_text_pipeline(model: str, variant: str | None = None) -> Any:
 
 
 def _text_encoder(folder: Path, part: str, model: str) -> nn.Module:
-    """A text encoder. transformers would give tensors that the file lacks random values, with a warning only."""
     import transformers
 
-    kind = getattr(transformers, model_index(folder)[part][1])
-    encoder, found = kind.from_pretrained(folder / part, use_safetensors=True, local_files_only=True, output_loading_info=True)
-    if missing := sorted(found["missing_keys"]) or sorted(str(each) for each in found["mismatched_keys"]):
-        raise InputError(f"model {model} cannot be loaded: the weight file of its {part} lacks {missing[0]}")
-    return encoder.float().requires_grad_(False).eval()  # type: ignore[no-any-return]
+    encoder: nn.Module = load_part(getattr(transformers, model_index(folder)[part][1]), folder / part, model)
+    return encoder.requires_grad_(False).eval()
 
 
 @contextmanager
@@ -137,9 +133,8 @@ def cast_unet_inputs(pipeline: Any) -> None:
     pipeline.unet.register_forward_hook(cast_back)
 
 
-def decode(pipeline: Any, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1], as at the end of the stock pipeline's call."""
-    vae = pipeline.vae
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1], as at the end of the stock pipelines' call."""
     latents = latents / vae.config.scaling_factor
     if vae.config.latents_mean is not None and vae.config.latents_std is not None:
         mean, std = (
@@ -160,6 +155,12 @@ class Embeddings:
 
     text: Tensor  # (B, tokens, width): of all text encoders, side by side
     pooled: Tensor | None = None  # (B, width): of SDXL's second text encoder
+
+
+def joined(parts: Sequence[Embeddings]) -> Embeddings:
+    """The embeddings of several batches as one."""
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Embeddings(torch.cat([part.text for part in parts]), torch.cat(pooled) if pooled else None)
 
 
 @torch.no_grad()

@@ -209,11 +209,7 @@ def _load_weights(pipeline: Any, run: Path, weights: str, step: int | None = Non
     if found is None:
         raise InputError(f"weights is {weights}, but {run} has no checkpoints; take --weights ema")
     rates = found.state["config"]["ema_decay"]
-    name = (
-        checkpoints.MODEL
-        if weights == "raw" or (weights == "ema" and not rates)
-        else checkpoints.weights_file(rates[0] if weights == "ema" else float(weights))
-    )
+    name = checkpoints.MODEL if weights == "raw" else checkpoints.weights_file(rates[0] if weights == "ema" else float(weights))
     if not (found.path / name).is_file():
         raise InputError(f"weights is {weights}, but the run averages at {rates} only; take one of these, ema or raw")
     pipeline.unet.load_state_dict(safetensors.torch.load_file(found.verified(name)))

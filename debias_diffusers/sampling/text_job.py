@@ -51,9 +51,7 @@ class TextJob(Job):
     null: Embeddings  # what guidance leads away from
 
     def draw(self, indices: Sequence[int]) -> Tensor:
-        encoded = [self.encode(prompt) for prompt in self._prompts_of(indices)]
-        pooled = [each.pooled for each in encoded if each.pooled is not None]
-        prompts = Embeddings(torch.cat([each.text for each in encoded]), torch.cat(pooled) if pooled else None)
+        prompts = text_pipeline.joined([self.encode(prompt) for prompt in self._prompts_of(indices)])
         return text_pipeline.draw(self.pipeline, prompts, self.null, image_generators(self.config.seed, indices), **self.options)
 
     def stages(self, indices: Sequence[int], calls: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
@@ -106,7 +104,7 @@ class TextJob(Job):
 
     def _shown(self, latents: Tensor) -> Tensor:
         """Latents as images of at most SHOWN pixels a side."""
-        images = text_pipeline.decode(self.pipeline, latents.float()).cpu()
+        images = text_pipeline.decode(self.pipeline.vae, latents.float()).cpu()
         factor = min(1.0, SHOWN / max(images.shape[-2:]))
         return nn.functional.interpolate(images, scale_factor=factor, mode="bilinear", antialias=True) if factor < 1 else images
 

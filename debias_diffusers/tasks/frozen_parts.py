@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from ..data.text_dataset import TextData
 from ..errors import InputError, reason
-from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, encode_prompts, null_embeddings
+from ..pipelines.loading import load_part
+from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, decode, encode_prompts, joined, null_embeddings
 from ..utils import memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
@@ -62,22 +63,7 @@ def load_vae(folder: Path, device: torch.device) -> AutoencoderKL:
 
 def _loaded(kind: Any, folder: Path, device: torch.device) -> Any:
     """A model of a folder, frozen and in float32."""
-    return load_part(kind, folder).eval().requires_grad_(False).to(device)
-
-
-def load_part(kind: Any, folder: Path) -> Any:
-    """A model of diffusers or transformers from its folder, in float32.
-
-    Raises:
-        InputError: a file is missing or damaged, or a weight is missing, which the libraries would draw at random.
-    """
-    try:
-        model, found = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # a damaged file may provoke any
-        raise InputError(f"{folder} cannot be loaded: {reason(error)}") from error
-    if missing := sorted(found["missing_keys"]):
-        raise InputError(f"{folder} cannot be loaded: its weights lack {missing[0]}")
-    return model.float()
+    return load_part(kind, folder, str(folder)).eval().requires_grad_(False).to(device)
 
 
 class TextConditions:
@@ -117,9 +103,7 @@ class TextConditions:
         """The embeddings of "no caption" and of texts, and the row of each text."""
         starts = tqdm(range(0, len(texts), ENCODED_AT_ONCE), "encoding the captions", leave=False, delay=5)
         parts = [self.null, *(encode_prompts(self.pipeline, texts[start : start + ENCODED_AT_ONCE], self.chunks) for start in starts)]
-        pooled = [part.pooled for part in parts if part.pooled is not None]
-        together = Embeddings(torch.cat([part.text for part in parts]), torch.cat(pooled) if pooled else None)
-        return together, {text: number for number, text in enumerate(texts, start=1)}
+        return joined(parts), {text: number for number, text in enumerate(texts, start=1)}
 
 
 class Latents:
@@ -146,12 +130,9 @@ class Latents:
         x_0: Tensor = (latents - self._shift.to(latents)) * self._scale.to(latents)
         return x_0
 
-    @torch.no_grad()
     def decoded(self, x_0: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8 on the CPU of latents x_0."""
-        vae = self.vae
-        latents = x_0 / self._scale.to(x_0) + self._shift.to(x_0)
-        pixels: Tensor = vae.decode(latents.to(vae.device)).sample
+        pixels = decode(self.vae, x_0.to(self.vae.device))
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
 
 

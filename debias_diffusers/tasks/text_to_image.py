@@ -25,7 +25,7 @@ from ..data.validation_split import validation_seed
 from ..diffusion.loss import Network
 from ..diffusion.noise_schedule import make_schedule
 from ..hub.model_card import model_card
-from ..pipelines.loading import explained_errors
+from ..pipelines.loading import explained_errors, load_part
 from ..pipelines.text_pipeline import count_tokens, draw, tokens_read
 from ..runs.checkpoints import hash_of
 from ..sampling.job import image_seeds
@@ -101,7 +101,7 @@ class TextToImageTask:
         """The UNet of the base model; with fresh weights where it has none, or without memory (device "meta")."""
         if torch.get_default_device().type == "meta" or not self.base.is_trained:
             return UNet2DConditionModel.from_config(dict(self.base.unet))
-        network: UNet2DConditionModel = frozen_parts.load_part(UNet2DConditionModel, self.base.folder / "unet")
+        network: UNet2DConditionModel = load_part(UNet2DConditionModel, self.base.folder / "unet", str(self.base.folder))
         require_finite(network.state_dict(), f"base_model {self.base.folder}")
         return network
 
