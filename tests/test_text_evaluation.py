@@ -1,27 +1,41 @@
 """eval.py with text-to-image models and captioned images: prompts of the reference, prompt_accuracy, clip_score."""
 
+import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import as_ranks, writers
+from conftest import as_ranks, metrics, run, writers
 from PIL import Image
 from safetensors.torch import save
-from text_models import BASE, random_unet
+from text_models import BASE, random_unet, text_args
 
 pytest.importorskip("transformers")
 
 from debias_diffusers import cli
-from debias_diffusers.config.schema import DIGITS, DataConfig, MeasureConfig, SampleConfig, ScoreConfig
+from debias_diffusers.config.schema import (
+    DIGITS,
+    DataConfig,
+    MeasureConfig,
+    RunConfig,
+    SampleConfig,
+    ScoreConfig,
+    TextConfig,
+    TrainConfig,
+)
 from debias_diffusers.config.validation import score_problems, stats_problems
 from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.text_dataset import prompts_of_data
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import score as scoring
 from debias_diffusers.evaluation.feature_extractors import PromptAccuracy, prompt_scorer
+from debias_diffusers.evaluation.monitor import Monitor
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.sampling.generate import make_job
+from debias_diffusers.training.hooks import EmaImages
 from debias_diffusers.utils import text_libraries
 
 FEW = 12
@@ -187,5 +201,57 @@ def test_flags_of_metrics_of_prompts_go_together(capsys):
 
     (problem,) = stats_problems(StatsConfig(reference="x", out="y.safetensors", measure=MeasureConfig(metrics="prompt_accuracy")))
     assert "take it in eval.py score" in problem
-    assert cli.train(["--eval_every", "10", "--eval_metrics", "prompt_accuracy", "--output_dir", "x"]) == 2
-    assert "eval_metrics has prompt_accuracy" in capsys.readouterr().err
+    for flags, named in (
+        (["--eval_metrics", "prompt_accuracy"], "eval_metrics has prompt_accuracy"),
+        (["--config", "digits_text", "--eval_metrics", "clip_score"], "clip_model is missing"),
+        (["--config", "digits_text", "--clip_model", "y"], "eval_metrics has no clip_score"),
+        (["--clip_model", "y"], "clip_model"),
+    ):
+        assert cli.train(["--eval_every", "10", *flags, "--output_dir", "x"]) == 2
+        assert named in capsys.readouterr().err
+
+
+# ---- while training --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_images_are_judged_by_their_own_prompts_while_training(shift):
+    """In batches of seven, where evaluations take more, and in the order of the data's prompts."""
+    source = open_source(DataConfig(dataset=DIGITS, class_conditional=True))
+    of_digit = [next(k for k, label in enumerate(source.labels()) if label == digit) for digit in range(10)]
+    pixels = [torch.from_numpy(np.array(Image.open(io.BytesIO(source.read(k)[0])).convert("RGB"))).permute(2, 0, 1) for k in of_digit]
+    prompts = [f"the digit {k % 10}" for k in range(0, 60, 7)]
+
+    def draw(network, indices, conditions):
+        return torch.stack([pixels[(int(conditions[k % len(conditions)][-1]) + shift) % 10] for k in indices])
+
+    accelerator = SimpleNamespace(process_index=0, num_processes=1)
+    images = EmaImages(SimpleNamespace(draw=draw), None, accelerator, batch_size=7)
+    config = TrainConfig(
+        data=DataConfig(dataset=DIGITS, resolution=8, task="text_to_image"),
+        text=TextConfig(base_model=DIGITS),
+        run=RunConfig(eval_every=1, eval_metrics="prompt_accuracy", cache_dir=""),
+    )
+    monitor = Monitor(config, source, "cpu")
+    monitor.check(prompts)
+    monitor.read(source)
+    assert monitor.figures(images.batches(20, prompts)) == {"prompt_accuracy": float(shift == 0)}
+    with pytest.raises(InputError, match="1 of 2 do not, such as 'a cat'"):
+        monitor.check(["the digit 3", "a cat"])
+
+
+def test_a_training_measures_how_images_fit_their_prompts(text_models, clip, tmp_path):
+    flags = ["--eval_every", 2, "--eval_metrics", "prompt_accuracy,clip_score", "--clip_model", clip, "--eval_images", 30, "--max_steps", 4]
+    code, _, err = run(*text_args(text_models["xl"], tmp_path / "run", *flags, "--cache_dir", ""))
+    assert code == 0, err
+    figures = [line for line in metrics(tmp_path / "run") if "prompt_accuracy" in line]
+    assert [line["step"] for line in figures] == [2, 4]
+    assert all(0 <= line["prompt_accuracy"] <= 1 and 0 <= line["clip_score"] <= 100 for line in figures)
+    assert all((line["prompt_accuracy"] * 30) % 1 < 1e-9 for line in figures)
+
+
+def test_prompts_of_the_data_are_of_all_its_classes():
+    """The first images of a folder may be of one class."""
+    captions = [(f"class {k // 10}", f"the class {k // 10}") for k in range(100)]
+    prompts = prompts_of_data(captions)
+    assert len(set(prompts[:20])) > 10 and sorted(prompts) == sorted(each[k % 2] for k, each in enumerate(captions))

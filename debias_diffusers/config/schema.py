@@ -124,7 +124,9 @@ class TextConfig:
     crop: Literal["center", "random"] = "center"  # crop of the resized image to a square
     crop_per_image: bool = False  # with crop random: always the same crop of an image, so that its latents are kept in memory
     sample_prompts: tuple[str, ...] = ()  # prompts of the sample grids; captions of the data if left out
-    sample_guidance_scale: Annotated[float, at_least(0, "1 (off) or 5")] = 5.0  # classifier-free guidance scale of the sample grids
+    sample_guidance_scale: Annotated[float, at_least(0, "1 (off) or 5")] = 5.0  # guidance scale of sample grids and eval_metrics
+    # model of clip_score in eval_metrics: a CLIPModel of transformers, as a folder, or as the name of a repository that is in the cache
+    clip_model: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
     found += _noise_problems(config)
     found += _optimization_problems(config.optimization, num_processes)
     found += _validation_problems(config)
-    found += _evaluation_problems(config.run)
+    found += _evaluation_problems(config)
     found += _allow_change_problems(config.run.allow_change)
     found += _hub_problems(config)
     if config.run.verbose and not config.run.dry_run:
@@ -108,14 +108,19 @@ def _validation_problems(config: TrainConfig) -> list[str]:
     return []
 
 
-def _evaluation_problems(run: RunConfig) -> list[str]:
-    """Measuring while training: what would be ignored, or cannot be kept."""
+def _evaluation_problems(config: TrainConfig) -> list[str]:
+    """Measuring while training: what would be ignored, or cannot be kept or measured."""
+    run, values, defaults = config.run, flatten(config), flatten(TrainConfig())
     if not run.eval_every:
-        names = ("eval_metrics", "eval_images", "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best")
+        names = ("eval_metrics", "eval_images", "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "clip_model")
         older = {"eval_images": 1000}  # its default in the config.json of older runs
-        given = [name for name in names if getattr(run, name) not in (getattr(RunConfig(), name), older.get(name))]
-        return [f"{name} is {getattr(run, name)}, but eval_every is 0; add --eval_every 5000 or leave {name} out" for name in given]
-    found = metrics_problems("eval_metrics", run.eval_metrics) + _prompt_metrics_problems("eval_metrics", run.eval_metrics)
+        given = [name for name in names if values[name] not in (defaults[name], older.get(name))]
+        return [f"{name} is {values[name]}, but eval_every is 0; add --eval_every 5000 or leave {name} out" for name in given]
+    found = metrics_problems("eval_metrics", run.eval_metrics)
+    if is_text(config):
+        found += _clip_problems("eval_metrics", run.eval_metrics, config.text.clip_model)
+    else:
+        found += _prompt_metrics_problems("eval_metrics", run.eval_metrics, "take it for a text-to-image model")
     every = run.checkpoint_every
     if run.keep_best and every >= 0 and (not every or run.eval_every % every):
         advice = f"--eval_every {every}" if every else f"--checkpoint_every {run.eval_every}"
@@ -556,27 +561,31 @@ def score_problems(config: ScoreConfig) -> list[str]:
         found.append(f"steps is {config.steps}, but must be whole numbers above 0, separated by commas, such as 10,20,50")
     if config.checkpoints not in ("", "all") and not all(part.isdecimal() for part in config.checkpoints.split(",")):
         found.append(f"checkpoints is {config.checkpoints}, but must be all, or steps separated by commas, such as 1000,2000")
-    clip = "clip_score" in config.measure.metrics.split(",")
-    if clip and not config.clip_model:
-        found.append(
-            "clip_model is missing, which clip_score needs; name a CLIPModel of transformers, such as openai/clip-vit-large-patch14"
-        )
-    if config.clip_model and not clip:
-        found.append(f"clip_model is {config.clip_model}, but metrics has no clip_score; add it, or leave clip_model out")
+    found += _clip_problems("metrics", config.measure.metrics, config.clip_model)
     found += _network_weights_problems(config.weights)
     return found
 
 
+def _clip_problems(field: str, metrics: str, clip_model: str | None) -> list[str]:
+    """`clip_score` without its model, or a model for nothing."""
+    clip = "clip_score" in metrics.split(",")
+    if clip and not clip_model:
+        return ["clip_model is missing, which clip_score needs; name a CLIPModel of transformers, such as openai/clip-vit-large-patch14"]
+    if clip_model and not clip:
+        return [f"clip_model is {clip_model}, but {field} has no clip_score; add it, or leave clip_model out"]
+    return []
+
+
 def stats_problems(config: StatsConfig) -> list[str]:
     """Everything that is wrong with a command that writes statistics, before anything is looked at."""
-    found = measure_problems(config.measure) + _prompt_metrics_problems("metrics", config.measure.metrics)
+    found = measure_problems(config.measure) + _prompt_metrics_problems("metrics", config.measure.metrics, "take it in eval.py score")
     return found + _file_problems("out", config.out)
 
 
-def _prompt_metrics_problems(field: str, metrics: str) -> list[str]:
-    """Metrics of images and their prompts, which eval.py score alone computes."""
+def _prompt_metrics_problems(field: str, metrics: str, advice: str) -> list[str]:
+    """Metrics of images and their prompts, where images have none."""
     of_prompts = [name for name in metrics.split(",") if name in METRICS and METRICS[name].of_prompts]
-    return [f"{field} has {of_prompts[0]}, which needs the prompt of each image; take it in eval.py score"] if of_prompts else []
+    return [f"{field} has {of_prompts[0]}, which needs the prompt of each image; {advice}"] if of_prompts else []
 
 
 def _file_problems(field: str, path: str | None) -> list[str]:

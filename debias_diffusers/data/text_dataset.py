@@ -15,9 +15,19 @@ from torch import Tensor
 from ..config.schema import DataConfig, NoiseConfig, TextConfig
 from ..utils import seeding
 from . import images
-from .captions import captions_of
+from .captions import Captions, captions_of
 from .dataset import PositionedData
 from .sources import RepeatedSource, Source
+
+
+def prompts_of_data(captions: Captions) -> list[str]:
+    """One caption of each image that has some, in an order that is always the same: prompts whose images are compared with the data.
+
+    The order is shuffled, because the first images of a data set may be of one class.
+    """
+    found = [each[k % len(each)] for k, each in enumerate(captions) if each]
+    order = torch.randperm(len(found), generator=seeding.generator(0, "captions", 0))
+    return [found[k] for k in order.tolist()]
 
 
 class TextData(PositionedData):

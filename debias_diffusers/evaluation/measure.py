@@ -60,24 +60,32 @@ class Measure:
             return Sample.of(found)
         share = -(-images.count // self.processes)
         with tqdm(total=share, desc=images.name, unit="image", leave=False, disable=self.process > 0) as progress:
-            sample = self.joined(images.batches(self.config.batch_size, self.process, self.processes), progress, prompts)
+            batches = images.batches(self.config.batch_size, self.process, self.processes)
+            sample = self.joined(self._with_prompts(batches, prompts), progress)
         if key and self.process == 0:
             self.cache.put(key, sample.features)
         return sample
 
-    def joined(self, batches: Iterator[tuple[int, Tensor]], progress: Any = None, prompts: Sequence[str] | None = None) -> Sample:
-        """The features of all processes' batches (B, 3, H, W) uint8, in the order of their numbers.
+    def _with_prompts(
+        self, batches: Iterator[tuple[int, Tensor]], prompts: Sequence[str] | None
+    ) -> Iterator[tuple[int, Tensor, Sequence[str] | None]]:
+        """Batches of `config.batch_size` images with their prompts."""
+        for number, batch in batches:
+            first = number * self.config.batch_size
+            yield number, batch, prompts[first : first + len(batch)] if prompts else None
 
-        `prompts` are those of all images, in batches of `config.batch_size`.
+    def joined(self, batches: Iterator[tuple[int, Tensor, Sequence[str] | None]], progress: Any = None) -> Sample:
+        """The features of all processes' batches, in the order of their numbers.
+
+        `batches` yields the number of a batch, its images (B, 3, H, W) uint8 and, for metrics of prompts, their B prompts.
 
         Raises:
             Exception: what any process met, in all of them.
         """
 
         def share() -> Iterator[tuple[int, dict[str, Tensor]]]:
-            for number, batch in batches:
-                first = number * self.config.batch_size
-                yield number, self.features(batch, prompts[first : first + len(batch)] if prompts else None)
+            for number, batch, prompts in batches:
+                yield number, self.features(batch, prompts)
                 if progress is not None:
                     progress.update(len(batch))
 

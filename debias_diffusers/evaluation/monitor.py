@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from ..config.loading import is_text
 from ..config.schema import MeasureConfig, TrainConfig
 from ..data.sources import Source, file_state_hash
 from ..errors import InputError
@@ -37,7 +38,8 @@ class Monitor:
         measure = MeasureConfig(
             metrics=chosen.eval_metrics, feature_extractor_weights=chosen.feature_extractor_weights, cache_dir=chosen.cache_dir
         )
-        self.measure = Measure(measure, chosen.feature_extractor or usual_extractor(self.name), device, process, processes)
+        extractor = chosen.feature_extractor or usual_extractor(self.name)
+        self.measure = Measure(measure, extractor, device, process, processes, config.text.clip_model)
         least = max(metrics.least_images(self.measure.layers, self.measure.probe()).values())
         self.count = wanted or max(DEFAULT_EVAL_IMAGES, least)
         if (fewest := min(self.count, len(source))) < least:
@@ -45,7 +47,8 @@ class Monitor:
             raise InputError(f"eval_metrics {chosen.eval_metrics} need {least} images, but there are {fewest}; {more}")
         labels = {"class_labels": "data"} if source.class_names else {}
         # Only figures with equal values of these are comparable.
-        self.about = {"images": self.count, **extractor_metadata(self.measure), **labels}
+        guidance = {"guidance_scale": config.text.sample_guidance_scale} if is_text(config) else {}
+        self.about = {"images": self.count, **extractor_metadata(self.measure), **labels, **guidance}
 
     def read(self, source: Source) -> None:
         """Computes the features of the training images or reads them from the cache. Unchanged files are not read again.
@@ -72,7 +75,16 @@ class Monitor:
             cache.put_json(entry, key)
         return key
 
-    def figures(self, drawn: Iterator[tuple[int, Tensor]]) -> dict[str, float]:
-        """The metrics of samples; {} in all processes but the first. `drawn` yields this process's (batch index, (B, C, H, W) uint8)."""
-        sample = self.measure.joined((number, to_rgb(batch)) for number, batch in drawn)
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises InputError for prompts that a metric cannot judge."""
+        for scorer in self.measure.of_prompts.values():
+            scorer.check(prompts)
+
+    def figures(self, drawn: Iterator[tuple[int, Tensor, Sequence[Any] | None]]) -> dict[str, float]:
+        """The metrics of samples; {} in all processes but the first.
+
+        `drawn` yields this process's batches: number, images (B, C, H, W) uint8, and their B conditions, which are prompts where a metric
+        needs them.
+        """
+        sample = self.measure.joined((number, to_rgb(batch), conditions) for number, batch, conditions in drawn)
         return metrics.figures(sample, self.reference, self.measure.layers) if self.measure.process == 0 else {}

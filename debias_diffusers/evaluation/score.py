@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
@@ -19,6 +18,7 @@ from ..config.schema import DataConfig, SampleConfig, ScoreConfig
 from ..data import image_folders
 from ..data.captions import read_captions
 from ..data.sources import ImageFolder, Source, open_source
+from ..data.text_dataset import prompts_of_data
 from ..errors import InputError
 from ..hub import client
 from ..runs import checkpoints
@@ -27,7 +27,6 @@ from ..runs.run_directory import CHECKPOINTS
 from ..sampling.generate import make_job, pinned_model
 from ..sampling.job import Job
 from ..sampling.pixel_job import PixelJob
-from ..utils import seeding
 from ..utils.console import say
 from ..utils.distributed import inference_accelerator
 from ..utils.files import require_replaceable, write_file
@@ -202,10 +201,7 @@ def _prompts_of_all(config: ScoreConfig, measure: Measure) -> _Prompts:
 
 
 def _prompts_of_model(config: ScoreConfig, target: str) -> Sequence[str]:
-    """Of --prompts, or one caption of each image of the reference: image k has number k mod n of them, in an order that is always the same.
-
-    The order is shuffled, because the first images of a data set may be of one class.
-    """
+    """Of --prompts, or `prompts_of_data` of the reference: image k has number k mod n of them."""
     if config.prompts is not None:
         return read_prompts(SampleConfig(model=target, prompts=config.prompts))
     if config.reference is None or Path(config.reference).suffix in (".npz", ".safetensors"):
@@ -214,9 +210,7 @@ def _prompts_of_model(config: ScoreConfig, target: str) -> Sequence[str]:
             f"data set with captions as --reference, or prompts with --prompts FILE"
         )
     source = open_source(reference_data(config.measure, config.reference))
-    captions = [each[k % len(each)] for k, each in enumerate(read_captions(source, config.caption_column)) if each]
-    order = torch.randperm(len(captions), generator=seeding.generator(0, "captions", 0))
-    return [captions[k] for k in order.tolist()]
+    return prompts_of_data(read_captions(source, config.caption_column))
 
 
 def _one_each(source: Source, column: str | None, target: str) -> Sequence[str]:

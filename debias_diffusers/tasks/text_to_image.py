@@ -20,7 +20,7 @@ from ..data import images
 from ..data.captions import summary
 from ..data.labels import row_names
 from ..data.sources import Source
-from ..data.text_dataset import TextData
+from ..data.text_dataset import TextData, prompts_of_data
 from ..data.validation_split import validation_seed
 from ..diffusion.loss import Network
 from ..diffusion.noise_schedule import make_schedule
@@ -203,11 +203,10 @@ class TextToImageTask:
         return digest.hexdigest()
 
     def conditions(self, count: int, as_in_data: bool) -> Sequence[str]:
-        """Prompts: those of the configuration, or captions of the data, the first of each image."""
-        if not as_in_data and self.config.text.sample_prompts:
-            return self.config.text.sample_prompts
-        captions = [each[0] for each in self.data.captions if each]
-        return captions[:count] if as_in_data else list(dict.fromkeys(captions))[:PREVIEW_PROMPTS]
+        """Prompts: as `prompts_of_data` has them, or those of the configuration, or the first captions of the data."""
+        if as_in_data:
+            return prompts_of_data(self.data.captions)[:count]
+        return self.config.text.sample_prompts or list(dict.fromkeys(each[0] for each in self.data.captions if each))[:PREVIEW_PROMPTS]
 
     def condition_names(self, conditions: Sequence[str]) -> Sequence[str]:
         """The beginnings of the prompts."""

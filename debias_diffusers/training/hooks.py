@@ -59,12 +59,13 @@ class EmaImages:
         """`network` has the EMA weights; `batch_size` images are drawn at once, no more than the training has memory for."""
         self.task, self.network, self.accelerator, self.batch_size = task, network, accelerator, batch_size
 
-    def batches(self, count: int, conditions: Sequence[Any]) -> Iterator[tuple[int, Tensor]]:
-        """This process's share of `count` images: (number of the batch, (B, C, H, W) uint8)."""
+    def batches(self, count: int, conditions: Sequence[Any]) -> Iterator[tuple[int, Tensor, Sequence[Any] | None]]:
+        """This process's share of `count` images: number of the batch, (B, C, H, W) uint8, and the B conditions if there are any."""
         processes = self.accelerator.num_processes
         size = min(self.batch_size, -(-count // processes))
         for number, indices in process_batches(range(count), size, self.accelerator.process_index, processes):
-            yield number, self.task.draw(self.network, indices, conditions)
+            images_of_batch = self.task.draw(self.network, indices, conditions)
+            yield number, images_of_batch, [conditions[k % len(conditions)] for k in indices] if conditions else None
 
 
 @dataclass
@@ -83,7 +84,7 @@ class SampleGrid:
             count = GRID_IMAGES // rows * rows  # as many of each condition
             batches = gather_from_all(lambda: list(self.images.batches(count, conditions)), self.images.accelerator.num_processes)
             if self.run:
-                arrays = [image for _, batch in sorted(batches, key=lambda batch: batch[0]) for image in batch.numpy()]
+                arrays = [image for _, batch, _ in sorted(batches, key=lambda batch: batch[0]) for image in batch.numpy()]
                 drawn, names = [images.from_array(array) for array in arrays], self.images.task.condition_names(conditions)
                 picture = images.named_grid(names, [drawn[k::rows] for k in range(rows)]) if conditions else images.grid(drawn)
                 write_file(self.run.folder / SAMPLES / f"{checkpoints.folder_name(step)}.png", images.png(picture))

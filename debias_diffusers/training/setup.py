@@ -183,6 +183,9 @@ def _prepare_text(
     with told_by_the_first(accelerator):
         require_captions(trained)
     task = TextToImageTask(config, base, trained, accelerator, held_out)
+    if monitor:
+        with told_by_the_first(accelerator):
+            monitor.check(task.conditions(monitor.count, as_in_data=True))
     if accelerator.is_main_process:
         task.say_captions()
     config = _with_max_steps(config, len(task.data.source), found, accelerator)

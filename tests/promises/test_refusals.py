@@ -290,6 +290,7 @@ FIELDS = {
     "crop_per_image": ({**CAPTIONED, "crop": "random"}, True, METRICS),
     "sample_prompts": (TEXT, ("a handwritten seven",), None),
     "sample_guidance_scale": (TEXT, 2.0, None),
+    "clip_model": ({**TEXT, "eval_every": 5000, "eval_metrics": "clip_score", "clip_model": "one"}, "other", None),
     "size": ({}, "tiny", None),
     "model_channels": ({}, 16, METRICS),
     "channel_mult": ({}, (1, 1), METRICS),
@@ -436,6 +437,7 @@ def test_every_field_is_in_the_table():
         "task",
         "sample_prompts",
         "sample_guidance_scale",
+        "clip_model",
         "num_epochs",  # stands for max_steps
         "skip_bad",  # shapes the training where there are images to skip, which row 25 shows
         "num_workers",
