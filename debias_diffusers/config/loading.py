@@ -97,7 +97,7 @@ REPLACING = {
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
     """All fields of all sections under their own names."""
-    return {name: value for section in dataclasses.asdict(config).values() for name, value in section.items()}
+    return {name: value for section in vars(config).values() for name, value in vars(section).items()}
 
 
 def update(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:

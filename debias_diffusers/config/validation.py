@@ -85,14 +85,14 @@ def yielded(
     wrong_alone, before, defaults = set(train_problems(resolve(preset))), flatten(preset), flatten(TrainConfig())
     defaults["warmup_steps"] = max(0, config.optimization.max_steps // 10)
     said = []
+    problems = set(train_problems(resolve(config))) - wrong_alone
     for name in YIELDING:
-        problems = set(train_problems(resolve(config))) - wrong_alone
         if not problems or name in typed or before[name] == defaults[name]:
             continue
         other = update(config, {name: defaults[name]})
         if (left := set(train_problems(resolve(other))) - wrong_alone) < problems:
-            config = other
             said.append(f"{name} is {defaults[name]}, and not as configured: {min(problems - left)}")
+            config, problems = other, left
     return config, said
 
 
@@ -110,8 +110,9 @@ def _validation_problems(config: TrainConfig) -> list[str]:
 
 def _evaluation_problems(config: TrainConfig) -> list[str]:
     """Measuring while training: what would be ignored, or cannot be kept or measured."""
-    run, values, defaults = config.run, flatten(config), flatten(TrainConfig())
+    run = config.run
     if not run.eval_every:
+        values, defaults = flatten(config), flatten(TrainConfig())
         names = ("eval_metrics", "eval_images", "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "clip_model")
         older = {"eval_images": 1000}  # its default in the config.json of older runs
         given = [name for name in names if values[name] not in (defaults[name], older.get(name))]
