@@ -221,7 +221,7 @@ def test_latents_are_kept_for_both_flips(bases, tmp_path):
 CAPTIONS = ["naïve “quotes”, 日本語 🎨", 'a "b"\nof two lines', "plain"]
 
 
-@pytest.mark.parametrize("form", ["jsonl", "csv", "txt", "parquet", "list"])
+@pytest.mark.parametrize("form", ["jsonl", "only text", "csv", "txt", "parquet", "list"])
 def test_captions_are_read_as_they_stand(form, tmp_path):
     import datasets
 
@@ -232,8 +232,9 @@ def test_captions_are_read_as_they_stand(form, tmp_path):
     data = pictures(tmp_path / "data", sizes=((8, 8),) * 3)
     expected = [(caption,) for caption in CAPTIONS]
     column, dataset = None, data
-    if form == "jsonl":
-        rows = [{"file_name": f"{k}.png", "text": caption} for k, caption in enumerate(CAPTIONS)]
+    if form in ("jsonl", "only text"):
+        name = "text" if form == "jsonl" else "words"
+        rows = [{"file_name": f"{k}.png", "label": "x", "number": k, name: caption} for k, caption in enumerate(CAPTIONS)]
         (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif form == "csv":
         import csv
@@ -241,6 +242,7 @@ def test_captions_are_read_as_they_stand(form, tmp_path):
         with open(data / "metadata.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([["file_name", "prompt"], *([f"{k}.png", caption] for k, caption in enumerate(CAPTIONS))])
     elif form == "txt":
+        (data / "metadata.csv").write_text("file_name,source\n0.png,a camera\n")  # of which no column has the name of captions
         for k, caption in enumerate(CAPTIONS):
             (data / f"{k}.txt").write_text(caption + "\n\n", encoding="utf-8")
         expected[1] = tuple(CAPTIONS[1].split("\n"))  # a line is a caption
@@ -294,7 +296,12 @@ def test_missing_and_long_captions_are_counted(bases, tmp_path, capsys):
 
 def test_captions_that_cannot_be_read_are_one_sentence(bases, tmp_path):
     folder = pictures(tmp_path / "data", sizes=((8, 8),) * 2)
-    for value, said in (('"\\ud800"', "is not Unicode"), ("5", "captions must be texts"), ("null", "none of 2 images has a caption")):
+    for value, said in (
+        ('"\\ud800"', "is not Unicode"),
+        ("5", "captions must be texts"),
+        ("null", "none of 2 images has a caption"),
+        (json.dumps("a" * 10**7), "a caption has 10000000 characters"),
+    ):
         (folder / "metadata.jsonl").write_text(f'{{"file_name": "0.png", "text": {value}}}\n')
         with pytest.raises(InputError, match=said):
             plan_of(bases["xl"], tmp_path / "run", "--dataset", folder)

@@ -18,6 +18,7 @@ from .sources import ImageFolder, ImageTable, Source, SourceSubset
 Captions = Sequence[tuple[str, ...]]  # by image; () where it has none
 
 COLUMNS = ("text", "caption", "prompt")  # in this order, where no column is named
+MOST_CHARACTERS = 100_000  # of a caption: a text encoder reads some hundred, and millions take minutes to split into tokens
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_CAPTIONS = ("a handwritten {}", "the digit {}", "a handwritten digit {}")
 
@@ -66,8 +67,8 @@ def read_captions(source: Source, column: str | None) -> Captions:
 
     Args:
         source: of images.
-        column: of the captions; if None, the first of `COLUMNS` that there is, else the only column of texts. In a folder without a
-            metadata file that has it, the captions are the lines of `NAME.txt` beside `NAME.png`.
+        column: of the captions; if None, the first of `COLUMNS` that there is, else the only column of texts. In a folder whose metadata
+            file has none of `COLUMNS`, the lines of `NAME.txt` beside `NAME.png` come before another column of texts.
 
     Raises:
         InputError: there are no captions, or the column holds something else.
@@ -78,6 +79,10 @@ def read_captions(source: Source, column: str | None) -> Captions:
             source, ImageFolder
         )
         raise InputError(f"none of {len(found)} images has a caption; {where}name their column with --caption_column")
+    if (longest := max((text for each in found for text in each), key=len, default="")) and len(longest) > MOST_CHARACTERS:
+        raise InputError(
+            f"a caption has {len(longest)} characters, {longest[:40]!r}..., but at most {MOST_CHARACTERS} are read; shorten it"
+        )
     if (broken := broken_text(text for each in found for text in each)) is not None:
         raise InputError(f"caption {broken!r} is not Unicode; write it anew")
     return found
@@ -131,7 +136,11 @@ def _as_list(value: Any) -> list[str]:
 def _of_folder(source: ImageFolder, column: str | None) -> Sequence[Sequence[str]]:
     given = image_folders.read_metadata(source.root, source.split_folder, column, COLUMNS, "caption_column")
     if given is None:
-        return [_beside(source.root / name) for name in source.names]
+        beside = [_beside(source.root / name) for name in source.names]
+        column = None if any(beside) else image_folders.only_text_column(source.root, source.split_folder)
+        if column is None:
+            return beside
+        return _of_folder(source, column)
     path, rows = given
     return [_checked(rows.get(name), path, name) for name in source.names]
 

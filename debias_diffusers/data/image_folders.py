@@ -24,6 +24,7 @@ PREVIEW = "preview"
 GRID = f"{PREVIEW}/grid.png"
 TRAJECTORY = f"{PREVIEW}/trajectory.png"
 METADATA = "metadata.jsonl"
+LABELS = ("label", "class")  # columns of metadata files that are labels
 PACKED = "samples.npz"
 PARTS = "parts"  # images that are not yet in PACKED
 
@@ -159,7 +160,7 @@ def class_folders(found: Listing, split: str) -> list[str]:
 
 
 def read_metadata(
-    root: Path, split: str, column: str | None, usual: Sequence[str] = ("label", "class"), field: str = "label_column"
+    root: Path, split: str, column: str | None, usual: Sequence[str] = LABELS, field: str = "label_column"
 ) -> tuple[Path, dict[str, Any]] | None:
     """Values by the path of an image, from metadata.jsonl or metadata.csv in the folder of the split or in the root.
 
@@ -178,17 +179,37 @@ def read_metadata(
     Raises:
         InputError: it cannot be read, lacks the column, or has two values for one image.
     """
-    for place in dict.fromkeys((split, "")):
-        for path in (root / place / METADATA, root / place / "metadata.csv"):
-            if not path.is_file():
-                continue
-            rows = _rows(path)
-            columns = list(dict.fromkeys(str(name) for row in rows for name in row))
-            if column and column not in columns:
-                raise InputError(f"{field} is {column}, but {path} has only: {', '.join(columns)}")
-            if found := column or next((name for name in usual if name in columns), None):
-                return path, _by_name(path, place, [(row["file_name"], row.get(found)) for row in rows], field.split("_")[0])
+    for place, path in _metadata_files(root, split):
+        rows = _rows(path)
+        columns = _columns(rows)
+        if column and column not in columns:
+            raise InputError(f"{field} is {column}, but {path} has only: {', '.join(columns)}")
+        if found := column or next((name for name in usual if name in columns), None):
+            return path, _by_name(path, place, [(row["file_name"], row.get(found)) for row in rows], field.split("_")[0])
     return None
+
+
+def only_text_column(root: Path, split: str) -> str | None:
+    """The column of texts of the first metadata file, if it has one beside labels; arguments as of `read_metadata`."""
+    for _, path in _metadata_files(root, split):
+        rows = _rows(path)
+        texts = [name for name in _columns(rows) if name not in ("file_name", *LABELS) and all(_is_text(row.get(name)) for row in rows)]
+        return texts[0] if len(texts) == 1 else None
+    return None
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+
+
+def _metadata_files(root: Path, split: str) -> list[tuple[str, Path]]:
+    """The metadata files that there are, each with the folder that its paths are relative to: "" is the root."""
+    places = [(place, root / place / name) for place in dict.fromkeys((split, "")) for name in (METADATA, "metadata.csv")]
+    return [(place, path) for place, path in places if path.is_file()]
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(str(name) for row in rows for name in row))
 
 
 def _by_name(path: Path, place: str, rows: Sequence[tuple[str, Any]], what: str) -> dict[str, Any]:

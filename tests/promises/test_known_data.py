@@ -6,7 +6,7 @@ import shutil
 import datasets
 import numpy as np
 import pytest
-from conftest import launched, newest_step, run, train_args
+from conftest import as_ranks, newest_step, run, train_args
 from PIL import Image
 from test_bad_data import encoded, noise
 
@@ -66,7 +66,7 @@ def test_one_image_in_colours_decides_and_resumes_keep_to_it(tmp_path):
 @pytest.mark.row(79, ROW_79)
 def test_two_processes_decide_the_same(tmp_path):
     data = folder_of(tmp_path / "mixed", "LCLL")  # the second process has the one in colours
-    code, err = launched(2, *train_args(tmp_path / "run", "--dataset", data, "--max_steps", 4))
+    code, err = as_ranks(2, *train_args(tmp_path / "run", "--dataset", data, "--max_steps", 4))
     assert code == 0 and err.count("1 of 4 images have colours") == 1, err
     assert state(tmp_path / "run")["network"]["in_channels"] == 3
 

@@ -126,6 +126,7 @@ sys.exit(cli.train(sys.argv[1:]))
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.row(64, NO_WORKER)
 def test_an_error_that_is_not_ours_ends_a_process_with_workers(tmp_path, trials):
     trials()
