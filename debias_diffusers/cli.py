@@ -26,6 +26,7 @@ from .config.schema import (
     PushConfig,
     SampleConfig,
     ScoreConfig,
+    SingleConfig,
     StatsConfig,
     TrainConfig,
     WeightsConfig,
@@ -327,11 +328,13 @@ EVALUATIONS = {"score": _score, "compare": _compare, "stats": _stats, "bpd": _bi
 
 CONVERT_HELP = """
   guided MODEL.pt OUT --flags FLAGS   a checkpoint of guided-diffusion (the paper's code, ADM, P2, Min-SNR) to a pipeline
-  export MODEL OUT.pt                 the network of a run or pipeline to a checkpoint that guided-diffusion loads"""
+  export MODEL OUT.pt                 the network of a run or pipeline to a checkpoint that guided-diffusion loads
+  single MODEL.safetensors OUT        a single file of Stable Diffusion XL, 2.x or 1.x to a pipeline folder
+  single MODEL OUT.safetensors        a run or pipeline of them to a single file, which other programs load"""
 
 
 def _convert(argv: list[str], program: str) -> None:
-    _dispatch({"guided": _guided, "export": _export}, CONVERT_HELP, argv, program)
+    _dispatch({"guided": _guided, "export": _export, "single": _single}, CONVERT_HELP, argv, program)
 
 
 def _guided(argv: list[str], program: str) -> None:
@@ -349,6 +352,17 @@ def _export(argv: list[str], program: str) -> None:
     from .convert import guided_diffusion
 
     guided_diffusion.export(**dataclasses.asdict(config))
+
+
+def _single(argv: list[str], program: str) -> None:
+    config = parse(SingleConfig, argv, None, program, SingleConfig.__doc__ or "")
+    raise_all(validation.single_problems(config))
+    from .convert import single_file
+
+    if Path(config.out).suffix == ".safetensors":
+        single_file.pack(config.model, config.out, config.dtype)
+    else:
+        single_file.unpack(config.model, config.out, config.config)
 
 
 PUSH_HELP = """

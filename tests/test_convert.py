@@ -51,7 +51,7 @@ def test_a_converted_network_computes_what_the_reference_computes(name, tmp_path
 
 def test_the_module_is_the_command():
     process = command("-m", "debias_diffusers.convert", "--help")
-    assert "{guided,export}" in process.communicate(timeout=HANG)[0] and process.returncode == 0
+    assert "{guided,export,single}" in process.communicate(timeout=HANG)[0] and process.returncode == 0
 
 
 def test_the_command_converts_and_stock_diffusers_draws_with_the_result(tmp_path, capfd):

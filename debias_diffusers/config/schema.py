@@ -431,6 +431,17 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SingleConfig:
+    """Convert a single-file checkpoint of Stable Diffusion XL, 2.x or 1.x to a pipeline folder, or a pipeline to such a file."""
+
+    model: str  # the .safetensors; or a run directory, a pipeline folder or a Hub id
+    out: str  # output folder, which must not exist; or output file, .safetensors
+    # of a file: a pipeline folder or Hub id with configurations and tokenizers; if left out the usual one of Stable Diffusion XL or 1.x
+    config: str | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # precision of the weights in an output file
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushConfig:
     """Push a run to the Hub, or what is missing of it. The same command resumes a push."""
 

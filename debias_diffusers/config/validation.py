@@ -31,6 +31,7 @@ from .schema import (
     RunConfig,
     SampleConfig,
     ScoreConfig,
+    SingleConfig,
     StatsConfig,
     Task,
     TrainConfig,
@@ -574,6 +575,19 @@ def _clip_problems(field: str, metrics: str, clip_model: str | None) -> list[str
         return ["clip_model is missing, which clip_score needs; name a CLIPModel of transformers, such as openai/clip-vit-large-patch14"]
     if clip_model and not clip:
         return [f"clip_model is {clip_model}, but {field} has no clip_score; add it, or leave clip_model out"]
+    return []
+
+
+def single_problems(config: SingleConfig) -> list[str]:
+    """A conversion from neither a single file nor to one, or from one to another."""
+    given, made = (PurePath(path).suffix == ".safetensors" for path in (config.model, config.out))
+    if given == made:
+        what = "both are" if given else "none is"
+        return [f"of model {config.model} and out {config.out} one must be a .safetensors file, but {what}; name a folder and a file"]
+    if made and config.config:
+        return [f"config is {config.config}, but {config.model} has its own; leave config out"]
+    if given and config.dtype != "float32":
+        return [f"dtype is {config.dtype}, but a folder keeps the precision of the file; leave dtype out"]
     return []
 
 

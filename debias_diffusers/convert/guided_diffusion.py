@@ -31,12 +31,13 @@ from ..tasks.unet import build_unet, differing_fields, require_finite
 from ..utils.console import say
 from ..utils.files import (
     fsync_file,
+    new_folder,
     read_json_object,
     remove_old_temporary_files,
     remove_temporary_files,
+    require_new_file,
     temporary_folder,
     translate_write_errors,
-    user_files,
     write_file,
 )
 from .state_dicts import (
@@ -154,7 +155,7 @@ def guided(model: str, flags: str, out: str) -> None:
     Raises:
         InputError: a file cannot be read, weights and flags conflict, or UNet2DModel does not support the network.
     """
-    given, folder = read_flags(flags), _new_folder(out)
+    given, folder = read_flags(flags), new_folder(out)
     if not Path(model).exists():
         raise InputError(f"model {model} does not exist; name a .pt file")
     raise_all(_missing(given), "flags")
@@ -201,18 +202,6 @@ def _network(model: str, given: Mapping[str, Any], values: Mapping[str, Any]) ->
     unet = build_unet(unet_arguments(shape, told, values["image_size"], head_dim, state["input_blocks.0.0.weight"].shape[1]))
     _load(unet, from_guided(state, shape, head_dim, values["use_new_attention_order"]), model)
     return unet
-
-
-def _new_folder(out: str) -> Path:
-    try:
-        folder = Path(out).resolve()
-        # Temporary files of a killed conversion do not count.
-        free = not folder.exists() or (folder.is_dir() and not user_files(folder))
-    except (OSError, RuntimeError, ValueError) as error:  # for a loop of links, among others
-        raise InputError(f"{out!r:.80} cannot be a folder ({reason(error)}); name a new or empty one") from error
-    if not (out and free):
-        raise InputError(f"{out} already exists; name a new or empty folder" if out else "the name of the folder is empty; name a new one")
-    return folder
 
 
 def _load(unet: UNet2DModel, weights: State, model: str) -> None:
@@ -278,7 +267,8 @@ def export(model: str, out: str, allow_pickle_import: bool = False) -> None:
         InputError: guided-diffusion does not support the network, prediction type or noise schedule.
     """
     flags_file = Path(f"{out}.flags.json")
-    _require_new_file(out, str(flags_file))
+    require_new_file(out, "model.pt")
+    require_new_file(str(flags_file), "model.pt")
     pipeline = load_pipeline(model, allow_pickle_import)
     unet, own = pipeline.unet, pipeline.scheduler
     if not (isinstance(unet, UNet2DModel) and isinstance(unet.config.sample_size, int) and unet.config.attention_head_dim):
@@ -313,16 +303,6 @@ def export(model: str, out: str, allow_pickle_import: bool = False) -> None:
         flags_file.unlink(missing_ok=True)  # else the same command would refuse to replace it
         raise
     say(f"{out}: load it with the flags in {flags_file}")
-
-
-def _require_new_file(*paths: str) -> None:
-    for path in paths:
-        if not path:
-            raise InputError("the name of the file is empty; name a new one, such as model.pt")
-        if "\0" in path:
-            raise InputError(f"{path!r:.80} cannot be a file (it has a zero byte in it); name a new one, such as model.pt")
-        if os.path.lexists(path):
-            raise InputError(f"{path} already exists; name a new file, such as model.pt")
 
 
 def _unsupported_by_guided_diffusion(unet: UNet2DModel, own: Any, shape: Shape) -> list[str]:

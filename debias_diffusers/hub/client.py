@@ -275,9 +275,12 @@ def download_model(name: str, variant: str | None = None, allow_pickle: bool = F
     return folder
 
 
-def configurations(model: str) -> Path:
-    """A folder with the configuration files of a model: its own, or what is downloaded of a Hub id; raises as `pinned`."""
-    return download_files(model, ["*.json"]) if is_model_id(model) else Path(model)
+def configurations(model: str, *more: str) -> Path:
+    """A folder with the configuration files of a model: its own, or what is downloaded of a Hub id; raises as `pinned`.
+
+    `more` are patterns of other files to download.
+    """
+    return download_files(model, ["*.json", *more]) if is_model_id(model) else Path(model)
 
 
 def download_files(name: str, patterns: list[str]) -> Path:

@@ -151,8 +151,10 @@ def _folder(field: str, name: str) -> Path:
         return client.download_model(name)
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        what = "is a file, and single files are not read" if folder.is_file() else "does not exist"
-        raise InputError(f"{field} {name} {what}; name a pipeline folder, a run directory or a Hub id such as user/name")
+        if folder.is_file():
+            advice = f"make a folder of it once: python -m debias_diffusers.convert single {name} {folder.with_suffix('').name}"
+            raise InputError(f"{field} {name} is a file; {advice}")
+        raise InputError(f"{field} {name} does not exist; name a pipeline folder, a run directory or a Hub id such as user/name")
     return folder
 
 

@@ -211,6 +211,29 @@ def require_replaceable(field: str, path: Path, is_ours: Callable[[Path], bool])
         raise InputError(f"{field} {path} already exists and was not written by this command; name a new file, or remove it")
 
 
+def new_folder(out: str) -> Path:
+    """The absolute path of a folder that is to be made. Raises InputError if there is something that is not an empty folder."""
+    try:
+        folder = Path(out).resolve()
+        # Temporary files of a killed conversion do not count.
+        free = not folder.exists() or (folder.is_dir() and not user_files(folder))
+    except (OSError, RuntimeError, ValueError) as error:  # for a loop of links, among others
+        raise InputError(f"{out!r:.80} cannot be a folder ({reason(error)}); name a new or empty one") from error
+    if not (out and free):
+        raise InputError(f"{out} already exists; name a new or empty folder" if out else "the name of the folder is empty; name a new one")
+    return folder
+
+
+def require_new_file(path: str, example: str) -> None:
+    """Raises InputError if a file cannot be made because there is one, or its name is none; `example` is a name that can."""
+    if not path:
+        raise InputError(f"the name of the file is empty; name a new one, such as {example}")
+    if "\0" in path:
+        raise InputError(f"{path!r:.80} cannot be a file (it has a zero byte in it); name a new one, such as {example}")
+    if os.path.lexists(path):
+        raise InputError(f"{path} already exists; name a new file, such as {example}")
+
+
 def acquire_lock(folder: Path) -> IO[str]:
     """Creates and locks a folder. Closing the returned file unlocks it; the kernel closes it when the process ends.
 
