@@ -1,0 +1,310 @@
+"""How fast a text-to-image training is, beside a plain loop of stock pieces in the manner of diffusers' example scripts.
+
+    python benchmarks/text_to_image.py                             # on CPUs the cases tiny and medium, on an accelerator full, too
+    python benchmarks/text_to_image.py --cases tiny --rounds 5 --json text.json
+
+Case tiny is the packaged base model of the captioned digits at its batch of 64. Medium has a UNet of 31 million parameters at 128x128
+and a VAE that takes a fifth of its FLOPs, as SDXL's takes a quarter (counted: 20.2 and 4.9 TFLOP for an image of 1024x1024). Full is
+Stable Diffusion XL's own size with random weights, at 512x512 in bf16.
+
+Both load the same files, encode captions once, train with AdamW (full: Adafactor) and one average, clip, and read the loss: the plain
+loop in each step. `known` has the latents of all images before the first step, `encoded` computes them in each. Each runs in a process
+of its own, all in turn, `--rounds` times; a table has the medians. "outside" is the share of the time that is neither forward (with
+the VAE), backward nor update.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import training
+from training import Clock
+
+PLAIN, OURS, KNOWN, ENCODED = "plain loop", "train.py", "known", "encoded"
+USUAL = (
+    "--lr_schedule constant --warmup_steps 0 --sample_every 0 --checkpoint_every 0 --max_grad_norm 1 --learning_rate 1e-4 --num_workers 0"
+)
+CASES = {
+    "tiny": "--resolution 8 --batch_size 64 --ema_decay 0.995",
+    "medium": "--resolution 128 --batch_size 4 --ema_decay 0.995",
+    "full": "--resolution 512 --batch_size 4 --ema_decay 0 --mixed_precision bf16 --gradient_checkpointing --optimizer adafactor",
+}
+IMAGES = {"tiny": 512, "medium": 64, "full": 32}
+MEDIUM_UNET = {
+    "block_out_channels": [64, 128, 256],
+    "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 1, 2],
+    "attention_head_dim": [2, 4, 8],
+    "norm_num_groups": 32,
+}
+MEDIUM_VAE = {
+    "block_out_channels": [16, 32, 64, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "mid_block_add_attention": True,
+}
+FULL_UNET = MEDIUM_UNET | {
+    "block_out_channels": [320, 640, 1280],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+}
+FULL_VAE = MEDIUM_VAE | {"block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32}
+UNETS, VAES = {"medium": MEDIUM_UNET, "full": FULL_UNET}, {"medium": MEDIUM_VAE, "full": FULL_VAE}
+
+
+# ---- what is trained -------------------------------------------------------------------------------------------------
+
+
+def make_base(case: str, folder: Path) -> None:
+    """The packaged base model with a random UNet of this case, and a random VAE where the case has another."""
+    import shutil
+
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from debias_diffusers.tasks.base_model import PACKAGED
+
+    shutil.copytree(PACKAGED, folder)
+    torch.manual_seed(0)
+    parts: list[tuple[str, Any, dict[str, Any]]] = [("unet", UNet2DConditionModel, UNETS.get(case, {}))]
+    parts += [("vae", AutoencoderKL, VAES[case])] if case in VAES else []
+    for name, kind, changes in parts:
+        config = json.loads((folder / name / "config.json").read_text()) | changes
+        kind.from_config(config).save_pretrained(folder / name)
+
+
+def make_data(folder: Path, count: int, side: int) -> None:
+    """Made-up pictures with captions beside them."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for k in range(count):
+        small = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        small.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{k:04d}.png")
+        (folder / f"{k:04d}.txt").write_text(f"a handwritten {('one', 'two', 'three', 'four')[k % 4]}")
+
+
+# ---- the plain loop --------------------------------------------------------------------------------------------------
+
+
+def plain(flags: list[str], clock: Clock) -> dict[str, Any]:
+    """A loop of stock pieces with the same network, data and loss."""
+    import torch
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+    from diffusers.training_utils import EMAModel
+
+    from debias_diffusers.cli import train_config
+    from debias_diffusers.utils import distributed
+
+    known = "random" not in flags  # the crop of ours, with which it encodes in each step
+    config = train_config(flags, None)
+    optim = config.optimization
+    accelerator = Accelerator(mixed_precision=optim.mixed_precision)
+    distributed.set_threads(optim.num_threads)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(config.text.base_model, add_watermarker=False).to(accelerator.device)
+    unet, vae = pipeline.unet.train(), pipeline.vae.requires_grad_(False)
+    if optim.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    scheduler = DDPMScheduler.from_pretrained(config.text.base_model, subfolder="scheduler")
+    data = _PlainData(config, pipeline, known)
+    optimizer = _optimizer(unet, optim.optimizer, optim.learning_rate)
+    average = EMAModel(unet.parameters(), decay=optim.ema_decay[0]) if optim.ema_decay[0] else None
+    loader = torch.utils.data.DataLoader(data, batch_size=optim.batch_size, shuffle=True, drop_last=True)
+    unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
+    step = 0
+    while step < optim.max_steps:
+        for batch in clock.batches(lambda: loader)():
+            with clock.part("forward"):
+                posterior = batch["mean"] + batch["std"] * torch.randn_like(batch["mean"]) if known else _encoded(vae, batch["pixels"])
+                latents = posterior * vae.config.scaling_factor
+                noise = torch.randn_like(latents)
+                t = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+                noisy = scheduler.add_noise(latents, noise, t)
+                added = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}
+                predicted = unet(noisy, t, batch["text"], added_cond_kwargs=added, return_dict=False)[0]
+                v = scheduler.config.prediction_type == "v_prediction"
+                target = scheduler.get_velocity(latents, noise, t) if v else noise
+                loss = torch.nn.functional.mse_loss(predicted.float(), target.float())
+                mean_loss = accelerator.gather(loss.repeat(optim.batch_size)).mean()
+            with clock.part("backward"):
+                accelerator.backward(loss)
+            _ = clock.signum
+            with clock.part("update"):
+                accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                if average:
+                    average.step(unet.parameters())
+            with clock.part("logging"):
+                mean_loss.item()
+            step += 1
+            if step == optim.max_steps:
+                break
+    return {}
+
+
+def _optimizer(unet: Any, name: str, rate: float) -> Any:
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(unet.parameters(), lr=rate, relative_step=False, scale_parameter=False)
+    import torch
+
+    return torch.optim.AdamW(unet.parameters(), lr=rate)
+
+
+def _encoded(vae: Any, pixels: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return vae.encode(pixels).latent_dist.sample()
+
+
+class _PlainData:
+    """Images as tensors, or their posteriors, with the embeddings of their captions."""
+
+    def __init__(self, config: Any, pipeline: Any, known: bool) -> None:
+        import torch
+        from torchvision import transforms
+
+        folder, side = Path(config.data.dataset), config.data.resolution
+        self.paths, self.known = sorted(folder.glob("*.png")), known
+        self.captions = [path.with_suffix(".txt").read_text() for path in self.paths]
+        self.transform = transforms.Compose(
+            [transforms.Resize(side), transforms.CenterCrop(side), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+        )
+        with torch.no_grad():
+            self.embeddings = {
+                caption: pipeline.encode_prompt(caption, do_classifier_free_guidance=False) for caption in set(self.captions)
+            }
+        self.time_ids = torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32)
+        if known:
+            with torch.no_grad():
+                self.posteriors = [
+                    pipeline.vae.encode(self._pixels(k)[None].to(pipeline.device)).latent_dist for k in range(len(self.paths))
+                ]
+
+    def _pixels(self, k: int) -> Any:
+        from PIL import Image
+
+        return self.transform(Image.open(self.paths[k]).convert("RGB"))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        text, _, pooled, _ = self.embeddings[self.captions[k]]
+        common = {"text": text[0], "pooled": pooled[0], "time_ids": self.time_ids}
+        if self.known:
+            return common | {"mean": self.posteriors[k].mean[0], "std": self.posteriors[k].std[0]}
+        return common | {"pixels": self._pixels(k)}
+
+
+# ---- measurements ----------------------------------------------------------------------------------------------------
+
+
+def one(options: argparse.Namespace) -> None:
+    """Trains once and prints what was seen as JSON."""
+    training.baseline = plain
+    training.one(options)
+
+
+def measured(name: str, flags: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One run in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        kind = training.BASELINE if name == PLAIN else name
+        command = [sys.executable, __file__, "--one", kind, f"--flags={flags}", "--folder", folder, "--started", str(time.time())]
+        command += ["--steps", str(options.steps), "--warm", str(options.warm)] + ["--cpu_time"] * options.cpu_time
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name}: {shlex.join(command)} ended with {done.returncode}\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def case(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Both loops, with latents known and encoded, in turn, several times: the medians."""
+    make_base(name, folder / name)
+    side, batch = (int(CASES[name].split(f"--{flag} ")[1].split()[0]) for flag in ("resolution", "batch_size"))
+    make_data(folder / f"{name}-data", IMAGES[name], side)
+    flags = f"--base_model {folder / name} --dataset {folder / f'{name}-data'} {CASES[name]} {USUAL}"
+    flags += " --num_threads 1" * options.cpu_time
+    variants = {(which, loop): f"{flags}{' --crop random' * (which == ENCODED)}" for which in (KNOWN, ENCODED) for loop in (PLAIN, OURS)}
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in variants}
+    for _ in range(options.rounds):
+        for key, all_flags in variants.items():
+            runs[key].append(measured(key[1], all_flags, options))
+    rows = {}
+    for (which, loop), several in runs.items():
+        row = training.median(several)
+        inside = sum(row["parts"][part] for part in ("forward", "backward", "update"))
+        ratio = statistics.median(p["seconds"] / o["seconds"] for p, o in zip(runs[which, PLAIN], several))
+        rows[f"{loop}, {which}"] = row | {
+            "images_per_second": batch / row["seconds"],
+            "ratio": ratio,
+            "outside": 1 - inside / row["seconds"],
+        }
+    return rows
+
+
+def table(name: str, rows: dict[str, Any]) -> str:
+    """A case in Markdown."""
+    lines = [
+        f"case {name}: {CASES[name]}",
+        "",
+        "| | images/s | of the plain loop | ms/step | outside | peak MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, row in rows.items():
+        speed = f"{row['images_per_second']:.1f} | {row['ratio']:.2f} | {1000 * row['seconds']:.1f} | {row['outside']:.1%}"
+        lines.append(f"| {key} | {speed} | {row['peak_mb']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures and prints."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES) if gpu else ["tiny", "medium"])
+    parser.add_argument("--steps", type=int, default=40, help="steps that count, of each run")
+    parser.add_argument("--warm", type=int, default=10, help="steps before them")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cpu_time", action="store_true", help="one CPU thread, whose own seconds count: for a machine at other work")
+    parser.add_argument("--json", help="write all figures to this file")
+    for name in ("--one", "--flags", "--folder"):  # of a process that this one starts
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--wait", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        one(options)
+        return
+    where = torch.cuda.get_device_name() if gpu else f"{len(os.sched_getaffinity(0))} CPU cores"
+    print(f"{where}, torch {torch.__version__}, medians of {options.rounds} runs of {options.steps} steps\n")
+    everything: dict[str, Any] = {"device": where, "torch": torch.__version__, "cases": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.cases:
+            everything["cases"][name] = case(name, options, Path(folder))
+            print(table(name, everything["cases"][name]), flush=True)
+    if options.json:
+        Path(options.json).write_text(json.dumps(everything, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
