@@ -23,6 +23,7 @@ from .config.schema import (
     BitsConfig,
     ExportConfig,
     GuidedConfig,
+    LoraFormatConfig,
     PushConfig,
     SampleConfig,
     ScoreConfig,
@@ -33,6 +34,7 @@ from .config.schema import (
 )
 from .errors import CannotWriteError, DebiasError, InputError, raise_all
 from .parsing import field_name, parse
+from .runs.lora_folder import lora_problems
 from .runs.model_folder import check_sampling, pixel_problems, task_of
 from .runs.run_directory import kept_values, run_values, sampling_problems, shown_values
 from .utils import console, launcher, text_libraries
@@ -77,7 +79,7 @@ HELP = """
   train      train a model, or resume a run
   sample     draw images with a trained model
   eval       evaluate models and objectives
-  convert    checkpoints of guided-diffusion to pipelines, and back
+  convert    checkpoints of guided-diffusion to pipelines, and back; LoRAs to the names of kohya's scripts, and back
   hub        push a run to the Hub"""
 
 
@@ -330,11 +332,12 @@ CONVERT_HELP = """
   guided MODEL.pt OUT --flags FLAGS   a checkpoint of guided-diffusion (the paper's code, ADM, P2, Min-SNR) to a pipeline
   export MODEL OUT.pt                 the network of a run or pipeline to a checkpoint that guided-diffusion loads
   single MODEL.safetensors OUT        a single file of Stable Diffusion XL, 2.x or 1.x to a pipeline folder
-  single MODEL OUT.safetensors        a run or pipeline of them to a single file, which other programs load"""
+  single MODEL OUT.safetensors        a run or pipeline of them to a single file, which other programs load
+  lora LORA OUT --format FORMAT       a LoRA to the names of kohya's scripts (sd-scripts), or from these to those of diffusers"""
 
 
 def _convert(argv: list[str], program: str) -> None:
-    _dispatch({"guided": _guided, "export": _export, "single": _single}, CONVERT_HELP, argv, program)
+    _dispatch({"guided": _guided, "export": _export, "single": _single, "lora": _lora}, CONVERT_HELP, argv, program)
 
 
 def _guided(argv: list[str], program: str) -> None:
@@ -363,6 +366,14 @@ def _single(argv: list[str], program: str) -> None:
         single_file.pack(config.model, config.out, config.dtype)
     else:
         single_file.unpack(config.model, config.out, config.config)
+
+
+def _lora(argv: list[str], program: str) -> None:
+    config = parse(LoraFormatConfig, argv, None, program, LoraFormatConfig.__doc__ or "")
+    raise_all(lora_problems("lora", config.lora))
+    from .convert import lora
+
+    lora.convert(**dataclasses.asdict(config))
 
 
 PUSH_HELP = """

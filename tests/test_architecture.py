@@ -47,6 +47,7 @@ USERS = {
     "matplotlib": {"evaluation.plots"},
     "psutil": {"utils.memory"},
     "transformers": {"pipelines.text_pipeline", "evaluation.feature_extractors", "tasks.frozen_parts"},
+    "peft": {"tasks.lora"},
     "bitsandbytes": {"training.optimizer_step"},
 }
 

@@ -51,7 +51,7 @@ def test_a_converted_network_computes_what_the_reference_computes(name, tmp_path
 
 def test_the_module_is_the_command():
     process = command("-m", "debias_diffusers.convert", "--help")
-    assert "{guided,export,single}" in process.communicate(timeout=HANG)[0] and process.returncode == 0
+    assert "{guided,export,single,lora}" in process.communicate(timeout=HANG)[0] and process.returncode == 0
 
 
 def test_the_command_converts_and_stock_diffusers_draws_with_the_result(tmp_path, capfd):
@@ -579,7 +579,7 @@ def test_a_target_that_the_weights_cannot_tell_is_to_be_checked(target, warned, 
 @pytest.mark.parametrize(
     "argv, named",
     [
-        (["guide"], "guided or export"),
+        (["guide"], "guided, export, lora"),
         (["guided", "x.pt"], "out is missing: output folder of the pipeline"),
         (["export", "none", "o.pt"], "none"),
     ],

@@ -109,11 +109,9 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("max_token_length", "--caption_chunks", "a number of inputs of 75 tokens: 3 for 225"),
     ("caption text_column captions_column", "--caption_column", ""),
     ("random_crop", "--crop random", "of a text-to-image model; pixel models are cropped at the center"),
-    (
-        "lora rank lora_rank network_dim network_alpha network_module network_args lora_alpha",
-        "",
-        "all weights are trained, no LoRA",
-    ),
+    ("lora rank network_dim lora_r", "--lora_rank", "of a text-to-image model"),
+    ("network_alpha", "--lora_alpha", "of a text-to-image model"),
+    ("network_module network_args target_modules lora_layers", "--lora_rank --lora_targets", "adapters by peft, of a text-to-image model"),
     ("train_text_encoder text_encoder_lr clip_skip tokenizer_name", "", "text encoders stay as they are; the UNet alone is trained"),
     (
         "cache_latents vae_batch_size cache_text_embeddings",

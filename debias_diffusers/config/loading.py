@@ -18,7 +18,18 @@ from .aliases import suggestion, written_suggestion
 from .hub_names import PINNED, was_pinned
 from .ranges import field_types
 from .registry import TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, parameters_of
-from .schema import SIZE_FIELDS, HubConfig, ModelConfig, NoiseConfig, TextConfig, TrainConfig, channel_mult, network_of_size, noise_schedule
+from .schema import (
+    SIZE_FIELDS,
+    HubConfig,
+    LoraConfig,
+    ModelConfig,
+    NoiseConfig,
+    TextConfig,
+    TrainConfig,
+    channel_mult,
+    network_of_size,
+    noise_schedule,
+)
 
 CONFIG = "config.json"  # of a run directory
 CHANGES = "changes"  # there, beside the fields: what --allow_change changed, and at which step
@@ -61,6 +72,7 @@ _BASE, _CAPTIONS = "the network has learned the latents and embeddings of it", "
 _DATA = "it says what the images and labels of the data set are"
 NEVER = {
     **{f.name: _NETWORK for f in dataclasses.fields(ModelConfig) if f.name not in ON_PURPOSE | NOT_STORED},
+    **{f.name: _NETWORK for f in dataclasses.fields(LoraConfig)},
     **dict.fromkeys(("resolution", "channels", "class_conditional", "learn_sigma"), _NETWORK),
     **dict.fromkeys(PARAMETERIZATION, _MEANING),
     **dict.fromkeys(("split", "image_column", "label_column"), _DATA),
@@ -77,7 +89,7 @@ NEVER = {
 BEFORE_THE_FIELD = {"ema_warmup": False}
 
 # Fields of one task, which are no fields of the other.
-TEXT_FIELDS = {"task", *(f.name for f in dataclasses.fields(TextConfig))}
+TEXT_FIELDS = {"task", *(f.name for part in (TextConfig, LoraConfig) for f in dataclasses.fields(part))}
 PIXEL_FIELDS = {
     *(f.name for f in dataclasses.fields(ModelConfig)), "channels", "class_conditional", "label_column", "label_dropout", "init",
     "allow_pickle_import", "cache_images_mb", "learn_sigma", "variance_type",
@@ -117,8 +129,15 @@ def is_text(config: TrainConfig) -> bool:
 
 def stored(config: TrainConfig) -> dict[str, Any]:
     """The flat fields as they stand in a run's config.json, without those of another task: lists in place of tuples."""
-    left_out = NOT_STORED | (PIXEL_FIELDS if is_text(config) else TEXT_FIELDS)
+    left_out = NOT_STORED | fields_of_other_tasks(config)
     return as_json({name: value for name, value in flatten(config).items() if name not in left_out})
+
+
+def fields_of_other_tasks(config: TrainConfig) -> set[str]:
+    """The fields that have no meaning in the task of a configuration. A LoRA can start from another one."""
+    if not is_text(config):
+        return TEXT_FIELDS
+    return PIXEL_FIELDS - {"init"} if config.lora.lora_rank and config.optimization.init else PIXEL_FIELDS
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,6 +297,8 @@ def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig
     if config.data.resolution and not is_text(config) and (config.model.size or not config.model.model_config):
         values |= _network(config.model, config.data.resolution)
     values["noise_schedule"] = noise_schedule(config.objective)
+    if config.lora.lora_rank and config.lora.lora_alpha is None:
+        values["lora_alpha"] = float(config.lora.lora_rank)
     for name, given in (("init", config.optimization.init), ("base_model", config.text.base_model), ("vae", config.text.vae)):
         if given:
             values[name] = given.rstrip("/") or "/"  # of a folder, with which a resume must not differ from without

@@ -24,6 +24,7 @@ ImageFormat = Literal["png", "webp", "npz"]
 Precision = Literal["no", "fp16", "bf16"]
 Task = Literal["pixels", "text_to_image"]
 OptimizerName = Literal["adamw", "adafactor", "adamw8bit"]
+LoraFormat = Literal["kohya", "diffusers"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 if TYPE_CHECKING:
     TimestepSamplerName = str
@@ -130,6 +131,18 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Text-to-image only: LoRA adapters, which are trained in place of the weights of the UNet."""
+
+    # rank of LoRA adapters: they alone are trained, and the UNet stays as it is; the whole UNet is trained if left out
+    lora_rank: Annotated[int | None, at_least(1, 16)] = None
+    # alpha of LoRA: what an adapter adds is multiplied by alpha / rank; the rank if left out
+    lora_alpha: Annotated[float | None, above(0, 16)] = None
+    # modules that get an adapter: names, or their ends, as target_modules of peft
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The UNet that is built: these numbers, a size that stands for them, or a UNet2DModel configuration file."""
 
@@ -213,7 +226,9 @@ class OptimizationConfig:
     max_grad_norm: Annotated[float, at_least(0, 1, zero="off")] = 0.0  # gradient norm clipping; 0 is off
     ema_decay: tuple[float, ...] = (0.9999,)  # EMA decay rates; the EMA weights of the first are exported; 0 is off
     ema_warmup: bool = True  # EMA warmup: at step n the rates are at most (1 + n) / (10 + n)
-    init: str | None = None  # pretrained model to start from: a run directory, a pipeline folder, or a Hub id (user/name@revision)
+    # pretrained model to start from: a run directory, a pipeline folder, or a Hub id (user/name@revision); with lora_rank a LoRA, as a
+    # run directory, a .safetensors file, or a Hub id
+    init: str | None = None
     allow_pickle_import: bool = False  # also from .bin weights, read as tensors only
     mixed_precision: Precision | None = None  # mixed precision training; as the launcher says if left out, else no
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: much less memory, steps take a third longer
@@ -275,6 +290,7 @@ class TrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -302,6 +318,10 @@ class SampleConfig:
     negative_prompt: str | None = None  # text-to-image models: what guidance leads away from; as the model says if left out
     width: Side = None  # text-to-image models: width of the images in pixels; that of the model if left out
     height: Side = None  # text-to-image models: height of the images in pixels; that of the model if left out
+    # text-to-image models: LoRAs, each a run directory, a .safetensors file or a Hub id, with a strength if it is not 1, such as runs/a:0.8
+    lora: tuple[str, ...] = ()
+    # base model of a model that is a LoRA: a pipeline folder or a Hub id with the files that it was trained on; as it says if left out
+    base_model: str | None = None
     scheduler: Annotated[SchedulerName | None, Doc(_SCHEDULER)] = None
     steps: Annotated[int | None, at_least(1, 20)] = None  # number of inference steps; 20 if left out
     spacing: Spacing = "linspace"  # timestep spacing, as in diffusers; stride: with a whole stride from 0 on
@@ -366,6 +386,7 @@ class ScoreConfig:
     caption_column: str | None = None
     # model of clip_score: a CLIPModel of transformers, as a folder, or as the name of a repository that is in the cache
     clip_model: str | None = None
+    base_model: str | None = None  # base model of targets that are LoRAs; as they say if left out
     # number of images of each target: of a folder or an .npz a random subset, all if left out; of a model as many as the reference has
     num_images: Annotated[int | None, NUM_IMAGES] = None
     schedulers: str = ""  # schedulers (solvers) for models, separated by commas; as in sample.py if left out
@@ -439,6 +460,15 @@ class SingleConfig:
     # of a file: a pipeline folder or Hub id with configurations and tokenizers; if left out the usual one of Stable Diffusion XL or 1.x
     config: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # precision of the weights in an output file
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFormatConfig:
+    """Convert a LoRA to the names of kohya's scripts (sd-scripts), which most interfaces read, or from these to those of diffusers."""
+
+    lora: str  # a run directory, a .safetensors file or a Hub id
+    out: str  # output: with format kohya a file, FILE.safetensors, with format diffusers a folder; it must not exist
+    format: LoraFormat = "kohya"  # names of the tensors of the output
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,13 @@ from pathlib import PurePath
 from typing import Any
 
 from .aliases import value_suggestion
-from .loading import CHANGEABLE, MODEL_NUMBERS, NEVER, ON_PURPOSE, PIXEL_FIELDS, TEXT_FIELDS, flatten, is_text, update
+from .loading import CHANGEABLE, MODEL_NUMBERS, NEVER, ON_PURPOSE, TEXT_FIELDS, fields_of_other_tasks, flatten, is_text, update
 from .prompts import broken_text
 from .ranges import range_problems
 from .registry import METRICS, SOLVERS, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, Parametrized, parameters_of
 from .schema import (
     BETA_ENDS,
+    DIGITS,
     BitsConfig,
     DataConfig,
     MeasureConfig,
@@ -232,9 +233,10 @@ def _others(config: TrainConfig, names: Collection[str]) -> list[str]:
 
 def _pixel_problems(config: TrainConfig) -> list[str]:
     """The network of a pixel model, and fields of text-to-image models."""
-    values = flatten(config)
+    values, adapters = flatten(config), dataclasses.asdict(config.lora)
     return _model_problems(config) + [
-        f"{name} is {values[name]}, but a pixel model has no captions; leave it out, or name a text-to-image model with --base_model"
+        f"{name} is {values[name]}, but a pixel model has no {'adapters' if name in adapters else 'captions'}; leave it out, or name a "
+        f"text-to-image model with --base_model"
         for name in _others(config, TEXT_FIELDS - {"task"})
     ]
 
@@ -248,8 +250,9 @@ def _text_problems(config: TrainConfig) -> list[str]:
         found.append(f"task is pixels, but base_model is {text.base_model}, a text-to-image model; leave one of the two out")
     found += [
         f"{name} is {values[name]}, but is for pixel models, and base_model {text.base_model} is a text-to-image model; leave it out"
-        for name in _others(config, PIXEL_FIELDS)
+        for name in _others(config, fields_of_other_tasks(config) - {"init"})
     ]
+    found += _lora_problems(config)
     if config.objective.weighting == "variational":
         found.append("weighting variational needs a learned variance, which text-to-image models do not have; take --weighting debiased")
     if config.objective.prediction_type in ("flow", "sample"):
@@ -261,6 +264,26 @@ def _text_problems(config: TrainConfig) -> list[str]:
         found.append(f"keep_tokens is {text.keep_tokens}, but shuffle_caption is off; add --shuffle_caption or leave keep_tokens out")
     if text.crop_per_image and text.crop != "random":
         found.append("crop_per_image is on, but crop is center, which is the same for every image; add --crop random or leave it out")
+    return found
+
+
+def _lora_problems(config: TrainConfig) -> list[str]:
+    """Fields of LoRA without a rank, weights to start from without LoRA, and a base model whose UNet is not trained."""
+    lora, init = config.lora, config.optimization.init
+    if lora.lora_rank is None:
+        given = [f"{name} is {flatten(config)[name]}, but lora_rank is left out" for name in _others(config, dataclasses.asdict(lora))]
+        found = [f"{problem}; add --lora_rank 16, or leave it out" for problem in given]
+        if init:
+            found.append(
+                f"init is {init}, but the whole UNet of base_model {config.text.base_model} is trained, which has the weights to start "
+                f"from; name the model with these weights as --base_model, or a LoRA with --lora_rank"
+            )
+        return found
+    found = []
+    if config.text.base_model == DIGITS:
+        found.append(f"lora_rank is {lora.lora_rank}, but the UNet of base_model digits has no weights; train it first, and name that run")
+    if not all(lora.lora_targets) or not lora.lora_targets:
+        found.append("lora_targets is empty, or has an empty name; name modules, such as to_q to_k to_v to_out.0")
     return found
 
 
@@ -523,7 +546,7 @@ def sample_problems(config: SampleConfig) -> list[str]:
 # Fields of SampleConfig that only one kind of model has.
 OF_ONE_TASK: dict[Task, tuple[str, ...]] = {
     "pixels": ("class_labels", "guidance_interval", "clipping", "clipping_quantile", "allow_pickle_import"),
-    "text_to_image": ("prompt", "prompts", "negative_prompt", "width", "height"),
+    "text_to_image": ("prompt", "prompts", "negative_prompt", "width", "height", "lora", "base_model"),
 }
 _KIND = {"pixels": "a pixel model", "text_to_image": "a text-to-image model"}
 

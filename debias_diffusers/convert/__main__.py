@@ -1,4 +1,4 @@
-"""`python -m debias_diffusers.convert {guided,export} ...`."""
+"""`python -m debias_diffusers.convert {guided,export,lora} ...`."""
 
 from ..cli import convert
 

@@ -22,7 +22,7 @@ from ..data.text_dataset import prompts_of_data
 from ..errors import InputError
 from ..hub import client
 from ..runs import checkpoints
-from ..runs.model_folder import task_of
+from ..runs.model_folder import MODEL_INDEX, is_lora, task_of
 from ..runs.run_directory import CHECKPOINTS
 from ..sampling.generate import make_job, pinned_model
 from ..sampling.job import Job
@@ -192,6 +192,8 @@ def _prompts_of_all(config: ScoreConfig, measure: Measure) -> _Prompts:
             raise InputError(f"metric {wanted} needs the prompt of each image, which {target} does not have; leave it out")
     if config.prompts is not None and not any(task_of(client.configurations(target)) == "text_to_image" for target in found):
         raise InputError(f"prompts is {config.prompts}, but no target is a text-to-image model; leave it out")
+    if config.base_model is not None and not any(is_lora(client.configurations(target)) for target in found):
+        raise InputError(f"base_model is {config.base_model}, but no target is a LoRA; leave it out")
     if config.caption_column is not None and not found:
         raise InputError(f"caption_column is {config.caption_column}, but no captions are needed; leave it out")
     for prompts in found.values():
@@ -267,7 +269,7 @@ def _num_drawn(config: ScoreConfig, compared: _Compared, prompts: Sequence[str] 
 
 
 def _is_folder_of_images(path: Path) -> bool:
-    return path.is_dir() and not (path / "model_index.json").is_file()
+    return path.is_dir() and not (path / MODEL_INDEX).is_file() and not is_lora(path)
 
 
 def _drawn(
@@ -275,7 +277,7 @@ def _drawn(
 ) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
     count = _num_drawn(config, compared, prompts)
     own: dict[str, Any] = (
-        {"prompt": tuple(prompts[:count])}
+        {"prompt": tuple(prompts[:count]), "base_model": config.base_model if is_lora(client.configurations(target)) else None}
         if prompts
         else {"class_labels": config.class_labels, "allow_pickle_import": config.allow_pickle_import}
     )

@@ -275,6 +275,11 @@ def download_model(name: str, variant: str | None = None, allow_pickle: bool = F
     return folder
 
 
+def download_lora(name: str, file: str) -> Path:
+    """A folder with a LoRA of a repository: its configuration files, and a file of weights, if there; raises as `pinned`."""
+    return download_files(name, ["*.json", file])
+
+
 def configurations(model: str, *more: str) -> Path:
     """A folder with the configuration files of a model: its own, or what is downloaded of a Hub id; raises as `pinned`.
 

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.hub_names import COMMIT
+from ..config.hub_names import COMMIT, split_revision
 from ..config.loading import is_text, stored
 from ..config.registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, WeightingSpec
 from ..config.schema import DIGITS, NoiseConfig, ObjectiveConfig, TrainConfig
+from ..runs.lora_folder import BASE_RECORD, LORA_WEIGHTS
 
 TITLE = "# A diffusion model trained with debias_diffusers"
 TASK, TEXT_TASK = "unconditional-image-generation", "text-to-image"
@@ -40,6 +41,7 @@ def model_card(
     images: int | None = None,
     measured: Mapping[str, Any] | None = None,
     classes: Mapping[str, int] | None = None,
+    own_scheduler: bool = False,
 ) -> str:
     """README.md of a run: what was trained, how to load and sample the model, metrics, and every field of the configuration.
 
@@ -50,6 +52,7 @@ def model_card(
         images: number of training images.
         measured: the last evaluation as in state.json: `step`, `by` (extractor, number of images) and `figures` (metrics by name).
         classes: number of images of each class by its name, in the order of the labels.
+        own_scheduler: whether a LoRA is drawn with another scheduler than its base model has.
     """
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in stored(config).items())
     return f"""---
@@ -67,7 +70,7 @@ Step {step} of {config.optimization.max_steps}; the weights are {_averaged(confi
 ```python
 {_use_text(config) if is_text(config) else _use(num_classes, config.objective, classes)}
 ```
-{_text_notes(config) if is_text(config) else _others(num_classes, config.objective)}
+{_text_notes(config, own_scheduler) if is_text(config) else _others(num_classes, config.objective)}
 or, with debias_diffusers installed, `{_command(config)}`.
 {_variants(config)}
 {_figures(measured)}{_classes(classes)}
@@ -131,13 +134,15 @@ def _front(config: TrainConfig, measured: Mapping[str, Any] | None) -> str:
     from huggingface_hub import ModelCardData
 
     objective, results = config.objective, _results(config, measured)
+    base = _on_hub(config.text.base_model or config.optimization.init)
     data = ModelCardData(
         license=UNKNOWN,
         library_name="diffusers",
         pipeline_tag=TEXT_TASK if is_text(config) else TASK,
-        tags=["debias_diffusers", objective.weighting, objective.prediction_type],
+        tags=["debias_diffusers", objective.weighting, objective.prediction_type, *(["lora"] if config.lora.lora_rank else [])],
         datasets=_on_hub(config.data.dataset),
-        base_model=_on_hub(config.text.base_model or config.optimization.init),
+        base_model=base,
+        base_model_relation="adapter" if base and config.lora.lora_rank else None,
         model_name="debias_diffusers" if results else None,
         eval_results=results or None,
     )
@@ -182,11 +187,16 @@ def _data(config: TrainConfig, images: int | None) -> str:
     said = f"Trained on {_code(repo)}, split {_code(config.data.split)}"
     said += f" at revision `{commit}`" if commit else ""
     said += f", {images} images" if images else ""
-    start = config.optimization.init or config.text.base_model
+    rank = config.lora.lora_rank
+    start = config.optimization.init or (None if rank else config.text.base_model)
     said += f", starting from the weights of {_code(start)}" if start else ""
-    if is_text(config):
+    if rank:
+        targets = ", ".join(map(_code, config.lora.lora_targets))
+        said += f"; adapters of rank {rank} and alpha {config.lora.lora_alpha or rank:g} on {targets} of the UNet of "
+        said += f"{_code(config.text.base_model)} were trained; {config.text.caption_dropout:.0%} of the captions were dropped"
+    elif is_text(config):
         said += f", of which the UNet was trained; {config.text.caption_dropout:.0%} of the captions were dropped"
-        said += f", and the VAE is that of {_code(config.text.vae)}" if config.text.vae else ""
+    said += f", and the VAE is that of {_code(config.text.vae)}" if config.text.vae else ""
     return said + "."
 
 
@@ -210,16 +220,25 @@ def _use_text(config: TrainConfig) -> str:
     prompt = next(iter(config.text.sample_prompts), "a photograph")
     quoted = json.dumps(prompt if "`" not in prompt else "a photograph", ensure_ascii=False)
     side = config.data.resolution
+    loaded = f"pipeline = DiffusionPipeline.from_pretrained({PLACEHOLDER})"
+    if config.lora.lora_rank:
+        base = str(config.text.base_model)
+        name, commit = split_revision(base) if _on_hub(base) else (base, None)
+        revision = f', revision="{commit}"' if commit else ""
+        loaded = f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(name.replace('`', ' '), ensure_ascii=False)}{revision})"
+        loaded += f'\npipeline.load_lora_weights({PLACEHOLDER}, weight_name="{LORA_WEIGHTS}")'
     return (
-        f"from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained({PLACEHOLDER})\n"
+        f"from diffusers import DiffusionPipeline\n\n{loaded}\n"
         f"image = pipeline({quoted}, height={side}, width={side}, guidance_scale={config.text.sample_guidance_scale:g}).images[0]"
     )
 
 
-def _text_notes(config: TrainConfig) -> str:
-    """The prompts of the sample grids."""
+def _text_notes(config: TrainConfig, own_scheduler: bool) -> str:
+    """The scheduler of a LoRA that is not that of its base model, and the prompts of the sample grids."""
+    other = f"\nIts scheduler is not that of the base model: give the pipeline one by `from_config` with `scheduler` of `{BASE_RECORD}`.\n"
     prompts = "".join(f"\n- {_code(prompt)}" for prompt in config.text.sample_prompts)
-    return f"\nThe grids that were drawn while it was trained have the prompts\n{prompts}\n" if prompts else ""
+    shown = f"\nThe grids that were drawn while it was trained have the prompts\n{prompts}\n" if prompts else ""
+    return (other if own_scheduler else "") + shown
 
 
 def _some_class(classes: Mapping[str, int]) -> str:
@@ -278,7 +297,9 @@ def _classes(classes: Mapping[str, int] | None) -> str:
 def _licence(config: TrainConfig) -> str:
     said = f"Licence of this model: {_code(UNKNOWN)}."
     if is_text(config):
-        said += f" It contains parts of {_code(config.text.base_model)} and was trained from it, whose licence applies to it, too."
+        contains = "" if config.lora.lora_rank else f"contains parts of {_code(config.text.base_model)} and "
+        from_it = f"from {_code(config.text.base_model)}" if config.lora.lora_rank else "from it"
+        said += f" It {contains}was trained {from_it}, whose licence applies to it, too."
     if config.data.dataset == DIGITS:
         said += (
             " The digits are from *Optical Recognition of Handwritten Digits* by E. Alpaydin and C. Kaynak (UCI Machine Learning "

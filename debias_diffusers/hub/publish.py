@@ -27,8 +27,9 @@ from ..config.loading import layered, read_config
 from ..config.schema import HubConfig, PushConfig
 from ..errors import DebiasError, HubError, InputError, RunInUseError, StoppedError
 from ..runs import checkpoints
+from ..runs.lora_folder import exported_weights
 from ..runs.metrics_file import METRICS_FILE, step_of_line
-from ..runs.model_folder import text_parts
+from ..runs.model_folder import BASE_RECORD, LORA_WEIGHTS, is_lora, text_parts
 from ..runs.run_directory import CHECKPOINTS, CONFIG, SAMPLES
 from ..utils.console import say
 from ..utils.files import (
@@ -60,7 +61,7 @@ MIN_TIMEOUT, MIN_BYTES_PER_SECOND = 900.0, 50e3  # the time limit of a push
 def stage(run: Path, step: int) -> Path:
     """Hard-links the files to push of a checkpoint into a folder that later steps do not change.
 
-    The pipeline with averaged weights, other averages as its variants, configuration, metrics, model card, and the newest grid
+    The pipeline or LoRA with averaged weights, other averages as its variants, configuration, metrics, model card, and the newest grid
     of samples. No optimizer state.
 
     Raises:
@@ -74,7 +75,7 @@ def stage(run: Path, step: int) -> Path:
     with translate_write_errors(final), temporary_folder(final) as folder:
         for name, path in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(path, folder / name, step)
+            _link(run, path, folder / name, step)
         _drop(final)
         os.rename(folder, final)
     return final
@@ -82,14 +83,17 @@ def stage(run: Path, step: int) -> Path:
 
 def _files(run: Path, step: int) -> dict[str, Path]:
     """Names in the repository, and the files of the run."""
-    found = {name: run / name for name in (client.MODEL_INDEX, "unet/config.json", "scheduler/scheduler_config.json", CONFIG, CARD)}
+    lora = is_lora(run)
+    pipeline = (client.MODEL_INDEX, "unet/config.json", "scheduler/scheduler_config.json")
+    found = {name: run / name for name in (*((BASE_RECORD,) if lora else pipeline), CONFIG, CARD)}
     parts = [run / part for part in text_parts(run) if part != "unet"]
     found |= {f"{part.name}/{path.name}": path for part in parts for path in sorted(part.glob("[!.]*")) if path.is_file()}
     # Weights from the checkpoint and not from the export, which may be newer where a run was killed.
     first, *others = layered(read_config(str(run / CONFIG))).optimization.ema_decay
-    names = {f"{WEIGHTS}.safetensors": first} | {f"{WEIGHTS}.{variant(rate)}.safetensors": rate for rate in others}
+    stem = Path(LORA_WEIGHTS).stem if lora else f"unet/{WEIGHTS}"
+    names = {f"{stem}.safetensors": first} | {f"{stem}.{variant(rate)}.safetensors": rate for rate in others}
     folder = run / CHECKPOINTS / checkpoints.folder_name(step)
-    found |= {f"unet/{name}": folder / checkpoints.weights_file(rate) for name, rate in names.items()}
+    found |= {name: folder / checkpoints.weights_file(rate) for name, rate in names.items()}
     if (run / METRICS_FILE).is_file():  # not where nothing was logged
         found[METRICS_FILE] = run / METRICS_FILE
     grids = sorted((run / SAMPLES).glob("step-*.png"))  # of later steps, too, where the training has gone on
@@ -98,8 +102,15 @@ def _files(run: Path, step: int) -> dict[str, Path]:
     return found
 
 
-def _link(path: Path, place: Path, step: int) -> None:
-    """metrics.jsonl is appended to, so its lines up to `step` are copied; all other files are replaced by renames, so a link is enough."""
+def _link(run: Path, path: Path, place: Path, step: int) -> None:
+    """Puts a file of a run in its place.
+
+    metrics.jsonl is appended to, so its lines up to `step` are copied; adapters of a checkpoint get the names of diffusers; all other
+    files are replaced by renames, so a link is enough.
+    """
+    if path.suffix == ".safetensors" and is_lora(run):
+        place.write_bytes(exported_weights(path, run / LORA_WEIGHTS))
+        return
     if path.name == METRICS_FILE:
         lines = path.read_bytes().splitlines(keepends=True)
         place.write_bytes(b"".join(line for line in lines if step_of_line(line) <= step))
@@ -167,8 +178,9 @@ def _commit(repo: str, contents: Mapping[str, Path | bytes], message: str) -> st
 
     head = retried(lambda: api().model_info(repo), f"reading {repo}")
     names = [file.rfilename for file in head.siblings or []]
-    # Other weights in unet/ would be loaded in place of these: .bin, variants, shards.
-    foreign = [name for name in names if name.startswith(f"unet/{WEIGHTS}") and name not in contents]
+    # Other weights in unet/, or of a LoRA, would be loaded in place of these: .bin, variants, shards.
+    kinds = (f"unet/{WEIGHTS}", Path(LORA_WEIGHTS).stem)
+    foreign = [name for name in names if name.startswith(kinds) and name not in contents]
     operations: list[Any] = [*(CommitOperationAdd(*item) for item in contents.items()), *map(CommitOperationDelete, foreign)]
     commit: Any = api().create_commit(repo, operations, commit_message=message, parent_commit=head.sha)
     return str(commit.oid)
@@ -188,7 +200,7 @@ def push(config: PushConfig) -> None:
     run = Path(config.run)
     if not run.exists():
         raise InputError(f"{run} does not exist; name the directory of a run that has saved once")
-    if not (run / CONFIG).is_file() or not (run / client.MODEL_INDEX).is_file():
+    if not (run / CONFIG).is_file() or not ((run / client.MODEL_INDEX).is_file() or is_lora(run)):
         raise InputError(f"{run} is no run with an exported model; name the directory of a run that has saved once")
     if not waiting(run) and not checkpoints.list_checkpoints(run / CHECKPOINTS):
         raise InputError(f"{run} has no checkpoint; train it first")

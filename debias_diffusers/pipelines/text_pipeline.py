@@ -42,7 +42,7 @@ def load_text_pipeline(model: str, variant: str | None = None) -> Any:
     name = model_index(folder)["_class_name"]
     xl = name == "StableDiffusionXLPipeline"
     left_out = {"add_watermarker": False} if xl else {"safety_checker": None, "requires_safety_checker": False}
-    with explained_errors(model), _quiet():
+    with explained_errors(model), quiet():
         encoders = {part: _text_encoder(folder, part, model) for part in TEXT_PIPELINES[name] if part.startswith("text_encoder")}
         pipeline = getattr(diffusers, name).from_pretrained(
             folder,
@@ -69,7 +69,7 @@ def _text_encoder(folder: Path, part: str, model: str) -> nn.Module:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and notes of loading; errors are raised anyhow."""
     from transformers.utils import logging as of_transformers
 

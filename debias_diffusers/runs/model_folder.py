@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config.hub_names import is_model_id
 from ..config.loading import CONFIG
 from ..config.prompts import read_prompts
 from ..config.schema import SampleConfig, Task
@@ -14,6 +15,7 @@ from ..config.validation import model_flag_problems
 from ..errors import InputError, raise_all
 from ..utils import text_libraries
 from ..utils.files import read_json
+from .lora_folder import BASE_RECORD, LORA_WEIGHTS, base_of_lora, strength_problems
 
 MODEL_INDEX = "model_index.json"
 CLIP_WIDTH = 512  # of a text encoder's configuration without hidden_size: transformers leaves out what is its default
@@ -42,9 +44,14 @@ def text_parts(folder: Path) -> Mapping[str, tuple[str, ...]]:
     return TEXT_PIPELINES.get(str(model_index(folder).get("_class_name")), {})
 
 
+def is_lora(folder: Path) -> bool:
+    """Whether a folder has a LoRA, and no pipeline. (Of one on the Hub, the configuration files alone may be there.)"""
+    return any((folder / name).is_file() for name in (LORA_WEIGHTS, BASE_RECORD)) and not (folder / MODEL_INDEX).is_file()
+
+
 def task_of(folder: Path) -> Task:
-    """What the model in a folder draws images of: of a text (Stable Diffusion, Stable Diffusion XL), or without one."""
-    return "text_to_image" if text_parts(folder) else "pixels"
+    """What the model in a folder draws images of: of a text (Stable Diffusion, Stable Diffusion XL, a LoRA), or without one."""
+    return "text_to_image" if text_parts(folder) or is_lora(folder) else "pixels"
 
 
 def pixel_problems(model: str, what: str) -> list[str]:
@@ -66,6 +73,8 @@ def require_text_model(folder: Path, model: str) -> None:
     """
     text_libraries.require()
     index = model_index(folder)
+    if index.get("_class_name") not in TEXT_PIPELINES:
+        raise InputError(f"model {model} is no {' or '.join(TEXT_PIPELINES)}; take one")
     for name, classes in TEXT_PIPELINES[index["_class_name"]].items():
         given = index.get(name)
         kind = given[1] if isinstance(given, list) and len(given) == 2 else None
@@ -87,16 +96,26 @@ def require_text_model(folder: Path, model: str) -> None:
         )
 
 
-def check_sampling(config: SampleConfig, folder: Path) -> None:
+def check_sampling(config: SampleConfig, folder: Path, base: Path | None = None) -> None:
     """Checks a sampling command against the configuration files of its model, which are in a folder. Reads no weights.
+
+    Args:
+        config: the command.
+        folder: of the model.
+        base: with the configuration files of the base model of a LoRA; if left out, one on this disk is found.
 
     Raises:
         InputError: flags are for the other kind of model; or prompts or sizes do not fit it, or it cannot be drawn with.
     """
-    task = task_of(folder)
-    found = model_flag_problems(config, task)
+    task, pipeline = task_of(folder), folder
+    found = model_flag_problems(config, task) + strength_problems(config.lora)
+    if is_lora(folder):
+        name = base_of_lora(folder, config.model, config.base_model)
+        pipeline = base or Path(name).expanduser()
+    elif config.base_model is not None:
+        found.append(f"base_model is {config.base_model}, but {config.model} is no LoRA: it is drawn with as it is; leave base_model out")
     if task == "text_to_image":
-        found += size_problems(folder, width=config.width, height=config.height)
+        found += size_problems(pipeline, width=config.width, height=config.height)
         if (config.guidance_scale or 1) > 1 and run_setting(folder, "caption_dropout") == 0:
             found.append(
                 f"guidance_scale is {config.guidance_scale}, but {config.model} was trained with caption_dropout 0, so that it knows no "
@@ -104,7 +123,11 @@ def check_sampling(config: SampleConfig, folder: Path) -> None:
             )
     raise_all(found)
     if task == "text_to_image":
-        require_text_model(folder, config.model)
+        if config.lora or is_lora(folder):
+            text_libraries.require()
+            text_libraries.require_peft()
+        if base or not is_lora(folder) or not is_model_id(name):
+            require_text_model(pipeline, config.model if pipeline == folder else name)
         read_prompts(config)
 
 

@@ -19,6 +19,7 @@ from ..data.image_folders import GRID, PACKED, TRAJECTORY
 from ..errors import InputError, raise_all
 from ..hub import client
 from ..runs import checkpoints
+from ..runs.lora_folder import with_strength
 from ..runs.model_folder import task_of
 from ..runs.run_directory import SAMPLES, sampling_problems
 from ..utils.console import say
@@ -46,7 +47,8 @@ def sample(config: SampleConfig) -> Path:
     """
     raise_all(sampling_problems(config.model, config.output_dir))
     accelerator = inference_accelerator(config.num_threads)
-    config = replace(config, model=pinned_model(config.model, accelerator))
+    loras = tuple(f"{pinned_model(name, accelerator)}:{strength}" for name, strength in map(with_strength, config.lora))
+    config = replace(config, model=pinned_model(config.model, accelerator), lora=loras)
     job = make_job(config, accelerator.device)
     if config.class_labels == "data" and job.config.class_labels != "data":
         raise InputError(
@@ -136,7 +138,8 @@ def _batches(missing: list[int], config: SampleConfig) -> Iterator[range]:
 def _finish(samples: SampleFolder, job: Job) -> None:
     every = range(samples.num_images)
     shown = job.conditions(every)
-    samples.finish(shown.labels, image_seeds(job.config.seed, every), shown.class_names, shown.prompts)
+    loras = job.settings.get("lora", ())
+    samples.finish(shown.labels, image_seeds(job.config.seed, every), shown.class_names, shown.prompts, loras)
     if job.config.trajectory:
         write_file(samples.folder / TRAJECTORY, images.png(_trajectory(job)))
     where = samples.folder / PACKED if samples.kind == "npz" else samples.folder

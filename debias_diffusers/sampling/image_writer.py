@@ -144,6 +144,7 @@ class SampleFolder:
         seeds: Sequence[int],
         class_names: Sequence[str] | None = None,
         prompts: Sequence[str] | None = None,
+        loras: Sequence[str] = (),
     ) -> None:
         """Writes the grid, and metadata.jsonl or the `.npz` file, which make the folder a data set.
 
@@ -152,6 +153,7 @@ class SampleFolder:
             seeds: of the generators of all images.
             class_names: by label, for the grid; None if unknown.
             prompts: of all images of a text-to-image model.
+            loras: with which all images are drawn, as NAME:STRENGTH.
         """
         if (self.folder / PACKED).exists():
             return
@@ -165,6 +167,7 @@ class SampleFolder:
                 "file_name": self.name(k),
                 **({"label": labels[k]} if labels else {}),
                 **({"text": prompts[k]} if prompts else {}),
+                **({"lora": " ".join(loras)} if loras else {}),
                 "seed": seeds[k],
             }
             for k in range(self.num_images)

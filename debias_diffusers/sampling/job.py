@@ -19,8 +19,10 @@ from ..config.schema import SampleConfig
 from ..diffusion.noise_schedule import schedule_of_scheduler, terminal_snr_problem
 from ..errors import InputError
 from ..hub.model_card import step_of_card, variant
+from ..pipelines import lora
 from ..pipelines.solvers import default_scheduler, make_scheduler, section_timesteps, set_timesteps, strided_timesteps
 from ..runs import checkpoints
+from ..runs.model_folder import is_lora
 from ..runs.run_directory import CHECKPOINTS
 from ..utils.console import say
 from ..utils.launcher import is_first_process
@@ -212,7 +214,11 @@ def _load_weights(pipeline: Any, run: Path, weights: str, step: int | None = Non
     name = checkpoints.MODEL if weights == "raw" else checkpoints.weights_file(rates[0] if weights == "ema" else float(weights))
     if not (found.path / name).is_file():
         raise InputError(f"weights is {weights}, but the run averages at {rates} only; take one of these, ema or raw")
-    pipeline.unet.load_state_dict(safetensors.torch.load_file(found.verified(name)))
+    loaded = safetensors.torch.load_file(found.verified(name))
+    if is_lora(run):
+        lora.set_weights(pipeline, loaded, str(run))
+    else:
+        pipeline.unet.load_state_dict(loaded)
     return found.step
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import hub_names
 from ..config.prompts import prompts_hash, read_prompts
 from ..config.schema import SampleConfig
 from ..data.labels import shortened_list
@@ -21,9 +22,11 @@ from ..diffusion.noise_schedule import predicted_x_0
 from ..errors import InputError, shortened
 from ..hub import client
 from ..pipelines import text_pipeline
+from ..pipelines.lora import add_loras, load_text_model
 from ..pipelines.solvers import without_last_zero
 from ..pipelines.text_pipeline import Embeddings
-from ..runs.model_folder import check_sampling, run_setting
+from ..runs.lora_folder import base_of_lora, with_strength
+from ..runs.model_folder import check_sampling, is_lora, run_setting
 from .job import (
     Conditions,
     Job,
@@ -116,18 +119,22 @@ def make_text_job(config: SampleConfig, device: Any, step: int | None = None) ->
     """As `generate.make_job`, for a text-to-image model."""
     require_dtype(config, device)
     folder = client.configurations(config.model)
-    check_sampling(config, folder)
+    base = client.configurations(base_of_lora(folder, config.model, config.base_model)) if is_lora(folder) else None
+    check_sampling(config, folder, base)
     prompts = read_prompts(config)
     chunks = run_setting(folder, "caption_chunks") or 1
     if not isinstance(chunks, int):
         raise InputError(f"caption_chunks of {config.model} is {chunks!r}, but must be a whole number")
     pipeline, step = open_weights(
-        lambda variant: text_pipeline.load_text_pipeline(config.model, variant), config.model, config.weights, step
+        lambda variant: load_text_model(config.model, variant, config.base_model), config.model, config.weights, step
     )
+    add_loras(pipeline, config.lora)
     config = _completed(config, pipeline, folder)
     solver = make_solver(config, pipeline.scheduler, "off")  # latents are not in [-1, 1]
     pipeline.scheduler = solver.scheduler
     own = {**solver.settings(), "prompts_sha256": prompts_hash(prompts), **({"caption_chunks": chunks} if chunks > 1 else {})}
+    if config.lora:
+        own["lora"] = _lora_labels(config)
     settings = settings_of(config, own, _FIELDS, _fingerprint(pipeline, solver.own), step)
     if config.dtype != "float32":
         text_pipeline.cast_unet_inputs(pipeline)
@@ -176,8 +183,18 @@ def _name(config: SampleConfig, pipeline: Any, prompts: Sequence[str], start: st
     """The folder's name, with words of the first prompt and a hash of all."""
     words = re.sub(r"[^0-9A-Za-z]+", "_", prompts[0]).strip("_")[:30]
     what = "-".join(part for part in (words, prompts_hash(prompts)[:8]) if part)
-    given = replace(config, negative_prompt=prompts_hash([config.negative_prompt])[:8] if config.negative_prompt is not None else None)
-    return folder_name(given, f"{start}-{what}", _FIELDS, _completed(SampleConfig(model=""), pipeline, folder))
+    given = replace(
+        config,
+        negative_prompt=prompts_hash([config.negative_prompt])[:8] if config.negative_prompt is not None else None,
+        lora=tuple(re.sub(r"[^\w.]+", "-", label) for label in _lora_labels(config)),
+    )
+    return folder_name(given, f"{start}-{what}", (*_FIELDS, "lora"), _completed(SampleConfig(model=""), pipeline, folder))
+
+
+def _lora_labels(config: SampleConfig) -> list[str]:
+    """The LoRAs of a command as NAME:STRENGTH; of a path its last part, as files may be moved."""
+    named = map(with_strength, config.lora)
+    return [f"{name if hub_names.is_model_id(name) else Path(name).name}:{strength}" for name, strength in named]
 
 
 def _fingerprint(pipeline: Any, own: Any) -> str:

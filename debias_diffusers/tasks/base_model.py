@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -15,12 +16,14 @@ from ..config.schema import BETA_ENDS, DIGITS, TextConfig, TrainConfig
 from ..config.validation import train_problems
 from ..errors import InputError, raise_all, reason
 from ..hub import client
-from ..runs.model_folder import MODEL_INDEX, TEXT_PIPELINES, part_config, require_text_model, text_parts
+from ..runs.model_folder import MODEL_INDEX, TEXT_PIPELINES, is_lora, part_config, require_text_model, text_parts
 from ..utils.files import read_json_object
 
 PACKAGED = Path(str(resources.files("debias_diffusers.data").joinpath("text_base")))
 FROZEN = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")  # what no training changes
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that are not taken over
+# Names of files of a part that are loaded: configurations, vocabularies and weights, but no variants of these.
+READ = re.compile(r"[\w-]+\.(json|txt)|(diffusion_pytorch_model|model)(-\d+-of-\d+\.safetensors|\.safetensors(\.index\.json)?)")
 SIZE_IDS = 6  # numbers of SDXL's size conditioning
 
 
@@ -75,6 +78,17 @@ class BaseModel:
             if path.is_file() and not path.name.startswith(".")
         }
 
+    def read_files(self) -> dict[str, Path]:
+        """The files that decide what is drawn, but for the scheduler's: UNet, text encoders, tokenizers and VAE as they are loaded."""
+        folders = {"unet": self.folder / "unet", **{name: self.folder / name for name in self.parts if name != "scheduler"}}
+        folders["vae"] = self.vae_folder
+        return {
+            f"{name}/{path.name}": path
+            for name, folder in folders.items()
+            for path in sorted(folder.iterdir())
+            if READ.fullmatch(path.name) and path.is_file()
+        }
+
     def exported_index(self, zeros: bool) -> str:
         """model_index.json of the exported pipeline, whose "no caption" is zeros or the encoding of ""."""
         kept = {name: value for name, value in self.index.items() if name not in UNUSED and name != "_name_or_path"}
@@ -84,6 +98,25 @@ class BaseModel:
             kept["requires_safety_checker"] = False
             kept |= {name: [None, None] for name in UNUSED}
         return json.dumps(kept, indent=2) + "\n"
+
+    def record(self, text: TextConfig, zeros: bool, scheduler: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, Any]:
+        """What a LoRA says of its base model.
+
+        Args:
+            text: names base model and VAE.
+            zeros: as of `exported_index`.
+            scheduler: its configuration, with the objective of the LoRA.
+            hashes: of `read_files`.
+        """
+        return {
+            "base_model": text.base_model,
+            "vae": text.vae,
+            "pipeline": self.index["_class_name"],
+            "layers_per_block": self.unet.get("layers_per_block", 2),
+            "force_zeros_for_empty_prompt": zeros,
+            "scheduler": dict(scheduler),
+            "files": dict(hashes),
+        }
 
     def objective(self) -> dict[str, Any]:
         """The fields of the objective that the scheduler of the base model says.
@@ -122,6 +155,8 @@ def open_base(text: TextConfig) -> BaseModel:
     """
     assert text.base_model
     folder = _folder("base_model", text.base_model)
+    if is_lora(folder):
+        raise InputError(f"base_model {text.base_model} is a LoRA, not a whole model; name its own base model, and the LoRA as --init")
     index = read_json_object("base_model", folder / MODEL_INDEX)
     if not text_parts(folder):
         raise InputError(f"base_model {text.base_model} is a {index.get('_class_name')}; take a {' or '.join(TEXT_PIPELINES)}")

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from ..hub.model_card import model_card
 from ..pipelines.loading import explained_errors, load_part
 from ..pipelines.text_pipeline import count_tokens, draw, tokens_read
 from ..runs.checkpoints import hash_of
+from ..runs.lora_folder import BASE_RECORD
 from ..sampling.job import image_seeds
 from ..utils.console import say
-from . import frozen_parts
+from . import frozen_parts, lora
 from .base import Batch
 from .base_model import BaseModel
 from .unet import require_finite
@@ -62,6 +64,9 @@ class TextToImageTask:
             seed, noise = validation_seed(optim.seed), dataclasses.replace(config.noise, input_perturbation=0.0)
             self.held_out = TextData(held_out, plain, undropped, seed, shape, noise)
         self._scheduler()  # which is needed at the first preview only, but is wrong now
+        if config.lora.lora_rank:
+            with torch.device("meta"):
+                self.build()  # for the names of its modules
         encoders = frozen_parts.load_text_encoders(base, accelerator.device)
         zeros = base.zeros_for_empty if text.null_caption is None else text.null_caption == "zeros"
         self.zeros, self.texts = zeros, frozen_parts.TextConditions(encoders, zeros, text.caption_chunks)
@@ -98,20 +103,25 @@ class TextToImageTask:
     # ---- network -----------------------------------------------------------------------------------------------------
 
     def build(self) -> UNet2DConditionModel:
-        """The UNet of the base model; with fresh weights where it has none, or without memory (device "meta")."""
+        """The UNet of the base model; with fresh weights where it has none, or without memory (device "meta"); with adapters of LoRA."""
+        network: UNet2DConditionModel
         if torch.get_default_device().type == "meta" or not self.base.is_trained:
-            return UNet2DConditionModel.from_config(dict(self.base.unet))
-        network: UNet2DConditionModel = load_part(UNet2DConditionModel, self.base.folder / "unet", str(self.base.folder))
-        require_finite(network.state_dict(), f"base_model {self.base.folder}")
+            network = UNet2DConditionModel.from_config(dict(self.base.unet))
+        else:
+            network = load_part(UNet2DConditionModel, self.base.folder / "unet", str(self.base.folder))
+            require_finite(network.state_dict(), f"base_model {self.base.folder}")
+        if self.config.lora.lora_rank:
+            lora.add_adapters(network, self.config.lora)
         return network
 
     def load(self, network: nn.Module, model: str) -> list[str]:
-        """Not called: the base model has the weights from which a training starts."""
-        raise NotImplementedError
+        """Puts the weights of a LoRA into the adapters. (The base model has those from which the training of the whole UNet starts.)"""
+        lora.load(network, model, self.config.lora)
+        return []
 
     def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
-        """All parameters of the UNet."""
-        return dict(network.named_parameters())
+        """All parameters of the UNet, or those of its adapters."""
+        return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
     @property
     def frozen_bytes(self) -> int:
@@ -160,11 +170,18 @@ class TextToImageTask:
         return dict(self.base.scheduler) if same else {**self.base.scheduler, **trained}
 
     def frozen_files(self) -> Mapping[str, Path]:
-        """The files of the base model that the exported pipeline has, too, but for those that `export` writes."""
+        """The files of the base model that the exported pipeline has, too, but for those that `export` writes; none beside a LoRA."""
+        if self.config.lora.lora_rank:
+            return {}
         return {name: path for name, path in self.base.frozen_files().items() if not name.startswith("scheduler/")}
 
     def export(self, network: nn.Module, folder: Path) -> None:
-        """Writes what is not the base model's own: the UNet, the scheduler's configuration and model_index.json."""
+        """Writes what is not the base model's own: the UNet, the scheduler's configuration and model_index.json; or adapters."""
+        if self.config.lora.lora_rank:
+            lora.save(network, self.base.is_xl, folder)
+            record = self.base.record(self.config.text, self.zeros, self.scheduler_config(), self._hashes)
+            (folder / BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            return
         unet: Any = network
         unet.save_pretrained(folder / "unet", safe_serialization=True)
         (folder / "scheduler").mkdir()
@@ -173,16 +190,20 @@ class TextToImageTask:
 
     def model_card(self, config: TrainConfig, step: int, measured: Mapping[str, Any] | None) -> str:
         """README.md of a run at a step."""
-        return model_card(config, step, 0, len(self.data.images), measured, {})
+        other = bool(config.lora.lora_rank) and self.scheduler_config() != dict(self.base.scheduler)
+        return model_card(config, step, 0, len(self.data.images), measured, {}, own_scheduler=other)
 
     def describe(self) -> Sequence[str]:
         """Images, captions, latents, and what is frozen."""
         kind = "Stable Diffusion XL" if self.base.is_xl else "Stable Diffusion"
         dropped = "zeros" if self.zeros else 'the encoding of ""'
+        adapters = self.config.lora
+        scale = f"rank {adapters.lora_rank}, alpha {adapters.lora_alpha or adapters.lora_rank}, on {', '.join(adapters.lora_targets)}"
         return [
             f"images: {len(self.data.images)}, as latents of {'x'.join(map(str, self.shape))}; {len(self.data.texts())} different captions",
             f"base_model: {self.config.text.base_model} ({kind}); its text encoders and VAE stay as they are",
             f"no caption: {self.config.text.caption_dropout:.0%} of the captions, as {dropped}",
+            *([f"LoRA: {scale}"] if adapters.lora_rank else []),
         ]
 
     def picture(self, batch: Batch) -> Any:
@@ -191,16 +212,24 @@ class TextToImageTask:
         return images.grid([images.from_array(image.numpy()) for image in decoded])
 
     def state(self) -> dict[str, Any]:
-        """Network, and the hash of the frozen files, where the first process writes it down."""
+        """Network, and the hash of the files that stay as they are, where the first process writes it down."""
         network = {name: value for name, value in self.base.unet.items() if not name.startswith("_")}
         return {"network": network, "frozen_parts": self._frozen_hash() if self.accelerator.is_main_process else ""}
 
     def _frozen_hash(self) -> str:
         digest = hashlib.sha256()
-        for name, path in self.frozen_files().items():
-            with open(path, "rb") as file:
-                digest.update(f"{name} {hash_of(file)}\n".encode())
+        for name, hash_of_file in self._hashes.items():
+            digest.update(f"{name} {hash_of_file}\n".encode())
         return digest.hexdigest()
+
+    @cached_property
+    def _hashes(self) -> Mapping[str, str]:
+        """Of the files of the base model that stay as they are; beside adapters these are all."""
+        found = {}
+        for name, path in (self.base.read_files() if self.config.lora.lora_rank else self.frozen_files()).items():
+            with open(path, "rb") as file:
+                found[name] = hash_of(file)
+        return found
 
     def conditions(self, count: int, as_in_data: bool) -> Sequence[str]:
         """Prompts: as `prompts_of_data` has them, or those of the configuration, or the first captions of the data."""

@@ -52,7 +52,7 @@ def dry_run(config: TrainConfig, chosen: Collection[str] = ()) -> None:
         plan = setup.prepare(config, found, accelerator, chosen)
         network, flops = on_meta(plan.task)
         if first:
-            _print_plan(plan, sum(parameter.numel() for parameter in network.parameters()))
+            _print_plan(plan, network)
         for line in _cost(plan, network, flops, accelerator):
             if first:
                 print(line)
@@ -65,11 +65,12 @@ def dry_run(config: TrainConfig, chosen: Collection[str] = ()) -> None:
             print(f"first batch: {picture}")
 
 
-def _print_plan(plan: setup.Plan, parameters: int) -> None:
+def _print_plan(plan: setup.Plan, network: nn.Module) -> None:
     data, objective, optim = plan.task.data, plan.config.objective, plan.config.optimization
     print("\n".join(plan.task.describe()))
     print(f"steps per epoch: {len(data.source) / optim.batch_size:.1f}")
-    print(f"parameters: {parameters}")
+    parameters, trained = (sum(p.numel() for p in found) for found in (network.parameters(), plan.task.trained(network).values()))
+    print(f"parameters: {parameters}" + (f", of which {trained} are trained" if trained < parameters else ""))
     schedule = f"noise_schedule {objective.noise_schedule or 'of rectified flow'} with schedule_shift {objective.schedule_shift:g}"
     names = f"weighting {objective.weighting}, {schedule}, timestep_sampler {objective.timestep_sampler}"
     if objective.timestep_bias_strategy != "none":
@@ -130,14 +131,16 @@ def _cost(plan: setup.Plan, network: nn.Module, flops: int, accelerator: Acceler
 
 
 def training_bytes(task: Task, network: nn.Module, optim: OptimizationConfig) -> int:
-    """Bytes of a training's tensors: float32 weights, gradients and averages, the optimizer's state, and what is frozen.
+    """Bytes of a training's tensors: float32 weights, of those that are trained gradients and averages, too, the optimizer's state, and
+    what is frozen beside the network.
 
     What the layers keep for the backward pass comes on top.
     """
     trained = list(task.trained(network).values())
     averages = sum(rate > 0 for rate in optim.ema_decay)
     values = sum(p.numel() for p in trained)
-    return 4 * values * (2 + averages) + state_bytes(optim.optimizer, trained) + task.frozen_bytes
+    weights = sum(p.numel() for p in network.parameters())
+    return 4 * (weights + values * (1 + averages)) + state_bytes(optim.optimizer, trained) + task.frozen_bytes
 
 
 def _free(device: torch.device) -> int:

@@ -210,6 +210,7 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         _optimizer_step(task, network, config.optimization, accelerator),
         make_timestep_sampler(config.objective, objective.schedule, config.optimization.batch_size),
         LossStatistics(len(objective.schedule), accelerator.device),
+        trained_alone=config.lora.lora_rank is not None,
     )
     constants = _constants(config, found, accelerator, objective, task) | {"num_threads": plan.num_threads}
     if found:

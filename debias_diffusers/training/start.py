@@ -16,6 +16,7 @@ from ..config.loading import checked_values, flatten, is_text, layered, read_con
 from ..config.schema import TrainConfig
 from ..config.validation import train_problems
 from ..errors import InputError, raise_all
+from ..runs.lora_folder import lora_problems
 from ..runs.run_directory import kept_values, open_run
 from ..tasks.base_model import open_base, with_objective
 from ..utils import launcher, text_libraries
@@ -59,9 +60,9 @@ def train(config: TrainConfig | str | Path | None = None, callback: Callback | N
     if config.run.dry_run or not launcher.is_first_process():
         return None
     if is_text(config):
-        from ..pipelines.text_pipeline import load_text_pipeline
+        from ..pipelines.lora import load_text_model
 
-        return load_text_pipeline(str(config.run.output_dir))
+        return load_text_model(str(config.run.output_dir))
     from ..pipelines.pixel_pipeline import load_pipeline
 
     return load_pipeline(str(config.run.output_dir))
@@ -74,6 +75,8 @@ def train_run(config: TrainConfig, chosen: Collection[str] = (), callback: Callb
     raise_all(launcher.environment_problems(os.environ), "launcher")
     if config.text.base_model:
         text_libraries.require()
+        if config.lora.lora_rank:
+            text_libraries.require_peft()
         _check_text(config, chosen, num_processes)
     else:
         raise_all(train_problems(choose(config, chosen, images=0, gpu=True)[0] if chosen else config, num_processes))
@@ -114,6 +117,8 @@ def _check_text(config: TrainConfig, chosen: Collection[str], num_processes: int
     first, *others = (train_problems(update(config, values), num_processes) for values in usual)
     raise_all([problem for problem in first if all(problem in problems for problems in others)])
     base, folder = str(config.text.base_model), str(config.run.output_dir)
+    if config.optimization.init:  # of a LoRA, else it is refused
+        raise_all(lora_problems("init", config.optimization.init))
     if os.path.realpath(base) == os.path.realpath(folder):  # whose UNet the first export replaces
         raise InputError(f"base_model {base} is the run directory; name another --output_dir, or resume the run with --resume {folder}")
     if not any(map(is_model_id, filter(None, (base, config.text.vae)))):

@@ -35,6 +35,7 @@ from .optimizer_step import OptimizerStep
 OBJECTIVE = {part.name for kind in (ObjectiveConfig, NoiseConfig) for part in fields(kind)}  # what decides the losses
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)  # of the rest nothing is saved
 
 
 @dataclass
@@ -54,6 +55,12 @@ class TrainingState:
     timestep_sampler: TimestepSampler
     statistics: LossStatistics
     measured: MetricHistory = field(default_factory=MetricHistory)
+    trained_alone: bool = False  # is saved: the weights that are not trained are those of another model
+
+    @property
+    def options(self) -> StateDictOptions:
+        """Which weights are gathered and put back."""
+        return _TRAINED if self.trained_alone else _FULL
 
 
 def gather(state: TrainingState) -> dict[str, Mapping[str, Tensor]]:
@@ -62,13 +69,13 @@ def gather(state: TrainingState) -> dict[str, Mapping[str, Tensor]]:
     Before the first step that the optimizer makes, it has no state; get_optimizer_state_dict would make an empty step and change the
     training.
     """
-    weights: Any = get_model_state_dict(state.model, options=_FULL)
+    weights: Any = get_model_state_dict(state.model, options=state.options)
     optimizer = state.optimizer_step.optimizer
     moments: Any = get_optimizer_state_dict(state.model, optimizer, options=_FULL).get("state", {}) if optimizer.state else {}
     averages = state.optimizer_step.ema.averages
     return {
         MODEL: weights,
-        # With the weights that are not trained, which have no average: each file is a whole network.
+        # With the weights that are not trained, which have no average: each file is a whole network, unless they are not saved.
         **{ema_file(rate): {**weights, **average} for rate, average in averages.items()},
         OPTIMIZER: _named(moments),
         **({SAMPLER: state.timestep_sampler.state()} if state.timestep_sampler.learns else {}),
@@ -138,7 +145,7 @@ def restore(found: Checkpoint, state: TrainingState, is_main_process: bool) -> N
     """
     _restore_optimizer(found, state.model, state.optimizer_step.optimizer)  # first: setting its state makes an empty step
     weights: dict[str, Any] = safetensors.torch.load_file(found.verified(MODEL))
-    set_model_state_dict(state.model, weights, options=_FULL)
+    set_model_state_dict(state.model, weights, options=state.options)
     ema = state.optimizer_step.ema
     for rate in ema.averages:
         nearest = min(found.ema_rates or [0.0], key=lambda saved: abs(math.log1p(-saved) - math.log1p(-rate)))

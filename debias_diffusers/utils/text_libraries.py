@@ -34,6 +34,12 @@ def show() -> None:
     sys.meta_path[:] = [PathFinder if finder is _WithoutThem else finder for finder in sys.meta_path]
 
 
+def require_peft() -> None:
+    """Raises InputError where peft, which LoRA needs, is not installed; after `require`."""
+    if importlib.util.find_spec("peft") is None:
+        raise InputError('LoRA needs peft, which is not installed; run pip install "debias_diffusers[text]"')
+
+
 def require() -> None:
     """`show`, for a text-to-image model.
 

@@ -90,7 +90,7 @@ WRONG_VALUES = [
     ("evaluate", ["stats", "x", "o", "--metrics", ""], ["an empty name", "fid"]),
     ("evaluate", ["bpd", "x", "--batch_size", "0"], ["batch_size is 0", "such as 64"]),
     ("evaluate", ["weights", "--weighting", "debias"], ["did you mean debiased?"]),
-    ("convert", ["guide"], ["convert guide is not known", "guided or export"]),
+    ("convert", ["guide"], ["convert guide is not known", "guided, export, lora"]),
 ]
 
 WRONG_COMBINATIONS = [
@@ -291,6 +291,9 @@ FIELDS = {
     "sample_prompts": (TEXT, ("a handwritten seven",), None),
     "sample_guidance_scale": (TEXT, 2.0, None),
     "clip_model": ({**TEXT, "eval_every": 5000, "eval_metrics": "clip_score", "clip_model": "one"}, "other", None),
+    "lora_rank": (TEXT, 4, METRICS),
+    "lora_alpha": ({**TEXT, "lora_rank": 4}, 8.0, METRICS),
+    "lora_targets": ({**TEXT, "lora_rank": 4}, ("to_q",), METRICS),
     "size": ({}, "tiny", None),
     "model_channels": ({}, 16, METRICS),
     "channel_mult": ({}, (1, 1), METRICS),
@@ -432,7 +435,7 @@ def pair(name, places, folder):
 def test_every_field_is_in_the_table():
     assert list(FIELDS) == [name for name in flatten(TrainConfig()) if name != "task"]  # which follows from base_model
     plain = TrainConfig()
-    sections = (plain.data, plain.text, plain.model, plain.objective, plain.noise, plain.optimization)
+    sections = (plain.data, plain.text, plain.lora, plain.model, plain.objective, plain.noise, plain.optimization)
     shaping = {name for section in sections for name in dataclasses.asdict(section)} - {
         "task",
         "sample_prompts",

@@ -1,0 +1,536 @@
+"""LoRA: what is trained and saved, what stock diffusers and other programs make of it, and how it is drawn with."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import Forked, as_ranks, metrics, newest_step, run, sample_config, tensors, wait_for
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save_file
+from test_text_to_image import pictures, plan_of, plan_of_flags
+from text_models import make_base, text_args
+
+pytest.importorskip("peft")
+
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import ModelCard
+
+from debias_diffusers import cli
+from debias_diffusers.config.loading import update
+from debias_diffusers.config.schema import LoraConfig
+from debias_diffusers.convert import lora as kohya
+from debias_diffusers.errors import InputError
+from debias_diffusers.hub import publish
+from debias_diffusers.hub.model_card import model_card
+from debias_diffusers.pipelines.lora import read_lora
+from debias_diffusers.runs.lora_folder import LORA_WEIGHTS
+from debias_diffusers.sampling.generate import make_job, sample
+from debias_diffusers.tasks import lora, text_to_image
+from debias_diffusers.training import state_dicts
+from debias_diffusers.utils import seeding
+
+RANK, ALPHA, STEPS = 4, 8, 3
+LORA = ("--lora_rank", RANK, "--lora_alpha", ALPHA)
+MODULES = 8 * 4  # to_q, to_k, to_v and to_out.0 of attn1 and attn2, in four transformers: one on the way down, one in the middle, two up
+
+
+def trained(base, folder, *flags):
+    """The folder of a training in this process."""
+    assert cli.train([str(word) for word in text_args(base, folder, *flags)[1:]]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Flags of a data set that is encoded at once."""
+    folder = pictures(tmp_path_factory.mktemp("few") / "data", sizes=((8, 8),) * 4)
+    for k in range(4):
+        (folder / f"{k}.txt").write_text(f"a handwritten {['one', 'two', 'three', 'four'][k]}")
+    return ("--dataset", folder)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    return {"xl": make_base(folder / "xl"), "sd": make_base(folder / "sd", xl=False)}
+
+
+@pytest.fixture(scope="module")
+def runs(bases, few, tmp_path_factory):
+    """A LoRA of each kind of base model, of 12 steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: trained(base, folder / name, *few, *LORA) for name, base in bases.items()}
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_alone_are_saved(runs, bases):
+    found = {name: load(content) for name, content in tensors(runs["xl"], 12).items()}
+    assert set(found) == {"model.safetensors", "ema_0.9.safetensors", "optimizer.safetensors"}
+    for name, values in found.items():
+        assert values and all(".lora_A." in key or ".lora_B." in key for key in values), name
+    trained = found["model.safetensors"]
+    assert found["ema_0.9.safetensors"].keys() == trained.keys() and len(trained) == 2 * len({key.split(".lora_")[0] for key in trained})
+    assert all(value.abs().max() > 0 for value in trained.values())
+    whole = sum(path.stat().st_size for path in (bases["xl"] / "unet").iterdir())
+    assert sum(len(content) for content in tensors(runs["xl"], 12).values()) < whole / 2
+
+
+def test_adapters_are_drawn_from_the_seed_and_change_nothing_at_first(bases, tmp_path):
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
+    task = plan_of(bases["xl"], tmp_path / "run", *LORA, "--seed", 3).task
+    torch.manual_seed(seeding.derive_seed(3, "weights", 0))
+    network = task.build()
+    plain = UNet2DConditionModel.from_pretrained(bases["xl"] / "unet")
+    given = (torch.randn(2, 4, 4, 4), torch.tensor([10, 900]), torch.randn(2, 16, 64))
+    added = {"text_embeds": torch.randn(2, 32), "time_ids": torch.rand(2, 6)}
+    with torch.no_grad():
+        assert torch.equal(network(*given, added_cond_kwargs=added).sample, plain(*given, added_cond_kwargs=added).sample)
+    torch.manual_seed(seeding.derive_seed(3, "weights", 0))
+    inject_adapter_in_model(PeftConfig(r=RANK, lora_alpha=ALPHA, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), plain)
+    expected = dict(plain.named_parameters())
+    ours = task.trained(network)
+    assert len(ours) == 2 * MODULES and all(torch.equal(value, expected[name]) for name, value in ours.items())
+
+
+def test_an_adapter_adds_alpha_over_rank_times_its_product(bases, tmp_path):
+    """Against the formula W + alpha / rank B A on the weights of the stock UNet."""
+    network = plan_of(bases["sd"], tmp_path / "run", *LORA).task.build()
+    plain = UNet2DConditionModel.from_pretrained(bases["sd"] / "unet")
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_()
+                A = network.get_parameter(name.replace("lora_B", "lora_A"))
+                plain.get_parameter(name.split(".lora_")[0] + ".weight").add_(ALPHA / RANK * parameter @ A)
+        given = (torch.randn(2, 4, 4, 4), torch.tensor([10, 900]), torch.randn(2, 16, 32))
+        assert torch.allclose(network(*given).sample, plain(*given).sample, atol=1e-4)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(runs, bases, few, tmp_path):
+    folder = trained(bases["xl"], tmp_path / "run", *few, *LORA, "--max_steps", 8)
+    trained(bases["xl"], folder, *few, *LORA)
+    assert newest_step(folder) == 12 and tensors(folder, 12) == tensors(runs["xl"], 12)
+
+
+@pytest.mark.nightly
+def test_killed_three_times_it_ends_with_the_same_bits(runs, bases, few, tmp_path):
+    flags = text_args(bases["xl"], tmp_path / "run", *few, *LORA)
+    for step in (4, 8, 8):
+        process = Forked(*flags)
+        wait_for(lambda step=step: newest_step(tmp_path / "run") >= step)
+        process.kill()
+        process.process.join()
+    code, _, err = run(*flags)
+    assert code == 0, err
+    assert tensors(tmp_path / "run", 12) == tensors(runs["xl"], 12) and metrics(tmp_path / "run") == metrics(runs["xl"])
+
+
+@pytest.mark.nightly
+def test_two_processes_train_the_same_and_resume(runs, bases, few, tmp_path):
+    flags = text_args(bases["xl"], tmp_path / "run", *few, *LORA)
+    code, err = as_ranks(2, *flags, "--max_steps", 8)
+    assert code == 0, err
+    code, err = as_ranks(2, *flags)
+    assert code == 0, err
+    losses = [[line["loss"] for line in metrics(folder)] for folder in (runs["xl"], tmp_path / "run")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    whole = as_ranks(2, *text_args(bases["xl"], tmp_path / "whole", *few, *LORA))
+    assert whole[0] == 0 and tensors(tmp_path / "whole", 12) == tensors(tmp_path / "run", 12)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--lora_alpha", 4], "lora_alpha is 4.0, but lora_rank is left out"),
+        (["--init", "."], "the whole UNet of base_model .* is trained"),
+        (["--lora_rank", 4, "--lora_targets", "to_q", "to_z"], "lora_targets has to_z"),
+        (["--lora_rank", 4, "--lora_targets", "norm1"], "peft refuses it"),
+        (["--lora_rank", 4, "--base_model", "digits"], "has no weights"),
+    ],
+)
+def test_what_does_not_go_with_lora_is_one_sentence(bases, flags, said, tmp_path):
+    from debias_diffusers.config.validation import train_problems
+    from debias_diffusers.errors import raise_all
+
+    words = [str(word) for word in text_args(bases["xl"], tmp_path / "run", *flags)[1:]]
+    with pytest.raises(InputError, match=said) as error:
+        raise_all(train_problems(cli.train_command(words, None)[0]))
+        plan_of_flags(*words)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dry_run_counts_what_is_trained(bases, few, tmp_path, capsys):
+    from debias_diffusers.training import dry_run
+
+    plan = plan_of(bases["sd"], tmp_path / "run", *few, *LORA)
+    network, _ = dry_run.on_meta(plan.task)
+    capsys.readouterr()
+    dry_run._print_plan(plan, network)
+    said = capsys.readouterr().out
+    plain = UNet2DConditionModel.from_pretrained(bases["sd"] / "unet")
+    linear = [m for name, m in plain.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
+    adapters = sum(RANK * (m.in_features + m.out_features) for m in linear)
+    whole = sum(parameter.numel() for parameter in plain.parameters())
+    assert len(linear) == MODULES and f"parameters: {whole + adapters}, of which {adapters} are trained" in said
+    assert f"LoRA: rank {RANK}, alpha {ALPHA:.1f}, on to_q, to_k, to_v, to_out.0" in said
+    weights = dry_run.training_bytes(plan.task, network, plan.config.optimization) - plan.task.frozen_bytes
+    assert weights == 4 * whole + 4 * adapters * 5  # weights, gradients, one average and two moments
+
+
+# ---- what is exported ------------------------------------------------------------------------------------------------
+
+
+def stock(base):
+    pipeline = DiffusionPipeline.from_pretrained(base, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def drawn(pipeline, **options):
+    """Two images (2, 3, 8, 8) uint8 of the stock pipeline, with the seeds and options of previews."""
+    images = pipeline(
+        ["a handwritten one", "a handwritten two"],
+        generator=[torch.Generator().manual_seed(k) for k in range(2)],
+        height=8, width=8, num_inference_steps=STEPS, guidance_scale=5.0, output_type="pt", **options,
+    ).images  # fmt: skip
+    return (images * 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("name", ["xl", "sd"])
+def test_a_stock_pipeline_with_the_adapter_draws_the_previews(name, runs, bases, few, tmp_path, monkeypatch):
+    """Without a weight_name, too: a run directory has one file of weights beside its folders."""
+    assert [path.name for path in runs[name].rglob("*.safetensors") if "checkpoints" not in path.parts] == [LORA_WEIGHTS]
+    task = plan_of(bases[name], tmp_path / "run", *few, *LORA).task
+    averaged = load_file(runs[name] / "checkpoints" / "step-00000012" / "ema_0.9.safetensors")
+    monkeypatch.setattr(text_to_image, "PREVIEW_STEPS", STEPS)
+    preview = task.draw(state_dicts.with_weights(task.build(), averaged), range(2), ["a handwritten one", "a handwritten two"])
+    for options in ({"weight_name": LORA_WEIGHTS}, {}):
+        pipeline = stock(bases[name])
+        before = drawn(pipeline)
+        pipeline.load_lora_weights(runs[name], local_files_only=True, **options)
+        assert torch.equal(drawn(pipeline), preview) and not torch.equal(before, preview)
+
+
+def test_a_run_directory_has_the_adapter_and_names_its_base_model(runs, bases):
+    top = {path.name for path in runs["xl"].iterdir() if not path.name.startswith(".")}
+    assert top == {LORA_WEIGHTS, "base_model.json", "config.json", "README.md", "metrics.jsonl", "checkpoints"}
+    record = json.loads((runs["xl"] / "base_model.json").read_text())
+    assert record["base_model"] == str(bases["xl"]) and record["pipeline"] == "StableDiffusionXLPipeline"
+    assert {"unet/diffusion_pytorch_model.safetensors", "text_encoder_2/model.safetensors", "vae/config.json"} < record["files"].keys()
+    for name, digest in record["files"].items():
+        assert hashlib.sha256((bases["xl"] / name).read_bytes()).hexdigest() == digest
+
+
+def test_a_push_has_the_adapter_of_its_checkpoint(runs, tmp_path):
+    """The exported file may be newer, where a run was killed."""
+    run = shutil.copytree(runs["xl"], tmp_path / "run")
+    exported = (run / LORA_WEIGHTS).read_bytes()
+    staged = publish.stage(run, 8)
+    assert {path.name for path in staged.iterdir()} == {LORA_WEIGHTS, "base_model.json", "config.json", "README.md", "metrics.jsonl"}
+    assert (staged / LORA_WEIGHTS).read_bytes() != exported
+    with safe_open(publish.stage(run, 12) / LORA_WEIGHTS, "pt") as pushed, safe_open(run / LORA_WEIGHTS, "pt") as here:
+        assert pushed.metadata() == here.metadata() and set(pushed.keys()) == set(here.keys())
+        assert all(torch.equal(pushed.get_tensor(name), here.get_tensor(name)) for name in here.keys())  # noqa: SIM118
+    pushed = publish._contents(run / publish.PENDING / "step-00000012", "user/digits", None)
+    assert 'load_lora_weights("user/digits", weight_name' in pushed["README.md"].decode()
+
+
+def test_the_card_loads_base_model_and_adapter(runs, bases, tmp_path):
+    text = (runs["xl"] / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.library_name == "diffusers" and "lora" in card.data.tags and card.data.base_model is None
+    assert "adapters of rank 4 and alpha 8 on `to_q`" in text and "contains parts" not in text
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    namespace = {}
+    code = code.replace('"PATH"', repr(str(runs["xl"]))).replace("guidance_scale", "num_inference_steps=2, guidance_scale")
+    exec(code, namespace)
+    assert namespace["image"].size == (8, 8) and namespace["pipeline"].get_active_adapters() == ["default_0"]
+    config = plan_of(bases["xl"], tmp_path / "run", *LORA).config
+    commit = "0123456789" * 4
+    on_hub = ModelCard(model_card(update(config, {"base_model": f"user/base@{commit}"}), 12, 0))
+    assert (on_hub.data.base_model, on_hub.data.base_model_relation) == (["user/base"], "adapter")
+    assert f'from_pretrained("user/base", revision="{commit}")' in on_hub.content
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def job_of(model, **changes):
+    usual = {"prompt": ("a handwritten one", "a handwritten two"), "scheduler": "euler", "steps": STEPS, "spacing": "leading"}
+    return make_job(sample_config(model, "", **{**usual, "num_images": 2, "guidance_scale": 5.0, **changes}), "cpu")
+
+
+def test_a_lora_is_drawn_with_its_base_model(runs, bases, tmp_path):
+    """As stock diffusers draws it; on another base model it is refused, on a copy it is not."""
+    expected = stock(bases["xl"])
+    expected.load_lora_weights(runs["xl"], weight_name=LORA_WEIGHTS)
+    job = job_of(runs["xl"])
+    expected.scheduler = job.pipeline.scheduler
+    assert torch.equal(job.draw(range(2)), drawn(expected))
+    run, copy = shutil.copytree(runs["xl"], tmp_path / "run"), shutil.copytree(bases["xl"], tmp_path / "copy")
+    assert job_of(run, base_model=str(copy)).settings == job.settings
+    for weights in ("raw", "0.9"):
+        other = job_of(run, weights=weights)
+        assert (other.settings["model_sha256"] == job.settings["model_sha256"]) == (weights == "0.9")
+    (copy / "vae" / "config.json").write_text((copy / "vae" / "config.json").read_text() + "\n")
+    with pytest.raises(InputError, match=r"is not the one that .* was trained on: its vae/config.json is another"):
+        job_of(run, base_model=str(copy))
+    with pytest.raises(InputError, match="is no LoRA"):
+        job_of(bases["xl"], base_model=str(copy))
+    record = json.loads((run / "base_model.json").read_text())
+    (run / "base_model.json").write_text(json.dumps(record | {"base_model": "bases/xl"}))  # of another working directory
+    assert job_of(run).settings == job.settings
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(InputError, match="was trained on base_model bases/xl, which is not there; name its base model with --base_model"):
+        job_of(run)
+    (run / "base_model.json").unlink()
+    with pytest.raises(InputError, match="does not say its base model"):
+        job_of(run)
+    assert torch.equal(job_of(run, base_model=str(bases["xl"])).draw(range(2)), job.draw(range(2)))
+
+
+def test_several_loras_are_added_with_their_strengths(runs, bases, tmp_path):
+    shutil.copy(runs["xl"] / LORA_WEIGHTS, tmp_path / "mine.safetensors")
+    loras = (f"{runs['xl']}:0.5", f"{tmp_path / 'mine.safetensors'}:-0.25")
+    job = job_of(bases["xl"], lora=loras)
+    expected = stock(bases["xl"])
+    expected.load_lora_weights(runs["xl"], weight_name=LORA_WEIGHTS, adapter_name="one")
+    expected.load_lora_weights(tmp_path, weight_name="mine.safetensors", adapter_name="two")
+    expected.set_adapters(["one", "two"], [0.5, -0.25])
+    expected.scheduler = job.pipeline.scheduler
+    assert torch.equal(job.draw(range(2)), drawn(expected))
+    assert job.settings["lora"] == ["xl:0.5", "mine.safetensors:-0.25"] and "lora-xl-0.5,mine.safetensors-0.25" in job.name
+    whole = job_of(runs["xl"])
+    assert torch.equal(job_of(bases["xl"], lora=(str(runs["xl"]),)).draw(range(2)), whole.draw(range(2)))
+    assert torch.equal(job_of(runs["xl"], lora=(f"{runs['xl']}:-1",)).draw(range(2)), job_of(bases["xl"]).draw(range(2)))
+    config = sample_config(bases["xl"], tmp_path / "drawn", prompt=("a digit",), steps=2, num_images=1, lora=(f"{runs['xl']}:0.5",))
+    row = json.loads((sample(config) / "metadata.jsonl").read_text())
+    assert row["lora"] == "xl:0.5" and row["text"] == "a digit"
+    with pytest.raises(InputError, match=r"trained on another one|cannot be loaded"):
+        job_of(bases["sd"], lora=(str(runs["xl"]),))
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--lora", "missing"], "lora missing does not exist"),
+        (["--lora", "{base}"], "is no LoRA: it has no pytorch_lora_weights.safetensors"),
+        (["--lora", "{run}:nan"], "must have a finite one"),
+        (["--base_model", "missing"], "is no LoRA"),
+    ],
+)
+def test_what_cannot_be_drawn_with_is_one_sentence(runs, bases, flags, said, tmp_path, capsys):
+    words = [flag.format(base=bases["xl"], run=runs["xl"]) for flag in flags]
+    assert cli.sample([str(bases["xl"]), "--prompt", "x", "--output_dir", str(tmp_path / "out"), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_lora_is_scored(runs, tmp_path, capsys):
+    flags = [
+        "--metrics",
+        "prompt_accuracy",
+        "--num_images",
+        "4",
+        "--steps",
+        "2",
+        "--allow_few_images",
+        "--output",
+        str(tmp_path / "s.json"),
+    ]
+    assert cli.evaluate(["score", str(runs["xl"]), "--reference", "digits", *flags]) == 0
+    assert json.loads((tmp_path / "s.json").read_text())["targets"][0]["images"] == 4
+
+
+# ---- starting from a LoRA --------------------------------------------------------------------------------------------
+
+
+def test_a_lora_continues_another(runs, bases, few, tmp_path):
+    folder = trained(bases["xl"], tmp_path / "run", *few, *LORA, "--init", runs["xl"], "--max_steps", 1, "--learning_rate", 1e-12)
+    before, after = (load_file(run / LORA_WEIGHTS) for run in (runs["xl"], folder))
+    assert all(torch.allclose(value, before[name], atol=1e-6) for name, value in after.items()) and after.keys() == before.keys()
+    assert json.loads((folder / "config.json").read_text())["init"] == str(runs["xl"])
+    config = plan_of(bases["xl"], tmp_path / "other", *LORA).config.lora
+    network = plan_of(bases["xl"], tmp_path / "other", *LORA).task.build()
+    for changes, said in (
+        ({"lora_rank": 8}, "has rank 4, but lora_rank is 8; take --lora_rank 4"),
+        ({"lora_alpha": 2.0}, "has alpha 8, but lora_alpha is 2; take --lora_alpha 8"),
+    ):
+        with pytest.raises(InputError, match=said):
+            lora.load(network, str(runs["xl"]), dataclasses.replace(config, **changes))
+    with pytest.raises(InputError, match="adapters of other modules than this run"):
+        lora.load(plan_of(bases["xl"], tmp_path / "other", *LORA, "--lora_targets", "to_q").task.build(), str(runs["xl"]), config)
+    with pytest.raises(InputError, match="trained on another base model"):
+        lora.load(network, str(runs["sd"]), config)
+
+
+# ---- kohya's names ---------------------------------------------------------------------------------------------------
+
+
+def adapter_drawn(base, folder, name):
+    pipeline = stock(base)
+    pipeline.load_lora_weights(folder, weight_name=name, local_files_only=True)
+    return drawn(pipeline)
+
+
+@pytest.mark.parametrize("name", ["xl", "sd"])
+def test_a_stock_pipeline_draws_the_same_with_kohyas_names(name, runs, bases, tmp_path):
+    assert cli.convert(["lora", str(runs[name]), str(tmp_path / "out.safetensors"), "--format", "kohya"]) == 0
+    found = load_file(tmp_path / "out.safetensors")
+    assert len(found) == 3 * MODULES and {value.item() for key, value in found.items() if key.endswith(".alpha")} == {ALPHA}
+    down = "input_blocks_3_1" if name == "xl" else "down_blocks_1_attentions_0"
+    assert found[f"lora_unet_{down}_transformer_blocks_0_attn1_to_out_0.lora_down.weight"].shape == (RANK, 16)
+    expected = adapter_drawn(bases[name], runs[name], LORA_WEIGHTS)
+    assert torch.equal(adapter_drawn(bases[name], tmp_path, "out.safetensors"), expected)
+    tensors, about = kohya.to_diffusers(found, layers=1)
+    exported, before = read_lora(runs[name] / LORA_WEIGHTS, "run")
+    assert tensors.keys() == exported.keys() and all(torch.equal(value, exported[key]) for key, value in tensors.items())
+    assert (about["unet.r"], about["unet.lora_alpha"]) == (before["unet.r"], before["unet.lora_alpha"]) == (RANK, ALPHA)
+
+
+def test_ranks_and_alphas_of_each_module_come_back_from_kohyas_names(bases, tmp_path):
+    """Against the formula W + alpha / rank B A, with the weights of convolutions as matrices; without an alpha it is the rank."""
+    modules = {
+        "unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q": ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", 2, 1.0),
+        "unet_mid_block_attentions_0_proj_in": ("mid_block.attentions.0.proj_in", 4, None),
+        "unet_up_blocks_0_attentions_1_transformer_blocks_0_ff_net_0_proj": (
+            "up_blocks.0.attentions.1.transformer_blocks.0.ff.net.0.proj",
+            4,
+            8.0,
+        ),
+        "unet_down_blocks_0_resnets_0_conv1": ("down_blocks.0.resnets.0.conv1", 2, 4.0),
+        "te_text_model_encoder_layers_0_self_attn_q_proj": ("encoder.layers.0.self_attn.q_proj", 4, 2.0),
+        "te_text_model_encoder_layers_1_mlp_fc1": ("encoder.layers.1.mlp.fc1", 2, 8.0),
+    }
+    generator, made, expected = torch.Generator().manual_seed(0), {}, stock(bases["sd"])
+    plain = drawn(expected)
+    for name, (module, rank, alpha) in modules.items():
+        part = expected.unet if name.startswith("unet") else getattr(expected.text_encoder, "text_model", expected.text_encoder)
+        weight = part.get_submodule(module).weight
+        down = 0.2 * torch.randn(rank, *weight.shape[1:], generator=generator)
+        up = 0.2 * torch.randn(len(weight), rank, *(1 for _ in weight.shape[2:]), generator=generator)
+        made |= {f"lora_{name}.lora_down.weight": down, f"lora_{name}.lora_up.weight": up}
+        if alpha is not None:
+            made[f"lora_{name}.alpha"] = torch.tensor(alpha)
+        weight.data += (rank if alpha is None else alpha) / rank * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+    save_file(made, tmp_path / "made.safetensors")
+    assert cli.convert(["lora", str(tmp_path / "made.safetensors"), str(tmp_path / "out"), "--format", "diffusers"]) == 0
+    images = adapter_drawn(bases["sd"], tmp_path / "out", LORA_WEIGHTS).int()
+    assert (images - drawn(expected).int()).abs().max() <= 1 and (images - plain.int()).abs().max() > 20
+    back = kohya.to_kohya(*read_lora(tmp_path / "out" / LORA_WEIGHTS, "out"), xl=False)
+    made |= {f"lora_{name}.alpha": torch.tensor(float(rank)) for name, (_, rank, alpha) in modules.items() if alpha is None}
+    assert back.keys() == made.keys() and all(torch.equal(back[key], value) for key, value in made.items())
+
+
+@pytest.mark.parametrize(
+    "name, original",
+    [
+        ("conv_in", "input_blocks.0.0"),
+        ("down_blocks.0.resnets.0.conv1", "input_blocks.1.0.in_layers.2"),
+        ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op"),
+        ("down_blocks.1.resnets.0.time_emb_proj", "input_blocks.4.0.emb_layers.1"),
+        ("down_blocks.2.attentions.1.proj_in", "input_blocks.8.1.proj_in"),
+        ("mid_block.resnets.1.conv2", "middle_block.2.out_layers.3"),
+        ("up_blocks.0.upsamplers.0.conv", "output_blocks.2.2.conv"),
+        ("up_blocks.2.resnets.2.conv_shortcut", "output_blocks.8.0.skip_connection"),
+        ("add_embedding.linear_2", "label_emb.0.2"),
+        ("conv_out", "out.2"),
+    ],
+)
+def test_names_of_the_original_unet(name, original):
+    assert kohya.original_name(name) == original
+    assert kohya.diffusers_name(f"lora_unet_{original.replace('.', '_')}") == ("unet", name)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["{run}", "{out}/x.pt", "--format", "kohya"], "ends in .safetensors"),
+        (["{run}/base_model.json", "{out}/x.safetensors", "--format", "kohya"], "must be a .safetensors file"),
+        (["{run}", "{out}/new", "--format", "diffusers"], "no name of kohya's networks.lora"),
+        (["{run}", "{run}", "--format", "diffusers"], "name a new or empty folder"),
+    ],
+)
+def test_what_cannot_be_converted_is_one_sentence(runs, words, said, tmp_path, capsys):
+    assert cli.convert(["lora", *(word.format(run=runs["xl"], out=tmp_path) for word in words)]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# ---- Stable Diffusion at its full size -------------------------------------------------------------------------------
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+LINEAR = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")  # all linear layers of the transformers, as sd-scripts takes them
+TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+# Names of sd-scripts: the transformers of the UNets with their numbers of blocks, and the layers of the text encoders.
+XL_TRANSFORMERS = {
+    **dict.fromkeys(("input_blocks_4_1", "input_blocks_5_1", "output_blocks_3_1", "output_blocks_4_1", "output_blocks_5_1"), 2),
+    **dict.fromkeys(("input_blocks_7_1", "input_blocks_8_1", "middle_block_1"), 10),
+    **dict.fromkeys(("output_blocks_0_1", "output_blocks_1_1", "output_blocks_2_1"), 10),
+}
+SD_TRANSFORMERS = dict.fromkeys(
+    ["mid_block_attentions_0"]
+    + [f"down_blocks_{k}_attentions_{j}" for k in range(3) for j in range(2)]
+    + [f"up_blocks_{k}_attentions_{j}" for k in range(1, 4) for j in range(3)],
+    1,
+)
+
+
+def unet_names(transformers):
+    attention = [f"{attn}_{kind}" for attn in ("attn1", "attn2") for kind in ("to_q", "to_k", "to_v", "to_out_0")]
+    inner = [*attention, "ff_net_0_proj", "ff_net_2"]
+    for name, blocks in transformers.items():
+        yield from (f"lora_unet_{name}_{end}" for end in ("proj_in", "proj_out"))
+        yield from (f"lora_unet_{name}_transformer_blocks_{k}_{end}" for k in range(blocks) for end in inner)
+
+
+def text_names(prefix, layers):
+    ends = [f"self_attn_{kind}_proj" for kind in ("q", "k", "v", "out")] + ["mlp_fc1", "mlp_fc2"]
+    return [f"{prefix}_text_model_encoder_layers_{k}_{end}" for k in range(layers) for end in ends]
+
+
+def exported(part, network):
+    """Adapters of a network on the meta device by the names of a file."""
+    named = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    return {f"{part}.{name.replace('.default', '')}": parameter for name, parameter in named.items()}
+
+
+def test_adapters_of_the_full_models_have_the_names_of_sd_scripts():
+    import sdxl
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = LoraConfig(lora_rank=16, lora_alpha=8.0, lora_targets=LINEAR)
+    configs = {name: CLIPTextConfig(**sdxl.PARTS[name]) for name in ("text_encoder", "text_encoder_2")}
+    one = {"block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 768}  # the widths are no part of names
+    with torch.device("meta"):
+        xl, sd = UNet2DConditionModel.from_config(sdxl.PARTS["unet"]), UNet2DConditionModel(**one)
+        first, second = CLIPTextModel(configs["text_encoder"]), CLIPTextModelWithProjection(configs["text_encoder_2"])
+        for unet in (xl, sd):
+            lora.add_adapters(unet, config)
+        for encoder in (first, second):
+            lora.add_adapters(encoder, dataclasses.replace(config, lora_targets=TEXT))
+    found = exported("unet", xl)
+    counts = {name: value.numel() for name, value in found.items()}
+    assert (len(counts), sum(counts.values())) == (2 * 722, 42_557_440)
+    of_attention = [count for name, count in counts.items() if re.search(r"\.(to_q|to_k|to_v|to_out\.0)\.lora", name)]
+    assert (len(of_attention), sum(of_attention)) == (2 * 560, 23_224_320)  # the default
+    about = {f"{part}.lora_alpha": 8.0 for part in ("unet", "text_encoder", "text_encoder_2")}
+    theirs = kohya.to_kohya({**found, **exported("text_encoder", first), **exported("text_encoder_2", second)}, about, xl=True)
+    names = [*unet_names(XL_TRANSFORMERS), *text_names("lora_te1", 12), *text_names("lora_te2", 32)]
+    assert len(names) == 722 + 72 + 192
+    assert sorted(theirs) == sorted(f"{name}.{end}" for name in names for end in ("lora_down.weight", "lora_up.weight", "alpha"))
+    assert {value.item() for name, value in theirs.items() if name.endswith("alpha")} == {8.0}
+    theirs = kohya.to_kohya({**exported("unet", sd), **exported("text_encoder", first)}, about, xl=False)
+    names = [*unet_names(SD_TRANSFORMERS), *text_names("lora_te", 12)]
+    assert len(names) == 192 + 72 and {name.split(".")[0] for name in theirs} == set(names)
+    for name in (*unet_names(XL_TRANSFORMERS), *names):
+        part, module = kohya.diffusers_name(name)
+        network = {"text_encoder": first}.get(part, sd if name in names else xl)
+        network.get_submodule(module if part == "unet" or hasattr(first, "text_model") else module.removeprefix("text_model."))
