@@ -68,6 +68,11 @@ def push(argv: Sequence[str] | None = None) -> int:
     return _run_command(_hub, argv, "python -m debias_diffusers.hub")
 
 
+def cache(argv: Sequence[str] | None = None) -> int:
+    """`python -m debias_diffusers.cache`, `accelerate launch -m debias_diffusers.cache`: returns the exit code."""
+    return _run_command(_cache, argv, "python -m debias_diffusers.cache")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m debias_diffusers COMMAND`: returns the exit code."""
     return _run_command(_main, argv, "python -m debias_diffusers")
@@ -79,8 +84,9 @@ HELP = """
   train      train a model, or resume a run
   sample     draw images with a trained model
   eval       evaluate models and objectives
-  convert    checkpoints of guided-diffusion to pipelines, and back; LoRAs to the names of kohya's scripts, and back
-  hub        push a run to the Hub"""
+  convert    checkpoints of guided-diffusion, single files and LoRAs to the format of diffusers, and back
+  hub        push a run to the Hub
+  cache      compute latents and text embeddings before a training"""
 
 
 # A command gets its arguments and the name under which it was called.
@@ -88,7 +94,8 @@ Command = Callable[[list[str], str], None]
 
 
 def _main(argv: list[str], program: str) -> None:
-    _dispatch({"train": _train, "sample": _sample, "eval": _evaluate, "convert": _convert, "hub": _hub}, HELP, argv, program)
+    commands = {"train": _train, "sample": _sample, "eval": _evaluate, "convert": _convert, "hub": _hub, "cache": _cache}
+    _dispatch(commands, HELP, argv, program)
 
 
 def _dispatch(commands: Mapping[str, Command], summary: str, argv: list[str], program: str) -> None:
@@ -389,6 +396,28 @@ def _push(argv: list[str], program: str) -> None:
     from .hub import publish
 
     publish.push(config)
+
+
+CACHE_HELP = """
+Compute the latents and text embeddings of a text-to-image training before it starts, or what is missing of them:
+
+  DATA --base_model MODEL --resolution R --precompute_dir DIR ...
+
+DATA is what train.py has as --dataset. The other flags are those of the training (train.py --help), and mean the same. The training
+reads DIR with --precompute_dir DIR; several trainings may share it. With accelerate launch the processes share the work."""
+
+
+def _cache(argv: list[str], program: str) -> None:
+    if not argv or not HELP_FLAGS.isdisjoint(argv):
+        print(f"usage: {program} ...\n{CACHE_HELP}")
+        return
+    if not argv[0].startswith("-"):
+        if any(field_name(flag) == "dataset" for flag in argv if flag.startswith("--")):
+            raise InputError(f"dataset is named twice, {argv[0]} and --dataset; leave one of them out")
+        argv = ["--dataset", *argv]
+    from .training.start import precompute
+
+    precompute(*train_command(argv, os.environ.get("ACCELERATE_MIXED_PRECISION"), program))
 
 
 def _run_command(main: Command, argv: Sequence[str] | None, program: str) -> int:

@@ -89,7 +89,7 @@ SERVER.set_forkserver_preload(
         "typeguard",
     ]
 )
-COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate"}
+COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate", "cache": "cache"}
 
 
 def _command(name, args, out, err, before=None):

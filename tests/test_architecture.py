@@ -37,7 +37,7 @@ MAX_MODULES = 12  # directly in the package, and in each folder
 USERS = {
     "datasets": {"data.sources", "data.captions"},
     "pyarrow": {"data.sources"},
-    "diffusers": {"pipelines", "tasks", "training.device", "convert.guided_diffusion"},
+    "diffusers": {"pipelines", "tasks", "training.device", "convert.guided_diffusion", "convert.single_file"},
     "accelerate": {"utils.distributed", "training", "sampling.generate", "evaluation", "tasks"},
     "torch_fidelity": {"evaluation.feature_extractors", "evaluation.metrics"},
     "tyro": {"parsing"},
@@ -46,7 +46,7 @@ USERS = {
     "PIL": {"data.images", "sampling.image_writer", "evaluation.image_sets"},
     "matplotlib": {"evaluation.plots"},
     "psutil": {"utils.memory"},
-    "transformers": {"pipelines.text_pipeline", "evaluation.feature_extractors", "tasks.frozen_parts"},
+    "transformers": {"pipelines.text_pipeline", "evaluation.feature_extractors", "tasks.frozen_parts", "convert.single_file"},
     "peft": {"tasks.lora"},
     "bitsandbytes": {"training.optimizer_step"},
 }
@@ -63,6 +63,7 @@ WITHOUT_TORCH = {
     "runs",
     "hub",
     "tasks.base_model",
+    "convert.single_file_names",
     "training.start",
     "parsing",
     "cli",

@@ -82,7 +82,12 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("dataset_config_name dataset_config", "", "a dataset of the Hub is taken by its name alone; --split names the split"),
     ("max_train_samples max_images num_samples", "", "all images of --dataset are trained; give a folder with fewer"),
     ("image_size img_size image_resolution sample_size res", "--resolution", ""),
-    ("bucket_reso_steps enable_bucket min_bucket_reso max_bucket_reso", "", "all images get the size of --resolution"),
+    ("enable_bucket enable_buckets buckets bucketing", "--aspect_ratio_buckets", ""),
+    (
+        "bucket_reso_steps min_bucket_reso max_bucket_reso bucket_no_upscale",
+        "--aspect_ratio_buckets",
+        "its sizes follow from --resolution",
+    ),
     ("color_aug vertical_flip augment augmentation aug", "", "the only augmentation is --random_flip"),
     ("grayscale greyscale gray grey", "--channels 1", ""),
     ("color colour rgb", "--channels 3", ""),
@@ -114,9 +119,10 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("network_module network_args target_modules lora_layers", "--lora_rank --lora_targets", "adapters by peft, of a text-to-image model"),
     ("train_text_encoder text_encoder_lr clip_skip tokenizer_name", "", "text encoders stay as they are; the UNet alone is trained"),
     (
-        "cache_latents vae_batch_size cache_text_embeddings",
-        "",
-        "latents and text embeddings are kept in memory where nothing random precedes them",
+        "cache_latents cache_latents_to_disk vae_batch_size cache_text_embeddings cache_text_encoder_outputs "
+        "cache_text_encoder_outputs_to_disk",
+        "--precompute_dir",
+        "a folder; without it latents and text embeddings are kept in memory, where nothing random precedes them",
     ),
     ("offset_noise", "--noise_offset", ""),
     ("adaptive_noise_scale noise_offset_random_strength", "", "--noise_offset is the same for all samples"),

@@ -49,7 +49,7 @@ CHANGEABLE = {
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
     "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "allow_pickle_import",
     "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode", "ddp_timeout", "sample_prompts", "sample_guidance_scale",
-    "clip_model",
+    "clip_model", "precompute_dir",
 }  # fmt: skip
 
 # These only on purpose, with --allow_change, because the result is another one.
@@ -79,6 +79,7 @@ NEVER = {
     **dict.fromkeys(("task", "base_model", "vae"), _BASE),
     **dict.fromkeys(("null_caption", "caption_chunks"), _CAPTIONS),
     "caption_column": "it says what the captions of the data set are",
+    "aspect_ratio_buckets": "it decides which images a step has, and their sizes",
     "validation_split": "images that are held out must never have been trained",
     "init": "a run starts from it once",
     "optimizer": "the state in the checkpoints is that of one optimizer",

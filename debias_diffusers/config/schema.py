@@ -122,8 +122,14 @@ class TextConfig:
     keep_tokens: Annotated[int, at_least(0, 1)] = 0  # parts at the beginning of a caption that shuffle_caption leaves in place
     # text encoder inputs per caption: each holds 75 tokens of Stable Diffusion's tokenizers; longer captions are cut
     caption_chunks: Annotated[int, at_least(1, 1)] = 1
-    crop: Literal["center", "random"] = "center"  # crop of the resized image to a square
-    crop_per_image: bool = False  # with crop random: always the same crop of an image, so that its latents are kept in memory
+    crop: Literal["center", "random"] = "center"  # crop of the resized image to a square, or to the size of its bucket
+    crop_per_image: bool = False  # with crop random: always the same crop of an image, so that its latents are kept
+    # images keep their shape: sizes of about the area of resolution^2, sides multiples of 64 (less below 512 pixels), each image in the
+    # size of the nearest aspect ratio; a step has images of one size
+    aspect_ratio_buckets: bool = False
+    # folder of latents and text embeddings that are computed beforehand where nothing random precedes them, shared by runs; kept in memory
+    # if left out
+    precompute_dir: str | None = None
     sample_prompts: tuple[str, ...] = ()  # prompts of the sample grids; captions of the data if left out
     sample_guidance_scale: Annotated[float, at_least(0, "1 (off) or 5")] = 5.0  # guidance scale of sample grids and eval_metrics
     # model of clip_score in eval_metrics: a CLIPModel of transformers, as a folder, or as the name of a repository that is in the cache

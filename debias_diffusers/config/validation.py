@@ -264,6 +264,15 @@ def _text_problems(config: TrainConfig) -> list[str]:
         found.append(f"keep_tokens is {text.keep_tokens}, but shuffle_caption is off; add --shuffle_caption or leave keep_tokens out")
     if text.crop_per_image and text.crop != "random":
         found.append("crop_per_image is on, but crop is center, which is the same for every image; add --crop random or leave it out")
+    if text.aspect_ratio_buckets and "batch_size" in config.run.allow_change:
+        found.append("allow_change names batch_size, but with aspect_ratio_buckets it decides which images a step has; leave it out")
+    if text.precompute_dir == "":
+        found.append("precompute_dir is an empty name; name a folder, or leave it out")
+    if text.precompute_dir and text.shuffle_caption and text.crop == "random" and not text.crop_per_image:
+        found.append(
+            f"precompute_dir is {text.precompute_dir}, but shuffle_caption and crop random draw caption and crop of every position anew, "
+            f"so that nothing is known beforehand; leave one of the three out, or add --crop_per_image"
+        )
     return found
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from ..config.schema import DataConfig, NoiseConfig
+from ..config.choices import steps_of_epochs
+from ..config.schema import DataConfig, NoiseConfig, OptimizationConfig
 from ..errors import DebiasError, InputError
 from ..utils import seeding
 from ..utils.torch_errors import LOST_WORKER
@@ -65,9 +66,18 @@ class PositionedData(Dataset):
         """Whether the image at a position is mirrored."""
         return self.config.random_flip and seeding.uniform(self.seed, "flip", position) < 0.5
 
-    def drawn(self, position: int) -> dict[str, Any]:
-        """The random numbers of the loss at a position: `u`, and what `draw_noise` returns."""
-        return {"u": seeding.uniform(self.seed, "timestep", position), **draw_noise(self.shape, self.noise, self.seed, position)}
+    def drawn(self, position: int, shape: Sequence[int] | None = None) -> dict[str, Any]:
+        """The random numbers of the loss at a position: `u`, and what `draw_noise` returns, of the shape of this x_0 if it is another."""
+        noise = draw_noise(shape or self.shape, self.noise, self.seed, position)
+        return {"u": seeding.uniform(self.seed, "timestep", position), **noise}
+
+    def one_shape(self, positions: Sequence[int]) -> list[Sequence[int]]:
+        """Some positions in as few parts as have x_0 of one shape each."""
+        return [positions]
+
+    def steps_of_epochs(self, optim: OptimizationConfig, step: int = 0, position: int = 0) -> int:
+        """The `max_steps` that `num_epochs` is, of a run that is at this step and position."""
+        return steps_of_epochs(optim, self.count, step, position)
 
 
 class TrainingData(PositionedData):

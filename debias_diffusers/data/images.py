@@ -21,6 +21,7 @@ SOFTWARE = "debias_diffusers"  # the Software tag of pictures that this package 
 FONT_SIZE = 14  # pixels, of names in grids
 TEXT_SIZE, LINE, TEXT_WIDTH, TEXT_LINES = 12, 15, 120, 6  # of texts beside or under images: pixels, but for the lines at most
 SMALLEST, LARGEST, MARGIN = 64, 256, 6  # pixels a side of images with texts
+RESAMPLING = "bicubic, antialiased"  # how images are resized
 MAX_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 268 MB as RGB in Pillow
 # Pillow's formats of raster images, without documents, vector graphics, films and formats that need other programs.
 FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
@@ -37,6 +38,7 @@ _TURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SWAPPING = {_TURNED[orientation] for orientation in (5, 6, 7, 8)}  # height and width
 
 # Pillow keeps the more significant byte of a 16-bit colour. With the opposite byte order it keeps the less significant one. In native
 # order (N) the decoder has swapped the bytes. Grey with alpha has no opposite order, but read as four bytes it gives both.
@@ -83,6 +85,22 @@ def decode(data: bytes, where: str) -> Image.Image:
             return _turned(flat, image, found)
     except UnidentifiedImageError:
         raise InputError(f"image {where} cannot be read: it is not an image of a supported format") from None
+    except Exception as error:  # a damaged or hostile file may provoke any
+        raise InputError(f"image {where} cannot be read: {reason(error)}") from error
+
+
+def size_of(data: bytes, where: str) -> tuple[int, int]:
+    """Height and width that `decode` gives, without decoding the pixels.
+
+    Raises:
+        InputError: names `where`; the file cannot be read.
+    """
+    try:
+        data, found = image_metadata.strip_metadata(data)
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            turned = _method(image, found) in _SWAPPING
+            return (width, height) if turned else (height, width)
     except Exception as error:  # a damaged or hostile file may provoke any
         raise InputError(f"image {where} cannot be read: {reason(error)}") from error
 
@@ -149,12 +167,17 @@ def _flat(image: Image.Image, grey: bool) -> Image.Image:
 
 
 def _turned(flat: Image.Image, image: Image.Image, found: dict[str, bytes]) -> Image.Image:
-    """Applies the orientation of the file. For TIFF, where it is a tag and not metadata, Pillow has done so already."""
-    if image.format == "TIFF":
-        return flat
-    told = found or {name: value for name in ("exif", "xmp") if isinstance(value := image.info.get(name), bytes)}
-    method = _TURNED.get(image_metadata.orientation(told))
+    """Applies the orientation of the file."""
+    method = _method(image, found)
     return flat if method is None else flat.transpose(method)
+
+
+def _method(image: Image.Image, found: dict[str, bytes]) -> Image.Transpose | None:
+    """What the orientation of a file asks for. For TIFF, where it is a tag and not metadata, Pillow applies it itself."""
+    if image.format == "TIFF":
+        return None
+    told = found or {name: value for name in ("exif", "xmp") if isinstance(value := image.info.get(name), bytes)}
+    return _TURNED.get(image_metadata.orientation(told))
 
 
 def fit(image: Image.Image, resolution: int) -> Image.Image:
@@ -164,10 +187,10 @@ def fit(image: Image.Image, resolution: int) -> Image.Image:
     return ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
 
 
-def resize_shorter(image: Image.Image, resolution: int) -> Image.Image:
-    """Resizes (bicubic, antialiased) so that the shorter side has `resolution` pixels; the longer one is rounded."""
-    scale = resolution / min(image.size)
-    size = (max(resolution, round(scale * image.width)), max(resolution, round(scale * image.height)))
+def cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resizes (bicubic, antialiased) so that one side has so many pixels, and the other at least so many, rounded."""
+    scale = max(height / image.height, width / image.width)
+    size = (max(width, round(scale * image.width)), max(height, round(scale * image.height)))
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 

@@ -6,15 +6,17 @@ posterior are functions of (seed, p), too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config.schema import DataConfig, NoiseConfig, TextConfig
+from ..config.schema import DataConfig, NoiseConfig, OptimizationConfig, TextConfig
 from ..utils import seeding
 from . import images
+from .buckets import BucketOrder, Buckets
 from .captions import Captions, captions_of
 from .dataset import PositionedData
 from .sources import RepeatedSource, Source
@@ -41,20 +43,46 @@ class TextData(PositionedData):
     - `posterior`, standard normal of the shape of the latents;
     - `image` (3, H, W) uint8.
 
-    Where latents are kept it has `index` and `flipped` in place of `time_ids` and `image`, with which a batch takes them from `latents`.
+    Where latents are kept in memory it has `index` and `flipped` in place of `time_ids` and `image`, with which a batch takes them from
+    `latents`; where they are on the disk, `mean` and `std` of the posterior in place of `image`.
     """
 
     def __init__(
-        self, source: Source, data: DataConfig, text: TextConfig, seed: int, shape: tuple[int, int, int], noise: NoiseConfig | None = None
+        self,
+        source: Source,
+        data: DataConfig,
+        text: TextConfig,
+        seed: int,
+        shape: tuple[int, int, int],
+        noise: NoiseConfig | None = None,
+        buckets: Buckets | None = None,
+        batch_size: int = 0,
     ) -> None:
-        """`source` has captions; `shape` is that of the latents."""
+        """The samples of a source.
+
+        Args:
+            source: has captions.
+            data: of the run.
+            text: of the run.
+            seed: of the run.
+            shape: of the latents (C, h, w) of square images.
+            noise: of the run; standard normal if left out.
+            buckets: the sizes of its images, each once; all are square if left out.
+            batch_size: with buckets, the samples of a step, which all have one size; 0 takes the images of one size after the other.
+        """
         super().__init__(source, data, seed, noise or NoiseConfig())
         # Each image once, and which of them a sample of an epoch is: a repeated image has one crop, and its latents are kept once.
         self.images: Source = source.source if isinstance(source, RepeatedSource) else source
         self._image_of: Sequence[int] = source.indices if isinstance(source, RepeatedSource) else range(self.count)
         self.captions, self.text, self.shape = captions_of(self.images), text, shape
+        self.buckets = buckets
+        sizes = [buckets.sizes[index] for index in self._image_of] if buckets else []
+        self._by_step = BucketOrder(sizes, batch_size, seed) if buckets and batch_size else None
+        self._by_size = sorted(range(self.count), key=lambda index: sizes[index]) if buckets and not batch_size else None
         # Mean, standard deviation and time_ids of each image, as it is and mirrored: (flips, N, ...). None where they are not kept.
         self.latents: tuple[Tensor, Tensor, Tensor] | None = None
+        # The same of one image, and whether it is mirrored, by name; in place of `latents`.
+        self.stored: Mapping[tuple[int, bool], Mapping[str, Tensor]] | None = None
 
     @property
     def crops_are_fixed(self) -> bool:
@@ -62,17 +90,41 @@ class TextData(PositionedData):
         return self.text.crop == "center" or self.text.crop_per_image
 
     @property
+    def possible_flips(self) -> tuple[bool, ...]:
+        """Whether images are mirrored: never, or at some positions."""
+        return (False, True) if self.config.random_flip else (False,)
+
+    @property
     def captions_are_fixed(self) -> bool:
         """Whether captions are trained as they are, so that their embeddings can be kept."""
         return not self.text.shuffle_caption
 
+    def index(self, position: int) -> int:
+        if self._by_step:
+            return self._by_step.index(position)
+        return self._by_size[position] if self._by_size else super().index(position)
+
+    def one_shape(self, positions: Sequence[int]) -> list[Sequence[int]]:
+        if not self.buckets:
+            return super().one_shape(positions)
+        return [list(part) for _, part in itertools.groupby(positions, lambda position: self.size(self._image_of[self.index(position)]))]
+
+    def steps_of_epochs(self, optim: OptimizationConfig, step: int = 0, position: int = 0) -> int:
+        if not self._by_step:
+            return super().steps_of_epochs(optim, step, position)
+        assert optim.num_epochs is not None
+        return max(step, self._by_step.steps(optim.num_epochs))
+
     def sample(self, position: int) -> dict[str, Any]:
         index, flipped = self._image_of[self.index(position)], self.flips(position)
         caption, dropped = self._caption(index, position)
-        posterior = torch.randn(self.shape, generator=seeding.generator(self.seed, "posterior", position))
-        common = {"caption": caption, "dropped": dropped, **self.drawn(position), "posterior": posterior}
+        shape = self._latent_shape(index)
+        posterior = torch.randn(shape, generator=seeding.generator(self.seed, "posterior", position))
+        common = {"caption": caption, "dropped": dropped, **self.drawn(position, shape), "posterior": posterior}
         if self.latents is not None:
             return {**common, "index": index, "flipped": int(flipped)}
+        if self.stored is not None:
+            return {**common, **self.stored[index, flipped]}
         pixels, time_ids = self.pixels(index, flipped, position)
         return {**common, "image": pixels, "time_ids": time_ids}
 
@@ -100,24 +152,45 @@ class TextData(PositionedData):
 
     # ---- images ------------------------------------------------------------------------------------------------------
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of the crop of an image."""
+        return self.buckets.sizes[index] if self.buckets else (self.resolution, self.resolution)
+
+    def describe_sizes(self) -> str:
+        """A line for the user on the sizes of the images; "" where all have the same."""
+        return self.buckets.describe(self._image_of) if self.buckets else ""
+
+    def _latent_shape(self, index: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image."""
+        factor = self.resolution // self.shape[1]
+        height, width = self.size(index)
+        return self.shape[0], height // factor, width // factor
+
     def pixels(self, index: int, flipped: bool, position: int) -> tuple[Tensor, Tensor]:
         """The crop (3, H, W) uint8 of an image, and its time_ids (6,)."""
         content, _, where = self.images.read(index)
         image = images.decode(content, where).convert("RGB")
-        resized = images.resize_shorter(image, self.resolution)
-        down, right = resized.height - self.resolution, resized.width - self.resolution
+        height, width = self.size(index)
+        resized = images.cover(image, height, width)
+        down, right = resized.height - height, resized.width - width
         top, left = self._corner(down, right, index, position)
-        pixels = images.to_array(resized.crop((left, top, left + self.resolution, top + self.resolution)))
+        pixels = images.to_array(resized.crop((left, top, left + width, top + height)))
         corner = (top, right - left if flipped else left)
-        time_ids = torch.tensor([image.height, image.width, *corner, self.resolution, self.resolution], dtype=torch.float32)
+        time_ids = torch.tensor([image.height, image.width, *corner, height, width], dtype=torch.float32)
         return torch.from_numpy(pixels).flip(-1) if flipped else torch.from_numpy(pixels), time_ids
 
     def _corner(self, down: int, right: int, index: int, position: int) -> tuple[int, int]:
         """Top and left of the crop, with so much room below and to the right."""
         if self.text.crop == "center":
             return down // 2, right // 2
+        top, left = self._random_crop(index, position)
+        return int(top * (down + 1)), int(left * (right + 1))
+
+    def _random_crop(self, index: int, position: int) -> tuple[float, float]:
+        """Top and left of a crop as shares of the room that there is."""
         what, number = ("crop of image", index) if self.text.crop_per_image else ("crop", position)
-        top, left = (
-            int(seeding.uniform(self.seed, f"{what}, {side}", number) * (room + 1)) for side, room in (("top", down), ("left", right))
-        )
-        return top, left
+        return seeding.uniform(self.seed, f"{what}, top", number), seeding.uniform(self.seed, f"{what}, left", number)
+
+    def fixed_crop(self, index: int) -> str | tuple[float, float]:
+        """What decides the crop of an image beside its pixels, where it is the same at every position."""
+        return "center" if self.text.crop == "center" else self._random_crop(index, position=0)

@@ -196,18 +196,24 @@ def null_is_zeros(pipeline: Any) -> bool:
 
 def count_tokens(pipeline: Any, prompts: Sequence[str]) -> list[int]:
     """The number of tokens of each prompt, without those that begin and end a text; of two tokenizers the larger number."""
-    counts = [[len(tokens) for tokens in _tokens(tokenizer, prompts)] for tokenizer, _ in _encoders(pipeline)]
+    counts = [[len(tokens) for tokens in _tokens(tokenizer, prompts)] for tokenizer in _tokenizers(pipeline)]
     return [max(each) for each in zip(*counts)]
 
 
 def tokens_read(pipeline: Any, chunks: int = 1) -> int:
     """The number of tokens of a prompt that the text encoders read; what is beyond is cut."""
-    return int(min(chunks * (tokenizer.model_max_length - 2) for tokenizer, _ in _encoders(pipeline)))
+    return int(min(chunks * (tokenizer.model_max_length - 2) for tokenizer in _tokenizers(pipeline)))
 
 
 def is_xl(pipeline: Any) -> bool:
     """Whether it is a Stable Diffusion XL: with a second text encoder, pooled embeddings and size conditioning."""
     return "text_encoder_2" in pipeline.config
+
+
+def _tokenizers(pipeline: Any) -> list[Any]:
+    """The tokenizers, whether or not their text encoders are loaded."""
+    found = [pipeline.tokenizer, pipeline.tokenizer_2] if is_xl(pipeline) else [pipeline.tokenizer]
+    return [tokenizer for tokenizer in found if tokenizer is not None]
 
 
 def _encoders(pipeline: Any) -> list[tuple[Any, Any]]:

@@ -54,6 +54,11 @@ class BaseModel:
         return int(2 ** (len(self.vae["block_out_channels"]) - 1))
 
     @property
+    def side_unit(self) -> int:
+        """Pixels of which the sides of images must be multiples: the VAE halves them, and stock pipelines take multiples of 8 only."""
+        return max(8, self.factor)
+
+    @property
     def zeros_for_empty(self) -> bool:
         """Whether the pipeline samples with zeros, and not with the encoding of "", where no negative prompt is given."""
         return bool(self.is_xl and self.index.get("force_zeros_for_empty_prompt", True))
@@ -241,7 +246,7 @@ def with_objective(config: TrainConfig, base: BaseModel, chosen: Collection[str]
 
 def resolution_problems(base: BaseModel, config: TrainConfig) -> list[str]:
     """A resolution that the VAE cannot halve as often as it does."""
-    resolution, step = config.data.resolution or 0, max(8, base.factor)  # stock pipelines take multiples of 8 only
+    resolution, step = config.data.resolution or 0, base.side_unit
     if resolution > 0 and resolution % step == 0:
         return []
     return [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.text_dataset import TextData
 from ..errors import InputError, reason
@@ -21,29 +21,28 @@ from ..utils import memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
 from .base_model import BaseModel
+from .precompute import Group, encoded
 
 KEPT_SHARE = 0.5  # of the free main memory, which embeddings and latents of all processes of a machine may take
 MOST_IMAGES, MOST_PIXELS = 64, 1 << 22  # that the VAE encodes at once: four of 1024 pixels
 
 
-def load_text_encoders(base: BaseModel, device: torch.device) -> Any:
-    """The stock pipeline with tokenizers and text encoders alone, in float32.
+def load_tokenizers(base: BaseModel) -> Any:
+    """The stock pipeline with tokenizers alone.
 
     Raises:
         InputError: a file is missing or damaged.
     """
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one for each of a few files
-    kinds = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
-    names = [name for name in base.parts if name.startswith("text_encoder")]
-    parts: dict[str, Any] = {name: _loaded(kinds[base.index[name][1]], base.folder / name, device) for name in names}
-    tokenizers = [name for name in base.parts if name.startswith("tokenizer")]
+    names = [name for name in base.parts if name.startswith("tokenizer")]
     try:
-        parts |= {name: CLIPTokenizer.from_pretrained(base.folder / name, local_files_only=True) for name in tokenizers}
+        parts: dict[str, Any] = {name: CLIPTokenizer.from_pretrained(base.folder / name, local_files_only=True) for name in names}
     except Exception as error:  # a damaged file may provoke any
         raise InputError(f"the tokenizers of base_model {base.folder} cannot be loaded: {reason(error)}") from error
+    parts |= {name: None for name in base.parts if name.startswith("text_encoder")}
     if base.is_xl:
         return StableDiffusionXLPipeline(vae=None, unet=None, scheduler=None, add_watermarker=False, **parts)
     return StableDiffusionPipeline(
@@ -51,77 +50,150 @@ def load_text_encoders(base: BaseModel, device: torch.device) -> Any:
     )
 
 
-def load_vae(folder: Path, device: torch.device) -> AutoencoderKL:
-    """The VAE in float32.
+def load_text_encoders(base: BaseModel, device: torch.device) -> dict[str, Any]:
+    """The text encoders by name, in float32.
 
     Raises:
         InputError: a file is missing or damaged.
     """
-    vae: AutoencoderKL = _loaded(AutoencoderKL, folder, device)
-    return vae
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    kinds = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
+    names = [name for name in base.parts if name.startswith("text_encoder")]
+    return {name: _loaded(kinds[base.index[name][1]], base.folder / name, device) for name in names}
 
 
 def _loaded(kind: Any, folder: Path, device: torch.device) -> Any:
-    """A model of a folder, frozen and in float32."""
-    return load_part(kind, folder, str(folder)).eval().requires_grad_(False).to(device)
+    """A model of a folder, frozen and in float32. What is drawn in between, such as dropout, does not depend on when it is loaded."""
+    with torch.random.fork_rng(devices=[]):
+        return load_part(kind, folder, str(folder)).eval().requires_grad_(False).to(device)
 
 
 class TextConditions:
     """Embeddings of captions and of "no caption": kept for all that are known beforehand, or computed batch by batch."""
 
-    def __init__(self, pipeline: Any, zeros: bool, chunks: int) -> None:
-        """`pipeline` has tokenizers and text encoders; `zeros` and `chunks` as of `null_embeddings`."""
-        self.pipeline, self.zeros, self.chunks = pipeline, zeros, chunks
+    def __init__(self, base: BaseModel, device: torch.device, zeros: bool, chunks: int) -> None:
+        """Loads the tokenizers; the text encoders are loaded when they are needed. `zeros` and `chunks` as of `null_embeddings`."""
+        self.base, self.device, self.zeros, self.chunks = base, device, zeros, chunks
+        self.pipeline = load_tokenizers(base)
         self._kept: Embeddings | None = None  # of "no caption" and of the texts in `_rows`
         self._rows = dict[str, int]()
+        self._stored: Mapping[str | None, Mapping[str, Tensor]] = {}  # None is "no caption"
+
+    def load(self) -> Any:
+        """The pipeline with its text encoders.
+
+        Raises:
+            InputError: one of them cannot be loaded.
+        """
+        if self.pipeline.text_encoder is None:
+            self.pipeline.register_modules(**load_text_encoders(self.base, self.device))
+        return self.pipeline
+
+    def unload(self) -> None:
+        """Frees the memory of the text encoders, until they are needed again."""
+        self.pipeline.register_modules(**{name: None for name in self.base.parts if name.startswith("text_encoder")})
 
     @cached_property
     def null(self) -> Embeddings:
         """The embeddings of "no caption" (B is 1)."""
-        return null_embeddings(self.pipeline, self.zeros, self.chunks)
+        if None in self._stored:
+            return _embeddings([self._stored[None]])
+        return null_embeddings(self.load(), self.zeros, self.chunks)
 
     @property
     def bytes_each(self) -> int:
         """Of the embeddings of one caption."""
         return self.null.text.nbytes + (0 if self.null.pooled is None else self.null.pooled.nbytes)
 
-    def keep(self, texts: Sequence[str]) -> None:
-        """Encodes texts and keeps their embeddings on the CPU; then the text encoders need not stay on a GPU."""
-        self._kept, self._rows = self._encoded(texts)
-        self.pipeline.to("cpu")
+    def keep(self, texts: Sequence[str], accelerator: Accelerator) -> None:
+        """Encodes texts and keeps their embeddings on the CPU; the processes share the work."""
+        parts = [part for _, part in encoded([(texts, ENCODED_AT_ONCE)], self.encode, "captions", accelerator)]
+        self._kept = joined([self.null, *(Embeddings(part["text"], part.get("pooled")) for part in parts)])
+        self._rows = {text: number for number, text in enumerate(texts, start=1)}
+        self.unload()
+
+    def read_from(self, stored: Mapping[str | None, Mapping[str, Tensor]]) -> None:
+        """Takes embeddings as of `encode` from a mapping that has all that are known beforehand, and that of None, "no caption"."""
+        self._stored = stored
+        self.unload()
+
+    def encode(self, texts: Sequence[str | None]) -> dict[str, Tensor]:
+        """The embeddings of some texts by name, on the CPU; None, alone, is "no caption"."""
+        found = encode_prompts(self.load(), [text or "" for text in texts], self.chunks) if list(texts) != [None] else self.null
+        return {"text": found.text} if found.pooled is None else {"text": found.text, "pooled": found.pooled}
 
     def of(self, captions: Sequence[str], dropped: Sequence[bool], device: Any) -> Embeddings:
         """The embeddings of a batch on a device, float32; those of "no caption" where it is dropped."""
         wanted = dict.fromkeys(caption for caption, left_out in zip(captions, dropped) if not left_out)
-        known = self._kept if wanted.keys() <= self._rows.keys() else None
-        table, rows = (known, self._rows) if known else self._encoded(list(wanted))
-        places = [0 if left_out else rows[caption] for caption, left_out in zip(captions, dropped)]
-        pooled = None if table.pooled is None else table.pooled[places].to(device, non_blocking=True)
-        return Embeddings(table.text[places].to(device, non_blocking=True), pooled)
+        if wanted.keys() <= self._stored.keys() and self._stored:
+            found = _embeddings([self._stored[None if left_out else caption] for caption, left_out in zip(captions, dropped)])
+        else:
+            known = self._kept if wanted.keys() <= self._rows.keys() else None
+            table, rows = (known, self._rows) if known else self._encoded(list(wanted))
+            places = [0 if left_out else rows[caption] for caption, left_out in zip(captions, dropped)]
+            found = Embeddings(table.text[places], None if table.pooled is None else table.pooled[places])
+        pooled = None if found.pooled is None else found.pooled.to(device, non_blocking=True)
+        return Embeddings(found.text.to(device, non_blocking=True), pooled)
 
     def _encoded(self, texts: Sequence[str]) -> tuple[Embeddings, dict[str, int]]:
         """The embeddings of "no caption" and of texts, and the row of each text."""
-        starts = tqdm(range(0, len(texts), ENCODED_AT_ONCE), "encoding the captions", leave=False, delay=5)
-        parts = [self.null, *(encode_prompts(self.pipeline, texts[start : start + ENCODED_AT_ONCE], self.chunks) for start in starts)]
+        parts = [self.null, encode_prompts(self.load(), texts, self.chunks)] if texts else [self.null]
         return joined(parts), {text: number for number, text in enumerate(texts, start=1)}
+
+
+def _embeddings(rows: Sequence[Mapping[str, Tensor]]) -> Embeddings:
+    """The embeddings of a batch from those of each caption, copied."""
+    pooled = torch.stack([row["pooled"] for row in rows]) if "pooled" in rows[0] else None
+    return Embeddings(torch.stack([row["text"] for row in rows]), pooled)
 
 
 class Latents:
     """Images to latents: the VAE's posterior, a draw from it, and its scale."""
 
-    def __init__(self, vae: AutoencoderKL, half: torch.dtype | None = None) -> None:
-        """`half`: the precision in which images are encoded, if it is not float32."""
-        self.vae, self.half = vae, half
-        shift, deviation = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
+    def __init__(self, base: BaseModel, device: torch.device, precision: str) -> None:
+        """The VAE is loaded when it is needed. Images are encoded in `precision`, a mixed_precision, where it does not overflow."""
+        self.folder, self.device = base.vae_folder, device
+        with torch.device("meta"):
+            config = AutoencoderKL.from_config(dict(base.vae)).config  # with the defaults of what the file lacks
+        # `force_upcast` says that half precision overflows.
+        self.precision = "no" if config.force_upcast else precision
+        self._left = False
+        shift, deviation = (config.get(name) for name in ("latents_mean", "latents_std"))
         self._shift = torch.tensor(shift).view(1, -1, 1, 1) if shift else torch.zeros(1)
-        self._scale = vae.config.scaling_factor / (torch.tensor(deviation).view(1, -1, 1, 1) if deviation else torch.ones(1))
+        self._scale = config.scaling_factor / (torch.tensor(deviation).view(1, -1, 1, 1) if deviation else torch.ones(1))
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        """The VAE in float32, loaded now if it was not.
+
+        Raises:
+            InputError: a file is missing or damaged.
+        """
+        vae: AutoencoderKL = _loaded(AutoencoderKL, self.folder, self.device)
+        return vae
+
+    @contextmanager
+    def on_device(self) -> Iterator[AutoencoderKL]:
+        """The VAE on its device, which it leaves again where it has left it before."""
+        try:
+            yield self.vae.to(self.device)
+        finally:
+            if self._left:
+                self.vae.to("cpu")
+
+    def leave(self) -> None:
+        """Moves the VAE to the main memory, from where it comes back for previews."""
+        self._left = True
+        if "vae" in self.__dict__:
+            self.vae.to("cpu")
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, C, h, w) float32 of images (B, 3, H, W) uint8, on the VAE's device."""
-        vae = self.vae
-        with torch.autocast(vae.device.type, self.half, enabled=self.half is not None):
-            found = vae.encode(images.to(vae.device).float() / 127.5 - 1).latent_dist
+        """Mean and standard deviation (B, C, h, w) float32 of images (B, 3, H, W) uint8, on the device."""
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
+        with self.on_device() as vae, torch.autocast(self.device.type, half, enabled=half is not None):
+            found = vae.encode(images.to(self.device).float() / 127.5 - 1).latent_dist
         return found.mean.float(), found.std.float()
 
     def drawn(self, mean: Tensor, std: Tensor, posterior: Tensor) -> Tensor:
@@ -132,49 +204,66 @@ class Latents:
 
     def decoded(self, x_0: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8 on the CPU of latents x_0."""
-        pixels = decode(self.vae, x_0.to(self.vae.device))
+        with self.on_device() as vae:
+            pixels = decode(vae, x_0.to(self.device))
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
 
 
+Flipped = tuple[int, bool]  # an image, as it is or mirrored
+
+
+class ImageEncoder:
+    """All images of a run, as they are and mirrored where they may be, to mean, std and time_ids."""
+
+    def __init__(self, data: TextData, latents: Latents) -> None:
+        self.data, self.latents = data, latents
+
+    def groups(self) -> list[Group[Flipped]]:
+        """All images, those of one size together, and how many are encoded at once."""
+        by_size = dict[tuple[int, int], list[int]]()
+        for index in range(len(self.data.images)):
+            by_size.setdefault(self.data.size(index), []).append(index)
+        return [
+            ([(index, flipped) for index in indices], max(1, min(MOST_IMAGES, MOST_PIXELS // (height * width))))
+            for flipped in self.data.possible_flips
+            for (height, width), indices in by_size.items()
+        ]
+
+    def __call__(self, entries: Sequence[Flipped]) -> dict[str, Tensor]:
+        """Mean and standard deviation (B, C, h, w) of the posteriors, and time_ids (B, 6), on the device.
+
+        Raises:
+            InputError: an image cannot be read, or the VAE overflows.
+        """
+        pixels, time_ids = zip(*(self.data.pixels(index, flipped, position=0) for index, flipped in entries))
+        mean, std = self.latents.posterior(torch.stack(pixels))
+        self._require_finite(mean + std, entries)
+        return {"mean": mean, "std": std, "time_ids": torch.stack(time_ids)}
+
+    def _require_finite(self, latents: Tensor, entries: Sequence[Flipped]) -> None:
+        """Raises InputError where the VAE overflows, and names the image."""
+        if not latents.isfinite().all():
+            bad = next(index for (index, _), each in zip(entries, latents) if not each.isfinite().all())
+            where = self.data.images.read(bad)[2]
+            raise InputError(f"the VAE gives latents of image {where} that are not finite; take --mixed_precision no, or another --vae")
+
+
 def keep_latents(data: TextData, latents: Latents, accelerator: Accelerator) -> None:
-    """Encodes all images, as they are and mirrored where they may be, and keeps the posteriors on the CPU; the processes share the work.
+    """Encodes all images and keeps the posteriors on the CPU; the processes share the work.
 
     Raises:
         InputError: an image cannot be read.
     """
-    flips = (False, True) if data.config.random_flip else (False,)
-    found = [_encoded(data, latents, flipped, accelerator) for flipped in flips]
-    mean, std, time_ids = (torch.stack(parts) for parts in zip(*found))
+    encoder = ImageEncoder(data, latents)
+    found = list(encoded(encoder.groups(), encoder, "images", accelerator))
+    if data.buckets:
+        rows = ((entry, tensors, row) for entries, tensors in found for row, entry in enumerate(entries))
+        data.stored = {entry: {name: tensor[row] for name, tensor in tensors.items()} for entry, tensors, row in rows}
+        return
+    parts = [tensors for _, tensors in found]
+    flips = len(data.possible_flips)
+    mean, std, time_ids = (torch.cat([part[name] for part in parts]).unflatten(0, (flips, -1)) for name in ("mean", "std", "time_ids"))
     data.latents = mean, std, time_ids
-
-
-def _encoded(data: TextData, latents: Latents, flipped: bool, accelerator: Accelerator) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and standard deviation (N, C, h, w) and time_ids (N, 6) of all images, on the CPU."""
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    # The same images are encoded together in any number of processes.
-    size = max(1, min(MOST_IMAGES, MOST_PIXELS // data.resolution**2))
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    # In every round each process encodes one batch; behind the last image it repeats it.
-    rounds = range(0, len(data.images), size * processes)
-    for first in tqdm(rounds, "encoding the images", leave=False, delay=5, disable=rank > 0):
-        start = first + rank * size
-        indices = [min(index, len(data.images) - 1) for index in range(start, start + size)]
-        pixels, time_ids = zip(*(data.pixels(index, flipped, position=0) for index in indices))
-        mean, std = latents.posterior(torch.stack(pixels))
-        _require_finite(mean + std, data, indices)
-        together = (mean, std, torch.stack(time_ids).to(mean.device))
-        mean, std, ids = (accelerator.gather(part).cpu() for part in together) if processes > 1 else (part.cpu() for part in together)
-        parts.append((mean, std, ids))
-    mean, std, ids = (torch.cat(each)[: len(data.images)] for each in zip(*parts))
-    return mean, std, ids
-
-
-def _require_finite(latents: Tensor, data: TextData, indices: Sequence[int]) -> None:
-    """Raises InputError where the VAE overflows, and names the image."""
-    if not latents.isfinite().all():
-        bad = next(index for index, each in zip(indices, latents) if not each.isfinite().all())
-        where = data.images.read(bad)[2]
-        raise InputError(f"the VAE gives latents of image {where} that are not finite; take --mixed_precision no, or another --vae")
 
 
 def fits(count: int, bytes_each: int, what: str, accelerator: Accelerator) -> bool:

@@ -18,23 +18,25 @@ from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
 from ..data import images
+from ..data.buckets import Buckets
 from ..data.captions import summary
 from ..data.labels import row_names
-from ..data.sources import Source
+from ..data.sources import RepeatedSource, Source
 from ..data.text_dataset import TextData, prompts_of_data
 from ..data.validation_split import validation_seed
 from ..diffusion.loss import Network
 from ..diffusion.noise_schedule import make_schedule
 from ..hub.model_card import model_card
 from ..pipelines.loading import explained_errors, load_part
-from ..pipelines.text_pipeline import count_tokens, draw, tokens_read
+from ..pipelines.text_pipeline import ENCODED_AT_ONCE, count_tokens, draw, tokens_read
 from ..runs.checkpoints import hash_of
 from ..runs.lora_folder import BASE_RECORD
 from ..sampling.job import image_seeds
 from ..utils.console import say
-from . import frozen_parts, lora
+from ..utils.distributed import broadcast_from_first
+from . import frozen_parts, lora, precompute
 from .base import Batch
-from .base_model import BaseModel
+from .base_model import SIZE_IDS, BaseModel
 from .unet import require_finite
 
 PREVIEW_PROMPTS = 4  # of the data, where none are named
@@ -47,7 +49,7 @@ class TextToImageTask:
     def __init__(
         self, config: TrainConfig, base: BaseModel, source: Source, accelerator: Accelerator, held_out: Source | None = None
     ) -> None:
-        """Loads the frozen parts of the base model. `held_out` are the images of the validation loss.
+        """Loads the frozen parts of the base model, unless they may not be needed. `held_out` are the images of the validation loss.
 
         Raises:
             InputError: a part cannot be loaded.
@@ -56,44 +58,117 @@ class TextToImageTask:
         self.config, self.base, self.accelerator = config, base, accelerator
         text, optim = config.text, config.optimization
         shape = base.latent_shape(config.data.resolution)
-        self.data = TextData(source, config.data, text, optim.seed, shape, config.noise)
+        self.data = TextData(source, config.data, text, optim.seed, shape, config.noise, self._buckets(source), optim.batch_size)
         self.held_out: TextData | None = None
         if held_out:
             plain = dataclasses.replace(config.data, random_flip=False)
             undropped = dataclasses.replace(text, caption_dropout=0.0, shuffle_caption=False)
             seed, noise = validation_seed(optim.seed), dataclasses.replace(config.noise, input_perturbation=0.0)
-            self.held_out = TextData(held_out, plain, undropped, seed, shape, noise)
+            self.held_out = TextData(held_out, plain, undropped, seed, shape, noise, self._buckets(held_out))
         self._scheduler()  # which is needed at the first preview only, but is wrong now
         if config.lora.lora_rank:
             with torch.device("meta"):
                 self.build()  # for the names of its modules
-        encoders = frozen_parts.load_text_encoders(base, accelerator.device)
-        zeros = base.zeros_for_empty if text.null_caption is None else text.null_caption == "zeros"
-        self.zeros, self.texts = zeros, frozen_parts.TextConditions(encoders, zeros, text.caption_chunks)
-        vae = frozen_parts.load_vae(base.vae_folder, accelerator.device)
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(optim.mixed_precision or "no")
-        # `force_upcast` says that half precision overflows.
-        self.latents = frozen_parts.Latents(vae, None if vae.config.force_upcast else half)
+        self.zeros = base.zeros_for_empty if text.null_caption is None else text.null_caption == "zeros"
+        self.texts = frozen_parts.TextConditions(base, accelerator.device, self.zeros, text.caption_chunks)
+        self.latents = frozen_parts.Latents(base, accelerator.device, optim.mixed_precision or "no")
+        # A dry run writes nothing, and computes as a run without the folder.
+        self.folder = None if config.run.dry_run else text.precompute_dir
+        if not self.folder:
+            self._load()
 
-    def say_captions(self) -> None:
-        """Prints how many captions there are, and how many are missing or too long."""
+    def _buckets(self, source: Source) -> Buckets | None:
+        """The sizes of the images of a source, each once; None where all are square."""
+        if not self.config.text.aspect_ratio_buckets:
+            return None
+        once = source.source if isinstance(source, RepeatedSource) else source
+        assert self.config.data.resolution is not None
+        return Buckets(precompute.image_sizes(once, self.accelerator), self.config.data.resolution, self.base.side_unit)
+
+    def _load(self) -> None:
+        """Loads text encoders and VAE now."""
+        self.texts.load()
+        _ = self.latents.vae
+
+    def say_data(self) -> None:
+        """Prints how many captions there are, how many are missing or too long, and the sizes of the images, if they have several."""
         texts, pipeline = self.data.texts(), self.texts.pipeline
         tokens = dict(zip(texts, count_tokens(pipeline, texts)))
         say(summary(self.data.captions, tokens, tokens_read(pipeline, self.texts.chunks)))
+        if sizes := self.data.describe_sizes():
+            say(sizes)
 
     def prepare(self) -> None:
-        """Computes embeddings and latents where nothing random precedes them and they fit into the memory.
+        """Computes embeddings and latents where nothing random precedes them and they fit into the memory, or are kept in a folder.
 
         Raises:
             InputError: an image cannot be read.
+            CannotWriteError: the folder cannot be written to, or its disk has not enough room.
         """
         held_out = self.held_out.texts() if self.held_out else ()
         texts = list(dict.fromkeys([*self.data.texts(), *held_out, *self.config.text.sample_prompts]))
+        if self.folder:
+            self._precompute(self.folder, texts)
+            return
         if self.data.captions_are_fixed and frozen_parts.fits(len(texts), self.texts.bytes_each, "text embeddings", self.accelerator):
-            self.texts.keep(texts)
-        each = 2 * 4 * (1 + self.config.data.random_flip) * torch.Size(self.data.shape).numel()
-        if self.data.crops_are_fixed and frozen_parts.fits(len(self.data.images), each, "latents", self.accelerator):
+            self.texts.keep(texts, self.accelerator)
+        count = len(self.data.images) * len(self.data.possible_flips)
+        if self.data.crops_are_fixed and frozen_parts.fits(count, self._latent_bytes, "latents", self.accelerator):
             frozen_parts.keep_latents(self.data, self.latents, self.accelerator)
+            self.latents.leave()
+
+    def _precompute(self, folder: str, texts: Sequence[str]) -> None:
+        """Fills the folder, and reads from it."""
+        made, acc = Path(folder), self.accelerator
+        embeddings: precompute.Precomputation[str | None] | None = None
+        latents: precompute.Precomputation[tuple[int, bool]] | None = None
+        missing = dict[str, tuple[int, int]]()
+        if self.data.captions_are_fixed:
+            embeddings = precompute.Precomputation(made / "text_embeddings", "text embeddings", self._text_keys(texts), acc)
+            if embeddings.missing:
+                missing["text embeddings"] = len(embeddings.missing), self.texts.bytes_each
+        if self.data.crops_are_fixed:
+            latents = precompute.Precomputation(made / "latents", "latents", self._latent_keys(), acc)
+            if latents.missing:
+                missing["latents"] = len(latents.missing), self._latent_bytes
+        if missing:
+            precompute.say_size(folder, missing, acc)
+        if embeddings:
+            self.texts.read_from(embeddings.filled([([None], 1), (texts, ENCODED_AT_ONCE)], self.texts.encode))
+        if latents:
+            encoder = frozen_parts.ImageEncoder(self.data, self.latents)
+            self.data.stored = latents.filled(encoder.groups(), encoder)
+            self.latents.leave()
+
+    def _text_keys(self, texts: Sequence[str]) -> dict[str | None, bytes]:
+        """The keys of the embeddings of texts, and of "no caption"."""
+        files = self._files_of("text_encoder", "tokenizer")
+        common = {"kind": "text embeddings", "files": files, "chunks": self.texts.chunks, "precision": "no", "device": self._device}
+        null = precompute.key_of(**common, caption=None, zeros=self.zeros)
+        return {None: null, **{text: precompute.key_of(**common, caption=text) for text in texts}}
+
+    def _latent_keys(self) -> dict[tuple[int, bool], bytes]:
+        """The keys of the latents of all images, as they are and mirrored where they may be."""
+        data = self.data
+        hashes = precompute.picture_hashes(data.images, self.accelerator)
+        common = {"kind": "latents", "files": self._files_of("vae"), "precision": self.latents.precision, "device": self._device}
+        return {
+            (index, flipped): precompute.key_of(
+                **common, picture=picture, size=data.size(index), crop=data.fixed_crop(index), flipped=flipped, resampling=images.RESAMPLING
+            )
+            for flipped in data.possible_flips
+            for index, picture in enumerate(hashes)
+        }
+
+    @property
+    def _device(self) -> str:
+        """The kind of device, on which it depends how numbers are rounded."""
+        return str(self.accelerator.device.type)
+
+    @property
+    def _latent_bytes(self) -> int:
+        """Of what is kept of an image, mirrored or not."""
+        return 2 * 4 * torch.Size(self.shape).numel() + 4 * SIZE_IDS
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -126,7 +201,7 @@ class TextToImageTask:
     @property
     def frozen_bytes(self) -> int:
         """Of the VAE and the text encoders; the latter leave the device where all embeddings are kept."""
-        parts = (getattr(self.texts.pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
+        parts = (getattr(self.texts.load(), name, None) for name in ("text_encoder", "text_encoder_2"))
         return sum(tensor.nbytes for part in (self.latents.vae, *parts) if part is not None for tensor in part.parameters())
 
     # ---- batches -----------------------------------------------------------------------------------------------------
@@ -179,7 +254,7 @@ class TextToImageTask:
         """Writes what is not the base model's own: the UNet, the scheduler's configuration and model_index.json; or adapters."""
         if self.config.lora.lora_rank:
             lora.save(network, self.base.is_xl, folder)
-            record = self.base.record(self.config.text, self.zeros, self.scheduler_config(), self._hashes)
+            record = self.base.record(self.config.text, self.zeros, self.scheduler_config(), self._file_hashes)
             (folder / BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             return
         unet: Any = network
@@ -195,12 +270,14 @@ class TextToImageTask:
 
     def describe(self) -> Sequence[str]:
         """Images, captions, latents, and what is frozen."""
-        kind = "Stable Diffusion XL" if self.base.is_xl else "Stable Diffusion"
+        kind, sizes = "Stable Diffusion XL" if self.base.is_xl else "Stable Diffusion", self.data.describe_sizes()
         dropped = "zeros" if self.zeros else 'the encoding of ""'
         adapters = self.config.lora
         scale = f"rank {adapters.lora_rank}, alpha {adapters.lora_alpha or adapters.lora_rank}, on {', '.join(adapters.lora_targets)}"
         return [
-            f"images: {len(self.data.images)}, as latents of {'x'.join(map(str, self.shape))}; {len(self.data.texts())} different captions",
+            f"images: {len(self.data.images)}, as latents of {'about ' * bool(sizes)}{'x'.join(map(str, self.shape))}; "
+            f"{len(self.data.texts())} different captions",
+            *([sizes] if sizes else []),
             f"base_model: {self.config.text.base_model} ({kind}); its text encoders and VAE stay as they are",
             f"no caption: {self.config.text.caption_dropout:.0%} of the captions, as {dropped}",
             *([f"LoRA: {scale}"] if adapters.lora_rank else []),
@@ -217,19 +294,21 @@ class TextToImageTask:
         return {"network": network, "frozen_parts": self._frozen_hash() if self.accelerator.is_main_process else ""}
 
     def _frozen_hash(self) -> str:
-        digest = hashlib.sha256()
-        for name, hash_of_file in self._hashes.items():
-            digest.update(f"{name} {hash_of_file}\n".encode())
-        return digest.hexdigest()
+        return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in self._file_hashes.items()).encode()).hexdigest()
 
     @cached_property
-    def _hashes(self) -> Mapping[str, str]:
-        """Of the files of the base model that stay as they are; beside adapters these are all."""
+    def _file_hashes(self) -> dict[str, str]:
+        """The sha256 of each file of the base model that stays as it is; beside adapters these are all."""
         found = {}
         for name, path in (self.base.read_files() if self.config.lora.lora_rank else self.frozen_files()).items():
             with open(path, "rb") as file:
                 found[name] = hash_of(file)
         return found
+
+    def _files_of(self, *parts: str) -> dict[str, str]:
+        """The sha256 of the frozen files of some parts, and of those with the same name and a number. All processes must call it."""
+        every = broadcast_from_first(lambda: self._file_hashes, self.accelerator)
+        return {name: digest for name, digest in every.items() if name.split("/")[0].removesuffix("_2") in parts}
 
     def conditions(self, count: int, as_in_data: bool) -> Sequence[str]:
         """Prompts: as `prompts_of_data` has them, or those of the configuration, or the first captions of the data."""
@@ -244,11 +323,12 @@ class TextToImageTask:
     def draw(self, network: nn.Module, indices: Sequence[int], conditions: Sequence[str]) -> Tensor:
         """Images (len(indices), 3, H, W) uint8 on the CPU, image k from the seed k and the prompt `conditions[k]`, in turn."""
         device, side = self.accelerator.device, self.data.resolution
-        pipeline = self._pipeline(network)
         prompts = self.texts.of([conditions[k % len(conditions)] for k in indices], [False] * len(indices), device)
         generators = [torch.Generator().manual_seed(seed) for seed in image_seeds(0, indices)]
         options = {"num_inference_steps": PREVIEW_STEPS, "guidance_scale": self.config.text.sample_guidance_scale}
-        return draw(pipeline, prompts, self.texts.null, generators, height=side, width=side, **options).cpu()
+        with self.latents.on_device() as vae:
+            pipeline = self._pipeline(network, vae)
+            return draw(pipeline, prompts, self.texts.null, generators, height=side, width=side, **options).cpu()
 
     def _scheduler(self) -> Any:
         """A scheduler of the exported pipeline.
@@ -260,9 +340,9 @@ class TextToImageTask:
         with explained_errors(f"{self.base.folder}/scheduler"):
             return getattr(diffusers, values["_class_name"]).from_config(values)
 
-    def _pipeline(self, network: nn.Module) -> Any:
-        """The stock pipeline with a network, without text encoders, and with the scheduler class of the base model."""
-        parts = {"vae": self.latents.vae, "unet": network, "scheduler": self._scheduler(), "tokenizer": None, "text_encoder": None}
+    def _pipeline(self, network: nn.Module, vae: Any) -> Any:
+        """The stock pipeline with a network and VAE, without text encoders, and with the scheduler class of the base model."""
+        parts = {"vae": vae, "unet": network, "scheduler": self._scheduler(), "tokenizer": None, "text_encoder": None}
         if self.base.is_xl:
             more: dict[str, Any] = {"tokenizer_2": None, "text_encoder_2": None, "add_watermarker": False}
             pipeline: Any = diffusers.StableDiffusionXLPipeline(**parts, **more)

@@ -163,7 +163,8 @@ class ValidationLoss:
         processes = self.accelerator.num_processes
         size = min(self.batch_size, -(-self.count // processes))
         batches = process_batches(range(self.count), size, self.accelerator.process_index, processes)
-        found = gather_from_all(lambda: [each for _, indices in batches for each in self._losses(indices)], processes)
+        parts = (part for _, indices in batches for part in self.held_out.one_shape(indices))
+        found = gather_from_all(lambda: [each for part in parts for each in self._losses(part)], processes)
         losses, squares = zip(*found)
         return math.fsum(losses) / self.count, math.fsum(squares) / self.count
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..config.choices import choose, steps_of_epochs
+from ..config.choices import choose
 from ..config.hub_names import PINNED, absolute_path, is_dataset_id, is_model_id, is_pinned, split_revision
 from ..config.loading import BEFORE_THE_FIELD, CHANGES, differences, flatten, stored, update
 from ..config.schema import DIGITS, HubConfig, OptimizationConfig, TrainConfig
@@ -163,7 +163,7 @@ def prepare(config: TrainConfig, resume: Checkpoint | None, accelerator: Acceler
         objective = _objective(config, found, accelerator)  # first, because it may refuse the configuration
         source = open_data(config, found, first=accelerator.is_main_process)
     config, task, monitor = _open_task(config, source, channels, found, accelerator)
-    config = _with_max_steps(config, len(task.data.source), found, accelerator)
+    config = _with_max_steps(config, task, found, accelerator)
     return Plan(config, found, objective, task, monitor, num_threads)
 
 
@@ -187,8 +187,8 @@ def _prepare_text(
         with told_by_the_first(accelerator):
             monitor.check(task.conditions(monitor.count, as_in_data=True))
     if accelerator.is_main_process:
-        task.say_captions()
-    config = _with_max_steps(config, len(task.data.source), found, accelerator)
+        task.say_data()
+    config = _with_max_steps(config, task, found, accelerator)
     return Plan(config, found, objective, task, monitor, num_threads)
 
 
@@ -316,8 +316,8 @@ def suited(config: TrainConfig, chosen: Collection[str], images: int, accelerato
     return config
 
 
-def _with_max_steps(config: TrainConfig, images: int, found: Checkpoint | None, accelerator: Accelerator) -> TrainConfig:
-    """The configuration with `max_steps` in place of `num_epochs`, now that the number of training images is known.
+def _with_max_steps(config: TrainConfig, task: Task, found: Checkpoint | None, accelerator: Accelerator) -> TrainConfig:
+    """The configuration with `max_steps` in place of `num_epochs`, now that the training images are known.
 
     Raises:
         InputError: so many steps do not go with the rest.
@@ -325,9 +325,9 @@ def _with_max_steps(config: TrainConfig, images: int, found: Checkpoint | None, 
     optim = config.optimization
     if optim.num_epochs is None:
         return config
-    steps = steps_of_epochs(optim, images, *((found.step, found.state["position"]) if found else ()))
+    steps = task.data.steps_of_epochs(optim, *((found.step, found.state["position"]) if found else ()))
     config = update(config, {"num_epochs": None, "max_steps": steps})
-    said = f"num_epochs {optim.num_epochs:g} of {images} images"
+    said = f"num_epochs {optim.num_epochs:g} of {len(task.data.source)} images"
     with told_by_the_first(accelerator):
         raise_all(train_problems(config, accelerator.num_processes), said)
     if accelerator.is_main_process:

@@ -70,17 +70,8 @@ def train(config: TrainConfig | str | Path | None = None, callback: Callback | N
 
 def train_run(config: TrainConfig, chosen: Collection[str] = (), callback: Callback | None = None) -> None:
     """`train` without loading the result. `chosen`: fields whose values `config.choices` decides in a new run."""
-    config = resolved(config, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    raise_all(launcher.environment_problems(os.environ), "launcher")
-    if config.text.base_model:
-        text_libraries.require()
-        if config.lora.lora_rank:
-            text_libraries.require_peft()
-        _check_text(config, chosen, num_processes)
-    else:
-        raise_all(train_problems(choose(config, chosen, images=0, gpu=True)[0] if chosen else config, num_processes))
-    _require_packages(config)
+    config = _checked(config, chosen, num_processes)
     if config.run.dry_run:
         from .dry_run import dry_run
 
@@ -93,6 +84,55 @@ def train_run(config: TrainConfig, chosen: Collection[str] = (), callback: Callb
     # The signals before torch, which takes seconds to import.
     with open_run(config) if launcher.is_first_process() else contextlib.nullcontext() as run, SignalHandler() as stop:
         _train_in(config, run, stop, num_processes, chosen, callback)
+
+
+def precompute(config: TrainConfig, chosen: Collection[str] = ()) -> None:
+    """Fills the `precompute_dir` of a text-to-image training with all that it knows before its first step; in each process of a launcher.
+
+    What is there already is not computed again. Arguments as of `train_run`; nothing else is written.
+
+    Raises:
+        InputError: as the training would.
+        CannotWriteError: the folder cannot be written to, or its disk has not enough room.
+    """
+    text, missing = config.text, []
+    if not text.base_model:
+        missing.append("base_model is missing; name the text-to-image model that is to be trained")
+    if text.precompute_dir is None:
+        missing.append("precompute_dir is missing; name the folder that is to be filled")
+    if config.run.dry_run:
+        missing.append("dry_run is on, but this command does nothing else than to compute; leave it out")
+    raise_all(missing)
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # Neither the directory of the run nor the samples of a step change anything here, where any number of processes may share the work.
+    output_dir = config.run.output_dir or text.precompute_dir
+    config = update(config, {"output_dir": output_dir, "batch_size": num_processes, "micro_batch_size": 1})
+    config = _checked(config, chosen, num_processes)
+
+    from ..utils.signals import stop_with_launcher
+
+    stop_with_launcher()
+    from . import setup
+
+    with setup.accelerated(config) as accelerator:
+        setup.prepare(config, None, accelerator, chosen).task.prepare()
+        if accelerator.is_main_process:
+            say(f"precompute_dir {text.precompute_dir} has what this training knows before its first step")
+
+
+def _checked(config: TrainConfig, chosen: Collection[str], num_processes: int) -> TrainConfig:
+    """The configuration with what was left out filled in. Raises InputError for what is wrong with it, the launcher or the packages."""
+    config = resolved(config, os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    raise_all(launcher.environment_problems(os.environ), "launcher")
+    if config.text.base_model:
+        text_libraries.require()
+        if config.lora.lora_rank:
+            text_libraries.require_peft()
+        _check_text(config, chosen, num_processes)
+    else:
+        raise_all(train_problems(choose(config, chosen, images=0, gpu=True)[0] if chosen else config, num_processes))
+    _require_packages(config)
+    return config
 
 
 def _require_packages(config: TrainConfig) -> None:

@@ -99,10 +99,10 @@ def broadcast_from_first(decide: Callable[[], T], accelerator: Accelerator) -> T
 
 @contextlib.contextmanager
 def told_by_the_first(accelerator: Accelerator) -> Iterator[None]:
-    """For an InputError that all processes raise at once: only the first process raises it; the others exit with its exit code."""
+    """For a DebiasError that all processes raise at once: only the first process raises it; the others exit with its exit code."""
     try:
         yield
-    except InputError as error:
+    except DebiasError as error:
         if not accelerator.is_main_process:
             raise SystemExit(error.exit_code) from error
         raise

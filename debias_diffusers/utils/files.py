@@ -44,7 +44,7 @@ def translate_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CannotWriteError(f"{path} cannot be written: {_cause(error)} ({_free(path)})") from error
+        raise CannotWriteError(f"{path} cannot be written: {_cause(error)} ({free_bytes(path) / 1e6:.1f} MB free)") from error
 
 
 def _cause(error: OSError | SafetensorError) -> str:
@@ -55,9 +55,10 @@ def _cause(error: OSError | SafetensorError) -> str:
     return os.strerror(int(found[1])) if found else str(error)
 
 
-def _free(path: Path) -> str:
+def free_bytes(path: Path) -> int:
+    """Free bytes of the disk on which a path is, or would be."""
     existing = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))  # False also for a name that is too long
-    return f"{shutil.disk_usage(existing).free / 1e6:.1f} MB free"
+    return shutil.disk_usage(existing).free
 
 
 @contextlib.contextmanager

@@ -288,6 +288,8 @@ FIELDS = {
     "caption_chunks": (TEXT, 2, METRICS),
     "crop": (CAPTIONED, "random", METRICS),
     "crop_per_image": ({**CAPTIONED, "crop": "random"}, True, METRICS),
+    "aspect_ratio_buckets": ({**CAPTIONED, "resolution": 32}, True, METRICS),
+    "precompute_dir": (TEXT, "elsewhere", None),
     "sample_prompts": (TEXT, ("a handwritten seven",), None),
     "sample_guidance_scale": (TEXT, 2.0, None),
     "clip_model": ({**TEXT, "eval_every": 5000, "eval_metrics": "clip_score", "clip_model": "one"}, "other", None),
@@ -441,6 +443,7 @@ def test_every_field_is_in_the_table():
         "sample_prompts",
         "sample_guidance_scale",
         "clip_model",
+        "precompute_dir",  # the same bits from the disk: test_precompute
         "num_epochs",  # stands for max_steps
         "skip_bad",  # shapes the training where there are images to skip, which row 25 shows
         "num_workers",

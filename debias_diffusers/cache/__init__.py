@@ -1,0 +1,1 @@
+"""The command that fills a folder with latents and text embeddings before a training."""

@@ -1,0 +1,131 @@
+"""Aspect-ratio buckets: image sizes of about equal area, which image has which, and which images a step has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..utils import seeding
+
+MAX_RATIO = 4  # of the sides of a size
+MIN_AREA = 0.9  # of a size, as a share of the square of the resolution; it has at most that square
+MAX_STEP = 64  # pixels
+
+Size = tuple[int, int]  # height and width in pixels
+
+
+def side_step(resolution: int, unit: int) -> int:
+    """What the sides of all sizes are multiples of: 64 from 512 pixels on, below an eighth of the resolution in multiples of `unit`."""
+    return max(unit, min(MAX_STEP, resolution // 8) // unit * unit)
+
+
+def bucket_sizes(resolution: int, unit: int) -> list[Size]:
+    """The sizes of a resolution; at 1024 those of SDXL's own training (arXiv 2307.01952, appendix I).
+
+    Args:
+        resolution: of the square, a multiple of `unit`.
+        unit: pixels of which a side must be a multiple, whatever the resolution.
+    """
+    step, area = side_step(resolution, unit), resolution**2
+    sides = range(step, 2 * resolution + 1, step)  # with an area of at most the square and a ratio of at most 4
+    found = [
+        (height, width)
+        for height in sides
+        for width in sides
+        if MIN_AREA * area <= height * width <= area and max(height, width) <= MAX_RATIO * min(height, width)
+    ]
+    return found or [(resolution, resolution)]
+
+
+class Buckets:
+    """The size of each image: that of the nearest aspect ratio, by the logarithm of the ratio; of two as near the larger one."""
+
+    def __init__(self, sizes: Sequence[Size], resolution: int, unit: int) -> None:
+        """`sizes` are those of the images, other arguments as of `bucket_sizes`."""
+        every = sorted(bucket_sizes(resolution, unit), key=lambda size: (-size[0] * size[1], size))
+        original = np.array(sizes, dtype=np.float64).reshape(-1, 2)
+        targets = np.array(every, dtype=np.float64)
+        distances = np.abs(np.log(original[:, :1] / original[:, 1:]) - np.log(targets[:, 0] / targets[:, 1]))
+        nearest = distances.argmin(1)
+        self.sizes: list[Size] = [every[k] for k in nearest]  # of each image
+        self.enlarged = int((original < targets[nearest]).any(1).sum())  # images that are smaller than their size
+
+    def describe(self, samples: Sequence[int]) -> str:
+        """A line for the user; `samples` are the images of an epoch, some of which may occur several times."""
+        counts = dict[Size, int]()
+        for index in samples:
+            counts[self.sizes[index]] = counts.get(self.sizes[index], 0) + 1
+        listed = ", ".join(f"{width}x{height}: {counts[height, width]}" for height, width in sorted(counts))
+        enlarged = f"; {self.enlarged} images are smaller than their size and enlarged" if self.enlarged else ""
+        return f"aspect_ratio_buckets: {len(counts)} sizes (width x height: images): {listed}{enlarged}"
+
+
+class BucketOrder:
+    """Which sample is at a position, where a step has samples of one bucket: a function of (seed, position), found without a replay.
+
+    The samples of a bucket are an endless stream of permutations, of which every step takes the next `batch_size` of one bucket, B. In
+    the first e epochs bucket b, of n samples, has ceil(e n / B) steps: every sample was seen e times, and fewer than B of each bucket once
+    more. So a bucket has its share of the steps, and one with fewer than B samples a step in the first epoch, too. The order of the
+    steps of an epoch is shuffled.
+    """
+
+    def __init__(self, buckets: Sequence[Size], batch_size: int, seed: int) -> None:
+        """`buckets`: the size of each sample; `batch_size` of a step, over all processes."""
+        self.batch_size, self.seed = batch_size, seed
+        self.sizes = sorted(set(buckets))
+        number = {size: k for k, size in enumerate(self.sizes)}
+        of_samples = np.array([number[size] for size in buckets])
+        self._members = [np.flatnonzero(of_samples == k) for k in range(len(self.sizes))]
+        self._counts = np.array([len(members) for members in self._members], dtype=np.int64)
+        self._steps = range(0)  # of the epoch that the following are of
+        self._buckets = self._ranks = np.empty(0, dtype=np.int64)  # the bucket of each step, and how many steps before have the same
+        self._orders = dict[int, tuple[int, np.ndarray]]()  # of each bucket the last permutation that was asked for
+
+    def steps(self, epochs: float) -> int:
+        """The steps of the first epochs, after which every sample was seen so often."""
+        return sum(-(-math.ceil(epochs * int(count)) // self.batch_size) for count in self._counts)
+
+    def index(self, position: int) -> int:
+        """The sample at a position of the run."""
+        step, place = divmod(position, self.batch_size)
+        if step not in self._steps:
+            self._shuffle(self._epoch_of(step))
+        bucket, rank = int(self._buckets[step - self._steps.start]), int(self._ranks[step - self._steps.start])
+        epoch, place = divmod(rank * self.batch_size + place, len(self._members[bucket]))
+        return int(self._members[bucket][self._order(bucket, epoch)[place]])
+
+    def _order(self, bucket: int, epoch: int) -> np.ndarray:
+        """A permutation of the stream of a bucket."""
+        if self._orders.get(bucket, (-1,))[0] != epoch:
+            height, width = self.sizes[bucket]
+            generator = seeding.generator(self.seed, f"order of {width}x{height}", epoch)
+            self._orders[bucket] = epoch, torch.randperm(len(self._members[bucket]), generator=generator).numpy()
+        return self._orders[bucket][1]
+
+    def _done(self, epochs: int) -> np.ndarray:
+        """The steps of each bucket in the first epochs."""
+        return -(-epochs * self._counts // self.batch_size)
+
+    def _epoch_of(self, step: int) -> int:
+        """The epoch of a step: the last one that does not begin after it. e epochs of N samples have from e N / B steps on, rounded up."""
+        low, high = 0, step * self.batch_size // int(self._counts.sum()) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._done(middle).sum() <= step else (low, middle)
+        return low
+
+    def _shuffle(self, epoch: int) -> None:
+        """Draws the order of the steps of an epoch."""
+        before, after = self._done(epoch), self._done(epoch + 1)
+        self._steps = range(int(before.sum()), int(after.sum()))
+        each = after - before
+        order = torch.randperm(len(self._steps), generator=seeding.generator(self.seed, "buckets", epoch)).numpy()
+        self._buckets, self._ranks = np.empty_like(order), np.empty_like(order)
+        # In the order of `order`, bucket after bucket: its steps are numbered as they follow in the run.
+        ends = each.cumsum()
+        for bucket, (start, end) in enumerate(zip(ends - each, ends)):
+            steps = np.sort(order[start:end])
+            self._buckets[steps], self._ranks[steps] = bucket, before[bucket] + np.arange(end - start)

@@ -1,0 +1,202 @@
+"""Latents and text embeddings that are computed before the first step: shared by the processes, and kept in a folder that runs share.
+
+In the folder each entry has a key of all that it depends on, so that no entry can be stale: another picture, crop, VAE or version has
+another key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import images
+from ..data.sources import Source, map_in_threads
+from ..errors import CannotWriteError
+from ..utils.console import say
+from ..utils.distributed import broadcast_from_first, gather_from_all, told_by_the_first
+from ..utils.files import free_bytes, require_writable
+from ..utils.tensor_store import Place, ShardWriter, StoredTensors, TensorStore
+
+FORMAT = 1  # to be raised with every change of how images are decoded and resized, and of how images and captions are encoded
+FILES_AT_ONCE, SHARDS_AT_ONCE = 1024, 4  # that a process reads before it tells the others
+
+E = TypeVar("E", bound=Hashable)  # an entry: an image as it is or mirrored, or a caption
+T = TypeVar("T")
+Encode = Callable[[Sequence[E]], Mapping[str, Tensor]]  # entries to tensors by name, on any device, a row for each
+Group = tuple[Sequence[E], int]  # entries whose tensors have one shape, and how many are encoded at once
+
+
+def key_of(**ingredients: Any) -> bytes:
+    """The key of an entry (32 bytes): the sha256 of all that it depends on, and of our format."""
+    return hashlib.sha256(json.dumps({"format": FORMAT, **ingredients}, sort_keys=True).encode()).digest()
+
+
+def shared(work: Callable[[int], T], count: int, at_once: int, accelerator: Accelerator, what: str) -> list[T]:
+    """`work(k)` of all k < count, in all processes, which share the calls and exchange the results every `at_once` of them.
+
+    All processes must call it, and none waits for another longer than so many calls take.
+
+    Raises:
+        DebiasError: in all processes, what `work` raised in one.
+    """
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    found: list[T] = []
+    for first in tqdm(range(0, count, at_once * processes), what, leave=False, delay=5, disable=rank > 0):
+        mine = range(first + rank * at_once, min(first + (rank + 1) * at_once, count))
+        with told_by_the_first(accelerator):
+            found += gather_from_all(lambda mine=mine: list(map_in_threads(work, mine)), processes)  # type: ignore[misc]
+    return found
+
+
+def picture_hashes(source: Source, accelerator: Accelerator) -> list[str]:
+    """The sha256 of the bytes of every image of a source."""
+
+    def hash_of(index: int) -> str:
+        return hashlib.sha256(source.read(index)[0]).hexdigest()
+
+    return shared(hash_of, len(source), FILES_AT_ONCE, accelerator, "hashing the images")
+
+
+def image_sizes(source: Source, accelerator: Accelerator) -> list[tuple[int, int]]:
+    """Height and width of every image of a source."""
+
+    def size_of(index: int) -> tuple[int, int]:
+        content, _, where = source.read(index)
+        return images.size_of(content, where)
+
+    return shared(size_of, len(source), FILES_AT_ONCE, accelerator, "measuring the images")
+
+
+def encoded(
+    groups: Sequence[Group[E]], encode: Encode[E], what: str, accelerator: Accelerator
+) -> Iterator[tuple[list[E], dict[str, Tensor]]]:
+    """Encodes all entries, and yields in every process the same parts: entries, and their tensors on the CPU.
+
+    In every round each process encodes a batch; a process that has none left repeats the last one, so that all go through the same
+    rounds. A batch always has the full size (the last entry of a group is repeated), because how numbers are rounded depends on it: an
+    entry has the same bits, whichever entries are encoded with it.
+    """
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    total = sum(len(entries) for entries, _ in groups)
+    with tqdm(total=total, desc=f"encoding the {what}", leave=False, delay=5, disable=rank > 0) as progress:
+        for entries, size in groups:
+            last = len(entries) - 1
+            batches = [[entries[min(k, last)] for k in range(first, first + size)] for first in range(0, len(entries), size)]
+            for first in range(0, len(batches), processes):
+                together = [min(k, len(batches) - 1) for k in range(first, first + processes)]
+                tensors = _gathered(encode(batches[together[rank]]), accelerator)
+                flat = [entry for k in together for entry in batches[k]]
+                rows = {entry: row for row, entry in reversed(list(enumerate(flat)))}
+                done = list(dict.fromkeys(flat))
+                yield done, {name: tensor[[rows[entry] for entry in done]] for name, tensor in tensors.items()}
+                progress.update(len(done))
+
+
+def _gathered(tensors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """The tensors of all processes, one after the other, on the CPU."""
+    if accelerator.num_processes == 1:
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
+    return {name: accelerator.gather(tensor.to(accelerator.device)).cpu() for name, tensor in tensors.items()}
+
+
+class Precomputed(Mapping[E, Mapping[str, Tensor]]):
+    """Tensors of entries by name; views of files, which the system reads when they are used."""
+
+    def __init__(self, tensors: StoredTensors, places: Mapping[E, Place]) -> None:
+        self.tensors, self.places = tensors, places
+
+    def __getitem__(self, entry: E) -> Mapping[str, Tensor]:
+        return self.tensors[self.places[entry]]
+
+    def __iter__(self) -> Iterator[E]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+class Precomputation(Generic[E]):
+    """What a folder has of some entries, and what is still to be computed. All processes must make and fill it together.
+
+    Shards that are damaged are named and removed, and what they held is computed anew.
+    """
+
+    def __init__(self, folder: Path, what: str, keys: Mapping[E, bytes], accelerator: Accelerator) -> None:
+        """`what` the entries are, for messages, such as "latents"; `keys` of all entries, as of `key_of`."""
+        self.store, self.what, self.keys, self.accelerator = TensorStore(folder), what, keys, accelerator
+        self._places = self._found()
+        self.missing = [entry for entry, key in keys.items() if key not in self._places]
+
+    def _found(self) -> dict[bytes, Place]:
+        # The first process alone lists the folder: other runs may write to it meanwhile.
+        shards = broadcast_from_first(self.store.keys, self.accelerator)
+        wanted = set(self.keys.values())
+        names = [name for name, keys in shards.items() if keys is None or not wanted.isdisjoint(keys)]
+        whole = shared(lambda k: self.store.is_whole(names[k]), len(names), SHARDS_AT_ONCE, self.accelerator, f"verifying the {self.what}")
+        for name in (name for name, sound in zip(names, whole) if not sound and self.accelerator.is_main_process):
+            say(f"{self.store.folder / name} is damaged; what it held is computed anew")
+            self.store.remove(name)
+        used = {name: shards[name] or [] for name, sound in zip(names, whole) if sound}
+        return {key: (name, row) for name, keys in used.items() for row, key in enumerate(keys) if key in wanted}
+
+    def filled(self, groups: Sequence[Group[E]], encode: Encode[E]) -> Precomputed[E]:
+        """All entries, after what is missing was encoded and written by the first process.
+
+        Args:
+            groups: of all entries; those that are there are left out.
+            encode: encodes a batch of them.
+
+        Raises:
+            CannotWriteError: a shard cannot be written; those that were written before stay.
+        """
+        if self.missing:
+            absent, writer = set(self.missing), ShardWriter(self.store)
+            left = [([entry for entry in entries if entry in absent], size) for entries, size in groups]
+            for entries, tensors in encoded(left, encode, self.what, self.accelerator):
+                if self.accelerator.is_main_process:
+                    writer.add([self.keys[entry] for entry in entries], tensors)
+            first, processes = self.accelerator.is_main_process, self.accelerator.num_processes
+            self._places |= dict(gather_from_all(lambda: _written(writer) if first else [], processes))
+        places = {entry: self._places[key] for entry, key in self.keys.items()}
+        return Precomputed(StoredTensors(self.store, {name for name, _ in places.values()}), places)
+
+
+def _written(writer: ShardWriter) -> list[tuple[bytes, Place]]:
+    writer.flush()
+    return list(writer.places.items())
+
+
+def say_size(folder: str, missing: Mapping[str, tuple[int, int]], accelerator: Accelerator) -> None:
+    """Prints what will be computed, and what it takes.
+
+    Args:
+        folder: `precompute_dir`.
+        missing: number of entries, and bytes of each, by what they are.
+        accelerator: of the processes.
+
+    Raises:
+        CannotWriteError: the folder cannot be written to, or its disk has not enough room.
+    """
+    with told_by_the_first(accelerator):
+        (free,) = gather_from_all(lambda: [_free_in(folder)] if accelerator.is_main_process else [], accelerator.num_processes)
+        needed = sum(count * each for count, each in missing.values())
+        parts = " and ".join(f"{count} {what} ({count * each / 1e6:.1f} MB)" for what, (count, each) in missing.items() if count)
+        if needed > free:
+            raise CannotWriteError(
+                f"precompute_dir {folder} would need {needed / 1e6:.1f} MB more, for {parts}, but its disk has {free / 1e6:.1f} MB free; "
+                f"name a folder on another disk"
+            )
+    if accelerator.is_main_process:
+        say(f"precompute_dir {folder}: computing {parts}; {free / 1e6:.1f} MB are free")
+
+
+def _free_in(folder: str) -> int:
+    require_writable(Path(folder) / "file")
+    return free_bytes(Path(folder))

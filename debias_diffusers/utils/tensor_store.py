@@ -1,0 +1,130 @@
+"""Tensors on the disk under keys, in safetensors files ("shards") that several runs and processes read and write at once.
+
+A shard is named by the sha256 of its bytes and written atomically: it is whole or absent, and a damaged one is recognized.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .files import remove, remove_old_temporary_files, write_file
+
+SHARD_BYTES = 256 << 20  # of tensors, after which a shard is written
+WRITE_AFTER = 60.0  # seconds of computing that a killed process loses at most
+KEYS = "keys"  # the tensor (N, 32) uint8 of a shard; row k of every other tensor belongs to key k
+OURS = {"debias_diffusers": "tensors"}  # metadata of a shard
+_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+_BLOCK = 1 << 20  # bytes that are hashed at once
+
+Place = tuple[str, int]  # name of a shard, and row in it
+
+
+class TensorStore:
+    """The shards of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` need not exist."""
+        self.folder = folder
+
+    def keys(self) -> dict[str, list[bytes] | None]:
+        """The keys of each shard, of 32 bytes, by its name; None of one that cannot be read as safetensors."""
+        if not self.folder.is_dir():
+            return {}
+        remove_old_temporary_files(self.folder)
+        return {path.name: _keys_of(path) for path in sorted(self.folder.iterdir()) if _NAME.fullmatch(path.name)}
+
+    def is_whole(self, name: str) -> bool:
+        """Whether the bytes of a shard are those of its name. Reads all of them."""
+        digest = hashlib.sha256()
+        try:
+            with open(self.folder / name, "rb") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+        except OSError:
+            return False
+        return f"{digest.hexdigest()}.safetensors" == name
+
+    def remove(self, name: str) -> None:
+        """Removes a shard. Does nothing where it is gone already."""
+        remove(self.folder / name)
+
+
+def _keys_of(path: Path) -> list[bytes] | None:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return [bytes(row) for row in file.get_tensor(KEYS).numpy()] if file.metadata() == OURS else []
+    except (SafetensorError, OSError, ValueError):
+        return None
+
+
+class ShardWriter:
+    """Writes tensors to a store, in shards of about `SHARD_BYTES`."""
+
+    def __init__(self, store: TensorStore) -> None:
+        self.folder = store.folder
+        self.places = dict[bytes, Place]()  # of all that is written
+        self._keys: list[bytes] = []
+        self._parts: list[Mapping[str, Tensor]] = []
+        self._bytes, self._since = 0, time.monotonic()
+
+    def add(self, keys: Sequence[bytes], tensors: Mapping[str, Tensor]) -> None:
+        """Takes tensors by name, on the CPU, whose row k belongs to `keys[k]`.
+
+        Raises:
+            CannotWriteError: a shard that was due cannot be written.
+        """
+        if self._parts and any(value.shape[1:] != self._parts[0][name].shape[1:] for name, value in tensors.items()):
+            self.flush()
+        self._keys += keys
+        self._parts.append(tensors)
+        self._bytes += sum(value.nbytes for value in tensors.values())
+        if self._bytes >= SHARD_BYTES or time.monotonic() - self._since > WRITE_AFTER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what was added.
+
+        Raises:
+            CannotWriteError: the shard cannot be written.
+        """
+        if self._keys:
+            tensors = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+            tensors[KEYS] = torch.frombuffer(bytearray(b"".join(self._keys)), dtype=torch.uint8).view(-1, len(self._keys[0]))
+            content = safetensors.torch.save(tensors, OURS)
+            name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
+            write_file(self.folder / name, content)
+            self.places |= {key: (name, row) for row, key in enumerate(self._keys)}
+        self._keys, self._parts, self._bytes, self._since = [], [], 0, time.monotonic()
+
+
+class StoredTensors:
+    """Tensors of a store, which the system reads from the disk when they are used (mmap), and keeps in memory as long as there is room."""
+
+    def __init__(self, store: TensorStore, names: Collection[str]) -> None:
+        """`names` of the shards: those that are open stay readable if they are removed."""
+        self.store, self.names = store, sorted(names)
+        self._shards = {name: _mapped(store.folder / name) for name in self.names}
+
+    def __getitem__(self, place: Place) -> dict[str, Tensor]:
+        """The tensors of a place by name; views of the file, to be copied and never written."""
+        name, row = place
+        return {part: tensor[row] for part, tensor in self._shards[name].items() if part != KEYS}
+
+    def __reduce__(self) -> Any:  # to data loader workers that are not forked
+        return StoredTensors, (self.store, self.names)
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    with safetensors.safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
