@@ -27,19 +27,15 @@ def draw_noise(shape: Sequence[int], config: NoiseConfig, seed: int, position: i
     Returns:
         `noise` (C, H, W) float32, of which targets are made; with input perturbation also `input_noise`, of which x_t is made.
     """
-    noise = _normal(shape, seed, "noise", position)
+    noise = seeding.normal(shape, seed, "noise", position)
     if config.pyramid_noise_discount:
         noise = _pyramid(noise, config, seed, position)
     if config.noise_offset:  # (https://www.crosslabs.org/blog/diffusion-with-offset-noise)
-        noise = noise + config.noise_offset * _normal((shape[0], *[1] * (len(shape) - 1)), seed, "noise offset", position)
+        noise = noise + config.noise_offset * seeding.normal((shape[0], *[1] * (len(shape) - 1)), seed, "noise offset", position)
     if not config.input_perturbation:
         return {"noise": noise}
     # (arXiv 2301.11706, algorithm 1)
-    return {"noise": noise, "input_noise": noise + config.input_perturbation * _normal(shape, seed, "input perturbation", position)}
-
-
-def _normal(shape: Sequence[int], seed: int, purpose: str, position: int) -> Tensor:
-    return torch.randn(tuple(shape), generator=seeding.generator(seed, purpose, position))
+    return {"noise": noise, "input_noise": noise + config.input_perturbation * seeding.normal(shape, seed, "input perturbation", position)}
 
 
 def _pyramid(noise: Tensor, config: NoiseConfig, seed: int, position: int) -> Tensor:

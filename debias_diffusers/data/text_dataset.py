@@ -119,7 +119,7 @@ class TextData(PositionedData):
         index, flipped = self._image_of[self.index(position)], self.flips(position)
         caption, dropped = self._caption(index, position)
         shape = self._latent_shape(index)
-        posterior = torch.randn(shape, generator=seeding.generator(self.seed, "posterior", position))
+        posterior = seeding.normal(shape, self.seed, "posterior", position)
         common = {"caption": caption, "dropped": dropped, **self.drawn(position, shape), "posterior": posterior}
         if self.latents is not None:
             return {**common, "index": index, "flipped": int(flipped)}

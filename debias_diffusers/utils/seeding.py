@@ -5,9 +5,11 @@ random state is saved in checkpoints.
 """
 
 import hashlib
+import threading
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 def derive_seed(seed: int, purpose: str, position: int) -> int:
@@ -27,6 +29,17 @@ def uniform(seed: int, purpose: str, position: int) -> float:
 def generator(seed: int, purpose: str, position: int) -> torch.Generator:
     """A seeded torch CPU generator, for tensors of random numbers."""
     return torch.Generator().manual_seed(derive_seed(seed, purpose, position) % 2**32)
+
+
+_OF_THREAD = threading.local()
+
+
+def normal(shape: Sequence[int], seed: int, purpose: str, position: int) -> Tensor:
+    """Standard normal numbers, float32: those that `generator` gives. One generator of the thread is seeded anew, which is faster."""
+    generator: torch.Generator | None = getattr(_OF_THREAD, "generator", None)
+    if generator is None:
+        generator = _OF_THREAD.generator = torch.Generator()
+    return torch.randn(shape, generator=generator.manual_seed(derive_seed(seed, purpose, position) % 2**32))
 
 
 def seed_device(device: torch.device, seed: int) -> None:
