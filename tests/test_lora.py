@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from conftest import Forked, as_ranks, metrics, newest_step, run, sample_config, tensors, wait_for
+from pushing import served
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from test_text_to_image import pictures, plan_of, plan_of_flags
@@ -30,7 +31,7 @@ from debias_diffusers.pipelines.lora import read_lora
 from debias_diffusers.runs.lora_folder import LORA_WEIGHTS
 from debias_diffusers.sampling.generate import make_job, sample
 from debias_diffusers.tasks import lora, text_to_image
-from debias_diffusers.training import state_dicts
+from debias_diffusers.training import dry_run, state_dicts
 from debias_diffusers.utils import seeding
 
 RANK, ALPHA, STEPS = 4, 8, 3
@@ -168,8 +169,6 @@ def test_what_does_not_go_with_lora_is_one_sentence(bases, flags, said, tmp_path
 
 
 def test_a_dry_run_counts_what_is_trained(bases, few, tmp_path, capsys):
-    from debias_diffusers.training import dry_run
-
     plan = plan_of(bases["sd"], tmp_path / "run", *few, *LORA)
     network, _ = dry_run.on_meta(plan.task)
     capsys.readouterr()
@@ -202,6 +201,12 @@ def drawn(pipeline, **options):
         height=8, width=8, num_inference_steps=STEPS, guidance_scale=5.0, output_type="pt", **options,
     ).images  # fmt: skip
     return (images * 255).round().to(torch.uint8)
+
+
+def adapter_drawn(base, folder, name):
+    pipeline = stock(base)
+    pipeline.load_lora_weights(folder, weight_name=name, local_files_only=True)
+    return drawn(pipeline)
 
 
 @pytest.mark.parametrize("name", ["xl", "sd"])
@@ -349,6 +354,70 @@ def test_a_lora_is_scored(runs, tmp_path, capsys):
     assert json.loads((tmp_path / "s.json").read_text())["targets"][0]["images"] == 4
 
 
+UPLOAD = """
+import sys
+from huggingface_hub import HfApi
+api = HfApi()
+api.create_repo("alice/base")
+api.upload_folder(repo_id="alice/base", folder_path=sys.argv[1])
+"""
+STOCK = """
+import sys
+from debias_diffusers.utils import text_libraries
+text_libraries.show()
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained("alice/base")
+pipeline.load_lora_weights("alice/mine")
+print(pipeline.get_active_adapters())
+"""
+
+
+@pytest.mark.nightly
+def test_a_lora_goes_to_the_hub_and_is_drawn_from_there(bases, few, tmp_path):
+    """Trained on a base model of the Hub, of which its commit is recorded; another model on this disk with the same files will do, too."""
+    with served(tmp_path / "served", xet=False, TORCH="") as (_, worker):
+        worker.script(UPLOAD, bases["xl"])
+        words = [
+            *few,
+            *LORA,
+            "--ema_decay",
+            0.9,
+            0.5,
+            "--no_ema_warmup",
+            "--learning_rate",
+            0.01,
+            "--max_steps",
+            4,
+            "--push_to_hub",
+            "--hub_model_id",
+            "alice/mine",
+        ]
+        code, said = worker.run("train", *text_args("alice/base", tmp_path / "run", *words)[1:])
+        assert code == 0, said
+        record = json.loads((tmp_path / "run" / "base_model.json").read_text())
+        assert re.fullmatch(r"alice/base@[0-9a-f]{40}", record["base_model"])
+        card = ModelCard((tmp_path / "run" / "README.md").read_text())
+        assert (card.data.base_model, card.data.base_model_relation) == (["alice/base"], "adapter")
+        flags = ["--prompt", "a digit", "--steps", 2, "--num_images", 2, "--num_threads", 1]
+        drawn = {}
+        for name, model, more in (
+            ("hub", "alice/mine", []),
+            ("here", tmp_path / "run", []),
+            ("base", "alice/mine", ["--base_model", bases["xl"]]),
+            ("variant", "alice/mine", ["--weights", 0.5]),
+            ("lora", "alice/base", ["--lora", "alice/mine"]),
+        ):
+            code, said = worker.run("sample", model, *flags, *more, "--output_dir", tmp_path / name)
+            assert code == 0, said
+            drawn[name] = [(tmp_path / name / f"{k:06d}.png").read_bytes() for k in range(2)]
+        assert drawn["hub"] == drawn["here"] == drawn["base"] == drawn["lora"] != drawn["variant"]
+        rows = (tmp_path / "lora" / "metadata.jsonl").read_text()
+        assert re.search(r'"lora": "alice/mine@[0-9a-f]{40}:1.0"', rows)
+        code, said = worker.run("sample", "alice/mine", *flags, "--base_model", bases["sd"], "--output_dir", tmp_path / "no")
+        assert code == 2 and "is not the one that" in said
+        assert "default_0" in worker.script(STOCK)
+
+
 # ---- starting from a LoRA --------------------------------------------------------------------------------------------
 
 
@@ -371,13 +440,78 @@ def test_a_lora_continues_another(runs, bases, few, tmp_path):
         lora.load(network, str(runs["sd"]), config)
 
 
+# ---- text encoders ---------------------------------------------------------------------------------------------------
+
+ENCODERS = (*LORA, "--lora_text_encoders", "--lora_targets", "to_q", "to_v", "fc1", "--caption_dropout", 0.4)
+
+
+@pytest.fixture(scope="module")
+def with_encoders(bases, few, tmp_path_factory):
+    """LoRAs with adapters on the text encoders."""
+    folder = tmp_path_factory.mktemp("encoders")
+    return {name: trained(base, folder / name, *few, *ENCODERS) for name, base in bases.items()}
+
+
+@pytest.mark.parametrize("name, flags", [("xl", ()), ("xl", ("--null_caption", "empty")), ("sd", ("--caption_chunks", 2))])
+def test_text_encoders_with_new_adapters_give_the_usual_embeddings(name, flags, bases, tmp_path):
+    """And every adapter has a gradient, whatever captions are dropped; else processes would wait for each other."""
+    task = plan_of(bases[name], tmp_path / "run", *ENCODERS, *flags).task
+    network, captions = task.build(), ["a handwritten one", "the digit two"]
+    for dropped in ([False, True], [True, True]):
+        found, expected = task._embeddings(network, captions, dropped), task.texts.of(captions, dropped, "cpu")
+        assert torch.allclose(found.text, expected.text, atol=1e-6)
+        assert (found.pooled is None) == (name == "sd") and (name == "sd" or torch.allclose(found.pooled, expected.pooled, atol=1e-6))
+    batch = {**task.dummy_batch(2), "dropped": torch.tensor([True, True])}
+    task.conditioned(network, batch, "cpu")(torch.randn(2, 4, 4, 4), torch.tensor([10, 900])).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in task.trained(network).values())
+    on_meta, flops = dry_run.on_meta(task)
+    assert [value.shape for value in on_meta.parameters()] == [value.shape for value in network.parameters()] and flops > 1e6
+
+
+@pytest.mark.parametrize("name", ["xl", "sd"])
+def test_adapters_of_text_encoders_are_trained_and_drawn_with(name, with_encoders, bases, few, tmp_path, monkeypatch):
+    run = with_encoders[name]
+    exported = load_file(run / LORA_WEIGHTS)
+    kinds = {key.split(".")[0] for key, value in exported.items() if ".lora_B." in key and value.abs().max() > 0}
+    assert kinds == ({"unet", "text_encoder", "text_encoder_2"} if name == "xl" else {"unet", "text_encoder"})
+    assert all(".text_model.encoder." in key for key in exported if key.startswith("text_encoder"))  # as transformers 4 needs it
+    task = plan_of(bases[name], tmp_path / "run", *few, *ENCODERS).task
+    averaged = load_file(run / "checkpoints" / "step-00000012" / "ema_0.9.safetensors")
+    monkeypatch.setattr(text_to_image, "PREVIEW_STEPS", STEPS)
+    preview = task.draw(state_dicts.with_weights(task.build(), averaged), range(2), ["a handwritten one", "a handwritten two"])
+    images = adapter_drawn(bases[name], run, LORA_WEIGHTS)
+    assert torch.equal(preview, images)
+    only_unet = stock(bases[name])
+    only_unet.load_lora_weights({key: value for key, value in exported.items() if key.startswith("unet.")})
+    assert not torch.equal(drawn(only_unet), images)
+    assert job_of(run).settings["model_sha256"] == job_of(run, weights="0.9").settings["model_sha256"]
+    with safe_open(publish.stage(run, 12) / LORA_WEIGHTS, "pt") as pushed:
+        assert {key: pushed.get_tensor(key).sum() for key in pushed.keys()} == {key: value.sum() for key, value in exported.items()}  # noqa: SIM118
+    assert cli.convert(["lora", str(run), str(tmp_path / "out.safetensors")]) == 0
+    found = load_file(tmp_path / "out.safetensors")
+    assert f"lora_te{'1' if name == 'xl' else ''}_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in found
+    assert torch.equal(adapter_drawn(bases[name], tmp_path, "out.safetensors"), images)
+
+
+def test_a_run_with_text_encoders_resumes_with_the_same_bits(with_encoders, bases, few, tmp_path):
+    folder = trained(bases["xl"], tmp_path / "run", *few, *ENCODERS, "--max_steps", 8)
+    trained(bases["xl"], folder, *few, *ENCODERS)
+    assert tensors(folder, 12) == tensors(with_encoders["xl"], 12)
+    continued = trained(bases["xl"], tmp_path / "next", *few, *ENCODERS, "--init", folder, "--max_steps", 1, "--learning_rate", 1e-12)
+    before, after = (load_file(run / LORA_WEIGHTS) for run in (folder, continued))
+    assert before.keys() == after.keys() and all(torch.allclose(value, before[name], atol=1e-6) for name, value in after.items())
+
+
+@pytest.mark.nightly
+def test_two_processes_train_text_encoders_the_same(with_encoders, bases, few, tmp_path):
+    """Captions may all be dropped in one process and none in the other."""
+    code, err = as_ranks(2, *text_args(bases["xl"], tmp_path / "run", *few, *ENCODERS, "--micro_batch_size", 1))
+    assert code == 0, err
+    losses = [[line["loss"] for line in metrics(folder)] for folder in (with_encoders["xl"], tmp_path / "run")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 # ---- kohya's names ---------------------------------------------------------------------------------------------------
-
-
-def adapter_drawn(base, folder, name):
-    pipeline = stock(base)
-    pipeline.load_lora_weights(folder, weight_name=name, local_files_only=True)
-    return drawn(pipeline)
 
 
 @pytest.mark.parametrize("name", ["xl", "sd"])
@@ -467,7 +601,6 @@ def test_what_cannot_be_converted_is_one_sentence(runs, words, said, tmp_path, c
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LINEAR = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")  # all linear layers of the transformers, as sd-scripts takes them
-TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 # Names of sd-scripts: the transformers of the UNets with their numbers of blocks, and the layers of the text encoders.
 XL_TRANSFORMERS = {
@@ -513,9 +646,9 @@ def test_adapters_of_the_full_models_have_the_names_of_sd_scripts():
         xl, sd = UNet2DConditionModel.from_config(sdxl.PARTS["unet"]), UNet2DConditionModel(**one)
         first, second = CLIPTextModel(configs["text_encoder"]), CLIPTextModelWithProjection(configs["text_encoder_2"])
         for unet in (xl, sd):
-            lora.add_adapters(unet, config)
+            lora.add_adapters({"unet": unet}, config)
         for encoder in (first, second):
-            lora.add_adapters(encoder, dataclasses.replace(config, lora_targets=TEXT))
+            lora.add_adapters({"text_encoder": encoder}, dataclasses.replace(config, lora_targets=("fc1", "fc2")))
     found = exported("unet", xl)
     counts = {name: value.numel() for name, value in found.items()}
     assert (len(counts), sum(counts.values())) == (2 * 722, 42_557_440)

@@ -117,7 +117,8 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("lora rank network_dim lora_r", "--lora_rank", "of a text-to-image model"),
     ("network_alpha", "--lora_alpha", "of a text-to-image model"),
     ("network_module network_args target_modules lora_layers", "--lora_rank --lora_targets", "adapters by peft, of a text-to-image model"),
-    ("train_text_encoder text_encoder_lr clip_skip tokenizer_name", "", "text encoders stay as they are; the UNet alone is trained"),
+    ("train_text_encoder", "--lora_text_encoders", "adapters on them, with --lora_rank; their own weights are not trained"),
+    ("text_encoder_lr clip_skip tokenizer_name", "", "text encoders are those of the base model, and all adapters have --learning_rate"),
     (
         "cache_latents cache_latents_to_disk vae_batch_size cache_text_embeddings cache_text_encoder_outputs "
         "cache_text_encoder_outputs_to_disk",

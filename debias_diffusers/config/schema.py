@@ -146,6 +146,9 @@ class LoraConfig:
     lora_alpha: Annotated[float | None, above(0, 16)] = None
     # modules that get an adapter: names, or their ends, as target_modules of peft
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    # adapters on the text encoders, too: on q_proj k_proj v_proj out_proj, and what else lora_targets names; embeddings are then computed
+    # in every step
+    lora_text_encoders: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,7 +192,8 @@ def _data(config: TrainConfig, images: int | None) -> str:
     said += f", starting from the weights of {_code(start)}" if start else ""
     if rank:
         targets = ", ".join(map(_code, config.lora.lora_targets))
-        said += f"; adapters of rank {rank} and alpha {config.lora.lora_alpha or rank:g} on {targets} of the UNet of "
+        encoders = ", and on the text encoders" if config.lora.lora_text_encoders else ""
+        said += f"; adapters of rank {rank} and alpha {config.lora.lora_alpha or rank:g} on {targets} of the UNet{encoders} of "
         said += f"{_code(config.text.base_model)} were trained; {config.text.caption_dropout:.0%} of the captions were dropped"
     elif is_text(config):
         said += f", of which the UNet was trained; {config.text.caption_dropout:.0%} of the captions were dropped"

@@ -155,8 +155,12 @@ def set_weights(pipeline: Any, weights: Mapping[str, Tensor], name: str) -> None
         InputError: they are not those of the same LoRA.
     """
     renamed = {exported_name(key): value for key, value in weights.items()}
+    parts = {name: part for name in pipeline._lora_loadable_modules if (part := getattr(pipeline, name, None)) is not None}
     there = {
-        exported_name(key): parameter for key, parameter in pipeline.unet.named_parameters() if f".{ADAPTER}." in key and ".lora_" in key
+        exported_name(f"{name}.{key}"): parameter
+        for name, part in parts.items()
+        for key, parameter in part.named_parameters()
+        if f".{ADAPTER}." in key and ".lora_" in key
     }
     if renamed.keys() != there.keys() or any(renamed[key].shape != there[key].shape for key in there):
         raise InputError(f"the checkpoints of {name} have other adapters than its {LORA_WEIGHTS}")

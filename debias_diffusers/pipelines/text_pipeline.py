@@ -226,13 +226,25 @@ def _encoders(pipeline: Any) -> list[tuple[Any, Any]]:
 
 def _encode(pipeline: Any, prompts: Sequence[str], chunks: int) -> tuple[Tensor, Tensor]:
     """Text embeddings (B, K tokens, width), and the first output of the last text encoder: SDXL's pooled embeddings."""
-    found = []
-    for tokenizer, encoder in _encoders(pipeline):
-        ids = _padded_ids(tokenizer, prompts, chunks).to(encoder.device)
-        output = encoder(ids, output_hidden_states=is_xl(pipeline))
-        text = output.hidden_states[-2] if is_xl(pipeline) else output[0]
-        found.append(text.reshape(len(prompts), -1, text.shape[-1]))
-    return torch.cat(found, dim=-1), output[0][::chunks]
+    encoders = [encoder for _, encoder in _encoders(pipeline)]
+    return joined_outputs(encoded(encoders, token_ids(pipeline, prompts, chunks), is_xl(pipeline)), is_xl(pipeline), chunks)
+
+
+def token_ids(pipeline: Any, prompts: Sequence[str], chunks: int) -> list[Tensor]:
+    """What each text encoder of a pipeline reads of B prompts: ids (B K, model_max_length)."""
+    return [_padded_ids(tokenizer, prompts, chunks) for tokenizer, _ in _encoders(pipeline)]
+
+
+def encoded(encoders: Sequence[Any], ids: Sequence[Tensor], xl: bool) -> list[Any]:
+    """The output of each text encoder for its ids."""
+    return [encoder(each.to(encoder.device), output_hidden_states=xl) for encoder, each in zip(encoders, ids)]
+
+
+def joined_outputs(outputs: Sequence[Any], xl: bool, chunks: int) -> tuple[Tensor, Tensor]:
+    """The outputs of the text encoders as text embeddings (B, K tokens, width) and SDXL's pooled embeddings (B, width)."""
+    texts = [output.hidden_states[-2] if xl else output[0] for output in outputs]
+    parts = [text.reshape(len(text) // chunks, -1, text.shape[-1]) for text in texts]
+    return torch.cat(parts, dim=-1), outputs[-1][0][::chunks]
 
 
 def _padded_ids(tokenizer: Any, prompts: Sequence[str], chunks: int) -> Tensor:

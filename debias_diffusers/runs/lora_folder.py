@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .run_directory import CHECKPOINTS
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name by which diffusers finds them
 BASE_RECORD = "base_model.json"  # beside them: what they were trained on
+PARTS = ("unet.", "text_encoder.", "text_encoder_2.")  # of a LoRA: how names of its tensors begin
 ADAPTER = "default"  # peft's name of an adapter, which is part of the names of its parameters
 
 
@@ -141,8 +143,15 @@ _ADVICE = "name that one with --base_model, or draw with this one and --lora"
 
 
 def exported_name(name: str) -> str:
-    """The name that a parameter of an adapter has in the file that diffusers loads."""
-    return f"unet.{name.replace(f'.{ADAPTER}.', '.')}"
+    """The name that a parameter of an adapter has in the file that diffusers loads.
+
+    Without adapters on the text encoders the names of a network are those of its UNet.
+    """
+    name = name.replace(f".{ADAPTER}.", ".")
+    if not name.startswith(PARTS):
+        return f"unet.{name}"
+    # transformers 5 leaves the word out, and version 4 needs it; diffusers knows both.
+    return re.sub(r"^(text_encoder|text_encoder_2)\.encoder\.", r"\1.text_model.encoder.", name)
 
 
 def exported_weights(weights: Path, like: Path) -> bytes:

@@ -2,35 +2,117 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
+from torch import Tensor, nn
 
 from ..config.schema import LoraConfig
 from ..errors import InputError, reason
 from ..pipelines.lora import lora_file, read_lora
+from ..pipelines.text_pipeline import encoded, joined_outputs
 from ..runs.lora_folder import ADAPTER, LORA_WEIGHTS, exported_name
 from .unet import require_finite
 
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the attention of text encoders
 
-def add_adapters(network: Any, config: LoraConfig) -> None:
-    """Freezes a network and adds adapters, which change nothing yet: A is drawn from torch's global generator, and B is 0.
+
+class UNetWithTextEncoders(nn.Module):
+    """UNet and text encoders as one network, which is wrapped, trained and averaged as a whole.
+
+    Every parameter takes part in every forward, of whatever captions are dropped, as DistributedDataParallel needs it.
+    """
+
+    def __init__(self, unet: Any, encoders: Mapping[str, Any], zeros: bool, chunks: int) -> None:
+        """`encoders` by the names of their parts; `zeros` and `chunks` as of `null_embeddings`."""
+        super().__init__()
+        self.unet, self.names, self.zeros, self.chunks = unet, tuple(encoders), zeros, chunks
+        for name, encoder in encoders.items():
+            self.add_module(name, encoder)
+
+    @property
+    def encoders(self) -> list[Any]:
+        """The text encoders, in the order of their embeddings."""
+        return [getattr(self, name) for name in self.names]
+
+    def embeddings(self, ids: Sequence[Tensor], dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """Text embeddings (B, K tokens, width) and pooled embeddings (B, width); zeros for captions that are `dropped` (B,), if `zeros`."""
+        xl = len(self.names) > 1
+        outputs = encoded(self.encoders, ids, xl)
+        text, pooled = joined_outputs(outputs, xl, self.chunks)
+        if self.zeros:
+            kept = (~dropped).to(text)
+            text, pooled = text * kept[:, None, None], pooled * kept[:, None]
+        # The last layer of SDXL's first text encoder is in no embedding.
+        return text + 0 * sum(output[0].sum() for output in outputs), pooled
+
+    def forward(self, x_t: Tensor, t: Tensor, ids: Sequence[Tensor], dropped: Tensor, time_ids: Tensor) -> Tensor:
+        """The prediction (B, C, h, w).
+
+        Args:
+            x_t: (B, C, h, w).
+            t: (B,).
+            ids: of `token_ids`; those of dropped captions are of the empty prompt.
+            dropped: (B,) which captions are dropped.
+            time_ids: (B, 6) sizes of SDXL.
+        """
+        text, pooled = self.embeddings(ids, dropped)
+        added = {"text_embeds": pooled, "time_ids": time_ids} if len(self.names) > 1 else None
+        predicted: Tensor = self.unet(x_t, t, text, added_cond_kwargs=added, return_dict=False)[0]
+        return predicted
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Of the UNet, whose activations are the most."""
+        self.unet.enable_gradient_checkpointing()
+
+    @property
+    def _repeated_blocks(self) -> Any:
+        return self.unet._repeated_blocks
+
+    def compile_repeated_blocks(self, **options: Any) -> None:
+        """Of the UNet."""
+        self.unet.compile_repeated_blocks(**options)
+
+
+def networks(network: Any) -> dict[str, Any]:
+    """UNet and text encoders of a network that is trained, by the names of their parts."""
+    if not isinstance(network, UNetWithTextEncoders):
+        return {"unet": network}
+    return {"unet": network.unet, **dict(zip(network.names, network.encoders))}
+
+
+def add_adapters(parts: Mapping[str, Any], config: LoraConfig) -> None:
+    """Freezes networks and adds adapters, which change nothing yet: A is drawn from torch's global generator, and B is 0.
+
+    Args:
+        parts: "unet", and text encoders, if they get adapters, too.
+        config: of the adapters.
 
     Raises:
         InputError: a name of `lora_targets` is that of no module, or of one that cannot have an adapter.
     """
+    matching = {name: [target for target in config.lora_targets if _has(part, target)] for name, part in parts.items()}
+    if unknown := set(config.lora_targets).difference(*matching.values()):
+        found = min(unknown, key=config.lora_targets.index)
+        raise InputError(f"lora_targets has {found}, but no module of the {' or '.join(parts)} has a name that ends so; take to_q, for one")
+    for name, part in parts.items():
+        _add(part, matching[name] if name == "unet" else [*dict.fromkeys([*TEXT_TARGETS, *matching[name]])], config)
+
+
+def _has(network: nn.Module, target: str) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name, _ in network.named_modules())
+
+
+def _add(network: Any, targets: list[str], config: LoraConfig) -> None:
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
     assert config.lora_rank
-    names = [name for name, _ in network.named_modules()]
-    for target in config.lora_targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise InputError(f"lora_targets has {target}, but no module of the UNet has a name that ends so; take to_q, for one")
     network.requires_grad_(False)
     alpha: Any = config.lora_alpha or config.lora_rank  # a fraction, too, though peft says int
-    wanted = PeftConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=list(config.lora_targets))
+    wanted = PeftConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets)
     try:
         if isinstance(network, diffusers.ModelMixin):
             network.add_adapter(wanted)
@@ -68,12 +150,14 @@ def load(network: Any, model: str, config: LoraConfig) -> None:
 
 
 def save(network: Any, is_xl: bool, folder: Path) -> None:
-    """Writes the adapters of a UNet as `load_lora_weights` of stock pipelines reads them, with rank, alpha and targets."""
-    from peft.utils import get_peft_model_state_dict
-
+    """Writes the adapters of a network as `load_lora_weights` of stock pipelines reads them, with rank, alpha and targets."""
     kind = diffusers.StableDiffusionXLPipeline if is_xl else diffusers.StableDiffusionPipeline
-    layers, about = get_peft_model_state_dict(network), _about(network)
-    kind.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=about, weight_name=LORA_WEIGHTS)
+    tensors = {exported_name(name): parameter.detach() for name, parameter in network.named_parameters() if f".{ADAPTER}." in name}
+    given: dict[str, Any] = {}
+    for part, adapted in networks(network).items():
+        given[f"{part}_lora_layers"] = {name.removeprefix(f"{part}."): tensors[name] for name in tensors if name.startswith(f"{part}.")}
+        given[f"{part}_lora_adapter_metadata"] = _about(adapted)
+    kind.save_lora_weights(folder, weight_name=LORA_WEIGHTS, **given)
 
 
 def _about(network: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -28,7 +29,7 @@ from ..diffusion.loss import Network
 from ..diffusion.noise_schedule import make_schedule
 from ..hub.model_card import model_card
 from ..pipelines.loading import explained_errors, load_part
-from ..pipelines.text_pipeline import ENCODED_AT_ONCE, count_tokens, draw, tokens_read
+from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, count_tokens, draw, token_ids, tokens_read
 from ..runs.checkpoints import hash_of
 from ..runs.lora_folder import BASE_RECORD
 from ..sampling.job import image_seeds
@@ -66,16 +67,18 @@ class TextToImageTask:
             seed, noise = validation_seed(optim.seed), dataclasses.replace(config.noise, input_perturbation=0.0)
             self.held_out = TextData(held_out, plain, undropped, seed, shape, noise, self._buckets(held_out))
         self._scheduler()  # which is needed at the first preview only, but is wrong now
-        if config.lora.lora_rank:
-            with torch.device("meta"):
-                self.build()  # for the names of its modules
         self.zeros = base.zeros_for_empty if text.null_caption is None else text.null_caption == "zeros"
-        self.texts = frozen_parts.TextConditions(base, accelerator.device, self.zeros, text.caption_chunks)
+        # Text encoders that get adapters are part of the network; these are what it is built from.
+        place = torch.device("cpu") if config.lora.lora_text_encoders else accelerator.device
+        self.texts = frozen_parts.TextConditions(base, place, self.zeros, text.caption_chunks)
         self.latents = frozen_parts.Latents(base, accelerator.device, optim.mixed_precision or "no")
         # A dry run writes nothing, and computes as a run without the folder.
         self.folder = None if config.run.dry_run else text.precompute_dir
-        if not self.folder:
+        if not self.folder or config.lora.lora_text_encoders:
             self._load()
+        if config.lora.lora_rank:
+            with torch.device("meta"):
+                self.build()  # for the names of its modules
 
     def _buckets(self, source: Source) -> Buckets | None:
         """The sizes of the images of a source, each once; None where all are square."""
@@ -110,12 +113,17 @@ class TextToImageTask:
         if self.folder:
             self._precompute(self.folder, texts)
             return
-        if self.data.captions_are_fixed and frozen_parts.fits(len(texts), self.texts.bytes_each, "text embeddings", self.accelerator):
+        if self._embeddings_are_fixed and frozen_parts.fits(len(texts), self.texts.bytes_each, "text embeddings", self.accelerator):
             self.texts.keep(texts, self.accelerator)
         count = len(self.data.images) * len(self.data.possible_flips)
         if self.data.crops_are_fixed and frozen_parts.fits(count, self._latent_bytes, "latents", self.accelerator):
             frozen_parts.keep_latents(self.data, self.latents, self.accelerator)
             self.latents.leave()
+
+    @property
+    def _embeddings_are_fixed(self) -> bool:
+        """Whether a caption always has the same embeddings, so that they can be kept."""
+        return self.data.captions_are_fixed and not self.config.lora.lora_text_encoders
 
     def _precompute(self, folder: str, texts: Sequence[str]) -> None:
         """Fills the folder, and reads from it."""
@@ -123,7 +131,7 @@ class TextToImageTask:
         embeddings: precompute.Precomputation[str | None] | None = None
         latents: precompute.Precomputation[tuple[int, bool]] | None = None
         missing = dict[str, tuple[int, int]]()
-        if self.data.captions_are_fixed:
+        if self._embeddings_are_fixed:
             embeddings = precompute.Precomputation(made / "text_embeddings", "text embeddings", self._text_keys(texts), acc)
             if embeddings.missing:
                 missing["text embeddings"] = len(embeddings.missing), self.texts.bytes_each
@@ -177,17 +185,29 @@ class TextToImageTask:
 
     # ---- network -----------------------------------------------------------------------------------------------------
 
-    def build(self) -> UNet2DConditionModel:
+    def build(self) -> nn.Module:
         """The UNet of the base model; with fresh weights where it has none, or without memory (device "meta"); with adapters of LoRA."""
-        network: UNet2DConditionModel
-        if torch.get_default_device().type == "meta" or not self.base.is_trained:
+        network: nn.Module
+        on_meta = torch.get_default_device().type == "meta"
+        if on_meta or not self.base.is_trained:
             network = UNet2DConditionModel.from_config(dict(self.base.unet))
         else:
             network = load_part(UNet2DConditionModel, self.base.folder / "unet", str(self.base.folder))
             require_finite(network.state_dict(), f"base_model {self.base.folder}")
         if self.config.lora.lora_rank:
-            lora.add_adapters(network, self.config.lora)
+            encoders = self._own_text_encoders() if self.config.lora.lora_text_encoders else {}
+            lora.add_adapters({"unet": network, **encoders}, self.config.lora)
+            if encoders:
+                return lora.UNetWithTextEncoders(network, encoders, self.zeros, self.texts.chunks)
         return network
+
+    def _own_text_encoders(self) -> dict[str, Any]:
+        """Copies of the text encoders, without memory on the device "meta"."""
+        pipeline = self.texts.load()
+        encoders = {name: getattr(pipeline, name) for name in self.base.parts if name.startswith("text_encoder")}
+        if torch.get_default_device().type == "meta":
+            return {name: type(encoder)(encoder.config) for name, encoder in encoders.items()}
+        return {name: copy.deepcopy(encoder) for name, encoder in encoders.items()}
 
     def load(self, network: nn.Module, model: str) -> list[str]:
         """Puts the weights of a LoRA into the adapters. (The base model has those from which the training of the whole UNet starts.)"""
@@ -200,7 +220,12 @@ class TextToImageTask:
 
     @property
     def frozen_bytes(self) -> int:
-        """Of the VAE and the text encoders; the latter leave the device where all embeddings are kept."""
+        """Of the VAE and the text encoders; the latter leave the device where all embeddings are kept.
+
+        Text encoders with adapters are part of the network.
+        """
+        if self.config.lora.lora_text_encoders:
+            return sum(tensor.nbytes for tensor in self.latents.vae.parameters())
         parts = (getattr(self.texts.load(), name, None) for name in ("text_encoder", "text_encoder_2"))
         return sum(tensor.nbytes for part in (self.latents.vae, *parts) if part is not None for tensor in part.parameters())
 
@@ -229,11 +254,28 @@ class TextToImageTask:
     def conditioned(self, model: nn.Module, batch: Batch, device: Any) -> Network:
         """The model as a function of x_t (B, C, h, w) and the timesteps (B,), with the captions and sizes of the batch."""
         captions: Any = batch["caption"]
-        found = self.texts.of(captions, batch["dropped"].tolist(), device)
         sizes = batch["time_ids"] if "time_ids" in batch else self._kept(batch)[2]
         sizes = sizes.to(device, non_blocking=True)  # float32: half precision has no odd numbers above 2048, or 256
+        if self.config.lora.lora_text_encoders:
+            ids, dropped = self._ids(captions, batch["dropped"], device)
+            return lambda x_t, t: model(x_t, t, ids, dropped, sizes)
+        found = self.texts.of(captions, batch["dropped"].tolist(), device)
         added = {"text_embeds": found.pooled, "time_ids": sizes} if self.base.is_xl else None
         return lambda x_t, t: model(x_t, t, found.text, added_cond_kwargs=added, return_dict=False)[0]
+
+    def _ids(self, captions: Sequence[str], dropped: Tensor, device: Any) -> tuple[list[Tensor], Tensor]:
+        """What text encoders with adapters read: ids of captions, or of the empty prompt where they are dropped; and which are."""
+        texts = ["" if left_out else caption for caption, left_out in zip(captions, dropped.tolist())]
+        return [ids.to(device) for ids in token_ids(self.texts.pipeline, texts, self.texts.chunks)], dropped.to(device)
+
+    def _embeddings(self, network: nn.Module, captions: Sequence[str], dropped: Sequence[bool]) -> Embeddings:
+        """The embeddings of captions, and of "no caption" where one is dropped, as the network has learned them, too."""
+        device = self.accelerator.device
+        if not isinstance(network, lora.UNetWithTextEncoders):
+            return self.texts.of(captions, dropped, device)
+        with torch.no_grad():
+            text, pooled = network.embeddings(*self._ids(captions, torch.tensor(dropped), device))
+        return Embeddings(text, pooled if self.base.is_xl else None)
 
     # ---- what is exported and drawn ----------------------------------------------------------------------------------
 
@@ -280,7 +322,7 @@ class TextToImageTask:
             *([sizes] if sizes else []),
             f"base_model: {self.config.text.base_model} ({kind}); its text encoders and VAE stay as they are",
             f"no caption: {self.config.text.caption_dropout:.0%} of the captions, as {dropped}",
-            *([f"LoRA: {scale}"] if adapters.lora_rank else []),
+            *([f"LoRA: {scale}" + (", and on the text encoders" if adapters.lora_text_encoders else "")] if adapters.lora_rank else []),
         ]
 
     def picture(self, batch: Batch) -> Any:
@@ -322,13 +364,14 @@ class TextToImageTask:
 
     def draw(self, network: nn.Module, indices: Sequence[int], conditions: Sequence[str]) -> Tensor:
         """Images (len(indices), 3, H, W) uint8 on the CPU, image k from the seed k and the prompt `conditions[k]`, in turn."""
-        device, side = self.accelerator.device, self.data.resolution
-        prompts = self.texts.of([conditions[k % len(conditions)] for k in indices], [False] * len(indices), device)
+        side = self.data.resolution
+        prompts = self._embeddings(network, [conditions[k % len(conditions)] for k in indices], [False] * len(indices))
+        null = self._embeddings(network, [""], [True])
         generators = [torch.Generator().manual_seed(seed) for seed in image_seeds(0, indices)]
         options = {"num_inference_steps": PREVIEW_STEPS, "guidance_scale": self.config.text.sample_guidance_scale}
         with self.latents.on_device() as vae:
-            pipeline = self._pipeline(network, vae)
-            return draw(pipeline, prompts, self.texts.null, generators, height=side, width=side, **options).cpu()
+            pipeline = self._pipeline(lora.networks(network)["unet"], vae)
+            return draw(pipeline, prompts, null, generators, height=side, width=side, **options).cpu()
 
     def _scheduler(self) -> Any:
         """A scheduler of the exported pipeline.

@@ -90,7 +90,8 @@ WRONG_VALUES = [
     ("evaluate", ["stats", "x", "o", "--metrics", ""], ["an empty name", "fid"]),
     ("evaluate", ["bpd", "x", "--batch_size", "0"], ["batch_size is 0", "such as 64"]),
     ("evaluate", ["weights", "--weighting", "debias"], ["did you mean debiased?"]),
-    ("convert", ["guide"], ["convert guide is not known", "guided, export, lora"]),
+    ("convert", ["guide"], ["convert guide is not known", "guided, export, single, lora"]),
+    ("cache", ["digits", "--base_model", "digits"], ["precompute_dir is missing"]),
 ]
 
 WRONG_COMBINATIONS = [
@@ -296,6 +297,7 @@ FIELDS = {
     "lora_rank": (TEXT, 4, METRICS),
     "lora_alpha": ({**TEXT, "lora_rank": 4}, 8.0, METRICS),
     "lora_targets": ({**TEXT, "lora_rank": 4}, ("to_q",), METRICS),
+    "lora_text_encoders": ({**TEXT, "lora_rank": 4}, True, METRICS),
     "size": ({}, "tiny", None),
     "model_channels": ({}, 16, METRICS),
     "channel_mult": ({}, (1, 1), METRICS),
