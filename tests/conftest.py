@@ -160,18 +160,26 @@ def launched(processes, *args):
     return process.returncode, err
 
 
-def _add_to_environment(variables):
+def _as_rank(variables, before):
     os.environ.update(variables)  # whose own method cannot be handed to another process
+    if before:
+        before()
 
 
-def as_ranks(processes, *args):
-    """What `launched` gives, of processes forked as in `run` and told by the environment, as the launcher does it, which they are."""
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what the launcher sets for it
+
+
+def as_ranks(processes, *args, environment=None, before=None):
+    """What `launched` gives, of processes forked as in `run` and told by the environment, as the launcher does it, which they are.
+
+    `environment` adds variables; `before` is called in each process.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_MIXED_PRECISION": "no"}
     places = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
-    environments = [{name: str(value) for name, value in place.items()} for place in places]
-    ranks = [Forked(*args, before=partial(_add_to_environment, environment)) for environment in environments]
+    environments = [{name: str(value) for name, value in place.items()} | (environment or {}) for place in places]
+    ranks = [Forked(*args, before=partial(_as_rank, variables, before)) for variables in environments]
     results = [rank.result() for rank in ranks]
     return max(abs(code) for code, _, _ in results), "".join(err for _, _, err in results)
 

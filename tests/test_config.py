@@ -125,6 +125,7 @@ def test_field_names_are_unique_over_the_sections():
         ({"weight_decay": -0.1}, ["weight_decay is -0.1", "0.01"]),
         ({"max_grad_norm": -1.0}, ["max_grad_norm is -1.0", "such as 1"]),
         ({"ema_decay": (0.9, 0.9)}, ["ema_decay is [0.9, 0.9]", "0.9999"]),
+        ({"ema_decay": (0.0,), "ema_on_cpu": True}, ["ema_on_cpu is on", "--ema_decay 0.9999"]),
         ({"ema_decay": (1.0,)}, ["ema_decay is [1.0]", "0.9999"]),
         ({"num_threads": 0}, ["num_threads is 0", "2"]),
         ({"seed": -1}, ["seed is -1", "0"]),

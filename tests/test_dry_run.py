@@ -1,16 +1,20 @@
 """`train.py --dry_run` fails where the start fails, shows what would be trained, and leaves nothing behind."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from here import tiny
 from PIL import Image
 
+from debias_diffusers.data.dataset import load_batch
 from debias_diffusers.errors import InputError, RunInUseError
 from debias_diffusers.runs.run_directory import open_run
-from debias_diffusers.training import setup
-from debias_diffusers.training.dry_run import dry_run, on_meta
+from debias_diffusers.training import device, setup
+from debias_diffusers.training.dry_run import dry_run, estimated_memory, on_meta
 from debias_diffusers.training.start import train
 from debias_diffusers.utils import memory
 
@@ -102,3 +106,71 @@ def test_floating_point_operations_of_a_network_are_those_of_its_layers():
 
     network, flops = on_meta(Task())
     assert flops == 2 * (2 * 9 * 3 * 5 * 64) and network.weight.is_meta
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------------
+
+
+def allocated_at_most(work):
+    """Bytes that the CPU's tensors take at most while something is done, beyond those before, as torch's profiler has them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+def measured_memory(plan):
+    """Weights, averages, the optimizer's state and what is frozen, and what a step takes beside them at most: the second one."""
+    trainer, _ = setup.build(plan, None, Accelerator())
+    parts = [load_batch(plan.task.data, positions) for positions in trainer.positions.micro_batches(0)]
+    batches = itertools.cycle(parts)
+    trainer.step_alone(batches)
+    step = trainer.state.optimizer_step
+    kept = [*trainer.state.model.parameters(), *(w for rate in step.ema.averages.values() for w in rate.values())]
+    kept += [value for values in step.optimizer.state.values() for value in values.values()]
+    return sum(value.nbytes for value in kept) + plan.task.frozen_bytes + allocated_at_most(lambda: trainer.step_alone(batches))
+
+
+SMALL = ["--resolution", 16, "--model_channels", 16, "--attention_head_dim", 16, "--attention_resolutions", 8, "--batch_size", 16]
+LARGE = ["--resolution", 32, "--model_channels", 32, "--attention_resolutions", 16, "--attention_head_dim", 32, "--batch_size", 16]
+MANY_WEIGHTS = ["--resolution", 8, "--model_channels", 64, "--batch_size", 2]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*SMALL],
+        [*SMALL, "--gradient_checkpointing"],
+        *(
+            pytest.param(flags, marks=pytest.mark.nightly)
+            for flags in (
+                LARGE,
+                [*LARGE, "--gradient_checkpointing"],
+                [*LARGE, "--micro_batch_size", 4, "--ema_decay", 0],
+                [*MANY_WEIGHTS, "--optimizer", "adafactor"],
+                [*MANY_WEIGHTS, "--mixed_precision", "bf16"],
+                [*MANY_WEIGHTS, "--mixed_precision", "bf16", "--param_dtype", "bf16"],
+            )
+        ),
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_the_estimated_memory_is_that_of_a_step(flags, tmp_path):
+    AcceleratorState._reset_state(True)
+    config = tiny(tmp_path / "run", *flags)
+    plan = setup.prepare(config, None, device.start_accelerator(config))
+    estimate = estimated_memory(plan.task, on_meta(plan.task)[0], config.optimization, "cpu")
+    assert estimate.peak == pytest.approx(measured_memory(plan), rel=0.15)
+    AcceleratorState._reset_state(True)
+
+
+def test_averages_in_main_memory_are_not_counted_on_a_gpu_and_change_nothing_on_a_cpu(tmp_path, capsys):
+    AcceleratorState._reset_state(True)
+    config = tiny(tmp_path / "run", "--ema_on_cpu")
+    plan = setup.prepare(config, None, device.start_accelerator(config))
+    of = {kind: estimated_memory(plan.task, on_meta(plan.task)[0], config.optimization, kind).kept for kind in ("cpu", "cuda")}
+    assert of["cpu"]["averages"] > 0 and "averages" not in of["cuda"]
+    trainer, _ = setup.build(plan, None, Accelerator())
+    assert "ema_on_cpu changes nothing here" in capsys.readouterr().err
+    assert {w.device.type for rate in trainer.state.optimizer_step.ema.averages.values() for w in rate.values()} == {"cpu"}
+    AcceleratorState._reset_state(True)

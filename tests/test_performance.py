@@ -312,12 +312,13 @@ def test_a_compiled_run_over_two_processes_resumes_with_the_same_bits(tmp_path):
 # ---- several processes ----------------------------------------------------------------------------------------------------
 
 LAUNCHERS = {"one_gpu": (1, 1, False), "eight_gpus": (8, 1, False), "two_nodes": (16, 2, False), "two_cpu_processes": (2, 1, True)}
+SHARDED = {"fsdp2_2gpu": (2, 1, False), "fsdp2_8gpu": (8, 1, False), "fsdp2_two_nodes": (16, 2, False)}
 
 
 def test_the_packaged_configurations_of_the_launcher_are_accelerates_own():
     folder = ROOT / "debias_diffusers" / "config" / "presets" / "accelerate"
-    assert {path.stem for path in folder.glob("*.yaml")} == set(LAUNCHERS)
-    for name, (processes, machines, cpu) in LAUNCHERS.items():
+    assert {path.stem for path in folder.glob("*.yaml")} == {*LAUNCHERS, *SHARDED}
+    for name, (processes, machines, cpu) in (LAUNCHERS | SHARDED).items():
         config = load_config_from_file(str(folder / f"{name}.yaml"))  # refuses keys that it does not know
         assert (config.num_processes, config.num_machines, config.use_cpu) == (processes, machines, cpu)
         assert config.mixed_precision == ("no" if cpu else "bf16")

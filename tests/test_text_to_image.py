@@ -393,6 +393,21 @@ def test_the_ema_can_be_off(bases, few, tmp_path):
     assert "not averaged" in (tmp_path / "run" / "README.md").read_text()
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["xl", "sd"])
+def test_a_unet_in_bf16_is_trained_drawn_with_and_exported(name, bases, few, tmp_path):
+    flags = ["--mixed_precision", "bf16", "--param_dtype", "bf16", "--ema_decay", 0, "--max_steps", 2, "--sample_every", 2]
+    code, _, err = run(*text_args(bases[name], tmp_path / "run", *few, *flags))
+    assert code == 0, err
+    assert (tmp_path / "run" / "samples" / "step-00000002.png").exists()
+    from safetensors.torch import load_file
+
+    exported = load_file(tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in exported.values()} == {torch.bfloat16}
+    image = stock(tmp_path / "run")("a handwritten seven", height=8, width=8, num_inference_steps=2, output_type="np").images
+    assert np.isfinite(image).all()
+
+
 def test_parameterization_is_that_of_the_base_model(bases, tmp_path, capsys):
     plan = plan_of(bases["xl, v, zero snr"], tmp_path / "run")
     objective = plan.config.objective

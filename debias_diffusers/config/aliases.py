@@ -66,6 +66,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("adam_beta1 adam_beta2 adam_betas beta1 beta2", "", "AdamW has the betas 0.9 and 0.999, which no flag changes"),
     ("adam_epsilon", "", "the epsilon of AdamW is 1e-8, which no flag changes"),
     ("optimizer_type optim", "--optimizer", "adamw, adafactor or adamw8bit"),
+    ("full_bf16 weight_dtype weights_dtype", "--param_dtype bf16", ""),
     ("optimizer_args", "--learning_rate --weight_decay", "an optimizer has no other options here"),
     ("use_8bit_adam optimizer_8bit use_8bit", "--optimizer adamw8bit", ""),
     ("use_adafactor adafactor", "--optimizer adafactor", ""),
@@ -75,6 +76,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("ema ema_rate ema_decay_rate ema_beta ema_rates", "--ema_decay", "one or more rates; the EMA is always there"),
     ("ema_max_decay", "--ema_decay", ""),
     ("use_ema no_ema", "", "the EMA is always there; --ema_decay sets its rate"),
+    ("offload_ema ema_cpu ema_cpu_only cpu_ema", "--ema_on_cpu", ""),
     ("ema_inv_gamma ema_power", "", "the warmup of the EMA is min(rate, (1 + n) / (10 + n)); --no_ema_warmup switches it off"),
     # data
     ("data dataset_name train_data_dir instance_data_dir data_dir data_path data_root dataset_path image_dir", "--dataset", ""),

@@ -49,7 +49,7 @@ CHANGEABLE = {
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
     "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "allow_pickle_import",
     "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode", "ddp_timeout", "sample_prompts", "sample_guidance_scale",
-    "clip_model", "precompute_dir",
+    "clip_model", "precompute_dir", "ema_on_cpu", "sharded_checkpoints",
 }  # fmt: skip
 
 # These only on purpose, with --allow_change, because the result is another one.
@@ -60,7 +60,7 @@ ON_PURPOSE = {
     "timestep_sampler", *parameters_of(TIMESTEP_SAMPLERS), "timestep_bias_strategy", *parameters_of(TIMESTEP_BIASES), "variance_type",
     *(f.name for f in dataclasses.fields(NoiseConfig)),
     "batch_size", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "ema_decay", "ema_warmup",
-    "mixed_precision",
+    "mixed_precision", "param_dtype",
 }  # fmt: skip
 
 # What the network has learned that its input and output mean.

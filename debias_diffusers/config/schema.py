@@ -22,6 +22,7 @@ Spacing = Literal["linspace", "leading", "trailing", "stride"]
 Clipping = Literal["off", "static", "dynamic"]
 ImageFormat = Literal["png", "webp", "npz"]
 Precision = Literal["no", "fp16", "bf16"]
+ParamDtype = Literal["float32", "bf16"]
 Task = Literal["pixels", "text_to_image"]
 OptimizerName = Literal["adamw", "adafactor", "adamw8bit"]
 LoraFormat = Literal["kohya", "diffusers"]
@@ -235,11 +236,16 @@ class OptimizationConfig:
     max_grad_norm: Annotated[float, at_least(0, 1, zero="off")] = 0.0  # gradient norm clipping; 0 is off
     ema_decay: tuple[float, ...] = (0.9999,)  # EMA decay rates; the EMA weights of the first are exported; 0 is off
     ema_warmup: bool = True  # EMA warmup: at step n the rates are at most (1 + n) / (10 + n)
+    # keep and update the EMA in main memory, for a GPU that is too small: 4 bytes per weight less for each rate, and slower steps
+    ema_on_cpu: bool = False
     # pretrained model to start from: a run directory, a pipeline folder, or a Hub id (user/name@revision); with lora_rank a LoRA, as a
     # run directory, a .safetensors file, or a Hub id
     init: str | None = None
     allow_pickle_import: bool = False  # also from .bin weights, read as tensors only
     mixed_precision: Precision | None = None  # mixed precision training; as the launcher says if left out, else no
+    # dtype of the weights: bf16, with mixed_precision bf16, halves weights and gradients; the optimizer computes in float32, its result is
+    # rounded stochastically, and the EMA stays in float32
+    param_dtype: ParamDtype = "float32"
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: much less memory, steps take a third longer
     compile: bool = False  # torch.compile the network: takes minutes at the start, for long runs on a GPU
     # mode of torch.compile: reduce-overhead has CUDA graphs, for small networks; max-autotune also tunes kernels
@@ -255,6 +261,8 @@ class RunConfig:
     output_dir: str | None = None  # run directory; the same command resumes the run
     checkpoint_every: Annotated[int, at_least(0, 1000, zero="at the end only")] = 1000  # steps between checkpoints; 0 saves at the end only
     keep_checkpoints: Annotated[int, at_least(1, 2)] = 2  # number of checkpoints to keep
+    # each process writes its part of a checkpoint, which is not gathered first: for networks that are large and sharded (FSDP)
+    sharded_checkpoints: bool = False
     sample_every: Annotated[int, at_least(0, 1000, zero="off")] = 1000  # steps between sample grids; 0 is off
     log_every: Annotated[int, at_least(0, 10, zero="off")] = 10  # steps between lines of metrics.jsonl; 0 is off
     # with validation_split: steps between validation losses, of the EMA weights on the images that are held out, always with the same noise

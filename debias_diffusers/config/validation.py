@@ -54,6 +54,8 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
     found += _evaluation_problems(config)
     found += _allow_change_problems(config.run.allow_change)
     found += _hub_problems(config)
+    if config.run.sharded_checkpoints and config.optimization.optimizer == "adamw8bit":
+        found.append("sharded_checkpoints is on, but the state of optimizer adamw8bit is saved whole only; leave sharded_checkpoints out")
     if config.run.verbose and not config.run.dry_run:
         found.append("verbose is on, but dry_run is off; add --dry_run or leave verbose out")
     if config.run.output_dir is None:
@@ -155,6 +157,8 @@ def _hub_problems(config: TrainConfig) -> list[str]:
         given = {f.name: getattr(hub, f.name) for f in dataclasses.fields(hub) if getattr(hub, f.name) != f.default}
         return [f"{name} is {value}, but push_to_hub is off; add --push_to_hub or leave {name} out" for name, value in given.items()]
     found = []
+    if config.run.sharded_checkpoints:
+        found.append("push_to_hub pushes files of whole weights, which sharded_checkpoints does not write; leave one of the two out")
     if not hub.hub_model_id:
         found.append("push_to_hub is on, but hub_model_id is missing; name a repository, such as --hub_model_id user/digits")
     if hub.hub_every and every >= 0 and (not every or hub.hub_every % every):
@@ -488,9 +492,16 @@ def _optimization_problems(optimization: OptimizationConfig, num_processes: int)
             f"micro_batch_size is {micro_batch}, but the CUDA graphs of compile_mode {optimization.compile_mode} would "
             f"write a micro-batch's gradients over those of the one before; leave one of the two out"
         )
+    if optimization.param_dtype == "bf16" and optimization.mixed_precision != "bf16":
+        found.append(
+            f"param_dtype is bf16, but mixed_precision is {optimization.mixed_precision or 'no'}, and weights in bf16 are computed with in "
+            f"bf16; add --mixed_precision bf16 or leave param_dtype out"
+        )
     rates = optimization.ema_decay
     if not rates or not all(0 <= rate < 1 for rate in rates) or len(set(rates)) < len(rates):
         found.append(f"ema_decay is {list(rates)}, but must be one or more different rates, each at least 0 and below 1, such as 0.9999")
+    if optimization.ema_on_cpu and not any(rates):
+        found.append("ema_on_cpu is on, but ema_decay is 0, which is off; add --ema_decay 0.9999 or leave ema_on_cpu out")
     if optimization.num_epochs is not None and optimization.max_steps != OptimizationConfig().max_steps:
         found.append(f"num_epochs is {optimization.num_epochs:g}, but max_steps is {optimization.max_steps}; give one of the two")
     if optimization.warmup_steps > optimization.max_steps >= 1:
@@ -498,6 +509,19 @@ def _optimization_problems(optimization: OptimizationConfig, num_processes: int)
             f"warmup_steps is {optimization.warmup_steps}, but max_steps is only {optimization.max_steps}; "
             f"take --warmup_steps {optimization.max_steps // 10}"
         )
+    return found
+
+
+def sharding_problems(optimization: OptimizationConfig) -> list[str]:
+    """What does not go with a training whose weights are sharded over processes."""
+    found = []
+    if optimization.optimizer == "adamw8bit":
+        found.append("optimizer is adamw8bit, but bitsandbytes knows no sharded weights; take --optimizer adamw or adafactor")
+    if optimization.mixed_precision == "fp16":
+        found.append("mixed_precision is fp16, but which is not tested with sharded weights; take --mixed_precision bf16")
+    for name in ("compile", "ema_on_cpu"):
+        if getattr(optimization, name):
+            found.append(f"{name} is on, but the weights are sharded over processes (FSDP), which does not go with it; leave it out")
     return found
 
 

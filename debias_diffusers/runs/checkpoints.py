@@ -2,6 +2,8 @@
 
     checkpoints/step-00001000/{NAME.safetensors, ..., state.json, manifest.json}
 
+The tensors of a network, its averages and its optimizer are a file each, or are together in a file for each process (shards).
+
 A checkpoint is written to a temporary folder, synced, and renamed into place; only then is an older one removed. It counts only
 when every file matches the manifest.
 """
@@ -53,7 +55,14 @@ class Checkpoint:
     @property
     def ema_rates(self) -> list[float]:
         """The decay rates whose averaged weights it has."""
+        if self.shards:
+            return sorted(rate for rate in self.state["config"]["ema_decay"] if rate)
         return sorted(float(path.stem.removeprefix("ema_")) for path in self.path.glob("ema_*.safetensors"))
+
+    @property
+    def shards(self) -> list[str]:
+        """The files of the processes; [] where the tensors are gathered."""
+        return sorted(path.name for path in self.path.glob("shard-*.safetensors"))
 
     def verified(self, name: str) -> Path:
         """One file, after it was hashed again.

@@ -212,14 +212,25 @@ def _load_weights(pipeline: Any, run: Path, weights: str, step: int | None = Non
         raise InputError(f"weights is {weights}, but {run} has no checkpoints; take --weights ema")
     rates = found.state["config"]["ema_decay"]
     name = checkpoints.MODEL if weights == "raw" else checkpoints.weights_file(rates[0] if weights == "ema" else float(weights))
-    if not (found.path / name).is_file():
+    values = _weights_of(found, name)
+    if not values:
         raise InputError(f"weights is {weights}, but the run averages at {rates} only; take one of these, ema or raw")
-    loaded = safetensors.torch.load_file(found.verified(name))
     if is_lora(run):
-        lora.set_weights(pipeline, loaded, str(run))
+        lora.set_weights(pipeline, values, str(run))
     else:
-        pipeline.unet.load_state_dict(loaded)
+        pipeline.unet.load_state_dict(values)
     return found.step
+
+
+def _weights_of(found: checkpoints.Checkpoint, name: str) -> dict[str, torch.Tensor]:
+    """The weights of a file of a checkpoint, or of the part of its shards with that name; {} if there are none."""
+    if found.shards:
+        from ..utils.sharding import read_shards  # with what torch has for processes, which few commands need
+
+        for shard in found.shards:
+            found.verified(shard)
+        return read_shards(found.path, Path(name).stem)
+    return safetensors.torch.load_file(found.verified(name)) if (found.path / name).is_file() else {}
 
 
 def _checkpoint_at(run: Path, step: int) -> checkpoints.Checkpoint:

@@ -331,9 +331,9 @@ class TextToImageTask:
         return images.grid([images.from_array(image.numpy()) for image in decoded])
 
     def state(self) -> dict[str, Any]:
-        """Network, and the hash of the files that stay as they are, where the first process writes it down."""
+        """Network, and the hash of the files that stay as they are."""
         network = {name: value for name, value in self.base.unet.items() if not name.startswith("_")}
-        return {"network": network, "frozen_parts": self._frozen_hash() if self.accelerator.is_main_process else ""}
+        return {"network": network, "frozen_parts": broadcast_from_first(self._frozen_hash, self.accelerator)}
 
     def _frozen_hash(self) -> str:
         return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in self._file_hashes.items()).encode()).hexdigest()

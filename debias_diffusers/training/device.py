@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import shutil
 from datetime import timedelta
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
 )
 from diffusers.models.resnet import ResnetBlock2D
@@ -24,8 +26,10 @@ from torch import Tensor, nn
 from .. import __version__
 from ..config.schema import OptimizerName, TrainConfig
 from ..errors import InputError
+from ..utils import launcher
 from ..utils.console import say
 from ..utils.distributed import make_accelerator
+from ..utils.sharding import shard
 from .optimizer_step import require_optimizer
 
 N = TypeVar("N", bound=nn.Module)
@@ -46,6 +50,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     if is_initialized() and AcceleratorState().mixed_precision != precision:  # that of an earlier training in this process
         AcceleratorState._reset_state()
     accelerator = make_accelerator(
+        sharded=launcher.is_sharded(os.environ),
         mixed_precision=precision,
         log_with=None if report_to == "none" else report_to,
         project_dir=str(Path(config.run.output_dir or "") / "logs"),
@@ -86,9 +91,11 @@ def memory_format(accelerator: Accelerator) -> torch.memory_format:
 def to_train(network: N, accelerator: Accelerator, optimizer: OptimizerName = "adamw") -> N:
     """The network on its device, ready to be trained, with its convolutions in `memory_format`.
 
-    bitsandbytes makes all weights contiguous, but not the moments that it has made before, which would then lie otherwise.
+    Shards are parts of contiguous weights only. bitsandbytes makes all weights contiguous, but not the moments that it has made
+    before, which would then lie otherwise.
     """
-    layout = torch.contiguous_format if optimizer == "adamw8bit" else memory_format(accelerator)
+    contiguous = optimizer == "adamw8bit" or sharded(accelerator)
+    layout = torch.contiguous_format if contiguous else memory_format(accelerator)
     network.to(accelerator.device).to(memory_format=layout).train()
     if layout == torch.channels_last:
         for module in network.modules():
@@ -97,6 +104,24 @@ def to_train(network: N, accelerator: Accelerator, optimizer: OptimizerName = "a
                 # which is wrong here: it and all gradients that meet it would be copied to and fro.
                 module.training = False
     return network
+
+
+def sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the weights (FSDP2)."""
+    return launcher.is_sharded(os.environ) and accelerator.num_processes > 1
+
+
+def to_shards(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The network as it is called in a sharded training; its parameters are replaced by this process's parts of them.
+
+    accelerate's plugin has the launcher's options. What it does to a network is torch's `fully_shard`, which is called here itself,
+    because the plugin works on accelerators alone and wants the optimizer at the same time.
+    """
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    model: nn.Module = accelerator.prepare_model(network, evaluation_mode=True)  # only autocast
+    reshard = FullyShardedDataParallelPlugin().reshard_after_forward
+    shard(model, accelerator.device.type, accelerator.num_processes, half, reshard)
+    return model
 
 
 class Fetched:

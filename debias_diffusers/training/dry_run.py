@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,8 +29,9 @@ from ..utils import launcher, memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
 from ..utils.files import require_replaceable, write_file
+from ..utils.tensor_memory import backward_peak
 from . import setup
-from .optimizer_step import state_bytes
+from .optimizer_step import state_bytes, temporary_bytes
 from .trainer import Trainer
 
 FIRST_IMAGES = 64  # in the picture of the first batch
@@ -111,36 +113,91 @@ def _cost(plan: setup.Plan, network: nn.Module, flops: int, accelerator: Acceler
     """Memory and time of the training, measured on two optimizer steps where its tensors fit into the free memory."""
     optim, device = plan.config.optimization, accelerator.device
     work = f"{_in_units(flops * optim.batch_size)}FLOP per step, {_in_units(flops)}FLOP per image"
-    needed = training_bytes(plan.task, network, optim)
+    estimate = estimated_memory(plan.task, network, optim, device.type, accelerator.num_processes)
     free = broadcast_from_first(lambda: _free(device), accelerator)  # all processes build the network, or none does
-    if needed > free:
+    counted = f"memory: estimated peak {_in_units(estimate.peak)}B ({estimate})"
+    if estimate.peak > free:
         yield (
-            f"memory: {_in_units(needed)}B for weights, gradients, moments and averages alone, but {_in_units(free)}B are free on this "
-            f"{device.type}: the training does not fit, so that neither its network is built nor a step measured"
+            f"{counted}, but {_in_units(free)}B are free on this {device.type}: the training does not fit, so that neither its network is "
+            f"built nor a step measured"
         )
         yield f"time: unknown; {work}"
         return
     trainer, _ = setup.build(dataclasses.replace(plan, monitor=None), None, accelerator)
     seconds, peak = measure(trainer)
     left = max(0, optim.max_steps - trainer.checkpointer.saved_step)
-    yield f"memory: peak {_in_units(peak)}B; {_in_units(free)}B were free on this {device.type}"
+    of = "" if device.type == "cuda" else " of the whole process"
+    yield f"{counted}; measured peak{of} {_in_units(peak)}B; {_in_units(free)}B were free on this {device.type}"
     yield (
         f"time: {seconds:.3g} s per step ({1 / seconds:.3g} steps/s), {_duration(seconds * left)} for {left} steps, without loading, "
         f"sample grids, evaluations and saves; {work}"
     )
 
 
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a training's tensors on its device."""
+
+    kept: Mapping[str, int]  # what stays from step to step, by its name
+    step: int  # what a step takes beside it at most: gradients with activations, or with what the optimizer computes
+
+    @property
+    def peak(self) -> int:
+        """All together."""
+        return sum(self.kept.values()) + self.step
+
+    def __str__(self) -> str:
+        parts = [f"{name} {_in_units(size)}B" for name, size in self.kept.items() if size]
+        return ", ".join([*parts, f"gradients and activations {_in_units(self.step)}B"])
+
+
+def estimated_memory(task: Task, network: nn.Module, optim: OptimizationConfig, device_type: str, processes: int = 1) -> MemoryEstimate:
+    """Counts the memory of a training on each device, without computing and without taking it.
+
+    What is beside tensors is not counted: the CUDA context, workspaces of kernels, and gaps between tensors.
+
+    Args:
+        network: on the meta device, and changed as the training would change it.
+        device_type: on "cuda" autocast computes some layers in float32.
+    """
+    if optim.param_dtype == "bf16":
+        network.bfloat16()
+    if optim.gradient_checkpointing:
+        network.enable_gradient_checkpointing()  # type: ignore[operator]
+    size = setup.micro_batch_size(optim, processes)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(optim.mixed_precision or "no")
+
+    def forward() -> Tensor:
+        batch, t = task.dummy_batch(size), torch.zeros(size, dtype=torch.long)
+        return task.conditioned(network, batch, "cpu")(task.x_0(batch, "cpu"), t)
+
+    step = backward_peak(network, forward, device_type, half, keeps_gradients=size < optim.batch_size)
+    sizes = _tensor_bytes(task, network, optim)
+    if optim.ema_on_cpu and device_type != "cpu":
+        del sizes["averages"]
+    update = sizes.pop("gradients") + temporary_bytes(optim, list(task.trained(network).values()))
+    return MemoryEstimate(sizes, max(step, update))
+
+
 def training_bytes(task: Task, network: nn.Module, optim: OptimizationConfig) -> int:
-    """Bytes of a training's tensors: float32 weights, of those that are trained gradients and averages, too, the optimizer's state, and
-    what is frozen beside the network.
+    """Bytes of a training's tensors: weights, of those that are trained gradients and float32 averages, the optimizer's state, and what is
+    frozen beside the network.
 
     What the layers keep for the backward pass comes on top.
     """
+    return sum(_tensor_bytes(task, network, optim).values())
+
+
+def _tensor_bytes(task: Task, network: nn.Module, optim: OptimizationConfig) -> dict[str, int]:
     trained = list(task.trained(network).values())
-    averages = sum(rate > 0 for rate in optim.ema_decay)
-    values = sum(p.numel() for p in trained)
-    weights = sum(p.numel() for p in network.parameters())
-    return 4 * (weights + values * (1 + averages)) + state_bytes(optim.optimizer, trained) + task.frozen_bytes
+    values, each = sum(p.numel() for p in trained), 2 if optim.param_dtype == "bf16" else 4
+    return {
+        "weights": each * sum(p.numel() for p in network.parameters()),
+        "gradients": each * values,
+        "optimizer": state_bytes(optim.optimizer, trained),
+        "averages": 4 * values * sum(rate > 0 for rate in optim.ema_decay),
+        "frozen parts": task.frozen_bytes,
+    }
 
 
 def _free(device: torch.device) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,10 +27,11 @@ from ..runs.run_directory import SAMPLES, Run
 from ..tasks.base import Task
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, gather_from_all
-from ..utils.files import write_file
+from ..utils.files import temporary_path, translate_write_errors, write_file
+from ..utils.sharding import write_shards
 from . import state_dicts
 from .logger import Logger
-from .saver import Saver
+from .saver import Saver, Tensors
 from .state_dicts import MetricHistory, TrainingState
 
 if TYPE_CHECKING:
@@ -39,6 +43,8 @@ GRID_IMAGES = 16
 
 # What may go wrong with images of weights that are still trained, without an end of the training.
 _DRAWING_ERRORS = (InputError, NotFiniteError, torch.linalg.LinAlgError)
+
+Present = Callable[[], contextlib.AbstractContextManager[None]]  # within which a network has its weights, as of `state_dicts.evaluated`
 
 
 class Hook(Protocol):
@@ -55,17 +61,20 @@ class Hook(Protocol):
 class EmaImages:
     """Images that the EMA weights of the first rate draw, always from the seeds 0, 1, ...; each process draws its share."""
 
-    def __init__(self, task: Task, network: nn.Module, accelerator: Accelerator, batch_size: int) -> None:
-        """`network` has the EMA weights; `batch_size` images are drawn at once, no more than the training has memory for."""
-        self.task, self.network, self.accelerator, self.batch_size = task, network, accelerator, batch_size
+    def __init__(
+        self, task: Task, network: nn.Module, accelerator: Accelerator, batch_size: int, present: Present = contextlib.nullcontext
+    ) -> None:
+        """`network` has the EMA weights within `present`; `batch_size` images are drawn at once, as many as the training computes with."""
+        self.task, self.network, self.accelerator, self.batch_size, self.present = task, network, accelerator, batch_size, present
 
     def batches(self, count: int, conditions: Sequence[Any]) -> Iterator[tuple[int, Tensor, Sequence[Any] | None]]:
         """This process's share of `count` images: number of the batch, (B, C, H, W) uint8, and the B conditions if there are any."""
         processes = self.accelerator.num_processes
         size = min(self.batch_size, -(-count // processes))
-        for number, indices in process_batches(range(count), size, self.accelerator.process_index, processes):
-            images_of_batch = self.task.draw(self.network, indices, conditions)
-            yield number, images_of_batch, [conditions[k % len(conditions)] for k in indices] if conditions else None
+        with self.present():
+            for number, indices in process_batches(range(count), size, self.accelerator.process_index, processes):
+                images_of_batch = self.task.draw(self.network, indices, conditions)
+                yield number, images_of_batch, [conditions[k % len(conditions)] for k in indices] if conditions else None
 
 
 @dataclass
@@ -139,12 +148,20 @@ class ValidationLoss:
     """
 
     def __init__(
-        self, every: int, task: Task, network: nn.Module, objective: Objective, density: Tensor, accelerator: Accelerator, batch_size: int
+        self,
+        every: int,
+        task: Task,
+        network: nn.Module,
+        objective: Objective,
+        density: Tensor,
+        accelerator: Accelerator,
+        batch_size: int,
+        present: Present = contextlib.nullcontext,
     ) -> None:
-        """`network` has the EMA weights; `density` (T,) float64 is that of the timesteps in the objective."""
+        """`network` has the EMA weights within `present`; `density` (T,) float64 is that of the timesteps in the objective."""
         assert task.held_out is not None
         self.every, self.task, self.held_out, self.network = every, task, task.held_out, network
-        self.objective, self.accelerator, self.batch_size = objective, accelerator, batch_size
+        self.objective, self.accelerator, self.batch_size, self.present = objective, accelerator, batch_size, present
         self.count = len(task.held_out.source)
         self.density = len(density) * density
         self.timesteps = make_timestep_sampler(ObjectiveConfig(timestep_sampler="stratified"), objective.schedule, self.count)
@@ -164,7 +181,8 @@ class ValidationLoss:
         size = min(self.batch_size, -(-self.count // processes))
         batches = process_batches(range(self.count), size, self.accelerator.process_index, processes)
         parts = (part for _, indices in batches for part in self.held_out.one_shape(indices))
-        found = gather_from_all(lambda: [each for part in parts for each in self._losses(part)], processes)
+        with self.present():
+            found = gather_from_all(lambda: [each for part in parts for each in self._losses(part)], processes)
         losses, squares = zip(*found)
         return math.fsum(losses) / self.count, math.fsum(squares) / self.count
 
@@ -227,14 +245,55 @@ class Checkpointer:
         self._finish()
         if step == self.saved_step:
             return
-        tensors = state_dicts.gather(self.state)
+        try:
+            tensors, shards = self._tensors(step)
+        except CannotWriteError as error:
+            if final:
+                raise
+            if self.run:
+                say(f"step {step} was not saved: {error}; training goes on")
+            return
         statistics = self.state.statistics.state(self.accelerator.gather, self.accelerator.is_main_process)
         self.saving_step = step
-        if self.saver:
-            self._warn_if_averages_stand_still(step)
-            self.saver.save(tensors, {**self._state_json(step), "window": statistics}, final)
+        # All wait until it has begun, or is done where there is no memory for a copy beside the training.
+        broadcast_from_first(lambda: self._begin(step, tensors, shards, statistics, final), self.accelerator)
         if final:
             self._finish(final=True)
+
+    def _tensors(self, step: int) -> tuple[Tensors, Path | None]:
+        """What is to be saved, and the folder with the files that the processes have written of it, if each writes its own.
+
+        Raises:
+            CannotWriteError: in all processes, if one cannot write.
+        """
+        if not self.config.run.sharded_checkpoints:
+            return state_dicts.gather(self.state), None
+        shards = broadcast_from_first(lambda: self._folder_of_shards(step), self.accelerator)
+        if isinstance(shards, CannotWriteError):
+            raise shards
+        try:
+            write_shards(state_dicts.shards(self.state), shards)
+        except CannotWriteError:
+            if self.run:
+                shutil.rmtree(shards, ignore_errors=True)
+            raise
+        return state_dicts.exported(self.state, self.config.optimization.ema_decay[0]), shards
+
+    def _folder_of_shards(self, step: int) -> Path | CannotWriteError:
+        """A new folder beside the checkpoints, or why there is none. One that a kill leaves behind is removed at the next start."""
+        assert self.run
+        folder = temporary_path(self.run.checkpoints / checkpoints.folder_name(step))
+        try:
+            with translate_write_errors(folder):
+                folder.mkdir(parents=True)
+        except CannotWriteError as error:
+            return error
+        return folder
+
+    def _begin(self, step: int, tensors: Tensors, shards: Path | None, statistics: Mapping[str, Any], final: bool) -> None:
+        if self.saver:
+            self._warn_if_averages_stand_still(step)
+            self.saver.save(tensors, {**self._state_json(step), "window": statistics}, final, shards)
 
     def _state_json(self, step: int) -> dict[str, Any]:
         """What state.json says of a step beside the tensors and statistics."""

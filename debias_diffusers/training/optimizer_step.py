@@ -6,19 +6,26 @@ optimizers cannot be told on the device, so for them the gate is read first. (to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config.schema import OptimizationConfig, OptimizerName
 from ..errors import InputError, reason
+from ..utils import seeding
+from ..utils.sharding import local, part_like, whole
 from .ema import EMA
+
+P = TypeVar("P", bound=Tensor)
 
 # Of Adafactor. The first is a floor of 1e-30 on the second moment, as in the paper (arXiv 1804.04235). torch's default, the epsilon of
 # float32, is above the mean square of most gradients, which would then no more be divided by their average over the steps. The second
 # is a floor on the RMS of a tensor, by which the learning rate is multiplied: 1 leaves it as it is unless its RMS is above 1.
 ADAFACTOR_EPS = (1e-15, 1.0)
+
+VALUES_AT_ONCE = 1 << 24  # of weights in bf16 that are in float32 at the same time, as far as whole tensors allow
 
 _8BIT_BLOCK, _8BIT_LEAST = 256, 4096  # of bitsandbytes: values that share a scale, and of the smallest tensor with 8-bit moments
 
@@ -70,6 +77,35 @@ def _state_bytes(optimizer: OptimizerName, parameter: Tensor) -> int:
     return 8 * values
 
 
+def temporary_bytes(config: OptimizationConfig, parameters: Sequence[Tensor]) -> int:
+    """Bytes that a step of the optimizer takes at most beside weights, gradients and state."""
+    largest = max(parameter.numel() for parameter in parameters)
+    of_optimizer = 12 * largest if config.optimizer == "adafactor" else 0  # variance, update and its square, one tensor at a time
+    if config.param_dtype == "float32":
+        return of_optimizer
+    # Weights, gradients and draws in 32 bits.
+    return of_optimizer + 12 * max(sum(parameter.numel() for parameter in part) for part in _parts(parameters))
+
+
+def total_norm(grads: list[Tensor]) -> Tensor:
+    """The norm () of all gradients together, float32, also of those whose shards all processes have together."""
+    if all(grad.dtype == torch.float32 for grad in grads):
+        return whole(torch.nn.utils.get_total_norm(grads))
+    return torch.linalg.vector_norm(torch.stack([whole(torch.linalg.vector_norm(grad, dtype=torch.float32)) for grad in grads]))
+
+
+def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+    """bf16 tensor of float32 `values`: each is rounded up or down to a neighbour, so that the mean over many draws is the value itself.
+
+    To the nearest, an update below half the distance of neighbours (2^-9 of the weight) would be lost. Values of bf16 stay as they are.
+    Each value takes its draw by its index, whatever the memory format. Overwrites `values`.
+    """
+    bits = values.view(torch.int32)
+    bits += torch.randint(1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    bits &= -(1 << 16)  # the upper 16 bits of a float32 are the bf16 towards zero
+    return values.bfloat16()
+
+
 class OptimizerStep:
     """An optimizer with a gate: what is not finite reaches neither weights nor moments.
 
@@ -79,6 +115,7 @@ class OptimizerStep:
     def __init__(self, parameters: Sequence[nn.Parameter], ema: EMA, config: OptimizationConfig, skips: int = 0) -> None:
         """`skips`: how many steps in a row may have a gradient that is not finite without an end of the run."""
         self.parameters, self.ema, self.max_grad_norm, self.most_skips = parameters, ema, config.max_grad_norm, skips
+        self.seed = config.seed
         self.optimizer = make_optimizer(parameters, config)
         device = parameters[0].device
         self.skips = torch.zeros((), dtype=torch.int32, device=device)  # steps in a row that were not made
@@ -97,7 +134,7 @@ class OptimizerStep:
             The norm () of the gradient before it is clipped, and whether () it was.
         """
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(grads)
+        grad_norm = total_norm(grads)
         finite = loss.isfinite() & grad_norm.isfinite()
         self.skips = torch.where(finite, 0, self.skips + 1)
         self.aborted = self.aborted | ~loss.isfinite() | (self.skips > self.most_skips)
@@ -105,19 +142,67 @@ class OptimizerStep:
         divisor = (grad_norm / self.max_grad_norm).clamp(min=1) if self.max_grad_norm else None
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._step(self.aborted | ~finite, divisor, grads)
+        self._step(self.aborted | ~finite, divisor, grads, step)
         self.optimizer.zero_grad()
         self.ema.update(step)  # of a step that was not made, towards the weights as they stayed
         return grad_norm, clipped
 
-    def _step(self, closed: Tensor, divisor: Tensor | None, grads: list[Tensor]) -> None:
+    def _step(self, closed: Tensor, divisor: Tensor | None, grads: list[Tensor], step: int) -> None:
         """The optimizer's step with the gradients divided by `divisor` (), unless the gate is `closed` ()."""
         if isinstance(self.optimizer, torch.optim.AdamW):
             self.optimizer.found_inf = closed.float()  # type: ignore[attr-defined]
             if divisor is not None:
                 self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-            self.optimizer.step()
+            self._optimize(step)
         elif not closed:
             if divisor is not None:
-                torch._foreach_div_(grads, divisor)
+                torch._foreach_div_([local(grad) for grad in grads], divisor)
+            self._optimize(step)
+
+    def _optimize(self, step: int) -> None:
+        """The optimizer's step, if need be with copies of some tensors at a time in place of the weights.
+
+        They are in float32 where the weights are in bf16, to which they are then rounded stochastically; the draws are a function of
+        (seed, step), so that they are the same after a resume and in all processes. They are whole where Adafactor trains shards, whose
+        rows and columns it averages over: each process then makes the same step and keeps its part of the result.
+        """
+        sharded, rounded = local(self.parameters[0]) is not self.parameters[0], self.parameters[0].dtype != torch.float32
+        gathered = sharded and isinstance(self.optimizer, torch.optim.Adafactor)
+        if not rounded and not gathered:
             self.optimizer.step()
+            return
+        # Each process draws for its own shards; all draw the same for tensors of which each has all.
+        purpose = f"rounding of process {torch.distributed.get_rank()}" if sharded and not gathered else "rounding"
+        draws = seeding.generator(self.seed, purpose, step, self.parameters[0].device)
+        (group,), state = self.optimizer.param_groups, self.optimizer.state
+        for part in _parts(self.parameters):
+            copies = [nn.Parameter((whole(parameter) if gathered else parameter).float()) for parameter in part]
+            for parameter, copy in zip(part, copies):
+                grad = parameter.grad
+                copy.grad = None if grad is None else (whole(grad) if gathered else grad).float()
+                _move(state, parameter, copy)
+            group["params"] = copies
+            self.optimizer.step()
+            for parameter, copy in zip(part, copies):
+                _move(state, copy, parameter)
+                values = round_stochastically(local(copy.detach()), draws) if rounded else copy.detach()
+                local(parameter).copy_(local(part_like(values, parameter)) if gathered else values)
+        group["params"] = list(self.parameters)
+
+
+def _parts(parameters: Sequence[P]) -> Iterator[list[P]]:
+    """The parameters in their order, in lists of up to `VALUES_AT_ONCE` values, or of one tensor."""
+    part, values = list[P](), 0
+    for parameter in parameters:
+        if part and values + parameter.numel() > VALUES_AT_ONCE:
+            yield part
+            part, values = [], 0
+        part.append(parameter)
+        values += parameter.numel()
+    yield part
+
+
+def _move(state: MutableMapping[Tensor, Any], parameter: Tensor, to: Tensor) -> None:
+    """Makes an optimizer's state of one tensor, if there is any, that of another."""
+    if parameter in state:
+        state[to] = state.pop(parameter)

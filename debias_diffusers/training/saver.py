@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,22 +42,23 @@ class Saver(BackgroundTask[str | None]):
         self.run, self.config, self.task, self.network, self.device, self.publisher = run, config, task, network, device, publisher
         self._has_frozen_files = False  # in the run directory, as they are compared once
 
-    def save(self, tensors: Tensors, state: dict[str, Any], final: bool) -> None:
+    def save(self, tensors: Tensors, state: dict[str, Any], final: bool, shards: Path | None = None) -> None:
         """Begins; the final save is done when this returns.
 
         Args:
-            tensors: as of `state_dicts.gather`; the training may go on and change them.
+            tensors: as of `state_dicts.gather`, or of `exported` with `shards`; the training may go on and change them.
             state: of state.json.
             final: the last one, on whose result the run's exit code depends, so that who waits for it says what went wrong.
+            shards: the folder with the files of all processes, which become the checkpoint's.
         """
         beside = not final and memory.free_memory() > 2 * state_dicts.size(tensors)
         if beside:
             tensors = state_dicts.copied(tensors, self.device)
-        self.start(partial(self._save, tensors, state, final), beside)
+        self.start(partial(self._save, tensors, state, final, shards), beside)
 
-    def _save(self, tensors: Tensors, state: dict[str, Any], final: bool) -> str | None:
+    def _save(self, tensors: Tensors, state: dict[str, Any], final: bool, shards: Path | None) -> str | None:
         """Writes, and hands over what is to be pushed; says at once what went wrong, if something did, unless it will end the run."""
-        problem = self._write(tensors, state)
+        problem = self._write(tensors, state, shards)
         if problem is None and self.publisher:
             self._publish(self.publisher, state["step"], final)
         if problem and not final:
@@ -70,16 +73,19 @@ class Saver(BackgroundTask[str | None]):
         else:
             publisher.resume()
 
-    def _write(self, tensors: Tensors, state: dict[str, Any]) -> str | None:
+    def _write(self, tensors: Tensors, state: dict[str, Any], shards: Path | None) -> str | None:
         """Export and checkpoint; what went wrong, if something did."""
         try:
             self.run.metrics.sync()
             self._export(self.run.folder, tensors, state)
             keep = self.config.run.keep_checkpoints
             best = int(state["best"]["step"]) if state["best"] and self.config.run.keep_best else None
-            checkpoints.write(self.run.checkpoints, state["step"], state_dicts.writers(tensors), state, keep, best)
+            checkpoints.write(self.run.checkpoints, state["step"], _writers(tensors, shards), state, keep, best)
         except CannotWriteError as error:
             return f"{error}; a save needs about {state_dicts.size(tensors) / 1e6:.1f} MB"
+        finally:
+            if shards:
+                shutil.rmtree(shards, ignore_errors=True)
         return None
 
     def _export(self, folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
@@ -104,3 +110,12 @@ class Saver(BackgroundTask[str | None]):
             if not (there.is_file() and (there.samefile(path) or filecmp.cmp(there, path, shallow=False))):
                 link_or_copy(path, there)
         self._has_frozen_files = True
+
+
+def _writers(tensors: Tensors, shards: Path | None) -> Iterator[tuple[str, checkpoints.Writer]]:
+    """The files of a checkpoint: the tensors, or files that the processes have written, and what is in none of them."""
+    if shards is None:
+        yield from state_dicts.writers(tensors)
+        return
+    yield from ((path.name, partial(os.replace, path)) for path in sorted(shards.iterdir()))
+    yield from state_dicts.writers({name: values for name, values in tensors.items() if name == checkpoints.SAMPLER})

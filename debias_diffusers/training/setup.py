@@ -203,8 +203,9 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
     config, found, objective, task, monitor = plan.config, plan.found, plan.objective, plan.task, plan.monitor
     task.prepare()
     network = _network(task, config.optimization, found, accelerator)
-    # For exporting and drawing: the same modules and tensors, without what `accelerator.prepare` does to `forward`.
-    unwrapped = state_dicts.with_weights(network, {})
+    # For exporting and drawing: the same modules and tensors, without what `accelerator.prepare` does to `forward`; without tensors where
+    # they are about to be sharded.
+    unwrapped = state_dicts.with_weights(network, state_dicts.without_memory(network) if device.sharded(accelerator) else {})
     state = TrainingState(
         _wrapped(network, config.optimization, accelerator),
         _optimizer_step(task, network, config.optimization, accelerator),
@@ -226,8 +227,8 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
             say(f"resuming {run.folder} at step {step} of {config.optimization.max_steps}")
         run.begin(config, constants.get(CHANGES, ()))
         parameters = state.optimizer_step.parameters
-        weights = 4 * sum(p.numel() for p in parameters)
-        averages = weights * sum(rate > 0 for rate in config.optimization.ema_decay)
+        weights = sum(p.nbytes for p in parameters)
+        averages = sum(average.nbytes for rate in state.optimizer_step.ema.averages.values() for average in rate.values())
         device.warn_of_little_space(run.folder, weights + averages + state_bytes(config.optimization.optimizer, parameters))
     if monitor:
         with told_by_the_first(accelerator):
@@ -244,7 +245,7 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         state=state,
         positions=positions,
         checkpointer=checkpointer,
-        hooks=[*_ema_hooks(config, run, task, objective, unwrapped, state, monitor, accelerator), checkpointer],
+        hooks=[*_ema_hooks(config, run, task, objective, unwrapped, network, state, monitor, accelerator), checkpointer],
         step=step,
     )
     return trainer, publisher
@@ -396,12 +397,14 @@ def _network(task: Task, optim: OptimizationConfig, found: Checkpoint | None, ac
         for sentence in (*(f"warning: {warning}" for warning in warnings), f"starting from the weights of {optim.init}"):
             if accelerator.is_main_process:
                 say(sentence)
+    if optim.param_dtype == "bf16":
+        network.bfloat16()  # not by .to(), for which diffusers prints a warning
     return device.to_train(network, accelerator, optim.optimizer)
 
 
 def _wrapped(network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> nn.Module:
     """The network as it is called in training: mixed precision, DDP, gradient checkpointing, compiled."""
-    model: nn.Module = accelerator.prepare(network)
+    model: nn.Module = device.to_shards(network, accelerator) if device.sharded(accelerator) else accelerator.prepare(network)
     if optim.gradient_checkpointing:
         network.enable_gradient_checkpointing()  # type: ignore[operator]
     if optim.compile:  # in place, so that weights keep their names; within DDP, which then exchanges while it computes
@@ -413,10 +416,13 @@ def _wrapped(network: nn.Module, optim: OptimizationConfig, accelerator: Acceler
 def _optimizer_step(task: Task, network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> OptimizerStep:
     """Optimizer and averages over the parameters as they are after the network was wrapped."""
     trained = task.trained(network)
-    ema = EMA(trained, optim.ema_decay, optim.ema_warmup)
+    ema = EMA(trained, optim.ema_decay, optim.ema_warmup, optim.ema_on_cpu)
+    if optim.ema_on_cpu and accelerator.device.type == "cpu" and accelerator.is_main_process:
+        say("ema_on_cpu changes nothing here: the averages of a training on a CPU are in main memory anyway")
     # A loss that is not finite is never the search of fp16 for its scale, an overflowing gradient may be.
     step = OptimizerStep(list(trained.values()), ema, optim, SKIPS_IN_A_ROW - 1 if accelerator.scaler is not None else 0)
-    accelerator.prepare(step.optimizer)  # for the scaler of fp16
+    if accelerator.scaler is not None:
+        accelerator.prepare(step.optimizer)
     return step
 
 
@@ -440,19 +446,22 @@ def _ema_hooks(
     task: Task,
     objective: Objective,
     unwrapped: nn.Module,
+    network: nn.Module,
     state: TrainingState,
     monitor: Monitor | None,
     accelerator: Accelerator,
 ) -> list[Hook]:
     """What draws with the averaged weights, and what measures them, which share these weights."""
-    network = state_dicts.with_weights(unwrapped, state.optimizer_step.ema.of(config.optimization.ema_decay[0]))
+    rate, ema = config.optimization.ema_decay[0], state.optimizer_step.ema
+    averaged, present = state_dicts.evaluated(unwrapped, network, ema, rate, accelerator.device)
     batch_size = micro_batch_size(config.optimization, accelerator.num_processes)
-    images = EmaImages(task, network, accelerator, batch_size)
+    images = EmaImages(task, averaged, accelerator, batch_size, present)
     hooks: list[Hook] = [SampleGrid(config.run.sample_every, images, run)]
     if task.held_out:
         sampler = make_timestep_sampler(config.objective, objective.schedule)
         density = sampler.probabilities * sampler.corrections
-        hooks.append(ValidationLoss(config.run.validation_every, task, network, objective, density, accelerator, batch_size))
+        every = config.run.validation_every
+        hooks.append(ValidationLoss(every, task, averaged, objective, density, accelerator, batch_size, present))
     if monitor:
         hooks.append(Evaluation(config.run.eval_every, images, monitor, state.measured, run))
     return hooks
@@ -465,8 +474,7 @@ def _constants(config: TrainConfig, found: Checkpoint | None, accelerator: Accel
     """What state.json says at every step: processes, versions, data, network, loss weights and configuration."""
     # Fields that the run began before, which it goes on without: what is resumed tells by them what may be asked of it.
     older = BEFORE_THE_FIELD.keys() - found.state["config"].keys() if found else set()
-    # Looks at every file of a folder, so only the process that writes it down takes it.
-    data = task.data.source.fingerprint() if accelerator.is_main_process else None
+    data = broadcast_from_first(task.data.source.fingerprint, accelerator)  # which looks at every file of a folder
     paths = {name: path for name, path in found.state.get("paths", {}).items() if name not in found.changing} if found else {}
     return {
         "num_processes": accelerator.num_processes,
@@ -481,14 +489,14 @@ def _constants(config: TrainConfig, found: Checkpoint | None, accelerator: Accel
     }
 
 
-def _changes(config: TrainConfig, found: Checkpoint | None, data: dict[str, Any] | None) -> list[Change]:
+def _changes(config: TrainConfig, found: Checkpoint | None, data: dict[str, Any]) -> list[Change]:
     """What --allow_change has changed so far: at this step also the files of the data, and names on the Hub with their commit."""
     if found is None:
         return []
     values, changes = stored(config), found.state.get(CHANGES, [])
     changes = [c | {"after": values[c["name"]]} if c["step"] == found.step and c["name"] in PINNED else c for c in changes]
     other = {"step": found.step, "name": DATA, "before": found.state["data"], "after": data}
-    return changes if data in (None, found.state["data"]) or other in changes else [*changes, other]
+    return changes if data == found.state["data"] or other in changes else [*changes, other]
 
 
 def _some_weights(objective: Objective) -> dict[str, float]:

@@ -14,7 +14,7 @@ from ..config.choices import choose, of_base
 from ..config.hub_names import is_model_id
 from ..config.loading import checked_values, flatten, is_text, layered, read_config, resolved, update
 from ..config.schema import TrainConfig
-from ..config.validation import train_problems
+from ..config.validation import sharding_problems, train_problems
 from ..errors import InputError, raise_all
 from ..runs.lora_folder import lora_problems
 from ..runs.run_directory import kept_values, open_run
@@ -107,7 +107,7 @@ def precompute(config: TrainConfig, chosen: Collection[str] = ()) -> None:
     # Neither the directory of the run nor the samples of a step change anything here, where any number of processes may share the work.
     output_dir = config.run.output_dir or text.precompute_dir
     config = update(config, {"output_dir": output_dir, "batch_size": num_processes, "micro_batch_size": 1})
-    config = _checked(config, chosen, num_processes)
+    config = _checked(config, chosen, num_processes, training=False)
 
     from ..utils.signals import stop_with_launcher
 
@@ -120,10 +120,12 @@ def precompute(config: TrainConfig, chosen: Collection[str] = ()) -> None:
             say(f"precompute_dir {text.precompute_dir} has what this training knows before its first step")
 
 
-def _checked(config: TrainConfig, chosen: Collection[str], num_processes: int) -> TrainConfig:
+def _checked(config: TrainConfig, chosen: Collection[str], num_processes: int, training: bool = True) -> TrainConfig:
     """The configuration with what was left out filled in. Raises InputError for what is wrong with it, the launcher or the packages."""
     config = resolved(config, os.environ.get("ACCELERATE_MIXED_PRECISION"))
-    raise_all(launcher.environment_problems(os.environ), "launcher")
+    raise_all(launcher.environment_problems(os.environ, training=training), "launcher")
+    if launcher.is_sharded(os.environ):
+        raise_all(sharding_problems(config.optimization))
     if config.text.base_model:
         text_libraries.require()
         if config.lora.lora_rank:

@@ -5,6 +5,7 @@ Gathered with torch.distributed.checkpoint, which gives the same names and shape
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
 
@@ -29,6 +29,8 @@ from ..config.schema import NoiseConfig, ObjectiveConfig
 from ..diffusion.timestep_samplers import TimestepSampler
 from ..runs.checkpoints import MODEL, OPTIMIZER, SAMPLER, Checkpoint, ema_file, weights_file
 from ..runs.run_directory import DATA
+from ..utils.sharding import load_shards, local, part_like, saved_tensors, whole
+from .ema import EMA
 from .loss_statistics import LossStatistics
 from .optimizer_step import OptimizerStep
 
@@ -76,10 +78,33 @@ def gather(state: TrainingState) -> dict[str, Mapping[str, Tensor]]:
     return {
         MODEL: weights,
         # With the weights that are not trained, which have no average: each file is a whole network, unless they are not saved.
-        **{ema_file(rate): {**weights, **average} for rate, average in averages.items()},
+        **{ema_file(rate): {**weights, **{name: whole(w) for name, w in average.items()}} for rate, average in averages.items()},
         OPTIMIZER: _named(moments),
         **({SAMPLER: state.timestep_sampler.state()} if state.timestep_sampler.learns else {}),
     }
+
+
+def _weights(state: TrainingState) -> dict[str, Any]:
+    """The weights that are saved as they are in this process: the parameters themselves, or its part of them."""
+    return get_model_state_dict(state.model, options=StateDictOptions(ignore_frozen_params=state.trained_alone))
+
+
+def shards(state: TrainingState) -> dict[str, Tensor]:
+    """What this process has of all tensors, as `write_shards` takes them."""
+    step = state.optimizer_step
+    parts: dict[str, Mapping[str, Any]] = {
+        MODEL: _weights(state),
+        **{ema_file(rate): average for rate, average in step.ema.averages.items()},
+        OPTIMIZER: {f"{name}/{key}": v for name, p in step.ema.weights.items() for key, v in step.optimizer.state.get(p, {}).items()},
+    }
+    return {f"{Path(file).stem}/{name}": value for file, values in parts.items() for name, value in values.items()}
+
+
+def exported(state: TrainingState, rate: float) -> dict[str, Mapping[str, Tensor]]:
+    """The weights that are exported and what `shards` leaves out, by file name; weights whole in the first process."""
+    weights = {**_weights(state), **state.optimizer_step.ema.of(rate)}
+    learned = {SAMPLER: state.timestep_sampler.state()} if state.timestep_sampler.learns else {}
+    return {weights_file(rate): {name: whole(value) for name, value in weights.items()}, **learned}
 
 
 def _named(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -99,13 +124,14 @@ def _named(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def copied(tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device) -> dict[str, Mapping[str, Tensor]]:
     """The tensors on the CPU in memory of their own, which a training on `device` does not change.
 
-    What `gather` takes from an accelerator is a copy already, except the averages, which are on it.
+    What `gather` takes from an accelerator is a copy already, except the averages, which may be in main memory themselves.
     """
-    again = device.type == "cpu"
-    return {
-        file: {name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=again) for name, value in values.items()}
-        for file, values in tensors.items()
-    }
+
+    def copy_of(value: Tensor, file: str) -> Tensor:
+        again = device.type == "cpu" or file not in (MODEL, OPTIMIZER)
+        return value.detach().to("cpu", memory_format=torch.contiguous_format, copy=again)
+
+    return {file: {name: copy_of(value, file) for name, value in values.items()} for file, values in tensors.items()}
 
 
 def writers(tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Callable[[Path], None]]]:
@@ -130,9 +156,49 @@ def with_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module
     return other.eval()
 
 
+def without_memory(network: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the meta device in place of the parameters, whole if they are sharded."""
+    return {name: torch.empty(weight.shape, device="meta") for name, weight in network.named_parameters()}
+
+
+def evaluated(
+    bare: nn.Module, network: nn.Module, ema: EMA, rate: float, device: torch.device
+) -> tuple[nn.Module, Callable[[], contextlib.AbstractContextManager[None]]]:
+    """The network with the averaged weights of a rate, in float32 on the device, and a context within which it has them.
+
+    Where they are like that anyway they are shared, which takes neither memory nor time. Else (weights in bf16 that have no average,
+    averages in main memory, shards) the context makes copies and drops them at its end; all processes must enter it.
+
+    Args:
+        bare: the modules of `network` as of `with_weights`, without what wraps its `forward`.
+    """
+
+    def weights() -> dict[str, Tensor]:
+        return {**dict(network.named_parameters()), **ema.of(rate)}
+
+    def ready(weight: Tensor) -> bool:
+        return weight.dtype == torch.float32 and weight.device.type == device.type and local(weight) is weight
+
+    if all(ready(weight) for weight in weights().values()):
+        return with_weights(bare, ema.of(rate)), contextlib.nullcontext
+    empty = without_memory(network)
+    module = with_weights(bare, empty)
+
+    @contextlib.contextmanager
+    def present() -> Iterator[None]:
+        copies = {name: whole(weight.detach()).to(device, torch.float32) for name, weight in weights().items()}
+        module.load_state_dict(copies, strict=False, assign=True)
+        try:
+            yield
+        finally:
+            module.load_state_dict(empty, strict=False, assign=True)
+
+    return module, present
+
+
 def size(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
     """Bytes that a save needs: the tensors of the checkpoint, and the weights once more for the exported model."""
-    return sum(value.nbytes for values in (*tensors.values(), tensors[MODEL]) for value in values.values())
+    return sum(value.nbytes for values in (*tensors.values(), tensors.get(MODEL, {})) for value in values.values())
 
 
 @torch.no_grad()
@@ -143,13 +209,16 @@ def restore(found: Checkpoint, state: TrainingState, is_main_process: bool) -> N
     rate is nearest; losses under another objective, by which `loss_second_moment` draws and of which a line of metrics has the means,
     are forgotten; and no metric against other data is the best.
     """
-    _restore_optimizer(found, state.model, state.optimizer_step.optimizer)  # first: setting its state makes an empty step
-    weights: dict[str, Any] = safetensors.torch.load_file(found.verified(MODEL))
-    set_model_state_dict(state.model, weights, options=state.options)
     ema = state.optimizer_step.ema
-    for rate in ema.averages:
-        nearest = min(found.ema_rates or [0.0], key=lambda saved: abs(math.log1p(-saved) - math.log1p(-rate)))
-        ema.load(rate, safetensors.torch.load_file(found.verified(weights_file(nearest))))
+    nearest = {rate: min(found.ema_rates or [0.0], key=lambda saved: abs(math.log1p(-saved) - math.log1p(-rate))) for rate in ema.averages}
+    if found.shards:
+        _restore_shards(found, state, nearest)
+    else:
+        _restore_optimizer(found, state.optimizer_step)
+        weights: dict[str, Any] = safetensors.torch.load_file(found.verified(MODEL))
+        set_model_state_dict(state.model, weights, options=state.options)
+        for rate, saved in nearest.items():
+            ema.load(rate, safetensors.torch.load_file(found.verified(weights_file(saved))))
     if not found.changing & OBJECTIVE:
         if state.timestep_sampler.learns:
             state.timestep_sampler.load(safetensors.torch.load_file(found.verified(SAMPLER)))
@@ -158,27 +227,44 @@ def restore(found: Checkpoint, state: TrainingState, is_main_process: bool) -> N
     state.measured.best, state.measured.last = best, found.state.get("measured")
 
 
-def _restore_optimizer(found: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
-    state: dict[str, Any] = {}
+def _restore_shards(found: Checkpoint, state: TrainingState, nearest: Mapping[float, float]) -> None:
+    """Reads the tensors of a checkpoint in shards in place; `nearest` is the saved rate of each average."""
+    for name in found.shards:
+        found.verified(name)
+    optimizer, ema = state.optimizer_step.optimizer, state.optimizer_step.ema
+    load_shards(_weights(state), found.path, Path(MODEL).stem)
+    for rate, saved in nearest.items():
+        load_shards(ema.averages[rate], found.path, Path(weights_file(saved)).stem)
+    part, moments = Path(OPTIMIZER).stem, dict[str, Any]()
+    for key, value in saved_tensors(found.path, part).items():
+        parameter_name, name = key.split("/")
+        parameter = ema.weights[parameter_name]
+        moments[key] = _state_value(optimizer, parameter, name, torch.empty_like(value, device="cpu"))
+        optimizer.state[parameter][name] = moments[key]
+    load_shards(moments, found.path, part)
+
+
+def _restore_optimizer(found: Checkpoint, optimizer_step: OptimizerStep) -> None:
+    """Puts the state back into the optimizer itself, whose own `load_state_dict` would round it to the dtype of the weights.
+
+    Learning rate, decay and the like come from the configuration.
+    """
+    optimizer, parameters = optimizer_step.optimizer, optimizer_step.ema.weights
     for key, value in safetensors.torch.load_file(found.verified(OPTIMIZER)).items():
-        parameter, *outer, name = key.split("/")
-        values = state.setdefault(parameter, {})
-        for part in outer:
-            values = values.setdefault(part, {})
-        # The optimizer keeps it; the loaded one is in the mapped file. A whole number is the step of bitsandbytes, as `_named` has it.
-        values[name] = value.item() if value.dtype == torch.int64 else value.clone()
-    if not state:
-        return
-    # Learning rate, decay and the like come from the configuration, so only the tensors are kept.
-    hyper = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
-    groups = [{**hyper, "params": list(state)}]
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_FULL)
-    _lay_like_the_weights(optimizer)
+        parameter_name, *_, name = key.split("/")
+        parameter = parameters[parameter_name]
+        optimizer.state[parameter][name] = _state_value(optimizer, parameter, name, value)
 
 
-def _lay_like_the_weights(optimizer: Optimizer) -> None:
-    """The fused optimizer walks through memory as it lies, so moments must lie there as their weights do (channels last or not)."""
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+def _state_value(optimizer: Optimizer, parameter: Tensor, name: str, value: Tensor) -> Tensor | int:
+    """A value of an optimizer's state as the optimizer keeps it; `value` is in the mapped file."""
+    if value.dtype == torch.int64:  # the step of bitsandbytes, as `_named` has it
+        return int(value)
+    if name == "step" and not isinstance(optimizer, torch.optim.AdamW):
+        return value.clone()
+    if isinstance(optimizer, torch.optim.Adafactor) or value.shape != parameter.shape:  # whole in each process
+        return value.to(parameter.device, copy=True)
+    if local(parameter) is not parameter:
+        return part_like(value, parameter)
+    # The fused optimizer walks through memory as it lies, so moments must lie there as their weights do (channels last or not).
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -22,6 +22,7 @@ from ..tasks.base import Batch, Task
 from ..utils import seeding
 from ..utils.console import say
 from ..utils.signals import SignalHandler
+from . import device
 from .device import Fetched
 from .hooks import Checkpointer, Hook
 from .logger import Logger, due
@@ -125,8 +126,10 @@ class Trainer:
             seeding.seed_device(self.accelerator.device, seeding.derive_seed(self.config.optimization.seed, "dropout", positions.start))
             origin = self.positions.origin
             t = self.state.timestep_sampler.draw(batch["u"], range(positions.start - origin, positions.stop - origin))
-            # Gradients are reduced over the processes with the last micro-batch only.
-            sync = contextlib.nullcontext() if positions is parts[-1] else self.accelerator.no_sync(self.state.model)
+            # Gradients are reduced over the processes with the last micro-batch only, but those of shards with each: whole, they would
+            # take the memory that sharding saves.
+            reduced = positions is parts[-1] or device.sharded(self.accelerator)
+            sync = contextlib.nullcontext() if reduced else self.accelerator.no_sync(self.state.model)
             with sync:
                 terms = self._terms(batch, t)
                 loss = (at(corrections, t, terms.loss) * terms.loss).sum() / self.positions.share
@@ -140,10 +143,10 @@ class Trainer:
 
     def _terms(self, batch: Batch, t: Tensor) -> Terms:
         """The loss of each sample of a micro-batch, before any correction for how t is drawn."""
-        device = self.accelerator.device
-        x_0 = self.task.x_0(batch, device)
-        noise, *of_input = (batch[name].to(device, non_blocking=True) for name in ("noise", "input_noise") if name in batch)
-        return self.objective(self.task.conditioned(self.state.model, batch, device), x_0, noise, t, *of_input)
+        place = self.accelerator.device
+        x_0 = self.task.x_0(batch, place)
+        noise, *of_input = (batch[name].to(place, non_blocking=True) for name in ("noise", "input_noise") if name in batch)
+        return self.objective(self.task.conditioned(self.state.model, batch, place), x_0, noise, t, *of_input)
 
     def _update(self, loss: Tensor, rate: float) -> Tensor:
         """The optimizer step, where loss and gradient are finite; returns the gradient norm ()."""
@@ -205,15 +208,12 @@ class Trainer:
         DDP rebuilds its gradient buckets after its first backward; without this, the first step after a resume would round otherwise
         than the same step of a run that was not interrupted (from three processes on).
         """
-        if self.accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1 or device.sharded(self.accelerator):
             return
-        size, device = (
-            self.positions.micro_batch_size,
-            self.accelerator.device,
-        )  # the shape of training batches, or `compile` would compile twice
-        batch = self.task.dummy_batch(size)
-        network = self.task.conditioned(self.state.model, batch, device)
-        network(self.task.x_0(batch, device), torch.zeros(size, dtype=torch.long, device=device)).sum().backward()
+        size, place = self.positions.micro_batch_size, self.accelerator.device
+        batch = self.task.dummy_batch(size)  # of the shape of training batches, or `compile` would compile twice
+        network = self.task.conditioned(self.state.model, batch, place)
+        network(self.task.x_0(batch, place), torch.zeros(size, dtype=torch.long, device=place)).sum().backward()
         self.state.optimizer_step.optimizer.zero_grad()
 
     # ---- errors ------------------------------------------------------------------------------------------------------

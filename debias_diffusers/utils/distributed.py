@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -24,8 +25,9 @@ from .console import say
 from .launcher import is_first_process, is_launched
 
 T = TypeVar("T")
+DEFAULT_TIMEOUT = timedelta(minutes=10)  # torch's, of collective operations on a GPU; on a CPU it is longer
 
-# Distributed types in which every process holds the whole network; the optimizer step, the averages and the saves need that.
+# Distributed types in which every process holds the whole network. A training may also be sharded (FSDP).
 SUPPORTED_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -58,8 +60,8 @@ def _omp_num_threads() -> int | None:
     return int(first) if first.isdecimal() and int(first) else None
 
 
-def make_accelerator(**options: Any) -> Accelerator:
-    """An Accelerator of one of the `SUPPORTED_TYPES`.
+def make_accelerator(sharded: bool = False, **options: Any) -> Accelerator:
+    """An Accelerator of one of the `SUPPORTED_TYPES`; with `sharded` also of FSDP.
 
     Raises:
         InputError: accelerate rejects the device or the launcher's configuration, or the launcher asks for another distributed type.
@@ -71,7 +73,7 @@ def make_accelerator(**options: Any) -> Accelerator:
         precision = options.get("mixed_precision", "no")
         refused = f"mixed_precision is {precision}, but" if precision != "no" and precision in str(error) else "accelerate cannot start:"
         raise InputError(f"{refused} this machine or the launcher's configuration says: {reason(error)}") from error
-    if (kind := accelerator.distributed_type) not in SUPPORTED_TYPES:
+    if (kind := accelerator.distributed_type) not in SUPPORTED_TYPES and not (sharded and kind == DistributedType.FSDP):
         raise InputError(
             f"accelerate is configured for {kind.value}, but only one process, several CPUs or several GPUs (MULTI_CPU, MULTI_GPU) "
             f"are supported; launch with --multi_gpu, or without a configuration"
@@ -89,12 +91,44 @@ def inference_accelerator(num_threads: int | None) -> Accelerator:
 
 
 def broadcast_from_first(decide: Callable[[], T], accelerator: Accelerator) -> T:
-    """Calls `decide` in the first process and returns its result in all processes (a broadcast). All processes must call it."""
-    chosen = [decide() if accelerator.is_main_process else None]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(chosen)
-    answer: Any = chosen[0]
-    return answer  # type: ignore[no-any-return]
+    """Calls `decide` in the first process and returns its result in all processes (a broadcast). All processes must call it.
+
+    `decide` communicates with no other process, and may take longer than the timeout of collective operations: the others are told again
+    and again that it is not done yet.
+    """
+    if accelerator.num_processes == 1:
+        return decide()
+    message: list[Any] = [(False, None)]  # whether it is done, and the result
+    if not accelerator.is_main_process:
+        while not message[0][0]:
+            broadcast_object_list(message)
+        return message[0][1]  # type: ignore[no-any-return]
+    with _telling_that_it_goes_on(accelerator):
+        result = decide()
+    broadcast_object_list([(True, result)])
+    return result
+
+
+@contextlib.contextmanager
+def _telling_that_it_goes_on(accelerator: Accelerator) -> Iterator[None]:
+    """Broadcasts four times within the timeout of collective operations, from a thread, that the first process is not done."""
+    handler, done = accelerator.init_handler, threading.Event()
+    seconds = (handler.timeout if handler and handler.timeout else DEFAULT_TIMEOUT).total_seconds()
+
+    def tell() -> None:
+        if accelerator.device.type == "cuda":
+            torch.cuda.set_device(accelerator.device)  # each thread has its own
+        with contextlib.suppress(RuntimeError):  # the next broadcast of the process meets it, too
+            while not done.wait(min(seconds / 4, threading.TIMEOUT_MAX)):
+                broadcast_object_list([(False, None)])
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextlib.contextmanager

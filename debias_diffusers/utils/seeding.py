@@ -26,9 +26,9 @@ def uniform(seed: int, purpose: str, position: int) -> float:
     return (derive_seed(seed, purpose, position) >> 11) / 2**53
 
 
-def generator(seed: int, purpose: str, position: int) -> torch.Generator:
-    """A seeded torch CPU generator, for tensors of random numbers."""
-    return torch.Generator().manual_seed(derive_seed(seed, purpose, position) % 2**32)
+def generator(seed: int, purpose: str, position: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A seeded torch generator, for tensors of random numbers; the numbers depend on the type of the device."""
+    return torch.Generator(device).manual_seed(derive_seed(seed, purpose, position) % 2**32)
 
 
 _OF_THREAD = threading.local()

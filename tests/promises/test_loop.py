@@ -38,6 +38,7 @@ from debias_diffusers.runs import checkpoints
 from debias_diffusers.sampling import generate
 from debias_diffusers.training import device, trainer
 from debias_diffusers.training.ema import EMA
+from debias_diffusers.training.saver import Saver
 from debias_diffusers.utils import distributed, launcher, torch_errors
 
 # ---- 64: the ways out -------------------------------------------------------------------------------------------------
@@ -390,6 +391,25 @@ def _first_waits_for_the_second(rank, folder):
     metrics_of_images.figures = figures
 
 
+def _slow_to_look_and_to_save(rank, folder):
+    """The first process is not done before the others were told more often than it may last without that."""
+    if rank:
+        return
+    told, broadcast = [], distributed.broadcast_object_list
+    distributed.broadcast_object_list = lambda objects: told.append(objects) or broadcast(objects)
+
+    def slow(function):
+        def work(*args):
+            before = len(told)
+            wait_for(lambda: len(told) >= before + 5)
+            return function(*args)
+
+        return work
+
+    sources.ImageTable.fingerprint = slow(sources.ImageTable.fingerprint)
+    Saver._write = slow(Saver._write)
+
+
 def _failing(error):
     original = generate.draw
 
@@ -463,6 +483,16 @@ def test_a_measurement_that_takes_longer_than_the_limit_is_shared(tmp_path, tria
         code, err = both.ended(rank)
         assert code == 0 and "Traceback" not in err, err
     assert "eval_fid" in metrics(tmp_path / "run")[-1]
+
+
+@pytest.mark.row(67, SHARED)
+def test_what_the_first_process_does_alone_may_take_longer_than_the_limit(tmp_path, trials):
+    trials()
+    both = Together(2, _slow_to_look_and_to_save, tmp_path, *FEW_STEPS, "--max_steps", 1, "--ddp_timeout", 5)
+    for rank in range(2):
+        code, err = both.ended(rank)
+        assert code == 0 and "Traceback" not in err, err
+    assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
 
 
 @pytest.mark.row(67, SHARED)

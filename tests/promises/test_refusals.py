@@ -349,9 +349,11 @@ FIELDS = {
     "max_grad_norm": ({}, 0.01, METRICS),
     "ema_decay": ({}, (0.5,), WEIGHTS),
     "ema_warmup": ({}, True, WEIGHTS),
+    "ema_on_cpu": ({}, True, None),
     "init": ({}, "TRAINED", METRICS),
     "allow_pickle_import": ({"init": "TRAINED"}, True, None),
     "mixed_precision": ({}, "bf16", METRICS),
+    "param_dtype": ({"mixed_precision": "bf16"}, "bf16", METRICS),
     "gradient_checkpointing": ({}, True, None),
     "compile": ({}, True, None),
     "compile_mode": ({"compile": True}, "reduce-overhead", None),
@@ -360,6 +362,7 @@ FIELDS = {
     "output_dir": ({}, "elsewhere", None),
     "checkpoint_every": ({}, 2, None),
     "keep_checkpoints": ({}, 1, None),
+    "sharded_checkpoints": ({}, True, None),
     "sample_every": ({}, 2, None),
     "log_every": ({}, 2, None),
     "validation_every": ({"validation_split": 0.1, "validation_every": 1}, 3, None),
@@ -451,6 +454,7 @@ def test_every_field_is_in_the_table():
         "num_workers",
         "cache_images_mb",
         "size",  # stands for numbers before anything is compared or stored: test_choices
+        "ema_on_cpu",
         "gradient_checkpointing",
         "compile",  # to the last digits, which is said on a resume
         "compile_mode",
