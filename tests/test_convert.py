@@ -579,7 +579,7 @@ def test_a_target_that_the_weights_cannot_tell_is_to_be_checked(target, warned, 
 @pytest.mark.parametrize(
     "argv, named",
     [
-        (["guide"], "guided, export, lora"),
+        (["guide"], "guided, export, single, lora"),
         (["guided", "x.pt"], "out is missing: output folder of the pipeline"),
         (["export", "none", "o.pt"], "none"),
     ],

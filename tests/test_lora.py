@@ -2,10 +2,13 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
+from functools import cache
 
+import psutil
 import pytest
 import torch
 from conftest import Forked, as_ranks, metrics, newest_step, run, sample_config, tensors, wait_for
@@ -13,7 +16,7 @@ from pushing import served
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from test_text_to_image import pictures, plan_of, plan_of_flags
-from text_models import make_base, text_args
+from text_models import BASE, make_base, text_args
 
 pytest.importorskip("peft")
 
@@ -27,7 +30,7 @@ from debias_diffusers.convert import lora as kohya
 from debias_diffusers.errors import InputError
 from debias_diffusers.hub import publish
 from debias_diffusers.hub.model_card import model_card
-from debias_diffusers.pipelines.lora import read_lora
+from debias_diffusers.pipelines.lora import load_text_model, read_lora
 from debias_diffusers.runs.lora_folder import LORA_WEIGHTS
 from debias_diffusers.sampling.generate import make_job, sample
 from debias_diffusers.tasks import lora, text_to_image
@@ -41,7 +44,8 @@ MODULES = 8 * 4  # to_q, to_k, to_v and to_out.0 of attn1 and attn2, in four tra
 
 def trained(base, folder, *flags):
     """The folder of a training in this process."""
-    assert cli.train([str(word) for word in text_args(base, folder, *flags)[1:]]) == 0
+    flags = text_args(base, folder, *flags, *(() if "--max_steps" in flags else ("--max_steps", 8)))
+    assert cli.train([str(word) for word in flags[1:]]) == 0
     return folder
 
 
@@ -62,16 +66,25 @@ def bases(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(bases, few, tmp_path_factory):
-    """A LoRA of each kind of base model, of 12 steps."""
+    """A LoRA of each kind of base model: of 8 steps, and one that is only exported, with random adapters as its average."""
     folder = tmp_path_factory.mktemp("runs")
-    return {name: trained(base, folder / name, *few, *LORA) for name, base in bases.items()}
+    found = {"xl": trained(bases["xl"], folder / "xl", *few, *LORA), "sd": folder / "sd"}
+    task = plan_of(bases["sd"], found["sd"], *few, *LORA).task
+    network = task.build()
+    for parameter in task.trained(network).values():
+        parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    averages = found["sd"] / "checkpoints" / "step-00000008"
+    averages.mkdir(parents=True)
+    save_file({name: parameter.detach() for name, parameter in task.trained(network).items()}, averages / "ema_0.9.safetensors")
+    task.export(network, found["sd"])
+    return found
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
 def test_adapters_alone_are_saved(runs, bases):
-    found = {name: load(content) for name, content in tensors(runs["xl"], 12).items()}
+    found = {name: load(content) for name, content in tensors(runs["xl"], 8).items()}
     assert set(found) == {"model.safetensors", "ema_0.9.safetensors", "optimizer.safetensors"}
     for name, values in found.items():
         assert values and all(".lora_A." in key or ".lora_B." in key for key in values), name
@@ -79,14 +92,14 @@ def test_adapters_alone_are_saved(runs, bases):
     assert found["ema_0.9.safetensors"].keys() == trained.keys() and len(trained) == 2 * len({key.split(".lora_")[0] for key in trained})
     assert all(value.abs().max() > 0 for value in trained.values())
     whole = sum(path.stat().st_size for path in (bases["xl"] / "unet").iterdir())
-    assert sum(len(content) for content in tensors(runs["xl"], 12).values()) < whole / 2
+    assert sum(len(content) for content in tensors(runs["xl"], 8).values()) < whole / 2
 
 
-def test_adapters_are_drawn_from_the_seed_and_change_nothing_at_first(bases, tmp_path):
+def test_adapters_are_drawn_from_the_seed_and_change_nothing_at_first(bases, few, tmp_path):
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
-    task = plan_of(bases["xl"], tmp_path / "run", *LORA, "--seed", 3).task
+    task = plan_of(bases["xl"], tmp_path / "run", *few, *LORA, "--seed", 3).task
     torch.manual_seed(seeding.derive_seed(3, "weights", 0))
     network = task.build()
     plain = UNet2DConditionModel.from_pretrained(bases["xl"] / "unet")
@@ -101,9 +114,9 @@ def test_adapters_are_drawn_from_the_seed_and_change_nothing_at_first(bases, tmp
     assert len(ours) == 2 * MODULES and all(torch.equal(value, expected[name]) for name, value in ours.items())
 
 
-def test_an_adapter_adds_alpha_over_rank_times_its_product(bases, tmp_path):
+def test_an_adapter_adds_alpha_over_rank_times_its_product(bases, few, tmp_path):
     """Against the formula W + alpha / rank B A on the weights of the stock UNet."""
-    network = plan_of(bases["sd"], tmp_path / "run", *LORA).task.build()
+    network = plan_of(bases["sd"], tmp_path / "run", *few, *LORA).task.build()
     plain = UNet2DConditionModel.from_pretrained(bases["sd"] / "unet")
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -116,35 +129,44 @@ def test_an_adapter_adds_alpha_over_rank_times_its_product(bases, tmp_path):
 
 
 def test_a_resumed_run_ends_with_the_same_bits(runs, bases, few, tmp_path):
-    folder = trained(bases["xl"], tmp_path / "run", *few, *LORA, "--max_steps", 8)
+    """As killed after its first checkpoint."""
+    folder = shutil.copytree(runs["xl"], tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "step-00000008")
     trained(bases["xl"], folder, *few, *LORA)
-    assert newest_step(folder) == 12 and tensors(folder, 12) == tensors(runs["xl"], 12)
+    assert tensors(folder, 8) == tensors(runs["xl"], 8) and metrics(folder) == metrics(runs["xl"])
 
 
 @pytest.mark.nightly
 def test_killed_three_times_it_ends_with_the_same_bits(runs, bases, few, tmp_path):
-    flags = text_args(bases["xl"], tmp_path / "run", *few, *LORA)
-    for step in (4, 8, 8):
-        process = Forked(*flags)
+    flags = text_args(bases["xl"], tmp_path / "run", *few, *LORA, "--max_steps", 8)
+    for step in (1, 4, 4):
+        process = Forked(*flags, "--checkpoint_every", 1)
         wait_for(lambda step=step: newest_step(tmp_path / "run") >= step)
         process.kill()
         process.process.join()
     code, _, err = run(*flags)
     assert code == 0, err
-    assert tensors(tmp_path / "run", 12) == tensors(runs["xl"], 12) and metrics(tmp_path / "run") == metrics(runs["xl"])
+    assert tensors(tmp_path / "run", 8) == tensors(runs["xl"], 8) and metrics(tmp_path / "run") == metrics(runs["xl"])
 
 
 @pytest.mark.nightly
 def test_two_processes_train_the_same_and_resume(runs, bases, few, tmp_path):
-    flags = text_args(bases["xl"], tmp_path / "run", *few, *LORA)
-    code, err = as_ranks(2, *flags, "--max_steps", 8)
+    flags = text_args(bases["xl"], tmp_path / "run", *few, *LORA, "--max_steps", 8)
+    code, err = as_ranks(2, *flags[:-1], 4)
     assert code == 0, err
     code, err = as_ranks(2, *flags)
     assert code == 0, err
     losses = [[line["loss"] for line in metrics(folder)] for folder in (runs["xl"], tmp_path / "run")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    whole = as_ranks(2, *text_args(bases["xl"], tmp_path / "whole", *few, *LORA))
-    assert whole[0] == 0 and tensors(tmp_path / "whole", 12) == tensors(tmp_path / "run", 12)
+    whole = as_ranks(2, *text_args(bases["xl"], tmp_path / "whole", *few, *LORA, "--max_steps", 8))
+    assert whole[0] == 0 and tensors(tmp_path / "whole", 8) == tensors(tmp_path / "run", 8)
+
+
+def test_without_peft_it_is_one_sentence(bases, tmp_path, monkeypatch, capsys):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else there(name, *rest))
+    assert cli.train([str(word) for word in text_args(bases["xl"], tmp_path / "run", *LORA)[1:]]) == 2
+    assert "LoRA needs peft, which is not installed; run pip install" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +192,8 @@ def test_what_does_not_go_with_lora_is_one_sentence(bases, flags, said, tmp_path
 
 def test_a_dry_run_counts_what_is_trained(bases, few, tmp_path, capsys):
     plan = plan_of(bases["sd"], tmp_path / "run", *few, *LORA)
-    network, _ = dry_run.on_meta(plan.task)
+    with torch.device("meta"):
+        network = plan.task.build()
     capsys.readouterr()
     dry_run._print_plan(plan, network)
     said = capsys.readouterr().out
@@ -209,12 +232,12 @@ def adapter_drawn(base, folder, name):
     return drawn(pipeline)
 
 
-@pytest.mark.parametrize("name", ["xl", "sd"])
+@pytest.mark.parametrize("name", ["xl", pytest.param("sd", marks=pytest.mark.nightly)])
 def test_a_stock_pipeline_with_the_adapter_draws_the_previews(name, runs, bases, few, tmp_path, monkeypatch):
     """Without a weight_name, too: a run directory has one file of weights beside its folders."""
     assert [path.name for path in runs[name].rglob("*.safetensors") if "checkpoints" not in path.parts] == [LORA_WEIGHTS]
     task = plan_of(bases[name], tmp_path / "run", *few, *LORA).task
-    averaged = load_file(runs[name] / "checkpoints" / "step-00000012" / "ema_0.9.safetensors")
+    averaged = load_file(runs[name] / "checkpoints" / "step-00000008" / "ema_0.9.safetensors")
     monkeypatch.setattr(text_to_image, "PREVIEW_STEPS", STEPS)
     preview = task.draw(state_dicts.with_weights(task.build(), averaged), range(2), ["a handwritten one", "a handwritten two"])
     for options in ({"weight_name": LORA_WEIGHTS}, {}):
@@ -238,17 +261,17 @@ def test_a_push_has_the_adapter_of_its_checkpoint(runs, tmp_path):
     """The exported file may be newer, where a run was killed."""
     run = shutil.copytree(runs["xl"], tmp_path / "run")
     exported = (run / LORA_WEIGHTS).read_bytes()
-    staged = publish.stage(run, 8)
+    staged = publish.stage(run, 4)
     assert {path.name for path in staged.iterdir()} == {LORA_WEIGHTS, "base_model.json", "config.json", "README.md", "metrics.jsonl"}
     assert (staged / LORA_WEIGHTS).read_bytes() != exported
-    with safe_open(publish.stage(run, 12) / LORA_WEIGHTS, "pt") as pushed, safe_open(run / LORA_WEIGHTS, "pt") as here:
+    with safe_open(publish.stage(run, 8) / LORA_WEIGHTS, "pt") as pushed, safe_open(run / LORA_WEIGHTS, "pt") as here:
         assert pushed.metadata() == here.metadata() and set(pushed.keys()) == set(here.keys())
         assert all(torch.equal(pushed.get_tensor(name), here.get_tensor(name)) for name in here.keys())  # noqa: SIM118
-    pushed = publish._contents(run / publish.PENDING / "step-00000012", "user/digits", None)
+    pushed = publish._contents(run / publish.PENDING / "step-00000008", "user/digits", None)
     assert 'load_lora_weights("user/digits", weight_name' in pushed["README.md"].decode()
 
 
-def test_the_card_loads_base_model_and_adapter(runs, bases, tmp_path):
+def test_the_card_loads_base_model_and_adapter(runs, bases):
     text = (runs["xl"] / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.library_name == "diffusers" and "lora" in card.data.tags and card.data.base_model is None
@@ -258,7 +281,7 @@ def test_the_card_loads_base_model_and_adapter(runs, bases, tmp_path):
     code = code.replace('"PATH"', repr(str(runs["xl"]))).replace("guidance_scale", "num_inference_steps=2, guidance_scale")
     exec(code, namespace)
     assert namespace["image"].size == (8, 8) and namespace["pipeline"].get_active_adapters() == ["default_0"]
-    config = plan_of(bases["xl"], tmp_path / "run", *LORA).config
+    config, _ = cli.train_command([str(word) for word in text_args(bases["xl"], "run", *LORA)[1:]], None)
     commit = "0123456789" * 4
     on_hub = ModelCard(model_card(update(config, {"base_model": f"user/base@{commit}"}), 12, 0))
     assert (on_hub.data.base_model, on_hub.data.base_model_relation) == (["user/base"], "adapter")
@@ -282,9 +305,9 @@ def test_a_lora_is_drawn_with_its_base_model(runs, bases, tmp_path):
     assert torch.equal(job.draw(range(2)), drawn(expected))
     run, copy = shutil.copytree(runs["xl"], tmp_path / "run"), shutil.copytree(bases["xl"], tmp_path / "copy")
     assert job_of(run, base_model=str(copy)).settings == job.settings
-    for weights in ("raw", "0.9"):
-        other = job_of(run, weights=weights)
-        assert (other.settings["model_sha256"] == job.settings["model_sha256"]) == (weights == "0.9")
+    raw = job_of(run, weights="raw")
+    trained = load_file(run / "checkpoints" / "step-00000008" / "model.safetensors")
+    assert all(torch.equal(raw.pipeline.unet.get_parameter(name), value) for name, value in trained.items())
     (copy / "vae" / "config.json").write_text((copy / "vae" / "config.json").read_text() + "\n")
     with pytest.raises(InputError, match=r"is not the one that .* was trained on: its vae/config.json is another"):
         job_of(run, base_model=str(copy))
@@ -302,6 +325,18 @@ def test_a_lora_is_drawn_with_its_base_model(runs, bases, tmp_path):
     assert torch.equal(job_of(run, base_model=str(bases["xl"])).draw(range(2)), job.draw(range(2)))
 
 
+def test_a_lora_is_drawn_with_its_own_scheduler_vae_and_null_caption(bases, few, tmp_path):
+    vae = make_base(tmp_path / "vae", seed=1)
+    flags = ("--prediction_type", "v_prediction", "--vae", vae, "--null_caption", "empty")
+    task = plan_of(bases["xl"], tmp_path / "run", *few, *LORA, *flags).task
+    task.export(task.build(), tmp_path / "run")
+    pipeline = load_text_model(str(tmp_path / "run"))
+    assert pipeline.scheduler.config.prediction_type == "v_prediction" and not pipeline.config.force_zeros_for_empty_prompt
+    expected = load_file(vae / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in pipeline.vae.state_dict().items())
+    assert "Its scheduler is not that of the base model" in task.model_card(task.config, 1, None)
+
+
 def test_several_loras_are_added_with_their_strengths(runs, bases, tmp_path):
     shutil.copy(runs["xl"] / LORA_WEIGHTS, tmp_path / "mine.safetensors")
     loras = (f"{runs['xl']}:0.5", f"{tmp_path / 'mine.safetensors'}:-0.25")
@@ -313,9 +348,8 @@ def test_several_loras_are_added_with_their_strengths(runs, bases, tmp_path):
     expected.scheduler = job.pipeline.scheduler
     assert torch.equal(job.draw(range(2)), drawn(expected))
     assert job.settings["lora"] == ["xl:0.5", "mine.safetensors:-0.25"] and "lora-xl-0.5,mine.safetensors-0.25" in job.name
-    whole = job_of(runs["xl"])
-    assert torch.equal(job_of(bases["xl"], lora=(str(runs["xl"]),)).draw(range(2)), whole.draw(range(2)))
-    assert torch.equal(job_of(runs["xl"], lora=(f"{runs['xl']}:-1",)).draw(range(2)), job_of(bases["xl"]).draw(range(2)))
+    less = job_of(runs["xl"], lora=(f"{runs['xl']}:-0.5",))  # than one
+    assert torch.equal(less.draw(range(2)), job_of(bases["xl"], lora=loras[:1]).draw(range(2)))
     config = sample_config(bases["xl"], tmp_path / "drawn", prompt=("a digit",), steps=2, num_images=1, lora=(f"{runs['xl']}:0.5",))
     row = json.loads((sample(config) / "metadata.jsonl").read_text())
     assert row["lora"] == "xl:0.5" and row["text"] == "a digit"
@@ -338,6 +372,7 @@ def test_what_cannot_be_drawn_with_is_one_sentence(runs, bases, flags, said, tmp
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_a_lora_is_scored(runs, tmp_path, capsys):
     flags = [
         "--metrics",
@@ -421,23 +456,34 @@ def test_a_lora_goes_to_the_hub_and_is_drawn_from_there(bases, few, tmp_path):
 # ---- starting from a LoRA --------------------------------------------------------------------------------------------
 
 
+def test_a_lora_starts_from_another(runs, bases, few, tmp_path):
+    task = plan_of(bases["xl"], tmp_path / "run", *few, *LORA, "--init", runs["xl"]).task
+    network, config = task.build(), task.config.lora
+    task.load(network, str(runs["xl"]))
+    averaged = load_file(runs["xl"] / "checkpoints" / "step-00000008" / "ema_0.9.safetensors")
+    assert all(torch.equal(parameter, averaged[name]) for name, parameter in task.trained(network).items())
+    for changes, model, said in (
+        ({"lora_rank": 8}, "xl", "has rank 4, but lora_rank is 8; take --lora_rank 4"),
+        ({"lora_alpha": 2.0}, "xl", "has alpha 8, but lora_alpha is 2; take --lora_alpha 8"),
+        ({}, "sd", "trained on another base model"),
+    ):
+        with pytest.raises(InputError, match=said):
+            lora.load(network, str(runs[model]), dataclasses.replace(config, **changes))
+    with torch.device("meta"):
+        other = UNet2DConditionModel.from_config(bases["xl"] / "unet")
+        lora.add_adapters({"unet": other}, dataclasses.replace(config, lora_targets=("to_q",)))
+    with pytest.raises(InputError, match=r"adapters of other modules than this run.*--lora_targets to_k to_out.0 to_q to_v"):
+        lora.load(other, str(runs["xl"]), config)
+
+
+@pytest.mark.nightly
 def test_a_lora_continues_another(runs, bases, few, tmp_path):
     folder = trained(bases["xl"], tmp_path / "run", *few, *LORA, "--init", runs["xl"], "--max_steps", 1, "--learning_rate", 1e-12)
     before, after = (load_file(run / LORA_WEIGHTS) for run in (runs["xl"], folder))
     assert all(torch.allclose(value, before[name], atol=1e-6) for name, value in after.items()) and after.keys() == before.keys()
     assert json.loads((folder / "config.json").read_text())["init"] == str(runs["xl"])
-    config = plan_of(bases["xl"], tmp_path / "other", *LORA).config.lora
-    network = plan_of(bases["xl"], tmp_path / "other", *LORA).task.build()
-    for changes, said in (
-        ({"lora_rank": 8}, "has rank 4, but lora_rank is 8; take --lora_rank 4"),
-        ({"lora_alpha": 2.0}, "has alpha 8, but lora_alpha is 2; take --lora_alpha 8"),
-    ):
-        with pytest.raises(InputError, match=said):
-            lora.load(network, str(runs["xl"]), dataclasses.replace(config, **changes))
-    with pytest.raises(InputError, match="adapters of other modules than this run"):
-        lora.load(plan_of(bases["xl"], tmp_path / "other", *LORA, "--lora_targets", "to_q").task.build(), str(runs["xl"]), config)
-    with pytest.raises(InputError, match="trained on another base model"):
-        lora.load(network, str(runs["sd"]), config)
+    trained(bases["xl"], folder, *few, *LORA, "--init", runs["xl"], "--max_steps", 2, "--learning_rate", 1e-12)
+    assert newest_step(folder) == 2
 
 
 # ---- text encoders ---------------------------------------------------------------------------------------------------
@@ -447,15 +493,22 @@ ENCODERS = (*LORA, "--lora_text_encoders", "--lora_targets", "to_q", "to_v", "fc
 
 @pytest.fixture(scope="module")
 def with_encoders(bases, few, tmp_path_factory):
-    """LoRAs with adapters on the text encoders."""
+    """A training of a LoRA with adapters on the text encoders, too, of 4 steps, made once for each base model."""
     folder = tmp_path_factory.mktemp("encoders")
-    return {name: trained(base, folder / name, *few, *ENCODERS) for name, base in bases.items()}
+    return cache(lambda name: trained(bases[name], folder / name, *few, *ENCODERS, "--max_steps", 4, "--checkpoint_every", 2))
 
 
-@pytest.mark.parametrize("name, flags", [("xl", ()), ("xl", ("--null_caption", "empty")), ("sd", ("--caption_chunks", 2))])
-def test_text_encoders_with_new_adapters_give_the_usual_embeddings(name, flags, bases, tmp_path):
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("xl", ()),
+        pytest.param("xl", ("--null_caption", "empty"), marks=pytest.mark.nightly),
+        pytest.param("sd", ("--caption_chunks", 2), marks=pytest.mark.nightly),
+    ],
+)
+def test_text_encoders_with_new_adapters_give_the_usual_embeddings(name, flags, bases, few, tmp_path):
     """And every adapter has a gradient, whatever captions are dropped; else processes would wait for each other."""
-    task = plan_of(bases[name], tmp_path / "run", *ENCODERS, *flags).task
+    task = plan_of(bases[name], tmp_path / "run", *few, *ENCODERS, *flags).task
     network, captions = task.build(), ["a handwritten one", "the digit two"]
     for dropped in ([False, True], [True, True]):
         found, expected = task._embeddings(network, captions, dropped), task.texts.of(captions, dropped, "cpu")
@@ -464,39 +517,58 @@ def test_text_encoders_with_new_adapters_give_the_usual_embeddings(name, flags, 
     batch = {**task.dummy_batch(2), "dropped": torch.tensor([True, True])}
     task.conditioned(network, batch, "cpu")(torch.randn(2, 4, 4, 4), torch.tensor([10, 900])).square().mean().backward()
     assert all(parameter.grad is not None for parameter in task.trained(network).values())
-    on_meta, flops = dry_run.on_meta(task)
-    assert [value.shape for value in on_meta.parameters()] == [value.shape for value in network.parameters()] and flops > 1e6
 
 
+def test_adapters_of_text_encoders_are_exported_and_converted(bases, few, tmp_path, monkeypatch):
+    """Random ones; stock diffusers draws the previews with either file."""
+    task = plan_of(bases["xl"], tmp_path / "run", *few, *ENCODERS).task
+    network, generator = task.build().eval(), torch.Generator().manual_seed(0)
+    for parameter in task.trained(network).values():
+        parameter.data.normal_(std=0.1, generator=generator)
+    task.export(network, tmp_path / "run")
+    exported = load_file(tmp_path / "run" / LORA_WEIGHTS)
+    assert {key.split(".")[0] for key in exported} == {"unet", "text_encoder", "text_encoder_2"}
+    assert all(".text_model.encoder." in key for key in exported if key.startswith("text_encoder"))  # as transformers 4 needs it
+    monkeypatch.setattr(text_to_image, "PREVIEW_STEPS", STEPS)
+    preview = task.draw(network, range(2), ["a handwritten one", "a handwritten two"])
+    assert torch.equal(adapter_drawn(bases["xl"], tmp_path / "run", LORA_WEIGHTS), preview)
+    only_unet = stock(bases["xl"])
+    only_unet.load_lora_weights({key: value for key, value in exported.items() if key.startswith("unet.")})
+    assert not torch.equal(drawn(only_unet), preview)
+    assert cli.convert(["lora", str(tmp_path / "run"), str(tmp_path / "out.safetensors")]) == 0
+    names = {key.split(".")[0] for key in load_file(tmp_path / "out.safetensors")}
+    assert {f"lora_te{k}_text_model_encoder_layers_1_{end}" for k in (1, 2) for end in ("self_attn_q_proj", "mlp_fc1")} < names
+    assert torch.equal(adapter_drawn(bases["xl"], tmp_path, "out.safetensors"), preview)
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["xl", "sd"])
 def test_adapters_of_text_encoders_are_trained_and_drawn_with(name, with_encoders, bases, few, tmp_path, monkeypatch):
-    run = with_encoders[name]
+    run = with_encoders(name)
     exported = load_file(run / LORA_WEIGHTS)
     kinds = {key.split(".")[0] for key, value in exported.items() if ".lora_B." in key and value.abs().max() > 0}
     assert kinds == ({"unet", "text_encoder", "text_encoder_2"} if name == "xl" else {"unet", "text_encoder"})
-    assert all(".text_model.encoder." in key for key in exported if key.startswith("text_encoder"))  # as transformers 4 needs it
     task = plan_of(bases[name], tmp_path / "run", *few, *ENCODERS).task
-    averaged = load_file(run / "checkpoints" / "step-00000012" / "ema_0.9.safetensors")
+    averaged = load_file(run / "checkpoints" / "step-00000004" / "ema_0.9.safetensors")
     monkeypatch.setattr(text_to_image, "PREVIEW_STEPS", STEPS)
     preview = task.draw(state_dicts.with_weights(task.build(), averaged), range(2), ["a handwritten one", "a handwritten two"])
-    images = adapter_drawn(bases[name], run, LORA_WEIGHTS)
-    assert torch.equal(preview, images)
-    only_unet = stock(bases[name])
-    only_unet.load_lora_weights({key: value for key, value in exported.items() if key.startswith("unet.")})
-    assert not torch.equal(drawn(only_unet), images)
+    assert torch.equal(preview, adapter_drawn(bases[name], run, LORA_WEIGHTS))
     assert job_of(run).settings["model_sha256"] == job_of(run, weights="0.9").settings["model_sha256"]
-    with safe_open(publish.stage(run, 12) / LORA_WEIGHTS, "pt") as pushed:
+    with safe_open(publish.stage(run, 4) / LORA_WEIGHTS, "pt") as pushed:
         assert {key: pushed.get_tensor(key).sum() for key in pushed.keys()} == {key: value.sum() for key, value in exported.items()}  # noqa: SIM118
     assert cli.convert(["lora", str(run), str(tmp_path / "out.safetensors")]) == 0
-    found = load_file(tmp_path / "out.safetensors")
-    assert f"lora_te{'1' if name == 'xl' else ''}_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in found
-    assert torch.equal(adapter_drawn(bases[name], tmp_path, "out.safetensors"), images)
+    assert any(key.startswith("lora_te1_" if name == "xl" else "lora_te_") for key in load_file(tmp_path / "out.safetensors"))
+    assert torch.equal(adapter_drawn(bases[name], tmp_path, "out.safetensors"), preview)
+    on_meta, flops = dry_run.on_meta(task)
+    assert [value.shape for value in on_meta.parameters()] == [value.shape for value in task.build().parameters()] and flops > 1e6
 
 
+@pytest.mark.nightly
 def test_a_run_with_text_encoders_resumes_with_the_same_bits(with_encoders, bases, few, tmp_path):
-    folder = trained(bases["xl"], tmp_path / "run", *few, *ENCODERS, "--max_steps", 8)
-    trained(bases["xl"], folder, *few, *ENCODERS)
-    assert tensors(folder, 12) == tensors(with_encoders["xl"], 12)
+    folder = shutil.copytree(with_encoders("xl"), tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    trained(bases["xl"], folder, *few, *ENCODERS, "--max_steps", 4, "--checkpoint_every", 2)
+    assert tensors(folder, 4) == tensors(with_encoders("xl"), 4)
     continued = trained(bases["xl"], tmp_path / "next", *few, *ENCODERS, "--init", folder, "--max_steps", 1, "--learning_rate", 1e-12)
     before, after = (load_file(run / LORA_WEIGHTS) for run in (folder, continued))
     assert before.keys() == after.keys() and all(torch.allclose(value, before[name], atol=1e-6) for name, value in after.items())
@@ -505,9 +577,9 @@ def test_a_run_with_text_encoders_resumes_with_the_same_bits(with_encoders, base
 @pytest.mark.nightly
 def test_two_processes_train_text_encoders_the_same(with_encoders, bases, few, tmp_path):
     """Captions may all be dropped in one process and none in the other."""
-    code, err = as_ranks(2, *text_args(bases["xl"], tmp_path / "run", *few, *ENCODERS, "--micro_batch_size", 1))
+    code, err = as_ranks(2, *text_args(bases["xl"], tmp_path / "run", *few, *ENCODERS, "--micro_batch_size", 1, "--max_steps", 4))
     assert code == 0, err
-    losses = [[line["loss"] for line in metrics(folder)] for folder in (with_encoders["xl"], tmp_path / "run")]
+    losses = [[line["loss"] for line in metrics(folder)] for folder in (with_encoders("xl"), tmp_path / "run")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -599,8 +671,14 @@ def test_what_cannot_be_converted_is_one_sentence(runs, words, said, tmp_path, c
 
 # ---- Stable Diffusion at its full size -------------------------------------------------------------------------------
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-LINEAR = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")  # all linear layers of the transformers, as sd-scripts takes them
+TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+LINEAR = (
+    *LoraConfig().lora_targets,
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+)  # as sd-scripts
 
 # Names of sd-scripts: the transformers of the UNets with their numbers of blocks, and the layers of the text encoders.
 XL_TRANSFORMERS = {
@@ -629,41 +707,90 @@ def text_names(prefix, layers):
     return [f"{prefix}_text_model_encoder_layers_{k}_{end}" for k in range(layers) for end in ends]
 
 
-def exported(part, network):
-    """Adapters of a network on the meta device by the names of a file."""
-    named = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
-    return {f"{part}.{name.replace('.default', '')}": parameter for name, parameter in named.items()}
+def adapters(part, network, targets):
+    """Adapters of rank 16 on the linear layers of a network, by the names of a file, without memory."""
+    found = {}
+    for name, module in network.named_modules():
+        if name.endswith(tuple(f".{target}" for target in targets)):
+            found[f"{part}.{name}.lora_A.weight"] = torch.empty(16, module.in_features, device="meta")
+            found[f"{part}.{name}.lora_B.weight"] = torch.empty(module.out_features, 16, device="meta")
+    return found
 
 
 def test_adapters_of_the_full_models_have_the_names_of_sd_scripts():
     import sdxl
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = LoraConfig(lora_rank=16, lora_alpha=8.0, lora_targets=LINEAR)
     configs = {name: CLIPTextConfig(**sdxl.PARTS[name]) for name in ("text_encoder", "text_encoder_2")}
-    one = {"block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 768}  # the widths are no part of names
+    small = {"block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 768, "use_linear_projection": True}
     with torch.device("meta"):
-        xl, sd = UNet2DConditionModel.from_config(sdxl.PARTS["unet"]), UNet2DConditionModel(**one)
+        xl, sd = UNet2DConditionModel.from_config(sdxl.PARTS["unet"]), UNet2DConditionModel(**small)  # widths are no part of names
         first, second = CLIPTextModel(configs["text_encoder"]), CLIPTextModelWithProjection(configs["text_encoder_2"])
-        for unet in (xl, sd):
-            lora.add_adapters({"unet": unet}, config)
-        for encoder in (first, second):
-            lora.add_adapters({"text_encoder": encoder}, dataclasses.replace(config, lora_targets=("fc1", "fc2")))
-    found = exported("unet", xl)
-    counts = {name: value.numel() for name, value in found.items()}
-    assert (len(counts), sum(counts.values())) == (2 * 722, 42_557_440)
-    of_attention = [count for name, count in counts.items() if re.search(r"\.(to_q|to_k|to_v|to_out\.0)\.lora", name)]
-    assert (len(of_attention), sum(of_attention)) == (2 * 560, 23_224_320)  # the default
+    texts = adapters("text_encoder", first, TEXT), adapters("text_encoder_2", second, TEXT)
+    for targets, modules, parameters in ((LINEAR, 722, 42_557_440), (LoraConfig().lora_targets, 560, 23_224_320)):
+        found = adapters("unet", xl, targets)
+        assert (len(found), sum(value.numel() for value in found.values())) == (2 * modules, parameters)
     about = {f"{part}.lora_alpha": 8.0 for part in ("unet", "text_encoder", "text_encoder_2")}
-    theirs = kohya.to_kohya({**found, **exported("text_encoder", first), **exported("text_encoder_2", second)}, about, xl=True)
+    theirs = kohya.to_kohya({**adapters("unet", xl, LINEAR), **texts[0], **texts[1]}, about, xl=True)
     names = [*unet_names(XL_TRANSFORMERS), *text_names("lora_te1", 12), *text_names("lora_te2", 32)]
     assert len(names) == 722 + 72 + 192
     assert sorted(theirs) == sorted(f"{name}.{end}" for name in names for end in ("lora_down.weight", "lora_up.weight", "alpha"))
     assert {value.item() for name, value in theirs.items() if name.endswith("alpha")} == {8.0}
-    theirs = kohya.to_kohya({**exported("unet", sd), **exported("text_encoder", first)}, about, xl=False)
+    theirs = kohya.to_kohya({**adapters("unet", sd, LINEAR), **texts[0]}, about, xl=False)
     names = [*unet_names(SD_TRANSFORMERS), *text_names("lora_te", 12)]
     assert len(names) == 192 + 72 and {name.split(".")[0] for name in theirs} == set(names)
     for name in (*unet_names(XL_TRANSFORMERS), *names):
         part, module = kohya.diffusers_name(name)
         network = {"text_encoder": first}.get(part, sd if name in names else xl)
         network.get_submodule(module if part == "unet" or hasattr(first, "text_model") else module.removeprefix("text_model."))
+
+
+@pytest.mark.nightly
+def test_peft_adds_as_many_adapters_to_the_full_model():
+    import sdxl
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(sdxl.PARTS["unet"])
+        lora.add_adapters({"unet": unet}, LoraConfig(lora_rank=16, lora_targets=LINEAR))
+    found = [parameter.numel() for parameter in unet.parameters() if parameter.requires_grad]
+    assert (len(found), sum(found)) == (2 * 722, 42_557_440)
+
+
+def write_full_size(folder):
+    """The UNet of Stable Diffusion XL at its full size with random weights in bf16 (5.1 GB), its VAE, and text encoders of one layer."""
+    import sdxl
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    sdxl.write(folder, BASE / "tokenizer")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(sdxl.PARTS["unet"])
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, weight in unet.state_dict().items():
+        is_norm = weight.ndim == 1 and name.endswith("weight")
+        filled = torch.full(weight.shape, float(is_norm), dtype=torch.bfloat16)
+        weights[name] = filled.normal_(0, 0.02, generator=generator) if weight.ndim > 1 else filled
+    save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    AutoencoderKL.from_config(sdxl.PARTS["vae"]).save_pretrained(folder / "vae")
+    for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+        own = {"num_hidden_layers": 1, "bos_token_id": 563, "eos_token_id": 564}
+        kind(CLIPTextConfig(**sdxl.PARTS[name] | own)).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.nightly
+def test_one_step_at_full_size_in_bf16(tmp_path):
+    """At 256 pixels; takes 16 GB of memory and 7 GB of disk."""
+    if psutil.virtual_memory().available < 17e9:
+        pytest.skip("needs 17 GB of memory")
+    base = write_full_size(tmp_path / "base")
+    data = pictures(tmp_path / "data", sizes=((256, 300),))
+    (data / "0.txt").write_text("a handwritten seven")
+    flags = ("--dataset", data, "--resolution", 256, "--batch_size", 1, "--max_steps", 1, "--lora_rank", 16, "--ema_decay", 0)
+    code, _, err = run(*text_args(base, tmp_path / "run", *flags, "--mixed_precision", "bf16", "--param_dtype", "bf16"))
+    assert code == 0, err
+    adapters = load_file(tmp_path / "run" / LORA_WEIGHTS)
+    assert len(adapters) == 2 * 560 and sum(value.numel() for value in adapters.values()) == 23_224_320
+    assert all(value.isfinite().all() and value.any() for value in adapters.values())  # B was 0 before the step
+    assert 0 < metrics(tmp_path / "run")[0]["loss"] < 100

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import FSDP, ROOT, as_ranks, metrics, run, same, tensors, train_args
+from conftest import FSDP, ROOT, as_ranks, metrics, newest_step, run, same, tensors, train_args
 from here import tiny, trained_here
 from PIL import Image
 from safetensors.torch import load
@@ -18,11 +18,13 @@ from text_models import make_base, text_args
 
 from debias_diffusers.config.schema import OptimizationConfig
 from debias_diffusers.config.validation import sharding_problems
+from debias_diffusers.errors import CannotWriteError
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.sampling import job
+from debias_diffusers.training import hooks
 from debias_diffusers.training.trainer import Trainer
-from debias_diffusers.utils import launcher
+from debias_diffusers.utils import launcher, sharding
 from debias_diffusers.utils.sharding import local, read_shards
 
 FLAGS = [
@@ -84,23 +86,20 @@ def close(one, other, rel=1e-5):
         assert left == pytest.approx(right, rel=rel), name
 
 
-def test_two_processes_train_the_same_and_resume_with_the_same_bits_or_in_one_process(tmp_path):
+def test_two_processes_train_the_same_with_half_of_the_memory_and_their_checkpoint_goes_on_in_one(tmp_path):
     trained_here(tiny(tmp_path / "one", *FLAGS, "--max_steps", 4))
     (tmp_path / "bytes").mkdir()
-    sharded(2, tmp_path / "two", 4, count=tmp_path / "bytes")
+    sharded(2, tmp_path / "two", 2, count=tmp_path / "bytes")
+    # Each process has half of everything, but for single values and what does not divide by two.
+    weights = sum(value.nbytes for value in load(tensors(tmp_path / "one", 4)["model.safetensors"]).values())
+    for rank in range(2):
+        count = json.loads((tmp_path / "bytes" / f"{rank}.json").read_text())
+        assert all(0.45 < count[name] / (copies * weights) < 0.55 for name, copies in (("weights", 1), ("moments", 2), ("averages", 2)))
+    trained_here(tiny(tmp_path / "two", *FLAGS, "--max_steps", 4))
     close(tmp_path / "two", tmp_path / "one")
     for name, values in tensors(tmp_path / "one", 4).items():
         whole, found = load(values), load(tensors(tmp_path / "two", 4)[name])
         assert {key: value.shape for key, value in whole.items()} == {key: value.shape for key, value in found.items()}, name
-    # Each process has half of everything, but for single values and what does not divide by two.
-    counts = [json.loads((tmp_path / "bytes" / f"{rank}.json").read_text()) for rank in range(2)]
-    weights = sum(value.nbytes for value in load(tensors(tmp_path / "one", 4)["model.safetensors"]).values())
-    for count in counts:
-        assert all(0.45 < count[name] / (copies * weights) < 0.55 for name, copies in (("weights", 1), ("moments", 2), ("averages", 2)))
-    sharded(2, cut(tmp_path / "two", 2, tmp_path / "again"), 4)
-    same(tmp_path / "again", tmp_path / "two", 4)
-    trained_here(tiny(cut(tmp_path / "two", 2, tmp_path / "gathered"), *FLAGS, "--max_steps", 4))
-    close(tmp_path / "gathered", tmp_path / "one")
 
 
 def test_what_does_not_go_with_shards_is_refused_in_a_sentence():
@@ -155,6 +154,21 @@ def test_a_checkpoint_of_files_of_the_processes_has_the_same_tensors_and_is_resu
         assert all(torch.equal(state[name], value) for name, value in expected[part].items())
 
 
+def test_files_that_a_process_cannot_write_are_said_and_written_at_the_next_checkpoint(tmp_path, monkeypatch, capfd):
+    write, failed = hooks.write_shards, []
+
+    def fail_once(tensors, folder):
+        write(tensors, folder)
+        if not failed:
+            failed.append(folder)
+            raise CannotWriteError("the disk is full")
+
+    monkeypatch.setattr(hooks, "write_shards", fail_once)
+    trained_here(tiny(tmp_path / "run", *FLAGS, "--max_steps", 4, "--sharded_checkpoints"))
+    assert "step 2 was not saved: the disk is full; training goes on" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
 @pytest.mark.nightly
 def test_files_of_two_processes_are_resumed_by_any_number(tmp_path):
     sharded(2, tmp_path / "gathered", 4)
@@ -182,12 +196,13 @@ def test_files_of_two_processes_are_resumed_by_any_number(tmp_path):
 @pytest.mark.parametrize(
     "processes, flags",
     [
+        (2, []),
         (3, []),
         (2, ["--micro_batch_size", 2, "--gradient_checkpointing"]),
         (3, ["--optimizer", "adafactor", "--weight_decay", 0.01]),
         (2, ["--sample_every", 2, "--validation_split", 0.01, "--validation_every", 2, "--class_conditional"]),
     ],
-    ids=["three", "micro-batches", "adafactor", "drawn and measured"],
+    ids=["two", "three", "micro-batches", "adafactor", "drawn and measured"],
 )
 def test_other_sharded_trainings_are_those_of_one_process(processes, flags, tmp_path):
     trained_here(tiny(tmp_path / "one", *FLAGS, *flags, "--max_steps", 4))
@@ -235,3 +250,51 @@ def test_the_packaged_configurations_ask_for_what_is_supported(name):
     environment = prepare_multi_gpu_env(args)
     assert launcher.is_sharded(environment) and launcher.environment_problems(environment, training=True) == []
     assert environment["FSDP_RESHARD_AFTER_FORWARD"] == "true"
+
+
+@pytest.mark.nightly
+def test_the_full_sdxl_is_sharded_over_eight_processes_without_memory():
+    """On the meta device, with a process group that sends nothing: each process has an eighth, and the largest unit is small."""
+    import sdxl
+    from diffusers import UNet2DConditionModel
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(sdxl.PARTS["unet"])
+    whole = sum(parameter.numel() for parameter in network.parameters())
+    assert whole == 2_567_463_684
+    in_units = [sum(parameter.numel() for parameter in unit.parameters()) for unit in sharding.units(network)]
+    assert len(in_units) == 17 + 70 and max(in_units) < 0.02 * whole and sum(in_units) > 0.9 * whole
+    gathered = sharding.gathered_bytes(network.bfloat16())
+    assert gathered < 0.15 * 2 * whole
+    network.float()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        sharding.shard(network, "cpu", 8, torch.bfloat16)
+        local_values = sum(local(parameter).numel() for parameter in network.parameters())
+        assert whole / 8 <= local_values < 1.001 * whole / 8
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("flags", [(), ("--sharded_checkpoints",), ("--lora_text_encoders",)], ids=["gathered", "shards", "text encoders"])
+def test_adapters_are_trained_in_shards(flags, tmp_path):
+    """And saved alone, as in one process."""
+    pytest.importorskip("peft")
+    base = make_base(tmp_path / "base")
+    usual = ("--lora_rank", 2, "--max_steps", 4, "--checkpoint_every", 2, "--learning_rate", 1e-2)
+    code, _, err = run(*text_args(base, tmp_path / "one", *usual, *(flag for flag in flags if flag != "--sharded_checkpoints")))
+    assert code == 0, err
+    for folder, steps in (("two", 4), ("again", 4)):
+        if folder == "again":
+            cut(tmp_path / "two", 2, tmp_path / "again")
+        code, err = as_ranks(2, *text_args(base, tmp_path / folder, *usual, *flags), environment=FSDP)
+        assert code == 0, err
+        close(tmp_path / folder, tmp_path / "one")
+        assert newest_step(tmp_path / folder) == steps
+    weights = [load((tmp_path / folder / "pytorch_lora_weights.safetensors").read_bytes()) for folder in ("one", "two", "again")]
+    assert all(found.keys() == weights[0].keys() for found in weights)
+    assert all(torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
+    names = [name for path in (tmp_path / "two" / "checkpoints").rglob("*.safetensors") for name in load(path.read_bytes())]
+    assert names and all(".lora_" in name for name in names)

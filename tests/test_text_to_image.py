@@ -639,12 +639,11 @@ def test_the_captioned_digits_reach_their_goal(tmp_path):
 # ---- Stable Diffusion XL at its full size ----------------------------------------------------------------------------
 
 
-def test_the_sdxl_configuration_on_the_full_model(tmp_path, monkeypatch):
-    """On torch's meta device: configuration, what is trained and frozen, the files of an export, and the estimate of memory."""
+def full_plan(tmp_path, monkeypatch, *flags):
+    """A training of `--config sdxl` whose frozen parts are on the meta device."""
     import sdxl
 
     from debias_diffusers.tasks import frozen_parts
-    from debias_diffusers.training.dry_run import on_meta, training_bytes
 
     monkeypatch.setattr(frozen_parts, "_loaded", sdxl.on_meta)
     null = frozen_parts.Embeddings(torch.zeros(1, 77, 2048), torch.zeros(1, 1280))
@@ -652,8 +651,15 @@ def test_the_sdxl_configuration_on_the_full_model(tmp_path, monkeypatch):
     base = sdxl.write(tmp_path / "base", BASE / "tokenizer")
     data = pictures(tmp_path / "data", sizes=((1024, 1200),))
     (data / "0.txt").write_text("a picture")
-    flags = ["--config", "sdxl", "--base_model", base, "--vae", base, "--dataset", data, "--output_dir", tmp_path / "run"]
-    plan = plan_of_flags(*flags, "--mixed_precision", "no")
+    usual = ["--config", "sdxl", "--base_model", base, "--vae", base, "--dataset", data, "--output_dir", tmp_path / "run"]
+    return plan_of_flags(*usual, *flags)
+
+
+def test_the_sdxl_configuration_on_the_full_model(tmp_path, monkeypatch):
+    """On torch's meta device: configuration, what is trained and frozen, the files of an export, and the estimate of memory."""
+    from debias_diffusers.training.dry_run import on_meta, training_bytes
+
+    plan = full_plan(tmp_path, monkeypatch, "--mixed_precision", "no")
     config, task = plan.config, plan.task
     optim = config.optimization
     objective = config.objective
@@ -672,6 +678,36 @@ def test_the_sdxl_configuration_on_the_full_model(tmp_path, monkeypatch):
     assert task.frozen_bytes == 4 * (encoders + vae)
     # float32 weights and gradients; Adafactor's factors are less than a twentieth of the weights, but for convolutions
     assert 8.0 < (training_bytes(task, network, optim) - task.frozen_bytes) / 2_567_463_684 < 9.5
+
+
+@pytest.mark.parametrize("name", ["xl", pytest.param("sd", marks=pytest.mark.nightly)])
+def test_the_memory_of_a_step_is_counted(name, bases, tmp_path):
+    from test_dry_run import measured_memory
+
+    from debias_diffusers.training.dry_run import estimated_memory, on_meta
+
+    plan = plan_of(bases[name], tmp_path / "run")
+    estimate = estimated_memory(plan.task, on_meta(plan.task)[0], plan.config.optimization, "cpu")
+    assert estimate.peak == pytest.approx(measured_memory(plan), rel=0.15)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "flags, shards, least, most",  # GB, beside the frozen parts
+    [
+        ([], 1, 27, 30),  # weights 10.3, their copies in bf16 5.1, gradients 10.3, Adafactor 1.0, activations about 1
+        (["--param_dtype", "bf16"], 1, 12, 13.5),
+        ([], 8, 4, 6),
+    ],
+)
+def test_the_memory_of_the_full_sdxl_is_counted(flags, shards, least, most, tmp_path, monkeypatch):
+    from debias_diffusers.training.dry_run import estimated_memory
+
+    plan = full_plan(tmp_path, monkeypatch, "--mixed_precision", "bf16", *flags)
+    with torch.device("meta"):
+        network = plan.task.build()
+    estimate = estimated_memory(plan.task, network, plan.config.optimization, "cuda", shards=shards)
+    assert least < (estimate.peak - plan.task.frozen_bytes) / 1e9 < most
 
 
 def test_hidden_libraries_are_not_found_until_they_are_asked_for(monkeypatch):

@@ -272,10 +272,11 @@ def _text_problems(config: TrainConfig) -> list[str]:
         found.append("allow_change names batch_size, but with aspect_ratio_buckets it decides which images a step has; leave it out")
     if text.precompute_dir == "":
         found.append("precompute_dir is an empty name; name a folder, or leave it out")
-    if text.precompute_dir and text.shuffle_caption and text.crop == "random" and not text.crop_per_image:
+    anew = [name for name, on in (("shuffle_caption", text.shuffle_caption), ("lora_text_encoders", config.lora.lora_text_encoders)) if on]
+    if text.precompute_dir and anew and text.crop == "random" and not text.crop_per_image:
         found.append(
-            f"precompute_dir is {text.precompute_dir}, but shuffle_caption and crop random draw caption and crop of every position anew, "
-            f"so that nothing is known beforehand; leave one of the three out, or add --crop_per_image"
+            f"precompute_dir is {text.precompute_dir}, but with {anew[0]} and crop random neither embeddings nor latents are known "
+            f"beforehand; leave one of the three out, or add --crop_per_image"
         )
     return found
 

@@ -72,7 +72,7 @@ class PositionedData(Dataset):
         return {"u": seeding.uniform(self.seed, "timestep", position), **noise}
 
     def one_shape(self, positions: Sequence[int]) -> list[Sequence[int]]:
-        """Some positions in as few parts as have x_0 of one shape each."""
+        """Some positions in parts whose x_0 have one shape each."""
         return [positions]
 
     def steps_of_epochs(self, optim: OptimizationConfig, step: int = 0, position: int = 0) -> int:

@@ -6,7 +6,6 @@ posterior are functions of (seed, p), too.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,7 +67,7 @@ class TextData(PositionedData):
             shape: of the latents (C, h, w) of square images.
             noise: of the run; standard normal if left out.
             buckets: the sizes of its images, each once; all are square if left out.
-            batch_size: with buckets, the samples of a step, which all have one size; 0 takes the images of one size after the other.
+            batch_size: with buckets, the samples of a step, which all have one size; 0 mixes them.
         """
         super().__init__(source, data, seed, noise or NoiseConfig())
         # Each image once, and which of them a sample of an epoch is: a repeated image has one crop, and its latents are kept once.
@@ -78,7 +77,6 @@ class TextData(PositionedData):
         self.buckets = buckets
         sizes = [buckets.sizes[index] for index in self._image_of] if buckets else []
         self._by_step = BucketOrder(sizes, batch_size, seed) if buckets and batch_size else None
-        self._by_size = sorted(range(self.count), key=lambda index: sizes[index]) if buckets and not batch_size else None
         # Mean, standard deviation and time_ids of each image, as it is and mirrored: (flips, N, ...). None where they are not kept.
         self.latents: tuple[Tensor, Tensor, Tensor] | None = None
         # The same of one image, and whether it is mirrored, by name; in place of `latents`.
@@ -102,12 +100,15 @@ class TextData(PositionedData):
     def index(self, position: int) -> int:
         if self._by_step:
             return self._by_step.index(position)
-        return self._by_size[position] if self._by_size else super().index(position)
+        return super().index(position)
 
     def one_shape(self, positions: Sequence[int]) -> list[Sequence[int]]:
         if not self.buckets:
             return super().one_shape(positions)
-        return [list(part) for _, part in itertools.groupby(positions, lambda position: self.size(self._image_of[self.index(position)]))]
+        parts = dict[tuple[int, int], list[int]]()
+        for position in positions:
+            parts.setdefault(self.size(self._image_of[self.index(position)]), []).append(position)
+        return list(parts.values())
 
     def steps_of_epochs(self, optim: OptimizationConfig, step: int = 0, position: int = 0) -> int:
         if not self._by_step:

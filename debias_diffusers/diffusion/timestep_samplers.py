@@ -7,7 +7,7 @@ times the density of these timesteps. A bias multiplies the density of any sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -44,9 +44,9 @@ class TimestepSampler:
         """Draws with these (T,), times the bias, from now on."""
         self.probabilities = probabilities if self.bias is None else _normalized(probabilities * self.bias)
 
-    def draw(self, u: Tensor, positions: range) -> Tensor:
+    def draw(self, u: Tensor, positions: Sequence[int]) -> Tensor:
         """(B,) int64 t, from `u` (B,) float64 in [0, 1) of the samples at these positions; a step begins at a multiple of its size."""
-        place = torch.arange(positions.start, positions.stop) % self.strata
+        place = torch.tensor(positions) % self.strata
         cumulative = self.probabilities.cumsum(0)
         # The last sum may be rounded to less than a u.
         return torch.searchsorted(cumulative, (place + u) / self.strata, right=True).clamp(max=len(cumulative) - 1)

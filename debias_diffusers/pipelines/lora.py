@@ -145,7 +145,10 @@ def add_lora(pipeline: Any, path: Path, name: str, adapter: str) -> None:
     parts = [part for part in (getattr(pipeline, part, None) for part in pipeline._lora_loadable_modules) if part is not None]
     taken = sum(adapter in getattr(module, "lora_A", ()) for part in parts for module in part.modules())
     if not given or taken != given:  # diffusers says nothing of the others, or a warning
-        raise InputError(f"LoRA {name} has adapters of {given} modules, of which the base model has {taken}; it was trained on another one")
+        raise InputError(
+            f"LoRA {name} has adapters of {given} modules, of which {taken} are in the base model: it was trained on another one, or "
+            f"has names that diffusers does not know (try convert lora --format diffusers)"
+        )
 
 
 def set_weights(pipeline: Any, weights: Mapping[str, Tensor], name: str) -> None:

@@ -108,7 +108,7 @@ class TextConditions:
 
     def keep(self, texts: Sequence[str], accelerator: Accelerator) -> None:
         """Encodes texts and keeps their embeddings on the CPU; the processes share the work."""
-        parts = [part for _, part in encoded([(texts, ENCODED_AT_ONCE)], self.encode, "captions", accelerator)]
+        parts = [part for _, part in encoded([(texts, ENCODED_AT_ONCE)], self.encode, "text embeddings", accelerator)]
         self._kept = joined([self.null, *(Embeddings(part["text"], part.get("pooled")) for part in parts)])
         self._rows = {text: number for number, text in enumerate(texts, start=1)}
         self.unload()
@@ -255,7 +255,7 @@ def keep_latents(data: TextData, latents: Latents, accelerator: Accelerator) -> 
         InputError: an image cannot be read.
     """
     encoder = ImageEncoder(data, latents)
-    found = list(encoded(encoder.groups(), encoder, "images", accelerator))
+    found = list(encoded(encoder.groups(), encoder, "latents", accelerator))
     if data.buckets:
         rows = ((entry, tensors, row) for entries, tensors in found for row, entry in enumerate(entries))
         data.stored = {entry: {name: tensor[row] for name, tensor in tensors.items()} for entry, tensors, row in rows}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +23,7 @@ from ..errors import CannotWriteError
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, gather_from_all, told_by_the_first
 from ..utils.files import free_bytes, require_writable
-from ..utils.tensor_store import Place, ShardWriter, StoredTensors, TensorStore
+from .tensor_store import Place, ShardWriter, StoredTensors, TensorStore
 
 FORMAT = 1  # to be raised with every change of how images are decoded and resized, and of how images and captions are encoded
 FILES_AT_ONCE, SHARDS_AT_ONCE = 1024, 4  # that a process reads before it tells the others
@@ -85,7 +86,7 @@ def encoded(
     """
     rank, processes = accelerator.process_index, accelerator.num_processes
     total = sum(len(entries) for entries, _ in groups)
-    with tqdm(total=total, desc=f"encoding the {what}", leave=False, delay=5, disable=rank > 0) as progress:
+    with tqdm(total=total, desc=f"computing the {what}", leave=False, delay=5, disable=rank > 0) as progress:
         for entries, size in groups:
             last = len(entries) - 1
             batches = [[entries[min(k, last)] for k in range(first, first + size)] for first in range(0, len(entries), size)]
@@ -157,20 +158,26 @@ class Precomputation(Generic[E]):
             CannotWriteError: a shard cannot be written; those that were written before stay.
         """
         if self.missing:
-            absent, writer = set(self.missing), ShardWriter(self.store)
+            absent, first = set(self.missing), self.accelerator.is_main_process
+            writer = ShardWriter(self.store)
             left = [([entry for entry in entries if entry in absent], size) for entries, size in groups]
             for entries, tensors in encoded(left, encode, self.what, self.accelerator):
-                if self.accelerator.is_main_process:
-                    writer.add([self.keys[entry] for entry in entries], tensors)
-            first, processes = self.accelerator.is_main_process, self.accelerator.num_processes
-            self._places |= dict(gather_from_all(lambda: _written(writer) if first else [], processes))
+                self._in_first(partial(writer.add, [self.keys[entry] for entry in entries], tensors))
+            self._in_first(writer.flush)
+            self._places |= broadcast_from_first(lambda: writer.places if first else {}, self.accelerator)
         places = {entry: self._places[key] for entry, key in self.keys.items()}
         return Precomputed(StoredTensors(self.store, {name for name, _ in places.values()}), places)
 
+    def _in_first(self, work: Callable[[], None]) -> None:
+        """Does something in the first process; where it fails, all processes end."""
 
-def _written(writer: ShardWriter) -> list[tuple[bytes, Place]]:
-    writer.flush()
-    return list(writer.places.items())
+        def done() -> list[None]:
+            if self.accelerator.is_main_process:
+                work()
+            return []
+
+        with told_by_the_first(self.accelerator):
+            gather_from_all(done, self.accelerator.num_processes)
 
 
 def say_size(folder: str, missing: Mapping[str, tuple[int, int]], accelerator: Accelerator) -> None:

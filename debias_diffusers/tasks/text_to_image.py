@@ -151,18 +151,19 @@ class TextToImageTask:
     def _text_keys(self, texts: Sequence[str]) -> dict[str | None, bytes]:
         """The keys of the embeddings of texts, and of "no caption"."""
         files = self._files_of("text_encoder", "tokenizer")
-        common = {"kind": "text embeddings", "files": files, "chunks": self.texts.chunks, "precision": "no", "device": self._device}
-        null = precompute.key_of(**common, caption=None, zeros=self.zeros)
-        return {None: null, **{text: precompute.key_of(**common, caption=text) for text in texts}}
+        same = precompute.key_of(kind="text embeddings", files=files, chunks=self.texts.chunks, precision="no", device=self._device).hex()
+        null = precompute.key_of(same=same, caption=None, zeros=self.zeros)
+        return {None: null, **{text: precompute.key_of(same=same, caption=text) for text in texts}}
 
     def _latent_keys(self) -> dict[tuple[int, bool], bytes]:
         """The keys of the latents of all images, as they are and mirrored where they may be."""
         data = self.data
         hashes = precompute.picture_hashes(data.images, self.accelerator)
-        common = {"kind": "latents", "files": self._files_of("vae"), "precision": self.latents.precision, "device": self._device}
+        of_vae = {"files": self._files_of("vae"), "precision": self.latents.precision, "device": self._device}
+        same = precompute.key_of(kind="latents", resampling=images.RESAMPLING, **of_vae).hex()
         return {
             (index, flipped): precompute.key_of(
-                **common, picture=picture, size=data.size(index), crop=data.fixed_crop(index), flipped=flipped, resampling=images.RESAMPLING
+                same=same, picture=picture, size=data.size(index), crop=data.fixed_crop(index), flipped=flipped
             )
             for flipped in data.possible_flips
             for index, picture in enumerate(hashes)
@@ -177,6 +178,11 @@ class TextToImageTask:
     def _latent_bytes(self) -> int:
         """Of what is kept of an image, mirrored or not."""
         return 2 * 4 * torch.Size(self.shape).numel() + 4 * SIZE_IDS
+
+    def _bytes_on_disk(self) -> int:
+        """Of all that `precompute_dir` keeps of the training images and their captions."""
+        latents = len(self.data.images) * len(self.data.possible_flips) * self._latent_bytes if self.data.crops_are_fixed else 0
+        return latents + (len(self.data.texts()) * self.texts.bytes_each if self._embeddings_are_fixed else 0)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -312,6 +318,7 @@ class TextToImageTask:
 
     def describe(self) -> Sequence[str]:
         """Images, captions, latents, and what is frozen."""
+        folder = self.config.text.precompute_dir
         kind, sizes = "Stable Diffusion XL" if self.base.is_xl else "Stable Diffusion", self.data.describe_sizes()
         dropped = "zeros" if self.zeros else 'the encoding of ""'
         adapters = self.config.lora
@@ -322,6 +329,7 @@ class TextToImageTask:
             *([sizes] if sizes else []),
             f"base_model: {self.config.text.base_model} ({kind}); its text encoders and VAE stay as they are",
             f"no caption: {self.config.text.caption_dropout:.0%} of the captions, as {dropped}",
+            *([f"precompute_dir: {folder}, where latents and text embeddings take {self._bytes_on_disk() / 1e6:.1f} MB"] if folder else []),
             *([f"LoRA: {scale}" + (", and on the text encoders" if adapters.lora_text_encoders else "")] if adapters.lora_rank else []),
         ]
 

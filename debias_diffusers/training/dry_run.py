@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,8 +29,10 @@ from ..utils import launcher, memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
 from ..utils.files import require_replaceable, write_file
+from ..utils.sharding import gathered_bytes
 from ..utils.tensor_memory import backward_peak
 from . import setup
+from .device import sharded
 from .optimizer_step import state_bytes, temporary_bytes
 from .trainer import Trainer
 
@@ -113,7 +115,8 @@ def _cost(plan: setup.Plan, network: nn.Module, flops: int, accelerator: Acceler
     """Memory and time of the training, measured on two optimizer steps where its tensors fit into the free memory."""
     optim, device = plan.config.optimization, accelerator.device
     work = f"{_in_units(flops * optim.batch_size)}FLOP per step, {_in_units(flops)}FLOP per image"
-    estimate = estimated_memory(plan.task, network, optim, device.type, accelerator.num_processes)
+    shards = accelerator.num_processes if sharded(accelerator) else 1
+    estimate = estimated_memory(plan.task, network, optim, device.type, accelerator.num_processes, shards)
     free = broadcast_from_first(lambda: _free(device), accelerator)  # all processes build the network, or none does
     counted = f"memory: estimated peak {_in_units(estimate.peak)}B ({estimate})"
     if estimate.peak > free:
@@ -151,7 +154,9 @@ class MemoryEstimate:
         return ", ".join([*parts, f"gradients and activations {_in_units(self.step)}B"])
 
 
-def estimated_memory(task: Task, network: nn.Module, optim: OptimizationConfig, device_type: str, processes: int = 1) -> MemoryEstimate:
+def estimated_memory(
+    task: Task, network: nn.Module, optim: OptimizationConfig, device_type: str, processes: int = 1, shards: int = 1
+) -> MemoryEstimate:
     """Counts the memory of a training on each device, without computing and without taking it.
 
     What is beside tensors is not counted: the CUDA context, workspaces of kernels, and gaps between tensors.
@@ -159,22 +164,25 @@ def estimated_memory(task: Task, network: nn.Module, optim: OptimizationConfig, 
     Args:
         network: on the meta device, and changed as the training would change it.
         device_type: on "cuda" autocast computes some layers in float32.
+        processes: among which a batch is divided.
+        shards: processes that share the weights (FSDP2).
     """
-    if optim.param_dtype == "bf16":
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(optim.mixed_precision or "no")
+    sizes = _tensor_bytes(task, network, optim)
+    if optim.param_dtype == "bf16" or (half is not None and shards > 1):  # as shards are gathered
         network.bfloat16()
     if optim.gradient_checkpointing:
         network.enable_gradient_checkpointing()  # type: ignore[operator]
     size = setup.micro_batch_size(optim, processes)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(optim.mixed_precision or "no")
-
-    def forward() -> Tensor:
-        batch, t = task.dummy_batch(size), torch.zeros(size, dtype=torch.long)
-        return task.conditioned(network, batch, "cpu")(task.x_0(batch, "cpu"), t)
-
-    step = backward_peak(network, forward, device_type, half, keeps_gradients=size < optim.batch_size)
-    sizes = _tensor_bytes(task, network, optim)
+    batch, t = task.dummy_batch(size), torch.zeros(size, dtype=torch.long)
+    x_0, predict = task.x_0(batch, "cpu"), task.conditioned(network, batch, "cpu")
+    gradients: Any = "dropped" if shards > 1 else "kept" if size < optim.batch_size else "made"
+    step = backward_peak(network, lambda: predict(x_0, t), device_type, half, gradients)
     if optim.ema_on_cpu and device_type != "cpu":
         del sizes["averages"]
+    if shards > 1:
+        sizes = {name: bytes_ if name == "frozen parts" else -(-bytes_ // shards) for name, bytes_ in sizes.items()}
+        step += sizes["gradients"] + gathered_bytes(network)
     update = sizes.pop("gradients") + temporary_bytes(optim, list(task.trained(network).values()))
     return MemoryEstimate(sizes, max(step, update))
 

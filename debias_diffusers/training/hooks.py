@@ -189,7 +189,7 @@ class ValidationLoss:
     def _losses(self, indices: Sequence[int]) -> list[tuple[float, float]]:
         """Loss and mean square error of each of these images."""
         device, batch = self.accelerator.device, load_batch(self.held_out, indices)
-        t, x_0 = self.timesteps.draw(batch["u"], range(indices[0], indices[-1] + 1)), self.task.x_0(batch, device)
+        t, x_0 = self.timesteps.draw(batch["u"], indices), self.task.x_0(batch, device)
         terms = self.objective(self.task.conditioned(self.network, batch, device), x_0, batch["noise"].to(device), t)
         return list(zip((at(self.density, t, terms.loss) * terms.loss).tolist(), terms.mse.tolist()))
 

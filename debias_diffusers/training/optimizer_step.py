@@ -83,15 +83,16 @@ def temporary_bytes(config: OptimizationConfig, parameters: Sequence[Tensor]) ->
     of_optimizer = 12 * largest if config.optimizer == "adafactor" else 0  # variance, update and its square, one tensor at a time
     if config.param_dtype == "float32":
         return of_optimizer
-    # Weights, gradients and draws in 32 bits.
-    return of_optimizer + 12 * max(sum(parameter.numel() for parameter in part) for part in _parts(parameters))
+    # Weights and gradients in float32, and the draws of one tensor, which is then rounded.
+    return of_optimizer + 6 * largest + 8 * max(sum(parameter.numel() for parameter in part) for part in _parts(parameters))
 
 
 def total_norm(grads: list[Tensor]) -> Tensor:
     """The norm () of all gradients together, float32, also of those whose shards all processes have together."""
     if all(grad.dtype == torch.float32 for grad in grads):
         return whole(torch.nn.utils.get_total_norm(grads))
-    return torch.linalg.vector_norm(torch.stack([whole(torch.linalg.vector_norm(grad, dtype=torch.float32)) for grad in grads]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([whole(torch.linalg.vector_norm(grad, dtype=torch.float32)) for grad in grads]))
+    return norm
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:

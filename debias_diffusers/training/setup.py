@@ -515,9 +515,10 @@ def _require_same_training(found: Checkpoint, now: dict[str, Any], config: Train
     allowed = {name: value for name, value in now["network"].items() if name in found.changing}  # the dropout rate
     raise_all(differences(found.state["network"] | allowed, now["network"]), f"{where} holds another network")
     if found.state.get("frozen_parts") != now.get("frozen_parts"):  # pixel models have none
+        parts = "UNet, text encoders" if config.lora.lora_rank else "text encoders"
         raise InputError(
-            f"{where} was trained with other files of text encoders, tokenizers or VAE than those of base_model {config.text.base_model} "
-            f"now; put them back, or name another --output_dir"
+            f"{where} was trained with other files of {parts}, tokenizers or VAE than those of base_model {config.text.base_model} now; "
+            f"put them back, or name another --output_dir"
         )
     if not found.changing & state_dicts.OBJECTIVE:
         # A function that was registered may have changed, though its name has not.

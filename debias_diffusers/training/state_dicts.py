@@ -29,7 +29,7 @@ from ..config.schema import NoiseConfig, ObjectiveConfig
 from ..diffusion.timestep_samplers import TimestepSampler
 from ..runs.checkpoints import MODEL, OPTIMIZER, SAMPLER, Checkpoint, ema_file, weights_file
 from ..runs.run_directory import DATA
-from ..utils.sharding import load_shards, local, part_like, saved_tensors, whole
+from ..utils.sharding import gathered, load_shards, local, part_like, saved_tensors, whole
 from .ema import EMA
 from .loss_statistics import LossStatistics
 from .optimizer_step import OptimizerStep
@@ -78,7 +78,7 @@ def gather(state: TrainingState) -> dict[str, Mapping[str, Tensor]]:
     return {
         MODEL: weights,
         # With the weights that are not trained, which have no average: each file is a whole network, unless they are not saved.
-        **{ema_file(rate): {**weights, **{name: whole(w) for name, w in average.items()}} for rate, average in averages.items()},
+        **{ema_file(rate): {**weights, **gathered(average)} for rate, average in averages.items()},
         OPTIMIZER: _named(moments),
         **({SAMPLER: state.timestep_sampler.state()} if state.timestep_sampler.learns else {}),
     }
@@ -102,9 +102,9 @@ def shards(state: TrainingState) -> dict[str, Tensor]:
 
 def exported(state: TrainingState, rate: float) -> dict[str, Mapping[str, Tensor]]:
     """The weights that are exported and what `shards` leaves out, by file name; weights whole in the first process."""
-    weights = {**_weights(state), **state.optimizer_step.ema.of(rate)}
+    weights: dict[str, Any] = {**_weights(state), **state.optimizer_step.ema.of(rate)}
     learned = {SAMPLER: state.timestep_sampler.state()} if state.timestep_sampler.learns else {}
-    return {weights_file(rate): {name: whole(value) for name, value in weights.items()}, **learned}
+    return {weights_file(rate): gathered(weights), **learned}
 
 
 def _named(state: Mapping[str, Any]) -> dict[str, Tensor]:

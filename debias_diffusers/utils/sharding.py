@@ -9,6 +9,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -34,6 +35,17 @@ def units(network: nn.Module) -> Iterator[nn.Module]:
             yield from units(child)
 
 
+def gathered_bytes(network: nn.Module) -> int:
+    """Bytes beside the shards: whole weights of two units, one of which is fetched ahead, float32 gradients of one, and what is in none.
+
+    `network` is whole, in the dtype in which it is gathered.
+    """
+    each = [sum(p.nbytes for p in unit.parameters()) for unit in units(network)]
+    largest = max(units(network), key=lambda unit: sum(p.nbytes for p in unit.parameters()), default=None)
+    gradients = 4 * sum(p.numel() for p in largest.parameters()) if largest is not None else 0
+    return sum(p.nbytes for p in network.parameters()) - sum(each) + 2 * max(each, default=0) + gradients
+
+
 def shard(network: nn.Module, device_type: str, processes: int, half: torch.dtype | None, reshard_after_forward: bool = True) -> None:
     """Leaves each process with its part of the parameters, in place; what is in no unit is gathered for the whole forward and backward.
 
@@ -52,12 +64,24 @@ def shard(network: nn.Module, device_type: str, processes: int, half: torch.dtyp
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, which shares its memory; a tensor that is not sharded itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; where it is sharded, all processes must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors: those that are sharded in the first process alone, on the CPU, one after the other. All processes must call it."""
+    found = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor)
+        if value is tensor:
+            found[name] = value
+        elif torch.distributed.get_rank() == 0:
+            found[name] = value.cpu()
+    return found
 
 
 def part_like(value: Tensor, tensor: Tensor) -> Tensor:
@@ -96,7 +120,7 @@ def _without_warnings() -> Iterator[None]:
 
 def saved_tensors(folder: Path, part: str) -> dict[str, Tensor]:
     """Empty tensors of the shapes and dtypes of a part, by NAME; without memory, on the meta device."""
-    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    saved: dict[str, Any] = dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
     named = {key.removeprefix(f"{part}/"): entry for key, entry in saved.items() if key.startswith(f"{part}/")}
     return {name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta") for name, entry in named.items()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +83,16 @@ def _without_memory(network: nn.Module) -> Iterator[None]:
             network.load_state_dict(meta, strict=False, assign=True)
 
 
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
 def backward_peak(
-    network: nn.Module, forward: Callable[[], Tensor], device_type: str, half: torch.dtype | None, keeps_gradients: bool
+    network: nn.Module,
+    forward: Callable[[], Tensor],
+    device_type: str,
+    half: torch.dtype | None,
+    gradients: Literal["made", "kept", "dropped"],
 ) -> int:
     """Bytes that forward and backward take at most: activations, copies of the weights for autocast, and gradients.
 
@@ -93,17 +101,21 @@ def backward_peak(
         forward: calls the network, on the CPU.
         device_type: of the device that is meant.
         half: the dtype of autocast; None without.
-        keeps_gradients: whether the gradients are all there beforehand, as with gradient accumulation and DistributedDataParallel.
+        gradients: whether they are made by this backward, are all there beforehand (gradient accumulation, DistributedDataParallel), or
+            are dropped one after the other (as what is kept of them elsewhere is counted there).
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_memory(network))
         if half is not None and device_type == "cuda":
             stack.enter_context(_norms_in_float32())
         counter = stack.enter_context(MemoryCounter())
-        if keeps_gradients:
-            for parameter in (p for p in network.parameters() if p.requires_grad):
+        for parameter in (p for p in network.parameters() if p.requires_grad):
+            if gradients == "kept":
                 parameter.grad = torch.empty_like(parameter)
+            elif gradients == "dropped":
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with torch.autocast("cpu", half, enabled=half is not None):
             output = forward()
         output.float().square().mean().backward()
-        return counter.peak
+        peak: int = counter.peak
+        return peak

@@ -486,6 +486,7 @@ def test_a_measurement_that_takes_longer_than_the_limit_is_shared(tmp_path, tria
 
 
 @pytest.mark.row(67, SHARED)
+@pytest.mark.nightly
 def test_what_the_first_process_does_alone_may_take_longer_than_the_limit(tmp_path, trials):
     trials()
     both = Together(2, _slow_to_look_and_to_save, tmp_path, *FEW_STEPS, "--max_steps", 1, "--ddp_timeout", 5)

@@ -413,12 +413,12 @@ def test_a_module_that_is_no_command_says_what_to_run(capsys):
 
 def test_the_package_is_the_command(capsys):
     process = command("-m", "debias_diffusers", "draw")
-    said = "error: python -m debias_diffusers draw is not known; take one of train, sample, eval, convert, hub\n"
+    said = "error: python -m debias_diffusers draw is not known; take one of train, sample, eval, convert, hub, cache\n"
     assert process.communicate(timeout=HANG) == ("", said) and process.returncode == 2
     for arguments, usage in (
         ([], "-m debias_diffusers {train"),
         (["eval"], "debias_diffusers eval {score"),
-        (["convert", "-h"], "{guided,export}"),
+        (["convert", "-h"], "{guided,export,single,lora}"),
     ):
         assert cli.main(arguments) == 0 and usage in capsys.readouterr().out
     assert cli.main(["train", "--max_steps", "0"]) == 2 and "max_steps is 0" in capsys.readouterr().err

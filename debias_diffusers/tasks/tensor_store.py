@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .files import remove, remove_old_temporary_files, write_file
+from ..utils.files import remove, remove_old_temporary_files, write_file
 
 SHARD_BYTES = 256 << 20  # of tensors, after which a shard is written
 WRITE_AFTER = 60.0  # seconds of computing that a killed process loses at most
