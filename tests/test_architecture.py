@@ -64,6 +64,7 @@ WITHOUT_TORCH = {
     "hub",
     "tasks.base_model",
     "convert.single_file_names",
+    "convert.unet_names",
     "training.start",
     "parsing",
     "cli",

@@ -100,7 +100,9 @@ def test_a_file_says_what_it_predicts(folders, tmp_path):
 def test_a_folder_of_a_file_is_trained(folders, tmp_path, capsys):
     file = tmp_path / "model.safetensors"
     single_file.pack(str(folders["v1"]), str(file))
+    (tmp_path / "base").mkdir(mode=0o700)
     single_file.unpack(str(file), str(tmp_path / "base"), str(folders["v1"]))
+    assert (tmp_path / "base").stat().st_mode & 0o777 == 0o700  # a folder that was there keeps its mode
     flags = [
         "--dataset",
         "digits",

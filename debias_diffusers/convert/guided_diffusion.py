@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import io
 import json
-import os
 import re
 import shlex
 import warnings
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, UNet2DModel
 from torch import Tensor
 
 from ..config.ranges import range_problems
@@ -27,17 +26,15 @@ from ..diffusion.noise_schedule import is_flow, make_schedule, schedule_of_sched
 from ..errors import InputError, raise_all, reason
 from ..pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from ..pipelines.solvers import exported_scheduler
+from ..runs.model_folder import MODEL_INDEX
 from ..tasks.unet import build_unet, differing_fields, require_finite
 from ..utils.console import say
 from ..utils.files import (
-    fsync_file,
+    filled_folder,
     new_folder,
     read_json_object,
     remove_old_temporary_files,
-    remove_temporary_files,
     require_new_file,
-    temporary_folder,
-    translate_write_errors,
     write_file,
 )
 from .state_dicts import (
@@ -167,7 +164,8 @@ def guided(model: str, flags: str, out: str) -> None:
         raise InputError(f"{model} holds no UNet of guided-diffusion as its flags say: {why}") from error
     scheduler = exported_scheduler(_objective(values, unet.config.out_channels > unet.config.in_channels))
     pipeline = PixelPipeline(unet, scheduler) if unet.config.num_class_embeds else DDPMPipeline(unet, scheduler)
-    _save(pipeline, folder)
+    with filled_folder(folder, MODEL_INDEX) as temporary:
+        pipeline.save_pretrained(temporary, safe_serialization=True)
     names = ("use_new_attention_order", "noise_schedule", "diffusion_steps", "predict_xstart", "predict_v")
     if assumed := [f"{name} {values[name]}" for name in names if name not in given]:
         say(f"assumed, as the reference does where flags are left out: {', '.join(assumed)}")
@@ -234,22 +232,6 @@ def _objective(flags: Mapping[str, Any], learn_sigma: bool) -> ObjectiveConfig:
     problems = range_problems(ObjectiveConfig, dataclasses.asdict(objective)) or objective_problems(objective)
     raise_all(problems, "flags diffusion_steps and noise_schedule")
     return objective
-
-
-def _save(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Writes a new folder atomically. An existing folder keeps its owner and mode; model_index.json is written last."""
-    exists = folder.exists()
-    with translate_write_errors(folder):
-        remove_temporary_files(folder) if exists else remove_old_temporary_files(folder.parent)
-        with temporary_folder(folder / "pipeline" if exists else folder) as temporary:
-            pipeline.save_pretrained(temporary, safe_serialization=True)
-            for path in temporary.rglob("*.*"):
-                fsync_file(path)
-            if exists:
-                for path in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
-                    os.replace(path, folder / path.name)
-            else:
-                os.replace(temporary, folder)
 
 
 # ---- export to guided-diffusion --------------------------------------------------------------------------------------

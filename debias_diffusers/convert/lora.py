@@ -20,7 +20,8 @@ from ..pipelines.lora import METADATA, lora_file, read_lora
 from ..runs.lora_folder import BASE_RECORD, LORA_WEIGHTS, base_record
 from ..tasks.unet import require_finite
 from ..utils.console import say
-from ..utils.files import require_writable, temporary_folder, translate_write_errors, user_files, write_file
+from ..utils.files import filled_folder, new_folder, require_new_file, require_writable, write_file
+from .single_file_names import renamed, text_encoder_name, unet_modules
 
 XL_WIDTH = 2048  # of the text embeddings of Stable Diffusion XL
 LAYERS = 2  # residual blocks per level of the UNets of Stable Diffusion
@@ -29,17 +30,7 @@ _PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": 
 _SD_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}  # of Stable Diffusion 1.x and 2.x
 _DIRECTIONS = {"A": "lora_down", "B": "lora_up"}
 
-# What kohya's scripts, whose UNet of Stable Diffusion XL has the names of the original code, call modules of diffusers' UNet.
-_OUTER = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_INNER = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
-_PLACES = {"resnets": 0, "attentions": 1, "upsamplers": 2}
+_XL_ATTENDS = (False, True, True)  # which levels of the UNet of Stable Diffusion XL have transformers
 
 # Names of modules with an underscore, which a name with underscores in place of dots does not tell from two modules.
 _WORDS = re.compile(
@@ -64,25 +55,21 @@ def convert(lora: str, out: str, format: LoraFormat) -> None:
     tensors, about = read_lora(path, f"LoRA {lora}")
     require_finite(tensors, f"LoRA {lora}")
     if format == "kohya":
-        _require_new(place, place.suffix == ".safetensors" and not place.exists(), "name a new file that ends in .safetensors")
+        if place.suffix != ".safetensors":
+            raise InputError(f"out is {out}, which is no place for a LoRA; name a new file that ends in .safetensors")
+        require_new_file(out, "lora.safetensors")
         record = base_record(path.parent) if path.name == LORA_WEIGHTS else {}
         xl = record["pipeline"] == "StableDiffusionXLPipeline" if record else is_xl(tensors, lora)
         found = to_kohya(tensors, about, xl, record.get("layers_per_block", LAYERS))
         require_writable(place)
         write_file(place, safetensors.torch.save(found, _kohya_metadata(found, xl)))
     else:
-        _require_new(place, not place.exists() or (place.is_dir() and not user_files(place)), "name a new or empty folder")
+        place = new_folder(out)
         found, about = to_diffusers(tensors)
         header = {"format": "pt", METADATA: json.dumps(about, indent=2, sort_keys=True)}
-        with translate_write_errors(place), temporary_folder(place) as folder:
-            write_file(folder / LORA_WEIGHTS, safetensors.torch.save(found, header))
-            folder.rename(place)
+        with filled_folder(place, LORA_WEIGHTS) as folder:
+            safetensors.torch.save_file(found, folder / LORA_WEIGHTS, header)
     say(f"{len(found)} tensors in {place}")
-
-
-def _require_new(out: Path, is_new: bool, advice: str) -> None:
-    if not is_new:
-        raise InputError(f"out is {out}, which exists or is no place for a LoRA; {advice}")
 
 
 def is_xl(tensors: Mapping[str, Tensor], lora: str) -> bool:
@@ -122,10 +109,7 @@ def to_kohya(tensors: Mapping[str, Tensor], about: Mapping[str, Any], xl: bool, 
         if not match or match[1] not in prefixes:
             raise InputError(f"the LoRA has {name}, which has no name in kohya's scripts")
         part, module, kind = match.groups()
-        if part == "unet":
-            theirs = original_name(module, layers) if xl else module
-        else:  # transformers 5 leaves the first word out
-            theirs = module if module.startswith(("text_model.", "text_projection")) else f"text_model.{module}"
+        theirs = text_encoder_name(module) if part != "unet" else original_name(module, layers) if xl else module
         stem = f"{prefixes[part]}_{theirs.replace('.', '_')}"
         found[f"{stem}.{_DIRECTIONS[kind]}.weight"] = tensor.contiguous()
         if kind == "A":
@@ -147,20 +131,10 @@ def original_name(module: str, layers: int = LAYERS) -> str:
     Raises:
         InputError: it is not known.
     """
-    if module in _OUTER:
-        return _OUTER[module]
-    match = re.fullmatch(r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", module)
-    middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", module)
-    if middle:
-        part, number, inner = middle.groups()
-        return f"middle_block.{1 if part == 'attentions' else 2 * int(number)}.{_INNER.get(inner, inner)}"
-    if not match:
+    modules = unet_modules(layers, _XL_ATTENDS)
+    if (name := renamed(module, modules)) == module:
         raise InputError(f"the UNet of Stable Diffusion XL has no module {module}")
-    block, level, part, number, inner = match.groups()
-    place = int(level) * (layers + 1) + (layers if "samplers" in part else int(number))
-    if block == "down_blocks":
-        return f"input_blocks.{place + 1}." + ("0.op" if part == "downsamplers" else f"{_PLACES[part]}.{_INNER.get(inner, inner)}")
-    return f"output_blocks.{place}.{_PLACES[part]}.{_INNER.get(inner, inner)}"
+    return name
 
 
 def _kohya_metadata(found: Mapping[str, Tensor], xl: bool) -> dict[str, str]:
@@ -229,22 +203,8 @@ def _dotted(name: str) -> str:
 
 def _of_original(name: str, layers: int) -> str:
     """The inverse of `original_name`, of a name with underscores in place of dots; other names are diffusers' own."""
-    outer = {theirs.replace(".", "_"): ours for ours, theirs in _OUTER.items()}
-    inner_names = {theirs.replace(".", "_"): ours for ours, theirs in _INNER.items()}
-    if name in outer:
-        return outer[name]
-    if match := re.fullmatch(r"middle_block_([012])_(.+)", name):
-        place, inner = int(match[1]), match[2]
-        part = "attentions.0" if place == 1 else f"resnets.{place // 2}"
-        return f"mid_block.{part}.{inner_names.get(inner, _dotted(inner))}"
-    match = re.fullmatch(r"(input|output)_blocks_(\d+)_([012])_(.+)", name)
-    if not match:
+    modules = {theirs.replace(".", "_"): ours for ours, theirs in unet_modules(layers, _XL_ATTENDS).items()}
+    stem = max((each for each in modules if name == each or name.startswith(f"{each}_")), key=len, default=None)
+    if stem is None:
         return _dotted(name)
-    number, place, inner = int(match[2]), int(match[3]), match[4]
-    level, layer = divmod(number - (match[1] == "input"), layers + 1)
-    block = f"{'down' if match[1] == 'input' else 'up'}_blocks.{level}"
-    if inner == "op":
-        return f"{block}.downsamplers.0.conv"
-    if inner == "conv":
-        return f"{block}.upsamplers.0.conv"
-    return f"{block}.{'attentions' if place else 'resnets'}.{layer}.{inner_names.get(inner, _dotted(inner))}"
+    return ".".join(filter(None, (modules[stem], _dotted(name[len(stem) :]))))

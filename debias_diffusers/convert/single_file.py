@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ from ..tasks.base_model import UNUSED, open_base
 from ..tasks.unet import require_finite
 from ..utils import text_libraries
 from ..utils.console import say
-from ..utils.files import atomic_write, new_folder, read_json_object, require_new_file, temporary_folder, translate_write_errors
-from .single_file_names import Stored, clip_name, open_clip_name, unet_name, vae_name
+from ..utils.files import atomic_write, filled_folder, new_folder, read_json_object, require_new_file
+from .single_file_names import Stored, clip_name, open_clip_name, text_encoder_name, unet_name, vae_name
 
 Namer = Callable[[str], Stored]  # by the key of a tensor in diffusers or transformers
 
@@ -92,7 +91,7 @@ def unpack(file: str, out: str, config: str | None = None) -> None:
         if layout is None:
             raise InputError(f"{file} is no single file of Stable Diffusion XL, 2.x or 1.x: it has no text encoder of theirs; take another")
         source = _configuration(file, layout, config)
-        with translate_write_errors(folder), temporary_folder(folder) as temporary:
+        with filled_folder(folder, MODEL_INDEX) as temporary:
             for name, kind in text_parts(source).items():
                 _copy_settings(source / name, temporary / name, whole=not kind[0].endswith("Model") and name.startswith("tokenizer"))
             shutil.copytree(source / "scheduler", temporary / "scheduler")
@@ -104,9 +103,6 @@ def unpack(file: str, out: str, config: str | None = None) -> None:
                 require_finite(tensors, file)
                 safetensors.torch.save_file(tensors, temporary / name / f"{stem}.safetensors", {"format": "pt"})
             open_base(TextConfig(base_model=str(temporary)))  # whether all fits
-            if folder.exists():
-                folder.rmdir()
-            os.replace(temporary, folder)
     say(f"{out} is the pipeline folder of {file}; --base_model {out} trains it")
 
 
@@ -189,8 +185,7 @@ def _shapes(folder: Path, name: str) -> dict[str, torch.Size]:
 
 def _with_prefix(key: str, part: str) -> str:
     """The name of a tensor of a text encoder in its weight file, which newer versions of transformers shorten; older ones need it whole."""
-    inner = part.startswith("text_encoder") and not key.startswith(("text_model.", "text_projection."))
-    return f"text_model.{key}" if inner else key
+    return text_encoder_name(key) if part.startswith("text_encoder") else key
 
 
 def _taken(opened: Any, names: set[str], shapes: Mapping[str, torch.Size], namer: Namer, file: str) -> dict[str, Tensor]:
@@ -239,7 +234,7 @@ def pack(model: str, out: str, dtype: str = "float32") -> None:
         tensors |= _placed(_weights(folder, name), namer, getattr(torch, dtype), name)
     require_finite(tensors, f"{model} as {dtype}")
     metadata, marks = _parameterization(folder, layout)
-    with translate_write_errors(Path(out)), atomic_write(Path(out)) as file:
+    with atomic_write(Path(out)) as file:
         safetensors.torch.save_file({**tensors, **marks}, file.name, metadata)
     say(f"{out} has the weights of {model} in {dtype}")
 

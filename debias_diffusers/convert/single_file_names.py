@@ -8,18 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+from .unet_names import Shape, module_names
 
 UNET, VAE = "model.diffusion_model", "first_stage_model"
 
-_UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 _VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OPEN_CLIP_LAYER = {
@@ -48,14 +43,20 @@ def unet_name(key: str, config: Mapping[str, Any]) -> Stored:
         key: its name in the state dict of the UNet.
         config: of the UNet.
     """
-    return Stored(f"{UNET}.{_renamed(key, _unet_modules(config), {'resnets': _UNET_RESNET})}")
+    attends = tuple("CrossAttn" in kind for kind in config["down_block_types"])
+    return Stored(f"{UNET}.{renamed(key, unet_modules(config['layers_per_block'], attends))}")
 
 
 def vae_name(key: str, config: Mapping[str, Any]) -> Stored:
     """Where a tensor of an AutoencoderKL is; arguments as of `unet_name`."""
     kinds = {"resnets": _VAE_RESNET, "attentions": _VAE_ATTENTION}
     is_conv = ".attentions." in key and ".group_norm." not in key and key.endswith(".weight")
-    return Stored(f"{VAE}.{_renamed(key, _vae_modules(config), kinds)}", is_conv=is_conv)
+    return Stored(f"{VAE}.{renamed(key, _vae_modules(config), kinds)}", is_conv=is_conv)
+
+
+def text_encoder_name(key: str) -> str:
+    """The whole name of a tensor or module of a text encoder, whose beginning newer versions of transformers leave out."""
+    return key if key.startswith(("text_model.", "text_projection")) else f"text_model.{key}"
 
 
 def clip_name(key: str, prefix: str) -> Stored:
@@ -83,51 +84,33 @@ def open_clip_name(key: str, prefix: str) -> Stored:
     return Stored(f"{layer}.{_OPEN_CLIP_LAYER[module]}.{kind}")
 
 
-def _renamed(key: str, modules: Mapping[str, str], inner: Mapping[str, Mapping[str, str]]) -> str:
-    """The name of a tensor: its module is renamed, and so are the layers within it, by the kind of module (`resnets`, ...)."""
+def renamed(key: str, modules: Mapping[str, str], inner: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """A name whose beginning is that of one of `modules`, the longest, with the name of this one; others stay.
+
+    `inner` renames the layers within a module, too, by its kind (`resnets`, ...).
+    """
     parts = key.split(".")
     cut = next((cut for cut in range(len(parts), 0, -1) if ".".join(parts[:cut]) in modules), 0)
     if not cut:
         return key
     rest, kind = ".".join(parts[cut:]), parts[cut - 2] if cut > 1 else ""
-    for ours, theirs in inner.get(kind, {}).items():
+    for ours, theirs in (inner or {}).get(kind, {}).items():
         if rest == ours or rest.startswith(f"{ours}."):
             rest = theirs + rest[len(ours) :]
             break
-    return f"{modules['.'.join(parts[:cut])]}.{rest}"
+    return ".".join(filter(None, (modules[".".join(parts[:cut])], rest)))
 
 
-def _unet_modules(config: Mapping[str, Any]) -> dict[str, str]:
-    """The names of modules in a file, by those of diffusers. Every block of the original code has a number: an input, then resnets."""
-    layers, levels = config["layers_per_block"], len(config["block_out_channels"])
-    found = {
-        "conv_in": "input_blocks.0.0",
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "add_embedding.linear_1": "label_emb.0.0",
-        "add_embedding.linear_2": "label_emb.0.2",
-        "mid_block.resnets.0": "middle_block.0",
-        "mid_block.attentions.0": "middle_block.1",
-        "mid_block.resnets.1": "middle_block.2",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-    }
-    down = up = 0
-    for level in range(levels):
-        for layer in range(layers):
-            down += 1
-            found[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{down}.0"
-            found[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{down}.1"
-        if level < levels - 1:
-            down += 1
-            found[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{down}.0.op"
-        for layer in range(layers + 1):
-            found[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{up}.0"
-            found[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{up}.1"
-            up += 1
-        behind = 2 if "CrossAttn" in config["up_block_types"][level] else 1
-        found[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{up - 1}.{behind}.conv"
-    return found
+@cache
+def unet_modules(layers: int, attends: tuple[bool, ...]) -> dict[str, str]:
+    """The names of the modules of a UNet2DConditionModel in the original code, by those of diffusers.
+
+    Args:
+        layers: residual blocks of each level on the way down.
+        attends: which levels have transformers.
+    """
+    named = module_names(Shape(widths=(1,) * len(attends), blocks=layers, attends=attends, updown=False))
+    return {**dict(named), "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 
 
 def _vae_modules(config: Mapping[str, Any]) -> dict[str, str]:

@@ -156,6 +156,31 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def filled_folder(folder: Path, last: str) -> Iterator[Path]:
+    """A temporary folder to fill, whose files are those of `folder` at the end: all or none of them; not at an error.
+
+    Args:
+        folder: as of `new_folder`. One that exists keeps its owner and mode, and gets the file named `last` last.
+        last: without this file the folder holds nothing.
+
+    Raises:
+        CannotWriteError: a file cannot be written.
+    """
+    exists = folder.exists()
+    with translate_write_errors(folder):
+        remove_temporary_files(folder) if exists else remove_old_temporary_files(folder.parent)
+        with temporary_folder(folder / "contents" if exists else folder) as temporary:
+            yield temporary
+            for path in temporary.rglob("*.*"):
+                fsync_file(path)
+            if exists:
+                for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
+                    os.replace(path, folder / path.name)
+            else:
+                os.replace(temporary, folder)
+
+
 def fsync_folder(folder: Path) -> None:
     """Syncs a folder, so that new and renamed file names survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
