@@ -16,12 +16,9 @@ the VAE), backward nor update.
 import argparse
 import json
 import os
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -217,25 +214,6 @@ class _PlainData:
 # ---- measurements ----------------------------------------------------------------------------------------------------
 
 
-def one(options: argparse.Namespace) -> None:
-    """Trains once and prints what was seen as JSON."""
-    training.baseline = plain
-    training.one(options)
-
-
-def measured(name: str, flags: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One run in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        kind = training.BASELINE if name == PLAIN else name
-        command = [sys.executable, __file__, "--one", kind, f"--flags={flags}", "--folder", folder, "--started", str(time.time())]
-        command += ["--steps", str(options.steps), "--warm", str(options.warm)] + ["--cpu_time"] * options.cpu_time
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{name}: {shlex.join(command)} ended with {done.returncode}\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def case(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Both loops, with latents known and encoded, in turn, several times: the medians."""
     make_base(name, folder / name)
@@ -247,7 +225,10 @@ def case(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in variants}
     for _ in range(options.rounds):
         for key, all_flags in variants.items():
-            runs[key].append(measured(key[1], all_flags, options))
+            run = training.measured(training.BASELINE if key[1] == PLAIN else key[1], all_flags, options, script=__file__)
+            if run is None:
+                sys.exit("without all of its runs there is nothing to compare")
+            runs[key].append(run)
     rows = {}
     for (which, loop), several in runs.items():
         row = training.median(several)
@@ -284,16 +265,10 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES) if gpu else ["tiny", "medium"])
     parser.add_argument("--steps", type=int, default=40, help="steps that count, of each run")
     parser.add_argument("--warm", type=int, default=10, help="steps before them")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cpu_time", action="store_true", help="one CPU thread, whose own seconds count: for a machine at other work")
-    parser.add_argument("--json", help="write all figures to this file")
-    for name in ("--one", "--flags", "--folder"):  # of a process that this one starts
-        parser.add_argument(name, help=argparse.SUPPRESS)
-    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--wait", action="store_true", help=argparse.SUPPRESS)
+    training.add_common(parser)
     options = parser.parse_args()
     if options.one:
-        one(options)
+        training.one(options, plain)
         return
     where = torch.cuda.get_device_name() if gpu else f"{len(os.sched_getaffinity(0))} CPU cores"
     print(f"{where}, torch {torch.__version__}, medians of {options.rounds} runs of {options.steps} steps\n")

@@ -209,8 +209,8 @@ def baseline(flags: list[str], clock: Clock) -> dict[str, Any]:
     return {"checkpoint_s": None}
 
 
-def one(options: argparse.Namespace) -> None:
-    """Trains once and prints what was seen as JSON."""
+def one(options: argparse.Namespace, plain: Callable[[list[str], Clock], dict[str, Any]] = baseline) -> None:
+    """Trains once, with `train.py` or a plain loop, and prints what was seen as JSON."""
     import torch
 
     clock = Clock(options.wait, NOW[options.cpu_time])
@@ -218,7 +218,7 @@ def one(options: argparse.Namespace) -> None:
     flags += ["--max_steps", str(options.warm + options.steps), "--output_dir", str(Path(options.folder) / "run")]
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    found = (baseline if options.one == BASELINE else ours)(flags, clock)
+    found = (plain if options.one == BASELINE else ours)(flags, clock)
     begun, *_, ended = clock.moments[options.warm :]
     before, *_, after = clock.by_then[options.warm :]
     parts = {name: (after[name] - before[name]) / (options.steps - 1) for name in PARTS}
@@ -351,10 +351,10 @@ def make_images(folder: Path) -> None:
             small.resize((side, side), Image.Resampling.BICUBIC).save(folder / str(side) / f"{k:04d}.{kind}")
 
 
-def measured(name: str, flags: str, options: argparse.Namespace, wait: bool = False) -> dict[str, Any] | None:
-    """One run of a variant in a process of its own; None where it failed, which is said."""
+def measured(name: str, flags: str, options: argparse.Namespace, wait: bool = False, script: str = __file__) -> dict[str, Any] | None:
+    """One run of a variant in a process of its own, of a benchmark that calls `one`; None where it failed, which is said."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--one", name, f"--flags={flags}", "--folder", folder, "--started", str(time.time())]
+        command = [sys.executable, script, "--one", name, f"--flags={flags}", "--folder", folder, "--started", str(time.time())]
         command += ["--steps", str(options.steps), "--warm", str(options.warm)]
         command += [flag for flag, on in (("--wait", wait), ("--cpu_time", options.cpu_time)) if on]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -427,6 +427,17 @@ def table(name: str, found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of all benchmarks that call `one`, but for cases and steps."""
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cpu_time", action="store_true", help="one CPU thread, whose own seconds count: for a machine at other work")
+    parser.add_argument("--json", help="write all figures to this file")
+    for name in ("--one", "--flags", "--folder"):  # of a process that this one starts
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--wait", action="store_true", help=argparse.SUPPRESS)
+
+
 def main() -> None:
     """Measures and prints."""
     import torch
@@ -439,13 +450,7 @@ def main() -> None:
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=FLAGS", help="one more, with flags of train.py")
     parser.add_argument("--steps", type=int, default=50 if gpu else 20, help="steps that count, of each run")
     parser.add_argument("--warm", type=int, default=15 if gpu else 5, help="steps before them")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cpu_time", action="store_true", help="one CPU thread, whose own seconds count: for a machine at other work")
-    parser.add_argument("--json", help="write all figures to this file")
-    for name in ("--one", "--flags", "--folder"):  # of a process that this one starts
-        parser.add_argument(name, help=argparse.SUPPRESS)
-    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--wait", action="store_true", help=argparse.SUPPRESS)
+    add_common(parser)
     options = parser.parse_args()
     if options.one:
         one(options)
