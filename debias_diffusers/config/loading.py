@@ -57,6 +57,7 @@ ON_PURPOSE = {
     "dataset", "label_dropout", "random_flip", "folder_repeats", "dropout",
     "caption_dropout", "shuffle_caption", "keep_tokens", "crop", "crop_per_image",
     "weighting", *parameters_of(WEIGHTINGS), "snr_floor", "snr_ceiling", "terminal_weight_floor", "normalize_weights",
+    "schedule_free_weights",
     "timestep_sampler", *parameters_of(TIMESTEP_SAMPLERS), "timestep_bias_strategy", *parameters_of(TIMESTEP_BIASES), "variance_type",
     *(f.name for f in dataclasses.fields(NoiseConfig)),
     "batch_size", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "ema_decay", "ema_warmup",
@@ -82,6 +83,7 @@ NEVER = {
     "aspect_ratio_buckets": "it decides which images a step has, and their sizes",
     "validation_split": "images that are held out must never have been trained",
     "init": "a run starts from it once",
+    "learned_uncertainty": "what it has learned is in every checkpoint, or in none",
     "optimizer": "the state in the checkpoints is that of one optimizer",
     "seed": "the order of the images, their noise and their timesteps follow from it",
 }

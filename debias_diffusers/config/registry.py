@@ -37,6 +37,16 @@ WEIGHTINGS: dict[str, WeightingSpec] = {
     "soft_min_snr": WeightingSpec(summary="gamma/(SNR + gamma)", source="arXiv 2401.11605", parameters=("snr_gamma",)),
     "truncated_snr": WeightingSpec(summary="max(SNR, 1)/SNR", source="arXiv 2202.00512", unbounded=("epsilon",), constant_above=1.0),
     "edm": WeightingSpec(summary="1 + 1/(SNR sigma_data^2)", source="arXiv 2206.00364", parameters=("sigma_data",), unbounded=("epsilon",)),
+    "edm_monotonic": WeightingSpec(
+        summary="edm times the density of log SNR in EDM, and its largest value towards more noise",
+        source="arXiv 2303.00848",
+        parameters=("sigma_data",),
+    ),
+    "flow": WeightingSpec(summary="(1 + 1/sqrt(SNR))^2, which is 1 on flow", source="arXiv 2210.02747", unbounded=("epsilon",)),
+    "v": WeightingSpec(summary="1 + 1/SNR, which is 1 on v_prediction", source="arXiv 2202.00512", unbounded=("epsilon",)),
+    "sigmoid": WeightingSpec(summary="sigmoid(b - log SNR)", source="arXiv 2303.00848", parameters=("sigmoid_bias",)),
+    "cosmap": WeightingSpec(summary="2/pi (1 + sqrt(SNR))^4/(SNR (1 + SNR))", source="arXiv 2403.03206", unbounded=("epsilon",)),
+    "sigma_sqrt": WeightingSpec(summary="(1 + sqrt(SNR))^4/SNR, which is t^-2 on flow", source="diffusers", unbounded=("epsilon",)),
     # As other code has it, which is not one objective whatever the prediction type.
     "debiased_as_is": WeightingSpec(
         summary="1/sqrt(SNR) on every prediction type",

@@ -178,7 +178,13 @@ class ObjectiveConfig:
     snr_gamma: Annotated[float, above(0, 5)] = 5.0  # gamma of min_snr (threshold) and of soft_min_snr
     p2_k: Annotated[float, above(0, 1)] = 1.0  # k of p2
     p2_gamma: Annotated[float, at_least(0, 1)] = 1.0  # gamma of p2
-    sigma_data: Annotated[float, above(0, 0.5)] = 0.5  # standard deviation of the data in edm
+    sigma_data: Annotated[float, above(0, 0.5)] = 0.5  # standard deviation of the data in edm and edm_monotonic
+    # b of sigmoid, which is soft_min_snr with gamma = e^b
+    sigmoid_bias: Annotated[float, Range("from -30 to 30, such as 0", lambda value: -30 <= value <= 30)] = 0.0
+    # weights on d log(SNR) in place of dt: times -d log(SNR)/dt, so that the objective does not depend on the noise schedule
+    schedule_free_weights: bool = False
+    # learned uncertainty of EDM2: the weighted loss L(t) becomes L(t)/e^u(t) + u(t), where u is trained with the network
+    learned_uncertainty: bool = False
     snr_floor: Annotated[float, at_least(0, "1e-3")] = 0.0  # minimum SNR at which the weighting is evaluated
     snr_ceiling: Annotated[float, at_least(0, 1000, zero="off")] = 0.0  # maximum SNR at which the weighting is evaluated; 0 is off
     # minimum loss weight on x_0 at zero terminal SNR, where sampling starts (before normalizing); 0 is off

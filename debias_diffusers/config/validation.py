@@ -56,6 +56,13 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
     found += _hub_problems(config)
     if config.run.sharded_checkpoints and config.optimization.optimizer == "adamw8bit":
         found.append("sharded_checkpoints is on, but the state of optimizer adamw8bit is saved whole only; leave sharded_checkpoints out")
+    if config.objective.learned_uncertainty:
+        others = {"lora_rank": config.lora.lora_rank, "sharded_checkpoints": config.run.sharded_checkpoints}
+        found += [
+            f"{name} is {value}, but learned_uncertainty trains a function beside the network, which does not go with it; leave one out"
+            for name, value in others.items()
+            if value
+        ]
     if config.run.verbose and not config.run.dry_run:
         found.append("verbose is on, but dry_run is off; add --dry_run or leave verbose out")
     if config.run.output_dir is None:
@@ -343,6 +350,8 @@ def _unused(objective: ObjectiveConfig) -> dict[str, str]:
         "snr_ceiling": objective.snr_ceiling >= spec.constant_above,
         "normalize_weights": bound,
         "terminal_weight_floor": bound,
+        "schedule_free_weights": bound,
+        "learned_uncertainty": bound,
     }
     for name, useless in without_use.items():
         if useless:
@@ -377,6 +386,16 @@ def _weighting_problems(objective: ObjectiveConfig) -> list[str]:
         found.append(
             f"weighting {weighting} repeats code that knows {', '.join(spec.repeats)} only, but prediction_type is "
             f"{predicted}; take --weighting debiased"
+        )
+    if objective.schedule_free_weights and not TIMESTEP_SAMPLERS[objective.timestep_sampler].corrected:
+        found.append(
+            f"schedule_free_weights is on, but timestep_sampler {objective.timestep_sampler} multiplies the objective by its density; take "
+            f"--timestep_sampler stratified, or {objective.timestep_sampler}_corrected where there is one"
+        )
+    if objective.learned_uncertainty and objective.timestep_sampler == "loss_second_moment":
+        found.append(
+            "learned_uncertainty is on, but timestep_sampler loss_second_moment draws by the size of the losses, to which the uncertainty "
+            "is added; take --timestep_sampler stratified"
         )
     unbounded = predicted in spec.unbounded and objective.snr_floor < MIN_SNR_FLOOR
     # The last SNR of the cosine schedule is 2.4e-9: the debiased weights then have an effective sample size of 0.0015.
@@ -513,9 +532,11 @@ def _optimization_problems(optimization: OptimizationConfig, num_processes: int)
     return found
 
 
-def sharding_problems(optimization: OptimizationConfig) -> list[str]:
+def sharding_problems(optimization: OptimizationConfig, objective: ObjectiveConfig) -> list[str]:
     """What does not go with a training whose weights are sharded over processes."""
     found = []
+    if objective.learned_uncertainty:
+        found.append("learned_uncertainty is on, but the weights are sharded over processes (FSDP), which it does not know; leave it out")
     if optimization.optimizer == "adamw8bit":
         found.append("optimizer is adamw8bit, but bitsandbytes knows no sharded weights; take --optimizer adamw or adafactor")
     if optimization.mixed_precision == "fp16":
@@ -535,7 +556,7 @@ def weights_problems(config: WeightsConfig) -> list[str]:
     if "variational" in names:
         found.append("weighting variational is no function of the SNR, so it has no loss weights to draw; leave it out")
     unused = set.intersection(*(set(_unused(dataclasses.replace(objective, weighting=name))) for name in names))
-    unused |= {"learn_sigma", "variance_type"}
+    unused |= {"learn_sigma", "variance_type", "learned_uncertainty"}
     if not objective.normalize_weights:
         unused |= {"timestep_sampler", "timestep_mean", "timestep_std", "timestep_bias_strategy", *parameters_of(TIMESTEP_BIASES)}
     found += [

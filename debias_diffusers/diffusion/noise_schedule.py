@@ -27,6 +27,7 @@ MAX_FIRST_SNR_OF_FLOW = 1e12  # t = 1e-6, a thousandth of a timestep
 # SNR of the last timestep from which on sampling, which starts from pure noise, starts from what the network never saw: a tenth of the
 # image's amplitude is left there. Stable Diffusion's schedule (scaled_linear) ends at 0.0047, that of the packaged digits at 0.0026.
 MAX_TERMINAL_SNR = 0.01
+TINY_SNR = 1e-150  # stands for an SNR of 0 where a limit is taken: far below any in use, and above 0 even when squared
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,17 @@ class Schedule:
     def betas(self) -> Tensor:
         """(T,) variances of the steps of a variance-preserving schedule."""
         return betas_of_snr(self.snr)
+
+    @cached_property
+    def log_snr_speed(self) -> Tensor:
+        """(T,) -d log(SNR) / dt, where t goes from 0 to 1: what turns a weight on d log(SNR) into one on dt (arXiv 2303.00848).
+
+        log(SNR) = 2 log a - 2 log s. Where a^2 + s^2 = 1 that is -2 a' / (a s^2), on the straight path -2 a' / (a s): a' is finite up to
+        zero terminal SNR, where log(SNR) is not. A tiny a in place of 0 then gives the limit of products with the SNR.
+        """
+        straight = torch.allclose(self.a + self.s, torch.ones_like(self.a))
+        (slope,) = torch.gradient(torch.cat([self.a.new_ones(1), self.a]))  # before the first timestep there is no noise
+        return -2 * len(self) * slope[1:] / (self.a.clamp(min=TINY_SNR**0.5) * (self.s if straight else self.s.square()))
 
     @property
     def ends_in_noise(self) -> bool:

@@ -325,6 +325,10 @@ def _objective(objective: ObjectiveConfig) -> str:
         ]
     if weighting.source:
         sentences.append(f"{_code(name)} is {weighting.summary}, from {weighting.source}.")
+    if objective.schedule_free_weights:
+        sentences.append("The weights are on d log(SNR), so that the objective does not depend on the noise schedule.")
+    if objective.learned_uncertainty:
+        sentences.append("A learned uncertainty u(t) divides the weighted loss by e^u(t) and adds u(t), from arXiv 2312.02696.")
     if not sampler.corrected:
         values = sampler.card.format(**dataclasses.asdict(objective))
         density = _code(objective.timestep_sampler) + (f" ({values})" if values else "")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config.loading import CHANGES
 from ..config.schema import TrainConfig
+from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
 from ..errors import CannotWriteError
 from ..hub.model_card import changes_section
 from ..hub.publish import Publisher
@@ -92,6 +93,8 @@ class Saver(BackgroundTask[str | None]):
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
         weights = tensors[checkpoints.weights_file(self.config.optimization.ema_decay[0])]
         network = state_dicts.with_weights(self.network, {name: value.detach().contiguous() for name, value in weights.items()})
+        if hasattr(network, UNCERTAINTY_MODULE):
+            delattr(network, UNCERTAINTY_MODULE)  # of this copy: stock pipelines do not know it
         if not self._has_frozen_files:
             self._place_frozen_files(folder)
         # The error names the free space after the temporary folder is removed.

@@ -26,6 +26,8 @@ from ..data.validation_split import split_source
 from ..diffusion.loss import Objective, make_objective
 from ..diffusion.noise_schedule import require_noise_at_the_end, terminal_snr_problem
 from ..diffusion.timestep_samplers import make_timestep_sampler
+from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
+from ..diffusion.uncertainty import Uncertainty
 from ..errors import InputError, StoppedError, raise_all
 from ..hub import client
 from ..hub.publish import Publisher
@@ -202,7 +204,8 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
     """
     config, found, objective, task, monitor = plan.config, plan.found, plan.objective, plan.task, plan.monitor
     task.prepare()
-    network = _network(task, config.optimization, found, accelerator)
+    uncertainty = Uncertainty(len(objective.schedule)) if config.objective.learned_uncertainty else None
+    network = _network(task, config.optimization, found, accelerator, uncertainty)
     # For exporting and drawing: the same modules and tensors, without what `accelerator.prepare` does to `forward`; without tensors where
     # they are about to be sharded.
     unwrapped = state_dicts.with_weights(network, state_dicts.without_memory(network) if device.sharded(accelerator) else {})
@@ -212,6 +215,7 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         make_timestep_sampler(config.objective, objective.schedule, config.optimization.batch_size),
         LossStatistics(len(objective.schedule), accelerator.device),
         trained_alone=config.lora.lora_rank is not None,
+        uncertainty=uncertainty,
     )
     constants = _constants(config, found, accelerator, objective, task) | {"num_threads": plan.num_threads}
     if found:
@@ -388,8 +392,10 @@ def _monitor(config: TrainConfig, source: Source, accelerator: Accelerator) -> M
 # ---- network ---------------------------------------------------------------------------------------------------------
 
 
-def _network(task: Task, optim: OptimizationConfig, found: Checkpoint | None, accelerator: Accelerator) -> nn.Module:
-    """The network on its device, with fresh weights or those of `init`."""
+def _network(
+    task: Task, optim: OptimizationConfig, found: Checkpoint | None, accelerator: Accelerator, uncertainty: Uncertainty | None
+) -> nn.Module:
+    """The network on its device, with fresh weights or those of `init`; a learned uncertainty becomes a part of it."""
     torch.manual_seed(seeding.derive_seed(optim.seed, "weights", 0))
     network = task.build()
     if optim.init and found is None:
@@ -397,6 +403,8 @@ def _network(task: Task, optim: OptimizationConfig, found: Checkpoint | None, ac
         for sentence in (*(f"warning: {warning}" for warning in warnings), f"starting from the weights of {optim.init}"):
             if accelerator.is_main_process:
                 say(sentence)
+    if uncertainty is not None:  # so that whatever trains, averages and saves a network does the same with it
+        network.add_module(UNCERTAINTY_MODULE, uncertainty)
     if optim.param_dtype == "bf16":
         network.bfloat16()  # not by .to(), for which diffusers prints a warning
     return device.to_train(network, accelerator, optim.optimizer)

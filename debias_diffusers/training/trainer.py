@@ -145,8 +145,10 @@ class Trainer:
         """The loss of each sample of a micro-batch, before any correction for how t is drawn."""
         place = self.accelerator.device
         x_0 = self.task.x_0(batch, place)
-        noise, *of_input = (batch[name].to(place, non_blocking=True) for name in ("noise", "input_noise") if name in batch)
-        return self.objective(self.task.conditioned(self.state.model, batch, place), x_0, noise, t, *of_input)
+        noise, of_input = (batch[name].to(place, non_blocking=True) if name in batch else None for name in ("noise", "input_noise"))
+        assert noise is not None
+        network = self.task.conditioned(self.state.model, batch, place)
+        return self.objective(network, x_0, noise, t, of_input, self.state.uncertainty)
 
     def _update(self, loss: Tensor, rate: float) -> Tensor:
         """The optimizer step, where loss and gradient are finite; returns the gradient norm ()."""
@@ -213,7 +215,11 @@ class Trainer:
         size, place = self.positions.micro_batch_size, self.accelerator.device
         batch = self.task.dummy_batch(size)  # of the shape of training batches, or `compile` would compile twice
         network = self.task.conditioned(self.state.model, batch, place)
-        network(self.task.x_0(batch, place), torch.zeros(size, dtype=torch.long, device=place)).sum().backward()
+        t = torch.zeros(size, dtype=torch.long)
+        output = network(self.task.x_0(batch, place), t.to(place)).sum()
+        if self.state.uncertainty is not None:  # DDP waits for the gradients of all parameters
+            output = output + self.state.uncertainty(t).sum()
+        output.backward()
         self.state.optimizer_step.optimizer.zero_grad()
 
     # ---- errors ------------------------------------------------------------------------------------------------------
