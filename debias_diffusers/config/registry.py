@@ -86,6 +86,8 @@ class TimestepSamplerSpec:
 
 _NORMAL = ("timestep_mean", "timestep_std")
 _NORMAL_CARD = "mean {timestep_mean}, standard deviation {timestep_std}"
+_LAPLACE = ("laplace_mean", "laplace_scale")
+_LAPLACE_CARD = "mean {laplace_mean}, scale {laplace_scale}"
 
 TIMESTEP_SAMPLERS: dict[str, TimestepSamplerSpec] = {
     "uniform": TimestepSamplerSpec(summary="every timestep equally often"),
@@ -96,6 +98,19 @@ TIMESTEP_SAMPLERS: dict[str, TimestepSamplerSpec] = {
     "logit_normal": TimestepSamplerSpec(summary="ln(t/(1-t)) from a normal", parameters=_NORMAL, corrected=False, card=_NORMAL_CARD),
     "log_normal_corrected": TimestepSamplerSpec(summary="as log_normal, and a tenth uniform", parameters=_NORMAL),
     "logit_normal_corrected": TimestepSamplerSpec(summary="as logit_normal, and a tenth uniform", parameters=_NORMAL),
+    "laplace": TimestepSamplerSpec(
+        summary="ln(SNR) from a Laplace distribution", parameters=_LAPLACE, corrected=False, draws_zero_snr=False, card=_LAPLACE_CARD
+    ),
+    "laplace_corrected": TimestepSamplerSpec(summary="as laplace, and a tenth uniform", parameters=_LAPLACE),
+    "mode": TimestepSamplerSpec(
+        summary="t = 1 - u - s (cos^2(pi u/2) - 1 + u), u uniform", parameters=("mode_scale",), corrected=False, card="s {mode_scale}"
+    ),
+    "speed": TimestepSamplerSpec(
+        summary="SpeeD: the first timesteps k times as often as the others, losses weighted by how fast the noise grows",
+        parameters=("speed_k", "speed_portion", "speed_lambda"),
+        corrected=False,
+        card="k {speed_k}, portion {speed_portion}, lambda {speed_lambda}",
+    ),
     "loss_second_moment": TimestepSamplerSpec(summary="t in proportion to the root mean square of its last losses"),
 }
 

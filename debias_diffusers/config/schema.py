@@ -200,6 +200,19 @@ class ObjectiveConfig:
     # mean of ln(s/a) in log_normal, of ln(t/(1-t)) before any shift in logit_normal
     timestep_mean: Annotated[float, Range("a finite number, such as 0", math.isfinite)] = 0.0
     timestep_std: Annotated[float, above(0, 1)] = 1.0  # standard deviation of the same
+    laplace_mean: Annotated[float, Range("a finite number, such as 0", math.isfinite)] = 0.0  # mean of ln(SNR) in laplace
+    laplace_scale: Annotated[float, above(0, 0.5)] = 0.5  # scale b of laplace, whose standard deviation is sqrt(2) b
+    # s of mode: above 0 the middle of t is drawn more often, below 0 its ends; 0 is uniform
+    mode_scale: Annotated[float, Range("from -1 to 1.75, such as 1.29", lambda value: -1 <= value <= 1.75)] = 1.29
+    speed_k: Annotated[float, at_least(1, 5)] = 5.0  # k of speed: how many times as often the first timesteps are drawn
+    # portion of the timesteps that speed draws more often: those before the noise hides the image
+    speed_portion: Annotated[float, Range("above 0 and at most 1, such as 0.7", lambda value: 0 < value <= 1)] = 0.7
+    # lambda of speed: weights go from 1 - lambda to lambda, before they are divided by their mean; 0.5 is none
+    speed_lambda: Annotated[float, Range("from 0.5 to 1, such as 0.6", lambda value: 0.5 <= value <= 1)] = 0.6
+    # timestep_sampler of the steps from timestep_sampler_switch on; the same in the whole run if left out
+    timestep_sampler_after: TimestepSamplerName | None = None
+    # optimizer steps after which timestep_sampler_after draws
+    timestep_sampler_switch: Annotated[int, at_least(0, 10_000)] = 0
     timestep_bias_strategy: Annotated[TimestepBiasName, Doc(_TIMESTEP_BIAS)] = "none"
     timestep_bias_multiplier: Annotated[float, above(0, 2)] = 1.0  # how many times as often these timesteps are drawn
     # portion of the timesteps that earlier and later bias

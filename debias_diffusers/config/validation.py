@@ -317,7 +317,7 @@ def objective_problems(objective: ObjectiveConfig) -> list[str]:
         found = [unknown]
     else:
         found = [*_unused(objective).values(), *_weighting_problems(objective)]
-    found += bound_problems(dataclasses.asdict(objective)) + _timestep_bias_problems(objective)
+    found += bound_problems(dataclasses.asdict(objective)) + _timestep_bias_problems(objective) + _phase_problems(objective)
     return found + _schedule_problems(objective) + _variance_problems(objective)
 
 
@@ -339,9 +339,10 @@ def _unknown_weighting(name: str) -> str | None:
 
 def _unused(objective: ObjectiveConfig) -> dict[str, str]:
     """Fields that the rest of the objective leaves no use for, and a sentence for each."""
-    weighting, sampler = objective.weighting, objective.timestep_sampler
+    weighting = objective.weighting
     found = _parameters_of_others("weighting", WEIGHTINGS, weighting)
-    found |= _parameters_of_others("timestep_sampler", TIMESTEP_SAMPLERS, sampler)
+    samplers = timestep_samplers(objective)
+    found |= _parameters_of_others("timestep_sampler", TIMESTEP_SAMPLERS, *samplers)
     found |= _parameters_of_others("timestep_bias_strategy", TIMESTEP_BIASES, objective.timestep_bias_strategy)
     spec, bound = WEIGHTINGS[weighting], weighting == "variational"
     constant_below = getattr(objective, spec.constant_below) if isinstance(spec.constant_below, str) else spec.constant_below
@@ -356,21 +357,27 @@ def _unused(objective: ObjectiveConfig) -> dict[str, str]:
     for name, useless in without_use.items():
         if useless:
             found[name] = f"changes nothing in weighting {weighting}; leave it out or take --weighting debiased"
-    if not TIMESTEP_SAMPLERS[sampler].draws_zero_snr:
+    if not any(TIMESTEP_SAMPLERS[name].draws_zero_snr for name in samplers):
         found["terminal_weight_floor"] = (
-            f"timestep_sampler {sampler} never draws the last timestep where its SNR is 0; take --timestep_sampler log_normal_corrected "
-            f"or leave it out"
+            f"timestep_sampler {' and '.join(samplers)} never draws the last timestep where its SNR is 0; take "
+            f"--timestep_sampler log_normal_corrected or leave it out"
         )
     return {name: f"{name} is {getattr(objective, name)}, but {reason}" for name, reason in found.items() if _changed(objective, name)}
 
 
-def _parameters_of_others(kind: str, table: Mapping[str, Parametrized], chosen: str) -> dict[str, str]:
-    """The parameters that the chosen entry of a table does not have, and what to do about each."""
+def _parameters_of_others(kind: str, table: Mapping[str, Parametrized], *chosen: str) -> dict[str, str]:
+    """The parameters that the chosen entries of a table do not have, and what to do about each."""
     return {
-        name: f"{kind} is {chosen}, which does not have it; take --{kind} {' or '.join(owners)} or leave {name} out"
+        name: f"{kind} is {' and '.join(chosen)}, which does not have it; take --{kind} {' or '.join(owners)} or leave {name} out"
         for name, owners in parameters_of(table).items()
-        if chosen not in owners
+        if not set(chosen) & set(owners)
     }
+
+
+def timestep_samplers(objective: ObjectiveConfig) -> tuple[str, ...]:
+    """The names of the samplers of a run, in the order of its steps."""
+    after = objective.timestep_sampler_after
+    return (objective.timestep_sampler, after) if after else (objective.timestep_sampler,)
 
 
 def _changed(objective: ObjectiveConfig, name: str) -> bool:
@@ -387,12 +394,13 @@ def _weighting_problems(objective: ObjectiveConfig) -> list[str]:
             f"weighting {weighting} repeats code that knows {', '.join(spec.repeats)} only, but prediction_type is "
             f"{predicted}; take --weighting debiased"
         )
-    if objective.schedule_free_weights and not TIMESTEP_SAMPLERS[objective.timestep_sampler].corrected:
+    samplers = timestep_samplers(objective)
+    if objective.schedule_free_weights and (changing := [name for name in samplers if not TIMESTEP_SAMPLERS[name].corrected]):
         found.append(
-            f"schedule_free_weights is on, but timestep_sampler {objective.timestep_sampler} multiplies the objective by its density; take "
-            f"--timestep_sampler stratified, or {objective.timestep_sampler}_corrected where there is one"
+            f"schedule_free_weights is on, but timestep_sampler {changing[0]} multiplies the objective by its density; take "
+            f"--timestep_sampler stratified, or {changing[0]}_corrected where there is one"
         )
-    if objective.learned_uncertainty and objective.timestep_sampler == "loss_second_moment":
+    if objective.learned_uncertainty and "loss_second_moment" in samplers:
         found.append(
             "learned_uncertainty is on, but timestep_sampler loss_second_moment draws by the size of the losses, to which the uncertainty "
             "is added; take --timestep_sampler stratified"
@@ -432,6 +440,26 @@ def _schedule_problems(objective: ObjectiveConfig) -> list[str]:
         found.append(
             f"terminal_weight_floor is {objective.terminal_weight_floor}, but the terminal SNR of this schedule is not 0; "
             f"add --rescale_betas_zero_snr --prediction_type v_prediction, or take --prediction_type flow"
+        )
+    return found
+
+
+def _phase_problems(objective: ObjectiveConfig) -> list[str]:
+    """A second timestep sampler that never draws, or draws as the first, and weights that cannot be normalized for both."""
+    after, switch = objective.timestep_sampler_after, objective.timestep_sampler_switch
+    if after is None:
+        return (
+            [f"timestep_sampler_switch is {switch}, but timestep_sampler_after is left out; name it, or leave both out"] if switch else []
+        )
+    found = []
+    if after == objective.timestep_sampler:
+        found.append(f"timestep_sampler_after is {after}, as timestep_sampler is; leave it out")
+    if not switch:
+        found.append("timestep_sampler_switch is 0, so that timestep_sampler never draws; take --timestep_sampler_switch 10000")
+    if objective.normalize_weights and not all(TIMESTEP_SAMPLERS[name].corrected for name in timestep_samplers(objective)):
+        found.append(
+            "normalize_weights is on, but timestep_sampler and timestep_sampler_after have other densities, and the weights have one mean; "
+            "leave one of the two out"
         )
     return found
 
@@ -556,9 +584,9 @@ def weights_problems(config: WeightsConfig) -> list[str]:
     if "variational" in names:
         found.append("weighting variational is no function of the SNR, so it has no loss weights to draw; leave it out")
     unused = set.intersection(*(set(_unused(dataclasses.replace(objective, weighting=name))) for name in names))
-    unused |= {"learn_sigma", "variance_type", "learned_uncertainty"}
+    unused |= {"learn_sigma", "variance_type", "learned_uncertainty", "timestep_sampler_after", "timestep_sampler_switch"}
     if not objective.normalize_weights:
-        unused |= {"timestep_sampler", "timestep_mean", "timestep_std", "timestep_bias_strategy", *parameters_of(TIMESTEP_BIASES)}
+        unused |= {"timestep_sampler", *parameters_of(TIMESTEP_SAMPLERS), "timestep_bias_strategy", *parameters_of(TIMESTEP_BIASES)}
     found += [
         f"{name} is {getattr(objective, name)}, but changes no weight of {', '.join(names)}; leave it out"
         for name in sorted(unused)

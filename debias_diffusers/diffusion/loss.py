@@ -12,7 +12,7 @@ from ..config.registry import WEIGHTINGS
 from ..config.schema import ObjectiveConfig, PredictionType
 from ..errors import InputError
 from .noise_schedule import Schedule, at, make_schedule
-from .timestep_samplers import make_timestep_sampler
+from .timestep_samplers import final_timestep_sampler
 from .uncertainty import Uncertainty
 from .variational_bound import VariationalBound
 from .weighting import weight
@@ -118,7 +118,7 @@ def weight_table(config: ObjectiveConfig, schedule: Schedule, prediction_type: P
         # There an error of x_0 and one of v, or of u, are of the same size: one floor for all three.
         weights[-1] = weights[-1].clamp(min=config.terminal_weight_floor)
     if config.normalize_weights:
-        sampler = make_timestep_sampler(config, schedule)
+        sampler = final_timestep_sampler(config, schedule)
         density = sampler.probabilities * sampler.corrections  # of the timesteps in the objective
         weights = weights / (density * weights).sum()
     return weights

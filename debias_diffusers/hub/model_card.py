@@ -313,7 +313,6 @@ def _objective(objective: ObjectiveConfig) -> str:
     """The training objective in sentences; its numbers are in the table of the configuration."""
     predicted, name = objective.prediction_type, objective.weighting
     weighting = WEIGHTINGS.get(name, WeightingSpec(summary=""))  # of a run whose own function is not registered in this process
-    sampler = TIMESTEP_SAMPLERS[objective.timestep_sampler]
     if name == "variational":
         sentences = [f"The network predicts {predicted} and a variance; the variational bound was minimised, without weights."]
     elif weighting.repeats:
@@ -329,16 +328,25 @@ def _objective(objective: ObjectiveConfig) -> str:
         sentences.append("The weights are on d log(SNR), so that the objective does not depend on the noise schedule.")
     if objective.learned_uncertainty:
         sentences.append("A learned uncertainty u(t) divides the weighted loss by e^u(t) and adds u(t), from arXiv 2312.02696.")
-    if not sampler.corrected:
-        values = sampler.card.format(**dataclasses.asdict(objective))
-        density = _code(objective.timestep_sampler) + (f" ({values})" if values else "")
-        sentences.append(f"t was drawn with the density {density} without correction, so the objective is multiplied by this density.")
+    for drawn, steps in _drawn(objective):
+        if not (sampler := TIMESTEP_SAMPLERS[drawn]).corrected:
+            values = sampler.card.format(**dataclasses.asdict(objective))
+            density = f"{_code(drawn)}{f' ({values})' if values else ''}{steps}"
+            sentences.append(f"t was drawn with the density {density} without correction, so the objective is multiplied by this density.")
     if (strategy := objective.timestep_bias_strategy) != "none":
         values = ", ".join(f"{name} {getattr(objective, name)}" for name in TIMESTEP_BIASES[strategy].parameters)
         sentences.append(f"Timesteps were drawn with the bias {_code(strategy)} ({values}) without correction: the objective has it, too.")
     if objective.learn_sigma and name != "variational":
         sentences.append("The variance of a sampling step is learned by the variational bound.")
     return "\n".join(sentences)
+
+
+def _drawn(objective: ObjectiveConfig) -> list[tuple[str, str]]:
+    """The samplers of t, each with the steps in which it drew."""
+    switch = objective.timestep_sampler_switch
+    if objective.timestep_sampler_after is None:
+        return [(objective.timestep_sampler, "")]
+    return [(objective.timestep_sampler, f" in the first {switch} steps"), (objective.timestep_sampler_after, f" from step {switch} on")]
 
 
 def _noise(noise: NoiseConfig) -> str:

@@ -77,6 +77,8 @@ def _print_plan(plan: setup.Plan, network: nn.Module) -> None:
     print(f"parameters: {parameters}" + (f", of which {trained} are trained" if trained < parameters else ""))
     schedule = f"noise_schedule {objective.noise_schedule or 'of rectified flow'} with schedule_shift {objective.schedule_shift:g}"
     names = f"weighting {objective.weighting}, {schedule}, timestep_sampler {objective.timestep_sampler}"
+    if objective.timestep_sampler_after:
+        names += f", from step {objective.timestep_sampler_switch} on {objective.timestep_sampler_after}"
     if objective.timestep_bias_strategy != "none":
         names += f", timestep_bias_strategy {objective.timestep_bias_strategy}"
     print(f"objective: {objective.prediction_type}, {names}")

@@ -25,7 +25,7 @@ from ..data.sources import RepeatedSource, Source, folder_repeats
 from ..data.validation_split import split_source
 from ..diffusion.loss import Objective, make_objective
 from ..diffusion.noise_schedule import require_noise_at_the_end, terminal_snr_problem
-from ..diffusion.timestep_samplers import make_timestep_sampler
+from ..diffusion.timestep_samplers import final_timestep_sampler, make_timestep_sampler
 from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
 from ..diffusion.uncertainty import Uncertainty
 from ..errors import InputError, StoppedError, raise_all
@@ -466,7 +466,7 @@ def _ema_hooks(
     images = EmaImages(task, averaged, accelerator, batch_size, present)
     hooks: list[Hook] = [SampleGrid(config.run.sample_every, images, run)]
     if task.held_out:
-        sampler = make_timestep_sampler(config.objective, objective.schedule)
+        sampler = final_timestep_sampler(config.objective, objective.schedule)  # so that the losses of a run can be compared
         density = sampler.probabilities * sampler.corrections
         every = config.run.validation_every
         hooks.append(ValidationLoss(every, task, averaged, objective, density, accelerator, batch_size, present))

@@ -117,6 +117,7 @@ class Trainer:
         """
         total = torch.zeros((), device=self.accelerator.device)
         parts = self.positions.micro_batches(self.step)
+        self.state.timestep_sampler.begin_step(self.step)
         corrections = self.state.timestep_sampler.corrections
         weights = corrections if self.objective.weights is None else corrections * self.objective.weights
         losses = []
