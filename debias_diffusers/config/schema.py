@@ -16,7 +16,7 @@ from .ranges import Range, above, at_least
 from .registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, METRICS, SOLVERS, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, summaries
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
-NoiseSchedule = Literal["linear", "cosine", "scaled_linear", "sigmoid"]
+NoiseSchedule = Literal["linear", "cosine", "scaled_linear", "sigmoid", "rectified_flow"]
 VarianceType = Literal["fixed_small", "fixed_large"]
 Spacing = Literal["linspace", "leading", "trailing", "stride"]
 Clipping = Literal["off", "static", "dynamic"]
@@ -190,7 +190,8 @@ class ObjectiveConfig:
     # minimum loss weight on x_0 at zero terminal SNR, where sampling starts (before normalizing); 0 is off
     terminal_weight_floor: Annotated[float, at_least(0, 0.5, zero="off")] = 0.0
     normalize_weights: bool = False  # divide the loss weights by their mean
-    noise_schedule: NoiseSchedule | None = None  # beta schedule; linear if left out; flow has its own
+    # beta schedule, linear if left out; rectified_flow, the straight path, for prediction_type sample; flow is on the straight path anyway
+    noise_schedule: NoiseSchedule | None = None
     num_train_timesteps: Annotated[int, at_least(2, 1000)] = 1000  # number of timesteps T
     schedule_shift: Annotated[float, above(0, 1)] = 1.0  # multiplies the SNR of every timestep; > 1 for low resolutions
     rescale_betas_zero_snr: bool = False  # rescale betas to zero terminal SNR
@@ -522,6 +523,16 @@ class PushConfig:
 def noise_schedule(objective: ObjectiveConfig) -> NoiseSchedule | None:
     """The noise schedule of an objective; None of rectified flow."""
     return objective.noise_schedule or (None if objective.prediction_type == "flow" else DEFAULT_SCHEDULE)
+
+
+def is_straight(objective: ObjectiveConfig) -> bool:
+    """Whether x_t is on the straight path from image to noise, that of rectified flow."""
+    return objective.prediction_type == "flow" or objective.noise_schedule == "rectified_flow"
+
+
+def needs_own_scheduler(objective: ObjectiveConfig) -> bool:
+    """Whether the exported scheduler is one of this package: those of diffusers take no x_0 on the straight path."""
+    return is_straight(objective) and objective.prediction_type != "flow"
 
 
 def channel_mult(resolution: int) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ from .schema import (
     TrainConfig,
     WeightsConfig,
     channel_mult,
+    is_straight,
     noise_schedule,
 )
 
@@ -412,7 +413,7 @@ def _weighting_problems(objective: ObjectiveConfig) -> list[str]:
             f"weighting {weighting} with noise_schedule cosine and prediction_type {predicted} lets a few timesteps carry "
             f"nearly the whole loss; add --snr_floor 1e-3, or take --weighting debiased --prediction_type v_prediction"
         )
-    elif unbounded and objective.rescale_betas_zero_snr and predicted != "epsilon":
+    elif unbounded and (objective.rescale_betas_zero_snr or is_straight(objective)) and predicted != "epsilon":
         found.append(f"weighting {weighting} is infinite where the SNR is 0; add --snr_floor 1e-3, or take --weighting debiased")
     return found
 
@@ -429,14 +430,20 @@ def _schedule_problems(objective: ObjectiveConfig) -> list[str]:
         found.append(
             f"noise_schedule is {objective.noise_schedule}, but prediction_type flow has its own, a = 1 - t and s = t; leave it out"
         )
-    if predicted == "flow" and objective.rescale_betas_zero_snr:
-        found.append("rescale_betas_zero_snr is on, but prediction_type flow ends at zero SNR as it is; leave it out")
+    if objective.noise_schedule == "rectified_flow" and predicted in ("epsilon", "v_prediction"):
+        found.append(
+            f"noise_schedule is rectified_flow, but prediction_type is {predicted}; take --prediction_type sample, or --prediction_type "
+            f"flow, which has it, and leave noise_schedule out"
+        )
+    if is_straight(objective) and objective.rescale_betas_zero_snr:
+        path = "prediction_type flow" if predicted == "flow" else "noise_schedule rectified_flow"
+        found.append(f"rescale_betas_zero_snr is on, but {path} ends at zero SNR as it is; leave it out")
     if predicted == "epsilon" and objective.rescale_betas_zero_snr:
         found.append(
             "rescale_betas_zero_snr is on, but prediction_type is epsilon, and where the SNR is 0 the input is the noise itself: "
             "a prediction of it says nothing about the image; take --prediction_type v_prediction"
         )
-    if objective.terminal_weight_floor > 0 and predicted != "flow" and not objective.rescale_betas_zero_snr:
+    if objective.terminal_weight_floor > 0 and not is_straight(objective) and not objective.rescale_betas_zero_snr:
         found.append(
             f"terminal_weight_floor is {objective.terminal_weight_floor}, but the terminal SNR of this schedule is not 0; "
             f"add --rescale_betas_zero_snr --prediction_type v_prediction, or take --prediction_type flow"
@@ -488,13 +495,14 @@ def _timestep_bias_problems(objective: ObjectiveConfig) -> list[str]:
 
 
 def _variance_problems(objective: ObjectiveConfig) -> list[str]:
-    predicted, found = objective.prediction_type, []
+    found = []
     if objective.weighting == "variational" and not objective.learn_sigma:
-        other = " --prediction_type v_prediction" if predicted == "flow" else ""
+        other = " --prediction_type v_prediction" if is_straight(objective) else ""
         found.append(f"weighting variational is the bound with a learned variance, but learn_sigma is off; add --learn_sigma{other}")
-    if predicted == "flow":
+    if is_straight(objective):
+        path = "prediction_type flow" if objective.prediction_type == "flow" else "noise_schedule rectified_flow"
         found += [
-            f"{name} is {getattr(objective, name)}, but prediction_type flow is sampled without random steps, which have no variance; "
+            f"{name} is {getattr(objective, name)}, but {path} is sampled without random steps, which have no variance; "
             f"leave it out or take --prediction_type v_prediction"
             for name in ("learn_sigma", "variance_type")
             if _changed(objective, name)
@@ -594,7 +602,7 @@ def weights_problems(config: WeightsConfig) -> list[str]:
     ]
     found += bound_problems(dataclasses.asdict(objective))
     # Whatever the prediction type, all are plotted: it decides only between the path of rectified flow and the others.
-    path = objective if objective.prediction_type == "flow" else dataclasses.replace(objective, prediction_type="v_prediction")
+    path = objective if is_straight(objective) else dataclasses.replace(objective, prediction_type="v_prediction")
     path = dataclasses.replace(path, noise_schedule=noise_schedule(path))
     return found + _schedule_problems(path)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.schema import BETA_ENDS, ObjectiveConfig, PredictionType, noise_schedule
+from ..config.schema import BETA_ENDS, ObjectiveConfig, PredictionType, is_straight, noise_schedule
 from ..errors import InputError
 
 # SNR of the first timestep: less holds hardly an image; more has an alphas_cumprod that is 1 in float32, as solvers keep it.
@@ -190,10 +190,11 @@ def make_schedule(config: ObjectiveConfig) -> Schedule:
     Raises:
         InputError: the shift leaves no noise that float32 can hold at the first timestep, or nothing but noise.
     """
-    make = _flow if config.prediction_type == "flow" else _with_betas
+    straight = is_straight(config)
+    make = _flow if straight else _with_betas
     schedule = make(config)
     first = schedule.snr[0].item()
-    largest = MAX_FIRST_SNR_OF_FLOW if config.prediction_type == "flow" else MAX_FIRST_SNR
+    largest = MAX_FIRST_SNR_OF_FLOW if straight else MAX_FIRST_SNR
     if not MIN_FIRST_SNR <= first <= largest:
         plain = make(dataclasses.replace(config, schedule_shift=1.0)).snr[0].item()
         min_shift, max_shift = 1.1 * MIN_FIRST_SNR / plain, 0.9 * largest / plain  # so that they hold when rounded to two digits
@@ -290,6 +291,13 @@ def schedule_of_scheduler(scheduler: Any) -> Schedule:
     if (own - snr / (1 + snr)).abs().max() > 1e-4:  # it changes its table itself
         snr = own / (1 - own)
     return variance_preserving(snr)
+
+
+def prediction_type_of(scheduler: Any) -> Any:
+    """What the network of a diffusers scheduler predicts: one of flow matching moves along u, but those of `SampleFlow` are given x_0."""
+    if is_flow(scheduler):
+        return getattr(scheduler, "flow_prediction_type", "flow")
+    return scheduler.config.get("prediction_type", "epsilon")
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -26,7 +26,7 @@ from ..config.registry import WEIGHTINGS, WeightingSpec, parameters_of
 from ..config.schema import ObjectiveConfig, PredictionType
 from ..config.validation import bound_problems
 from ..errors import InputError, raise_all
-from .noise_schedule import TINY_SNR, is_flow, schedule_of_scheduler
+from .noise_schedule import TINY_SNR, is_flow, prediction_type_of, schedule_of_scheduler
 
 _HUGE = 1e150  # above any SNR in use, and finite even when squared, as `TINY_SNR` is above 0
 
@@ -265,10 +265,10 @@ def loss_weight(
             does not have, or a weight that is not finite. An accelerator is not waited for: there these weights are not finite.
     """
     flow, timesteps = is_flow(scheduler), _as_tensor(timesteps)
-    prediction_type = prediction_type or ("flow" if flow else scheduler.config.get("prediction_type", "epsilon"))
+    prediction_type = prediction_type or prediction_type_of(scheduler)
     _require_known("weighting", weighting, (*WEIGHTING_FUNCTIONS, *REPEATED_FUNCTIONS))
     _require_known("prediction_type", prediction_type, get_args(PredictionType))
-    if (prediction_type == "flow") != flow:
+    if prediction_type not in (("flow", "sample") if flow else ("epsilon", "sample", "v_prediction")):
         raise InputError(f"prediction_type is {prediction_type}, which does not go with {type(scheduler).__name__}; leave it out")
     spec = WEIGHTINGS[weighting]
     if spec.repeats:

@@ -13,7 +13,7 @@ from typing import Any
 from ..config.hub_names import COMMIT, split_revision
 from ..config.loading import is_text, stored
 from ..config.registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, WeightingSpec
-from ..config.schema import DIGITS, NoiseConfig, ObjectiveConfig, TrainConfig
+from ..config.schema import DIGITS, NoiseConfig, ObjectiveConfig, TrainConfig, is_straight, needs_own_scheduler
 from ..runs.lora_folder import BASE_RECORD, LORA_WEIGHTS
 
 TITLE = "# A diffusion model trained with debias_diffusers"
@@ -204,7 +204,12 @@ def _data(config: TrainConfig, images: int | None) -> str:
 def _use(num_classes: int, objective: ObjectiveConfig, classes: Mapping[str, int] | None) -> str:
     """Python code that draws an image with the exported scheduler."""
     T = objective.num_train_timesteps
-    steps = f"num_inference_steps={min(50, T) if objective.prediction_type == 'flow' else T}"
+    steps = f"num_inference_steps={min(50, T) if is_straight(objective) else T}"
+    if not num_classes and needs_own_scheduler(objective):
+        return (
+            f"from debias_diffusers import PixelPipeline\n\npipeline = PixelPipeline.from_pretrained({PLACEHOLDER})\n"
+            f"image = pipeline({steps}).images[0]"
+        )
     if num_classes:
         return (
             "from debias_diffusers import PixelPipeline\n\n"
@@ -253,6 +258,11 @@ def _others(num_classes: int, objective: ObjectiveConfig) -> str:
     """Which other pipelines of diffusers work: few support other prediction types than epsilon, and none raises an error."""
     if num_classes:
         return "\nAfter this import `DiffusionPipeline.from_pretrained` loads it, too. Pipelines of diffusers itself know no labels.\n"
+    if needs_own_scheduler(objective):
+        return (
+            "\nAfter this import `DiffusionPipeline.from_pretrained` loads it, too. Schedulers of diffusers itself take no x_0 on the "
+            "straight path.\n"
+        )
     if objective.prediction_type == "flow":
         return "\nNot with `DDIMPipeline`, which takes it for a model that predicts the noise and draws noise.\n"
     if objective.learn_sigma:
@@ -264,7 +274,7 @@ def _command(config: TrainConfig) -> str:
     objective = config.objective
     if is_text(config):
         return f'debias-sample {PLACEHOLDER} --prompt "a photograph" --output_dir samples'
-    solver = DEFAULT_FLOW_SOLVER if objective.prediction_type == "flow" else DEFAULT_SOLVER
+    solver = DEFAULT_FLOW_SOLVER if is_straight(objective) else DEFAULT_SOLVER
     return f"debias-sample {PLACEHOLDER} --scheduler {solver} --steps {min(20, objective.num_train_timesteps // 2)} --output_dir samples"
 
 
