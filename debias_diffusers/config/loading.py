@@ -85,6 +85,7 @@ NEVER = {
     "validation_split": "images that are held out must never have been trained",
     "init": "a run starts from it once",
     "learned_uncertainty": "what it has learned is in every checkpoint, or in none",
+    "post_hoc_ema": "its averages begin with the first step",
     "optimizer": "the state in the checkpoints is that of one optimizer",
     "seed": "the order of the images, their noise and their timesteps follow from it",
 }

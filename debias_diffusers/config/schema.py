@@ -39,6 +39,7 @@ else:
 Threads = Annotated[int | None, at_least(1, 2)]
 Share = Annotated[float, Range("at least 0 and below 1, such as 0.1", lambda value: 0 <= value < 1)]
 BOOTSTRAP = Range("0 (off) or at least 20, such as 200", lambda value: value == 0 or value >= 20)
+SIGMA_REL = Range("from 0.01 to 0.28, such as 0.08", lambda value: 0.01 <= value <= 0.28)
 NUM_IMAGES = Range("from 1 to 10 million, such as 64", lambda value: 1 <= value <= 10_000_000)
 BatchSize = Annotated[int, at_least(1, 64)]
 Channels = Annotated[int | None, Range("1 (grey) or 3 (colour)", lambda value: value in (1, 3))]
@@ -256,6 +257,9 @@ class OptimizationConfig:
     max_grad_norm: Annotated[float, at_least(0, 1, zero="off")] = 0.0  # gradient norm clipping; 0 is off
     ema_decay: tuple[float, ...] = (0.9999,)  # EMA decay rates; the EMA weights of the first are exported; 0 is off
     ema_warmup: bool = True  # EMA warmup: at step n the rates are at most (1 + n) / (10 + n)
+    # post-hoc EMA: at most so many snapshots of two power-function averages, one with each checkpoint, of which
+    # `python -m debias_diffusers.ema reconstruct` makes any other; each takes 8 bytes per weight on the disk; 0 is off
+    post_hoc_ema: Annotated[int, at_least(0, 32, zero="off")] = 0
     # keep and update the EMA in main memory, for a GPU that is too small: 4 bytes per weight less for each rate, and slower steps
     ema_on_cpu: bool = False
     # pretrained model to start from: a run directory, a pipeline folder, or a Hub id (user/name@revision); with lora_rank a LoRA, as a
@@ -379,7 +383,8 @@ class SampleConfig:
     # pipeline: 5 for Stable Diffusion XL, 7.5 for Stable Diffusion
     guidance_scale: GuidanceScale = None
     guidance_interval: tuple[int, int] | None = None  # guidance interval: minimum and maximum guided timestep; all if left out
-    weights: str = "ema"  # network weights: ema (as exported), raw, or an EMA decay rate of the run such as 0.999
+    # network weights: ema (as exported), raw, an EMA decay rate of the run such as 0.999, or sigma_rel=0.08 of one with --post_hoc_ema
+    weights: str = "ema"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the network; the solver is always float32
     compile: bool = False  # torch.compile the network: takes minutes at the start, then faster steps
     num_threads: Threads = None  # CPU threads per process; all cores, shared by the processes on them, if left out
@@ -429,7 +434,9 @@ class ScoreConfig:
     schedulers: str = ""  # schedulers (solvers) for models, separated by commas; as in sample.py if left out
     steps: str = "20"  # numbers of inference steps for models, separated by commas
     checkpoints: str = ""  # checkpoints of runs: all, or steps separated by commas; the exported weights if left out
-    weights: str = "ema"  # network weights of models: ema, raw, or an EMA decay rate of the run
+    weights: str = "ema"  # network weights of models: ema, raw, an EMA decay rate of the run, or sigma_rel=0.08 as in sample.py
+    # sweep: averages of several widths (sigma_rel) of runs with --post_hoc_ema, and which is best by the first metric
+    ema: Literal["sweep"] | None = None
     guidance_scale: GuidanceScale = None  # classifier-free guidance scale of models; 1 is off; as in sample.py if left out
     # class labels of class-conditional models: in proportion as trained, all in turn, at random
     class_labels: Literal["data", "balanced", "drawn"] = "data"
@@ -463,7 +470,7 @@ class BitsConfig:
     num_images: Annotated[int, NUM_IMAGES] = 64  # number of its images, a random subset
     batch_size: BatchSize = 64  # batch size per process
     clipping: bool = True  # clip the predicted x_0 to [-1, 1], as sampling does
-    weights: str = "ema"  # network weights: ema, raw, or an EMA decay rate of the run
+    weights: str = "ema"  # network weights: ema, raw, an EMA decay rate of the run, or sigma_rel=0.08 as in sample.py
     seed: Annotated[int, at_least(0, 0)] = 0  # random seed of the subset and of the noise
     num_threads: Threads = None  # CPU threads per process
     allow_pickle_import: bool = False  # also load a model that has .bin weights only, read as tensors only
@@ -506,6 +513,17 @@ class LoraFormatConfig:
     lora: str  # a run directory, a .safetensors file or a Hub id
     out: str  # output: with format kohya a file, FILE.safetensors, with format diffusers a folder; it must not exist
     format: LoraFormat = "kohya"  # names of the tensors of the output
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """Reconstruct averaged weights (EMA) of any width from the snapshots of a run that trained with --post_hoc_ema."""
+
+    run: str  # the run directory
+    # width of the average: its standard deviation over the steps, as a share of all steps; 0.05 and 0.1 are those of the snapshots
+    sigma_rel: Annotated[float | None, SIGMA_REL] = None
+    step: Annotated[int | None, at_least(1, 1000)] = None  # the step at which the average ends; that of the newest checkpoint if left out
+    out: str | None = None  # output folder of the pipeline, which must not exist; RUN/sigma_rel-SIGMA_REL if left out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from .registry import METRICS, SOLVERS, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIG
 from .schema import (
     BETA_ENDS,
     DIGITS,
+    SIGMA_REL,
     BitsConfig,
     DataConfig,
     MeasureConfig,
@@ -57,6 +58,8 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
     found += _hub_problems(config)
     if config.run.sharded_checkpoints and config.optimization.optimizer == "adamw8bit":
         found.append("sharded_checkpoints is on, but the state of optimizer adamw8bit is saved whole only; leave sharded_checkpoints out")
+    if config.optimization.post_hoc_ema:
+        found += _post_hoc_ema_problems(config)
     if config.objective.learned_uncertainty:
         others = {"lora_rank": config.lora.lora_rank, "sharded_checkpoints": config.run.sharded_checkpoints}
         found += [
@@ -118,6 +121,21 @@ def _validation_problems(config: TrainConfig) -> list[str]:
             f"validation_split is {share}, but validation_every is 0, so that images are held out for nothing; leave one of the two out"
         ]
     return []
+
+
+def _post_hoc_ema_problems(config: TrainConfig) -> list[str]:
+    """Snapshots of averages that are never taken, or that nothing reads."""
+    found, count = [], config.optimization.post_hoc_ema
+    if 0 < count < 4:
+        found.append(f"post_hoc_ema is {count}, but other averages are made of several snapshots; take --post_hoc_ema 32")
+    if not config.run.checkpoint_every:
+        found.append(
+            f"post_hoc_ema is {count}, but checkpoint_every is 0, and snapshots are taken with checkpoints; take --checkpoint_every 1000"
+        )
+    others = {"lora_rank": config.lora.lora_rank, "sharded_checkpoints": config.run.sharded_checkpoints}
+    return found + [
+        f"{name} is {value}, which does not go with post_hoc_ema; leave one of the two out" for name, value in others.items() if value
+    ]
 
 
 def _evaluation_problems(config: TrainConfig) -> list[str]:
@@ -679,6 +697,10 @@ def score_problems(config: ScoreConfig) -> list[str]:
         found.append(f"checkpoints is {config.checkpoints}, but must be all, or steps separated by commas, such as 1000,2000")
     found += _clip_problems("metrics", config.measure.metrics, config.clip_model)
     found += _network_weights_problems(config.weights)
+    if config.ema and config.weights != "ema":
+        found.append(f"weights is {config.weights}, but --ema sweep compares averages; leave one of the two out")
+    if config.ema and ("," in config.steps or "," in config.schedulers or config.checkpoints):
+        found.append("--ema sweep is a curve over sigma_rel: name one of schedulers, steps and checkpoints at most")
     return found
 
 
@@ -768,9 +790,19 @@ def bits_problems(config: BitsConfig) -> list[str]:
 
 
 def _network_weights_problems(weights: str) -> list[str]:
-    if weights in ("ema", "raw") or _is_rate(weights):
+    if weights in ("ema", "raw") or _is_rate(weights) or sigma_rel_of(weights) is not None:
         return []
-    return [f"weights is {weights!r}, but must be ema, raw, or an EMA decay rate such as 0.999"]
+    return [f"weights is {weights!r}, but must be ema, raw, an EMA decay rate such as 0.999, or sigma_rel=0.08"]
+
+
+def sigma_rel_of(weights: str) -> float | None:
+    """The width in `sigma_rel=0.08`; None of other weights, and of a width that no average has."""
+    start, _, number = weights.partition("=")
+    try:
+        width = float(number)
+    except ValueError:
+        return None
+    return width if start == "sigma_rel" and SIGMA_REL.holds(width) else None
 
 
 def _is_rate(text: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from ..config.registry import FIGURES
 from ..utils.files import read_json, write_file
+from .metrics import as_loss
 from .plots import plot_curves
 
 
@@ -39,6 +41,7 @@ class Row:
     network_evaluations: int | None = None  # of one image; with guidance each is of two inputs
     guidance_scale: float | None = None  # of text-to-image models
     checkpoint: int | None = None
+    sigma_rel: float | None = None  # of averaged weights that were reconstructed
     intervals: dict[str, tuple[float, float]] | None = None
 
 
@@ -54,7 +57,7 @@ def table(result: Mapping[str, Any]) -> str:
     names = [name for name in FIGURES if any(name in row for row in targets)]
     how = [
         name
-        for name in ("checkpoint", "scheduler", "steps", "network_evaluations", "guidance_scale")
+        for name in ("checkpoint", "sigma_rel", "scheduler", "steps", "network_evaluations", "guidance_scale")
         if any(name in row for row in targets)
     ]
     rows = [["target", *(name.replace("_", " ") for name in how), "images", *names]]
@@ -92,17 +95,31 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     return f"{row[name]:.4g}" + (f" ({low_high[0]:.4g} to {low_high[1]:.4g})" if low_high else "")
 
 
+LABELS = {"checkpoint": "training step", "sigma_rel": "sigma_rel of the average", "steps": "steps of the solver"}  # of the x axis
+
+
+def best_width(rows: Sequence[Mapping[str, Any]], figure: str) -> list[dict[str, Any]]:
+    """Of each target with averages of several widths, the one that is best by a figure."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if row.get("sigma_rel") is not None and math.isfinite(value := as_loss(figure, row[figure])):
+            best = found.get(row["target"])
+            if best is None or value < as_loss(figure, best[figure]):
+                found[row["target"]] = row
+    return [{"target": target, "sigma_rel": row["sigma_rel"], figure: row[figure]} for target, row in found.items()]
+
+
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """A picture of each figure over steps, or over checkpoints, where there are several."""
-    along = "checkpoint" if len({row.get("checkpoint") for row in rows}) > 1 else "steps"
+    """A picture of each figure over steps, over checkpoints, or over the widths of averages, where there are several."""
+    along = next((name for name in ("checkpoint", "sigma_rel") if len({row.get(name) for row in rows}) > 1), "steps")
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         if (place := row.get(along)) is None:
             continue
-        parts = (row["target"], row["scheduler"], row.get("steps" if along == "checkpoint" else "checkpoint"))
+        parts = (row["target"], row["scheduler"], row.get("checkpoint" if along == "steps" else "steps"))
         label = " ".join(str(part) for part in parts if part is not None)
         for name, better in FIGURES.items():
             if name in row and better != "neither":
                 lines.setdefault(name, {}).setdefault(label, []).append((place, row[name]))
     if any(len(points) > 1 for labelled in lines.values() for points in labelled.values()):
-        write_file(path, plot_curves(lines, "training step" if along == "checkpoint" else "steps of the solver"))
+        write_file(path, plot_curves(lines, LABELS[along]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ from .measure import Measure, make_measure
 from .metrics import Sample
 from .plots import is_our_picture
 from .reference import any_run, caption_column, open_reference, pinned_data, print_summary, reference_data
-from .results import Row, as_json, as_row, draw_curves, has_fields, table, unequal
+from .results import Row, as_json, as_row, best_width, draw_curves, has_fields, table, unequal
 from .statistics import npz_statistics, read_statistics
 
 MAX_GENERATED = 50_000
+SWEEP = (0.03, 0.05, 0.07, 0.085, 0.1, 0.125, 0.15, 0.2)  # sigma_rel of `--ema sweep`
 
 
 # ---- score and compare -----------------------------------------------------------------------------------------------
@@ -76,6 +78,9 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         print(table(result))
         for sentence in unequal(result["targets"]):
             say(f"note: {sentence}")
+        for best in result.get("best", ()):
+            (figure,) = best.keys() - {"target", "sigma_rel"}
+            say(f"best {figure} of {best['target']}: {best[figure]:.4g} at sigma_rel {best['sigma_rel']:g}")
     return result
 
 
@@ -90,7 +95,7 @@ def _require_output(config: ScoreConfig, output: str) -> None:
     figures, picture = _files_of(output)
     before = has_fields(figures, "reference", "extractor", "targets")
     require_replaceable("output", figures, lambda _: before)
-    if config.checkpoints or "," in config.steps:
+    if config.checkpoints or "," in config.steps or config.ema:
         require_replaceable("output", picture, lambda path: is_our_picture(path, before))
 
 
@@ -284,7 +289,7 @@ def _drawn(
     if prompts and config.class_labels != "data":
         raise InputError(f"class_labels is {config.class_labels}, but {target} is a text-to-image model; leave it out")
     said = not accelerator.is_main_process
-    for step in _steps_of(Path(target), config.checkpoints):
+    for step, width in product(_steps_of(Path(target), config.checkpoints), SWEEP if config.ema else (None,)):
         for scheduler in config.schedulers.split(","):
             for steps in map(int, config.steps.split(",")):
                 command = SampleConfig(
@@ -294,7 +299,7 @@ def _drawn(
                     num_images=count,
                     batch_size=config.measure.batch_size,
                     seed=config.seed,
-                    weights=config.weights,
+                    weights=f"sigma_rel={width}" if width else config.weights,
                     guidance_scale=config.guidance_scale,
                     **own,
                 )
@@ -306,7 +311,7 @@ def _drawn(
                 said = said or bool(prompts)  # they are the same for all
                 how = {"scheduler": job.settings["scheduler"], "steps": steps, "network_evaluations": job.network_evaluations}
                 how |= {"guidance_scale": job.options["guidance_scale"]} if prompts else {}
-                yield generated_images(job, count, target), {**how, "checkpoint": step}
+                yield generated_images(job, count, target), {**how, "checkpoint": step, "sigma_rel": width}
 
 
 def _notes(job: Job, config: ScoreConfig, target: str) -> list[str]:
@@ -371,7 +376,8 @@ def _result(config: ScoreConfig, measure: Measure, compared: _Compared, rows: li
         **({"of_prompts": of_prompts} if of_prompts else {}),
         "halves_of_the_reference": _distance_of_halves(sample, measure.layers, config) if sample else None,
         "seed": config.seed,
-        "targets": [as_row(row) for row in rows],
+        "targets": (targets := [as_row(row) for row in rows]),
+        **({"best": best_width(targets, next(iter(METRICS[config.measure.metrics.split(",")[0]].figures)))} if config.ema else {}),
     }
 
 

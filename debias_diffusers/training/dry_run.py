@@ -21,6 +21,7 @@ from ..config.schema import OptimizationConfig, TrainConfig
 from ..data import images
 from ..data.dataset import load_batch
 from ..diffusion.loss import Objective
+from ..diffusion.power_ema import KEPT
 from ..diffusion.timestep_samplers import make_timestep_sampler
 from ..diffusion.weighting import effective_sample_size
 from ..runs.run_directory import inspect_run
@@ -205,7 +206,7 @@ def _tensor_bytes(task: Task, network: nn.Module, optim: OptimizationConfig) -> 
         "weights": each * sum(p.numel() for p in network.parameters()),
         "gradients": each * values,
         "optimizer": state_bytes(optim.optimizer, trained),
-        "averages": 4 * values * sum(rate > 0 for rate in optim.ema_decay),
+        "averages": 4 * values * (sum(rate > 0 for rate in optim.ema_decay) + (len(KEPT) if optim.post_hoc_ema else 0)),
         "frozen parts": task.frozen_bytes,
     }
 

@@ -25,6 +25,7 @@ from ..data.sources import RepeatedSource, Source, folder_repeats
 from ..data.validation_split import split_source
 from ..diffusion.loss import Objective, make_objective
 from ..diffusion.noise_schedule import require_noise_at_the_end, terminal_snr_problem
+from ..diffusion.power_ema import KEPT
 from ..diffusion.timestep_samplers import final_timestep_sampler, make_timestep_sampler
 from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
 from ..diffusion.uncertainty import Uncertainty
@@ -232,7 +233,8 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         run.begin(config, constants.get(CHANGES, ()))
         parameters = state.optimizer_step.parameters
         weights = sum(p.nbytes for p in parameters)
-        averages = sum(average.nbytes for rate in state.optimizer_step.ema.averages.values() for average in rate.values())
+        ema = state.optimizer_step.ema
+        averages = sum(tensor.nbytes for kind in (ema.averages, ema.power_averages) for each in kind.values() for tensor in each.values())
         device.warn_of_little_space(run.folder, weights + averages + state_bytes(config.optimization.optimizer, parameters))
     if monitor:
         with told_by_the_first(accelerator):
@@ -424,7 +426,7 @@ def _wrapped(network: nn.Module, optim: OptimizationConfig, accelerator: Acceler
 def _optimizer_step(task: Task, network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> OptimizerStep:
     """Optimizer and averages over the parameters as they are after the network was wrapped."""
     trained = task.trained(network)
-    ema = EMA(trained, optim.ema_decay, optim.ema_warmup, optim.ema_on_cpu)
+    ema = EMA(trained, optim.ema_decay, optim.ema_warmup, optim.ema_on_cpu, KEPT if optim.post_hoc_ema else ())
     if optim.ema_on_cpu and accelerator.device.type == "cpu" and accelerator.is_main_process:
         say("ema_on_cpu changes nothing here: the averages of a training on a CPU are in main memory anyway")
     # A loss that is not finite is never the search of fp16 for its scale, an overflowing gradient may be.

@@ -30,6 +30,7 @@ from ..diffusion.timestep_samplers import TimestepSampler
 from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
 from ..diffusion.uncertainty import Uncertainty
 from ..runs.checkpoints import MODEL, OPTIMIZER, SAMPLER, UNCERTAINTY, Checkpoint, ema_file, weights_file
+from ..runs.ema_snapshots import power_file
 from ..runs.run_directory import DATA
 from ..utils.sharding import gathered, load_shards, local, part_like, saved_tensors, whole
 from .ema import EMA
@@ -78,7 +79,9 @@ def gather(state: TrainingState) -> dict[str, Mapping[str, Tensor]]:
     optimizer = state.optimizer_step.optimizer
     moments: Any = get_optimizer_state_dict(state.model, optimizer, options=_FULL).get("state", {}) if optimizer.state else {}
     # With the weights that are not trained, which have no average: each file is a whole network, unless they are not saved.
-    averages = {ema_file(rate): {**weights, **gathered(average)} for rate, average in state.optimizer_step.ema.averages.items()}
+    ema = state.optimizer_step.ema
+    averages = {ema_file(rate): {**weights, **gathered(average)} for rate, average in ema.averages.items()}
+    averages |= {power_file(sigma): {**weights, **gathered(average)} for sigma, average in ema.power_averages.items()}
     return {
         **_with_uncertainty_apart({MODEL: weights, **averages}),
         OPTIMIZER: _named(moments),
@@ -243,6 +246,8 @@ def restore(found: Checkpoint, state: TrainingState, is_main_process: bool) -> N
         set_model_state_dict(state.model, weights, options=state.options)
         for rate, saved in nearest.items():
             ema.load(rate, _load_network(found, weights_file(saved)))
+        for sigma in ema.power_averages:
+            ema.load_power(sigma, _load_network(found, power_file(sigma)))
     if not found.changing & OBJECTIVE:
         if state.timestep_sampler.learns:
             state.timestep_sampler.load(safetensors.torch.load_file(found.verified(SAMPLER)))

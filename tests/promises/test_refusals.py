@@ -360,6 +360,7 @@ FIELDS = {
     "max_grad_norm": ({}, 0.01, METRICS),
     "ema_decay": ({}, (0.5,), WEIGHTS),
     "ema_warmup": ({}, True, WEIGHTS),
+    "post_hoc_ema": ({}, 32, None),
     "ema_on_cpu": ({}, True, None),
     "init": ({}, "TRAINED", METRICS),
     "allow_pickle_import": ({"init": "TRAINED"}, True, None),
@@ -466,6 +467,7 @@ def test_every_field_is_in_the_table():
         "cache_images_mb",
         "size",  # stands for numbers before anything is compared or stored: test_choices
         "ema_on_cpu",
+        "post_hoc_ema",
         "gradient_checkpointing",
         "compile",  # to the last digits, which is said on a resume
         "compile_mode",
