@@ -279,7 +279,7 @@ Evaluate diffusion models and their objectives. COMMAND --help lists the flags o
   score TARGET...    FID, sFID, IS, KID, precision, recall and colour shift of models or images against a reference
   compare RUN...     the same for runs side by side, with confidence intervals
   stats REF OUT      statistics of a reference, to score against
-  bpd MODEL          variational bound in bits per dimension
+  bpd MODEL          bits per dimension: variational bound, or likelihood by the probability-flow ODE
   weights            the weights of an objective over t and log SNR in every prediction space, as a picture and as numbers"""
 
 WEIGHTS_HELP = """Draw the weights of an objective, over t and over log SNR and in every prediction space: weights.png and weights.csv.

@@ -459,7 +459,7 @@ class StatsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BitsConfig:
-    """Variational bound of a model in bits per dimension (negative log-likelihood of images)."""
+    """Bits per dimension of a model (negative log-likelihood of images): variational bound, or by the probability-flow ODE."""
 
     model: str  # a run directory, a pipeline folder, or a Hub id
     reference: str | None = None  # reference data: a data set or folder; what a run was trained on if left out
@@ -469,7 +469,13 @@ class BitsConfig:
     skip_bad: bool = False  # skip images that cannot be read, up to 1% of them; as the run did if left out
     num_images: Annotated[int, NUM_IMAGES] = 64  # number of its images, a random subset
     batch_size: BatchSize = 64  # batch size per process
-    clipping: bool = True  # clip the predicted x_0 to [-1, 1], as sampling does
+    # bound: the variational bound; ode: also the likelihood by the probability-flow ODE, of any model
+    method: Literal["bound", "ode"] = "bound"
+    # ode: random directions for each image that estimate the divergence (Hutchinson); more take longer, and lower the standard error
+    probes: Annotated[int, at_least(1, 1)] = 1
+    # ode: relative and absolute tolerance of the solver
+    tolerance: Annotated[float, Range("from 1e-10 to 0.1, such as 1e-5", lambda value: 1e-10 <= value <= 0.1)] = 1e-5
+    clipping: bool = True  # clip the predicted x_0 to [-1, 1] in the bound, as sampling does
     weights: str = "ema"  # network weights: ema, raw, an EMA decay rate of the run, or sigma_rel=0.08 as in sample.py
     seed: Annotated[int, at_least(0, 0)] = 0  # random seed of the subset and of the noise
     num_threads: Threads = None  # CPU threads per process

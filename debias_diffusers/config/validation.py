@@ -786,6 +786,9 @@ def _timestep_problems(config: SampleConfig) -> list[str]:
 def bits_problems(config: BitsConfig) -> list[str]:
     """Everything that is wrong with a command that bounds bits per dimension, before the model is looked at."""
     found = range_problems(BitsConfig, dataclasses.asdict(config))
+    if config.method != "ode":
+        given = [name for name in ("probes", "tolerance") if getattr(config, name) != getattr(BitsConfig(model=""), name)]
+        found += [f"{name} is {getattr(config, name)}, but method is bound; add --method ode or leave {name} out" for name in given]
     return found + _network_weights_problems(config.weights) + _file_problems("output", config.output)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class EMA:
         _load(self.power_averages[sigma_rel], average)
 
 
-def _move_towards(weights: Sequence[Tensor], average: Mapping[str, Tensor], share: float) -> None:
+def _move_towards(weights: list[Tensor], average: Mapping[str, Tensor], share: float) -> None:
     """average <- average + share (weights - average)."""
     tensors = [local(tensor) for tensor in average.values()]
     if all(w.dtype == tensor.dtype and w.device == tensor.device for tensor, w in zip(tensors, weights)):
