@@ -174,10 +174,37 @@ METRICS: dict[str, MetricSpec] = {
         reference="images",
         layer_of="kid",
     ),
+    "kid_rbf": MetricSpec(
+        summary="kernel distance with a Gaussian (RBF) kernel",
+        figures={"kid_rbf": "lower", "kid_rbf_std": "neither"},
+        reference="images",
+        layer_of="kid",
+    ),
+    "cmmd": MetricSpec(
+        summary="CMMD, 1000 times the kernel distance of CLIP's embeddings",
+        figures={"cmmd": "lower"},
+        reference="images",
+        layer="clip",
+        extractor="clip-vit-l-14-336px",
+    ),
+    "fd_dinov2": MetricSpec(
+        summary="FD-DINOv2, the Frechet distance of DINOv2's features",
+        figures={"fd_dinov2": "lower"},
+        reference="statistics",
+        layer="dinov2",
+        extractor="dinov2-vit-l-14",
+    ),
     "prc": MetricSpec(
         summary="precision and recall",
         figures={"precision": "higher", "recall": "higher"},
         min_images=4,  # each with three neighbours
+        reference="images",
+        layer_of="prc",
+    ),
+    "dc": MetricSpec(
+        summary="density and coverage",
+        figures={"density": "higher", "coverage": "higher"},
+        min_images=6,  # each with five neighbours
         reference="images",
         layer_of="prc",
     ),

@@ -441,6 +441,8 @@ class ScoreConfig:
     # class labels of class-conditional models: in proportion as trained, all in turn, at random
     class_labels: Literal["data", "balanced", "drawn"] = "data"
     seed: ImageSeed = 0  # random seed of sampling, of subsets of images, of KID's subsets and of the bootstrap
+    # several random seeds of sampling for models, separated by commas, such as 0,1,2; seed alone if left out
+    sampling_seeds: str = ""
     # bootstrap samples for confidence intervals; 0 is off; 200 in compare, else 0, if left out
     bootstrap: Annotated[int | None, BOOTSTRAP] = None
     allow_few_images: bool = False  # compute metrics of fewer images than they need

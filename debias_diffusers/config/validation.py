@@ -697,6 +697,14 @@ def score_problems(config: ScoreConfig) -> list[str]:
         found.append(f"checkpoints is {config.checkpoints}, but must be all, or steps separated by commas, such as 1000,2000")
     found += _clip_problems("metrics", config.measure.metrics, config.clip_model)
     found += _network_weights_problems(config.weights)
+    seeds = config.sampling_seeds.split(",") if config.sampling_seeds else []
+    known = {int(part) for part in seeds if part.isdecimal() and int(part) < 2**32}
+    if len(known) < len(seeds):
+        found.append(
+            f"sampling_seeds is {config.sampling_seeds}, but must be different seeds below 2^32, separated by commas, such as 0,1,2"
+        )
+    if seeds and config.ema:
+        found.append("--ema sweep is a curve over sigma_rel of one sampling seed; leave sampling_seeds out")
     if config.ema and config.weights != "ema":
         found.append(f"weights is {config.weights}, but --ema sweep compares averages; leave one of the two out")
     if config.ema and ("," in config.steps or "," in config.schedulers or config.checkpoints):

@@ -37,8 +37,8 @@ from .image_sets import ImageSet, generated_images, holds_images, images_of_fold
 from .measure import Measure, make_measure
 from .metrics import Sample
 from .plots import is_our_picture
-from .reference import any_run, caption_column, open_reference, pinned_data, print_summary, reference_data
-from .results import Row, as_json, as_row, best_width, draw_curves, has_fields, table, unequal
+from .reference import any_run, caption_column, open_reference, pinned_data, print_summary, reference_data, training_of_run
+from .results import Row, as_json, as_row, best_width, draw_curves, has_fields, over_training_seeds, table, table_of_groups, unequal
 from .statistics import npz_statistics, read_statistics
 
 MAX_GENERATED = 50_000
@@ -76,6 +76,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
             write_file(figures, as_json(result))
             draw_curves(result["targets"], picture)
         print(table(result))
+        if "groups" in result:
+            print(f"\nmeans over training seeds, with 95% intervals over these:\n\n{table_of_groups(result['groups'])}")
         for sentence in unequal(result["targets"]):
             say(f"note: {sentence}")
         for best in result.get("best", ()):
@@ -289,7 +291,8 @@ def _drawn(
     if prompts and config.class_labels != "data":
         raise InputError(f"class_labels is {config.class_labels}, but {target} is a text-to-image model; leave it out")
     said = not accelerator.is_main_process
-    for step, width in product(_steps_of(Path(target), config.checkpoints), SWEEP if config.ema else (None,)):
+    seeds = [int(seed) for seed in config.sampling_seeds.split(",")] if config.sampling_seeds else [None]
+    for step, width, seed in product(_steps_of(Path(target), config.checkpoints), SWEEP if config.ema else (None,), seeds):
         for scheduler in config.schedulers.split(","):
             for steps in map(int, config.steps.split(",")):
                 command = SampleConfig(
@@ -298,7 +301,7 @@ def _drawn(
                     steps=steps,
                     num_images=count,
                     batch_size=config.measure.batch_size,
-                    seed=config.seed,
+                    seed=config.seed if seed is None else seed,
                     weights=f"sigma_rel={width}" if width else config.weights,
                     guidance_scale=config.guidance_scale,
                     **own,
@@ -311,7 +314,7 @@ def _drawn(
                 said = said or bool(prompts)  # they are the same for all
                 how = {"scheduler": job.settings["scheduler"], "steps": steps, "network_evaluations": job.network_evaluations}
                 how |= {"guidance_scale": job.options["guidance_scale"]} if prompts else {}
-                yield generated_images(job, count, target), {**how, "checkpoint": step, "sigma_rel": width}
+                yield generated_images(job, count, target), {**how, "checkpoint": step, "sigma_rel": width, "sampling_seed": seed}
 
 
 def _notes(job: Job, config: ScoreConfig, target: str) -> list[str]:
@@ -365,6 +368,8 @@ def _result(config: ScoreConfig, measure: Measure, compared: _Compared, rows: li
     of_prompts = {metric: {"weights_sha256": scorer.weights_sha256} for metric, scorer in measure.of_prompts.items()}
     if "clip_score" in of_prompts:
         of_prompts["clip_score"] |= {"clip_model": str(config.clip_model)}
+    targets = [as_row(row) for row in rows]
+    groups = over_training_seeds(targets, {target: found for target in config.targets if (found := training_of_run(target))})
     return {
         "reference": {"name": config.reference, "images": sample.count, "resolution": side} if sample else None,
         "extractor": {
@@ -376,7 +381,8 @@ def _result(config: ScoreConfig, measure: Measure, compared: _Compared, rows: li
         **({"of_prompts": of_prompts} if of_prompts else {}),
         "halves_of_the_reference": _distance_of_halves(sample, measure.layers, config) if sample else None,
         "seed": config.seed,
-        "targets": (targets := [as_row(row) for row in rows]),
+        "targets": targets,
+        **({"groups": groups} if groups else {}),
         **({"best": best_width(targets, next(iter(METRICS[config.measure.metrics.split(",")[0]].figures)))} if config.ema else {}),
     }
 
