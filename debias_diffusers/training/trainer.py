@@ -146,10 +146,10 @@ class Trainer:
         """The loss of each sample of a micro-batch, before any correction for how t is drawn."""
         place = self.accelerator.device
         x_0 = self.task.x_0(batch, place)
-        noise, of_input = (batch[name].to(place, non_blocking=True) if name in batch else None for name in ("noise", "input_noise"))
-        assert noise is not None
+        noise, *of_input = (batch[name].to(place, non_blocking=True) for name in ("noise", "input_noise") if name in batch)
         network = self.task.conditioned(self.state.model, batch, place)
-        return self.objective(network, x_0, noise, t, of_input, self.state.uncertainty)
+        learned = {} if self.state.uncertainty is None else {"uncertainty": self.state.uncertainty}
+        return self.objective(network, x_0, noise, t, *of_input, **learned)
 
     def _update(self, loss: Tensor, rate: float) -> Tensor:
         """The optimizer step, where loss and gradient are finite; returns the gradient norm ()."""
