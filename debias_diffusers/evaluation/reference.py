@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from ..config import hub_names
 from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
-from ..config.loading import read_config, stored
+from ..config.loading import CHANGEABLE, read_config, stored
 from ..config.schema import DIGITS, BitsConfig, DataConfig, MeasureConfig, TrainConfig
 from ..data import image_folders
 from ..data.sources import ImageFolder, Source, open_readable, open_source, summary
@@ -100,6 +100,18 @@ def caption_column(targets: Sequence[str]) -> str | None:
 def any_run(targets: Sequence[str]) -> bool:
     """Whether a target is a run, which knows its data."""
     return any(_values_of_run(target) is not None for target in targets)
+
+
+def training_of_run(target: str) -> dict[str, Any] | None:
+    """What shaped the training of a run directory, with its seed: the configuration without what any resume may change.
+
+    The number of steps is there, too. None of what is no run directory.
+    """
+    run = Path(target)
+    if not (run / CHECKPOINTS).is_dir() or not (run / CONFIG).is_file():
+        return None
+    values = {**stored(TrainConfig()), **read_config(str(run / CONFIG))}
+    return {name: value for name, value in values.items() if name == "max_steps" or name not in CHANGEABLE}
 
 
 def _of_same_files(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -27,6 +27,7 @@ from ..utils.files import fsync_file, fsync_folder, read_json, temporary_folder,
 
 FORMAT = 1
 MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampler.safetensors"  # files of tensors
+UNCERTAINTY = "uncertainty.safetensors"  # that is learned: apart from the networks, which others load
 MANIFEST = "manifest.json"
 OWN_HASH = "sha256"  # of the rest of the manifest: a flipped bit in "format" must not look like a newer version
 STATE = "state.json"

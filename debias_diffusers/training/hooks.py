@@ -20,6 +20,7 @@ from ..data.dataset import PositionBatchSampler, load_batch
 from ..diffusion.loss import Objective
 from ..diffusion.noise_schedule import at
 from ..diffusion.timestep_samplers import make_timestep_sampler
+from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
 from ..errors import CannotWriteError, InputError, NotFiniteError
 from ..evaluation.image_sets import process_batches
 from ..runs import checkpoints
@@ -190,7 +191,8 @@ class ValidationLoss:
         """Loss and mean square error of each of these images."""
         device, batch = self.accelerator.device, load_batch(self.held_out, indices)
         t, x_0 = self.timesteps.draw(batch["u"], indices), self.task.x_0(batch, device)
-        terms = self.objective(self.task.conditioned(self.network, batch, device), x_0, batch["noise"].to(device), t)
+        network, uncertainty = self.task.conditioned(self.network, batch, device), getattr(self.network, UNCERTAINTY_MODULE, None)
+        terms = self.objective(network, x_0, batch["noise"].to(device), t, uncertainty=uncertainty)
         return list(zip((at(self.density, t, terms.loss) * terms.loss).tolist(), terms.mse.tolist()))
 
 

@@ -32,7 +32,7 @@ class LossStatistics:
     @torch.no_grad()
     def add(self, t: Tensor, terms: Terms, weights: Tensor) -> None:
         """Adds a micro-batch: timesteps (B,) int64 on the CPU, their terms (B,), and the loss weights (T,) of all timesteps."""
-        w = at(weights, t, terms.loss)
+        w = at(weights, t, terms.loss) * (1 if terms.precision is None else terms.precision)
         bound = torch.zeros_like(w) if terms.bound is None else terms.bound
         rows = torch.stack([torch.ones_like(w), terms.loss, terms.mse, bound, w, w.square()]).float()
         self.sums.index_add_(1, (t * BINS // self.T).to(rows.device, non_blocking=True), rows)

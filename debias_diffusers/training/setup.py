@@ -25,7 +25,10 @@ from ..data.sources import RepeatedSource, Source, folder_repeats
 from ..data.validation_split import split_source
 from ..diffusion.loss import Objective, make_objective
 from ..diffusion.noise_schedule import require_noise_at_the_end, terminal_snr_problem
-from ..diffusion.timestep_samplers import make_timestep_sampler
+from ..diffusion.power_ema import KEPT
+from ..diffusion.timestep_samplers import final_timestep_sampler, make_timestep_sampler
+from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
+from ..diffusion.uncertainty import Uncertainty
 from ..errors import InputError, StoppedError, raise_all
 from ..hub import client
 from ..hub.publish import Publisher
@@ -202,7 +205,8 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
     """
     config, found, objective, task, monitor = plan.config, plan.found, plan.objective, plan.task, plan.monitor
     task.prepare()
-    network = _network(task, config.optimization, found, accelerator)
+    uncertainty = Uncertainty(len(objective.schedule)) if config.objective.learned_uncertainty else None
+    network = _network(task, config.optimization, found, accelerator, uncertainty)
     # For exporting and drawing: the same modules and tensors, without what `accelerator.prepare` does to `forward`; without tensors where
     # they are about to be sharded.
     unwrapped = state_dicts.with_weights(network, state_dicts.without_memory(network) if device.sharded(accelerator) else {})
@@ -212,6 +216,7 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         make_timestep_sampler(config.objective, objective.schedule, config.optimization.batch_size),
         LossStatistics(len(objective.schedule), accelerator.device),
         trained_alone=config.lora.lora_rank is not None,
+        uncertainty=uncertainty,
     )
     constants = _constants(config, found, accelerator, objective, task) | {"num_threads": plan.num_threads}
     if found:
@@ -228,7 +233,8 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         run.begin(config, constants.get(CHANGES, ()))
         parameters = state.optimizer_step.parameters
         weights = sum(p.nbytes for p in parameters)
-        averages = sum(average.nbytes for rate in state.optimizer_step.ema.averages.values() for average in rate.values())
+        ema = state.optimizer_step.ema
+        averages = sum(tensor.nbytes for kind in (ema.averages, ema.power_averages) for each in kind.values() for tensor in each.values())
         device.warn_of_little_space(run.folder, weights + averages + state_bytes(config.optimization.optimizer, parameters))
     if monitor:
         with told_by_the_first(accelerator):
@@ -388,8 +394,10 @@ def _monitor(config: TrainConfig, source: Source, accelerator: Accelerator) -> M
 # ---- network ---------------------------------------------------------------------------------------------------------
 
 
-def _network(task: Task, optim: OptimizationConfig, found: Checkpoint | None, accelerator: Accelerator) -> nn.Module:
-    """The network on its device, with fresh weights or those of `init`."""
+def _network(
+    task: Task, optim: OptimizationConfig, found: Checkpoint | None, accelerator: Accelerator, uncertainty: Uncertainty | None
+) -> nn.Module:
+    """The network on its device, with fresh weights or those of `init`; a learned uncertainty becomes a part of it."""
     torch.manual_seed(seeding.derive_seed(optim.seed, "weights", 0))
     network = task.build()
     if optim.init and found is None:
@@ -397,6 +405,8 @@ def _network(task: Task, optim: OptimizationConfig, found: Checkpoint | None, ac
         for sentence in (*(f"warning: {warning}" for warning in warnings), f"starting from the weights of {optim.init}"):
             if accelerator.is_main_process:
                 say(sentence)
+    if uncertainty is not None:  # so that whatever trains, averages and saves a network does the same with it
+        network.add_module(UNCERTAINTY_MODULE, uncertainty)
     if optim.param_dtype == "bf16":
         network.bfloat16()  # not by .to(), for which diffusers prints a warning
     return device.to_train(network, accelerator, optim.optimizer)
@@ -416,7 +426,7 @@ def _wrapped(network: nn.Module, optim: OptimizationConfig, accelerator: Acceler
 def _optimizer_step(task: Task, network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> OptimizerStep:
     """Optimizer and averages over the parameters as they are after the network was wrapped."""
     trained = task.trained(network)
-    ema = EMA(trained, optim.ema_decay, optim.ema_warmup, optim.ema_on_cpu)
+    ema = EMA(trained, optim.ema_decay, optim.ema_warmup, optim.ema_on_cpu, KEPT if optim.post_hoc_ema else ())
     if optim.ema_on_cpu and accelerator.device.type == "cpu" and accelerator.is_main_process:
         say("ema_on_cpu changes nothing here: the averages of a training on a CPU are in main memory anyway")
     # A loss that is not finite is never the search of fp16 for its scale, an overflowing gradient may be.
@@ -458,7 +468,7 @@ def _ema_hooks(
     images = EmaImages(task, averaged, accelerator, batch_size, present)
     hooks: list[Hook] = [SampleGrid(config.run.sample_every, images, run)]
     if task.held_out:
-        sampler = make_timestep_sampler(config.objective, objective.schedule)
+        sampler = final_timestep_sampler(config.objective, objective.schedule)  # so that the losses of a run can be compared
         density = sampler.probabilities * sampler.corrections
         every = config.run.validation_every
         hooks.append(ValidationLoss(every, task, averaged, objective, density, accelerator, batch_size, present))

@@ -117,6 +117,7 @@ class Trainer:
         """
         total = torch.zeros((), device=self.accelerator.device)
         parts = self.positions.micro_batches(self.step)
+        self.state.timestep_sampler.begin_step(self.step)
         corrections = self.state.timestep_sampler.corrections
         weights = corrections if self.objective.weights is None else corrections * self.objective.weights
         losses = []
@@ -146,7 +147,9 @@ class Trainer:
         place = self.accelerator.device
         x_0 = self.task.x_0(batch, place)
         noise, *of_input = (batch[name].to(place, non_blocking=True) for name in ("noise", "input_noise") if name in batch)
-        return self.objective(self.task.conditioned(self.state.model, batch, place), x_0, noise, t, *of_input)
+        network = self.task.conditioned(self.state.model, batch, place)
+        learned = {} if self.state.uncertainty is None else {"uncertainty": self.state.uncertainty}
+        return self.objective(network, x_0, noise, t, *of_input, **learned)
 
     def _update(self, loss: Tensor, rate: float) -> Tensor:
         """The optimizer step, where loss and gradient are finite; returns the gradient norm ()."""
@@ -213,7 +216,11 @@ class Trainer:
         size, place = self.positions.micro_batch_size, self.accelerator.device
         batch = self.task.dummy_batch(size)  # of the shape of training batches, or `compile` would compile twice
         network = self.task.conditioned(self.state.model, batch, place)
-        network(self.task.x_0(batch, place), torch.zeros(size, dtype=torch.long, device=place)).sum().backward()
+        t = torch.zeros(size, dtype=torch.long)
+        output = network(self.task.x_0(batch, place), t.to(place)).sum()
+        if self.state.uncertainty is not None:  # DDP waits for the gradients of all parameters
+            output = output + self.state.uncertainty(t).sum()
+        output.backward()
         self.state.optimizer_step.optimizer.zero_grad()
 
     # ---- errors ------------------------------------------------------------------------------------------------------
