@@ -27,6 +27,10 @@ class Terms:
     mse: Tensor  # (B,) mean square of prediction - target
     bound: Tensor | None = None  # (B,) the variational bound's term in bits per dimension, where the variance is learned
 
+    def detached(self) -> Terms:
+        """The same numbers without their graph."""
+        return Terms(self.loss.detach(), self.mse.detach(), None if self.bound is None else self.bound.detach())
+
 
 @dataclass(frozen=True)
 class Objective:
