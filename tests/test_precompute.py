@@ -1,5 +1,6 @@
 """`--precompute_dir`: latents and text embeddings on the disk. Nothing stale, nothing twice, and the bits of a run without it."""
 
+import errno
 import functools
 import json
 import os
@@ -236,6 +237,17 @@ def test_the_bits_are_those_of_a_run_without_the_folder(base, data, tmp_path, mo
     assert capsys.readouterr().err.count("is damaged; what it held is computed anew") == 4
     prepared(base, data, folder, random_flip=True)
     assert "computing" not in capsys.readouterr().err
+    # One that cannot be read now, as where a disk is lost for a moment, is computed anew and left alone.
+    lost = shards(folder / "latents")[0]
+
+    def failing(path, mode):
+        if path == lost:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open(path, mode)
+
+    monkeypatch.setattr(tensor_store, "open", failing, raising=False)
+    prepared(base, data, folder, random_flip=True)
+    assert f"{lost} cannot be read: Input/output error; what it held is computed anew" in capsys.readouterr().err and lost.is_file()
 
 
 def slow(shard_bytes=1):

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from ..config.schema import TextConfig
 from ..errors import InputError, reason
 from ..hub import client
-from ..pipelines.loading import folder_of_model, load_part
+from ..pipelines.loading import folder_of_model, load_part, require_finite
 from ..runs.model_folder import MODEL_INDEX, part_config, require_text_model, text_parts
 from ..tasks.base_model import UNUSED, open_base
-from ..tasks.unet import require_finite
 from ..utils import text_libraries
 from ..utils.console import say
 from ..utils.files import atomic_write, filled_folder, new_folder, read_json_object, require_new_file

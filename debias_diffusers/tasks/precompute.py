@@ -6,6 +6,7 @@ another key.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from ..errors import CannotWriteError
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, gather_from_all, told_by_the_first
 from ..utils.files import free_bytes, require_writable
-from .tensor_store import Place, ShardWriter, StoredTensors, TensorStore
+from .tensor_store import DAMAGED, Place, ShardWriter, StoredTensors, TensorStore
 
 FORMAT = 1  # to be raised with every change of how images are decoded and resized, and of how images and captions are encoded
 FILES_AT_ONCE, SHARDS_AT_ONCE = 1024, 4  # that a process reads before it tells the others
@@ -126,7 +127,7 @@ class Precomputed(Mapping[E, Mapping[str, Tensor]]):
 class Precomputation(Generic[E]):
     """What a folder has of some entries, and what is still to be computed. All processes must make and fill it together.
 
-    Shards that are damaged are named and removed, and what they held is computed anew.
+    Shards that are damaged or cannot be read are named, and what they held is computed anew. Damaged ones are removed.
     """
 
     def __init__(self, folder: Path, what: str, keys: Mapping[E, bytes], accelerator: Accelerator) -> None:
@@ -140,11 +141,14 @@ class Precomputation(Generic[E]):
         shards = broadcast_from_first(self.store.keys, self.accelerator)
         wanted = set(self.keys.values())
         names = [name for name, keys in shards.items() if keys is None or not wanted.isdisjoint(keys)]
-        whole = shared(lambda k: self.store.is_whole(names[k]), len(names), SHARDS_AT_ONCE, self.accelerator, f"verifying the {self.what}")
-        for name in (name for name, sound in zip(names, whole) if not sound and self.accelerator.is_main_process):
-            say(f"{self.store.folder / name} is damaged; what it held is computed anew")
-            self.store.remove(name)
-        used = {name: shards[name] or [] for name, sound in zip(names, whole) if sound}
+        found = shared(lambda k: self.store.fault(names[k]), len(names), SHARDS_AT_ONCE, self.accelerator, f"verifying the {self.what}")
+        faults = {name: fault for name, fault in zip(names, found) if fault}
+        for name, fault in faults.items() if self.accelerator.is_main_process else ():
+            say(f"{self.store.folder / name} {fault}; what it held is computed anew")
+            if fault == DAMAGED:
+                with contextlib.suppress(OSError):  # in a folder that cannot be written to
+                    self.store.remove(name)
+        used = {name: shards[name] or [] for name in names if name not in faults}
         return {key: (name, row) for name, keys in used.items() for row, key in enumerate(keys) if key in wanted}
 
     def filled(self, groups: Sequence[Group[E]], encode: Encode[E]) -> Precomputed[E]:
@@ -205,5 +209,5 @@ def say_size(folder: str, missing: Mapping[str, tuple[int, int]], accelerator: A
 
 
 def _free_in(folder: str) -> int:
-    require_writable(Path(folder) / "file")
+    require_writable(Path(folder) / "latents")
     return free_bytes(Path(folder))
