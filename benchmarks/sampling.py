@@ -83,13 +83,15 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", nargs="+", default=[f"{name}:{steps}" for name, steps in ROWS], metavar="SOLVER:STEPS")
     options = parser.parse_args()
+    rows = [(name, int(steps)) for name, steps in (row.split(":") for row in options.rows)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or str(digits(Path(folder)))
         given = {"dtype": options.dtype, "compile": options.compile, "guidance_scale": options.guidance_scale}
         jobs = []
-        for name, steps in ROWS:
+        for name, steps in rows:
             config = SampleConfig(model=model, scheduler=name, steps=steps, batch_size=options.batch_size, output_dir="", **given)
             jobs.append(make_job(config, device))
     clocks = [Clock(job.pipeline.unet) for job in jobs]
@@ -99,7 +101,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{where}, torch {torch.__version__}, {options.dtype}, batches of {options.batch_size}, compile {options.compile}\n")
     print("| solver | steps | images/s | in the network |\n|---|---|---|---|")
-    for k, (name, steps) in enumerate(ROWS):
+    for k, (name, steps) in enumerate(rows):
         speed, share = (statistics.median(values) for values in zip(*(turn[k] for turn in measured)))
         print(f"| {name} | {steps} | {speed:.0f} | {share:.1%} |")
 

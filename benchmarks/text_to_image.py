@@ -5,12 +5,13 @@
 
 Case tiny is the packaged base model of the captioned digits at its batch of 64. Medium has a UNet of 31 million parameters at 128x128
 and a VAE that takes a fifth of its FLOPs, as SDXL's takes a quarter (counted: 20.2 and 4.9 TFLOP for an image of 1024x1024). Full is
-Stable Diffusion XL's own size with random weights, at 512x512 in bf16.
+Stable Diffusion XL's own size with random weights, at 1024x1024 in bf16, 4 images a step and one at a time; only its text encoders have
+one layer, because they have done their work before the first step.
 
-Both load the same files, encode captions once, train with AdamW (full: Adafactor) and one average, clip, and read the loss: the plain
-loop in each step. `known` has the latents of all images before the first step, `encoded` computes them in each. Each runs in a process
-of its own, all in turn, `--rounds` times; a table has the medians. "outside" is the share of the time that is neither forward (with
-the VAE), backward nor update.
+Both load the same files, encode captions once, train with AdamW (full: Adafactor) and one average (full: none), clip, and read the
+loss: the plain loop in each step. `known` has the latents of all images before the first step, `encoded` computes them in each; in the
+case full they are known, and the rows are ways to train it. Each runs in a process of its own, all in turn, `--rounds` times; a table
+has the medians. "outside" is the share of the time that is neither forward (with the VAE), backward nor update.
 """
 
 import argparse
@@ -32,9 +33,19 @@ USUAL = (
 CASES = {
     "tiny": "--resolution 8 --batch_size 64 --ema_decay 0.995",
     "medium": "--resolution 128 --batch_size 4 --ema_decay 0.995",
-    "full": "--resolution 512 --batch_size 4 --ema_decay 0 --mixed_precision bf16 --gradient_checkpointing --optimizer adafactor",
+    "full": "--resolution 1024 --batch_size 4 --micro_batch_size 1 --ema_decay 0 --mixed_precision bf16 NO_SAVE",
 }
-IMAGES = {"tiny": 512, "medium": 64, "full": 32}
+IMAGES = {"tiny": 512, "medium": 64, "full": 8}
+CHECKPOINTED, BF16_WEIGHTS = "--gradient_checkpointing", "--param_dtype bf16"
+RECIPES = {  # of the case full
+    "Adafactor": f"--optimizer adafactor {CHECKPOINTED}",
+    "AdamW": f"--optimizer adamw {CHECKPOINTED}",
+    "Adafactor, weights in bf16": f"--optimizer adafactor {CHECKPOINTED} {BF16_WEIGHTS}",
+    "Adafactor, weights in bf16, no gradient checkpointing": f"--optimizer adafactor {BF16_WEIGHTS}",
+    "LoRA of rank 16, base in bf16": f"--lora_rank 16 {CHECKPOINTED} {BF16_WEIGHTS}",
+    "LoRA of rank 16, base in bf16, no gradient checkpointing": f"--lora_rank 16 {BF16_WEIGHTS}",
+    "LoRA of rank 16, base in bf16, compiled": f"--lora_rank 16 {BF16_WEIGHTS} --compile",
+}
 MEDIUM_UNET = {
     "block_out_channels": [64, 128, 256],
     "layers_per_block": 2,
@@ -55,8 +66,14 @@ FULL_UNET = MEDIUM_UNET | {
     "block_out_channels": [320, 640, 1280],
     "transformer_layers_per_block": [1, 2, 10],
     "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
 }
 FULL_VAE = MEDIUM_VAE | {"block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32}
+FULL_TEXT = {"num_hidden_layers": 1, "max_position_embeddings": 77}
+FULL_ENCODER = FULL_TEXT | {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+FULL_ENCODER_2 = FULL_TEXT | {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "projection_dim": 1280}
 UNETS, VAES = {"medium": MEDIUM_UNET, "full": FULL_UNET}, {"medium": MEDIUM_VAE, "full": FULL_VAE}
 
 
@@ -64,11 +81,12 @@ UNETS, VAES = {"medium": MEDIUM_UNET, "full": FULL_UNET}, {"medium": MEDIUM_VAE,
 
 
 def make_base(case: str, folder: Path) -> None:
-    """The packaged base model with a random UNet of this case, and a random VAE where the case has another."""
+    """The packaged base model with a random UNet of this case, and random VAE and text encoders where the case has others."""
     import shutil
 
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     from debias_diffusers.tasks.base_model import PACKAGED
 
@@ -76,9 +94,16 @@ def make_base(case: str, folder: Path) -> None:
     torch.manual_seed(0)
     parts: list[tuple[str, Any, dict[str, Any]]] = [("unet", UNet2DConditionModel, UNETS.get(case, {}))]
     parts += [("vae", AutoencoderKL, VAES[case])] if case in VAES else []
-    for name, kind, changes in parts:
-        config = json.loads((folder / name / "config.json").read_text()) | changes
-        kind.from_config(config).save_pretrained(folder / name)
+    full = case == "full"
+    if full:
+        parts += [("text_encoder", CLIPTextModel, FULL_ENCODER), ("text_encoder_2", CLIPTextModelWithProjection, FULL_ENCODER_2)]
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # billions of random numbers take a CPU minutes
+        for name, kind, changes in parts:
+            config = json.loads((folder / name / "config.json").read_text()) | changes
+            network = kind(kind.config_class(**config)) if name.startswith("text") else kind.from_config(config)
+            network.to(torch.bfloat16 if full else torch.float32).save_pretrained(folder / name)
+    for path in folder.glob("tokenizer*/tokenizer_config.json") if full else ():
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 77}))
 
 
 def make_data(folder: Path, count: int, side: int) -> None:
@@ -108,7 +133,7 @@ def plain(flags: list[str], clock: Clock) -> dict[str, Any]:
     from debias_diffusers.utils import distributed
 
     known = "random" not in flags  # the crop of ours, with which it encodes in each step
-    config = train_config(flags, None)
+    config = train_config([flag for flag in flags if flag not in training.WORDS], None)
     optim = config.optimization
     accelerator = Accelerator(mixed_precision=optim.mixed_precision)
     distributed.set_threads(optim.num_threads)
@@ -125,20 +150,14 @@ def plain(flags: list[str], clock: Clock) -> dict[str, Any]:
     step = 0
     while step < optim.max_steps:
         for batch in clock.batches(lambda: loader)():
-            with clock.part("forward"):
-                posterior = batch["mean"] + batch["std"] * torch.randn_like(batch["mean"]) if known else _encoded(vae, batch["pixels"])
-                latents = posterior * vae.config.scaling_factor
-                noise = torch.randn_like(latents)
-                t = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-                noisy = scheduler.add_noise(latents, noise, t)
-                added = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}
-                predicted = unet(noisy, t, batch["text"], added_cond_kwargs=added, return_dict=False)[0]
-                v = scheduler.config.prediction_type == "v_prediction"
-                target = scheduler.get_velocity(latents, noise, t) if v else noise
-                loss = torch.nn.functional.mse_loss(predicted.float(), target.float())
-                mean_loss = accelerator.gather(loss.repeat(optim.batch_size)).mean()
-            with clock.part("backward"):
-                accelerator.backward(loss)
+            micro = optim.micro_batch_size or optim.batch_size
+            for start in range(0, optim.batch_size, micro):
+                part = {name: value[start : start + micro] for name, value in batch.items()}
+                with clock.part("forward"):
+                    loss = _loss(unet, vae, scheduler, part, known) * micro / optim.batch_size
+                    mean_loss = accelerator.gather(loss.detach().repeat(micro)).mean()
+                with clock.part("backward"):
+                    accelerator.backward(loss)
             _ = clock.signum
             with clock.part("update"):
                 accelerator.clip_grad_norm_(unet.parameters(), 1.0)
@@ -152,6 +171,20 @@ def plain(flags: list[str], clock: Clock) -> dict[str, Any]:
             if step == optim.max_steps:
                 break
     return {}
+
+
+def _loss(unet: Any, vae: Any, scheduler: Any, batch: dict[str, Any], known: bool) -> Any:
+    import torch
+
+    posterior = batch["mean"] + batch["std"] * torch.randn_like(batch["mean"]) if known else _encoded(vae, batch["pixels"])
+    latents = posterior * vae.config.scaling_factor
+    noise = torch.randn_like(latents)
+    t = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+    added = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}
+    predicted = unet(scheduler.add_noise(latents, noise, t), t, batch["text"], added_cond_kwargs=added, return_dict=False)[0]
+    v = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, t) if v else noise
+    return torch.nn.functional.mse_loss(predicted.float(), target.float())
 
 
 def _optimizer(unet: Any, name: str, rate: float) -> Any:
@@ -221,25 +254,37 @@ def case(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]
     make_data(folder / f"{name}-data", IMAGES[name], side)
     flags = f"--base_model {folder / name} --dataset {folder / f'{name}-data'} {CASES[name]} {USUAL}"
     flags += " --num_threads 1" * options.cpu_time
-    variants = {(which, loop): f"{flags}{' --crop random' * (which == ENCODED)}" for which in (KNOWN, ENCODED) for loop in (PLAIN, OURS)}
-    runs: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in variants}
+    variants = {key: (loop, f"{flags} {more}") for key, (loop, more) in rows_of(name).items()}
+    runs: dict[str, list[dict[str, Any]]] = {key: [] for key in variants}
     for _ in range(options.rounds):
-        for key, all_flags in variants.items():
-            run = training.measured(training.BASELINE if key[1] == PLAIN else key[1], all_flags, options, script=__file__)
-            if run is None:
-                sys.exit("without all of its runs there is nothing to compare")
-            runs[key].append(run)
+        for key, (loop, all_flags) in variants.items():
+            run = training.measured(key, loop, all_flags, options)
+            if run is None and loop is plain:
+                sys.exit("without the plain loop there is nothing to compare with")
+            runs[key] += [run] if run else []
     rows = {}
-    for (which, loop), several in runs.items():
+    for key, several in runs.items():
+        if len(several) < options.rounds:
+            continue  # which was said
         row = training.median(several)
         inside = sum(row["parts"][part] for part in ("forward", "backward", "update"))
-        ratio = statistics.median(p["seconds"] / o["seconds"] for p, o in zip(runs[which, PLAIN], several))
-        rows[f"{loop}, {which}"] = row | {
+        beside = runs[PLAIN + key.removeprefix(OURS) if name != "full" else next(iter(runs))]
+        rows[key] = row | {
             "images_per_second": batch / row["seconds"],
-            "ratio": ratio,
+            "ratio": statistics.median(p["seconds"] / o["seconds"] for p, o in zip(beside, several)),
             "outside": 1 - inside / row["seconds"],
         }
     return rows
+
+
+def rows_of(case: str) -> dict[str, tuple[training.Loop, str]]:
+    """Loop and flags of each row of a table."""
+    if case == "full":
+        first = f"{PLAIN}, Adafactor"
+        return {first: (plain, RECIPES["Adafactor"])} | {f"{OURS}, {key}": (training.ours, flags) for key, flags in RECIPES.items()}
+    loops = ((PLAIN, plain), (OURS, training.ours))
+    of_latents = ((KNOWN, ""), (ENCODED, "--crop random"))
+    return {f"{name}, {latents}": (loop, flags) for latents, flags in of_latents for name, loop in loops}
 
 
 def table(name: str, rows: dict[str, Any]) -> str:
@@ -267,9 +312,6 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=10, help="steps before them")
     training.add_common(parser)
     options = parser.parse_args()
-    if options.one:
-        training.one(options, plain)
-        return
     where = torch.cuda.get_device_name() if gpu else f"{len(os.sched_getaffinity(0))} CPU cores"
     print(f"{where}, torch {torch.__version__}, medians of {options.rounds} runs of {options.steps} steps\n")
     everything: dict[str, Any] = {"device": where, "torch": torch.__version__, "cases": {}}

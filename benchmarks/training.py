@@ -3,33 +3,39 @@
     python benchmarks/training.py                                  # on CPUs cases a and b, on an accelerator b and c too
     python benchmarks/training.py --cases b --rounds 5 --json training.json
     python benchmarks/training.py --cases b --variants float32 "float32 other layout" --variant "often=--checkpoint_every 5"
+    python benchmarks/training.py --cases c --rounds 1 --variants "bf16 compiled" --trace traces      # kernels by the time that they take
 
 Case a is the digits' network at its batch of 64; b is 32x32 with 64 channels x (1, 2, 2, 2), 7 632 262 parameters, batch 16; c is
 CelebA-HQ at 256x256, 93 563 910 parameters, batch 8, on an accelerator only. Images are made up: their content costs nothing.
 
 `baseline` is a plain float32 loop in the manner of the paper's code: AdamW parameter by parameter, averages parameter by parameter,
-the loss read in each step; on a GPU with TF32 in convolutions only, as torch has it. The others are `train.py` with some flags. Each
-runs in a process of its own, all in turn, `--rounds` times, so that what else the machine does falls on all alike; a table has the
-medians. ms per step are split into data (waiting for the loader), forward, backward, update (norm, clipping, optimizer, averages),
-logging and the rest; on an accelerator in a run of its own that waits for the device after each part, so that they add up to more
-than a step. `checkpoint` is what the saves take of the loop's own time, in seconds: usually one, the last, which is waited for.
-FLOPs are counted, forward and backward; "of best" is their rate as a share of what the network's own convolutions and products reach
-one by one, in the same precision and in the memory layout that is best for each.
+the loss read in each step; on a GPU with TF32 in convolutions only, as torch has it, and once more without any and with all TF32.
+The others are `train.py` with some flags. Each runs in a process of its own, forked from one that has imported what it needs, all in
+turn, `--rounds` times, so that what else the machine does falls on all alike; a table has the medians. "first step s" counts from
+there: without imports, with compilation.
+
+ms per step are split into data (waiting for the loader), forward, backward, update (norm, clipping, optimizer, averages), logging and
+the rest; on an accelerator in a shorter run of its own that waits for the device after each part, so that they add up to more than a
+step. `checkpoint` is what the saves take of the loop's own time, in seconds: usually one, the last, which is waited for. FLOPs are
+counted, forward and backward; "of best" is their rate as a share of what the network's own convolutions and products reach one by one,
+in the same precision and in the memory layout that is best for each.
 """
 
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import resource
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,7 +63,10 @@ VARIANTS = {
     "bf16 other layout": "--mixed_precision bf16 OTHER_LAYOUT",
 }
 BASELINE = "baseline"
+BASELINES_ON_A_GPU = {"baseline without TF32": "NO_TF32", "baseline with all TF32": "ALL_TF32"}
+WORDS = ("OTHER_LAYOUT", "NO_TF32", "ALL_TF32", "NO_SAVE")  # among the flags of a variant: for the benchmark
 NOW = {False: time.perf_counter, True: time.process_time}  # by whether CPU seconds count
+Loop = Callable[[list[str], "Clock"], dict[str, Any]]  # trains with flags
 PARTS = ("data", "forward", "backward", "update", "logging")
 
 
@@ -146,13 +155,15 @@ def ours(flags: list[str], clock: Clock) -> dict[str, Any]:
     from debias_diffusers.training.hooks import Checkpointer
     from debias_diffusers.training.setup import make_trainer
 
-    config = train_config([flag for flag in flags if flag != "OTHER_LAYOUT"], None)
+    config = train_config([flag for flag in flags if flag not in WORDS], None)
     # Backward with the release of its graph, which the plain loops have within forward, where a name gets its next value.
     parts = [(trainer.Trainer, "_terms", "forward"), (trainer.Trainer, "_backward", "backward"), (trainer.Trainer, "_update", "update")]
     parts += [(trainer.Logger, "log_step", "logging"), (Checkpointer, "save", "checkpoint")]
     with contextlib.ExitStack() as patches:
         for owner, name, part in parts:
             patches.enter_context(patch.object(owner, name, clock.counted(part, getattr(owner, name))))
+        if "NO_SAVE" in flags:
+            patches.enter_context(patch.object(Checkpointer, "save", lambda *_, **__: None))
         if "OTHER_LAYOUT" in flags:
             patches.enter_context(patch.object(device, "memory_format", other_layout(device.memory_format)))
         patches.enter_context(patch.object(trainer, "micro_batches", clock.batches(trainer.micro_batches)))
@@ -175,7 +186,9 @@ def baseline(flags: list[str], clock: Clock) -> dict[str, Any]:
     from debias_diffusers.tasks.pixels import PixelTask
     from debias_diffusers.utils import distributed
 
-    config = train_config(flags, None)
+    config = train_config([flag for flag in flags if flag not in WORDS], None)
+    if "NO_TF32" in flags or "ALL_TF32" in flags:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = "ALL_TF32" in flags
     target = "cuda" if torch.cuda.is_available() else "cpu"
     objective, task = make_objective(config.objective), PixelTask(config, open_source(config.data))
     sampler = make_timestep_sampler(config.objective, objective.schedule)
@@ -208,28 +221,42 @@ def baseline(flags: list[str], clock: Clock) -> dict[str, Any]:
     return {"checkpoint_s": None}
 
 
-def one(options: argparse.Namespace, plain: Callable[[list[str], Clock], dict[str, Any]] = baseline) -> None:
-    """Trains once, with `train.py` or a plain loop, and prints what was seen as JSON."""
+def one(options: argparse.Namespace, loop: Loop, flags: str) -> dict[str, Any]:
+    """Trains once with a loop and returns what was seen."""
     import torch
 
     clock = Clock(options.wait, NOW[options.cpu_time])
-    flags = shlex.split(options.flags)
-    flags += ["--max_steps", str(options.warm + options.steps), "--output_dir", str(Path(options.folder) / "run")]
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    found = (plain if options.one == BASELINE else ours)(flags, clock)
+    gpu, started = torch.cuda.is_available(), time.time()
+    with tempfile.TemporaryDirectory() as folder, traced(options.trace):
+        every = [*shlex.split(flags), "--max_steps", str(options.warm + options.steps), "--output_dir", str(Path(folder) / "run")]
+        with contextlib.redirect_stdout(sys.stderr):
+            found = loop(every, clock)
     begun, *_, ended = clock.moments[options.warm :]
     before, *_, after = clock.by_then[options.warm :]
     parts = {name: (after[name] - before[name]) / (options.steps - 1) for name in PARTS}
     seconds = (ended - begun) / (options.steps - 1)
-    gpu = torch.cuda.is_available()
-    found |= {
+    return found | {
         "seconds": seconds,
         "parts": parts | {"rest": seconds - sum(parts.values())},
         "peak_mb": (torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e6,
-        "first_step_s": clock.first_step - options.started,
+        "first_step_s": clock.first_step - started,
     }
-    print(json.dumps(found))
+
+
+@contextlib.contextmanager
+def traced(path: str | None) -> Iterator[None]:
+    """Writes a table of the operations and kernels by their own time to a file, or does nothing without one."""
+    if path is None:
+        yield
+        return
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
+        yield
+    order = "self_device_time_total" if gpu else "self_cpu_time_total"
+    Path(path).write_text(profiler.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=80))
 
 
 # ---- the network's work, and the best rate at which it can be done ----------------------------------------------------
@@ -350,18 +377,20 @@ def make_images(folder: Path) -> None:
             small.resize((side, side), Image.Resampling.BICUBIC).save(folder / str(side) / f"{k:04d}.{kind}")
 
 
-def measured(name: str, flags: str, options: argparse.Namespace, wait: bool = False, script: str = __file__) -> dict[str, Any] | None:
-    """One run of a variant in a process of its own, of a benchmark that calls `one`; None where it failed, which is said."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, script, "--one", name, f"--flags={flags}", "--folder", folder, "--started", str(time.time())]
-        command += ["--steps", str(options.steps), "--warm", str(options.warm)]
-        command += [flag for flag, on in (("--wait", wait), ("--cpu_time", options.cpu_time)) if on]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        print(f"{name}: {shlex.join(command)} ended with {done.returncode}\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
-        return None
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+def measured(name: str, loop: Loop, flags: str, options: argparse.Namespace, **changes: Any) -> dict[str, Any] | None:
+    """One run of a variant in a process of its own; None where it failed, which is said."""
+    # A process that has asked CUDA for its devices cannot be forked; the server only asks the driver whether there is one.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["debias_diffusers.cli", "debias_diffusers.training.setup", "debias_diffusers.tasks.text_to_image"])
+    with ProcessPoolExecutor(1, mp_context=server) as pool:
+        try:
+            return pool.submit(one, argparse.Namespace(**{**vars(options), "wait": False, "trace": None, **changes}), loop, flags).result()
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            print(f"{name}: {flags}\n{''.join(traceback.format_exception(error))[-3000:]}", file=sys.stderr, flush=True)
+            return None
 
 
 def median(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -379,11 +408,14 @@ def case(name: str, variants: dict[str, str], options: argparse.Namespace, image
 
     options = argparse.Namespace(**{**vars(options), "warm": max(options.warm, WARM.get(name, 0))})
     flags = f"{CASES[name].replace('IMAGES', str(images))} {USUAL} {'--num_threads 1' if options.cpu_time else ''}"
-    every = {BASELINE: f"{flags} --num_workers 1 --mixed_precision no"} | {key: f"{flags} {more}" for key, more in variants.items()}
+    plain = {BASELINE: ""} | (BASELINES_ON_A_GPU if torch.cuda.is_available() else {})
+    every = {key: f"{flags} --num_workers 1 --mixed_precision no {more}" for key, more in plain.items()}
+    every |= {key: f"{flags} {more}" for key, more in variants.items()}
+    loops = {key: baseline if key in plain else ours for key in every}
     runs: dict[str, list[dict[str, Any]]] = {key: [] for key in every}
     for _ in range(options.rounds):
         for key, all_flags in list(every.items()):
-            run = measured(key, all_flags, options)
+            run = measured(key, loops[key], all_flags, options)
             if run:
                 runs[key].append(run)
             else:  # the others are worth having
@@ -397,7 +429,11 @@ def case(name: str, variants: dict[str, str], options: argparse.Namespace, image
     rows = {key: median(several) for key, several in runs.items()}
     for key, row in rows.items():
         if torch.cuda.is_available():  # the parts wait for the device, so they are measured apart
-            row["parts"] = (measured(key, every[key], options, wait=True) or row)["parts"]
+            row["parts"] = (measured(key, loops[key], every[key], options, wait=True, warm=5, steps=10) or row)["parts"]
+        if options.trace:
+            Path(options.trace).mkdir(parents=True, exist_ok=True)
+            file = Path(options.trace) / f"{name}-{key.replace(' ', '-')}.txt"
+            measured(key, loops[key], every[key], options, trace=str(file), warm=3, steps=10)
         row["images_per_second"] = found["images"] / row["seconds"]
         row["ratio"] = rows[BASELINE]["seconds"] / row["seconds"]
         row["of_best"] = found["flops"] / row["seconds"] / best[precision_of(every[key])]
@@ -431,10 +467,6 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cpu_time", action="store_true", help="one CPU thread, whose own seconds count: for a machine at other work")
     parser.add_argument("--json", help="write all figures to this file")
-    for name in ("--one", "--flags", "--folder"):  # of a process that this one starts
-        parser.add_argument(name, help=argparse.SUPPRESS)
-    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--wait", action="store_true", help=argparse.SUPPRESS)
 
 
 def main() -> None:
@@ -449,11 +481,9 @@ def main() -> None:
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=FLAGS", help="one more, with flags of train.py")
     parser.add_argument("--steps", type=int, default=50 if gpu else 20, help="steps that count, of each run")
     parser.add_argument("--warm", type=int, default=15 if gpu else 5, help="steps before them")
+    parser.add_argument("--trace", metavar="FOLDER", help="write there which operations and kernels take the time, of a run of each")
     add_common(parser)
     options = parser.parse_args()
-    if options.one:
-        one(options)
-        return
     variants = {name: VARIANTS[name] for name in options.variants}
     variants |= {name: f"--mixed_precision no {flags}" for name, flags in (given.split("=", 1) for given in options.variant)}
     where = torch.cuda.get_device_name() if gpu else f"{len(os.sched_getaffinity(0))} CPU cores"

@@ -49,7 +49,7 @@ CHANGEABLE = {
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
     "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "allow_pickle_import",
     "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode", "ddp_timeout", "sample_prompts", "sample_guidance_scale",
-    "clip_model", "precompute_dir", "ema_on_cpu", "sharded_checkpoints",
+    "clip_model", "precompute_dir", "ema_on_cpu", "sharded_checkpoints", "deterministic",
 }  # fmt: skip
 
 # These only on purpose, with --allow_change, because the result is another one.

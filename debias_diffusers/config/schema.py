@@ -250,6 +250,8 @@ class OptimizationConfig:
     compile: bool = False  # torch.compile the network: takes minutes at the start, for long runs on a GPU
     # mode of torch.compile: reduce-overhead has CUDA graphs, for small networks; max-autotune also tunes kernels
     compile_mode: CompileMode = "default"
+    # deterministic algorithms on a GPU: resumes with equal bits, as on a CPU, and slower steps
+    deterministic: bool = False
     num_threads: Threads = None  # CPU threads per process; all cores, shared by the processes on them, if left out
     seed: Annotated[int, at_least(0, 0)] = 0  # random seed
 

@@ -65,8 +65,18 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     require_optimizer(config.optimization, accelerator.device)
     if accelerator.device.type == "cpu":
         _keep_freed_memory()
-    torch.backends.cudnn.benchmark = True  # a training's shapes stay the same, so trying the kernels out pays
+    if config.optimization.deterministic:
+        _be_deterministic()
+    else:
+        torch.backends.cudnn.benchmark = True  # a training's shapes stay the same, so trying the kernels out pays
     return accelerator
+
+
+def _be_deterministic() -> None:
+    """Has torch take deterministic algorithms alone, and refuse operations that have none. A CPU has no others."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product is computed
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # of two starts, each could find other kernels the fastest
 
 
 def _keep_freed_memory() -> None:
@@ -164,7 +174,7 @@ def say_what_changed(before: dict[str, Any], now: dict[str, Any]) -> None:
     """What may change on a resume, but ends the promise of equal bits. Both are contents of state.json."""
     pairs = [(name, before[name], now[name]) for name in ("num_processes", "num_threads", "device")]
     # A field may be younger than the run.
-    names = ("micro_batch_size", "compile", "compile_mode")
+    names = ("micro_batch_size", "compile", "compile_mode", "deterministic")
     pairs += [(name, before["config"].get(name, now["config"][name]), now["config"][name]) for name in names]
     pairs += [(f"the version of {name}", old, now["versions"].get(name)) for name, old in before["versions"].items()]
     for name, old, new in pairs:

@@ -357,6 +357,7 @@ FIELDS = {
     "gradient_checkpointing": ({}, True, None),
     "compile": ({}, True, None),
     "compile_mode": ({"compile": True}, "reduce-overhead", None),
+    "deterministic": ({}, True, None),
     "num_threads": ({}, 2, None),
     "seed": ({}, 1, METRICS),
     "output_dir": ({}, "elsewhere", None),
@@ -458,6 +459,7 @@ def test_every_field_is_in_the_table():
         "gradient_checkpointing",
         "compile",  # to the last digits, which is said on a resume
         "compile_mode",
+        "deterministic",
         "micro_batch_size",
         "max_hours",
         "num_threads",
