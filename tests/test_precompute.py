@@ -21,9 +21,10 @@ from text_models import make_base, text_args
 
 from debias_diffusers import cli
 from debias_diffusers.config.loading import resolved, update
-from debias_diffusers.errors import CannotWriteError
+from debias_diffusers.errors import CannotWriteError, StoppedError
 from debias_diffusers.tasks import frozen_parts, precompute, tensor_store
 from debias_diffusers.training import setup
+from debias_diffusers.utils.signals import SignalHandler
 
 NUMBERS = ("one", "two", "three", "four")
 
@@ -279,6 +280,19 @@ def test_a_killed_command_has_kept_what_is_whole(base, data, tmp_path, monkeypat
     task.prepare()
     again = precompute.Precomputation(folder / "latents", "latents", task._latent_keys(), task.accelerator)
     assert again.missing == []
+
+
+def test_a_signal_ends_the_computing_and_keeps_what_is_done(base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(frozen_parts, "MOST_IMAGES", 4)
+    task, encode = task_of(base, data, tmp_path / "computed"), frozen_parts.ImageEncoder.__call__
+    with SignalHandler():
+        call = lambda self, entries: os.kill(os.getpid(), signal.SIGINT) or encode(self, entries)  # noqa: E731
+        monkeypatch.setattr(frozen_parts.ImageEncoder, "__call__", call)
+        with pytest.raises(StoppedError, match="stopped by SIGINT before the first step; the same command continues"):
+            task.prepare()
+    monkeypatch.undo()
+    again = precompute.Precomputation(tmp_path / "computed" / "latents", "latents", task._latent_keys(), task.accelerator)
+    assert len(again.missing) == 8  # of 12
 
 
 def test_two_at_once_are_safe(base, data, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import hub_names
 from ..errors import InputError, reason
 from ..hub import client
-from ..runs.model_folder import MODEL_INDEX
+from ..runs.model_folder import require_model
 
 
 def folder_of_model(model: str, variant: str | None = None, allow_pickle: bool = False) -> Path:
@@ -28,10 +28,7 @@ def folder_of_model(model: str, variant: str | None = None, allow_pickle: bool =
         HubError: the Hub cannot be reached or rejects the request.
     """
     folder = client.download_model(model, variant, allow_pickle) if hub_names.is_model_id(model) else Path(model)
-    if not model or (folder.exists() and not (folder / MODEL_INDEX).is_file()):
-        raise InputError(f"{model or 'an empty name'} holds no model (no {MODEL_INDEX}); train one, or name another folder")
-    if not folder.exists():
-        raise InputError(f"{model} does not exist; name a run directory, a pipeline folder or a Hub id such as user/name")
+    require_model(folder, model)
     return folder
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import signal
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,11 @@ from tqdm import tqdm
 
 from ..data import images
 from ..data.sources import Source, map_in_threads
-from ..errors import CannotWriteError
+from ..errors import CannotWriteError, StoppedError
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, gather_from_all, told_by_the_first
 from ..utils.files import free_bytes, require_writable
+from ..utils.signals import asked_to_stop
 from .tensor_store import DAMAGED, Place, ShardWriter, StoredTensors, TensorStore
 
 FORMAT = 1  # to be raised with every change of how images are decoded and resized, and of how images and captions are encoded
@@ -47,14 +49,22 @@ def shared(work: Callable[[int], T], count: int, at_once: int, accelerator: Acce
 
     Raises:
         DebiasError: in all processes, what `work` raised in one.
+        StoppedError: in all processes, where one was asked to stop.
     """
     rank, processes = accelerator.process_index, accelerator.num_processes
     found: list[T] = []
     for first in tqdm(range(0, count, at_once * processes), what, leave=False, delay=5, disable=rank > 0):
+        _stop_if_asked(accelerator)
         mine = range(first + rank * at_once, min(first + (rank + 1) * at_once, count))
         with told_by_the_first(accelerator):
             found += gather_from_all(lambda mine=mine: list(map_in_threads(work, mine)), processes)  # type: ignore[misc]
     return found
+
+
+def _stop_if_asked(accelerator: Accelerator) -> None:
+    """Raises StoppedError in all processes where a signal asks one to stop: what follows may take hours, and no step is lost."""
+    if signum := max(gather_from_all(lambda: [asked_to_stop()], accelerator.num_processes)):
+        raise StoppedError(f"stopped by {signal.Signals(signum).name} before the first step; the same command continues", signum)
 
 
 def picture_hashes(source: Source, accelerator: Accelerator) -> list[str]:
@@ -92,6 +102,7 @@ def encoded(
             last = len(entries) - 1
             batches = [[entries[min(k, last)] for k in range(first, first + size)] for first in range(0, len(entries), size)]
             for first in range(0, len(batches), processes):
+                _stop_if_asked(accelerator)
                 together = [min(k, len(batches) - 1) for k in range(first, first + processes)]
                 tensors = _gathered(encode(batches[together[rank]]), accelerator)
                 flat = [entry for k in together for entry in batches[k]]
@@ -165,8 +176,12 @@ class Precomputation(Generic[E]):
             absent, first = set(self.missing), self.accelerator.is_main_process
             writer = ShardWriter(self.store)
             left = [([entry for entry in entries if entry in absent], size) for entries, size in groups]
-            for entries, tensors in encoded(left, encode, self.what, self.accelerator):
-                self._in_first(partial(writer.add, [self.keys[entry] for entry in entries], tensors))
+            try:
+                for entries, tensors in encoded(left, encode, self.what, self.accelerator):
+                    self._in_first(partial(writer.add, [self.keys[entry] for entry in entries], tensors))
+            except StoppedError:  # in all processes
+                self._in_first(writer.flush)
+                raise
             self._in_first(writer.flush)
             self._places |= broadcast_from_first(lambda: writer.places if first else {}, self.accelerator)
         places = {entry: self._places[key] for entry, key in self.keys.items()}
