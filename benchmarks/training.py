@@ -101,16 +101,16 @@ class Clock:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Counts what happens within for a part."""
+        """Counts what happens within for a part, but for what is within another part."""
         if self.wait:
             synchronize()
-        begun = self.now()
+        begun, inner = self.now(), self.seconds.total()
         try:
             yield
         finally:
             if self.wait:
                 synchronize()
-            self.seconds[name] += self.now() - begun
+            self.seconds[name] += self.now() - begun - (self.seconds.total() - inner)
             if name == "update" and not self.first_step:
                 synchronize()
                 self.first_step = time.time()
@@ -149,8 +149,6 @@ def other_layout(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 def ours(flags: list[str], clock: Clock) -> dict[str, Any]:
     """`train.py` with these flags."""
-    from accelerate import Accelerator
-
     from debias_diffusers.cli import train_config
     from debias_diffusers.runs.run_directory import open_run
     from debias_diffusers.training import device, trainer
@@ -158,7 +156,8 @@ def ours(flags: list[str], clock: Clock) -> dict[str, Any]:
     from debias_diffusers.training.setup import make_trainer
 
     config = train_config([flag for flag in flags if flag not in WORDS], None)
-    parts = [(trainer.Trainer, "_terms", "forward"), (Accelerator, "backward", "backward"), (trainer.Trainer, "_update", "update")]
+    # Backward with the release of its graph, which the plain loops have within forward, where a name gets its next value.
+    parts = [(trainer.Trainer, "_terms", "forward"), (trainer.Trainer, "_backward", "backward"), (trainer.Trainer, "_update", "update")]
     parts += [(trainer.Logger, "log_step", "logging"), (Checkpointer, "save", "checkpoint")]
     with contextlib.ExitStack() as patches:
         for owner, name, part in parts:

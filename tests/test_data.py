@@ -64,6 +64,13 @@ def test_draws_of_neighbouring_seeds_and_positions_share_nothing():
     assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.002 and u.min() >= 0 and u.max() < 1
 
 
+def test_normal_numbers_of_several_positions_are_those_of_a_generator_for_each():
+    for shape in ((4, 8, 8), (3, 1, 1), (5,)):  # from 16 numbers on torch draws in blocks
+        several = seeding.normal(shape, 3, "noise", [7, 0, 2**40])
+        alone = [torch.randn(shape, generator=seeding.generator(3, "noise", position)) for position in (7, 0, 2**40)]
+        assert torch.equal(several, torch.stack(alone))
+
+
 def test_noise_is_standard_normal():
     data = TrainingData(open_source(DIGITS), DIGITS, seed=0)
     noise = torch.stack([data[p]["noise"] for p in range(500)])

@@ -669,6 +669,59 @@ def test_what_cannot_be_converted_is_one_sentence(runs, words, said, tmp_path, c
     assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def damaged(tensors, header, kind):
+    """The tensors of a LoRA, and what its header says, with one fault."""
+    first = next(name for name in tensors if "lora_A" in name)
+    up = first.replace("lora_A", "lora_B")
+    return {
+        "header": (tensors, "[1]"),
+        "alpha": (tensors, json.dumps(json.loads(header) | {"unet.lora_alpha": None})),
+        "half": ({name: tensor for name, tensor in tensors.items() if name != up}, header),
+        "ranks": (tensors | {up: tensors[up][:, :1].contiguous()}, header),
+        "not finite": (tensors | {up: tensors[up] / 0}, header),
+        "empty": ({}, header),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("header", "cannot be loaded"),
+        ("alpha", "has unet.lora_alpha None, which must be a number above 0"),
+        ("half", "lora_B.weight"),
+        ("ranks", "have other ranks"),
+        ("not finite", "has weights that are not finite"),
+        ("empty", "has no adapters"),
+    ],
+)
+def test_a_damaged_lora_is_one_sentence_wherever_it_is_read(runs, bases, few, kind, said, tmp_path, capsys):
+    with safe_open(runs["xl"] / LORA_WEIGHTS, "pt") as file:
+        tensors, header = damaged(load_file(runs["xl"] / LORA_WEIGHTS), file.metadata()["lora_adapter_metadata"], kind)
+    path = tmp_path / "lora.safetensors"
+    save_file(tensors, path, {"format": "pt", "lora_adapter_metadata": header})
+    assert cli.convert(["lora", str(path), str(tmp_path / "out.safetensors"), "--format", "kohya"]) == 2
+    assert cli.sample([str(bases["xl"]), "--prompt", "x", "--output_dir", str(tmp_path / "out"), "--lora", str(path)]) == 2
+    with pytest.raises(InputError, match=said):
+        lora.load(plan_of(bases["xl"], tmp_path / "run", *few, *LORA).task.build(), str(path), LoraConfig(lora_rank=RANK, lora_alpha=ALPHA))
+    found = capsys.readouterr().err
+    assert [said in line for line in found.splitlines() if line.startswith("error")] == [True, True], found
+
+
+def test_the_names_of_kohya_are_converted_only_where_they_are_whole(runs, tmp_path, capsys):
+    assert cli.convert(["lora", str(runs["xl"]), str(tmp_path / "k.safetensors"), "--format", "kohya"]) == 0
+    tensors = load_file(tmp_path / "k.safetensors")
+    save_file(
+        {name: value.expand(3).clone() if name.endswith("alpha") else value for name, value in tensors.items()}, tmp_path / "a.safetensors"
+    )
+    for words, said in (
+        ("a.safetensors out diffusers", "alpha is one"),
+        ("k.safetensors again.safetensors kohya", "names of kohya's scripts already"),
+    ):
+        source, out, form = words.split()
+        assert cli.convert(["lora", str(tmp_path / source), str(tmp_path / out), "--format", form]) == 2
+        assert said in capsys.readouterr().err
+
+
 # ---- Stable Diffusion at its full size -------------------------------------------------------------------------------
 
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

@@ -1,5 +1,6 @@
 """`--precompute_dir`: latents and text embeddings on the disk. Nothing stale, nothing twice, and the bits of a run without it."""
 
+import errno
 import functools
 import json
 import os
@@ -20,9 +21,10 @@ from text_models import make_base, text_args
 
 from debias_diffusers import cli
 from debias_diffusers.config.loading import resolved, update
-from debias_diffusers.errors import CannotWriteError
+from debias_diffusers.errors import CannotWriteError, StoppedError
 from debias_diffusers.tasks import frozen_parts, precompute, tensor_store
 from debias_diffusers.training import setup
+from debias_diffusers.utils.signals import SignalHandler
 
 NUMBERS = ("one", "two", "three", "four")
 
@@ -236,6 +238,17 @@ def test_the_bits_are_those_of_a_run_without_the_folder(base, data, tmp_path, mo
     assert capsys.readouterr().err.count("is damaged; what it held is computed anew") == 4
     prepared(base, data, folder, random_flip=True)
     assert "computing" not in capsys.readouterr().err
+    # One that cannot be read now, as where a disk is lost for a moment, is computed anew and left alone.
+    lost = shards(folder / "latents")[0]
+
+    def failing(path, mode):
+        if path == lost:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open(path, mode)
+
+    monkeypatch.setattr(tensor_store, "open", failing, raising=False)
+    prepared(base, data, folder, random_flip=True)
+    assert f"{lost} cannot be read: Input/output error; what it held is computed anew" in capsys.readouterr().err and lost.is_file()
 
 
 def slow(shard_bytes=1):
@@ -267,6 +280,19 @@ def test_a_killed_command_has_kept_what_is_whole(base, data, tmp_path, monkeypat
     task.prepare()
     again = precompute.Precomputation(folder / "latents", "latents", task._latent_keys(), task.accelerator)
     assert again.missing == []
+
+
+def test_a_signal_ends_the_computing_and_keeps_what_is_done(base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(frozen_parts, "MOST_IMAGES", 4)
+    task, encode = task_of(base, data, tmp_path / "computed"), frozen_parts.ImageEncoder.__call__
+    with SignalHandler():
+        call = lambda self, entries: os.kill(os.getpid(), signal.SIGINT) or encode(self, entries)  # noqa: E731
+        monkeypatch.setattr(frozen_parts.ImageEncoder, "__call__", call)
+        with pytest.raises(StoppedError, match="stopped by SIGINT before the first step; the same command continues"):
+            task.prepare()
+    monkeypatch.undo()
+    again = precompute.Precomputation(tmp_path / "computed" / "latents", "latents", task._latent_keys(), task.accelerator)
+    assert len(again.missing) == 8  # of 12
 
 
 def test_two_at_once_are_safe(base, data, tmp_path):

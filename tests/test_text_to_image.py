@@ -44,9 +44,9 @@ def plan_of_flags(*flags):
 
 
 def batch_of(data, positions):
-    from debias_diffusers.data.dataset import collate
+    from debias_diffusers.data.dataset import load_batch
 
-    return collate([data[position] for position in positions])
+    return load_batch(data, positions)
 
 
 def stock(base):

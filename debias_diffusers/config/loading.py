@@ -302,7 +302,7 @@ def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig
     if config.data.resolution and not is_text(config) and (config.model.size or not config.model.model_config):
         values |= _network(config.model, config.data.resolution)
     values["noise_schedule"] = noise_schedule(config.objective)
-    if config.lora.lora_rank and config.lora.lora_alpha is None:
+    if is_text(config) and (config.lora.lora_rank or 0) > 0 and config.lora.lora_alpha is None:
         values["lora_alpha"] = float(config.lora.lora_rank)
     for name, given in (("init", config.optimization.init), ("base_model", config.text.base_model), ("vae", config.text.vae)):
         if given:

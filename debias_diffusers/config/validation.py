@@ -11,10 +11,11 @@ import math
 import re
 from collections.abc import Callable, Collection, Container, Mapping
 from itertools import pairwise
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from .aliases import value_suggestion
+from .hub_names import is_model_id
 from .loading import CHANGEABLE, MODEL_NUMBERS, NEVER, ON_PURPOSE, TEXT_FIELDS, fields_of_other_tasks, flatten, is_text, update
 from .prompts import broken_text
 from .ranges import range_problems
@@ -298,6 +299,8 @@ def _text_problems(config: TrainConfig) -> list[str]:
         found.append("allow_change names batch_size, but with aspect_ratio_buckets it decides which images a step has; leave it out")
     if text.precompute_dir == "":
         found.append("precompute_dir is an empty name; name a folder, or leave it out")
+    elif text.precompute_dir and Path(text.precompute_dir).is_file():
+        found.append(f"precompute_dir {text.precompute_dir} is a file; name a folder")
     anew = [name for name, on in (("shuffle_caption", text.shuffle_caption), ("lora_text_encoders", config.lora.lora_text_encoders)) if on]
     if text.precompute_dir and anew and text.crop == "random" and not text.crop_per_image:
         found.append(
@@ -685,6 +688,10 @@ def score_problems(config: ScoreConfig) -> list[str]:
     """Everything that is wrong with a scoring command, before anything is looked at."""
     found = range_problems(ScoreConfig, dataclasses.asdict(config))
     found += measure_problems(config.measure) + _file_problems("output", config.output)
+    if config.prompts is not None and not Path(config.prompts).is_file():
+        found.append(f"prompts {config.prompts} is no file; name one with a prompt a line")
+    if config.base_model is not None and not (is_model_id(config.base_model) or Path(config.base_model).expanduser().is_dir()):
+        found.append(f"base_model {config.base_model} does not exist; name a pipeline folder or a Hub id")
     if not config.targets:
         found.append("targets are missing; name a run, a pipeline folder, a folder of images or an .npz file")
     for name in config.schedulers.split(","):

@@ -24,10 +24,11 @@ from ..config.schema import ObjectiveConfig, PredictionType
 from ..config.validation import objective_problems
 from ..diffusion.noise_schedule import is_flow, make_schedule, schedule_of_scheduler
 from ..errors import InputError, raise_all, reason
+from ..pipelines.loading import require_finite
 from ..pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from ..pipelines.solvers import exported_scheduler
 from ..runs.model_folder import MODEL_INDEX
-from ..tasks.unet import build_unet, differing_fields, require_finite
+from ..tasks.unet import build_unet, differing_fields
 from ..utils.console import say
 from ..utils.files import (
     filled_folder,

@@ -18,7 +18,6 @@ from ..config.schema import LoraFormat
 from ..errors import InputError
 from ..pipelines.lora import METADATA, lora_file, read_lora
 from ..runs.lora_folder import BASE_RECORD, LORA_WEIGHTS, base_record
-from ..tasks.unet import require_finite
 from ..utils.console import say
 from ..utils.files import filled_folder, new_folder, require_new_file, require_writable, write_file
 from .single_file_names import renamed, text_encoder_name, unet_modules
@@ -53,8 +52,9 @@ def convert(lora: str, out: str, format: LoraFormat) -> None:
     """
     path, place = lora_file("lora", lora), Path(out)
     tensors, about = read_lora(path, f"LoRA {lora}")
-    require_finite(tensors, f"LoRA {lora}")
     if format == "kohya":
+        if any(name.endswith(".lora_down.weight") for name in tensors):
+            raise InputError(f"LoRA {lora} has the names of kohya's scripts already")
         if place.suffix != ".safetensors":
             raise InputError(f"out is {out}, which is no place for a LoRA; name a new file that ends in .safetensors")
         require_new_file(out, "lora.safetensors")
@@ -152,17 +152,17 @@ def to_diffusers(tensors: Mapping[str, Tensor], layers: int = LAYERS) -> tuple[d
     """A LoRA of kohya's scripts in the names of diffusers, and what goes into the header: rank and alpha of each part, and its modules.
 
     Raises:
-        InputError: a name is another one, as of LoHa or LoKr, or a tensor is missing.
+        InputError: a name is another one, as of LoHa or LoKr, or an alpha is no number.
     """
     found, ranks, alphas = dict[str, Tensor](), dict[str, dict[str, int]](), dict[str, dict[str, float]]()
     for name, down in tensors.items():
         stem, _, kind = name.partition(".")
         if kind not in ("lora_down.weight", "lora_up.weight", "alpha") or f"{stem}.lora_down.weight" not in tensors:
             raise InputError(f"the LoRA has {name}, which is no name of kohya's networks.lora (or is already one of diffusers)")
+        if kind == "alpha" and down.numel() != 1:
+            raise InputError(f"the LoRA has {name} of {down.numel()} numbers, but alpha is one")
         if kind != "lora_down.weight":
             continue
-        if f"{stem}.lora_up.weight" not in tensors:
-            raise InputError(f"the LoRA lacks {stem}.lora_up.weight")
         part, module = diffusers_name(stem, layers)
         found[f"{part}.{module}.lora_A.weight"] = down
         found[f"{part}.{module}.lora_B.weight"] = tensors[f"{stem}.lora_up.weight"]

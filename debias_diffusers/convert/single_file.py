@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ..config.schema import TextConfig
 from ..errors import InputError, reason
 from ..hub import client
-from ..pipelines.loading import folder_of_model, load_part
+from ..pipelines.loading import folder_of_model, load_part, require_finite
+from ..pipelines.text_pipeline import quiet
 from ..runs.model_folder import MODEL_INDEX, part_config, require_text_model, text_parts
 from ..tasks.base_model import UNUSED, open_base
-from ..tasks.unet import require_finite
 from ..utils import text_libraries
 from ..utils.console import say
 from ..utils.files import atomic_write, filled_folder, new_folder, read_json_object, require_new_file
@@ -97,12 +97,17 @@ def unpack(file: str, out: str, config: str | None = None) -> None:
             shutil.copytree(source / "scheduler", temporary / "scheduler")
             _write_index(source, temporary)
             _write_scheduler(temporary, opened.metadata() or {}, names)
+            used = {_V, _ZERO_SNR}
             for name, namer in _namers(source, layout).items():
                 stem = "model" if name.startswith("text_encoder") else client.WEIGHTS
-                tensors = _taken(opened, names, _shapes(source, name), namer, file)
+                shapes = _shapes(source, name)
+                used |= {namer(key).name for key in shapes}
+                tensors = _taken(opened, names, shapes, namer, file)
                 require_finite(tensors, file)
                 safetensors.torch.save_file(tensors, temporary / name / f"{stem}.safetensors", {"format": "pt"})
             open_base(TextConfig(base_model=str(temporary)))  # whether all fits
+    if others := sorted(names - used):
+        say(f"{len(others)} tensors of {file} are in no part of a pipeline, such as {others[0]}")
     say(f"{out} is the pipeline folder of {file}; --base_model {out} trains it")
 
 
@@ -196,6 +201,8 @@ def _taken(opened: Any, names: set[str], shapes: Mapping[str, torch.Size], namer
         if stored.name not in names:
             raise InputError(f"{file} lacks {stored.name}, which its configuration needs; name that of the same model with --config")
         value = opened.get_tensor(stored.name)
+        if value.is_floating_point() and value.element_size() == 1:
+            raise InputError(f"{file} has {stored.name} in float8, which the libraries do not load; take the file in float16 or float32")
         value = value if stored.third is None else value.chunk(3)[stored.third]
         value = value.T if stored.transposed else value[..., 0, 0] if stored.is_conv and value.ndim == 4 else value
         if value.shape != shape:
@@ -252,7 +259,9 @@ def _weights(folder: Path, name: str) -> dict[str, Tensor]:
         import transformers
 
         kinds[name] = getattr(transformers, text_parts(folder)[name][0])
-    return {_with_prefix(key, name): value for key, value in load_part(kinds[name], folder / name, str(folder)).state_dict().items()}
+    with quiet():
+        loaded = load_part(kinds[name], folder / name, str(folder))
+    return {_with_prefix(key, name): value for key, value in loaded.state_dict().items()}
 
 
 def _placed(weights: Mapping[str, Tensor], namer: Namer, dtype: torch.dtype, part: str) -> dict[str, Tensor]:

@@ -139,6 +139,8 @@ def _of_folder(source: ImageFolder, column: str | None) -> Sequence[Sequence[str
         beside = [_beside(source.root / name) for name in source.names]
         column = None if any(beside) else image_folders.only_text_column(source.root, source.split_folder)
         if column is None:
+            read = {_text_file(name) for name in source.names}
+            source.passed_over = [(name, why) for name, why in source.passed_over if name not in read]
             return beside
         return _of_folder(source, column)
     path, rows = given
@@ -152,9 +154,14 @@ def _checked(value: Any, path: Path, name: str) -> list[str]:
     return values
 
 
+def _text_file(image: str | Path) -> str:
+    """The name of the text file beside an image."""
+    return Path(image).with_suffix(".txt").as_posix()
+
+
 def _beside(image: Path) -> list[str]:
     """The lines of the text file beside an image, one caption each."""
-    path = image.with_suffix(".txt")
+    path = Path(_text_file(image))
     if not path.is_file():
         return []
     try:

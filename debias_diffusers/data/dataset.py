@@ -33,6 +33,8 @@ class PositionedData(Dataset):
 
     A sample is a dict with `u`, float64 in [0, 1), `noise`, float32 of the shape of x_0, and what the task needs. Where an image cannot
     be read the error is returned and not raised, because a data loader worker would turn a raised error into a traceback.
+
+    The data loader takes whole batches, whose random numbers are drawn together.
     """
 
     shape: tuple[int, ...]  # of one x_0
@@ -53,23 +55,32 @@ class PositionedData(Dataset):
         return int(self._order[place])
 
     def __getitem__(self, position: int) -> dict[str, Any] | DebiasError:
+        batch = self.__getitems__([position])
+        return batch if isinstance(batch, DebiasError) else {name: values[0] for name, values in batch.items()}
+
+    def __getitems__(self, positions: Sequence[int]) -> dict[str, Any] | DebiasError:
+        """The batch of the samples at some positions, such as `noise` (B, C, H, W) and `u` (B,); or an error."""
         try:
-            return self.sample(position)
+            return {**default_collate([self.sample(position) for position in positions]), **self.drawn(positions)}
         except DebiasError as error:
             return error
 
     def sample(self, position: int) -> dict[str, Any]:
-        """The sample at a position, a function of (seed, position). Raises DebiasError."""
+        """The sample at a position without what is `drawn`, a function of (seed, position). Raises DebiasError."""
         raise NotImplementedError
+
+    def shape_at(self, positions: Sequence[int]) -> Sequence[int]:
+        """The shape of x_0 at some positions, which all have the same."""
+        return self.shape
 
     def flips(self, position: int) -> bool:
         """Whether the image at a position is mirrored."""
         return self.config.random_flip and seeding.uniform(self.seed, "flip", position) < 0.5
 
-    def drawn(self, position: int, shape: Sequence[int] | None = None) -> dict[str, Any]:
-        """The random numbers of the loss at a position: `u`, and what `draw_noise` returns, of the shape of this x_0 if it is another."""
-        noise = draw_noise(shape or self.shape, self.noise, self.seed, position)
-        return {"u": seeding.uniform(self.seed, "timestep", position), **noise}
+    def drawn(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        """The random numbers of the loss at some positions: `u`, and what `draw_noise` returns."""
+        u = torch.tensor([seeding.uniform(self.seed, "timestep", position) for position in positions], dtype=torch.float64)
+        return {"u": u, **draw_noise(self.shape_at(positions), self.noise, self.seed, positions)}
 
     def one_shape(self, positions: Sequence[int]) -> list[Sequence[int]]:
         """Some positions in parts whose x_0 have one shape each."""
@@ -109,7 +120,7 @@ class TrainingData(PositionedData):
             pixels = pixels.flip(-1)
         if self.null_label is not None and seeding.uniform(self.seed, "label", position) < self.config.label_dropout:
             label = self.null_label
-        return {"image": pixels, "label": label, **self.drawn(position)}
+        return {"image": pixels, "label": label}
 
     def decoded(self, index: int) -> tuple[Tensor, int]:
         """Pixels (C, H, W) uint8 and label of the image at an index of the source, from the cache in memory if there is one."""
@@ -161,29 +172,20 @@ class PositionBatchSampler(Sampler[list[int]]):
         return len(self.steps) * -(-self.share // self.micro_batch_size)
 
 
-def collate(samples: list[dict[str, Any] | DebiasError]) -> dict[str, Tensor] | DebiasError:
-    """Stacks samples to a batch, such as `image` and `noise` (B, C, H, W) and `u` (B,). Returns the first error if there is one."""
-    for sample in samples:
-        if isinstance(sample, DebiasError):
-            return sample
-    batch: dict[str, Tensor] = default_collate(samples)
-    return batch
-
-
 def load_batch(data: PositionedData, positions: Sequence[int]) -> dict[str, Tensor]:
     """The batch of samples at some positions, without workers.
 
     Raises:
         DebiasError: an image cannot be read.
     """
-    batch = collate([data[position] for position in positions])
+    batch = data.__getitems__(positions)
     if isinstance(batch, DebiasError):
         raise batch
     return batch
 
 
 def micro_batches(data: PositionedData, positions: PositionBatchSampler, pin_memory: bool) -> Generator[dict[str, Tensor], None, None]:
-    """Loads micro-batches in the order of `positions`, as `collate` stacks them.
+    """Loads micro-batches in the order of `positions`.
 
     At the end, whether by the last batch, an error or `close`, all data loader workers are stopped.
 
@@ -195,7 +197,7 @@ def micro_batches(data: PositionedData, positions: PositionBatchSampler, pin_mem
         data,
         batch_sampler=positions,
         num_workers=data.config.num_workers,
-        collate_fn=collate,
+        collate_fn=_as_it_is,
         pin_memory=pin_memory,
         worker_init_fn=_prepare_worker,
     )
@@ -214,6 +216,11 @@ def micro_batches(data: PositionedData, positions: PositionBatchSampler, pin_mem
         raise DebiasError(LOST_WORKER) from error
     finally:
         _end_workers(iterator)
+
+
+def _as_it_is(batch: dict[str, Tensor] | DebiasError) -> dict[str, Tensor] | DebiasError:
+    """The dataset makes batches."""
+    return batch
 
 
 def _end_workers(iterator: Any) -> None:

@@ -1,4 +1,4 @@
-"""The noise of a sample, of any shape: standard normal, or changed by the options of `NoiseConfig`.
+"""The noise of samples, of any shape: standard normal, or changed by the options of `NoiseConfig`.
 
 Every part has a purpose of its own in `seeding`, so that switching one on does not change what the others draw.
 """
@@ -15,27 +15,27 @@ from ..config.schema import NoiseConfig
 from ..utils import seeding
 
 
-def draw_noise(shape: Sequence[int], config: NoiseConfig, seed: int, position: int) -> dict[str, Tensor]:
-    """The noise of a position, a function of (seed, position).
+def draw_noise(shape: Sequence[int], config: NoiseConfig, seed: int, positions: Sequence[int]) -> dict[str, Tensor]:
+    """The noise of B positions, of each a function of (seed, position).
 
     Args:
         shape: (C, H, W) of x_0.
         config: of the run.
         seed: of the run.
-        position: of the sample.
+        positions: of the samples.
 
     Returns:
-        `noise` (C, H, W) float32, of which targets are made; with input perturbation also `input_noise`, of which x_t is made.
+        `noise` (B, C, H, W) float32, of which targets are made; with input perturbation also `input_noise`, of which x_t is made.
     """
-    noise = seeding.normal(shape, seed, "noise", position)
+    noise = seeding.normal(shape, seed, "noise", positions)
     if config.pyramid_noise_discount:
-        noise = _pyramid(noise, config, seed, position)
+        noise = torch.stack([_pyramid(each, config, seed, position) for each, position in zip(noise, positions)])
     if config.noise_offset:  # (https://www.crosslabs.org/blog/diffusion-with-offset-noise)
-        noise = noise + config.noise_offset * seeding.normal((shape[0], *[1] * (len(shape) - 1)), seed, "noise offset", position)
+        noise = noise + config.noise_offset * seeding.normal((shape[0], *[1] * (len(shape) - 1)), seed, "noise offset", positions)
     if not config.input_perturbation:
         return {"noise": noise}
     # (arXiv 2301.11706, algorithm 1)
-    return {"noise": noise, "input_noise": noise + config.input_perturbation * seeding.normal(shape, seed, "input perturbation", position)}
+    return {"noise": noise, "input_noise": noise + config.input_perturbation * seeding.normal(shape, seed, "input perturbation", positions)}
 
 
 def _pyramid(noise: Tensor, config: NoiseConfig, seed: int, position: int) -> Tensor:

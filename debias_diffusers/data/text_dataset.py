@@ -119,15 +119,16 @@ class TextData(PositionedData):
     def sample(self, position: int) -> dict[str, Any]:
         index, flipped = self._image_of[self.index(position)], self.flips(position)
         caption, dropped = self._caption(index, position)
-        shape = self._latent_shape(index)
-        posterior = seeding.normal(shape, self.seed, "posterior", position)
-        common = {"caption": caption, "dropped": dropped, **self.drawn(position, shape), "posterior": posterior}
+        common = {"caption": caption, "dropped": dropped}
         if self.latents is not None:
             return {**common, "index": index, "flipped": int(flipped)}
         if self.stored is not None:
             return {**common, **self.stored[index, flipped]}
         pixels, time_ids = self.pixels(index, flipped, position)
         return {**common, "image": pixels, "time_ids": time_ids}
+
+    def drawn(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        return {**super().drawn(positions), "posterior": seeding.normal(self.shape_at(positions), self.seed, "posterior", positions)}
 
     # ---- captions ----------------------------------------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ class TextData(PositionedData):
         if not found:
             return "", True
         dropped = seeding.uniform(self.seed, "caption dropout", position) < self.text.caption_dropout
-        caption = found[int(seeding.uniform(self.seed, "caption", position) * len(found))]
+        caption = found[int(seeding.uniform(self.seed, "caption", position) * len(found)) if found[1:] else 0]
         return self._shuffled(caption, position) if self.text.shuffle_caption else caption, dropped
 
     def _shuffled(self, caption: str, position: int) -> str:
@@ -161,10 +162,11 @@ class TextData(PositionedData):
         """A line for the user on the sizes of the images; "" where all have the same."""
         return self.buckets.describe(self._image_of) if self.buckets else ""
 
-    def _latent_shape(self, index: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of an image."""
+    def shape_at(self, positions: Sequence[int]) -> Sequence[int]:
+        if not self.buckets:
+            return self.shape
         factor = self.resolution // self.shape[1]
-        height, width = self.size(index)
+        height, width = self.size(self._image_of[self.index(positions[0])])
         return self.shape[0], height // factor, width // factor
 
     def pixels(self, index: int, flipped: bool, position: int) -> tuple[Tensor, Tensor]:

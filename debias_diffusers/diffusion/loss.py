@@ -29,6 +29,10 @@ class Terms:
     bound: Tensor | None = None  # (B,) the variational bound's term in bits per dimension, where the variance is learned
     precision: Tensor | None = None  # (B,) e^-u, the factor of a learned uncertainty on the weight
 
+    def detached(self) -> Terms:
+        """The same numbers without their graph."""
+        return Terms(self.loss.detach(), self.mse.detach(), None if self.bound is None else self.bound.detach())
+
 
 @dataclass(frozen=True)
 class Objective:

@@ -35,6 +35,7 @@ class TimestepSampler:
     learns = False  # whether `update` needs the losses
 
     probabilities: Tensor  # (T,) float64, with the bias
+    corrections: Tensor  # (T,) float64 factors on the losses
     bias: Tensor | None = None  # (T,) float64 factors on the probabilities, which are not corrected; None where all are 1
 
     def __init__(self, probabilities: Tensor, corrected: bool = True, strata: int = 1) -> None:
@@ -44,16 +45,15 @@ class TimestepSampler:
     def set_probabilities(self, probabilities: Tensor) -> None:
         """Draws with these (T,), times the bias, from now on."""
         self.probabilities = probabilities if self.bias is None else _normalized(probabilities * self.bias)
+        self.corrections, self._cumulative = self._corrections(), self.probabilities.cumsum(0)
 
     def draw(self, u: Tensor, positions: Sequence[int]) -> Tensor:
         """(B,) int64 t, from `u` (B,) float64 in [0, 1) of the samples at these positions; a step begins at a multiple of its size."""
         place = torch.tensor(positions) % self.strata
-        cumulative = self.probabilities.cumsum(0)
         # The last sum may be rounded to less than a u.
-        return torch.searchsorted(cumulative, (place + u) / self.strata, right=True).clamp(max=len(cumulative) - 1)
+        return torch.searchsorted(self._cumulative, (place + u) / self.strata, right=True).clamp(max=len(self.probabilities) - 1)
 
-    @property
-    def corrections(self) -> Tensor:
+    def _corrections(self) -> Tensor:
         """(T,) factor on the loss of each timestep: 1 / (T p(t)), or 1. With a bias: that density of the objective / p(t), or 1."""
         T = len(self.probabilities)
         if not self.corrected:

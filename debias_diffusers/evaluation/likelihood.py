@@ -142,7 +142,7 @@ class Bound:
         columns = []
         for timestep in range(T):
             shape = x_0.shape[1:]
-            noise = torch.stack([seeding.normal(shape, seed, "bits", k * T + timestep) for k in indices])
+            noise = seeding.normal(shape, seed, "bits", (k * T + timestep for k in indices))
             t = torch.full((len(x_0),), timestep)
             x_t = self.schedule.add_noise(x_0, noise.to(device), t)
             predicted, values = self._predicted(x_t, timestep, labels)

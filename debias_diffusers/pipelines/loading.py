@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..config import hub_names
 from ..errors import InputError, reason
 from ..hub import client
-from ..runs.model_folder import MODEL_INDEX
+from ..runs.model_folder import require_model
 
 
 def folder_of_model(model: str, variant: str | None = None, allow_pickle: bool = False) -> Path:
@@ -26,22 +28,19 @@ def folder_of_model(model: str, variant: str | None = None, allow_pickle: bool =
         HubError: the Hub cannot be reached or rejects the request.
     """
     folder = client.download_model(model, variant, allow_pickle) if hub_names.is_model_id(model) else Path(model)
-    if not model or (folder.exists() and not (folder / MODEL_INDEX).is_file()):
-        raise InputError(f"{model or 'an empty name'} holds no model (no {MODEL_INDEX}); train one, or name another folder")
-    if not folder.exists():
-        raise InputError(f"{model} does not exist; name a run directory, a pipeline folder or a Hub id such as user/name")
+    require_model(folder, model)
     return folder
 
 
 @contextlib.contextmanager
-def explained_errors(model: str) -> Iterator[None]:
-    """Turns whatever loading a model raises into an InputError."""
+def explained_errors(subject: str) -> Iterator[None]:
+    """Turns whatever loading something raises into an InputError, which begins with `subject`, such as "model runs/digits"."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # a damaged or hostile file may provoke any
-        raise InputError(f"model {model} cannot be loaded: {reason(error)}") from error
+        raise InputError(f"{subject} cannot be loaded: {reason(error)}") from error
 
 
 def require_variant(folder: Path, model: str, variant: str | None) -> None:
@@ -56,7 +55,7 @@ def load_part(kind: Any, folder: Path, model: str) -> Any:
     Raises:
         InputError: a file is missing or damaged, or lacks a weight, which the libraries would draw at random, with a warning only.
     """
-    with explained_errors(model):
+    with explained_errors(f"model {model}"):
         part, found = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, output_loading_info=True)
         if missing := sorted(found["missing_keys"]) or sorted(str(each) for each in found["mismatched_keys"]):
             raise InputError(f"model {model} cannot be loaded: the weight file of its {folder.name} lacks {missing[0]}")
@@ -67,3 +66,13 @@ def require_all_weights(module: Any, model: str) -> None:
     """Raises InputError if a weight file lacked a tensor of a module, which diffusers leaves on the meta device."""
     if missing := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
         raise InputError(f"model {model} cannot be loaded: its weight file lacks {missing[0]}")
+
+
+def require_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    """Raises InputError where a weight is NaN or infinite; `where` names their file or folder."""
+    if spoilt := [name for name, value in weights.items() if not _is_finite(value)]:
+        raise InputError(f"{where} has weights that are not finite, such as {spoilt[0]}; take those of an earlier step")
+
+
+def _is_finite(value: Tensor) -> bool:
+    return bool((value.half() if value.element_size() == 1 else value).isfinite().all())  # torch's is not there for all float8

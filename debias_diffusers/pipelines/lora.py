@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +12,6 @@ from typing import Any
 
 import diffusers
 import safetensors
-import safetensors.torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
@@ -30,11 +31,12 @@ from ..runs.lora_folder import (
 )
 from ..runs.model_folder import is_lora
 from ..utils import text_libraries
-from .loading import explained_errors, folder_of_model, load_part
+from .loading import explained_errors, folder_of_model, load_part, require_finite
 from .text_pipeline import load_text_pipeline, quiet
 
 METADATA = "lora_adapter_metadata"  # diffusers' key in the header of a file
-_DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")  # the ends of the names of A: of diffusers, of kohya, and older ones
+# The ends of the names of A and B: of diffusers, of kohya, and older ones.
+_UP_OF = {".lora_A.weight": ".lora_B.weight", ".lora_down.weight": ".lora_up.weight", ".lora.down.weight": ".lora.up.weight"}
 
 
 def load_text_model(model: str, variant: str | None = None, base_model: str | None = None) -> Any:
@@ -78,7 +80,7 @@ def _vae_folder(name: str) -> Path:
 def _set_scheduler(pipeline: Any, record: Mapping[str, Any], model: str) -> None:
     """Gives a pipeline the scheduler with which a LoRA was trained, and its "no prompt"."""
     values = record["scheduler"]
-    with explained_errors(model):
+    with explained_errors(f"model {model}"):
         pipeline.scheduler = getattr(diffusers, values["_class_name"]).from_config(values)
     if "force_zeros_for_empty_prompt" in pipeline.config:
         pipeline.register_to_config(force_zeros_for_empty_prompt=record["force_zeros_for_empty_prompt"])
@@ -108,11 +110,37 @@ def read_lora(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[str, An
     """Tensors of a file by name, and what diffusers wrote into its header of rank, alpha and targets, if anything.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is damaged, a tensor is missing or has another rank than its other half, or values are not finite.
     """
     with explained_errors(name), safetensors.safe_open(path, "pt") as file:
-        metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-        return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+        about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        _require_numbers(about, name)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    downs = _downs(tensors)
+    if not downs:
+        raise InputError(f"{name} has no adapters: no tensor's name ends in {' or '.join(_UP_OF)}")
+    for down, up in downs.items():
+        if up not in tensors:
+            raise InputError(f"{name} lacks {up}")
+        if tensors[up].ndim < 2 or len(tensors[down]) != tensors[up].shape[1]:
+            raise InputError(f"{name} has shapes that do not go together: {down} and {up} have other ranks")
+    require_finite(tensors, name)
+    return tensors, about
+
+
+def _downs(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of A of a LoRA, and for each that of its B."""
+    ends = {name: next((end for end in _UP_OF if name.endswith(end)), None) for name in tensors}
+    return {name: name.removesuffix(end) + _UP_OF[end] for name, end in ends.items() if end}
+
+
+def _require_numbers(about: Mapping[str, Any], name: str) -> None:
+    """Raises InputError where ranks or alphas of a header are no positive numbers."""
+    for key, value in about.items():
+        field = key.rpartition(".")[2]
+        numbers = [value] if field in ("r", "lora_alpha") else (value or {}).values() if field in ("rank_pattern", "alpha_pattern") else ()
+        if wrong := [number for number in numbers if not isinstance(number, (int, float)) or not 0 < number < math.inf]:
+            raise InputError(f"the header of {name} has {key} {wrong[0]!r:.40}, which must be a number above 0")
 
 
 def add_loras(pipeline: Any, loras: Sequence[str]) -> None:
@@ -137,14 +165,20 @@ def add_lora(pipeline: Any, path: Path, name: str, adapter: str) -> None:
         InputError: peft is not installed; or the file is damaged, or of another base model.
     """
     text_libraries.require_peft()
-    with explained_errors(name), quiet(), warnings.catch_warnings():
+    given = len(_downs(read_lora(path, f"LoRA {name}")[0]))
+    with explained_errors(f"LoRA {name}"), quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of another LoRA
-        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter, local_files_only=True, use_safetensors=True)
-    with explained_errors(name), safetensors.safe_open(path, "pt") as file:
-        given = sum(key.endswith(_DOWN) for key in file.keys())  # noqa: SIM118
+        try:
+            pipeline.load_lora_weights(
+                path.parent, weight_name=path.name, adapter_name=adapter, local_files_only=True, use_safetensors=True
+            )
+        except RuntimeError as error:  # of load_state_dict, with a line for each tensor
+            if other := re.search(r"size mismatch for (\S+): ", str(error)):
+                raise InputError(f"LoRA {name} cannot be loaded: of another base model, {other[1]} has another shape") from error
+            raise
     parts = [part for part in (getattr(pipeline, part, None) for part in pipeline._lora_loadable_modules) if part is not None]
     taken = sum(adapter in getattr(module, "lora_A", ()) for part in parts for module in part.modules())
-    if not given or taken != given:  # diffusers says nothing of the others, or a warning
+    if taken != given:  # diffusers says nothing of the others, or a warning
         raise InputError(
             f"LoRA {name} has adapters of {given} modules, of which {taken} are in the base model: it was trained on another one, or "
             f"has names that diffusers does not know (try convert lora --format diffusers)"

@@ -327,7 +327,7 @@ def load_pipeline(model: str, allow_pickle: bool = False, variant: str | None = 
     if task_of(folder) == "text_to_image":
         raise InputError(f"model {model} is a text-to-image model, but this is for pixel models")
     logging.disable_progress_bar()  # of loading two components
-    with explained_errors(model):
+    with explained_errors(f"model {model}"):
         parts = {name for name, value in PixelPipeline.load_config(folder).items() if isinstance(value, list | tuple) and value[0]}
         if other := sorted(parts - {"unet", "scheduler"}):
             raise ValueError(f"it has a {other[0]}, but this is for pixel models, of a unet and a scheduler only")

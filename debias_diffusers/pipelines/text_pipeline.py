@@ -42,7 +42,7 @@ def load_text_pipeline(model: str, variant: str | None = None) -> Any:
     name = model_index(folder)["_class_name"]
     xl = name == "StableDiffusionXLPipeline"
     left_out = {"add_watermarker": False} if xl else {"safety_checker": None, "requires_safety_checker": False}
-    with explained_errors(model), quiet():
+    with explained_errors(f"model {model}"), quiet():
         encoders = {part: _text_encoder(folder, part, model) for part in TEXT_PIPELINES[name] if part.startswith("text_encoder")}
         pipeline = getattr(diffusers, name).from_pretrained(
             folder,
@@ -76,7 +76,7 @@ def quiet() -> Iterator[None]:
     before = logging.get_verbosity(), of_transformers.get_verbosity()
     for each in (logging, of_transformers):
         each.disable_progress_bar()
-        each.set_verbosity_error()
+        each.set_verbosity(each.CRITICAL)
     try:
         yield
     finally:

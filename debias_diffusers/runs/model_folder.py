@@ -54,6 +54,21 @@ def task_of(folder: Path) -> Task:
     return "text_to_image" if text_parts(folder) or is_lora(folder) else "pixels"
 
 
+def require_model(folder: Path, model: str) -> None:
+    """Raises InputError where a folder is none, or holds no pipeline; `model` is its name for messages."""
+    if folder.is_file():
+        raise InputError(f"{model} is a file; {convert_advice(model)} (of a LoRA, name the base model, and the file with --lora)")
+    if not model or (folder.exists() and not (folder / MODEL_INDEX).is_file()):
+        raise InputError(f"{model or 'an empty name'} holds no model (no {MODEL_INDEX}); train one, or name another folder")
+    if not folder.exists():
+        raise InputError(f"{model} does not exist; name a run directory, a pipeline folder or a Hub id such as user/name")
+
+
+def convert_advice(file: str) -> str:
+    """What to do with a single file where a pipeline folder is needed."""
+    return f"make a folder of it once: python -m debias_diffusers.convert single {file} {Path(file).with_suffix('').name}"
+
+
 def pixel_problems(model: str, what: str) -> list[str]:
     """A text-to-image model on this disk where `what` is for pixel models only; other names are looked at when they are loaded."""
     if task_of(Path(model)) == "pixels":
@@ -105,8 +120,10 @@ def check_sampling(config: SampleConfig, folder: Path, base: Path | None = None)
         base: with the configuration files of the base model of a LoRA; if left out, one on this disk is found.
 
     Raises:
-        InputError: flags are for the other kind of model; or prompts or sizes do not fit it, or it cannot be drawn with.
+        InputError: there is no model; flags are for the other kind of model; or prompts or sizes do not fit it, or it cannot be drawn with.
     """
+    if not is_lora(folder):
+        require_model(folder, config.model)
     task, pipeline = task_of(folder), folder
     found = model_flag_problems(config, task) + strength_problems(config.lora)
     if is_lora(folder):

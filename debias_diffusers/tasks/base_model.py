@@ -16,7 +16,7 @@ from ..config.schema import BETA_ENDS, DIGITS, TextConfig, TrainConfig
 from ..config.validation import train_problems
 from ..errors import InputError, raise_all, reason
 from ..hub import client
-from ..runs.model_folder import MODEL_INDEX, TEXT_PIPELINES, is_lora, part_config, require_text_model, text_parts
+from ..runs.model_folder import MODEL_INDEX, TEXT_PIPELINES, convert_advice, is_lora, part_config, require_text_model, text_parts
 from ..utils.files import read_json_object
 
 PACKAGED = Path(str(resources.files("debias_diffusers.data").joinpath("text_base")))
@@ -192,8 +192,7 @@ def _folder(field: str, name: str) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.is_file():
-            advice = f"make a folder of it once: python -m debias_diffusers.convert single {name} {folder.with_suffix('').name}"
-            raise InputError(f"{field} {name} is a file; {advice}")
+            raise InputError(f"{field} {name} is a file; {convert_advice(name)}")
         raise InputError(f"{field} {name} does not exist; name a pipeline folder, a run directory or a Hub id such as user/name")
     return folder
 

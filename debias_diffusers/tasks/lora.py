@@ -14,7 +14,6 @@ from ..errors import InputError, reason
 from ..pipelines.lora import lora_file, read_lora
 from ..pipelines.text_pipeline import encoded, joined_outputs
 from ..runs.lora_folder import ADAPTER, LORA_WEIGHTS, exported_name
-from .unet import require_finite
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the attention of text encoders
 
@@ -144,7 +143,6 @@ def load(network: Any, model: str, config: LoraConfig) -> None:
         raise InputError(f"init {model} has alpha {alpha:g}, but lora_alpha is {wanted:g}; take --lora_alpha {alpha:g}")
     if other := [name for name, parameter in ours.items() if parameter.shape != tensors[name].shape]:
         raise InputError(f"init {model} was trained on another base model: its {other[0]} has another shape")
-    require_finite(tensors, f"init {model}")
     for name, parameter in ours.items():
         parameter.data.copy_(tensors[name])
 

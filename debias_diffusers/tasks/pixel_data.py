@@ -27,13 +27,16 @@ from ..utils.distributed import broadcast_from_first, told_by_the_first
 
 
 def open_data(config: TrainConfig, found: Checkpoint | None, first: bool) -> Source:
-    """The data, its labels in the order of the run; a run that did not write down its class names has the plain one."""
+    """The data, its labels in the order of the run; a run that did not write down its class names has the plain one.
+
+    What they have is printed for pixel models; for the others when their captions are known.
+    """
     data = config.data
     known = {name: value for name, value in found.state["data"].items() if name not in ("captions", HELD_OUT)} if found else {}
     source = reopen_source(data, found.state.get("class_names") or "plain", known) if found else open_source(data)
-    plain = found or data.task == "text_to_image"
-    for sentence in (summary if plain else training_summary)(source, data.dataset) if first else ():
-        say(sentence)
+    if first and data.task != "text_to_image":
+        for sentence in (summary if found else training_summary)(source, data.dataset):
+            say(sentence)
     return source
 
 

@@ -21,11 +21,12 @@ from ..diffusion.loss import Network
 from ..diffusion.noise_schedule import is_flow, prediction_type_of, schedule_of_scheduler
 from ..errors import InputError, raise_all
 from ..hub.model_card import model_card
+from ..pipelines.loading import require_finite
 from ..pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from ..pipelines.solvers import default_scheduler, exported_scheduler, make_scheduler
 from ..sampling import generate
 from .base import Batch
-from .unet import build_unet, differing_fields, require_finite, unet_config
+from .unet import build_unet, differing_fields, unet_config
 
 PREVIEW_STEPS = 20  # of the solver
 

@@ -6,8 +6,10 @@ another key.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import signal
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,11 +21,12 @@ from tqdm import tqdm
 
 from ..data import images
 from ..data.sources import Source, map_in_threads
-from ..errors import CannotWriteError
+from ..errors import CannotWriteError, StoppedError
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, gather_from_all, told_by_the_first
 from ..utils.files import free_bytes, require_writable
-from .tensor_store import Place, ShardWriter, StoredTensors, TensorStore
+from ..utils.signals import asked_to_stop
+from .tensor_store import DAMAGED, Place, ShardWriter, StoredTensors, TensorStore
 
 FORMAT = 1  # to be raised with every change of how images are decoded and resized, and of how images and captions are encoded
 FILES_AT_ONCE, SHARDS_AT_ONCE = 1024, 4  # that a process reads before it tells the others
@@ -46,14 +49,22 @@ def shared(work: Callable[[int], T], count: int, at_once: int, accelerator: Acce
 
     Raises:
         DebiasError: in all processes, what `work` raised in one.
+        StoppedError: in all processes, where one was asked to stop.
     """
     rank, processes = accelerator.process_index, accelerator.num_processes
     found: list[T] = []
     for first in tqdm(range(0, count, at_once * processes), what, leave=False, delay=5, disable=rank > 0):
+        _stop_if_asked(accelerator)
         mine = range(first + rank * at_once, min(first + (rank + 1) * at_once, count))
         with told_by_the_first(accelerator):
             found += gather_from_all(lambda mine=mine: list(map_in_threads(work, mine)), processes)  # type: ignore[misc]
     return found
+
+
+def _stop_if_asked(accelerator: Accelerator) -> None:
+    """Raises StoppedError in all processes where a signal asks one to stop: what follows may take hours, and no step is lost."""
+    if signum := max(gather_from_all(lambda: [asked_to_stop()], accelerator.num_processes)):
+        raise StoppedError(f"stopped by {signal.Signals(signum).name} before the first step; the same command continues", signum)
 
 
 def picture_hashes(source: Source, accelerator: Accelerator) -> list[str]:
@@ -91,6 +102,7 @@ def encoded(
             last = len(entries) - 1
             batches = [[entries[min(k, last)] for k in range(first, first + size)] for first in range(0, len(entries), size)]
             for first in range(0, len(batches), processes):
+                _stop_if_asked(accelerator)
                 together = [min(k, len(batches) - 1) for k in range(first, first + processes)]
                 tensors = _gathered(encode(batches[together[rank]]), accelerator)
                 flat = [entry for k in together for entry in batches[k]]
@@ -126,7 +138,7 @@ class Precomputed(Mapping[E, Mapping[str, Tensor]]):
 class Precomputation(Generic[E]):
     """What a folder has of some entries, and what is still to be computed. All processes must make and fill it together.
 
-    Shards that are damaged are named and removed, and what they held is computed anew.
+    Shards that are damaged or cannot be read are named, and what they held is computed anew. Damaged ones are removed.
     """
 
     def __init__(self, folder: Path, what: str, keys: Mapping[E, bytes], accelerator: Accelerator) -> None:
@@ -140,11 +152,14 @@ class Precomputation(Generic[E]):
         shards = broadcast_from_first(self.store.keys, self.accelerator)
         wanted = set(self.keys.values())
         names = [name for name, keys in shards.items() if keys is None or not wanted.isdisjoint(keys)]
-        whole = shared(lambda k: self.store.is_whole(names[k]), len(names), SHARDS_AT_ONCE, self.accelerator, f"verifying the {self.what}")
-        for name in (name for name, sound in zip(names, whole) if not sound and self.accelerator.is_main_process):
-            say(f"{self.store.folder / name} is damaged; what it held is computed anew")
-            self.store.remove(name)
-        used = {name: shards[name] or [] for name, sound in zip(names, whole) if sound}
+        found = shared(lambda k: self.store.fault(names[k]), len(names), SHARDS_AT_ONCE, self.accelerator, f"verifying the {self.what}")
+        faults = {name: fault for name, fault in zip(names, found) if fault}
+        for name, fault in faults.items() if self.accelerator.is_main_process else ():
+            say(f"{self.store.folder / name} {fault}; what it held is computed anew")
+            if fault == DAMAGED:
+                with contextlib.suppress(OSError):  # in a folder that cannot be written to
+                    self.store.remove(name)
+        used = {name: shards[name] or [] for name in names if name not in faults}
         return {key: (name, row) for name, keys in used.items() for row, key in enumerate(keys) if key in wanted}
 
     def filled(self, groups: Sequence[Group[E]], encode: Encode[E]) -> Precomputed[E]:
@@ -161,8 +176,12 @@ class Precomputation(Generic[E]):
             absent, first = set(self.missing), self.accelerator.is_main_process
             writer = ShardWriter(self.store)
             left = [([entry for entry in entries if entry in absent], size) for entries, size in groups]
-            for entries, tensors in encoded(left, encode, self.what, self.accelerator):
-                self._in_first(partial(writer.add, [self.keys[entry] for entry in entries], tensors))
+            try:
+                for entries, tensors in encoded(left, encode, self.what, self.accelerator):
+                    self._in_first(partial(writer.add, [self.keys[entry] for entry in entries], tensors))
+            except StoppedError:  # in all processes
+                self._in_first(writer.flush)
+                raise
             self._in_first(writer.flush)
             self._places |= broadcast_from_first(lambda: writer.places if first else {}, self.accelerator)
         places = {entry: self._places[key] for entry, key in self.keys.items()}
@@ -205,5 +224,5 @@ def say_size(folder: str, missing: Mapping[str, tuple[int, int]], accelerator: A
 
 
 def _free_in(folder: str) -> int:
-    require_writable(Path(folder) / "file")
+    require_writable(Path(folder) / "latents")
     return free_bytes(Path(folder))

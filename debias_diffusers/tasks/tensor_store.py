@@ -24,6 +24,7 @@ SHARD_BYTES = 256 << 20  # of tensors, after which a shard is written
 WRITE_AFTER = 60.0  # seconds of computing that a killed process loses at most
 KEYS = "keys"  # the tensor (N, 32) uint8 of a shard; row k of every other tensor belongs to key k
 OURS = {"debias_diffusers": "tensors"}  # metadata of a shard
+DAMAGED = "is damaged"  # a fault
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 _BLOCK = 1 << 20  # bytes that are hashed at once
 
@@ -44,16 +45,16 @@ class TensorStore:
         remove_old_temporary_files(self.folder)
         return {path.name: _keys_of(path) for path in sorted(self.folder.iterdir()) if _NAME.fullmatch(path.name)}
 
-    def is_whole(self, name: str) -> bool:
-        """Whether the bytes of a shard are those of its name. Reads all of them."""
+    def fault(self, name: str) -> str | None:
+        """What is wrong with a shard, whose bytes should be those of its name: `DAMAGED`, or why it cannot be read. Reads all of it."""
         digest = hashlib.sha256()
         try:
             with open(self.folder / name, "rb") as file:
                 while block := file.read(_BLOCK):
                     digest.update(block)
-        except OSError:
-            return False
-        return f"{digest.hexdigest()}.safetensors" == name
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+        return None if f"{digest.hexdigest()}.safetensors" == name else DAMAGED
 
     def remove(self, name: str) -> None:
         """Removes a shard. Does nothing where it is gone already."""

@@ -10,7 +10,7 @@ from ..config.choices import as_flags
 from ..config.loading import flatten
 from ..config.schema import TrainConfig
 from ..data.captions import CaptionedSource
-from ..data.sources import Source
+from ..data.sources import Source, summary
 from ..runs.checkpoints import Checkpoint
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, told_by_the_first
@@ -45,4 +45,7 @@ def captioned(config: TrainConfig, source: Source, found: Checkpoint | None, acc
     Raises:
         InputError: there are no captions, or images that cannot be read.
     """
-    return readable(config, CaptionedSource(source, config.text.caption_column), found, 3, accelerator)[0]
+    with_captions = CaptionedSource(source, config.text.caption_column)
+    for sentence in summary(with_captions, config.data.dataset) if accelerator.is_main_process else ():
+        say(sentence)
+    return readable(config, with_captions, found, 3, accelerator)[0]

@@ -28,7 +28,7 @@ from ..data.validation_split import validation_seed
 from ..diffusion.loss import Network
 from ..diffusion.noise_schedule import make_schedule
 from ..hub.model_card import model_card
-from ..pipelines.loading import explained_errors, load_part
+from ..pipelines.loading import explained_errors, load_part, require_finite
 from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, count_tokens, draw, token_ids, tokens_read
 from ..runs.checkpoints import hash_of
 from ..runs.lora_folder import BASE_RECORD
@@ -38,7 +38,6 @@ from ..utils.distributed import broadcast_from_first
 from . import frozen_parts, lora, precompute
 from .base import Batch
 from .base_model import SIZE_IDS, BaseModel
-from .unet import require_finite
 
 PREVIEW_PROMPTS = 4  # of the data, where none are named
 PREVIEW_STEPS = 20  # of the scheduler
@@ -388,7 +387,7 @@ class TextToImageTask:
             InputError: diffusers has no such class, or it does not take its configuration.
         """
         values = self.scheduler_config()
-        with explained_errors(f"{self.base.folder}/scheduler"):
+        with explained_errors(f"model {self.base.folder}/scheduler"):
             return getattr(diffusers, values["_class_name"]).from_config(values)
 
     def _pipeline(self, network: nn.Module, vae: Any) -> Any:

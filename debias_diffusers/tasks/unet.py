@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from torch import Tensor
 
 from ..config.schema import ModelConfig
 from ..errors import InputError
@@ -78,12 +77,6 @@ def differing_fields(one: Mapping[str, Any], other: Mapping[str, Any], free: Col
         return list(value) if isinstance(value, tuple) else value  # which of the two depends on where it was read from
 
     return [name for name in one if not name.startswith("_") and name not in free and plain(one[name]) != plain(other.get(name))]
-
-
-def require_finite(weights: Mapping[str, Tensor], where: str) -> None:
-    """Raises InputError where a weight is NaN or infinite; `where` names their file or folder."""
-    if spoilt := [name for name, value in weights.items() if not value.isfinite().all()]:
-        raise InputError(f"{where} has weights that are not finite, such as {spoilt[0]}; take those of an earlier step")
 
 
 def build_unet(arguments: dict[str, Any]) -> UNet2DModel:

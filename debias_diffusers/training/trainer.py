@@ -132,15 +132,20 @@ class Trainer:
             reduced = positions is parts[-1] or device.sharded(self.accelerator)
             sync = contextlib.nullcontext() if reduced else self.accelerator.no_sync(self.state.model)
             with sync:
-                terms = self._terms(batch, t)
-                loss = (at(corrections, t, terms.loss) * terms.loss).sum() / self.positions.share
-                self.accelerator.backward(loss)
-            total += loss.detach()
+                loss, terms = self._backward(batch, t, corrections)
+            total += loss
             self.state.statistics.add(t, terms, weights)
-            losses.append((t, terms.loss.detach()))
+            losses.append((t, terms.loss))
         if self.state.timestep_sampler.learns:
             self._update_timestep_sampler(losses)
         return total, losses
+
+    def _backward(self, batch: Batch, t: Tensor, corrections: Tensor) -> tuple[Tensor, Terms]:
+        """Adds the gradients of a micro-batch. Returns its share () of the mean loss, and its terms, without their graph."""
+        terms = self._terms(batch, t)
+        loss = (at(corrections, t, terms.loss) * terms.loss).sum() / self.positions.share
+        self.accelerator.backward(loss)
+        return loss.detach(), terms.detached()
 
     def _terms(self, batch: Batch, t: Tensor) -> Terms:
         """The loss of each sample of a micro-batch, before any correction for how t is drawn."""

@@ -6,7 +6,7 @@ random state is saved in checkpoints.
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,12 +34,19 @@ def generator(seed: int, purpose: str, position: int, device: torch.device | str
 _OF_THREAD = threading.local()
 
 
-def normal(shape: Sequence[int], seed: int, purpose: str, position: int) -> Tensor:
-    """Standard normal numbers, float32: those that `generator` gives. One generator of the thread is seeded anew, which is faster."""
+def normal(shape: Sequence[int], seed: int, purpose: str, positions: Iterable[int]) -> Tensor:
+    """Standard normal numbers (B, *shape), float32, of B positions: for each those of `generator`.
+
+    One generator of the thread is seeded anew and fills one tensor, which is faster than a generator and a tensor for each.
+    """
     generator: torch.Generator | None = getattr(_OF_THREAD, "generator", None)
     if generator is None:
         generator = _OF_THREAD.generator = torch.Generator()
-    return torch.randn(shape, generator=generator.manual_seed(derive_seed(seed, purpose, position) % 2**32))
+    seeds = [derive_seed(seed, purpose, position) % 2**32 for position in positions]
+    numbers = torch.empty(len(seeds), *shape)
+    for row, each in zip(numbers.unbind(), seeds):
+        row.normal_(generator=generator.manual_seed(each))
+    return numbers
 
 
 def seed_device(device: torch.device, seed: int) -> None:

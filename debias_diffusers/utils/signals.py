@@ -21,8 +21,11 @@ class SignalHandler:
     previous handlers. Outside the main thread no handler is installed, because Python delivers signals to the main thread only.
     """
 
+    newest: SignalHandler | None = None  # that is not closed
+
     def __init__(self) -> None:
         self.signum = 0
+        SignalHandler.newest = self
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self._before = {signum: signal.signal(signum, self._on_signal) for signum in (signal.SIGTERM, signal.SIGINT)}
@@ -39,6 +42,7 @@ class SignalHandler:
             if signal.getsignal(signum) == self._on_signal:
                 signal.signal(signum, signal.SIG_DFL if handler is None else handler)  # None: not installed from Python
         self._before = {}
+        SignalHandler.newest = None
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signum == signal.SIGINT:
@@ -46,6 +50,11 @@ class SignalHandler:
                 os.write(2, b"\nstopped at once; the last checkpoint is untouched\n")
             os._exit(128 + signum)
         self.signum = signum
+
+
+def asked_to_stop() -> int:
+    """The signal that asks this process to stop, where a `SignalHandler` has recorded one, or 0; for what is done before a loop."""
+    return SignalHandler.newest.signum if SignalHandler.newest else 0
 
 
 def stop_with_launcher() -> None:
