@@ -30,11 +30,11 @@ from ..diffusion.noise_schedule import make_schedule
 from ..hub.model_card import model_card
 from ..pipelines.loading import explained_errors, load_part
 from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, count_tokens, draw, token_ids, tokens_read
-from ..runs.checkpoints import hash_of
 from ..runs.lora_folder import BASE_RECORD
 from ..sampling.job import image_seeds
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
+from ..utils.files import hash_of
 from . import frozen_parts, lora, precompute
 from .base import Batch
 from .base_model import SIZE_IDS, BaseModel
