@@ -47,14 +47,14 @@ NOT_STORED = {"output_dir", "size", "num_epochs", *OF_ONE_COMMAND, *(f.name for 
 CHANGEABLE = {
     *NOT_STORED, "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every", "validation_every",
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
-    "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "allow_pickle_import",
+    "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "check_images", "allow_pickle_import",
     "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode", "ddp_timeout", "sample_prompts", "sample_guidance_scale",
     "clip_model", "precompute_dir", "ema_on_cpu", "sharded_checkpoints",
 }  # fmt: skip
 
 # These only on purpose, with --allow_change, because the result is another one.
 ON_PURPOSE = {
-    "dataset", "label_dropout", "random_flip", "folder_repeats", "dropout",
+    "dataset", "label_dropout", "random_flip", "jpeg_draft", "folder_repeats", "dropout",
     "caption_dropout", "shuffle_caption", "keep_tokens", "crop", "crop_per_image",
     "weighting", *parameters_of(WEIGHTINGS), "snr_floor", "snr_ceiling", "terminal_weight_floor", "normalize_weights",
     "timestep_sampler", *parameters_of(TIMESTEP_SAMPLERS), "timestep_bias_strategy", *parameters_of(TIMESTEP_BIASES), "variance_type",

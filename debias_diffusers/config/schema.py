@@ -100,7 +100,12 @@ class DataConfig:
     random_flip: bool = False  # random horizontal flip of half of the images
     folder_repeats: bool = False  # train images of a folder named N_NAME, such as 10_cats, N times in each epoch
     validation_split: Share = 0.0  # share of the images that is held out of training, for the validation loss; 0 is off
-    skip_bad: bool = False  # skip images that cannot be read, up to 1% of them, instead of stopping at the start
+    # check of the images before a new run: all are decoded, or a sample of 1000, or none; if left out all, but of 100 000 images or more
+    # a sample
+    check_images: Literal["all", "sample", "none"] | None = None
+    # skip images that cannot be read, up to 1% of them, instead of stopping; one that the check has not found is replaced by another
+    skip_bad: bool = False
+    jpeg_draft: bool = False  # decode JPEG files of large images at 1/2, 1/4 or 1/8 of their size: faster, with other pixels
     num_workers: Annotated[int, at_least(0, 2)] = 2  # data loader workers per training process; 0 loads in the training process
     # cache of decoded images per process, in MB, used if all fit; 0 is off
     cache_images_mb: Annotated[int, at_least(0, 1024, zero="off")] = 1024

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,15 @@ from ..utils.torch_errors import LOST_WORKER
 from . import images
 from .decoded_cache import make_cache
 from .noise import draw_noise
-from .sources import Source, require_class
+from .sources import MAX_SKIPPED_SHARE, Source, require_class
+
+T = TypeVar("T")
+
+REPLACEMENTS = 1000  # positions whose images are tried in place of one that cannot be read
+
+
+class ChannelsError(InputError):
+    """An image has colours, and the model learns grey ones: it can be read, and is not skipped."""
 
 
 class PositionedData(Dataset):
@@ -61,6 +69,42 @@ class PositionedData(Dataset):
     def sample(self, position: int) -> dict[str, Any]:
         """The sample at a position, a function of (seed, position). Raises DebiasError."""
         raise NotImplementedError
+
+    def read(self, position: int, read: Callable[[int], T]) -> tuple[int, T, dict[str, str]]:
+        """What `read` gives of the image at a position.
+
+        With `skip_bad` an image that cannot be read is replaced by that of the next position which can be, and has the same size: a
+        function of (seed, position), as `index` is.
+
+        Returns:
+            The index of the image in the source, what was read, and with `skip_bad` under "skipped" what is wrong with the image that
+            it replaces, or "".
+        """
+        index = self.index(position)
+        if not self.config.skip_bad:
+            return index, read(index), {}
+        try:
+            return index, read(index), {"skipped": ""}
+        except ChannelsError:
+            raise
+        except InputError as error:
+            for other in map(self.index, range(position + 1, position + 1 + REPLACEMENTS)):
+                with contextlib.suppress(InputError):
+                    if self.same_size(index, other):
+                        return other, read(other), {"skipped": str(error)}
+            raise
+
+    def require_few_skipped(self, count: int, position: int) -> None:
+        """Raises InputError where so many samples before a position, or in the first epoch, are more than `skip_bad` permits to replace."""
+        if count > MAX_SKIPPED_SHARE * max(self.count, position):
+            raise InputError(
+                f"dataset {self.config.dataset}: the images of {count} of {position} samples could not be read, and no more than "
+                f"{MAX_SKIPPED_SHARE:.0%} are skipped; --check_images all names them before a training"
+            )
+
+    def same_size(self, one: int, other: int) -> bool:
+        """Whether the samples of two images of the source have one shape."""
+        return True
 
     def flips(self, position: int) -> bool:
         """Whether the image at a position is mirrored."""
@@ -104,12 +148,12 @@ class TrainingData(PositionedData):
         return 3 if images.decode(content, where).mode == "RGB" else 1
 
     def sample(self, position: int) -> dict[str, Any]:
-        pixels, label = self.decoded(self.index(position))
+        _, (pixels, label), skipped = self.read(position, self.decoded)
         if self.flips(position):
             pixels = pixels.flip(-1)
         if self.null_label is not None and seeding.uniform(self.seed, "label", position) < self.config.label_dropout:
             label = self.null_label
-        return {"image": pixels, "label": label, **self.drawn(position)}
+        return {"image": pixels, "label": label, **self.drawn(position), **skipped}
 
     def decoded(self, index: int) -> tuple[Tensor, int]:
         """Pixels (C, H, W) uint8 and label of the image at an index of the source, from the cache in memory if there is one."""
@@ -123,9 +167,9 @@ class TrainingData(PositionedData):
 
     def _decode(self, index: int) -> tuple[Tensor, int]:
         content, label, where = self.source.read(index)
-        image = images.decode(content, where)
+        image = images.decode(content, where, (self.resolution, self.resolution) if self.config.jpeg_draft else None)
         if image.mode == "RGB" and self.channels == 1 and self.config.channels is None:
-            raise InputError(f"image {where} has colours, but the model learns grey ones; add --channels 1, which converts it to grey")
+            raise ChannelsError(f"image {where} has colours, but the model learns grey ones; add --channels 1, which converts it to grey")
         require_class(label, self.source.class_names, where)
         image = images.fit(image.convert("L" if self.channels == 1 else "RGB"), self.resolution)
         return torch.from_numpy(images.to_array(image)), label

@@ -37,6 +37,7 @@ from .metrics_file import METRICS_FILE, MetricsFile
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+SKIPPED = "skipped_images"  # in state.json and metrics.jsonl: samples whose image could not be read and was replaced
 REQUIRED_FIELDS = {"dataset", "prediction_type", "weighting", "noise_schedule", "ema_decay", "max_steps"}  # of any config.json
 DATA = "data"  # among the changes: the files behind `dataset`, by their fingerprint
 MARKER = ".debias_diffusers.json"  # this file marks a folder as a run directory

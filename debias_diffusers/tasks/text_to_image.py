@@ -160,7 +160,8 @@ class TextToImageTask:
         data = self.data
         hashes = precompute.picture_hashes(data.images, self.accelerator)
         of_vae = {"files": self._files_of("vae"), "precision": self.latents.precision, "device": self._device}
-        same = precompute.key_of(kind="latents", resampling=images.RESAMPLING, **of_vae).hex()
+        resampling = images.RESAMPLING + " of a JPEG draft" * data.config.jpeg_draft
+        same = precompute.key_of(kind="latents", resampling=resampling, **of_vae).hex()
         return {
             (index, flipped): precompute.key_of(
                 same=same, picture=picture, size=data.size(index), crop=data.fixed_crop(index), flipped=flipped

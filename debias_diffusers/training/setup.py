@@ -30,7 +30,7 @@ from ..errors import InputError, StoppedError, raise_all
 from ..hub import client
 from ..hub.publish import Publisher
 from ..runs.checkpoints import Checkpoint
-from ..runs.run_directory import DATA, Change, Run
+from ..runs.run_directory import DATA, SKIPPED, Change, Run
 from ..tasks.base import Task
 from ..tasks.pixel_data import open_data, readable
 from ..tasks.pixels import PixelTask
@@ -110,12 +110,14 @@ def _train(trainer: Trainer, publisher: Publisher | None, stop: SignalHandler) -
 def _say_end(trainer: Trainer, signum: int) -> None:
     config, step = trainer.config, trainer.step
     at = f"at step {step} of {config.optimization.max_steps}, saved; the same command continues"
+    count = trainer.state.skipped_images
+    skipped = f"; {count} samples had an image that cannot be read, and another in its place" if count else ""
     if step == config.optimization.max_steps:
-        sentence = f"finished at step {step}; the model is in {config.run.output_dir}"
+        sentence = f"finished at step {step}; the model is in {config.run.output_dir}{skipped}"
     elif signum:
-        raise StoppedError(f"stopped by {signal.Signals(signum).name} {at}", signum)
+        raise StoppedError(f"stopped by {signal.Signals(signum).name} {at}{skipped}", signum)
     else:
-        sentence = f"stopped after max_hours {config.optimization.max_hours} {at}"
+        sentence = f"stopped after max_hours {config.optimization.max_hours} {at}{skipped}"
     if trainer.accelerator.is_main_process:
         say(sentence)
 
@@ -219,6 +221,7 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         if accelerator.is_main_process:
             _require_same_training(found, constants, config)
         state_dicts.restore(found, state, accelerator.is_main_process)
+        state.skipped_images = found.state.get(SKIPPED, 0)
         if accelerator.scaler is not None and found.state["scaler"]:  # none where the run has just been changed to fp16
             accelerator.scaler.load_state_dict(found.state["scaler"])
     step = found.step if found else 0
