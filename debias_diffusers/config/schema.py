@@ -89,7 +89,9 @@ class DataConfig:
 
     # what is trained: a pixel model, or a text-to-image model; follows from base_model if left out
     task: Task | None = None
-    dataset: str | None = None  # data set: digits, a folder of images, a .parquet file, a saved dataset, or a Hub id (user/set@revision)
+    # data set: digits, a folder of images, of .tar or of .parquet files, such a file, a pattern of them such as
+    # 'shards/{0000..0127}.tar', a saved dataset, or a Hub id (user/set@revision)
+    dataset: str | None = None
     split: str = "train"  # split of a parquet, saved or Hub dataset
     image_column: str | None = None  # column of the images; found by its type if left out
     label_column: str | None = None  # column of the class labels; found by its type if left out
@@ -98,6 +100,9 @@ class DataConfig:
     class_conditional: bool = False  # class-conditional training, with class labels
     label_dropout: Share = 0.1  # label dropout for classifier-free guidance: share of labels replaced by "none"
     random_flip: bool = False  # random horizontal flip of half of the images
+    # shuffle window, for data that do not fit into memory: shards (.tar files, row groups of parquet files, record batches of saved data)
+    # whose images are shuffled together, in an order of the shards that is another in every epoch; all if left out
+    shuffle_window: Annotated[int | None, at_least(1, 16)] = None
     folder_repeats: bool = False  # train images of a folder named N_NAME, such as 10_cats, N times in each epoch
     validation_split: Share = 0.0  # share of the images that is held out of training, for the validation loss; 0 is off
     skip_bad: bool = False  # skip images that cannot be read, up to 1% of them, instead of stopping at the start

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..utils import seeding
+from .shards.order import ShardOrder
 
 MAX_RATIO = 4  # of the sides of a size
 MIN_AREA = 0.9  # of a size, as a share of the square of the resolution; it has at most that square
@@ -69,11 +70,27 @@ class BucketOrder:
     The samples of a bucket are an endless stream of permutations, of which every step takes the next `batch_size` of one bucket, B. In
     the first e epochs bucket b, of n samples, has ceil(e n / B) steps: every sample was seen e times, and fewer than B of each bucket once
     more. So a bucket has its share of the steps, and one with fewer than B samples a step in the first epoch, too. The order of the
-    steps of an epoch is shuffled.
+    steps of an epoch is shuffled. In shards, the permutation of each bucket is a `ShardOrder`: as all go through the shards in one order,
+    the steps of a time read about one window.
     """
 
-    def __init__(self, buckets: Sequence[Size], batch_size: int, seed: int) -> None:
-        """`buckets`: the size of each sample; `batch_size` of a step, over all processes."""
+    def __init__(
+        self,
+        buckets: Sequence[Size],
+        batch_size: int,
+        seed: int,
+        starts: Sequence[int] | np.ndarray | None = None,
+        window: int | None = None,
+    ) -> None:
+        """The order of some samples.
+
+        Args:
+            buckets: the size of each sample.
+            batch_size: of a step, over all processes.
+            seed: of the run.
+            starts: of the shards, as in `ShardOrder`; one if left out.
+            window: as in `ShardOrder`.
+        """
         self.batch_size, self.seed = batch_size, seed
         self.sizes = sorted(set(buckets))
         number = {size: k for k, size in enumerate(self.sizes)}
@@ -82,7 +99,11 @@ class BucketOrder:
         self._counts = np.array([len(members) for members in self._members], dtype=np.int64)
         self._steps = range(0)  # of the epoch that the following are of
         self._buckets = self._ranks = np.empty(0, dtype=np.int64)  # the bucket of each step, and how many steps before have the same
-        self._orders = dict[int, tuple[int, np.ndarray]]()  # of each bucket the last permutation that was asked for
+        starts = (0, len(buckets)) if starts is None else starts
+        self._orders = [
+            ShardOrder(np.searchsorted(members, starts), window, seed, f"order of {height}x{width}")
+            for members, (height, width) in zip(self._members, self.sizes)
+        ]
 
     def steps(self, epochs: float) -> int:
         """The steps of the first epochs, after which every sample was seen so often."""
@@ -95,15 +116,7 @@ class BucketOrder:
             self._shuffle(self._epoch_of(step))
         bucket, rank = int(self._buckets[step - self._steps.start]), int(self._ranks[step - self._steps.start])
         epoch, place = divmod(rank * self.batch_size + place, len(self._members[bucket]))
-        return int(self._members[bucket][self._order(bucket, epoch)[place]])
-
-    def _order(self, bucket: int, epoch: int) -> np.ndarray:
-        """A permutation of the stream of a bucket."""
-        if self._orders.get(bucket, (-1,))[0] != epoch:
-            height, width = self.sizes[bucket]
-            generator = seeding.generator(self.seed, f"order of {width}x{height}", epoch)
-            self._orders[bucket] = epoch, torch.randperm(len(self._members[bucket]), generator=generator).numpy()
-        return self._orders[bucket][1]
+        return int(self._members[bucket][self._orders[bucket].index(epoch, place)])
 
     def _done(self, epochs: int) -> np.ndarray:
         """The steps of each bucket in the first epochs."""
