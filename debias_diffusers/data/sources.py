@@ -32,7 +32,7 @@ from .shards.table_columns import check_column, holds_whole_numbers, only_column
 DIGITS_FILE = Path(str(resources.files(__package__).joinpath("digits.parquet")))
 MAX_PENDING = 10_000  # indices that are queued for threads at once
 MAX_SKIPPED_SHARE = 0.01  # share of unreadable images that --skip_bad accepts; more mean another problem
-BESIDE_SHARDS = re.compile(r"(^|/)(index-[0-9a-f]{12}\.arrow|classes\.json)$")  # what this package writes beside shards
+BESIDE_SHARDS = re.compile(r"(^|/)(index-[0-9a-f]{12}\.arrow|classes\.json|made_from\.json)$")  # what this package writes beside shards
 READER_THREADS = min(8, os.cpu_count() or 1)  # threads that read and decode images
 
 
@@ -473,17 +473,18 @@ def training_summary(source: Source, name: str | None) -> list[str]:
     )
 
 
-def open_source(config: DataConfig, order: ClassOrder = "natural") -> Source:
-    """Opens `config.dataset`: "digits", a folder, a .parquet file, or a Hub id.
+def open_source(config: DataConfig, order: ClassOrder = "natural", renew: bool = False) -> Source:
+    """Opens `config.dataset`: "digits", a folder, .tar or .parquet files, or a Hub id.
 
     Args:
         config: dataset, split and columns.
         order: of the labels; for images that are used with a model, its class names.
+        renew: index shards as they are, whatever an index says.
 
     Raises:
         InputError: it does not exist, is empty, or lacks the split, columns or labels asked for.
     """
-    source = _open(config, order)
+    source = _open(config, order, renew)
     if len(source) == 0:
         raise InputError(f"dataset {config.dataset} is empty")
     names = _with_images(source, source.class_names) if isinstance(order, str) and source.class_names else []
@@ -520,7 +521,7 @@ def _with_images(source: Source, names: list[str]) -> list[str]:
     return [names[label] for label in nonempty_classes(class_counts(source) or [])] if isinstance(source, ImageFolder) else names
 
 
-def _open(config: DataConfig, order: ClassOrder) -> Source:
+def _open(config: DataConfig, order: ClassOrder, renew: bool) -> Source:
     assert config.dataset is not None
     path = Path(config.dataset).expanduser()
     if config.dataset == DIGITS:
@@ -528,25 +529,25 @@ def _open(config: DataConfig, order: ClassOrder) -> Source:
         if config.split == DataConfig().split:
             return ImageTable(_digits(), config, order)
     if path.is_dir():
-        return _open_folder(path, config, order)
+        return _open_folder(path, config, order, renew)
     if absent := data_problems("dataset", config.dataset):
         raise InputError(absent[0])
     if path.suffix.lower() in (".tar", ".parquet"):
-        return _open_files(shard_names.expand(config.dataset), config, order)
+        return _open_files(shard_names.expand(config.dataset), config, order, renew)
     if not is_dataset_id(config.dataset):
         raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .tar or .parquet file nor a Hub id")
     repo, _, revision = config.dataset.partition("@")
     return ImageTable(_load(repo, config, revision=revision or None), config, order)
 
 
-def _open_folder(path: Path, config: DataConfig, order: ClassOrder) -> Source:
+def _open_folder(path: Path, config: DataConfig, order: ClassOrder, renew: bool) -> Source:
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return ImageTable(_load_saved(path, config), config, order)
     found = image_folders.scan_folder(path)
     for suffix in (".tar", ".parquet"):
         shards = {name for name, _ in found.passed_over if name.lower().endswith(suffix)}
         if len(shards) > len(found.images):  # a few pictures beside parquet files are not data, nor a parquet file beside images
-            source = _open_folder_of_shards(path, suffix, config, order)
+            source = _open_folder_of_shards(path, suffix, config, order, renew)
             beside = [(name, f"beside the {suffix[1:]} files") for name in found.images]
             others = [(name, why) for name, why in found.passed_over if name not in shards and not BESIDE_SHARDS.search(name)]
             source.passed_over = beside + others + source.passed_over
@@ -554,25 +555,25 @@ def _open_folder(path: Path, config: DataConfig, order: ClassOrder) -> Source:
     return ImageFolder(found, config, order)
 
 
-def _open_folder_of_shards(path: Path, suffix: str, config: DataConfig, order: ClassOrder) -> Source:
+def _open_folder_of_shards(path: Path, suffix: str, config: DataConfig, order: ClassOrder, renew: bool) -> Source:
     splits = _shards(path, suffix)
     if suffix == ".parquet" and config.shuffle_window is None:
         return ImageTable(_load("parquet", config, data_files=splits), config, order)
     if config.split not in splits:
         raise InputError(f"split is {config.split}, but dataset {path} has only: {', '.join(splits)}")
-    source = open_shards(LocalFiles(splits[config.split]), config, order, which=[config.split])
+    source = open_shards(LocalFiles(splits[config.split]), config, order, [config.split], renew)
     source.split = f"split {config.split} of {', '.join(splits)}" if len(splits) > 1 else ""
     return source
 
 
-def _open_files(paths: list[str], config: DataConfig, order: ClassOrder) -> Source:
+def _open_files(paths: list[str], config: DataConfig, order: ClassOrder, renew: bool) -> Source:
     """The files of a name or pattern. Parquet files are read by row groups where the order is made for it."""
     if paths[0].lower().endswith(".parquet") and config.shuffle_window is None:
         data_files = [str(Path(path).expanduser()) for path in paths]
         return ImageTable(_load("parquet", config, data_files=data_files), config, order)
     if config.split != DataConfig().split:
         raise InputError(f"split is {config.split}, but dataset {config.dataset} names files; leave split out, and name those of the split")
-    return open_shards(LocalFiles(paths), config, order)
+    return open_shards(LocalFiles(paths), config, order, renew=renew)
 
 
 def _shards(path: Path, suffix: str) -> dict[str, list[str]]:

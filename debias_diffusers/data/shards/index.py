@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -261,12 +261,25 @@ def _same_images(files: ShardFiles, key: IndexKey, now: dict[str, FileState], be
     changed = [name for name in files.names if known[name] != now[name]]
     say(f"{len(changed)} of {len(now)} shards have another size or time of change than when they were indexed; reading them again")
     index = _build(files, key, now, before)
-    for name in changed:
-        old, new = before.part(name).table, index.part(name).table
-        if any(not _combined(old[column]).equals(_combined(new[column])) for column in (*_OF_IMAGES, "captions")):
-            problems.append(f"shard {files.where(name)} has changed since it was indexed ({len(old)} images then, {len(new)} now)")
+    problems = _differences(files, before, {name: index.part(name) for name in changed})
     raise_all(problems, "data set", remedy)
     return index
+
+
+def changed_shards(files: ShardFiles, key: IndexKey, index: Index, names: Sequence[str]) -> list[str]:
+    """A sentence for each shard whose bytes are not as they were indexed. Raises InputError with all that cannot be read."""
+    parts = _read_all(files, key, names, sum(index.files[name].size for name in names))
+    return _differences(files, index, dict(zip(names, parts)))
+
+
+def _differences(files: ShardFiles, before: Index, now: Mapping[str, Part]) -> list[str]:
+    """A sentence for each shard that has other images, labels or captions than an index."""
+    problems = []
+    for name, part in now.items():
+        old, new = before.part(name).table, part.table
+        if any(not _combined(old[column]).equals(_combined(new[column])) for column in (*_OF_IMAGES, "captions")):
+            problems.append(f"shard {files.where(name)} has changed since it was indexed ({len(old)} images then, {len(new)} now)")
+    return problems
 
 
 def _read_all(files: ShardFiles, key: IndexKey, names: Sequence[str], total: int) -> list[Part]:

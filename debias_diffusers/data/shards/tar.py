@@ -38,8 +38,8 @@ def read_rows(file: IO[bytes], name: str, where: str, columns: Columns) -> Part:
     Raises:
         InputError: it is compressed, truncated, damaged, or has no images; names it.
     """
-    rows, samples = Rows(where), _samples(file, where)
-    for key, members in samples.items():
+    rows, found = Rows(where), samples(file, where)
+    for key, members in found.items():
         image = _image(members, key, where, columns.image)
         if image is None:
             continue
@@ -48,11 +48,11 @@ def read_rows(file: IO[bytes], name: str, where: str, columns: Columns) -> Part:
         captions = _captions(*_value(file, members, fields, CAPTIONS, columns.caption), f"{where}:{key}")
         rows.add(key, image.offset_data, _read(file, image), label, captions)
     _require_columns(rows, columns, where)
-    return rows.part([Unit(name, -1, len(rows))], len(samples) - len(rows))
+    return rows.part([Unit(name, -1, len(rows))], len(found) - len(rows))
 
 
-def _samples(file: IO[bytes], where: str) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """The members of each image, in the order of the file."""
+def samples(file: IO[bytes], where: str) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """The members of each sample by its key, in the order of the file. Raises InputError where it is not whole."""
     found: dict[str, dict[str, tarfile.TarInfo]] = {}
     buffered = io.BufferedReader(file, 1 << 16)  # type: ignore[type-var]
     try:
