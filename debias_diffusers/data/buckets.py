@@ -70,8 +70,11 @@ class BucketOrder:
     The samples of a bucket are an endless stream of permutations, of which every step takes the next `batch_size` of one bucket, B. In
     the first e epochs bucket b, of n samples, has ceil(e n / B) steps: every sample was seen e times, and fewer than B of each bucket once
     more. So a bucket has its share of the steps, and one with fewer than B samples a step in the first epoch, too. The order of the
-    steps of an epoch is shuffled. In shards, the permutation of each bucket is a `ShardOrder`: as all go through the shards in one order,
-    the steps of a time read about one window.
+    steps of an epoch is shuffled.
+
+    In windows of shards the permutation of each bucket is a `ShardOrder`, and the steps of each bucket are spread evenly over the epoch, at
+    random within equal parts of it: all buckets go through the shards together, except for images of rare sizes, of which a step needs
+    `batch_size`, from wherever they are.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class BucketOrder:
             window: as in `ShardOrder`.
         """
         self.batch_size, self.seed = batch_size, seed
+        self._evenly = starts is not None and window is not None and window < len(starts) - 1
         self.sizes = sorted(set(buckets))
         number = {size: k for k, size in enumerate(self.sizes)}
         of_samples = np.array([number[size] for size in buckets])
@@ -135,6 +139,9 @@ class BucketOrder:
         before, after = self._done(epoch), self._done(epoch + 1)
         self._steps = range(int(before.sum()), int(after.sum()))
         each = after - before
+        if self._evenly:
+            self._spread(epoch, before, each)
+            return
         order = torch.randperm(len(self._steps), generator=seeding.generator(self.seed, "buckets", epoch)).numpy()
         self._buckets, self._ranks = np.empty_like(order), np.empty_like(order)
         # In the order of `order`, bucket after bucket: its steps are numbered as they follow in the run.
@@ -142,3 +149,11 @@ class BucketOrder:
         for bucket, (start, end) in enumerate(zip(ends - each, ends)):
             steps = np.sort(order[start:end])
             self._buckets[steps], self._ranks[steps] = bucket, before[bucket] + np.arange(end - start)
+
+    def _spread(self, epoch: int, before: np.ndarray, each: np.ndarray) -> None:
+        """Draws the order of the steps of an epoch: step j of the n of a bucket is at random in part j of n of the epoch."""
+        buckets = np.repeat(np.arange(len(each)), each)
+        numbers = np.arange(len(buckets)) - np.repeat(each.cumsum() - each, each)
+        drawn = torch.rand(len(buckets), generator=seeding.generator(self.seed, "buckets", epoch), dtype=torch.float64).numpy()
+        order = np.argsort((numbers + drawn) / each[buckets], kind="stable")
+        self._buckets, self._ranks = buckets[order], before[buckets[order]] + numbers[order]

@@ -101,14 +101,18 @@ def _fill(shard: IO[bytes], source: Source, captions: Captions | None, first: in
     with tarfile.open(fileobj=shard, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for index in range(first, len(source)):
             members = list(_members(source, captions, index))
-            size = sum(tar.BLOCK + -(-len(content) // tar.BLOCK) * tar.BLOCK for _, content in members)
-            if index > first and archive.offset + size + 2 * tar.BLOCK > max_bytes:
+            end = archive.offset + sum(tar.BLOCK + _padded(len(content), tar.BLOCK) for _, content in members)
+            if index > first and _padded(end + 2 * tar.BLOCK, tarfile.RECORDSIZE) > max_bytes:
                 return index - first
             for name, content in members:
                 member = tarfile.TarInfo(f"{index:09d}.{name}")  # of no time and no owner
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
     return len(source) - first
+
+
+def _padded(size: int, to: int) -> int:
+    return -(-size // to) * to
 
 
 def _members(source: Source, captions: Captions | None, index: int) -> Iterator[tuple[str, bytes]]:

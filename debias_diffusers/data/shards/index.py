@@ -30,7 +30,8 @@ from .files import FORMAT, FileState, IndexKey, ShardFiles, Unit
 from .rows import SCHEMA, Part
 
 _ENTRY = b"index"  # of the metadata of the Arrow file
-_OF_IMAGES = ("key", "size", "crc32", "label")  # columns that the fingerprint covers: not where an image is within its shard
+# Columns that the fingerprint covers, and those that it does not: an image may be elsewhere within its shard.
+_OF_IMAGES, _PLACES = ("key", "size", "crc32", "label"), ("offset", "height", "width")
 SMALL = 1 << 26  # bytes of shards that are indexed without other processes
 
 
@@ -150,7 +151,7 @@ def read(path: Path) -> Index:
         raise ValueError(str(error)) from error
     if about["format"] != FORMAT or table.schema.remove_metadata() != SCHEMA or index.starts[-1] != len(index):
         raise ValueError("another format")
-    if (about["sha256"], about["captions_sha256"]) != _digests(table, about):
+    if any(about[name] != digest for name, digest in _digests(table, about).items()):
         raise ValueError("another digest")
     return index
 
@@ -243,8 +244,7 @@ def _build(files: ShardFiles, key: IndexKey, now: dict[str, FileState], before: 
         "files": [[name, *now[name], part.without_image] for name, part in parts.items()],
         "units": [[number, unit.group, unit.images] for number, part in enumerate(parts.values()) for unit in part.units],
     }
-    about["sha256"], about["captions_sha256"] = _digests(table, about)
-    return Index(table, about)
+    return Index(table, about | _digests(table, about))
 
 
 def _same_images(files: ShardFiles, key: IndexKey, now: dict[str, FileState], before: Index) -> Index:
@@ -308,15 +308,18 @@ def _read_one(files: ShardFiles, key: IndexKey, name: str) -> Part | str:
 # ---- digests ---------------------------------------------------------------------------------------------------------
 
 
-def _digests(table: pyarrow.Table, about: dict[str, Any]) -> tuple[str, str]:
-    """The hash of what identifies the images, and that of their captions."""
+def _digests(table: pyarrow.Table, about: dict[str, Any]) -> dict[str, str]:
+    """The hashes of what identifies the images, of their captions, and of where they are."""
     names = [name for name, *_ in about["files"]]
-    images = hashlib.sha256(json.dumps([names, about["units"], about["class_names"], about["whole_numbers"]]).encode())
-    for name in _OF_IMAGES:
-        _update(images, _array(table[name]))
-    captions = hashlib.sha256()
-    _update(captions, _array(table["captions"]))
-    return images.hexdigest(), captions.hexdigest()
+    of_all = json.dumps([names, about["units"], about["class_names"], about["whole_numbers"]]).encode()
+    parts = {"sha256": (of_all, _OF_IMAGES), "captions_sha256": (b"", ("captions",)), "places_sha256": (b"", _PLACES)}
+    found = {}
+    for part, (start, columns) in parts.items():
+        digest = hashlib.sha256(start)
+        for column in columns:
+            _update(digest, _array(table[column]))
+        found[part] = digest.hexdigest()
+    return found
 
 
 def _update(digest: Any, array: pyarrow.Array) -> None:
