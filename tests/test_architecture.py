@@ -36,8 +36,8 @@ MAX_MODULES = 12  # directly in the package, and in each folder
 
 # The modules, or whole folders, that may import a library.
 USERS = {
-    "datasets": {"data.sources", "data.captions"},
-    "pyarrow": {"data.sources"},
+    "datasets": {"data.sources", "data.shards.table_columns"},
+    "pyarrow": {"data.sources", "data.shards.index", "data.shards.parquet", "data.shards.rows"},
     "diffusers": {"pipelines", "tasks", "training.device", "convert.guided_diffusion", "convert.single_file"},
     "accelerate": {"utils.distributed", "training", "sampling.generate", "evaluation", "tasks"},
     "torch_fidelity": {"evaluation.feature_extractors", "evaluation.metrics"},

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from . import shard_names
 from .schema import DIGITS
 
 # Names of Hub repositories, which a run writes down with the commit that it took: user/name@commit.
@@ -22,8 +23,8 @@ def is_pinned(name: str) -> bool:
 
 def is_dataset_id(dataset: str) -> bool:
     """Whether a name is that of a dataset on the Hub: name, user/name or user/name@revision, and no path of this disk."""
-    path = Path(dataset)
-    return bool(_DATASET_ID.fullmatch(dataset)) and dataset != DIGITS and path.suffix.lower() != ".parquet" and not is_path(dataset)
+    is_file = Path(dataset).suffix.lower() in (".parquet", ".tar")
+    return bool(_DATASET_ID.fullmatch(dataset)) and dataset != DIGITS and not is_file and not is_path(dataset)
 
 
 def is_path(name: str) -> bool:
@@ -61,6 +62,10 @@ def data_problems(field: str, name: str | None) -> list[str]:
     """Data, or a file of their statistics, that are neither on this disk nor the name of a data set on the Hub."""
     if not name or name == DIGITS or Path(name).expanduser().exists():
         return []
+    if shard_names.is_pattern(name) and shard_names.exists(name):
+        missing = shard_names.missing_shards(name)
+        also = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return [f"{field} {name}: {missing[0]}{also} does not exist"] if missing else []
     if is_dataset_id(name) and Path(name).suffix not in (".npz", ".safetensors"):
         return []
     advice = f"; {name}@main asks the Hub for it" if is_dataset_id(f"{name}@main") else ""

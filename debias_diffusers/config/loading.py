@@ -54,7 +54,7 @@ CHANGEABLE = {
 
 # These only on purpose, with --allow_change, because the result is another one.
 ON_PURPOSE = {
-    "dataset", "label_dropout", "random_flip", "jpeg_draft", "folder_repeats", "dropout",
+    "dataset", "label_dropout", "random_flip", "shuffle_window", "jpeg_draft", "folder_repeats", "dropout",
     "caption_dropout", "shuffle_caption", "keep_tokens", "crop", "crop_per_image",
     "weighting", *parameters_of(WEIGHTINGS), "snr_floor", "snr_ceiling", "terminal_weight_floor", "normalize_weights",
     "timestep_sampler", *parameters_of(TIMESTEP_SAMPLERS), "timestep_bias_strategy", *parameters_of(TIMESTEP_BIASES), "variance_type",

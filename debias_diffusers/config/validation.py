@@ -32,6 +32,7 @@ from .schema import (
     RunConfig,
     SampleConfig,
     ScoreConfig,
+    ShardsMakeConfig,
     SingleConfig,
     StatsConfig,
     Task,
@@ -174,7 +175,7 @@ def _hub_problems(config: TrainConfig) -> list[str]:
 def _data_problems(config: TrainConfig) -> list[str]:
     data, found = config.data, []
     if not data.dataset:
-        found.append("dataset is missing: name digits, a folder of images, a .parquet file or a Hub id")
+        found.append("dataset is missing: name digits, a folder of images, .tar or .parquet files, or a Hub id")
     if data.resolution is None:
         found.append("resolution is missing: name the pixels a side, such as --resolution 64")
     if not data.class_conditional and not is_text(config):
@@ -633,6 +634,14 @@ def _clip_problems(field: str, metrics: str, clip_model: str | None) -> list[str
     if clip_model and not clip:
         return [f"clip_model is {clip_model}, but {field} has no clip_score; add it, or leave clip_model out"]
     return []
+
+
+def shards_problems(config: ShardsMakeConfig) -> list[str]:
+    """Values out of range, and an output that is the input."""
+    found = range_problems(ShardsMakeConfig, dataclasses.asdict(config))
+    if PurePath(config.data) == PurePath(config.out):
+        found.append(f"out {config.out} is the data; name another folder")
+    return found
 
 
 def single_problems(config: SingleConfig) -> list[str]:

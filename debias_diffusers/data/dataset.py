@@ -25,6 +25,7 @@ from ..utils.torch_errors import LOST_WORKER
 from . import images
 from .decoded_cache import make_cache
 from .noise import draw_noise
+from .shards.order import ShardOrder
 from .sources import MAX_SKIPPED_SHARE, Source, require_class
 
 T = TypeVar("T")
@@ -49,16 +50,11 @@ class PositionedData(Dataset):
         assert config.resolution is not None
         self.source, self.config, self.seed, self.resolution, self.noise = source, config, seed, config.resolution, noise
         self.count = len(source)
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
+        self._order = ShardOrder(shard_starts(source, config), config.shuffle_window, seed)
 
     def index(self, position: int) -> int:
         """The index in the source of the image at a position. Each epoch is a permutation, a function of (seed, epoch)."""
-        epoch, place = divmod(position, self.count)
-        if epoch != self._epoch:
-            order = torch.randperm(self.count, generator=seeding.generator(self.seed, "order", epoch))
-            self._epoch, self._order = epoch, order.numpy()
-        return int(self._order[place])
+        return self._order.index(*divmod(position, self.count))
 
     def __getitem__(self, position: int) -> dict[str, Any] | DebiasError:
         try:
@@ -122,6 +118,23 @@ class PositionedData(Dataset):
     def steps_of_epochs(self, optim: OptimizationConfig, step: int = 0, position: int = 0) -> int:
         """The `max_steps` that `num_epochs` is, of a run that is at this step and position."""
         return steps_of_epochs(optim, self.count, step, position)
+
+
+def shard_starts(source: Source, config: DataConfig) -> Sequence[int] | np.ndarray:
+    """The first image of each shard of a source, and the number of images; one shard where all are shuffled together.
+
+    Raises:
+        InputError: there are no shards to shuffle in windows.
+    """
+    if config.shuffle_window is None:
+        return (0, len(source))
+    starts = source.shards()
+    if starts is None:
+        raise InputError(
+            f"shuffle_window is {config.shuffle_window}, but the images of dataset {config.dataset} are no shards; leave it out, or make "
+            f"shards of them with python -m debias_diffusers.shards make"
+        )
+    return starts
 
 
 class TrainingData(PositionedData):

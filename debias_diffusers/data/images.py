@@ -93,6 +93,20 @@ def decode(data: bytes, where: str, least: tuple[int, int] | None = None) -> Ima
         raise InputError(f"image {where} cannot be read: {reason(error)}") from error
 
 
+def extension_of(data: bytes, where: str) -> str:
+    """The usual extension of an image file by its content, without a dot.
+
+    Raises:
+        InputError: names `where`; it has none of the `FORMATS`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
+            kind = str(image.format)
+            return {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}.get(kind, kind.lower())
+    except Exception as error:  # a damaged or hostile file may provoke any
+        raise InputError(f"image {where} cannot be read: {reason(error)}") from error
+
+
 def size_of(data: bytes, where: str) -> tuple[int, int]:
     """Height and width that `decode` gives, without decoding the pixels.
 

@@ -17,7 +17,7 @@ from ..utils import seeding
 from . import images
 from .buckets import BucketOrder, Buckets
 from .captions import Captions, captions_of
-from .dataset import PositionedData
+from .dataset import PositionedData, shard_starts
 from .sources import RepeatedSource, Source
 
 
@@ -76,7 +76,9 @@ class TextData(PositionedData):
         self.captions, self.text, self.shape = captions_of(self.images), text, shape
         self.buckets = buckets
         sizes = [buckets.sizes[index] for index in self._image_of] if buckets else []
-        self._by_step = BucketOrder(sizes, batch_size, seed) if buckets and batch_size else None
+        self._by_step = (
+            BucketOrder(sizes, batch_size, seed, shard_starts(source, data), data.shuffle_window) if buckets and batch_size else None
+        )
         # Mean, standard deviation and time_ids of each image, as it is and mirrored: (flips, N, ...). None where they are not kept.
         self.latents: tuple[Tensor, Tensor, Tensor] | None = None
         # The same of one image, and whether it is mirrored, by name; in place of `latents`.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from ..config import hub_names
+from ..config import hub_names, shard_names
 from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
 from ..config.loading import read_config, stored
 from ..config.schema import DIGITS, BitsConfig, DataConfig, MeasureConfig, TrainConfig
@@ -144,11 +143,11 @@ def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) ->
     typed, lay = values["dataset"], paths.get("dataset") if isinstance(paths, dict) else None
     if typed == DIGITS or is_pinned(typed):  # for the Hub, a run saves the commit
         return values
-    if os.path.exists(os.path.expanduser(typed)):
+    if shard_names.exists(typed):
         before = {name: value for name, value in state.get("data", {}).items() if name != "skipped"}
         if lay is None or absolute_path(typed) == lay or _fingerprint(values) == before:
             return values
-    if lay is None or not os.path.exists(lay):
+    if lay is None or not shard_names.exists(lay):
         raise InputError(f"{target} was trained on {lay or typed}, which does not exist; name the data with --reference")
     return {**values, "dataset": lay}
 

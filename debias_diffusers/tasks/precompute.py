@@ -66,7 +66,10 @@ def picture_hashes(source: Source, accelerator: Accelerator) -> list[str]:
 
 
 def image_sizes(source: Source, accelerator: Accelerator) -> list[tuple[int, int]]:
-    """Height and width of every image of a source."""
+    """Height and width of every image of a source, from its index where it has one."""
+    known = source.sizes()
+    if known is not None and known.all():
+        return list(map(tuple, known.tolist()))
 
     def size_of(index: int) -> tuple[int, int]:
         content, _, where = source.read(index)

@@ -7,13 +7,13 @@ import dataclasses
 import signal
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..config import shard_names
 from ..config.choices import choose
 from ..config.hub_names import PINNED, absolute_path, is_dataset_id, is_model_id, is_pinned, split_revision
 from ..config.loading import BEFORE_THE_FIELD, CHANGES, differences, flatten, stored, update
@@ -282,7 +282,7 @@ def _require_local_data(config: TrainConfig, found: Checkpoint) -> None:
         return
     paths = found.state.get("paths")
     on_disk = began != DIGITS and not is_pinned(began) and (paths is None or "dataset" in paths)
-    if on_disk and not Path(typed).expanduser().exists():
+    if on_disk and not shard_names.exists(typed):
         lay = f" at {paths['dataset']}" if paths else f" {began}"
         raise InputError(f"dataset {typed} is not there; this run began with the data{lay}; name where they are now with --dataset")
 

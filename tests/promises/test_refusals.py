@@ -274,6 +274,7 @@ FIELDS = {
     "class_conditional": ({}, True, METRICS),
     "label_dropout": (CLASSES, 0.9, METRICS),
     "random_flip": ({}, True, METRICS),
+    "shuffle_window": ({}, 2, METRICS),
     "folder_repeats": ({"dataset": "FOLDERS"}, True, METRICS),
     "validation_split": ({"validation_split": 0.1, "validation_every": 2}, 0.3, METRICS),
     "check_images": ({}, "none", None),
