@@ -47,7 +47,8 @@ NOT_STORED = {"output_dir", "size", "num_epochs", *OF_ONE_COMMAND, *(f.name for 
 CHANGEABLE = {
     *NOT_STORED, "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every", "validation_every",
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
-    "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "check_images", "allow_pickle_import",
+    "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "allow_pickle_import",
+    "check_images", "shard_cache_gb",
     "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode", "ddp_timeout", "sample_prompts", "sample_guidance_scale",
     "clip_model", "precompute_dir", "ema_on_cpu", "sharded_checkpoints",
 }  # fmt: skip

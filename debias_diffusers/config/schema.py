@@ -107,6 +107,8 @@ class DataConfig:
     shuffle_window: Annotated[int | None, at_least(1, 16)] = None
     folder_repeats: bool = False  # train images of a folder named N_NAME, such as 10_cats, N times in each epoch
     validation_split: Share = 0.0  # share of the images that is held out of training, for the validation loss; 0 is off
+    # size of the cache on the disk for shards that are fetched from a server or from the Hub, in GB, shared by all runs of the machine
+    shard_cache_gb: Annotated[float, above(0, 50)] = 50.0
     # check of the images before a new run: all are decoded, or a sample of 1000, or none; if left out all, but of 100 000 images or more
     # a sample
     check_images: Literal["all", "sample", "none"] | None = None

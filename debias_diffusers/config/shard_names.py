@@ -50,6 +50,11 @@ def _alternatives(inside: str, name: str) -> list[str]:
     return inside.split(",")
 
 
+def is_remote(name: str) -> bool:
+    """Whether a name is an address, and not a path: https://, http://, or hf://, of files on the Hub."""
+    return name.startswith(("https://", "http://", "hf://"))
+
+
 def missing_shards(name: str) -> list[str]:
     """Those of the files of a name that do not exist."""
     return [path for path in expand(name) if not Path(path).expanduser().exists()]

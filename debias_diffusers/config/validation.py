@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
+from . import shard_names
 from .aliases import value_suggestion
 from .loading import CHANGEABLE, MODEL_NUMBERS, NEVER, ON_PURPOSE, TEXT_FIELDS, fields_of_other_tasks, flatten, is_text, update
 from .prompts import broken_text
@@ -176,6 +177,8 @@ def _data_problems(config: TrainConfig) -> list[str]:
     data, found = config.data, []
     if not data.dataset:
         found.append("dataset is missing: name digits, a folder of images, .tar or .parquet files, or a Hub id")
+    if data.dataset and shard_names.is_remote(data.dataset) and data.shuffle_window is None:
+        found.append(f"shuffle_window is missing: dataset {data.dataset} is fetched in windows of so many shards; add --shuffle_window 8")
     if data.resolution is None:
         found.append("resolution is missing: name the pixels a side, such as --resolution 64")
     if not data.class_conditional and not is_text(config):

@@ -26,7 +26,7 @@ from . import images
 from .decoded_cache import make_cache
 from .noise import draw_noise
 from .shards.order import ShardOrder
-from .sources import MAX_SKIPPED_SHARE, Source, require_class
+from .sources import MAX_SKIPPED_SHARE, Source, require_class, sharded
 
 T = TypeVar("T")
 
@@ -51,10 +51,15 @@ class PositionedData(Dataset):
         self.source, self.config, self.seed, self.resolution, self.noise = source, config, seed, config.resolution, noise
         self.count = len(source)
         self._order = ShardOrder(shard_starts(source, config), config.shuffle_window, seed)
+        self._shards, self._window = sharded(source), (-1, -1)  # of the last index
 
     def index(self, position: int) -> int:
         """The index in the source of the image at a position. Each epoch is a permutation, a function of (seed, epoch)."""
-        return self._order.index(*divmod(position, self.count))
+        index = self._order.index(*divmod(position, self.count))
+        if self._shards and self._order.window != self._window:
+            self._window = self._order.window
+            self._shards.prefetch(self._order.soon())
+        return index
 
     def __getitem__(self, position: int) -> dict[str, Any] | DebiasError:
         try:
@@ -248,6 +253,8 @@ def micro_batches(data: PositionedData, positions: PositionBatchSampler, pin_mem
         InputError: an image cannot be read; the message names it.
         DebiasError: a worker was killed.
     """
+    if (shards := sharded(data.source)) and data.config.num_workers:
+        shards.close()  # workers, which are forked, would keep files of the cache open that only this process has read
     loader = DataLoader(
         data,
         batch_sampler=positions,

@@ -25,8 +25,8 @@ from ..errors import CannotWriteError, InputError, raise_all, reason
 from ..utils.files import read_file, require_writable
 from . import image_folders, images
 from .labels import ClassOrder, describe_classes, label_numbers, nonempty_classes, order_class_names, renumbered
-from .shards.files import LocalFiles
-from .shards.source import open_shards
+from .shards.files import LocalFiles, ShardFiles, cache_folder
+from .shards.source import ShardedSource, open_shards
 from .shards.table_columns import check_column, holds_whole_numbers, only_column
 
 DIGITS_FILE = Path(str(resources.files(__package__).joinpath("digits.parquet")))
@@ -355,6 +355,14 @@ def folder_repeats(source: Source) -> list[int]:
     return [int(match[1]) if match else 1 for match in found]
 
 
+def sharded(source: Source) -> ShardedSource | None:
+    """The shards behind a source; None where there are none."""
+    inner: Any = source
+    while hasattr(inner, "source"):
+        inner = inner.source
+    return inner if isinstance(inner, ShardedSource) else None
+
+
 def file_state_hash(source: Source) -> str | None:
     """A hash of path, size, times and inode of all files of a source: it changes when a file is written. None if not all are known."""
     digest = hashlib.sha256(repr(source.fingerprint()).encode())
@@ -573,7 +581,15 @@ def _open_files(paths: list[str], config: DataConfig, order: ClassOrder, renew: 
         return ImageTable(_load("parquet", config, data_files=data_files), config, order)
     if config.split != DataConfig().split:
         raise InputError(f"split is {config.split}, but dataset {config.dataset} names files; leave split out, and name those of the split")
-    return open_shards(LocalFiles(paths), config, order, renew=renew)
+    return open_shards(_shard_files(paths, config), config, order, renew=renew)
+
+
+def _shard_files(paths: list[str], config: DataConfig) -> ShardFiles:
+    if not shard_names.is_remote(paths[0]):
+        return LocalFiles(paths)
+    from .shards.remote_files import RemoteFiles
+
+    return RemoteFiles(paths, cache_folder(), round(config.shard_cache_gb * 1e9), config.shuffle_window)
 
 
 def _shards(path: Path, suffix: str) -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import IO, Any, TypeVar
 
+from ..config.hub_names import hub_file
 from ..errors import FetchError, InputError, reason
 from ..utils.console import say
 
@@ -27,7 +28,6 @@ TIMEOUT = 30.0  # seconds for each phase of a request: connect, send, receive
 PIECE = 1 << 20  # bytes that are received at once
 RETRIED = {408, 425, 429}  # of the 4xx: the server is busy
 
-_ON_THE_HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<path>.+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,17 +45,16 @@ class RemoteFile:
         return self.version if self.name.startswith("hf://") and _SHA256.fullmatch(self.version) else None
 
 
+class AbsentError(FetchError):
+    """The server has no such file."""
+
+
 class _TemporaryError(Exception):
     """Another attempt may succeed, after so many seconds at least."""
 
     def __init__(self, message: str, seconds: float = 0.0) -> None:
         super().__init__(message)
         self.seconds = seconds
-
-
-def is_remote(name: str) -> bool:
-    """Whether a name is the address of a file on a server."""
-    return name.startswith(("https://", "http://", "hf://"))
 
 
 def find(name: str) -> RemoteFile:
@@ -141,7 +140,7 @@ def _address(name: str) -> tuple[str, dict[str, str]]:
     """Where a file is, and the headers of a request for it. A redirect to another host goes without the token."""
     if not name.startswith("hf://"):
         return name, {}
-    found = _ON_THE_HUB.fullmatch(name)
+    found = hub_file(name)
     if found is None:
         raise InputError(f"{name} is no file of a data set on the Hub; write hf://datasets/user/name/path")
     import huggingface_hub
@@ -149,7 +148,7 @@ def _address(name: str) -> tuple[str, dict[str, str]]:
 
     if constants.HF_HUB_OFFLINE:
         raise FetchError(f"{name} cannot be fetched, because HF_HUB_OFFLINE is set")
-    address = huggingface_hub.hf_hub_url(found["repo"], found["path"], repo_type="dataset", revision=found["revision"])
+    address = huggingface_hub.hf_hub_url(found.repo, found.path, repo_type="dataset", revision=found.revision)
     token = huggingface_hub.get_token()
     return address, {"Authorization": f"Bearer {token}"} if token else {}
 
@@ -178,7 +177,8 @@ def _require_success(name: str, response: Any) -> None:
         raise _TemporaryError(f"its server answers {status}", float(after) if after.isdecimal() else 0.0)
     advice = "; set HF_TOKEN, or ask for access on its page" if status in (401, 403) and name.startswith("hf://") else ""
     what = {401: "its server asks who you are", 403: "its server does not permit it", 404: "there is no such file"}
-    raise FetchError(f"{name} cannot be fetched: {what.get(status, 'its server refuses')} ({status}){advice}")
+    kind = AbsentError if status == 404 else FetchError
+    raise kind(f"{name} cannot be fetched: {what.get(status, 'its server refuses')} ({status}){advice}")
 
 
 def _described(name: str, response: Any) -> RemoteFile:

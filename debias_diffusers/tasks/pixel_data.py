@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..config.schema import DIGITS, TrainConfig
+from ..data.dataset import shard_starts
+from ..data.shards.order import ShardOrder
 from ..data.sources import (
     Source,
     SourceSubset,
@@ -114,6 +116,9 @@ def _looked_at(config: TrainConfig, source: Source) -> Sequence[int]:
     how = config.data.check_images or ("all" if len(source) < MANY_IMAGES else "sample")
     if how == "none":
         return ()
+    if how == "sample" and config.data.shuffle_window:  # of the first shards that are trained, for the others may have to be fetched
+        order = ShardOrder(shard_starts(source, config.data), config.data.shuffle_window, config.optimization.seed)
+        return sorted(order.index(0, place) for place in range(min(SAMPLE, len(source))))
     return seeding.subset(config.optimization.seed, len(source), len(source) if how == "all" else SAMPLE)
 
 

@@ -277,6 +277,7 @@ FIELDS = {
     "shuffle_window": ({}, 2, METRICS),
     "folder_repeats": ({"dataset": "FOLDERS"}, True, METRICS),
     "validation_split": ({"validation_split": 0.1, "validation_every": 2}, 0.3, METRICS),
+    "shard_cache_gb": ({}, 1.0, None),
     "check_images": ({}, "none", None),
     "skip_bad": ({}, True, None),
     "jpeg_draft": ({"dataset": "JPEGS"}, True, METRICS),
@@ -456,6 +457,7 @@ def test_every_field_is_in_the_table():
         "clip_model",
         "precompute_dir",  # the same bits from the disk: test_precompute
         "num_epochs",  # stands for max_steps
+        "shard_cache_gb",
         "check_images",  # likewise
         "skip_bad",  # shapes the training where there are images to skip, which row 25 shows
         "num_workers",

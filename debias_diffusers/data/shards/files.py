@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
-from ...errors import InputError, reason
+from ...errors import CannotWriteError, InputError, reason
 from ...utils.files import read_file
 
 FORMAT = 1  # of the index; to be raised with every change of what it holds
@@ -82,6 +82,14 @@ class ShardFiles(Protocol):
 
     def where(self, name: str) -> str:
         """A file for messages."""
+
+
+def cache_folder() -> Path:
+    """Of indices that cannot be beside their shards, and of fetched shards. Raises CannotWriteError where the user has no home folder."""
+    try:
+        return Path.home() / ".cache" / "debias_diffusers" / "shards"
+    except RuntimeError as error:
+        raise CannotWriteError(f"there is no home folder for the cache of shards ({error}); set HOME") from error
 
 
 class LocalFiles:

@@ -7,6 +7,7 @@ sizes and times of the shards with it; shards that differ are read again, and mu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -22,11 +23,12 @@ import pyarrow
 import pyarrow.compute
 from tqdm import tqdm
 
+from ...config.schema import DataConfig
 from ...errors import CannotWriteError, InputError, raise_all
 from ...utils.console import say
 from ...utils.files import atomic_write
 from . import parquet, tar
-from .files import FORMAT, FileState, IndexKey, ShardFiles, Unit
+from .files import FORMAT, FileState, IndexKey, ShardFiles, Unit, cache_folder
 from .rows import SCHEMA, Part
 
 _ENTRY = b"index"  # of the metadata of the Arrow file
@@ -121,6 +123,8 @@ def open_index(files: ShardFiles, key: IndexKey) -> Index:
         if found := _up_to_date(files, key, now):  # another process has built it
             return found
         before = next(_found(files, key), None)
+        if before is None and (there := _on_the_server(files, key, now)):
+            return _write(files, key, there)
         if before is None:
             say(f"indexing {len(now)} {'shards' if len(now) > 1 else 'shard'}, once")
             return _write(files, key, _build(files, key, now))
@@ -143,8 +147,12 @@ def read(path: Path) -> Index:
     Raises:
         ValueError: it is damaged, or of another format.
     """
+    return _parsed(lambda: pyarrow.memory_map(str(path)), path)
+
+
+def _parsed(content: Callable[[], Any], path: Path | None) -> Index:
     try:
-        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+        table = pyarrow.ipc.open_file(content()).read_all()
         about = json.loads(table.schema.metadata[_ENTRY])
         index = Index(table, about, path)
     except (pyarrow.ArrowException, OSError, KeyError, TypeError) as error:
@@ -159,15 +167,8 @@ def read(path: Path) -> Index:
 def _places(files: ShardFiles, key: IndexKey) -> list[Path]:
     """Where the index may be: beside the shards, else in the cache folder."""
     here = hashlib.sha256(os.fsencode(files.where(""))).hexdigest()[:12]  # of two folders with the same names
-    cached = _cache_folder() / f"{here}-{key.file_name}"
+    cached = cache_folder() / f"{here}-{key.file_name}"
     return [cached] if files.folder is None else [files.folder / key.file_name, cached]
-
-
-def _cache_folder() -> Path:
-    try:
-        return Path.home() / ".cache" / "debias_diffusers" / "shards"
-    except RuntimeError as error:
-        raise CannotWriteError(f"there is no home folder for the index of shards ({error}); set HOME") from error
 
 
 def _found(files: ShardFiles, key: IndexKey) -> Iterator[Index]:
@@ -176,6 +177,23 @@ def _found(files: ShardFiles, key: IndexKey) -> Iterator[Index]:
         if path.is_file():
             with contextlib.suppress(ValueError):
                 yield read(path)
+
+
+def _on_the_server(files: ShardFiles, key: IndexKey, now: dict[str, FileState]) -> Index | None:
+    """The index that lies beside the shards of a server, for the same shards by name and size; None where there is none.
+
+    It was built elsewhere, of files with other versions: whether they have the same bytes shows each image by its checksum.
+    """
+    if files.folder is not None:
+        return None
+    for which in (key.which, [DataConfig().split]):  # of named files, and of a folder
+        content = files.beside(dataclasses.replace(key, which=which).file_name)
+        with contextlib.suppress(ValueError):
+            found = _parsed(partial(pyarrow.BufferReader, content), None) if content else None
+            if found and {name: state.size for name, state in found.files.items()} == {name: state.size for name, state in now.items()}:
+                states = [[name, *now[name], count] for name, *_, count in found.about["files"]]
+                return Index(found.table, {**found.about, "files": states})
+    return None
 
 
 def _up_to_date(files: ShardFiles, key: IndexKey, now: dict[str, FileState]) -> Index | None:

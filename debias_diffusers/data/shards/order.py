@@ -47,6 +47,19 @@ class ShardOrder:
             self._order, self._window = self._images(epoch, window), window
         return int(self._order[place - (self._ends[window - 1] if window else 0)])
 
+    def soon(self) -> np.ndarray:
+        """The shards of the window of the last `index`, and those of the window after it."""
+        following = self._window + 1
+        if following < len(self._edges) - 1:
+            return np.concatenate([self._of(self._window), self._of(following)])
+        first: np.ndarray = self._permutation(self._epoch + 1)[: self._edges[1]]
+        return np.concatenate([self._of(self._window), first])
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Epoch and window of the last `index`."""
+        return self._epoch, self._window
+
     def _shuffle_shards(self, epoch: int) -> None:
         self._epoch, self._window, self._shards = epoch, -1, self._permutation(epoch)
         sizes = np.diff(self.starts)[self._shards]

@@ -93,7 +93,7 @@ class RowGroupReader:
         self.files, self.image_column = files, image_column
         self._lock = threading.Lock()  # a parquet file is read by one thread at once
         self._group = lru_cache(min(groups, MAX_GROUPS))(self._read)
-        self._opened = lru_cache(16)(self._open)
+        self._opened = lru_cache(min(groups, 16))(self._open)
 
     def __reduce__(self) -> tuple[Any, ...]:  # for data loader workers that are not forked
         return RowGroupReader, (self.files, self.image_column, self._group.cache_parameters()["maxsize"])
@@ -103,6 +103,10 @@ class RowGroupReader:
         with self._lock, _told(self.files.where(unit.name)):
             cells = self._group(unit.name, unit.group)
             return cells[offset].as_py() or b"" if offset < len(cells) else b""
+
+    def close(self) -> None:
+        """As of `source.Reader`."""
+        self._opened.cache_clear()
 
     def _read(self, name: str, group: int) -> Any:
         # A file that a forked process has open, too, has one place for both.

@@ -84,21 +84,29 @@ class Reader(Protocol):
     def content(self, unit: Unit, offset: int, size: int) -> bytes:
         """The bytes of the image at an offset of a unit, as the index has it. Raises DebiasError where the shard cannot be read."""
 
+    def close(self) -> None:
+        """Closes the files that it has opened."""
+
 
 class TarReader:
     """Images of tar files."""
 
-    def __init__(self, files: ShardFiles) -> None:
+    def __init__(self, files: ShardFiles, open_files: int) -> None:
+        """Keeps so many files open."""
         self.files = files
-        self._opened = lru_cache(OPEN_FILES)(files.open)  # closed as soon as the last reader lets go of it
+        self._opened = lru_cache(open_files)(files.open)  # closed as soon as the last reader lets go of it
 
     def __reduce__(self) -> tuple[Any, ...]:  # for data loader workers that are not forked
-        return TarReader, (self.files,)
+        return TarReader, (self.files, self._opened.cache_parameters()["maxsize"])
 
     def content(self, unit: Unit, offset: int, size: int) -> bytes:
         """As of `Reader`."""
         file: IO[bytes] = self._opened(unit.name)
         return os.pread(file.fileno(), size, offset)
+
+    def close(self) -> None:
+        """As of `Reader`."""
+        self._opened.cache_clear()
 
 
 class ShardedSource:
@@ -130,7 +138,7 @@ class ShardedSource:
         self._labels = np.empty(0, np.int32)  # of each image, or NO_LABEL
         if class_conditional:
             self._read_labels(order)
-        self._reader: Reader = TarReader(files)
+        self._reader: Reader = TarReader(files, min(window or OPEN_FILES, OPEN_FILES))
         if key.kind == "parquet":
             from .parquet import RowGroupReader
 
@@ -191,6 +199,14 @@ class ShardedSource:
     def shards(self) -> np.ndarray:
         """As of `Source`."""
         return self.index.starts
+
+    def close(self) -> None:
+        """Closes the files that reading has opened; the next reading opens them again."""
+        self._reader.close()
+
+    def prefetch(self, shards: Sequence[int] | np.ndarray) -> None:
+        """Says which shards are read next, in this order."""
+        self.shard_files.prefetch(list(dict.fromkeys(self.index.units[shard].name for shard in shards)))
 
     def sizes(self) -> np.ndarray:
         """As of `Source`."""
