@@ -20,6 +20,7 @@ from PIL import Image
 from debias_diffusers import cli
 from debias_diffusers.config.schema import DataConfig
 from debias_diffusers.config.shard_names import expand
+from debias_diffusers.data import captions as captions_module
 from debias_diffusers.data import images
 from debias_diffusers.data.buckets import BucketOrder
 from debias_diffusers.data.captions import CaptionedSource, captions_of
@@ -182,9 +183,23 @@ def test_sizes_come_from_the_index_without_reading_images(shards, monkeypatch):
     source = CaptionedSource(opened(shards), None)
     monkeypatch.setattr(ShardedSource, "read", None)
     held = SourceSubset(source, [0, 20])
-    assert precompute.image_sizes(held, None) == [(8, 8 + k % 7) for k in range(35) if k not in (0, 20)]
+    assert precompute.image_sizes(held, None).tolist() == [[8, 8 + k % 7] for k in range(35) if k not in (0, 20)]
     captions = captions_of(held)
     assert len(captions) == 33 and captions[0] == ("picture 1 of 0", "again") and captions[-1] == ("picture 6 of 4", "again")
+    listed = list(captions)
+    assert captions_module.different_captions(captions) == captions_module.different_captions(listed)
+    tokens = dict.fromkeys(captions_module.different_captions(listed), 3)
+    assert captions_module.summary(captions, tokens, 2) == captions_module.summary(listed, tokens, 2)
+    assert captions_module.first_captions(captions, 2) == ["picture 1 of 0", "picture 2 of 0"]
+
+
+def test_tokens_of_many_captions_are_counted_in_a_sample(monkeypatch):
+    monkeypatch.setattr(captions_module, "MANY", 3)
+    monkeypatch.setattr(captions_module, "SAMPLE", 2)
+    counted = captions_module.counted_captions(["a", "b", "c", "d"])
+    assert len(counted) == 2 and captions_module.counted_captions(["a", "b", "c"]) == ["a", "b", "c"]
+    said = captions_module.summary([("a",), ("b",), ("c",), ("d",)], dict.fromkeys(counted, 9), 7, 4)
+    assert said.startswith("captions: 4 different captions of 4 images; 2 of a sample of 2 have more than 7 tokens")
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
@@ -397,7 +412,8 @@ def test_samples_are_the_same_over_any_number_of_processes_and_workers(shards, p
 
 
 def test_a_run_that_was_stopped_within_a_window_goes_on_with_the_same_bits(shards, tmp_path):
-    flags = ["--dataset", shards, "--shuffle_window", 2, "--channels", 3, "--checkpoint_every", 3, "--num_workers", 0, "--warmup_steps", 0]
+    flags = ["--dataset", shards, "--shuffle_window", 2, "--channels", 3, "--checkpoint_every", 3, "--num_workers", 0]
+    flags += ["--warmup_steps", 0, "--lr_schedule", "constant"]
     for name, stops in (("whole", [6]), ("stopped", [3, 6])):
         for steps in stops:  # of 8 images: an epoch is 35
             trained_here(tiny(tmp_path / name, *flags, "--max_steps", steps))

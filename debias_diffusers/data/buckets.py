@@ -14,6 +14,7 @@ from .shards.order import ShardOrder
 MAX_RATIO = 4  # of the sides of a size
 MIN_AREA = 0.9  # of a size, as a share of the square of the resolution; it has at most that square
 MAX_STEP = 64  # pixels
+MEASURED_AT_ONCE = 1 << 16  # images whose distances from all sizes are in memory
 
 Size = tuple[int, int]  # height and width in pixels
 
@@ -44,13 +45,14 @@ def bucket_sizes(resolution: int, unit: int) -> list[Size]:
 class Buckets:
     """The size of each image: that of the nearest aspect ratio, by the logarithm of the ratio; of two as near the larger one."""
 
-    def __init__(self, sizes: Sequence[Size], resolution: int, unit: int) -> None:
-        """`sizes` are those of the images, other arguments as of `bucket_sizes`."""
+    def __init__(self, sizes: Sequence[Size] | np.ndarray, resolution: int, unit: int) -> None:
+        """`sizes` (N, 2) are those of the images, other arguments as of `bucket_sizes`."""
         every = sorted(bucket_sizes(resolution, unit), key=lambda size: (-size[0] * size[1], size))
         original = np.array(sizes, dtype=np.float64).reshape(-1, 2)
         targets = np.array(every, dtype=np.float64)
-        distances = np.abs(np.log(original[:, :1] / original[:, 1:]) - np.log(targets[:, 0] / targets[:, 1]))
-        nearest = distances.argmin(1)
+        ratios, wanted = np.log(original[:, :1] / original[:, 1:]), np.log(targets[:, 0] / targets[:, 1])
+        parts = np.array_split(ratios, len(ratios) // MEASURED_AT_ONCE + 1)
+        nearest = np.concatenate([np.abs(part - wanted).argmin(1) for part in parts])
         self.sizes: list[Size] = [every[k] for k in nearest]  # of each image
         self.enlarged = int((original < targets[nearest]).any(1).sum())  # images that are smaller than their size
 

@@ -13,6 +13,7 @@ import numpy as np
 from ..config.prompts import MAX_CHARACTERS, broken_text
 from ..config.schema import DIGITS
 from ..errors import InputError
+from ..utils import seeding
 from ..utils.files import read_file
 from . import image_folders
 from .shards.source import IndexedCaptions, ShardedSource
@@ -21,6 +22,7 @@ from .sources import ImageFolder, ImageTable, Source, SourceSubset
 
 Captions = Sequence[tuple[str, ...]]  # by image; () where it has none
 
+MANY, SAMPLE = 100_000, 10_000  # different captions of which only a sample is counted, and how many it has
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_CAPTIONS = ("a handwritten {}", "the digit {}", "a handwritten digit {}")
 
@@ -117,6 +119,11 @@ class SubsetCaptions(Sequence[tuple[str, ...]]):
             return [self.every[k] for k in self.indices[index]]
         return self.every[self.indices[index]]
 
+    def array(self) -> Any:
+        """All of them as an Arrow array of lists of texts."""
+        assert isinstance(self.every, LAZY)
+        return self.every.array().take(np.asarray(self.indices))
+
 
 LAZY = (IndexedCaptions, SubsetCaptions)  # that are not held in memory
 
@@ -124,9 +131,27 @@ LAZY = (IndexedCaptions, SubsetCaptions)  # that are not held in memory
 def _of_shards(source: ShardedSource, column: str | None) -> Captions:
     """The captions of an index, which were looked at when it was built."""
     captions = source.captions(column)
-    if not captions.rows.has_captions():
+    if not len(captions.array().flatten()):
         raise InputError(f"none of {len(captions)} images has a caption; name their member, field or column with --caption_column")
     return captions
+
+
+def different_captions(captions: Captions) -> list[str]:
+    """All different captions, sorted."""
+    if isinstance(captions, LAZY):
+        return sorted(captions.array().flatten().unique().to_pylist())
+    return sorted({caption for each in captions for caption in each})
+
+
+def first_captions(captions: Captions, count: int) -> list[str]:
+    """The first captions of images, so many different ones."""
+    found = dict[str, None]()
+    for each in captions:
+        if each and len(found) < count:
+            found[each[0]] = None
+        elif len(found) == count:
+            break
+    return list(found)
 
 
 def require_captions(trained: Source) -> None:
@@ -186,21 +211,32 @@ def _beside(image: Path) -> list[str]:
         raise InputError(f"{path} is not UTF-8: {error}") from error
 
 
-def summary(captions: Captions, tokens: Mapping[str, int], most: int) -> str:
+def counted_captions(different: Sequence[str]) -> Sequence[str]:
+    """Those whose tokens are counted before a training: all, or of many a sample."""
+    if len(different) <= MANY:
+        return different
+    return [different[k] for k in seeding.subset(0, len(different), SAMPLE)]
+
+
+def summary(captions: Captions, tokens: Mapping[str, int], most: int, different: int | None = None) -> str:
     """A line for the user: how many captions there are, how many images have none, and how many tokens are cut.
 
     Args:
         captions: of all images.
-        tokens: the number of tokens of each caption, without those that begin and end a text.
+        tokens: the number of tokens of each caption, without those that begin and end a text; or of a sample of them.
         most: tokens of a caption that the text encoders read.
+        different: the number of different captions, where `tokens` are those of a sample.
     """
-    without = sum(not each for each in captions)
+    different = different or len(tokens)
+    lengths = captions.array().value_lengths().fill_null(0).to_numpy() if isinstance(captions, LAZY) else map(len, captions)
+    without = sum(1 for length in lengths if not length)
     long = {text: count - most for text, count in tokens.items() if count > most}
-    parts = [f"{len(tokens)} different captions of {len(captions) - without} images"]
+    parts = [f"{different} different captions of {len(captions) - without} images"]
     if without:
         parts.append(f'{without} images without one, which learn "no caption"')
     if long:
         worst = max(long, key=lambda text: long[text])
-        cut = f"{len(long)} have more than {most} tokens, of which {sum(long.values())} are cut ({long[worst]} of {worst[:40]!r}...)"
+        of = f" of a sample of {len(tokens)}" if len(tokens) < different else ""
+        cut = f"{len(long)}{of} have more than {most} tokens, of which {sum(long.values())} are cut ({long[worst]} of {worst[:40]!r}...)"
         parts.append(f"{cut}; --caption_chunks {-(-(most + long[worst]) // most)} reads all")
     return "captions: " + "; ".join(parts)

@@ -307,8 +307,9 @@ class _Kept(Sequence[int]):
     """The numbers 0 .. total - 1 without some, which are sorted: their memory is that of those that are left out."""
 
     def __init__(self, total: int, left_out: Sequence[int]) -> None:
+        self._total, self._left_out = total, np.asarray(left_out, np.int64)
         self._len = total - len(left_out)
-        self._before = np.asarray(left_out, np.int64) - np.arange(len(left_out))  # numbers that are kept before each that is not
+        self._before = self._left_out - np.arange(len(left_out))  # numbers that are kept before each that is not
 
     def __len__(self) -> int:
         return self._len
@@ -322,6 +323,9 @@ class _Kept(Sequence[int]):
             return [self[k] for k in range(self._len)[index]]
         index = range(self._len)[index]
         return index + int(np.searchsorted(self._before, index, "right"))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.delete(np.arange(self._total), self._left_out).astype(dtype or np.int64)
 
 
 class RepeatedSource(SourceSubset):

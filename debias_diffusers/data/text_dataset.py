@@ -16,7 +16,7 @@ from ..config.schema import DataConfig, NoiseConfig, OptimizationConfig, TextCon
 from ..utils import seeding
 from . import images
 from .buckets import BucketOrder, Buckets
-from .captions import Captions, captions_of
+from .captions import Captions, captions_of, different_captions
 from .dataset import PositionedData, shard_starts
 from .sources import RepeatedSource, Source
 
@@ -157,7 +157,7 @@ class TextData(PositionedData):
 
     def texts(self) -> Sequence[str]:
         """All different captions, sorted."""
-        return sorted({caption for each in self.captions for caption in each})
+        return different_captions(self.captions)
 
     # ---- images ------------------------------------------------------------------------------------------------------
 

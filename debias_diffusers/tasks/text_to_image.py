@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..config.schema import TrainConfig
 from ..data import images
 from ..data.buckets import Buckets
-from ..data.captions import summary
+from ..data.captions import counted_captions, first_captions, summary
 from ..data.labels import row_names
 from ..data.sources import RepeatedSource, Source
 from ..data.text_dataset import TextData, prompts_of_data
@@ -96,8 +96,9 @@ class TextToImageTask:
     def say_data(self) -> None:
         """Prints how many captions there are, how many are missing or too long, and the sizes of the images, if they have several."""
         texts, pipeline = self.data.texts(), self.texts.pipeline
-        tokens = dict(zip(texts, count_tokens(pipeline, texts)))
-        say(summary(self.data.captions, tokens, tokens_read(pipeline, self.texts.chunks)))
+        counted = counted_captions(texts)
+        tokens = dict(zip(counted, count_tokens(pipeline, counted)))
+        say(summary(self.data.captions, tokens, tokens_read(pipeline, self.texts.chunks), len(texts)))
         if sizes := self.data.describe_sizes():
             say(sizes)
 
@@ -365,7 +366,7 @@ class TextToImageTask:
         """Prompts: as `prompts_of_data` has them, or those of the configuration, or the first captions of the data."""
         if as_in_data:
             return prompts_of_data(self.data.captions)[:count]
-        return self.config.text.sample_prompts or list(dict.fromkeys(each[0] for each in self.data.captions if each))[:PREVIEW_PROMPTS]
+        return self.config.text.sample_prompts or first_captions(self.data.captions, PREVIEW_PROMPTS)
 
     def condition_names(self, conditions: Sequence[str]) -> Sequence[str]:
         """The beginnings of the prompts."""

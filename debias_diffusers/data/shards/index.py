@@ -89,9 +89,10 @@ class Index:
         """The captions of an image."""
         return tuple(self._captions[index].as_py() or ())
 
-    def has_captions(self) -> bool:
-        """Whether an image has captions."""
-        return len(self._captions.values) > 0
+    @property
+    def all_captions(self) -> pyarrow.LargeListArray:
+        """The captions of all images."""
+        return self._captions
 
     def labels(self) -> tuple[np.ndarray, list[str]]:
         """The label of each image as a number (N,) int32 that counts in the list of all different labels; -1 for an image without one."""

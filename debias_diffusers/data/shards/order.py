@@ -80,7 +80,8 @@ class ShardOrder:
     def _images(self, epoch: int, window: int) -> np.ndarray:
         """The images of a window in their order."""
         if len(self._edges) == 2:
-            return torch.randperm(self.count, generator=seeding.generator(self.seed, self.purpose, epoch)).numpy()
+            full: np.ndarray = torch.randperm(self.count, generator=seeding.generator(self.seed, self.purpose, epoch)).numpy()
+            return full
         shards = self._of(window)
         sizes = np.diff(self.starts)[shards]
         within = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)

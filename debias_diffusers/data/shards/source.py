@@ -240,3 +240,7 @@ class IndexedCaptions(Sequence[tuple[str, ...]]):
         if isinstance(index, slice):
             return [self.rows.captions(k) for k in range(len(self))[index]]
         return self.rows.captions(range(len(self))[index])
+
+    def array(self) -> Any:
+        """All of them as an Arrow array of lists of texts."""
+        return self.rows.all_captions
