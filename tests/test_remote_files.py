@@ -179,11 +179,14 @@ def test_a_server_without_ranges_sends_the_whole_file_again(tmp_path, monkeypatc
 def test_processes_and_threads_fetch_a_file_once(server, tmp_path):
     file = found(0)
     until = server.hold(path=CDN)
-    with ThreadPoolExecutor(4) as pool:
-        readers = [pool.submit(read, ShardCache(tmp_path, 10**9), file) for _ in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        readers = [pool.submit(ShardCache(tmp_path, 10**9).open, file) for _ in range(8)]
         wait_for(lambda: ranges(server))
         until.set()
-        assert all(reader.result(HANG) == content(0) for reader in readers)
+        opened = [reader.result(HANG) for reader in readers]  # none waits for another to close it
+        assert all(each.read() == content(0) for each in opened)
+    for each in opened:
+        each.close()
     assert len(ranges(server)) == 1
 
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import pickle
 import shutil
 from functools import partial
 from math import inf
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -19,6 +21,7 @@ from debias_diffusers import cli
 from debias_diffusers.config import hub_names
 from debias_diffusers.config.schema import DataConfig
 from debias_diffusers.config.validation import train_problems
+from debias_diffusers.data.dataset import TrainingData
 from debias_diffusers.data.sources import open_source
 from debias_diffusers.errors import FetchError, InputError
 from debias_diffusers.hub import client
@@ -163,7 +166,8 @@ def test_files_of_the_hub_are_named_by_a_commit(server, tmp_path, monkeypatch, w
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(client, "pinned", lambda name, kind: f"{name.partition('@')[0]}@{commit}")
+    info = SimpleNamespace(repo_info=lambda repo, revision, repo_type: SimpleNamespace(sha=commit))
+    monkeypatch.setattr(client, "api", lambda: info)
     trained_here(tiny(tmp_path / "run", "--dataset", name, *FLAGS, "--max_steps", 4))
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text())
     assert state["config"]["dataset"] == f"hf://datasets/alice/set@{commit}/data/{PATTERN}" and "dataset" not in state["paths"]
@@ -181,9 +185,28 @@ def test_names_that_cannot_be_are_refused_at_once(server, tmp_path):
         assert sentence in hub_names.data_problems("dataset", name)[0]
     (problem,) = train_problems(tiny(tmp_path / "run", "--dataset", address(server)))
     assert f"shuffle_window is missing: dataset {address(server)} is fetched in windows of so many shards" in problem
-    with pytest.raises(InputError, match=r"shard_cache_gb is 1e-05, but two windows of shuffle_window 2 shards take up to .* GB"):
+    with pytest.raises(InputError, match=r"shard_cache_gb is 1e-05, but two windows of 2 shards take up to .* GB"):
         open_source(DataConfig(dataset=address(server), resolution=8, shuffle_window=2, shard_cache_gb=1e-5))
     missing = address(server).replace("0007", "0008")
     with pytest.raises(FetchError, match=r"0008.tar cannot be fetched: there is no such file \(404\)"):
         open_source(DataConfig(dataset=missing, resolution=8, shuffle_window=2))
     assert hub_names.split_revision("hf://datasets/a/b@c/d/{0..1}.tar") == ("hf://datasets/a/b/d/{0..1}.tar", "c")
+
+
+def test_the_next_window_is_fetched_while_one_is_read(server, tmp_path):
+    config = DataConfig(dataset=address(server), resolution=8, shuffle_window=WINDOW)
+    source = open_source(config)
+    for path in only_cached(tmp_path / "home"):
+        path.unlink()
+    data = TrainingData(pickle.loads(pickle.dumps(source)), config, seed=0, channels=3)
+    data.index(0)
+    wait_for(lambda: len(only_cached(tmp_path / "home")) == 2 * WINDOW)
+    place = next(place for place in range(7 * SHARDS) if data.index(place) is not None and data._order.window == (0, 1))
+    wait_for(lambda: len(only_cached(tmp_path / "home")) == 3 * WINDOW)
+    server.clear()
+    data.sample(place)
+    assert not [line for line in server.log if line["path"].startswith("/cdn/")]
+    data.index(7 * SHARDS - 1)  # in the last window, after which the first of the next epoch comes
+    soon = data._order.soon().tolist()
+    following = {int(source.shards().searchsorted(data.index(7 * SHARDS + place), "right")) - 1 for place in range(7 * WINDOW)}
+    assert set(soon[WINDOW:]) == following

@@ -580,7 +580,7 @@ def _open_folder_of_shards(path: Path, suffix: str, config: DataConfig, order: C
 
 def _open_files(paths: list[str], config: DataConfig, order: ClassOrder, renew: bool) -> Source:
     """The files of a name or pattern. Parquet files are read by row groups where the order is made for it."""
-    if paths[0].lower().endswith(".parquet") and config.shuffle_window is None:
+    if paths[0].lower().endswith(".parquet") and config.shuffle_window is None and not shard_names.is_remote(paths[0]):
         data_files = [str(Path(path).expanduser()) for path in paths]
         return ImageTable(_load("parquet", config, data_files=data_files), config, order)
     if config.split != DataConfig().split:

@@ -134,7 +134,13 @@ class ShardCache:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 part = open(path, "ab+")  # noqa: SIM115
             try:
-                fcntl.flock(part, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if not _is_ours(part):
+                    if not wait:
+                        yield None
+                        return
+                    # Until the process that fetches it is done. An exclusive lock would wait also for all that then read the file.
+                    fcntl.flock(part, fcntl.LOCK_SH)
+                    continue
                 if self.has(file):
                     if _is_at(part, path):
                         remove(path)
@@ -145,9 +151,6 @@ class ShardCache:
                         part.truncate(0)  # older than the start of the machine: a power cut may have lost what was in it
                     yield part
                     return
-            except BlockingIOError:
-                yield None
-                return
             finally:
                 with contextlib.suppress(OSError):  # what could not be written has been said
                     part.flush()
@@ -175,6 +178,15 @@ class ShardCache:
             with contextlib.suppress(FileNotFoundError):
                 if found:
                     yield path, int(found[1]), path.stat().st_mtime
+
+
+def _is_ours(file: IO[bytes]) -> bool:
+    """Takes an exclusive lock on an open file, unless another has one."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:

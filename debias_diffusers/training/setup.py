@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import shard_names
 from ..config.choices import choose
-from ..config.hub_names import PINNED, absolute_path, hub_file, is_dataset_id, is_model_id, is_pinned, split_revision
+from ..config.hub_names import PINNED, absolute_path, is_dataset_id, is_model_id, is_pinned, split_revision
 from ..config.loading import BEFORE_THE_FIELD, CHANGES, differences, flatten, stored, update
 from ..config.schema import DIGITS, HubConfig, OptimizationConfig, TrainConfig
 from ..config.validation import train_problems
@@ -264,23 +264,15 @@ def _config_of_run(config: TrainConfig, found: Checkpoint | None) -> TrainConfig
     began = found.state["config"] if found else {}
     names = {n: values[n] for n in PINNED if values[n] and (is_pinned(began.get(n) or "") or kinds[n][1](values[n]))}
     if found is None:
-        return update(config, {name: _pinned(value, kinds[name][0]) for name, value in names.items()})
+        return update(config, {name: client.pinned(value, kinds[name][0]) for name, value in names.items()})
     _require_local_data(config, found)
     kept = {name: began.get(name, value) for name, value in names.items()}
-    kept |= {name: _pinned(kept[name], kinds[name][0]) for name in kept.keys() & found.changing}
+    kept |= {name: client.pinned(kept[name], kinds[name][0]) for name in kept.keys() & found.changing}
     for name, value in names.items():
         if split_revision(value)[1] and value != kept[name]:
             say(f"{name} is {value}, but the run keeps to what it began with, {kept[name]}")
     older = {name: value for name, value in BEFORE_THE_FIELD.items() if name not in began}
     return update(config, kept | older | {"channels": began.get("channels")})
-
-
-def _pinned(name: str, kind: str) -> str:
-    """`client.pinned` of a repository, or of files in one."""
-    if (file := hub_file(name)) is None:
-        return client.pinned(name, kind)
-    repository = f"{file.repo}@{file.revision}" if file.revision else file.repo
-    return file.at(split_revision(client.pinned(repository, kind))[1])
 
 
 def _require_local_data(config: TrainConfig, found: Checkpoint) -> None:

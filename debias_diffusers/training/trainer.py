@@ -142,7 +142,8 @@ class Trainer:
         rate = learning_rate(self.config.optimization, self.step)
         # Without an update where it is known by now that a process could not read its data; on a GPU its loss, which is no number,
         # keeps the optimizer from it.
-        grad_norm = loss if told.device.type == "cpu" and told[UNREAD] else self._update(loss, rate)
+        known = self.accelerator.num_processes > 1 and told.device.type == "cpu" and bool(told[UNREAD])
+        grad_norm = loss if known else self._update(loss, rate)
         self.step += 1
         numbers = torch.stack([number.to(loss.dtype) for number in (loss, grad_norm, self.state.optimizer_step.aborted, *told)])
         return PendingStep(self.step, rate, losses, Fetched(numbers), bool(signum or out_of_time), before)

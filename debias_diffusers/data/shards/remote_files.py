@@ -28,7 +28,7 @@ class RemoteFiles:
             addresses: of the files in their order.
             cache_folder: of all fetched files.
             max_bytes: of the cache.
-            window: shards that are read at once; all if None.
+            window: shards that are read at once; one after the other if None.
 
         Raises:
             InputError: the cache holds less than two windows.
@@ -41,11 +41,10 @@ class RemoteFiles:
         with ThreadPoolExecutor(REQUESTS) as pool:
             self._found = dict(zip(self.names, pool.map(http.find, addresses)))
         largest = sorted((file.size for file in self._found.values()), reverse=True)
-        needed = sum(largest[: 2 * (window or len(largest))])
-        if needed > max_bytes:
+        if (needed := sum(largest[: 2 * (window or 1)])) > max_bytes:
             raise InputError(
-                f"shard_cache_gb is {max_bytes / 1e9:g}, but two windows of shuffle_window {window or len(largest)} shards take up to "
-                f"{needed / 1e9:.3g} GB; raise it, or take a smaller shuffle_window"
+                f"shard_cache_gb is {max_bytes / 1e9:g}, but two windows of {window or 1} shards take up to {needed / 1e9:.3g} GB; "
+                f"raise it, or take a smaller shuffle_window"
             )
 
     def state(self, name: str) -> FileState:

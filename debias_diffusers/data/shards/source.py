@@ -138,7 +138,8 @@ class ShardedSource:
         self._labels = np.empty(0, np.int32)  # of each image, or NO_LABEL
         if class_conditional:
             self._read_labels(order)
-        self._reader: Reader = TarReader(files, min(window or OPEN_FILES, OPEN_FILES))
+        # Files of a server that are open stay in the cache: no more than are needed.
+        self._reader: Reader = TarReader(files, OPEN_FILES if files.folder else window or 2)
         if key.kind == "parquet":
             from .parquet import RowGroupReader
 
