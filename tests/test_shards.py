@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import same
+from conftest import command, computed, same, wait_for
 from here import tiny, trained_here
 from PIL import Image
 
@@ -481,6 +481,50 @@ def test_making_shards_goes_on_after_a_kill_with_the_same_bytes(tmp_path, home, 
     read.clear()
     assert cli.shards([*command, str(tmp_path / "killed")]) == 0
     assert files_of(tmp_path / "killed") == whole and read[0] == 9
+
+
+@pytest.mark.nightly
+def test_shards_are_whole_after_a_kill_at_any_time(tmp_path, home):
+    (tmp_path / "data").mkdir()
+    for k in range(300):
+        (tmp_path / "data" / f"{k:03d}.bmp").write_bytes(encoded(k, 300, 300, "BMP"))
+    make = ["make", str(tmp_path / "data"), "--shard_mb", "5"]
+    assert cli.shards([*make, str(tmp_path / "whole")]) == 0
+    for sign in ("made_from.json", "000003.tar", "000008.tar", "000016.tar"):
+        process = command("-m", "debias_diffusers.shards", *make, tmp_path / "killed")
+        wait_for(lambda sign=sign: (tmp_path / "killed" / sign).exists())
+        process.kill()
+        process.wait()
+    assert cli.shards([*make, str(tmp_path / "killed")]) == 0
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    for path in (tmp_path / "killed").glob("index-*"):
+        path.unlink()
+    for moment in (0.0, 0.2, 0.4):  # seconds after the lock, while the shards are read by several processes
+        process = command("-m", "debias_diffusers.shards", "index", tmp_path / "killed")
+        wait_for(lambda process=process, moment=moment: computed(process.pid) > 1 + moment)
+        process.kill()
+        process.wait()
+    assert opened(tmp_path / "killed").fingerprint() == opened(tmp_path / "whole").fingerprint()
+
+
+def test_text_to_image_trains_shards_as_the_folder_that_they_were_made_of(tmp_path, home):
+    pytest.importorskip("transformers")
+    from test_text_to_image import batch_of, plan_of
+    from text_models import make_base
+
+    base = make_base(tmp_path / "base")
+    for k in range(24):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / f"{k:02d}.png").write_bytes(encoded(k, *((40, 40), (60, 32))[k % 3 == 0]))
+        (tmp_path / "folder" / f"{k:02d}.txt").write_text(f"picture {k}\nthe same again" * (k != 5))
+    assert cli.shards(["make", str(tmp_path / "folder"), str(tmp_path / "made")]) == 0
+    flags = ("--resolution", 32, "--aspect_ratio_buckets", "--crop", "random")
+    folder, made = (plan_of(base, tmp_path / "run", "--dataset", tmp_path / name, *flags).task.data for name in ("folder", "made"))
+    assert folder.buckets.sizes == made.buckets.sizes and list(folder.captions) == list(made.captions) and len(set(made.buckets.sizes)) == 2
+    one, other = (batch_of(data, range(16, 24)) for data in (folder, made))
+    assert one.keys() == other.keys() and all(
+        torch.equal(one[name], other[name]) if torch.is_tensor(one[name]) else one[name] == other[name] for name in one
+    )
 
 
 def test_a_caption_with_lines_is_kept_whole(tmp_path, home):

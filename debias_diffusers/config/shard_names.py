@@ -13,12 +13,6 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def is_shards(name: str) -> bool:
-    """Whether a name is that of a .tar file, or a pattern of .tar or .parquet files."""
-    suffix = Path(name).suffix.lower()
-    return suffix == ".tar" or is_pattern(name)
-
-
 def is_pattern(name: str) -> bool:
     """Whether a name has braces that stand for several .tar or .parquet files; a path that exists is none."""
     if not _BRACES.search(name) or Path(name).expanduser().exists():

@@ -87,5 +87,5 @@ class ShardOrder:
         within = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
         every = np.repeat(self.starts[shards], sizes) + within
         generator = seeding.generator(self.seed, f"{self.purpose}, window {window}", epoch)
-        mixed: np.ndarray = every[torch.randperm(len(every), generator=generator).numpy()]
-        return mixed
+        shuffled: np.ndarray = every[torch.randperm(len(every), generator=generator).numpy()]
+        return shuffled
