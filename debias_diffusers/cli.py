@@ -28,6 +28,8 @@ from .config.schema import (
     ReconstructConfig,
     SampleConfig,
     ScoreConfig,
+    ShardsConfig,
+    ShardsMakeConfig,
     SingleConfig,
     StatsConfig,
     TrainConfig,
@@ -80,6 +82,11 @@ def cache(argv: Sequence[str] | None = None) -> int:
     return _run_command(_cache, argv, "python -m debias_diffusers.cache")
 
 
+def shards(argv: Sequence[str] | None = None) -> int:
+    """`python -m debias_diffusers.shards`: returns the exit code."""
+    return _run_command(_shards, argv, "python -m debias_diffusers.shards")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m debias_diffusers COMMAND`: returns the exit code."""
     return _run_command(_main, argv, "python -m debias_diffusers")
@@ -94,7 +101,8 @@ HELP = """
   convert    checkpoints of guided-diffusion, single files and LoRAs to the format of diffusers, and back
   hub        push a run to the Hub
   cache      compute latents and text embeddings before a training
-  ema        averaged weights of any width, from the snapshots of a run"""
+  ema        averaged weights of any width, from the snapshots of a run
+  shards     make, index and verify shards, for data that do not fit"""
 
 
 # A command gets its arguments and the name under which it was called.
@@ -102,7 +110,8 @@ Command = Callable[[list[str], str], None]
 
 
 def _main(argv: list[str], program: str) -> None:
-    commands = {"train": _train, "sample": _sample, "eval": _evaluate, "convert": _convert, "hub": _hub, "cache": _cache, "ema": _ema}
+    commands = {"train": _train, "sample": _sample, "eval": _evaluate, "convert": _convert, "hub": _hub}
+    commands |= {"cache": _cache, "ema": _ema, "shards": _shards}
     _dispatch(commands, HELP, argv, program)
 
 
@@ -446,6 +455,40 @@ def _cache(argv: list[str], program: str) -> None:
     from .training.start import precompute
 
     precompute(*train_command(argv, os.environ.get("ACCELERATE_MIXED_PRECISION"), program))
+
+
+SHARDS_HELP = """
+  make DATA OUT    write a data set as .tar shards of --shard_mb, with an index
+  index DATA       index shards as they are
+  verify DATA      compare shards with their index, and decode every image"""
+
+
+def _shards(argv: list[str], program: str) -> None:
+    _dispatch({"make": _make_shards, "index": _index_shards, "verify": _verify_shards}, SHARDS_HELP, argv, program)
+
+
+def _make_shards(argv: list[str], program: str) -> None:
+    config = parse(ShardsMakeConfig, argv, None, program, ShardsMakeConfig.__doc__ or "")
+    raise_all(validation.shards_problems(config) + hub_names.data_problems("data", config.data))
+    from .data.shards import commands
+
+    commands.make(config)
+
+
+def _index_shards(argv: list[str], program: str) -> None:
+    config = parse(ShardsConfig, argv, None, program, "Index shards as they are; those that have not changed are not read again.")
+    raise_all(hub_names.data_problems("data", config.data))
+    from .data.shards import commands
+
+    commands.index(config)
+
+
+def _verify_shards(argv: list[str], program: str) -> None:
+    config = parse(ShardsConfig, argv, None, program, "Compare shards with their index, and decode every image.")
+    raise_all(hub_names.data_problems("data", config.data))
+    from .data.shards import commands
+
+    commands.verify(config)
 
 
 def _run_command(main: Command, argv: Sequence[str] | None, program: str) -> int:

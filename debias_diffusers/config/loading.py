@@ -48,13 +48,14 @@ CHANGEABLE = {
     *NOT_STORED, "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every", "validation_every",
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
     "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "allow_pickle_import",
+    "check_images", "shard_cache_gb",
     "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode", "ddp_timeout", "sample_prompts", "sample_guidance_scale",
     "clip_model", "precompute_dir", "ema_on_cpu", "sharded_checkpoints", "deterministic",
 }  # fmt: skip
 
 # These only on purpose, with --allow_change, because the result is another one.
 ON_PURPOSE = {
-    "dataset", "label_dropout", "random_flip", "folder_repeats", "dropout",
+    "dataset", "label_dropout", "random_flip", "shuffle_window", "jpeg_draft", "folder_repeats", "dropout",
     "caption_dropout", "shuffle_caption", "keep_tokens", "crop", "crop_per_image",
     "weighting", *parameters_of(WEIGHTINGS), "snr_floor", "snr_ceiling", "terminal_weight_floor", "normalize_weights",
     "schedule_free_weights",

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
+from . import shard_names
 from .aliases import value_suggestion
 from .hub_names import is_model_id
 from .loading import CHANGEABLE, MODEL_NUMBERS, NEVER, ON_PURPOSE, TEXT_FIELDS, fields_of_other_tasks, flatten, is_text, update
@@ -34,6 +35,7 @@ from .schema import (
     RunConfig,
     SampleConfig,
     ScoreConfig,
+    ShardsMakeConfig,
     SingleConfig,
     StatsConfig,
     Task,
@@ -201,7 +203,9 @@ def _hub_problems(config: TrainConfig) -> list[str]:
 def _data_problems(config: TrainConfig) -> list[str]:
     data, found = config.data, []
     if not data.dataset:
-        found.append("dataset is missing: name digits, a folder of images, a .parquet file or a Hub id")
+        found.append("dataset is missing: name digits, a folder of images, .tar or .parquet files, or a Hub id")
+    if data.dataset and shard_names.is_remote(data.dataset) and data.shuffle_window is None:
+        found.append(f"shuffle_window is missing: dataset {data.dataset} is fetched in windows of so many shards; add --shuffle_window 8")
     if data.resolution is None:
         found.append("resolution is missing: name the pixels a side, such as --resolution 64")
     if not data.class_conditional and not is_text(config):
@@ -727,6 +731,14 @@ def _clip_problems(field: str, metrics: str, clip_model: str | None) -> list[str
     if clip_model and not clip:
         return [f"clip_model is {clip_model}, but {field} has no clip_score; add it, or leave clip_model out"]
     return []
+
+
+def shards_problems(config: ShardsMakeConfig) -> list[str]:
+    """Values out of range, and an output that is the input."""
+    found = range_problems(ShardsMakeConfig, dataclasses.asdict(config))
+    if PurePath(config.data) == PurePath(config.out):
+        found.append(f"out {config.out} is the data; name another folder")
+    return found
 
 
 def single_problems(config: SingleConfig) -> list[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from ..config import hub_names
+from ..config import hub_names, shard_names
 from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
 from ..config.loading import CHANGEABLE, read_config, stored
 from ..config.schema import DIGITS, BitsConfig, DataConfig, MeasureConfig, TrainConfig
@@ -117,7 +116,7 @@ def training_of_run(target: str) -> dict[str, Any] | None:
 def _of_same_files(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two runs were trained on the same local files, possibly under different paths."""
     names = (one["dataset"], other["dataset"])
-    if any(name == DIGITS or is_pinned(name) for name in names):
+    if any(name == DIGITS or is_pinned(name) or shard_names.is_remote(name) for name in names):
         return False
     return names[0] == names[1] or _fingerprint(one) == _fingerprint(other) is not None
 
@@ -154,13 +153,13 @@ def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) ->
     """Sets the path of local data: the path in the configuration if it has the same files, else the absolute path at training time."""
     paths = state.get("paths")
     typed, lay = values["dataset"], paths.get("dataset") if isinstance(paths, dict) else None
-    if typed == DIGITS or is_pinned(typed):  # for the Hub, a run saves the commit
+    if typed == DIGITS or is_pinned(typed) or shard_names.is_remote(typed):  # for the Hub, a run saves the commit
         return values
-    if os.path.exists(os.path.expanduser(typed)):
+    if shard_names.exists(typed):
         before = {name: value for name, value in state.get("data", {}).items() if name != "skipped"}
         if lay is None or absolute_path(typed) == lay or _fingerprint(values) == before:
             return values
-    if lay is None or not os.path.exists(lay):
+    if lay is None or not shard_names.exists(lay):
         raise InputError(f"{target} was trained on {lay or typed}, which does not exist; name the data with --reference")
     return {**values, "dataset": lay}
 

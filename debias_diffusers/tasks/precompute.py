@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
@@ -76,8 +77,11 @@ def picture_hashes(source: Source, accelerator: Accelerator) -> list[str]:
     return shared(hash_of, len(source), FILES_AT_ONCE, accelerator, "hashing the images")
 
 
-def image_sizes(source: Source, accelerator: Accelerator) -> list[tuple[int, int]]:
-    """Height and width of every image of a source."""
+def image_sizes(source: Source, accelerator: Accelerator) -> Sequence[tuple[int, int]] | np.ndarray:
+    """Height and width of every image of a source, from its index where it has one."""
+    known = source.sizes()
+    if known is not None and known.all():
+        return known
 
     def size_of(index: int) -> tuple[int, int]:
         content, _, where = source.read(index)

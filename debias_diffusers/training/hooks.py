@@ -24,7 +24,7 @@ from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
 from ..errors import CannotWriteError, InputError, NotFiniteError
 from ..evaluation.image_sets import process_batches
 from ..runs import checkpoints
-from ..runs.run_directory import SAMPLES, Run
+from ..runs.run_directory import SAMPLES, SKIPPED, Run
 from ..tasks.base import Task
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, gather_from_all
@@ -306,6 +306,7 @@ class Checkpointer:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "best": self.state.measured.best,
             "measured": self.state.measured.last,
+            **({SKIPPED: self.state.skipped_images} if self.state.skipped_images else {}),
             **self.constants,
         }
 

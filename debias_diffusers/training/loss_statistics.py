@@ -7,6 +7,7 @@ between two lines writes the same line.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -41,6 +42,12 @@ class LossStatistics:
         """Counts an optimizer step; `clipped` (): whether its gradient was."""
         self.steps += 1
         self.clipped += clipped
+
+    def copy(self) -> LossStatistics:
+        """The sums as they are now."""
+        copied = copy(self)
+        copied.sums, copied.clipped = self.sums.clone(), self.clipped.clone()
+        return copied
 
     def reset(self, gather: Gather) -> dict[str, Any]:
         """The `values` of a line, after which all sums are 0."""

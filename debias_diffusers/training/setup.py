@@ -7,13 +7,13 @@ import dataclasses
 import signal
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..config import shard_names
 from ..config.choices import choose
 from ..config.hub_names import PINNED, absolute_path, is_dataset_id, is_model_id, is_pinned, split_revision
 from ..config.loading import BEFORE_THE_FIELD, CHANGES, differences, flatten, stored, update
@@ -33,7 +33,7 @@ from ..errors import InputError, StoppedError, raise_all
 from ..hub import client
 from ..hub.publish import Publisher
 from ..runs.checkpoints import Checkpoint
-from ..runs.run_directory import DATA, Change, Run
+from ..runs.run_directory import DATA, SKIPPED, Change, Run
 from ..tasks.base import Task
 from ..tasks.pixel_data import open_data, readable
 from ..tasks.pixels import PixelTask
@@ -113,12 +113,14 @@ def _train(trainer: Trainer, publisher: Publisher | None, stop: SignalHandler) -
 def _say_end(trainer: Trainer, signum: int) -> None:
     config, step = trainer.config, trainer.step
     at = f"at step {step} of {config.optimization.max_steps}, saved; the same command continues"
+    count = trainer.state.skipped_images
+    skipped = f"; {count} samples had an image that cannot be read, and another in its place" if count else ""
     if step == config.optimization.max_steps:
-        sentence = f"finished at step {step}; the model is in {config.run.output_dir}"
+        sentence = f"finished at step {step}; the model is in {config.run.output_dir}{skipped}"
     elif signum:
-        raise StoppedError(f"stopped by {signal.Signals(signum).name} {at}", signum)
+        raise StoppedError(f"stopped by {signal.Signals(signum).name} {at}{skipped}", signum)
     else:
-        sentence = f"stopped after max_hours {config.optimization.max_hours} {at}"
+        sentence = f"stopped after max_hours {config.optimization.max_hours} {at}{skipped}"
     if trainer.accelerator.is_main_process:
         say(sentence)
 
@@ -224,6 +226,7 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         if accelerator.is_main_process:
             _require_same_training(found, constants, config)
         state_dicts.restore(found, state, accelerator.is_main_process)
+        state.skipped_images = found.state.get(SKIPPED, 0)
         if accelerator.scaler is not None and found.state["scaler"]:  # none where the run has just been changed to fp16
             accelerator.scaler.load_state_dict(found.state["scaler"])
     step = found.step if found else 0
@@ -285,7 +288,7 @@ def _require_local_data(config: TrainConfig, found: Checkpoint) -> None:
         return
     paths = found.state.get("paths")
     on_disk = began != DIGITS and not is_pinned(began) and (paths is None or "dataset" in paths)
-    if on_disk and not Path(typed).expanduser().exists():
+    if on_disk and not shard_names.exists(typed):
         lay = f" at {paths['dataset']}" if paths else f" {began}"
         raise InputError(f"dataset {typed} is not there; this run began with the data{lay}; name where they are now with --dataset")
 
@@ -294,7 +297,8 @@ def _paths(config: TrainConfig, names: tuple[str, ...] = PINNED) -> dict[str, st
     """Where the data and the first weights of a run are, as far as they are on this disk."""
     values = flatten(config)
     ids = {name: is_dataset_id if name == "dataset" else is_model_id for name in names}
-    return {name: absolute_path(values[name]) for name in names if values[name] and values[name] != DIGITS and not ids[name](values[name])}
+    there = {name: values[name] for name in names if values[name] and values[name] != DIGITS and not shard_names.is_remote(values[name])}
+    return {name: absolute_path(value) for name, value in there.items() if not ids[name](value)}
 
 
 def _objective(config: TrainConfig, found: Checkpoint | None, accelerator: Accelerator) -> Objective:

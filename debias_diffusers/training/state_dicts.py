@@ -60,6 +60,7 @@ class TrainingState:
     timestep_sampler: TimestepSampler
     statistics: LossStatistics
     measured: MetricHistory = field(default_factory=MetricHistory)
+    skipped_images: int = 0  # samples so far whose image could not be read and was replaced
     trained_alone: bool = False  # is saved: the weights that are not trained are those of another model
     uncertainty: Uncertainty | None = None  # that is learned, a submodule of the model
 

@@ -274,9 +274,13 @@ FIELDS = {
     "class_conditional": ({}, True, METRICS),
     "label_dropout": (CLASSES, 0.9, METRICS),
     "random_flip": ({}, True, METRICS),
+    "shuffle_window": ({}, 2, METRICS),
     "folder_repeats": ({"dataset": "FOLDERS"}, True, METRICS),
     "validation_split": ({"validation_split": 0.1, "validation_every": 2}, 0.3, METRICS),
+    "shard_cache_gb": ({}, 1.0, None),
+    "check_images": ({}, "none", None),
     "skip_bad": ({}, True, None),
+    "jpeg_draft": ({"dataset": "JPEGS"}, True, METRICS),
     "num_workers": ({}, 1, None),
     "cache_images_mb": ({}, 0, None),
     "base_model": (TEXT, "OTHER_BASE", METRICS),
@@ -422,12 +426,15 @@ def places(trained, tmp_path_factory):
         place = folder / "folders" / ("3_often" if number < 4 else "once") / f"{number}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         picture.save(place)
+    (folder / "jpegs").mkdir()
+    for number, picture in enumerate(pictures[:8]):
+        picture.resize((64, 64)).rotate(30).save(folder / "jpegs" / f"{number}.jpg")
     wide = [Picture.fromarray(generator.integers(0, 256, (8, 14, 3), dtype=np.uint8)) for _ in range(12)]
     words = [{"image": p, "first": f"{k}, a, b, c, d", "second": f"number {k}"} for k, p in enumerate(wide)]
     texts = Features({"image": Image(), "first": Value("string"), "second": Value("string")})
     Dataset.from_list(words, features=texts).save_to_disk(folder / "captioned")
     bases = {name: make_base(folder / name, seed=seed) for seed, name in enumerate(("BASE", "OTHER_BASE"))}
-    named = {"OTHER": "images", "SAVED": "saved", "FOLDERS": "folders", "CAPTIONED": "captioned", "UNET": "unet.json"}
+    named = {"OTHER": "images", "SAVED": "saved", "FOLDERS": "folders", "JPEGS": "jpegs", "CAPTIONED": "captioned", "UNET": "unet.json"}
     return {name: folder / file for name, file in named.items()} | {"TRAINED": trained, **bases}
 
 
@@ -463,6 +470,8 @@ def test_every_field_is_in_the_table():
         "clip_model",
         "precompute_dir",  # the same bits from the disk: test_precompute
         "num_epochs",  # stands for max_steps
+        "shard_cache_gb",
+        "check_images",  # likewise
         "skip_bad",  # shapes the training where there are images to skip, which row 25 shows
         "num_workers",
         "cache_images_mb",
