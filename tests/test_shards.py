@@ -197,7 +197,7 @@ def test_an_image_without_a_size_is_named_or_skipped(tmp_path, home):
     write_tar(tmp_path / "a.tar", [("good", {"png": encoded(0, 9, 8)}), ("bad", {"png": b"no image"})])
     source = opened(tmp_path / "a.tar")
     assert source.sizes().tolist() == [[8, 9], [0, 0]]
-    with pytest.raises(InputError, match="image bad of .*a.tar cannot be read"):
+    with pytest.raises(InputError, match=r"image bad of .*a.tar cannot be read"):
         precompute.image_sizes(source, None)
     assert precompute.image_sizes(source, None, skip_bad=True).tolist() == [[8, 9], [1, 1]]
 
