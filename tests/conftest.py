@@ -80,10 +80,12 @@ SERVER.set_forkserver_preload(
         "debias_diffusers.sampling.generate",
         "debias_diffusers.evaluation.score",
         "debias_diffusers.evaluation.likelihood",
+        "debias_diffusers.hub.publish",
         "datasets",
         "debias_diffusers.evaluation.plots",
         "matplotlib.backends.backend_agg",
         "diffusers.guiders",
+        "huggingface_hub.hf_api",
         "numpy.ctypeslib",
         "pytest",
         "typeguard",
@@ -92,16 +94,36 @@ SERVER.set_forkserver_preload(
 COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate", "cache": "cache"}
 
 
+FORGOTTEN = []  # what is no longer imported, and still must not be garbage
+
+
+class NoTorch:
+    """A finder of modules for `sys.meta_path` that forbids what takes seconds."""
+
+    HEAVY = ("torch", "diffusers", "accelerate", "datasets", "transformers")
+
+    def find_spec(name, *_):
+        assert name.split(".")[0] not in NoTorch.HEAVY, f"{name} is imported"
+
+
+def forbid_torch():
+    """In a forked process: the package is as if it were not imported yet, and an import of torch by it is an error."""
+    for name in list(sys.modules):
+        if name.split(".")[0] in (*NoTorch.HEAVY, "debias_diffusers"):
+            FORGOTTEN.append(sys.modules.pop(name))
+    sys.meta_path.insert(0, NoTorch)
+
+
 def _command(name, args, out, err, before=None):
     """In the forked process: what `python NAME ARGS` does; leaves its CPU seconds beside what it says."""
     os.chdir(ROOT)
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    from debias_diffusers import cli
-
     multiprocessing.set_start_method("fork", force=True)  # loaders start their workers as in a process of their own
     if before:
         before()
+    from debias_diffusers import cli
+
     try:
         sys.exit(getattr(cli, COMMANDS[name])(args))
     finally:

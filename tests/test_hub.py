@@ -23,7 +23,7 @@ from debias_diffusers.hub import client, model_card
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory, trained, trained_by_class):
     """Does our commands with a Hub that has two models: one trained, one trained by class."""
-    with served(tmp_path_factory.mktemp("served") / "lfs", xet=False, TORCH="") as (server, worker):
+    with served(tmp_path_factory.mktemp("served") / "lfs", xet=False) as (server, worker):
         for name, run in (("alice/digits", trained), ("alice/classes", trained_by_class)):
             code, said = worker.push(copy_of(run, tmp_path_factory.mktemp("runs") / "run"), "--hub_model_id", name, "--hub_tags")
             assert code == 0, said
@@ -136,9 +136,7 @@ def cut_off(request, worker, server):
         server.fault(action="drop", times=math.inf)
         yield worker
         return
-    offline = Worker(server, worker.home, TORCH="", HF_HUB_OFFLINE="1")
-    yield offline
-    offline.close()
+    yield Worker(server, worker.home, HF_HUB_OFFLINE="1")
 
 
 @pytest.fixture
