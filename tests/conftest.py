@@ -24,6 +24,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
+SMALL = ["--channel_mult", 1, "--attention_resolutions", 8]  # of the tiny network two thirds of the modules
 GOLDEN = ROOT / "tests" / "golden"
 HANG = 600  # seconds after which what a test waits for is taken to hang; no test depends on them, however busy the machine is
 
