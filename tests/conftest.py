@@ -1,6 +1,7 @@
 """What several tests use: the repository's root, the tiny configuration, and commands in processes of their own."""
 
 import contextlib
+import faulthandler
 import fcntl
 import gc
 import json
@@ -17,6 +18,8 @@ import tempfile
 import time
 from collections import defaultdict
 from functools import partial
+from itertools import pairwise
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -72,6 +75,7 @@ def command(*args, **options):
 
 
 # Most commands run in processes forked from one that has imported what they and the modules of tests need: seconds less for each.
+# That one is itself forked from the process of the tests, as long as this has no threads, and not a Python anew that imports all again.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
@@ -92,6 +96,31 @@ SERVER.set_forkserver_preload(
         "typeguard",
     ]
 )
+
+
+def pytest_collection_finish(session):
+    """Starts the server of forks."""
+    if session.items and forkserver._forkserver._forkserver_pid is None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(multiprocessing.util, "spawnv_passfds", _fork)
+            forkserver.ensure_running()
+
+
+def _fork(_, arguments, descriptors):
+    """What `spawnv_passfds` of multiprocessing does with the command of its server, without a Python anew: the process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        faulthandler.disable()
+        ends = [2, *sorted(descriptors), os.sysconf("SC_OPEN_MAX")]
+        for before, after in pairwise(ends):
+            os.closerange(before + 1, after)
+        exec(arguments[-1], {})  # which serves until the process of the tests has ended
+    finally:
+        os._exit(0)
+
+
 COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate", "cache": "cache"}
 
 

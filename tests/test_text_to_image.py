@@ -61,10 +61,11 @@ def stock(base):
 
 
 @pytest.mark.parametrize("name", ["xl", "xl, v, zero snr", "sd"])
-def test_loss_and_gradient_are_those_of_a_plain_loop(bases, few, name, tmp_path):
+def test_loss_and_gradient_are_those_of_a_plain_loop(bases, name, tmp_path):
     """Written with diffusers' own pieces: pictures through the VAE, noise by DDPMScheduler, conditions by the stock pipeline."""
     base, positions = bases[name], range(4)
-    plan = plan_of(base, tmp_path / "run", *few, "--caption_dropout", "0.3")
+    data = captioned(tmp_path / "data", sizes=((8, 8),) * 12)
+    plan = plan_of(base, tmp_path / "run", "--dataset", data, "--random_flip", "--caption_dropout", "0.3")
     task, data = plan.task, plan.task.data
     task.prepare()
     network = task.build()
@@ -150,6 +151,14 @@ def pictures(folder, sizes=((40, 24), (24, 56))):
     for k, (width, height) in enumerate(sizes):
         pixels = np.random.default_rng(k).integers(0, 255, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{k}.png")
+    return folder
+
+
+def captioned(folder, sizes):
+    """Pictures with two captions each."""
+    pictures(folder, sizes)
+    for k in range(len(sizes)):
+        (folder / f"{k}.txt").write_text(f"a handwritten {['one', 'two', 'three', 'four'][k % 4]}\nthe number {k}")
     return folder
 
 
@@ -326,9 +335,7 @@ def test_training_without_an_image_or_a_caption_is_one_sentence(bases, tmp_path)
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """Flags of a data set that is encoded at once: twelve images with captions."""
-    folder = pictures(tmp_path_factory.mktemp("few") / "data", sizes=((8, 8), (12, 8), (8, 10)) * 4)
-    for k in range(12):
-        (folder / f"{k}.txt").write_text(f"a handwritten {['one', 'two', 'three', 'four'][k % 4]}\nthe number {k}")
+    folder = captioned(tmp_path_factory.mktemp("few") / "data", sizes=((8, 8), (12, 8), (8, 10)) * 4)
     return ("--dataset", folder, "--random_flip")
 
 
@@ -740,7 +747,15 @@ def test_training_from_python_returns_the_stock_pipeline(bases, few, tmp_path):
     from debias_diffusers import train
 
     base = bases["xl, v, zero snr"]
-    flags = {"dataset": str(few[1]), "resolution": 8, "num_workers": 0, "batch_size": 4, "max_steps": 2, "num_threads": 1, "sample_every": 0}
+    flags = {
+        "dataset": str(few[1]),
+        "resolution": 8,
+        "num_workers": 0,
+        "batch_size": 4,
+        "max_steps": 2,
+        "num_threads": 1,
+        "sample_every": 0,
+    }
     pipeline = train(base_model=str(base), output_dir=str(tmp_path / "run"), **flags)
     assert isinstance(pipeline, StableDiffusionXLPipeline)
     values = json.loads((tmp_path / "run" / "config.json").read_text())
