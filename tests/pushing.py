@@ -124,9 +124,9 @@ class Worker:
     def push(self, run, *flags):
         return self.run("push", "push", run, *flags)
 
-    def script(self, text, *args):
+    def script(self, text, *args, **options):
         """What a script printed that uses the Hub; one that fails ends the process, and so the test."""
-        code, said = self.run("script", text, *args)
+        code, said = self.run("script", text, *args, **options)
         assert code == 0, said
         return said
 

@@ -11,7 +11,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import HANG, SERVER, SMALL, TINY, command, launched, metrics, newest_step, run, same, tensors, train_args, writers
+from conftest import (
+    HANG,
+    SERVER,
+    SMALL,
+    TINY,
+    Forked,
+    command,
+    launched,
+    metrics,
+    newest_step,
+    run,
+    same,
+    tensors,
+    train_args,
+    uncounted,
+    writers,
+)
 from diffusers import (
     CMStochasticIterativeScheduler,
     DDPMPipeline,
@@ -212,9 +228,9 @@ def test_weights_of_another_network_are_refused_with_what_differs(trained, tmp_p
 
 def test_a_dry_run_checks_the_weights_it_would_start_from(trained, tmp_path):
     flags = ["--dry_run", "--init", trained]
-    code, _, err = run(*train_args(tmp_path / "run", *flags, "--prediction_type", "sample"))
+    code, _, err = Forked(*train_args(tmp_path / "run", *flags, "--prediction_type", "sample"), before=uncounted).result()
     assert code == 0 and f"warning: prediction_type was epsilon in {trained}, here it is sample" in err, err
-    code, _, err = run(*train_args(tmp_path / "run", *flags, "--learn_sigma"))
+    code, _, err = Forked(*train_args(tmp_path / "run", *flags, "--learn_sigma"), before=uncounted).result()
     assert code == 2 and "is another network" in err
 
 
@@ -516,7 +532,7 @@ def test_out_of_memory_proposes_a_smaller_micro_batch(tmp_path, monkeypatch):
 
 
 def test_the_averaged_weights_are_measured_while_training_and_the_best_checkpoint_is_kept(tmp_path):
-    flags = ["--eval_every", 4, "--eval_images", 66, "--checkpoint_every", 2, "--keep_checkpoints", 1, "--keep_best", "--batch_size", 33]
+    flags = ["--eval_every", 4, "--eval_images", 66, "--checkpoint_every", 2, "--keep_checkpoints", 1, "--keep_best", "--batch_size", 66]
     flags += [*SMALL, "--lr_schedule", "constant"]  # which does not depend on max_steps
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert run(*train_args(whole, *flags, "--max_steps", 8))[0] == 0
@@ -531,7 +547,7 @@ def test_the_averaged_weights_are_measured_while_training_and_the_best_checkpoin
     same(whole, resumed, 8)
     # The figure is that of eval.py, which finds the same weights in the checkpoint.
     code, _, err = run(
-        "eval.py", "score", whole, "--checkpoints", "8", "--num_images", 66, "--metrics", "fid", "--batch_size", 33, "--num_threads", 1,
+        "eval.py", "score", whole, "--checkpoints", "8", "--num_images", 66, "--metrics", "fid", "--batch_size", 66, "--num_threads", 1,
         "--reference", "digits", "--output", tmp_path / "score.json",
     )  # fmt: skip
     assert code == 0, err
