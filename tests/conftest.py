@@ -5,6 +5,7 @@ import faulthandler
 import fcntl
 import gc
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -113,6 +114,9 @@ def _fork(_, arguments, descriptors):
         return pid
     try:
         faulthandler.disable()
+        for handler in [reference() for reference in logging._handlerList]:  # what was imported has those of pytest's captured stderr
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                handler.setStream(sys.stderr)
         ends = [2, *sorted(descriptors), os.sysconf("SC_OPEN_MAX")]
         for before, after in pairwise(ends):
             os.closerange(before + 1, after)

@@ -34,6 +34,8 @@ def _in_environment(variables, limits):
     for name in ("huggingface_hub.constants", "datasets.config"):
         if name in sys.modules:
             importlib.reload(sys.modules[name])
+    if "huggingface_hub.hf_api" in sys.modules:
+        sys.modules["huggingface_hub.hf_api"].api.endpoint = sys.modules["huggingface_hub.constants"].ENDPOINT
     from debias_diffusers.hub import client
 
     vars(client).update(limits)
