@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections import defaultdict
 from functools import partial
-from itertools import pairwise
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -117,9 +116,12 @@ def _fork(_, arguments, descriptors):
         for handler in [reference() for reference in logging._handlerList]:  # what was imported has those of pytest's captured stderr
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 handler.setStream(sys.stderr)
-        ends = [2, *sorted(descriptors), os.sysconf("SC_OPEN_MAX")]
-        for before, after in pairwise(ends):
-            os.closerange(before + 1, after)
+        logging.root.handlers.clear()  # of pytest
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for descriptor in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *descriptors}:
+            with contextlib.suppress(OSError):  # that of the folder itself
+                os.fstat(descriptor)
+                os.dup2(nothing, descriptor)  # and not closed, as objects know it by its number
         exec(arguments[-1], {})  # which serves until the process of the tests has ended
     finally:
         os._exit(0)
