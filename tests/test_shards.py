@@ -193,6 +193,15 @@ def test_sizes_come_from_the_index_without_reading_images(shards, monkeypatch):
     assert captions_module.first_captions(captions, 2) == ["picture 1 of 0", "picture 2 of 0"]
 
 
+def test_an_image_without_a_size_is_named_or_skipped(tmp_path, home):
+    write_tar(tmp_path / "a.tar", [("good", {"png": encoded(0, 9, 8)}), ("bad", {"png": b"no image"})])
+    source = opened(tmp_path / "a.tar")
+    assert source.sizes().tolist() == [[8, 9], [0, 0]]
+    with pytest.raises(InputError, match=r"image bad of .*a.tar cannot be read"):
+        precompute.image_sizes(source, None)
+    assert precompute.image_sizes(source, None, skip_bad=True).tolist() == [[8, 9], [1, 1]]
+
+
 def test_tokens_of_many_captions_are_counted_in_a_sample(monkeypatch):
     monkeypatch.setattr(captions_module, "MANY", 3)
     monkeypatch.setattr(captions_module, "SAMPLE", 2)

@@ -88,8 +88,8 @@ def data_problems(field: str, name: str | None) -> list[str]:
         return _address_problems(field, name)
     if shard_names.is_pattern(name) and shard_names.exists(name):
         missing = shard_names.missing_shards(name)
-        also = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        return [f"{field} {name}: {missing[0]}{also} does not exist"] if missing else []
+        also = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
+        return [f"{field} {name}: {missing[0]}{also} not exist"] if missing else []
     if is_dataset_id(name) and Path(name).suffix not in (".npz", ".safetensors"):
         return []
     advice = f"; {name}@main asks the Hub for it" if is_dataset_id(f"{name}@main") else ""

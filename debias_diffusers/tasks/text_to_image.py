@@ -86,7 +86,8 @@ class TextToImageTask:
             return None
         once = source.source if isinstance(source, RepeatedSource) else source
         assert self.config.data.resolution is not None
-        return Buckets(precompute.image_sizes(once, self.accelerator), self.config.data.resolution, self.base.side_unit)
+        sizes = precompute.image_sizes(once, self.accelerator, self.config.data.skip_bad)
+        return Buckets(sizes, self.config.data.resolution, self.base.side_unit)
 
     def _load(self) -> None:
         """Loads text encoders and VAE now."""
