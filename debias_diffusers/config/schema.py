@@ -91,7 +91,7 @@ class DataConfig:
     # what is trained: a pixel model, or a text-to-image model; follows from base_model if left out
     task: Task | None = None
     # data set: digits, a folder of images, of .tar or of .parquet files, such a file, a pattern of them such as
-    # 'shards/{0000..0127}.tar', a saved dataset, or a Hub id (user/set@revision)
+    # 'shards/{0000..0127}.tar' (also https://... and hf://datasets/user/set/...), a saved dataset, or a Hub id (user/set@revision)
     dataset: str | None = None
     split: str = "train"  # split of a parquet, saved or Hub dataset
     # column of the images, or in .tar files their extension, such as jpg; found by its type if left out
