@@ -47,11 +47,11 @@ def positions(folder):
 
 def test_a_replacement_follows_from_the_position_alone(folder, positions):
     data = opened(folder, skip_bad=True, cache_images_mb=0)
-    expected = [data.sample(position) for position in range(2 * COUNT)]
+    expected, noise = [data.sample(position) for position in range(2 * COUNT)], data.drawn(range(2 * COUNT))["noise"]
     assert [position for position, sample in enumerate(expected) if sample["skipped"]][: len(positions)] == positions
     for position in positions:
         sample, following = expected[position], expected[position + 1]
-        assert sample["image"].equal(following["image"]) and not sample["noise"].equal(following["noise"])
+        assert sample["image"].equal(following["image"]) and not noise[position].equal(noise[position + 1])
         assert f"{data.index(position):03}.png cannot be read" in sample["skipped"] and not following["skipped"]
     for workers, processes in ((0, 3), (2, 2)):
         for rank in range(processes):
