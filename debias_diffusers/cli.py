@@ -16,7 +16,7 @@ from typing import Any
 from . import __version__
 from .config import choices, hub_names, validation
 from .config import loading as configuration
-from .config.ranges import field_types
+from .config.ranges import field_types, range_problems
 from .config.schema import (
     DIGITS,
     DIGITS_TEXT,
@@ -25,8 +25,11 @@ from .config.schema import (
     GuidedConfig,
     LoraFormatConfig,
     PushConfig,
+    ReconstructConfig,
     SampleConfig,
     ScoreConfig,
+    ShardsConfig,
+    ShardsMakeConfig,
     SingleConfig,
     StatsConfig,
     TrainConfig,
@@ -34,6 +37,7 @@ from .config.schema import (
 )
 from .errors import CannotWriteError, DebiasError, InputError, raise_all
 from .parsing import field_name, parse
+from .runs import ema_snapshots
 from .runs.lora_folder import lora_problems
 from .runs.model_folder import check_sampling, pixel_problems, task_of
 from .runs.run_directory import kept_values, run_values, sampling_problems, shown_values
@@ -68,9 +72,19 @@ def push(argv: Sequence[str] | None = None) -> int:
     return _run_command(_hub, argv, "python -m debias_diffusers.hub")
 
 
+def ema(argv: Sequence[str] | None = None) -> int:
+    """`python -m debias_diffusers.ema`: returns the exit code."""
+    return _run_command(_ema, argv, "python -m debias_diffusers.ema")
+
+
 def cache(argv: Sequence[str] | None = None) -> int:
     """`python -m debias_diffusers.cache`, `accelerate launch -m debias_diffusers.cache`: returns the exit code."""
     return _run_command(_cache, argv, "python -m debias_diffusers.cache")
+
+
+def shards(argv: Sequence[str] | None = None) -> int:
+    """`python -m debias_diffusers.shards`: returns the exit code."""
+    return _run_command(_shards, argv, "python -m debias_diffusers.shards")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +100,9 @@ HELP = """
   eval       evaluate models and objectives
   convert    checkpoints of guided-diffusion, single files and LoRAs to the format of diffusers, and back
   hub        push a run to the Hub
-  cache      compute latents and text embeddings before a training"""
+  cache      compute latents and text embeddings before a training
+  ema        averaged weights of any width, from the snapshots of a run
+  shards     make, index and verify shards, for data that do not fit"""
 
 
 # A command gets its arguments and the name under which it was called.
@@ -94,7 +110,8 @@ Command = Callable[[list[str], str], None]
 
 
 def _main(argv: list[str], program: str) -> None:
-    commands = {"train": _train, "sample": _sample, "eval": _evaluate, "convert": _convert, "hub": _hub, "cache": _cache}
+    commands = {"train": _train, "sample": _sample, "eval": _evaluate, "convert": _convert, "hub": _hub}
+    commands |= {"cache": _cache, "ema": _ema, "shards": _shards}
     _dispatch(commands, HELP, argv, program)
 
 
@@ -271,7 +288,7 @@ Evaluate diffusion models and their objectives. COMMAND --help lists the flags o
   score TARGET...    FID, sFID, IS, KID, precision, recall and colour shift of models or images against a reference
   compare RUN...     the same for runs side by side, with confidence intervals
   stats REF OUT      statistics of a reference, to score against
-  bpd MODEL          variational bound in bits per dimension
+  bpd MODEL          bits per dimension: variational bound, or likelihood by the probability-flow ODE
   weights            the weights of an objective over t and log SNR in every prediction space, as a picture and as numbers"""
 
 WEIGHTS_HELP = """Draw the weights of an objective, over t and over log SNR and in every prediction space: weights.png and weights.csv.
@@ -383,6 +400,26 @@ def _lora(argv: list[str], program: str) -> None:
     lora.convert(**dataclasses.asdict(config))
 
 
+EMA_HELP = """
+  reconstruct RUN --sigma_rel 0.08    averaged weights of any width, of a run that trained with --post_hoc_ema"""
+
+
+def _ema(argv: list[str], program: str) -> None:
+    _dispatch({"reconstruct": _reconstruct}, EMA_HELP, argv, program)
+
+
+def _reconstruct(argv: list[str], program: str) -> None:
+    config = parse(ReconstructConfig, argv, None, program, ReconstructConfig.__doc__ or "")
+    raise_all(range_problems(ReconstructConfig, dataclasses.asdict(config)))
+    if config.sigma_rel is None:
+        raise InputError("sigma_rel is missing; name the width of the average, such as --sigma_rel 0.08")
+    if not (Path(config.run) / ema_snapshots.FOLDER).is_dir():
+        raise InputError(f"{config.run} has no {ema_snapshots.FOLDER}; name a run directory that was trained with --post_hoc_ema 32")
+    from .sampling import post_hoc_ema
+
+    post_hoc_ema.reconstruct(config.run, config.sigma_rel, config.out, config.step)
+
+
 PUSH_HELP = """
   push RUN    push a run to the Hub, or what is missing of it"""
 
@@ -418,6 +455,40 @@ def _cache(argv: list[str], program: str) -> None:
     from .training.start import precompute
 
     precompute(*train_command(argv, os.environ.get("ACCELERATE_MIXED_PRECISION"), program))
+
+
+SHARDS_HELP = """
+  make DATA OUT    write a data set as .tar shards of --shard_mb, with an index
+  index DATA       index shards as they are
+  verify DATA      compare shards with their index, and decode every image"""
+
+
+def _shards(argv: list[str], program: str) -> None:
+    _dispatch({"make": _make_shards, "index": _index_shards, "verify": _verify_shards}, SHARDS_HELP, argv, program)
+
+
+def _make_shards(argv: list[str], program: str) -> None:
+    config = parse(ShardsMakeConfig, argv, None, program, ShardsMakeConfig.__doc__ or "")
+    raise_all(validation.shards_problems(config) + hub_names.data_problems("data", config.data))
+    from .data.shards import commands
+
+    commands.make(config)
+
+
+def _index_shards(argv: list[str], program: str) -> None:
+    config = parse(ShardsConfig, argv, None, program, "Index shards as they are; those that have not changed are not read again.")
+    raise_all(hub_names.data_problems("data", config.data))
+    from .data.shards import commands
+
+    commands.index(config)
+
+
+def _verify_shards(argv: list[str], program: str) -> None:
+    config = parse(ShardsConfig, argv, None, program, "Compare shards with their index, and decode every image.")
+    raise_all(hub_names.data_problems("data", config.data))
+    from .data.shards import commands
+
+    commands.verify(config)
 
 
 def _run_command(main: Command, argv: Sequence[str] | None, program: str) -> int:

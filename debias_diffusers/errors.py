@@ -45,6 +45,10 @@ class HubError(DebiasError):
     exit_code = 7
 
 
+class FetchError(HubError):
+    """A file of the data cannot be fetched: its server refuses or cannot be reached, or the file has changed there."""
+
+
 class StoppedError(DebiasError):
     """A signal asked the run to stop, and it has saved. The exit code is that of a shell: 128 + signal."""
 

@@ -1,9 +1,11 @@
 """What several tests use: the repository's root, the tiny configuration, and commands in processes of their own."""
 
 import contextlib
+import faulthandler
 import fcntl
 import gc
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -17,6 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -24,6 +27,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
+SMALL = ["--channel_mult", 1, "--attention_resolutions", 8]  # of the tiny network two thirds of the modules
 GOLDEN = ROOT / "tests" / "golden"
 HANG = 600  # seconds after which what a test waits for is taken to hang; no test depends on them, however busy the machine is
 
@@ -71,6 +75,7 @@ def command(*args, **options):
 
 
 # Most commands run in processes forked from one that has imported what they and the modules of tests need: seconds less for each.
+# That one is itself forked from the process of the tests, as long as this has no threads, and not a Python anew that imports all again.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
@@ -80,16 +85,69 @@ SERVER.set_forkserver_preload(
         "debias_diffusers.sampling.generate",
         "debias_diffusers.evaluation.score",
         "debias_diffusers.evaluation.likelihood",
+        "debias_diffusers.hub.publish",
         "datasets",
         "debias_diffusers.evaluation.plots",
         "matplotlib.backends.backend_agg",
         "diffusers.guiders",
+        "huggingface_hub.hf_api",
         "numpy.ctypeslib",
         "pytest",
         "typeguard",
     ]
 )
+
+
+def pytest_collection_finish(session):
+    """Starts the server of forks."""
+    if session.items and forkserver._forkserver._forkserver_pid is None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(multiprocessing.util, "spawnv_passfds", _fork)
+            forkserver.ensure_running()
+
+
+def _fork(_, arguments, descriptors):
+    """What `spawnv_passfds` of multiprocessing does with the command of its server, without a Python anew: the process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        faulthandler.disable()
+        for handler in [reference() for reference in logging._handlerList]:  # what was imported has those of pytest's captured stderr
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                handler.setStream(sys.stderr)
+        logging.root.handlers.clear()  # of pytest
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for descriptor in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *descriptors}:
+            with contextlib.suppress(OSError):  # that of the folder itself
+                os.fstat(descriptor)
+                os.dup2(nothing, descriptor)  # and not closed, as objects know it by its number
+        exec(arguments[-1], {})  # which serves until the process of the tests has ended
+    finally:
+        os._exit(0)
+
+
 COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate", "cache": "cache"}
+
+
+FORGOTTEN = []  # what is no longer imported, and still must not be garbage
+
+
+class NoTorch:
+    """A finder of modules for `sys.meta_path` that forbids what takes seconds."""
+
+    HEAVY = ("torch", "diffusers", "accelerate", "datasets", "transformers")
+
+    def find_spec(name, *_):
+        assert name.split(".")[0] not in NoTorch.HEAVY, f"{name} is imported"
+
+
+def forbid_torch():
+    """In a forked process: the package is as if it were not imported yet, and an import of torch by it is an error."""
+    for name in list(sys.modules):
+        if name.split(".")[0] in (*NoTorch.HEAVY, "debias_diffusers"):
+            FORGOTTEN.append(sys.modules.pop(name))
+    sys.meta_path.insert(0, NoTorch)
 
 
 def _command(name, args, out, err, before=None):
@@ -97,11 +155,11 @@ def _command(name, args, out, err, before=None):
     os.chdir(ROOT)
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    from debias_diffusers import cli
-
     multiprocessing.set_start_method("fork", force=True)  # loaders start their workers as in a process of their own
     if before:
         before()
+    from debias_diffusers import cli
+
     try:
         sys.exit(getattr(cli, COMMANDS[name])(args))
     finally:
@@ -182,6 +240,13 @@ def as_ranks(processes, *args, environment=None, before=None):
     ranks = [Forked(*args, before=partial(_as_rank, variables, before)) for variables in environments]
     results = [rank.result() for rank in ranks]
     return max(abs(code) for code, _, _ in results), "".join(err for _, _, err in results)
+
+
+def uncounted():
+    """In a process that does a dry run: its memory is not counted, which takes seconds."""
+    from debias_diffusers.training import dry_run
+
+    dry_run.estimated_memory = lambda *_: dry_run.MemoryEstimate({}, 0)
 
 
 def train_args(output_dir, *flags):

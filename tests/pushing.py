@@ -1,57 +1,18 @@
 """Commands with the real client, in processes of their own, against a Hub of the test's."""
 
-import json
+import importlib
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
+import tempfile
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
-import psutil
-from conftest import HANG, ROOT, wait_for
+from conftest import HANG, ROOT, SERVER, STARTED, forbid_torch, wait_for
 from hub.server import HubServer
-
-# Reads a command a line, with the token of its user, and answers with the process that does it, and then with how that ended and what it
-# said. The client and ours wait for a moment where they would for seconds; what they meant to wait is added up and said last.
-WORKER = """
-import json, os, sys, tempfile, time
-really, meant = time.sleep, [0.0]
-def sleep(seconds):
-    meant[0] += seconds
-    really(min(seconds, 0.02))
-time.sleep = sleep
-import huggingface_hub
-from huggingface_hub import CommitOperationAdd, ModelCardData, hf_api  # noqa: F401
-from debias_diffusers import cli
-from debias_diffusers.hub import client, publish  # noqa: F401
-client.TIMEOUT = float(os.environ.get("TIMEOUT", client.TIMEOUT))
-if "TORCH" in os.environ:  # what the commands import, once for all
-    import datasets
-    from debias_diffusers.evaluation import likelihood, score  # noqa: F401
-    from debias_diffusers.training import setup  # noqa: F401
-for line in sys.stdin:
-    program, token, arguments, limit = json.loads(line)
-    client.TIMEOUT = limit or client.TIMEOUT
-    with tempfile.TemporaryFile("w+") as said:
-        pid = os.fork()
-        if pid == 0:
-            os.environ["HF_TOKEN"] = token
-            os.dup2(said.fileno(), 1)
-            os.dup2(said.fileno(), 2)
-            if program == "script":
-                text, *sys.argv[1:] = arguments
-                exec(text, {})
-                code = 0
-            else:
-                code = getattr(cli, program)(arguments)
-            print(f"waited {meant[0]:g} s", file=sys.stderr, flush=True)
-            os._exit(code)
-        print(pid, flush=True)
-        _, status = os.waitpid(pid, 0)
-        said.seek(0)
-        print(json.dumps([os.waitstatus_to_exitcode(status), said.read()]), flush=True)
-"""
 
 
 def environment(hub, home, token="hf_write", **more):
@@ -63,41 +24,100 @@ def environment(hub, home, token="hf_write", **more):
     return {name: value for name, value in os.environ.items() if name not in off} | mine | more
 
 
+def _in_environment(variables, limits):
+    """In the forked process: these environment variables, as if the client were imported with them, and limits of `hub.client`.
+
+    The client and ours wait for a moment where they would for seconds; what they meant to wait is added up and said last.
+    """
+    os.environ.clear()
+    os.environ.update(variables)
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            importlib.reload(sys.modules[name])
+    if "huggingface_hub.hf_api" in sys.modules:
+        sys.modules["huggingface_hub.hf_api"].api.endpoint = sys.modules["huggingface_hub.constants"].ENDPOINT
+    from debias_diffusers.hub import client
+
+    vars(client).update(limits)
+    really, meant = time.sleep, 0.0
+
+    def sleep(seconds):
+        nonlocal meant
+        meant += seconds
+        really(min(seconds, 0.02))
+
+    time.sleep = sleep
+    return lambda: print(f"waited {meant:g} s", file=sys.stderr, flush=True)
+
+
+def _script(text, *arguments):
+    sys.argv[1:] = arguments
+    exec(text, {})
+
+
+def _do(program, arguments, variables, limits, torch, said):
+    """In the forked process: does a command of ours, or a script, all of whose output goes to the file `said`."""
+    os.chdir(ROOT)
+    for descriptor in (1, 2):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), descriptor)
+    multiprocessing.set_start_method("fork", force=True)
+    if not torch:
+        forbid_torch()
+    say_waits = _in_environment(variables, limits)
+    from debias_diffusers import cli
+
+    code = _script(*arguments) if program == "script" else getattr(cli, program)(arguments)
+    say_waits()
+    sys.exit(code)
+
+
 class Worker:
-    """A process that has imported the client, and does commands in children of its own."""
+    """Does commands, one at a time, in processes forked from one that has imported the client, torch and diffusers.
 
-    def __init__(self, hub, home, **settings):
-        self.home, self.environment = home, environment(hub, home, **settings)
-        self.begin()
+    Args:
+        hub: a HubServer.
+        home: folder of their cache.
+        limits: of `hub.client`, in seconds.
+        settings: more environment variables.
+    """
 
-    def begin(self):
-        self.busy = False
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, "-c", WORKER], cwd=ROOT, env=self.environment, **streams)
+    def __init__(self, hub, home, limits=None, **settings):
+        self.home, self.limits, self.environment = home, limits or {}, environment(hub, home, **settings)
+        self.process = None
 
-    def start(self, program, *args, token="hf_write", timeout=None):
-        """The process that does `train`, `sample`, `evaluate`, `push` or a script now; `timeout` is of its requests, in seconds."""
+    def start(self, program, *args, token="hf_write", timeout=None, torch=True):
+        """The process that does `train`, `sample`, `evaluate`, `push` or a script now.
+
+        Args:
+            program: one of these.
+            args: its arguments.
+            token: of its user.
+            timeout: of its requests, in seconds, in place of the limit.
+            torch: whether it may import torch.
+        """
         self.drain()
-        self.process.stdin.write(json.dumps([program, token, [str(arg) for arg in args], timeout]) + "\n")
-        self.process.stdin.flush()
-        self.busy = True
-        return int(self.process.stdout.readline())
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.said = Path(tempfile.mkstemp(dir=self.home, prefix="said")[1])
+        limits = self.limits | ({"TIMEOUT": timeout} if timeout else {})
+        task = (program, [str(arg) for arg in args], {**self.environment, "HF_TOKEN": token}, limits, torch, self.said)
+        self.process = SERVER.Process(target=_do, args=task)
+        self.process.start()
+        STARTED.append(self.process)
+        return self.process.pid
 
     def result(self):
         """(exit code, what was said)."""
-        answer = json.loads(self.process.stdout.readline())
-        self.busy = False
-        return answer
+        self.process.join(HANG)
+        code = self.process.exitcode
+        assert code is not None, self.said.read_text()
+        self.process = None
+        return code, self.said.read_text()
 
     def drain(self):
-        """Forgets a command that a test left which failed: in a process anew, so that no answer is taken for that of another command."""
-        ended = self.process.poll() is not None
-        if not ended and not self.busy:
-            return
-        for process in [] if ended else [*psutil.Process(self.process.pid).children(), self.process]:
-            process.kill()
-        self.close()
-        self.begin()
+        """Ends a command that a test left which failed."""
+        if self.process:
+            self.process.kill()
+            self.result()
 
     def run(self, program, *args, **options):
         self.start(program, *args, **options)
@@ -106,9 +126,9 @@ class Worker:
     def push(self, run, *flags):
         return self.run("push", "push", run, *flags)
 
-    def script(self, text, *args):
+    def script(self, text, *args, **options):
         """What a script printed that uses the Hub; one that fails ends the process, and so the test."""
-        code, said = self.run("script", text, *args)
+        code, said = self.run("script", text, *args, **options)
         assert code == 0, said
         return said
 
@@ -119,22 +139,17 @@ class Worker:
         os.kill(pid, signal.SIGKILL)
         return self.result()[0] == -signal.SIGKILL
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-
 
 @contextmanager
-def served(folder, xet, **settings):
-    """A Hub, and a process that does commands with it."""
+def served(folder, xet, limits=None):
+    """A Hub, and what does commands with it."""
     folder.mkdir()
     with HubServer(folder / "hub", xet=xet) as hub:
-        worker = Worker(hub, folder / "home", **settings)
+        worker = Worker(hub, folder / "home", limits)
         try:
             yield hub, worker
         finally:
-            worker.close()
+            worker.drain()
 
 
 def repository(hub, repo):

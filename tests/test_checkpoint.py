@@ -9,6 +9,7 @@ from conftest import writers
 
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.training import state_dicts
+from debias_diffusers.utils import files
 
 CONTENT = {"model.safetensors": bytes(range(256)) * 40, "optimizer.safetensors": b"moments" * 300}
 
@@ -53,7 +54,7 @@ def test_a_checkpoint_is_written_and_verified_without_its_files_in_memory(tmp_pa
     checkpoints.latest_valid(tmp_path)[0].verified("model.safetensors")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 10 * checkpoints.BLOCK
+    assert peak < 10 * files.BLOCK
 
 
 def test_a_disk_that_refuses_modes_does_not_refuse_checkpoints(tmp_path, monkeypatch):

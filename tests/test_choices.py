@@ -20,6 +20,7 @@ from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.diffusion.noise_schedule import require_noise_at_the_end
 from debias_diffusers.errors import InputError
 from debias_diffusers.tasks.unet import build_unet, unet_config
+from debias_diffusers.training import dry_run
 
 PLAIN = ["--dataset", "photos", "--output_dir", "run", "--resolution"]
 
@@ -107,6 +108,7 @@ def images(folder, count):
 def test_it_is_chosen_once_said_and_kept(tmp_path, capsys, monkeypatch):
     images(tmp_path / "photos", 6)
     run = tmp_path / "run"
+    monkeypatch.setattr(dry_run, "estimated_memory", lambda *_: dry_run.MemoryEstimate({}, 0))  # counting takes seconds
     command = ["--dataset", tmp_path / "photos", "--resolution", 8, "--output_dir", run, "--sample_every", 0, "--num_workers", 0]
     # A dry run chooses the same, and leaves nothing.
     assert cli.train([*map(str, command), "--dry_run"]) == 0

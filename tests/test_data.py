@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.config.schema import DataConfig, TextConfig
+from debias_diffusers.data.captions import CaptionedSource
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
 from debias_diffusers.data.sources import RepeatedSource, SourceSubset, folder_repeats, open_source, summary, training_summary
+from debias_diffusers.data.text_dataset import TextData
 from debias_diffusers.errors import DebiasError, InputError
 from debias_diffusers.utils import seeding
 
@@ -299,3 +301,28 @@ def test_images_of_a_folder_that_names_a_number_are_repeated(tmp_path):
     assert names == ["a.png"] * 10 + ["c.png"] * 2 + ["d.png"]
     with pytest.raises(InputError, match="no folder of images"):
         folder_repeats(open_source(DIGITS))
+
+
+def test_a_draft_is_the_same_for_every_source_and_keeps_the_original_size(tmp_path):
+    (tmp_path / "folder").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (2, 40, 64, 3), dtype=np.uint8)
+    for number, array in enumerate(noise):
+        Image.fromarray(array).resize((256, 160)).save(tmp_path / "folder" / f"{number}.jpg")
+        (tmp_path / "folder" / f"{number}.txt").write_text("a picture")
+    files = sorted((tmp_path / "folder").glob("*.jpg"))
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": [str(file) for file in files]}, features=features).to_parquet(tmp_path / "table.parquet")
+    found = {}
+    for name in ("folder", "table.parquet"):
+        for draft in (False, True):
+            config = DataConfig(dataset=str(tmp_path / name), resolution=40, num_workers=0, jpeg_draft=draft)
+            found[name, draft] = TrainingData(open_source(config), config, 0).decoded(1)[0]
+    assert found["folder", True].equal(found["table.parquet", True]) and found["folder", False].equal(found["table.parquet", False])
+    assert not found["folder", True].equal(found["folder", False])
+    direct = Image.open(files[1])
+    direct.draft(None, (40, 40))
+    assert direct.size == (64, 40) and torch.equal(found["folder", True], torch.tensor(np.asarray(direct)[:, 12:52].transpose(2, 0, 1)))
+    config = DataConfig(dataset=str(tmp_path / "folder"), resolution=40, num_workers=0, jpeg_draft=True)
+    data = TextData(CaptionedSource(open_source(config), None), config, TextConfig(), 0, (4, 5, 5))
+    pixels, time_ids = data.pixels(1, False, 0)
+    assert pixels.equal(found["folder", True]) and time_ids.tolist() == [160, 256, 0, 12, 40, 40]

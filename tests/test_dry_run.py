@@ -14,9 +14,16 @@ from debias_diffusers.data.dataset import load_batch
 from debias_diffusers.errors import InputError, RunInUseError
 from debias_diffusers.runs.run_directory import open_run
 from debias_diffusers.training import device, setup
+from debias_diffusers.training import dry_run as dry_run_module
 from debias_diffusers.training.dry_run import dry_run, estimated_memory, on_meta
 from debias_diffusers.training.start import train
 from debias_diffusers.utils import memory
+
+
+@pytest.fixture
+def uncounted(monkeypatch):
+    """The memory is not counted, which takes seconds and is not what the test is about."""
+    monkeypatch.setattr(dry_run_module, "estimated_memory", lambda *_: dry_run_module.MemoryEstimate({}, 0))
 
 
 def contents(folder):
@@ -35,7 +42,7 @@ def test_a_dry_run_shows_what_matters_and_leaves_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_with_verbose_it_also_shows_the_configuration_and_the_first_batch(tmp_path, capsys):
+def test_with_verbose_it_also_shows_the_configuration_and_the_first_batch(uncounted, tmp_path, capsys):
     train(tiny(tmp_path / "run", "--dry_run", "--verbose", "--eval_every", 5, "--eval_metrics", "colour"))
     assert '"weighting": "debiased"' in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["run-first-batch.png"]
@@ -43,7 +50,7 @@ def test_with_verbose_it_also_shows_the_configuration_and_the_first_batch(tmp_pa
         train(tiny(tmp_path / "run", "--verbose"))
 
 
-def test_a_dry_run_of_a_resume_changes_no_file(trained, capsys):
+def test_a_dry_run_of_a_resume_changes_no_file(uncounted, trained, capsys):
     before = contents(trained)
     train(tiny(trained, "--dry_run", "--max_steps", 30, "--learning_rate", "1e-4", "--allow_change", "learning_rate"))
     assert "resumed from step 24 to 30" in capsys.readouterr().out
@@ -61,7 +68,7 @@ def test_a_dry_run_of_a_resume_changes_no_file(trained, capsys):
         (["--output_dir", "FOLDER"], "is not a run directory and holds other files"),
     ],
 )
-def test_a_dry_run_fails_where_the_start_would(flags, said, trained, tmp_path):
+def test_a_dry_run_fails_where_the_start_would(uncounted, flags, said, trained, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     Image.new("L", (8, 8)).save(folder / "picture.png")
@@ -72,7 +79,7 @@ def test_a_dry_run_fails_where_the_start_would(flags, said, trained, tmp_path):
     assert list(tmp_path.iterdir()) == [folder] and contents(trained) == before
 
 
-def test_a_run_in_use_is_refused(trained, tmp_path):
+def test_a_run_in_use_is_refused(uncounted, trained, tmp_path):
     with contextlib.closing(open_run(tiny(trained))), pytest.raises(RunInUseError, match="is in use by process"):
         dry_run(tiny(trained))
     dry_run(tiny(trained))

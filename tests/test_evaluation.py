@@ -379,7 +379,7 @@ def test_statistics_stand_for_the_images_of_a_reference(tmp_path):
 
 
 def test_reference_files_of_adm_are_read(inception, tmp_path):
-    target, other = folder_of(tmp_path / "target", 4, 0, size=16, colour=True), folder_of(tmp_path / "other", 5, 1, size=16, colour=True)
+    target, other = folder_of(tmp_path / "target", 2, 0, size=16, colour=True), folder_of(tmp_path / "other", 3, 1, size=16, colour=True)
     path = str(inception / "inception.safetensors")
     options = {"metrics": "fid,sfid", "measure": {"feature_extractor_weights": path}, "allow_few_images": True}
     by_images = scored(tmp_path, target, reference=other, **options)
@@ -403,8 +403,9 @@ def test_reference_files_of_adm_are_read(inception, tmp_path):
     with pytest.raises(InputError, match=r"images\.npz has 1 images, but metrics fid,sfid"):
         scored(tmp_path, target, reference=tmp_path / "images.npz", **options)
     np.savez(tmp_path / "batch.npz", images.permute(0, 2, 3, 1).numpy())
-    as_batch = scored(tmp_path, target, reference=tmp_path / "batch.npz", metrics="colour")
-    assert as_batch["targets"] == scored(tmp_path, target, reference=other, metrics="colour")["targets"]
+    as_batch = scored(tmp_path, target, reference=tmp_path / "batch.npz", metrics="colour", allow_few_images=True)
+    by_folder = scored(tmp_path, target, reference=other, metrics="colour", allow_few_images=True)
+    assert as_batch["targets"] == by_folder["targets"]
 
 
 def test_curves_over_checkpoints_solvers_and_steps(trained, tmp_path):
@@ -639,18 +640,19 @@ def test_bad_images_and_too_few_of_them_are_named(tmp_path):
     good = folder_of(tmp_path / "good", 20, 0)
     with pytest.raises(InputError, match=r"good has 20 images, but metrics fid of these features need 65; .*--allow_few_images"):
         scored(tmp_path, good, reference="digits", metrics="fid")
-    scored(tmp_path, good, reference="digits", metrics="fid", allow_few_images=True)
-    scored(tmp_path, good, reference="digits", metrics="kid,prc,is,colour")
+    many, digits = folder_of(tmp_path / "many", 70, 1), {"feature_extractor": "digits"}
+    scored(tmp_path, good, reference=many, metrics="fid", allow_few_images=True, measure=digits)
+    scored(tmp_path, good, reference=many, metrics="kid,prc,is,colour", measure=digits)
     for count, metric, least in ((1, "fid", 2), (1, "colour", 2), (1, "kid", 2), (3, "prc", 4), (9, "is", 10)):
         few = folder_of(tmp_path / f"{count} {metric}", count, 0)
         with pytest.raises(InputError, match=f"has {count} images, but metrics {metric} of these features need {least}; .*other metrics"):
             scored(tmp_path, few, reference=good, metrics=metric, allow_few_images=True, measure={"feature_extractor": "digits"})
     Image.new("L", (9, 9)).save(good / "0007.png")
     with pytest.raises(InputError, match=r"0007\.png has 9x9 pixels, the first 8x8"):
-        scored(tmp_path, good, reference="digits", metrics="colour")
+        scored(tmp_path, good, reference=many, metrics="colour")
     (good / "0007.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(InputError, match=r"image .*0007\.png cannot be read"):
-        scored(tmp_path, good, reference="digits", metrics="colour")
+        scored(tmp_path, good, reference=many, metrics="colour")
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,17 @@
 
 import hashlib
 import json
-import os
 import random
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import HANG, wait_for
+from conftest import wait_for
 from hub import request
 from hub.card import checked
 from hub.server import HubServer
+from pushing import Worker
 
 LARGE = random.Random(0).randbytes(12_000_000)
 CONTENTS = {
@@ -50,16 +48,9 @@ def say(value):
 
 
 def client(hub, folder, script, token="hf_write"):
-    """What a client says; in a process of its own, as it reads its environment when it is imported."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HOME": str(folder / f"home of {token}")}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "50ms"}
-    if hub.xet is None:
-        environment["HF_HUB_DISABLE_XET"] = "1"
-    command = [sys.executable, "-c", BEGIN + script, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    """What a client says last, in a process of its own."""
+    said = Worker(hub, folder / f"home of {token}").script(BEGIN + script, folder, token=token)
+    return json.loads([line for line in said.splitlines() if not line.startswith("waited")][-1])
 
 
 def put_files(folder):

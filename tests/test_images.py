@@ -71,3 +71,26 @@ def test_a_grid_enlarges_without_smoothing_and_sets_apart():
     sheet = images.grid(tiles)
     assert set(np.unique(np.asarray(sheet))) == {10, 20, 30, 40, 50, 255}
     assert (np.asarray(sheet) == 10).sum() == 48 * 48  # 8 pixels, six times larger
+
+
+def test_a_draft_of_a_jpeg_is_its_average_over_squares_and_of_no_other_file():
+    """Golden: the mean over each square of the picture, which a decoder at 1/2, 1/4 or 1/8 keeps of smooth pictures."""
+    side = np.linspace(0, 255, 512)
+    smooth = Image.fromarray(
+        np.stack([side[None] + 0 * side[:384, None], 0 * side[None] + side[:384, None]] * 2, -1)[..., :3].astype(np.uint8)
+    )
+    data = encoded(smooth, "JPEG", quality=95)
+    for least, size in (((384, 512), 1), ((200, 100), 1), ((192, 256), 2), ((100, 128), 2), ((96, 128), 4), ((20, 20), 8)):
+        image = images.decode(data, "here", least)
+        assert image.size == (512 // size, 384 // size)
+        means = np.asarray(smooth, dtype=float).reshape(384 // size, size, 512 // size, size, 3).mean((1, 3))
+        assert np.abs(np.asarray(image) - means).mean() < 2
+    turned = encoded(smooth, "JPEG", exif=EXIF_6)
+    assert images.decode(turned, "here", (256, 192)).size == (192, 256) and images.decode(turned, "here", (192, 256)).size == (384, 512)
+    assert images.decode(encoded(smooth), "here", (20, 20)).size == (512, 384)
+    with pytest.raises(InputError, match="truncated"):
+        images.decode(data[:3000], "here", (20, 20))
+
+
+EXIF_6 = Image.Exif()
+EXIF_6[274] = 6  # turned by a quarter

@@ -410,7 +410,7 @@ print(pipeline.get_active_adapters())
 @pytest.mark.nightly
 def test_a_lora_goes_to_the_hub_and_is_drawn_from_there(bases, few, tmp_path):
     """Trained on a base model of the Hub, of which its commit is recorded; another model on this disk with the same files will do, too."""
-    with served(tmp_path / "served", xet=False, TORCH="") as (_, worker):
+    with served(tmp_path / "served", xet=False) as (_, worker):
         worker.script(UPLOAD, bases["xl"])
         words = [
             *few,

@@ -4,6 +4,7 @@ import gc
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
@@ -22,7 +23,7 @@ from debias_diffusers.config.registry import WEIGHTINGS
 from debias_diffusers.config.schema import ObjectiveConfig
 from debias_diffusers.config.validation import objective_problems
 from debias_diffusers.diffusion import weighting
-from debias_diffusers.diffusion.loss import Objective, make_objective
+from debias_diffusers.diffusion.loss import Objective, make_objective, weight_table
 from debias_diffusers.diffusion.noise_schedule import (
     Schedule,
     betas_of_snr,
@@ -43,7 +44,31 @@ SCHEDULES = ("linear", "cosine", "scaled_linear", "sigmoid")
 
 # Every weighting in every space, written out: S is the SNR, t = 1 / (1 + sqrt S) the time of rectified flow.
 G, K, P, SD = 5.0, 2.0, 0.5, 0.7
-PARAMETERS = {"snr_gamma": G, "p2_k": K, "p2_gamma": P, "sigma_data": SD}
+B = 0.7
+PARAMETERS = {"snr_gamma": G, "p2_k": K, "p2_gamma": P, "sigma_data": SD, "sigmoid_bias": B}
+
+
+def in_all_spaces(on_noise):
+    """What a weight on the noise is in every space."""
+    return (
+        on_noise,
+        lambda S: S * on_noise(S),
+        lambda S: S / (S + 1) * on_noise(S),
+        lambda S, t: (1 - t) ** 2 * on_noise(S),
+    )
+
+
+def held_edm(S):
+    """(1 + sigma^2 / sd^2) N(ln sigma; -1.2, 1.2^2), which EDM's table 1 says, from its maximum on towards more noise the same."""
+
+    def edm(log_sigma):
+        return (1 + np.exp(2 * log_sigma) / SD**2) * np.exp(-((log_sigma + 1.2) ** 2) / (2 * 1.2**2))
+
+    fine = np.linspace(-3, 3, 600_001)
+    peak = fine[edm(fine).argmax()]  # where the slope is 0, so that a value beside it is right to 1e-10
+    return torch.from_numpy(edm(np.minimum(-np.log(S.numpy()) / 2, peak)) / edm(peak))
+
+
 CLOSED_FORMS = {
     "constant": (lambda S: S**0, lambda S: S, lambda S: S / (S + 1), lambda S, t: (1 - t) ** 2),
     "debiased": (lambda S: S**-0.5, lambda S: S**0.5, lambda S: S**0.5 / (S + 1), lambda S, t: t * (1 - t)),
@@ -78,6 +103,32 @@ CLOSED_FORMS = {
         lambda S: (S + SD**-2) / (S + 1),
         lambda S, t: t**2 * (S + SD**-2),
     ),
+    "edm_monotonic": in_all_spaces(held_edm),
+    "flow": (
+        lambda S: (S**0.5 + 1) ** 2 / S,
+        lambda S: (S**0.5 + 1) ** 2,
+        lambda S: (S**0.5 + 1) ** 2 / (S + 1),
+        lambda S, t: t**0,
+    ),
+    "v": (
+        lambda S: (S + 1) / S,
+        lambda S: S + 1,
+        lambda S: S**0,
+        lambda S, t: t**2 + (1 - t) ** 2,
+    ),
+    "sigmoid": in_all_spaces(lambda S: math.exp(B) / (math.exp(B) + S)),
+    "cosmap": (
+        lambda S: 2 / math.pi * (1 + S**0.5) ** 4 / (S * (1 + S)),
+        lambda S: 2 / math.pi * (1 + S**0.5) ** 4 / (1 + S),
+        lambda S: 2 / math.pi * (1 + S**0.5) ** 4 / (1 + S) ** 2,
+        lambda S, t: 2 / (math.pi * (1 - 2 * t + 2 * t**2)),
+    ),
+    "sigma_sqrt": (
+        lambda S: (1 + S**0.5) ** 4 / S,
+        lambda S: (1 + S**0.5) ** 4,
+        lambda S: (1 + S**0.5) ** 4 / (1 + S),
+        lambda S, t: t**-2,
+    ),
 }
 
 
@@ -107,7 +158,8 @@ def test_weights_are_their_closed_forms_in_every_space(name):
     t = 1 / (1 + S.sqrt())
     for space, form in zip(SPACES, CLOSED_FORMS[name]):
         expected = form(S, t) if space == "flow" else form(S)
-        torch.testing.assert_close(weight(S, name, space, **own(name)), expected, rtol=1e-9 if space == "flow" else 1e-13, atol=0)
+        close = 1e-9 if space == "flow" or name == "edm_monotonic" else 1e-12 if name == "sigmoid" else 1e-13
+        torch.testing.assert_close(weight(S, name, space, **own(name)), expected, rtol=close, atol=0)
 
 
 @pytest.mark.row(33, "the debiased weights are those of the paper at every timestep, for every prediction type")
@@ -122,12 +174,12 @@ def test_weights_equal_the_reference_at_every_timestep(golden, name):
 @pytest.mark.parametrize("name", WEIGHTING_FUNCTIONS)
 def test_weights_have_their_limits_where_the_snr_is_zero_or_infinite(name):
     zero, infinite = torch.zeros(1, dtype=torch.float64), torch.full((1,), torch.inf, dtype=torch.float64)
-    at_zero = {"inverse_snr": 1.0, "truncated_snr": 1.0, "edm": 1 / SD**2}.get(name, 0.0)
+    at_zero = {"inverse_snr": 1.0, "truncated_snr": 1.0, "edm": 1 / SD**2, "flow": 1.0, "v": 1.0, "cosmap": 2 / math.pi, "sigma_sqrt": 1.0}
     for space in SPACES[1:]:
-        assert weight(zero, name, space, **own(name)).item() == pytest.approx(at_zero, rel=1e-12, abs=1e-70)
+        assert weight(zero, name, space, **own(name)).item() == pytest.approx(at_zero.get(name, 0.0), rel=1e-12, abs=1e-70)
         assert weight(infinite, name, space, **own(name)).isfinite()
-    assert weight(infinite, name, "epsilon", **own(name)).isfinite()
-    assert weight(zero, name, "epsilon", **own(name)).isfinite() == (name in ("constant", "p2", "min_snr", "soft_min_snr"))
+    assert weight(infinite, name, "epsilon", **own(name)).isfinite() or name == "sigma_sqrt"  # which grows with the SNR
+    assert weight(zero, name, "epsilon", **own(name)).isinf() == bool(WEIGHTINGS[name].unbounded)
 
 
 def test_the_debiased_weight_is_a_s_on_v_and_t_1_minus_t_on_the_flow():
@@ -183,6 +235,38 @@ def test_the_last_level_is_trained_where_its_weight_has_a_floor(space):
     plain, floored = (make_objective(ObjectiveConfig(terminal_weight_floor=floor, **options)).weights for floor in (0.0, 0.5))
     assert plain[-1].item() < 1e-70 and floored[-1].item() == 0.5
     assert torch.equal(plain[:-1], floored[:-1])
+
+
+def test_sigmoid_is_soft_min_snr_with_gamma_e_to_the_bias():
+    S = torch.logspace(-12, 12, 100, dtype=torch.float64)
+    for bias in (-3.0, 0.0, math.log(5)):
+        soft = weight(S, "soft_min_snr", "v_prediction", snr_gamma=math.exp(bias))
+        torch.testing.assert_close(weight(S, "sigmoid", "v_prediction", sigmoid_bias=bias), soft, rtol=1e-12, atol=0)
+
+
+def test_schedule_free_weights_make_one_objective_of_all_schedules():
+    """The integral over log(SNR) of weight times error, here of an error that is 0 outside of what all schedules reach."""
+    configs = [{"noise_schedule": name, "schedule_shift": shift} for name in SCHEDULES for shift in (1.0, 4.0)]
+    configs += [{"prediction_type": "flow", "schedule_shift": shift} for shift in (1.0, 0.1)]
+    for name in ("constant", "min_snr", "edm_monotonic"):
+        found = []
+        for options in configs:
+            config = ObjectiveConfig(weighting=name, schedule_free_weights=True, **options)
+            schedule, space = make_schedule(config), config.prediction_type
+            errors = (1 + torch.cos((schedule.snr.log() * math.pi / 4).clamp(-math.pi, math.pi))) / schedule.snr  # of x_0
+            per_x_0 = schedule.x_0_per_prediction(space).square()
+            found.append((weight_table(config, schedule, space) * errors / per_x_0).nan_to_num().mean().item())
+        assert found == pytest.approx([found[-1]] * len(found), rel=2e-3)
+        if name == "constant":
+            assert found[-1] == pytest.approx(8, rel=1e-4)  # of 1 + cos over [-4, 4]
+
+
+def test_schedule_free_weights_without_more_are_the_variational_bound():
+    """In continuous time it is half the integral of the squared error of x_0 over the SNR (VDM, arXiv 2107.00630, equation 18)."""
+    for options in ({}, {"noise_schedule": "cosine"}, {"rescale_betas_zero_snr": True}):
+        config = ObjectiveConfig(weighting="constant", schedule_free_weights=True, prediction_type="sample", **options)
+        weights, snr = make_objective(config).weights[20:], make_schedule(config).snr
+        torch.testing.assert_close(weights[:-1], -1000 * torch.gradient(snr)[0][20:-1], rtol=0.02, atol=1e-4)
 
 
 # ---- as other code has them ------------------------------------------------------------------------------------------

@@ -136,6 +136,7 @@ def test_whatever_an_entry_depends_on_is_in_its_key(base, data, tmp_path, monkey
         "size": keys(base, data, resolution=16)[0],
         "precision": keys(base, data, mixed_precision="bf16")[0],
         "crop": at_random[0],
+        "draft": keys(base, data, jpeg_draft=True)[0],
         **{name: keys(path)[0] for name, path in other.items() if name.startswith("vae")},
     }
     for name, found in of_latents.items():

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load
 from text_models import make_base, text_args
 
-from debias_diffusers.config.schema import OptimizationConfig
+from debias_diffusers.config.schema import ObjectiveConfig, OptimizationConfig
 from debias_diffusers.config.validation import sharding_problems
 from debias_diffusers.errors import CannotWriteError
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
@@ -103,9 +103,12 @@ def test_two_processes_train_the_same_with_half_of_the_memory_and_their_checkpoi
 
 
 def test_what_does_not_go_with_shards_is_refused_in_a_sentence():
-    problems = sharding_problems(OptimizationConfig(optimizer="adamw8bit", mixed_precision="fp16", compile=True, ema_on_cpu=True))
+    optimization = OptimizationConfig(optimizer="adamw8bit", mixed_precision="fp16", compile=True, ema_on_cpu=True)
+    problems = sharding_problems(optimization, ObjectiveConfig())
     assert [problem.split()[0] for problem in problems] == ["optimizer", "mixed_precision", "compile", "ema_on_cpu"]
-    assert not sharding_problems(OptimizationConfig(param_dtype="bf16", mixed_precision="bf16", gradient_checkpointing=True))
+    assert not sharding_problems(
+        OptimizationConfig(param_dtype="bf16", mixed_precision="bf16", gradient_checkpointing=True), ObjectiveConfig()
+    )
 
 
 def test_what_the_launcher_says_of_fsdp_is_obeyed_or_refused_by_name():

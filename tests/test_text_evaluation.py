@@ -146,8 +146,8 @@ def test_checkpoints_of_a_run_are_scored_on_the_captions_it_was_trained_on(text_
     assert result["reference"]["name"] == DIGITS
 
 
-def test_two_processes_measure_what_one_measures(text_models, tmp_path):
-    flags = ["--reference", DIGITS, "--metrics", "prompt_accuracy,colour", "--num_images", 11, "--batch_size", 4, "--steps", 2]
+def test_two_processes_measure_what_one_measures(text_models, digits, tmp_path):
+    flags = ["--reference", digits / "right", "--metrics", "prompt_accuracy,colour", "--num_images", 11, "--batch_size", 4, "--steps", 2]
     flags = [*flags, "--num_threads", 1, "--cache_dir", "", "--bootstrap", 20]
     for processes in (1, 2):
         code, err = as_ranks(processes, "eval.py", "score", text_models["sd"], *flags, "--output", tmp_path / f"{processes}.json")
@@ -240,9 +240,10 @@ def test_images_are_judged_by_their_own_prompts_while_training(shift):
         monitor.check(["the digit 3", "a cat"])
 
 
-def test_a_training_measures_how_images_fit_their_prompts(text_models, clip, tmp_path):
+def test_a_training_measures_how_images_fit_their_prompts(text_models, clip, digits, tmp_path):
     flags = ["--eval_every", 2, "--eval_metrics", "prompt_accuracy,clip_score", "--clip_model", clip, "--eval_images", 30, "--max_steps", 4]
-    code, _, err = run(*text_args(text_models["xl"], tmp_path / "run", *flags, "--cache_dir", ""))
+    flags = [*flags, "--dataset", digits / "right", "--cache_dir", ""]
+    code, _, err = run(*text_args(text_models["xl"], tmp_path / "run", *flags))
     assert code == 0, err
     figures = [line for line in metrics(tmp_path / "run") if "eval_prompt_accuracy" in line]
     assert [line["step"] for line in figures] == [2, 4]

@@ -234,7 +234,7 @@ api.upload_file(path_or_fileobj=b"not weights", path_in_repo="model.safetensors"
 @pytest.mark.nightly
 def test_a_text_model_of_the_hub_is_drawn_with_as_from_its_folder(text_models, tmp_path):
     flags = ["--prompt", *PROMPTS, "--steps", 2, "--num_images", 3, "--num_threads", 1]
-    with served(tmp_path / "served", xet=False, TORCH="") as (_, worker):
+    with served(tmp_path / "served", xet=False) as (_, worker):
         worker.script(UPLOAD, text_models["sd"])
         code, said = worker.run("sample", "alice/text", "--class_labels", 3, "--output_dir", tmp_path / "no")
         assert code == 2 and "class_labels is 3, but alice/text@" in said and "2 problems" in said

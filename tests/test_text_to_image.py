@@ -64,7 +64,8 @@ def stock(base):
 def test_loss_and_gradient_are_those_of_a_plain_loop(bases, name, tmp_path):
     """Written with diffusers' own pieces: pictures through the VAE, noise by DDPMScheduler, conditions by the stock pipeline."""
     base, positions = bases[name], range(4)
-    plan = plan_of(base, tmp_path / "run", "--caption_dropout", "0.3", "--random_flip")
+    data = captioned(tmp_path / "data", sizes=((8, 8),) * 12)
+    plan = plan_of(base, tmp_path / "run", "--dataset", data, "--random_flip", "--caption_dropout", "0.3")
     task, data = plan.task, plan.task.data
     task.prepare()
     network = task.build()
@@ -153,6 +154,14 @@ def pictures(folder, sizes=((40, 24), (24, 56))):
     return folder
 
 
+def captioned(folder, sizes):
+    """Pictures with two captions each."""
+    pictures(folder, sizes)
+    for k in range(len(sizes)):
+        (folder / f"{k}.txt").write_text(f"a handwritten {['one', 'two', 'three', 'four'][k % 4]}\nthe number {k}")
+    return folder
+
+
 def test_size_conditioning_is_that_of_the_crop(bases, tmp_path):
     """Original size, corner and target as the stock pipeline orders them; the corner is where the pixels come from, also mirrored."""
     data = pictures(tmp_path / "data")
@@ -194,18 +203,18 @@ def test_a_dropped_caption_is_what_the_exported_pipeline_samples_with(bases, nam
         assert torch.equal(found.pooled[1:], given["added_cond_kwargs"]["text_embeds"])
 
 
-def test_embeddings_are_the_same_kept_or_computed_in_each_step(bases, tmp_path):
-    task = plan_of(bases["xl"], tmp_path / "run").task
-    captions, dropped = ["a handwritten one", "the digit two", "the digit two"], [False, True, False]
+def test_embeddings_are_the_same_kept_or_computed_in_each_step(bases, few, tmp_path):
+    task = plan_of(bases["xl"], tmp_path / "run", *few).task
+    captions, dropped = ["a handwritten one", "the number 2", "the number 2"], [False, True, False]
     fresh = task.texts.of(captions, dropped, "cpu")
     task.prepare()
     kept = task.texts.of(captions, dropped, "cpu")
     assert torch.allclose(fresh.text, kept.text, atol=1e-6) and torch.allclose(fresh.pooled, kept.pooled, atol=1e-6)
 
 
-def test_latents_are_kept_for_both_flips(bases, tmp_path):
+def test_latents_are_kept_for_both_flips(bases, few, tmp_path):
     """A mirrored image has other latents than mirrored latents."""
-    task = plan_of(bases["xl"], tmp_path / "run", "--random_flip").task
+    task = plan_of(bases["xl"], tmp_path / "run", *few).task
     fresh = batch_of(task.data, range(6))
     task.prepare()
     kept = batch_of(task.data, range(6))
@@ -326,9 +335,7 @@ def test_training_without_an_image_or_a_caption_is_one_sentence(bases, tmp_path)
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """Flags of a data set that is encoded at once: twelve images with captions."""
-    folder = pictures(tmp_path_factory.mktemp("few") / "data", sizes=((8, 8), (12, 8), (8, 10)) * 4)
-    for k in range(12):
-        (folder / f"{k}.txt").write_text(f"a handwritten {['one', 'two', 'three', 'four'][k % 4]}\nthe number {k}")
+    folder = captioned(tmp_path_factory.mktemp("few") / "data", sizes=((8, 8), (12, 8), (8, 10)) * 4)
     return ("--dataset", folder, "--random_flip")
 
 
@@ -341,8 +348,8 @@ def whole(bases, few, tmp_path_factory):
     return folder
 
 
-def test_killed_three_times_it_ends_with_the_same_bits(bases, few, whole, tmp_path):
-    for step in (4, 8, 8):
+def test_killed_twice_it_ends_with_the_same_bits(bases, few, whole, tmp_path):
+    for step in (4, 8):
         process = Forked(*text_args(bases["xl"], tmp_path / "run", *few))
         wait_for(lambda step=step: newest_step(tmp_path / "run") >= step)
         process.kill()
@@ -355,9 +362,9 @@ def test_killed_three_times_it_ends_with_the_same_bits(bases, few, whole, tmp_pa
 def test_two_processes_train_the_same(bases, few, whole, tmp_path):
     from conftest import as_ranks
 
-    code, err = as_ranks(2, *text_args(bases["xl"], tmp_path / "run", *few))
+    code, err = as_ranks(2, *text_args(bases["xl"], tmp_path / "run", *few, "--max_steps", 4))
     assert code == 0, err
-    losses = [[line["loss"] for line in metrics(folder)] for folder in (whole, tmp_path / "run")]
+    losses = [[line["loss"] for line in metrics(folder)[:4]] for folder in (whole, tmp_path / "run")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -681,12 +688,12 @@ def test_the_sdxl_configuration_on_the_full_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["xl", pytest.param("sd", marks=pytest.mark.nightly)])
-def test_the_memory_of_a_step_is_counted(name, bases, tmp_path):
+def test_the_memory_of_a_step_is_counted(name, bases, few, tmp_path):
     from test_dry_run import measured_memory
 
     from debias_diffusers.training.dry_run import estimated_memory, on_meta
 
-    plan = plan_of(bases[name], tmp_path / "run")
+    plan = plan_of(bases[name], tmp_path / "run", *few)
     estimate = estimated_memory(plan.task, on_meta(plan.task)[0], plan.config.optimization, "cpu")
     assert estimate.peak == pytest.approx(measured_memory(plan), rel=0.15)
 
@@ -736,11 +743,19 @@ def test_a_pixel_model_does_not_wait_for_transformers(tmp_path):
     assert out.strip() == "0 [] True", err
 
 
-def test_training_from_python_returns_the_stock_pipeline(bases, tmp_path):
+def test_training_from_python_returns_the_stock_pipeline(bases, few, tmp_path):
     from debias_diffusers import train
 
     base = bases["xl, v, zero snr"]
-    flags = {"dataset": "digits", "resolution": 8, "num_workers": 0, "batch_size": 4, "max_steps": 2, "num_threads": 1, "sample_every": 0}
+    flags = {
+        "dataset": str(few[1]),
+        "resolution": 8,
+        "num_workers": 0,
+        "batch_size": 4,
+        "max_steps": 2,
+        "num_threads": 1,
+        "sample_every": 0,
+    }
     pipeline = train(base_model=str(base), output_dir=str(tmp_path / "run"), **flags)
     assert isinstance(pipeline, StableDiffusionXLPipeline)
     values = json.loads((tmp_path / "run" / "config.json").read_text())

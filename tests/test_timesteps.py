@@ -2,8 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from conftest import same
+from here import tiny, trained_here
 
 from debias_diffusers.config.loading import layered
 from debias_diffusers.config.registry import TIMESTEP_SAMPLERS
@@ -46,7 +49,7 @@ def test_levels_are_drawn_with_their_probabilities(name):
 @pytest.mark.parametrize("name", CORRECTED)
 def test_a_corrected_sampler_keeps_the_objective(name):
     """The mean of any corrected loss is that of uniform t."""
-    sampler = sampler_of(name, num_train_timesteps=60, timestep_mean=0.5, noise_schedule="cosine")
+    sampler = sampler_of(name, num_train_timesteps=60, timestep_mean=0.5, laplace_scale=2.0, noise_schedule="cosine")
     if sampler.learns:
         levels = torch.arange(60).repeat(HISTORY)
         sampler.update(levels, torch.rand(len(levels), generator=torch.Generator().manual_seed(0)) * levels)
@@ -86,6 +89,43 @@ def test_log_normal_is_normal_in_the_log_of_the_noise(options):
     for z in (-1.0, 0.0, 1.0):
         below = sampler.probabilities[log_noise < -1.2 + 1.2 * z].sum().item()
         assert below == pytest.approx((1 + math.erf(z / math.sqrt(2))) / 2, abs=0.02)
+
+
+@pytest.mark.parametrize("options", [{"noise_schedule": "cosine"}, {"prediction_type": "flow"}, {"schedule_shift": 16.0}])
+def test_laplace_is_that_of_the_log_of_the_snr(options):
+    sampler = sampler_of("laplace", laplace_mean=0.4, laplace_scale=0.8, **options)
+    log_snr = make_schedule(ObjectiveConfig(**options)).snr.log()
+    drawn = log_snr[sampler.draw(uniforms(20_000), range(20_000))].sort().values
+    expected = np.sort(np.random.default_rng(0).laplace(0.4, 0.8, 400_000))[::20]
+    assert drawn.median() == pytest.approx(0.4, abs=0.02) and np.abs(drawn.numpy() - expected)[500:-500].max() < 0.12
+    for z in (-2.0, -1.0, 0.0, 1.5):
+        share = sampler.probabilities[log_snr < 0.4 + 0.8 * z].sum().item()
+        assert share == pytest.approx(0.5 + math.copysign(1 - math.exp(-abs(z)), z) / 2, abs=0.02)
+    corrected = sampler_of("laplace_corrected", laplace_mean=0.4, laplace_scale=0.8, **options)
+    torch.testing.assert_close(corrected.probabilities, 0.9 * sampler.probabilities + 1e-4)
+
+
+@pytest.mark.parametrize("scale", (-1.0, 0.0, 0.81, 1.29, 1.75))
+def test_mode_is_the_function_of_a_uniform_number_in_stable_diffusion_3(scale):
+    sampler = sampler_of("mode", mode_scale=scale, prediction_type="flow")
+    u = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
+    t = 1 - u - scale * ((math.pi / 2 * u).cos() ** 2 - 1 + u)
+    share = torch.histc(t.float(), bins=50, min=0, max=1) / 1_000_000
+    torch.testing.assert_close(sampler.probabilities.view(50, 20).sum(1).float(), share, rtol=0, atol=2e-5)
+    if scale == 0:
+        torch.testing.assert_close(sampler.probabilities, torch.full((1000,), 1e-3, dtype=torch.float64))
+
+
+def test_speed_draws_and_weighs_as_in_its_paper():
+    sampler = sampler_of("speed")
+    tau, k, T = 700, 5.0, 1000
+    expected = torch.full((T,), 1 / (T + tau * (k - 1)), dtype=torch.float64)
+    expected[:tau] *= k
+    torch.testing.assert_close(sampler.probabilities, expected)
+    growth = np.gradient(1 - make_schedule(ObjectiveConfig()).alphas_cumprod.numpy())
+    weights = np.interp(growth, [growth.min(), growth.max()], [0.4, 0.6])
+    torch.testing.assert_close(sampler.corrections, torch.from_numpy(weights / (weights * expected.numpy()).sum()))
+    torch.testing.assert_close(sampler_of("speed", speed_lambda=0.5).corrections, torch.ones(1000, dtype=torch.float64))
 
 
 def test_log_normal_and_logit_normal_are_one_on_the_straight_path():
@@ -151,6 +191,63 @@ def test_what_loss_second_moment_learned_comes_back():
     for sampler in (one, other):
         sampler.update(torch.tensor([0, 2]), torch.tensor([5.0, 6.0]))
     assert torch.equal(one.probabilities, other.probabilities)
+
+
+# ---- phases -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_phase_of_a_run_has_its_sampler():
+    options = {"timestep_sampler_after": "uniform", "timestep_sampler_switch": 3, "timestep_mean": 1.0}
+    phases, u = sampler_of("logit_normal", **options), uniforms(40)
+    first, second = sampler_of("logit_normal", timestep_mean=1.0), sampler_of("uniform")
+    for step, expected in ((0, first), (2, first), (3, second), (100, second), (1, first)):
+        phases.begin_step(step)
+        assert torch.equal(phases.draw(u, range(40)), expected.draw(u, range(40)))
+        assert torch.equal(phases.corrections, expected.corrections) and torch.equal(phases.probabilities, expected.probabilities)
+
+
+def test_a_phase_that_learns_knows_the_losses_of_the_phase_before():
+    phases = sampler_of("uniform", timestep_sampler_after="loss_second_moment", timestep_sampler_switch=2, num_train_timesteps=50)
+    levels = torch.arange(50).repeat(HISTORY)
+    phases.update(levels, 1.0 + levels)
+    phases.begin_step(2)
+    assert phases.learns and phases.probabilities[-1] > 20 * phases.probabilities[0]
+    other = sampler_of("uniform", timestep_sampler_after="loss_second_moment", timestep_sampler_switch=2, num_train_timesteps=50)
+    other.load(phases.state())
+    other.begin_step(2)
+    assert torch.equal(other.probabilities, phases.probabilities)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"timestep_sampler_switch": 5}, "timestep_sampler_after is left out"),
+        ({"timestep_sampler_after": "uniform", "timestep_sampler_switch": 5}, "as timestep_sampler is"),
+        ({"timestep_sampler_after": "stratified"}, "so that timestep_sampler never draws"),
+        (
+            {"timestep_sampler_after": "mode", "timestep_sampler_switch": 5, "normalize_weights": True},
+            "have other densities, and the weights have one mean",
+        ),
+        (
+            {"timestep_sampler_after": "mode", "timestep_sampler_switch": 5, "schedule_free_weights": True},
+            "timestep_sampler mode multiplies",
+        ),
+    ],
+)
+def test_phases_that_change_nothing_or_cannot_be_are_refused(options, said):
+    (problem,) = objective_problems(ObjectiveConfig(**options))
+    assert said in problem
+
+
+def test_phases_resume_with_the_same_bits_and_are_in_the_card(tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = ["--timestep_sampler", "mode", "--timestep_sampler_after", "loss_second_moment", "--timestep_sampler_switch", 2]
+    flags += ["--num_train_timesteps", 21, "--lr_schedule", "constant", "--warmup_steps", 0, "--checkpoint_every", 3, "--batch_size", 64]
+    trained_here(tiny(whole, *flags, "--max_steps", 6))
+    for steps in (3, 6):
+        trained_here(tiny(resumed, *flags, "--max_steps", steps))
+    same(whole, resumed, 6, more=["sampler.safetensors"])
+    assert "t was drawn with the density `mode` (s 1.29) in the first 2 steps without correction" in (whole / "README.md").read_text()
 
 
 # ---- bias --------------------------------------------------------------------------------------------------------------

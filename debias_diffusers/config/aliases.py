@@ -82,6 +82,8 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     # data
     ("data dataset_name train_data_dir instance_data_dir data_dir data_path data_root dataset_path image_dir", "--dataset", ""),
     ("images image_folder folder path train_dir input_dir", "--dataset", ""),
+    ("train_shards_path_or_url shards shard_urls urls webdataset", "--dataset", "a folder of .tar files, or 'shards/{0000..0127}.tar'"),
+    ("shuffle_buffer shuffle_buffer_size buffer_size shardshuffle", "--shuffle_window", "shards whose images are shuffled together"),
     ("dataset_config_name dataset_config", "", "a dataset of the Hub is taken by its name alone; --split names the split"),
     ("max_train_samples max_images num_samples", "", "all images of --dataset are trained; give a folder with fewer"),
     ("image_size img_size image_resolution sample_size res", "--resolution", ""),

@@ -5,25 +5,48 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
+from . import shard_names
 from .schema import DIGITS
 
 # Names of Hub repositories, which a run writes down with the commit that it took: user/name@commit.
 PINNED = ("dataset", "init", "base_model", "vae")
+_HUB_FILE = re.compile(r"hf://datasets/(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[^/@]+))?/(?P<path>[^@]+)", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _MODEL_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
 _DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?", re.ASCII)
 
 
+class HubFile(NamedTuple):
+    """What hf://datasets/user/name@revision/path says."""
+
+    repo: str  # user/name
+    revision: str | None
+    path: str  # in the repository; a pattern stands for several
+
+    def at(self, revision: str | None) -> str:
+        """The name with another revision."""
+        return f"hf://datasets/{self.repo}{f'@{revision}' if revision else ''}/{self.path}"
+
+
+def hub_file(name: str) -> HubFile | None:
+    """The parts of a name of files in a data set on the Hub; None if it is none."""
+    found = _HUB_FILE.fullmatch(name)
+    return HubFile(found["repo"], found["revision"], found["path"]) if found else None
+
+
 def is_pinned(name: str) -> bool:
-    """Whether a name ends with a commit, as a run records what it took from the Hub."""
-    return bool(COMMIT.fullmatch(name.partition("@")[2]))
+    """Whether a name has a commit, as a run records what it took from the Hub."""
+    return bool(COMMIT.fullmatch(split_revision(name)[1] or ""))
 
 
 def is_dataset_id(dataset: str) -> bool:
-    """Whether a name is that of a dataset on the Hub: name, user/name or user/name@revision, and no path of this disk."""
-    path = Path(dataset)
-    return bool(_DATASET_ID.fullmatch(dataset)) and dataset != DIGITS and path.suffix.lower() != ".parquet" and not is_path(dataset)
+    """Whether a name is that of a dataset on the Hub: name, user/name, user/name@revision, or of files in it, and no path of this disk."""
+    if hub_file(dataset):
+        return True
+    is_file = Path(dataset).suffix.lower() in (".parquet", ".tar")
+    return bool(_DATASET_ID.fullmatch(dataset)) and dataset != DIGITS and not is_file and not is_path(dataset)
 
 
 def is_path(name: str) -> bool:
@@ -41,8 +64,8 @@ def was_pinned(before: str | None, now: str | None) -> bool:
     """Whether the run recorded the commit of the name that the command gives again."""
     if before is None or now is None:
         return False
-    (repo, _, commit), (again, _, revision) = before.partition("@"), now.partition("@")
-    return repo == again and bool(COMMIT.fullmatch(commit)) and not COMMIT.fullmatch(revision)
+    (repo, commit), (again, revision) = split_revision(before), split_revision(now)
+    return repo == again and bool(COMMIT.fullmatch(commit or "")) and not COMMIT.fullmatch(revision or "")
 
 
 def is_model_id(name: str) -> bool:
@@ -61,10 +84,25 @@ def data_problems(field: str, name: str | None) -> list[str]:
     """Data, or a file of their statistics, that are neither on this disk nor the name of a data set on the Hub."""
     if not name or name == DIGITS or Path(name).expanduser().exists():
         return []
+    if shard_names.is_remote(name):
+        return _address_problems(field, name)
+    if shard_names.is_pattern(name) and shard_names.exists(name):
+        missing = shard_names.missing_shards(name)
+        also = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
+        return [f"{field} {name}: {missing[0]}{also} not exist"] if missing else []
     if is_dataset_id(name) and Path(name).suffix not in (".npz", ".safetensors"):
         return []
     advice = f"; {name}@main asks the Hub for it" if is_dataset_id(f"{name}@main") else ""
     return [f"{field} {name} is neither digits, a folder, a file nor a Hub id: {absolute_path(name)} does not exist{advice}"]
+
+
+def _address_problems(field: str, name: str) -> list[str]:
+    """What is wrong with an address of shards; whether they are there the server says later."""
+    if name.startswith("hf://") and hub_file(name) is None:
+        return [f"{field} {name} names no files of a data set on the Hub; write hf://datasets/user/name/{{0000..0127}}.tar"]
+    if Path(name).suffix.lower() not in (".tar", ".parquet"):
+        return [f"{field} {name} is an address that ends in neither .tar nor .parquet; name shards, such as .../{{0000..0127}}.tar"]
+    return []
 
 
 def target_problems(name: str) -> list[str]:
@@ -75,6 +113,8 @@ def target_problems(name: str) -> list[str]:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """`user/name@revision` as (user/name, revision)."""
+    """`user/name@revision` as (user/name, revision); of hf://datasets/user/name@revision/path the name without the revision."""
+    if file := hub_file(name):
+        return file.at(None), file.revision
     repo, _, revision = name.partition("@")
     return repo, revision or None

@@ -48,16 +48,19 @@ CHANGEABLE = {
     *NOT_STORED, "max_steps", "max_hours", "checkpoint_every", "sample_every", "log_every", "validation_every",
     "keep_checkpoints", "num_workers", "num_threads", "micro_batch_size", "report_to", "eval_every", "eval_metrics", "eval_images",
     "feature_extractor", "feature_extractor_weights", "cache_dir", "keep_best", "skip_bad", "allow_pickle_import",
+    "check_images", "shard_cache_gb",
     "cache_images_mb", "gradient_checkpointing", "compile", "compile_mode", "ddp_timeout", "sample_prompts", "sample_guidance_scale",
     "clip_model", "precompute_dir", "ema_on_cpu", "sharded_checkpoints", "deterministic",
 }  # fmt: skip
 
 # These only on purpose, with --allow_change, because the result is another one.
 ON_PURPOSE = {
-    "dataset", "label_dropout", "random_flip", "folder_repeats", "dropout",
+    "dataset", "label_dropout", "random_flip", "shuffle_window", "jpeg_draft", "folder_repeats", "dropout",
     "caption_dropout", "shuffle_caption", "keep_tokens", "crop", "crop_per_image",
     "weighting", *parameters_of(WEIGHTINGS), "snr_floor", "snr_ceiling", "terminal_weight_floor", "normalize_weights",
-    "timestep_sampler", *parameters_of(TIMESTEP_SAMPLERS), "timestep_bias_strategy", *parameters_of(TIMESTEP_BIASES), "variance_type",
+    "schedule_free_weights",
+    "timestep_sampler", *parameters_of(TIMESTEP_SAMPLERS), "timestep_sampler_after", "timestep_sampler_switch",
+    "timestep_bias_strategy", *parameters_of(TIMESTEP_BIASES), "variance_type",
     *(f.name for f in dataclasses.fields(NoiseConfig)),
     "batch_size", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "ema_decay", "ema_warmup",
     "mixed_precision", "param_dtype",
@@ -82,6 +85,8 @@ NEVER = {
     "aspect_ratio_buckets": "it decides which images a step has, and their sizes",
     "validation_split": "images that are held out must never have been trained",
     "init": "a run starts from it once",
+    "learned_uncertainty": "what it has learned is in every checkpoint, or in none",
+    "post_hoc_ema": "its averages begin with the first step",
     "optimizer": "the state in the checkpoints is that of one optimizer",
     "seed": "the order of the images, their noise and their timesteps follow from it",
 }

@@ -11,6 +11,8 @@ from ..errors import InputError
 from ..utils.files import read_file
 from .schema import SampleConfig
 
+MAX_CHARACTERS = 100_000  # of a caption: a text encoder reads some hundred, and millions take minutes to split into tokens
+
 
 def read_prompts(config: SampleConfig) -> tuple[str, ...]:
     """The prompts of a command; image k of n prompts has prompt k mod n. () where there are none.

@@ -37,6 +37,16 @@ WEIGHTINGS: dict[str, WeightingSpec] = {
     "soft_min_snr": WeightingSpec(summary="gamma/(SNR + gamma)", source="arXiv 2401.11605", parameters=("snr_gamma",)),
     "truncated_snr": WeightingSpec(summary="max(SNR, 1)/SNR", source="arXiv 2202.00512", unbounded=("epsilon",), constant_above=1.0),
     "edm": WeightingSpec(summary="1 + 1/(SNR sigma_data^2)", source="arXiv 2206.00364", parameters=("sigma_data",), unbounded=("epsilon",)),
+    "edm_monotonic": WeightingSpec(
+        summary="edm times the density of log SNR in EDM, and its largest value towards more noise",
+        source="arXiv 2303.00848",
+        parameters=("sigma_data",),
+    ),
+    "flow": WeightingSpec(summary="(1 + 1/sqrt(SNR))^2, which is 1 on flow", source="arXiv 2210.02747", unbounded=("epsilon",)),
+    "v": WeightingSpec(summary="1 + 1/SNR, which is 1 on v_prediction", source="arXiv 2202.00512", unbounded=("epsilon",)),
+    "sigmoid": WeightingSpec(summary="sigmoid(b - log SNR)", source="arXiv 2303.00848", parameters=("sigmoid_bias",)),
+    "cosmap": WeightingSpec(summary="2/pi (1 + sqrt(SNR))^4/(SNR (1 + SNR))", source="arXiv 2403.03206", unbounded=("epsilon",)),
+    "sigma_sqrt": WeightingSpec(summary="(1 + sqrt(SNR))^4/SNR, which is t^-2 on flow", source="diffusers", unbounded=("epsilon",)),
     # As other code has it, which is not one objective whatever the prediction type.
     "debiased_as_is": WeightingSpec(
         summary="1/sqrt(SNR) on every prediction type",
@@ -76,6 +86,8 @@ class TimestepSamplerSpec:
 
 _NORMAL = ("timestep_mean", "timestep_std")
 _NORMAL_CARD = "mean {timestep_mean}, standard deviation {timestep_std}"
+_LAPLACE = ("laplace_mean", "laplace_scale")
+_LAPLACE_CARD = "mean {laplace_mean}, scale {laplace_scale}"
 
 TIMESTEP_SAMPLERS: dict[str, TimestepSamplerSpec] = {
     "uniform": TimestepSamplerSpec(summary="every timestep equally often"),
@@ -86,6 +98,19 @@ TIMESTEP_SAMPLERS: dict[str, TimestepSamplerSpec] = {
     "logit_normal": TimestepSamplerSpec(summary="ln(t/(1-t)) from a normal", parameters=_NORMAL, corrected=False, card=_NORMAL_CARD),
     "log_normal_corrected": TimestepSamplerSpec(summary="as log_normal, and a tenth uniform", parameters=_NORMAL),
     "logit_normal_corrected": TimestepSamplerSpec(summary="as logit_normal, and a tenth uniform", parameters=_NORMAL),
+    "laplace": TimestepSamplerSpec(
+        summary="ln(SNR) from a Laplace distribution", parameters=_LAPLACE, corrected=False, draws_zero_snr=False, card=_LAPLACE_CARD
+    ),
+    "laplace_corrected": TimestepSamplerSpec(summary="as laplace, and a tenth uniform", parameters=_LAPLACE),
+    "mode": TimestepSamplerSpec(
+        summary="t = 1 - u - s (cos^2(pi u/2) - 1 + u), u uniform", parameters=("mode_scale",), corrected=False, card="s {mode_scale}"
+    ),
+    "speed": TimestepSamplerSpec(
+        summary="SpeeD: the first timesteps k times as often as the others, losses weighted by how fast the noise grows",
+        parameters=("speed_k", "speed_portion", "speed_lambda"),
+        corrected=False,
+        card="k {speed_k}, portion {speed_portion}, lambda {speed_lambda}",
+    ),
     "loss_second_moment": TimestepSamplerSpec(summary="t in proportion to the root mean square of its last losses"),
 }
 
@@ -149,10 +174,37 @@ METRICS: dict[str, MetricSpec] = {
         reference="images",
         layer_of="kid",
     ),
+    "kid_rbf": MetricSpec(
+        summary="kernel distance with a Gaussian (RBF) kernel",
+        figures={"kid_rbf": "lower", "kid_rbf_std": "neither"},
+        reference="images",
+        layer_of="kid",
+    ),
+    "cmmd": MetricSpec(
+        summary="CMMD, 1000 times the kernel distance of CLIP's embeddings",
+        figures={"cmmd": "lower"},
+        reference="images",
+        layer="clip",
+        extractor="clip-vit-l-14-336px",
+    ),
+    "fd_dinov2": MetricSpec(
+        summary="FD-DINOv2, the Frechet distance of DINOv2's features",
+        figures={"fd_dinov2": "lower"},
+        reference="statistics",
+        layer="dinov2",
+        extractor="dinov2-vit-l-14",
+    ),
     "prc": MetricSpec(
         summary="precision and recall",
         figures={"precision": "higher", "recall": "higher"},
         min_images=4,  # each with three neighbours
+        reference="images",
+        layer_of="prc",
+    ),
+    "dc": MetricSpec(
+        summary="density and coverage",
+        figures={"density": "higher", "coverage": "higher"},
+        min_images=6,  # each with five neighbours
         reference="images",
         layer_of="prc",
     ),

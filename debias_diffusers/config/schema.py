@@ -16,7 +16,7 @@ from .ranges import Range, above, at_least
 from .registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, METRICS, SOLVERS, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, summaries
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
-NoiseSchedule = Literal["linear", "cosine", "scaled_linear", "sigmoid"]
+NoiseSchedule = Literal["linear", "cosine", "scaled_linear", "sigmoid", "rectified_flow"]
 VarianceType = Literal["fixed_small", "fixed_large"]
 Spacing = Literal["linspace", "leading", "trailing", "stride"]
 Clipping = Literal["off", "static", "dynamic"]
@@ -39,6 +39,7 @@ else:
 Threads = Annotated[int | None, at_least(1, 2)]
 Share = Annotated[float, Range("at least 0 and below 1, such as 0.1", lambda value: 0 <= value < 1)]
 BOOTSTRAP = Range("0 (off) or at least 20, such as 200", lambda value: value == 0 or value >= 20)
+SIGMA_REL = Range("from 0.01 to 0.28, such as 0.08", lambda value: 0.01 <= value <= 0.28)
 NUM_IMAGES = Range("from 1 to 10 million, such as 64", lambda value: 1 <= value <= 10_000_000)
 BatchSize = Annotated[int, at_least(1, 64)]
 Channels = Annotated[int | None, Range("1 (grey) or 3 (colour)", lambda value: value in (1, 3))]
@@ -89,18 +90,32 @@ class DataConfig:
 
     # what is trained: a pixel model, or a text-to-image model; follows from base_model if left out
     task: Task | None = None
-    dataset: str | None = None  # data set: digits, a folder of images, a .parquet file, a saved dataset, or a Hub id (user/set@revision)
+    # data set: digits, a folder of images, of .tar or of .parquet files, such a file, a pattern of them such as
+    # 'shards/{0000..0127}.tar', a saved dataset, or a Hub id (user/set@revision)
+    dataset: str | None = None
     split: str = "train"  # split of a parquet, saved or Hub dataset
-    image_column: str | None = None  # column of the images; found by its type if left out
-    label_column: str | None = None  # column of the class labels; found by its type if left out
+    # column of the images, or in .tar files their extension, such as jpg; found by its type if left out
+    image_column: str | None = None
+    # column of the class labels, or in .tar files an extension or a field of .json; found by its type, or cls, label or class, if left out
+    label_column: str | None = None
     resolution: Annotated[int | None, at_least(1, 64)] = None  # image size in pixels: resize of the shorter side, then center crop
     channels: Channels = None  # image channels: 1 is grey (colours are converted), 3 is RGB; 3 as soon as one image has colours if left out
     class_conditional: bool = False  # class-conditional training, with class labels
     label_dropout: Share = 0.1  # label dropout for classifier-free guidance: share of labels replaced by "none"
     random_flip: bool = False  # random horizontal flip of half of the images
+    # shuffle window, for data that do not fit into memory: shards (.tar files, row groups of parquet files, record batches of saved data)
+    # whose images are shuffled together, in an order of the shards that is another in every epoch; all if left out
+    shuffle_window: Annotated[int | None, at_least(1, 16)] = None
     folder_repeats: bool = False  # train images of a folder named N_NAME, such as 10_cats, N times in each epoch
     validation_split: Share = 0.0  # share of the images that is held out of training, for the validation loss; 0 is off
-    skip_bad: bool = False  # skip images that cannot be read, up to 1% of them, instead of stopping at the start
+    # size of the cache on the disk for shards that are fetched from a server or from the Hub, in GB, shared by all runs of the machine
+    shard_cache_gb: Annotated[float, above(0, 50)] = 50.0
+    # check of the images before a new run: all are decoded, or a sample of 1000, or none; if left out all, but of 100 000 images or more
+    # a sample
+    check_images: Literal["all", "sample", "none"] | None = None
+    # skip images that cannot be read, up to 1% of them, instead of stopping; one that the check has not found is replaced by another
+    skip_bad: bool = False
+    jpeg_draft: bool = False  # decode JPEG files of large images at 1/2, 1/4 or 1/8 of their size: faster, with other pixels
     num_workers: Annotated[int, at_least(0, 2)] = 2  # data loader workers per training process; 0 loads in the training process
     # cache of decoded images per process, in MB, used if all fit; 0 is off
     cache_images_mb: Annotated[int, at_least(0, 1024, zero="off")] = 1024
@@ -114,7 +129,8 @@ class TextConfig:
     # (user/name@revision); digits is the packaged one for the captioned digits
     base_model: str | None = None
     vae: str | None = None  # another VAE than that of the base model: its folder, or a Hub id
-    # column of the captions: text, caption or prompt, else the only column of texts, if left out; NAME.txt beside NAME.png in a folder
+    # column of the captions, or in .tar files an extension or a field of .json: text, caption or prompt, else the only column of texts, if
+    # left out; NAME.txt beside NAME.png in a folder and in .tar files
     caption_column: str | None = None
     caption_dropout: Share = 0.1  # caption dropout for classifier-free guidance: share of captions replaced by "no caption"
     # what "no caption" is: zeros, or the encoding of the empty prompt; as the base model samples without a negative prompt if left out
@@ -178,13 +194,20 @@ class ObjectiveConfig:
     snr_gamma: Annotated[float, above(0, 5)] = 5.0  # gamma of min_snr (threshold) and of soft_min_snr
     p2_k: Annotated[float, above(0, 1)] = 1.0  # k of p2
     p2_gamma: Annotated[float, at_least(0, 1)] = 1.0  # gamma of p2
-    sigma_data: Annotated[float, above(0, 0.5)] = 0.5  # standard deviation of the data in edm
+    sigma_data: Annotated[float, above(0, 0.5)] = 0.5  # standard deviation of the data in edm and edm_monotonic
+    # b of sigmoid, which is soft_min_snr with gamma = e^b
+    sigmoid_bias: Annotated[float, Range("from -30 to 30, such as 0", lambda value: -30 <= value <= 30)] = 0.0
+    # weights on d log(SNR) in place of dt: times -d log(SNR)/dt, so that the objective does not depend on the noise schedule
+    schedule_free_weights: bool = False
+    # learned uncertainty of EDM2: the weighted loss L(t) becomes L(t)/e^u(t) + u(t), where u is trained with the network
+    learned_uncertainty: bool = False
     snr_floor: Annotated[float, at_least(0, "1e-3")] = 0.0  # minimum SNR at which the weighting is evaluated
     snr_ceiling: Annotated[float, at_least(0, 1000, zero="off")] = 0.0  # maximum SNR at which the weighting is evaluated; 0 is off
     # minimum loss weight on x_0 at zero terminal SNR, where sampling starts (before normalizing); 0 is off
     terminal_weight_floor: Annotated[float, at_least(0, 0.5, zero="off")] = 0.0
     normalize_weights: bool = False  # divide the loss weights by their mean
-    noise_schedule: NoiseSchedule | None = None  # beta schedule; linear if left out; flow has its own
+    # beta schedule, linear if left out; rectified_flow, the straight path, for prediction_type sample; flow is on the straight path anyway
+    noise_schedule: NoiseSchedule | None = None
     num_train_timesteps: Annotated[int, at_least(2, 1000)] = 1000  # number of timesteps T
     schedule_shift: Annotated[float, above(0, 1)] = 1.0  # multiplies the SNR of every timestep; > 1 for low resolutions
     rescale_betas_zero_snr: bool = False  # rescale betas to zero terminal SNR
@@ -194,6 +217,19 @@ class ObjectiveConfig:
     # mean of ln(s/a) in log_normal, of ln(t/(1-t)) before any shift in logit_normal
     timestep_mean: Annotated[float, Range("a finite number, such as 0", math.isfinite)] = 0.0
     timestep_std: Annotated[float, above(0, 1)] = 1.0  # standard deviation of the same
+    laplace_mean: Annotated[float, Range("a finite number, such as 0", math.isfinite)] = 0.0  # mean of ln(SNR) in laplace
+    laplace_scale: Annotated[float, above(0, 0.5)] = 0.5  # scale b of laplace, whose standard deviation is sqrt(2) b
+    # s of mode: above 0 the middle of t is drawn more often, below 0 its ends; 0 is uniform
+    mode_scale: Annotated[float, Range("from -1 to 1.75, such as 1.29", lambda value: -1 <= value <= 1.75)] = 1.29
+    speed_k: Annotated[float, at_least(1, 5)] = 5.0  # k of speed: how many times as often the first timesteps are drawn
+    # portion of the timesteps that speed draws more often: those before the noise hides the image
+    speed_portion: Annotated[float, Range("above 0 and at most 1, such as 0.7", lambda value: 0 < value <= 1)] = 0.7
+    # lambda of speed: weights go from 1 - lambda to lambda, before they are divided by their mean; 0.5 is none
+    speed_lambda: Annotated[float, Range("from 0.5 to 1, such as 0.6", lambda value: 0.5 <= value <= 1)] = 0.6
+    # timestep_sampler of the steps from timestep_sampler_switch on; the same in the whole run if left out
+    timestep_sampler_after: TimestepSamplerName | None = None
+    # optimizer steps after which timestep_sampler_after draws
+    timestep_sampler_switch: Annotated[int, at_least(0, 10_000)] = 0
     timestep_bias_strategy: Annotated[TimestepBiasName, Doc(_TIMESTEP_BIAS)] = "none"
     timestep_bias_multiplier: Annotated[float, above(0, 2)] = 1.0  # how many times as often these timesteps are drawn
     # portion of the timesteps that earlier and later bias
@@ -236,6 +272,9 @@ class OptimizationConfig:
     max_grad_norm: Annotated[float, at_least(0, 1, zero="off")] = 0.0  # gradient norm clipping; 0 is off
     ema_decay: tuple[float, ...] = (0.9999,)  # EMA decay rates; the EMA weights of the first are exported; 0 is off
     ema_warmup: bool = True  # EMA warmup: at step n the rates are at most (1 + n) / (10 + n)
+    # post-hoc EMA: at most so many snapshots of two power-function averages, one with each checkpoint, of which
+    # `python -m debias_diffusers.ema reconstruct` makes any other; each takes 8 bytes per weight on the disk; 0 is off
+    post_hoc_ema: Annotated[int, at_least(0, 32, zero="off")] = 0
     # keep and update the EMA in main memory, for a GPU that is too small: 4 bytes per weight less for each rate, and slower steps
     ema_on_cpu: bool = False
     # pretrained model to start from: a run directory, a pipeline folder, or a Hub id (user/name@revision); with lora_rank a LoRA, as a
@@ -361,7 +400,8 @@ class SampleConfig:
     # pipeline: 5 for Stable Diffusion XL, 7.5 for Stable Diffusion
     guidance_scale: GuidanceScale = None
     guidance_interval: tuple[int, int] | None = None  # guidance interval: minimum and maximum guided timestep; all if left out
-    weights: str = "ema"  # network weights: ema (as exported), raw, or an EMA decay rate of the run such as 0.999
+    # network weights: ema (as exported), raw, an EMA decay rate of the run such as 0.999, or sigma_rel=0.08 of one with --post_hoc_ema
+    weights: str = "ema"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the network; the solver is always float32
     compile: bool = False  # torch.compile the network: takes minutes at the start, then faster steps
     num_threads: Threads = None  # CPU threads per process; all cores, shared by the processes on them, if left out
@@ -411,11 +451,15 @@ class ScoreConfig:
     schedulers: str = ""  # schedulers (solvers) for models, separated by commas; as in sample.py if left out
     steps: str = "20"  # numbers of inference steps for models, separated by commas
     checkpoints: str = ""  # checkpoints of runs: all, or steps separated by commas; the exported weights if left out
-    weights: str = "ema"  # network weights of models: ema, raw, or an EMA decay rate of the run
+    weights: str = "ema"  # network weights of models: ema, raw, an EMA decay rate of the run, or sigma_rel=0.08 as in sample.py
+    # sweep: averages of several widths (sigma_rel) of runs with --post_hoc_ema, and which is best by the first metric
+    ema: Literal["sweep"] | None = None
     guidance_scale: GuidanceScale = None  # classifier-free guidance scale of models; 1 is off; as in sample.py if left out
     # class labels of class-conditional models: in proportion as trained, all in turn, at random
     class_labels: Literal["data", "balanced", "drawn"] = "data"
     seed: ImageSeed = 0  # random seed of sampling, of subsets of images, of KID's subsets and of the bootstrap
+    # several random seeds of sampling for models, separated by commas, such as 0,1,2; seed alone if left out
+    sampling_seeds: str = ""
     # bootstrap samples for confidence intervals; 0 is off; 200 in compare, else 0, if left out
     bootstrap: Annotated[int | None, BOOTSTRAP] = None
     allow_few_images: bool = False  # compute metrics of fewer images than they need
@@ -434,7 +478,7 @@ class StatsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BitsConfig:
-    """Variational bound of a model in bits per dimension (negative log-likelihood of images)."""
+    """Bits per dimension of a model (negative log-likelihood of images): variational bound, or by the probability-flow ODE."""
 
     model: str  # a run directory, a pipeline folder, or a Hub id
     reference: str | None = None  # reference data: a data set or folder; what a run was trained on if left out
@@ -444,8 +488,14 @@ class BitsConfig:
     skip_bad: bool = False  # skip images that cannot be read, up to 1% of them; as the run did if left out
     num_images: Annotated[int, NUM_IMAGES] = 64  # number of its images, a random subset
     batch_size: BatchSize = 64  # batch size per process
-    clipping: bool = True  # clip the predicted x_0 to [-1, 1], as sampling does
-    weights: str = "ema"  # network weights: ema, raw, or an EMA decay rate of the run
+    # bound: the variational bound; ode: also the likelihood by the probability-flow ODE, of any model
+    method: Literal["bound", "ode"] = "bound"
+    # ode: random directions for each image that estimate the divergence (Hutchinson); more take longer, and lower the standard error
+    probes: Annotated[int, at_least(1, 1)] = 1
+    # ode: relative and absolute tolerance of the solver
+    tolerance: Annotated[float, Range("from 1e-10 to 0.1, such as 1e-5", lambda value: 1e-10 <= value <= 0.1)] = 1e-5
+    clipping: bool = True  # clip the predicted x_0 to [-1, 1] in the bound, as sampling does
+    weights: str = "ema"  # network weights: ema, raw, an EMA decay rate of the run, or sigma_rel=0.08 as in sample.py
     seed: Annotated[int, at_least(0, 0)] = 0  # random seed of the subset and of the noise
     num_threads: Threads = None  # CPU threads per process
     allow_pickle_import: bool = False  # also load a model that has .bin weights only, read as tensors only
@@ -491,6 +541,41 @@ class LoraFormatConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """Reconstruct averaged weights (EMA) of any width from the snapshots of a run that trained with --post_hoc_ema."""
+
+    run: str  # the run directory
+    # width of the average: its standard deviation over the steps, as a share of all steps; 0.05 and 0.1 are those of the snapshots
+    sigma_rel: Annotated[float | None, SIGMA_REL] = None
+    step: Annotated[int | None, at_least(1, 1000)] = None  # the step at which the average ends; that of the newest checkpoint if left out
+    out: str | None = None  # output folder of the pipeline, which must not exist; RUN/sigma_rel-SIGMA_REL if left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsMakeConfig:
+    """Write a data set as .tar shards with an index, with labels and captions where it has them. The same command goes on after a kill."""
+
+    data: str  # data set, as --dataset of train.py
+    out: str  # output folder
+    shard_mb: Annotated[int, at_least(1, 256)] = 256  # size of a shard at most, in MB, unless one image is larger
+    split: str = "train"  # split of a parquet, saved or Hub dataset
+    image_column: str | None = None  # column of the images; found by its type if left out
+    label_column: str | None = None  # column of the class labels; found by its type if left out
+    caption_column: str | None = None  # column of the captions; found by its name if left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsConfig:
+    """Shards, .tar or .parquet files."""
+
+    data: str  # a folder of shards, a file, or a pattern such as 'shards/{0000..0127}.tar'
+    split: str = "train"  # split of a folder
+    image_column: str | None = None  # images: a column, or in a .tar file the extension, such as jpg; found by its type if left out
+    label_column: str | None = None  # labels: a column, or in a .tar file an extension or a field of .json; found by its type if left out
+    caption_column: str | None = None  # captions: likewise; found by its name if left out
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushConfig:
     """Push a run to the Hub, or what is missing of it. The same command resumes a push."""
 
@@ -505,6 +590,16 @@ class PushConfig:
 def noise_schedule(objective: ObjectiveConfig) -> NoiseSchedule | None:
     """The noise schedule of an objective; None of rectified flow."""
     return objective.noise_schedule or (None if objective.prediction_type == "flow" else DEFAULT_SCHEDULE)
+
+
+def is_straight(objective: ObjectiveConfig) -> bool:
+    """Whether x_t is on the straight path from image to noise, that of rectified flow."""
+    return objective.prediction_type == "flow" or objective.noise_schedule == "rectified_flow"
+
+
+def needs_own_scheduler(objective: ObjectiveConfig) -> bool:
+    """Whether the exported scheduler is one of this package: those of diffusers take no x_0 on the straight path."""
+    return is_straight(objective) and objective.prediction_type != "flow"
 
 
 def channel_mult(resolution: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
+from . import shard_names
 from .aliases import value_suggestion
 from .hub_names import is_model_id
 from .loading import CHANGEABLE, MODEL_NUMBERS, NEVER, ON_PURPOSE, TEXT_FIELDS, fields_of_other_tasks, flatten, is_text, update
@@ -23,6 +24,7 @@ from .registry import METRICS, SOLVERS, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIG
 from .schema import (
     BETA_ENDS,
     DIGITS,
+    SIGMA_REL,
     BitsConfig,
     DataConfig,
     MeasureConfig,
@@ -33,12 +35,14 @@ from .schema import (
     RunConfig,
     SampleConfig,
     ScoreConfig,
+    ShardsMakeConfig,
     SingleConfig,
     StatsConfig,
     Task,
     TrainConfig,
     WeightsConfig,
     channel_mult,
+    is_straight,
     noise_schedule,
 )
 
@@ -57,6 +61,15 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
     found += _hub_problems(config)
     if config.run.sharded_checkpoints and config.optimization.optimizer == "adamw8bit":
         found.append("sharded_checkpoints is on, but the state of optimizer adamw8bit is saved whole only; leave sharded_checkpoints out")
+    if config.optimization.post_hoc_ema:
+        found += _post_hoc_ema_problems(config)
+    if config.objective.learned_uncertainty:
+        others = {"lora_rank": config.lora.lora_rank, "sharded_checkpoints": config.run.sharded_checkpoints}
+        found += [
+            f"{name} is {value}, but learned_uncertainty trains a function beside the network, which does not go with it; leave one out"
+            for name, value in others.items()
+            if value
+        ]
     if config.run.verbose and not config.run.dry_run:
         found.append("verbose is on, but dry_run is off; add --dry_run or leave verbose out")
     if config.run.output_dir is None:
@@ -111,6 +124,21 @@ def _validation_problems(config: TrainConfig) -> list[str]:
             f"validation_split is {share}, but validation_every is 0, so that images are held out for nothing; leave one of the two out"
         ]
     return []
+
+
+def _post_hoc_ema_problems(config: TrainConfig) -> list[str]:
+    """Snapshots of averages that are never taken, or that nothing reads."""
+    found, count = [], config.optimization.post_hoc_ema
+    if 0 < count < 4:
+        found.append(f"post_hoc_ema is {count}, but other averages are made of several snapshots; take --post_hoc_ema 32")
+    if not config.run.checkpoint_every:
+        found.append(
+            f"post_hoc_ema is {count}, but checkpoint_every is 0, and snapshots are taken with checkpoints; take --checkpoint_every 1000"
+        )
+    others = {"lora_rank": config.lora.lora_rank, "sharded_checkpoints": config.run.sharded_checkpoints}
+    return found + [
+        f"{name} is {value}, which does not go with post_hoc_ema; leave one of the two out" for name, value in others.items() if value
+    ]
 
 
 def _evaluation_problems(config: TrainConfig) -> list[str]:
@@ -175,7 +203,9 @@ def _hub_problems(config: TrainConfig) -> list[str]:
 def _data_problems(config: TrainConfig) -> list[str]:
     data, found = config.data, []
     if not data.dataset:
-        found.append("dataset is missing: name digits, a folder of images, a .parquet file or a Hub id")
+        found.append("dataset is missing: name digits, a folder of images, .tar or .parquet files, or a Hub id")
+    if data.dataset and shard_names.is_remote(data.dataset) and data.shuffle_window is None:
+        found.append(f"shuffle_window is missing: dataset {data.dataset} is fetched in windows of so many shards; add --shuffle_window 8")
     if data.resolution is None:
         found.append("resolution is missing: name the pixels a side, such as --resolution 64")
     if not data.class_conditional and not is_text(config):
@@ -311,7 +341,7 @@ def objective_problems(objective: ObjectiveConfig) -> list[str]:
         found = [unknown]
     else:
         found = [*_unused(objective).values(), *_weighting_problems(objective)]
-    found += bound_problems(dataclasses.asdict(objective)) + _timestep_bias_problems(objective)
+    found += bound_problems(dataclasses.asdict(objective)) + _timestep_bias_problems(objective) + _phase_problems(objective)
     return found + _schedule_problems(objective) + _variance_problems(objective)
 
 
@@ -333,9 +363,10 @@ def _unknown_weighting(name: str) -> str | None:
 
 def _unused(objective: ObjectiveConfig) -> dict[str, str]:
     """Fields that the rest of the objective leaves no use for, and a sentence for each."""
-    weighting, sampler = objective.weighting, objective.timestep_sampler
+    weighting = objective.weighting
     found = _parameters_of_others("weighting", WEIGHTINGS, weighting)
-    found |= _parameters_of_others("timestep_sampler", TIMESTEP_SAMPLERS, sampler)
+    samplers = timestep_samplers(objective)
+    found |= _parameters_of_others("timestep_sampler", TIMESTEP_SAMPLERS, *samplers)
     found |= _parameters_of_others("timestep_bias_strategy", TIMESTEP_BIASES, objective.timestep_bias_strategy)
     spec, bound = WEIGHTINGS[weighting], weighting == "variational"
     constant_below = getattr(objective, spec.constant_below) if isinstance(spec.constant_below, str) else spec.constant_below
@@ -344,25 +375,33 @@ def _unused(objective: ObjectiveConfig) -> dict[str, str]:
         "snr_ceiling": objective.snr_ceiling >= spec.constant_above,
         "normalize_weights": bound,
         "terminal_weight_floor": bound,
+        "schedule_free_weights": bound,
+        "learned_uncertainty": bound,
     }
     for name, useless in without_use.items():
         if useless:
             found[name] = f"changes nothing in weighting {weighting}; leave it out or take --weighting debiased"
-    if not TIMESTEP_SAMPLERS[sampler].draws_zero_snr:
+    if not any(TIMESTEP_SAMPLERS[name].draws_zero_snr for name in samplers):
         found["terminal_weight_floor"] = (
-            f"timestep_sampler {sampler} never draws the last timestep where its SNR is 0; take --timestep_sampler log_normal_corrected "
-            f"or leave it out"
+            f"timestep_sampler {' and '.join(samplers)} never draws the last timestep where its SNR is 0; take "
+            f"--timestep_sampler log_normal_corrected or leave it out"
         )
     return {name: f"{name} is {getattr(objective, name)}, but {reason}" for name, reason in found.items() if _changed(objective, name)}
 
 
-def _parameters_of_others(kind: str, table: Mapping[str, Parametrized], chosen: str) -> dict[str, str]:
-    """The parameters that the chosen entry of a table does not have, and what to do about each."""
+def _parameters_of_others(kind: str, table: Mapping[str, Parametrized], *chosen: str) -> dict[str, str]:
+    """The parameters that the chosen entries of a table do not have, and what to do about each."""
     return {
-        name: f"{kind} is {chosen}, which does not have it; take --{kind} {' or '.join(owners)} or leave {name} out"
+        name: f"{kind} is {' and '.join(chosen)}, which does not have it; take --{kind} {' or '.join(owners)} or leave {name} out"
         for name, owners in parameters_of(table).items()
-        if chosen not in owners
+        if not set(chosen) & set(owners)
     }
+
+
+def timestep_samplers(objective: ObjectiveConfig) -> tuple[str, ...]:
+    """The names of the samplers of a run, in the order of its steps."""
+    after = objective.timestep_sampler_after
+    return (objective.timestep_sampler, after) if after else (objective.timestep_sampler,)
 
 
 def _changed(objective: ObjectiveConfig, name: str) -> bool:
@@ -379,6 +418,17 @@ def _weighting_problems(objective: ObjectiveConfig) -> list[str]:
             f"weighting {weighting} repeats code that knows {', '.join(spec.repeats)} only, but prediction_type is "
             f"{predicted}; take --weighting debiased"
         )
+    samplers = timestep_samplers(objective)
+    if objective.schedule_free_weights and (changing := [name for name in samplers if not TIMESTEP_SAMPLERS[name].corrected]):
+        found.append(
+            f"schedule_free_weights is on, but timestep_sampler {changing[0]} multiplies the objective by its density; take "
+            f"--timestep_sampler stratified, or {changing[0]}_corrected where there is one"
+        )
+    if objective.learned_uncertainty and "loss_second_moment" in samplers:
+        found.append(
+            "learned_uncertainty is on, but timestep_sampler loss_second_moment draws by the size of the losses, to which the uncertainty "
+            "is added; take --timestep_sampler stratified"
+        )
     unbounded = predicted in spec.unbounded and objective.snr_floor < MIN_SNR_FLOOR
     # The last SNR of the cosine schedule is 2.4e-9: the debiased weights then have an effective sample size of 0.0015.
     if unbounded and objective.noise_schedule == "cosine":
@@ -386,7 +436,7 @@ def _weighting_problems(objective: ObjectiveConfig) -> list[str]:
             f"weighting {weighting} with noise_schedule cosine and prediction_type {predicted} lets a few timesteps carry "
             f"nearly the whole loss; add --snr_floor 1e-3, or take --weighting debiased --prediction_type v_prediction"
         )
-    elif unbounded and objective.rescale_betas_zero_snr and predicted != "epsilon":
+    elif unbounded and (objective.rescale_betas_zero_snr or is_straight(objective)) and predicted != "epsilon":
         found.append(f"weighting {weighting} is infinite where the SNR is 0; add --snr_floor 1e-3, or take --weighting debiased")
     return found
 
@@ -403,17 +453,43 @@ def _schedule_problems(objective: ObjectiveConfig) -> list[str]:
         found.append(
             f"noise_schedule is {objective.noise_schedule}, but prediction_type flow has its own, a = 1 - t and s = t; leave it out"
         )
-    if predicted == "flow" and objective.rescale_betas_zero_snr:
-        found.append("rescale_betas_zero_snr is on, but prediction_type flow ends at zero SNR as it is; leave it out")
+    if objective.noise_schedule == "rectified_flow" and predicted in ("epsilon", "v_prediction"):
+        found.append(
+            f"noise_schedule is rectified_flow, but prediction_type is {predicted}; take --prediction_type sample, or --prediction_type "
+            f"flow, which has it, and leave noise_schedule out"
+        )
+    if is_straight(objective) and objective.rescale_betas_zero_snr:
+        path = "prediction_type flow" if predicted == "flow" else "noise_schedule rectified_flow"
+        found.append(f"rescale_betas_zero_snr is on, but {path} ends at zero SNR as it is; leave it out")
     if predicted == "epsilon" and objective.rescale_betas_zero_snr:
         found.append(
             "rescale_betas_zero_snr is on, but prediction_type is epsilon, and where the SNR is 0 the input is the noise itself: "
             "a prediction of it says nothing about the image; take --prediction_type v_prediction"
         )
-    if objective.terminal_weight_floor > 0 and predicted != "flow" and not objective.rescale_betas_zero_snr:
+    if objective.terminal_weight_floor > 0 and not is_straight(objective) and not objective.rescale_betas_zero_snr:
         found.append(
             f"terminal_weight_floor is {objective.terminal_weight_floor}, but the terminal SNR of this schedule is not 0; "
             f"add --rescale_betas_zero_snr --prediction_type v_prediction, or take --prediction_type flow"
+        )
+    return found
+
+
+def _phase_problems(objective: ObjectiveConfig) -> list[str]:
+    """A second timestep sampler that never draws, or draws as the first, and weights that cannot be normalized for both."""
+    after, switch = objective.timestep_sampler_after, objective.timestep_sampler_switch
+    if after is None:
+        return (
+            [f"timestep_sampler_switch is {switch}, but timestep_sampler_after is left out; name it, or leave both out"] if switch else []
+        )
+    found = []
+    if after == objective.timestep_sampler:
+        found.append(f"timestep_sampler_after is {after}, as timestep_sampler is; leave it out")
+    if not switch:
+        found.append("timestep_sampler_switch is 0, so that timestep_sampler never draws; take --timestep_sampler_switch 10000")
+    if objective.normalize_weights and not all(TIMESTEP_SAMPLERS[name].corrected for name in timestep_samplers(objective)):
+        found.append(
+            "normalize_weights is on, but timestep_sampler and timestep_sampler_after have other densities, and the weights have one mean; "
+            "leave one of the two out"
         )
     return found
 
@@ -442,13 +518,14 @@ def _timestep_bias_problems(objective: ObjectiveConfig) -> list[str]:
 
 
 def _variance_problems(objective: ObjectiveConfig) -> list[str]:
-    predicted, found = objective.prediction_type, []
+    found = []
     if objective.weighting == "variational" and not objective.learn_sigma:
-        other = " --prediction_type v_prediction" if predicted == "flow" else ""
+        other = " --prediction_type v_prediction" if is_straight(objective) else ""
         found.append(f"weighting variational is the bound with a learned variance, but learn_sigma is off; add --learn_sigma{other}")
-    if predicted == "flow":
+    if is_straight(objective):
+        path = "prediction_type flow" if objective.prediction_type == "flow" else "noise_schedule rectified_flow"
         found += [
-            f"{name} is {getattr(objective, name)}, but prediction_type flow is sampled without random steps, which have no variance; "
+            f"{name} is {getattr(objective, name)}, but {path} is sampled without random steps, which have no variance; "
             f"leave it out or take --prediction_type v_prediction"
             for name in ("learn_sigma", "variance_type")
             if _changed(objective, name)
@@ -514,9 +591,11 @@ def _optimization_problems(optimization: OptimizationConfig, num_processes: int)
     return found
 
 
-def sharding_problems(optimization: OptimizationConfig) -> list[str]:
+def sharding_problems(optimization: OptimizationConfig, objective: ObjectiveConfig) -> list[str]:
     """What does not go with a training whose weights are sharded over processes."""
     found = []
+    if objective.learned_uncertainty:
+        found.append("learned_uncertainty is on, but the weights are sharded over processes (FSDP), which it does not know; leave it out")
     if optimization.optimizer == "adamw8bit":
         found.append("optimizer is adamw8bit, but bitsandbytes knows no sharded weights; take --optimizer adamw or adafactor")
     if optimization.mixed_precision == "fp16":
@@ -536,9 +615,9 @@ def weights_problems(config: WeightsConfig) -> list[str]:
     if "variational" in names:
         found.append("weighting variational is no function of the SNR, so it has no loss weights to draw; leave it out")
     unused = set.intersection(*(set(_unused(dataclasses.replace(objective, weighting=name))) for name in names))
-    unused |= {"learn_sigma", "variance_type"}
+    unused |= {"learn_sigma", "variance_type", "learned_uncertainty", "timestep_sampler_after", "timestep_sampler_switch"}
     if not objective.normalize_weights:
-        unused |= {"timestep_sampler", "timestep_mean", "timestep_std", "timestep_bias_strategy", *parameters_of(TIMESTEP_BIASES)}
+        unused |= {"timestep_sampler", *parameters_of(TIMESTEP_SAMPLERS), "timestep_bias_strategy", *parameters_of(TIMESTEP_BIASES)}
     found += [
         f"{name} is {getattr(objective, name)}, but changes no weight of {', '.join(names)}; leave it out"
         for name in sorted(unused)
@@ -546,7 +625,7 @@ def weights_problems(config: WeightsConfig) -> list[str]:
     ]
     found += bound_problems(dataclasses.asdict(objective))
     # Whatever the prediction type, all are plotted: it decides only between the path of rectified flow and the others.
-    path = objective if objective.prediction_type == "flow" else dataclasses.replace(objective, prediction_type="v_prediction")
+    path = objective if is_straight(objective) else dataclasses.replace(objective, prediction_type="v_prediction")
     path = dataclasses.replace(path, noise_schedule=noise_schedule(path))
     return found + _schedule_problems(path)
 
@@ -627,6 +706,18 @@ def score_problems(config: ScoreConfig) -> list[str]:
         found.append(f"checkpoints is {config.checkpoints}, but must be all, or steps separated by commas, such as 1000,2000")
     found += _clip_problems("metrics", config.measure.metrics, config.clip_model)
     found += _network_weights_problems(config.weights)
+    seeds = config.sampling_seeds.split(",") if config.sampling_seeds else []
+    known = {int(part) for part in seeds if part.isdecimal() and int(part) < 2**32}
+    if len(known) < len(seeds):
+        found.append(
+            f"sampling_seeds is {config.sampling_seeds}, but must be different seeds below 2^32, separated by commas, such as 0,1,2"
+        )
+    if seeds and config.ema:
+        found.append("--ema sweep is a curve over sigma_rel of one sampling seed; leave sampling_seeds out")
+    if config.ema and config.weights != "ema":
+        found.append(f"weights is {config.weights}, but --ema sweep compares averages; leave one of the two out")
+    if config.ema and ("," in config.steps or "," in config.schedulers or config.checkpoints):
+        found.append("--ema sweep is a curve over sigma_rel: name one of schedulers, steps and checkpoints at most")
     return found
 
 
@@ -638,6 +729,14 @@ def _clip_problems(field: str, metrics: str, clip_model: str | None) -> list[str
     if clip_model and not clip:
         return [f"clip_model is {clip_model}, but {field} has no clip_score; add it, or leave clip_model out"]
     return []
+
+
+def shards_problems(config: ShardsMakeConfig) -> list[str]:
+    """Values out of range, and an output that is the input."""
+    found = range_problems(ShardsMakeConfig, dataclasses.asdict(config))
+    if PurePath(config.data) == PurePath(config.out):
+        found.append(f"out {config.out} is the data; name another folder")
+    return found
 
 
 def single_problems(config: SingleConfig) -> list[str]:
@@ -712,13 +811,26 @@ def _timestep_problems(config: SampleConfig) -> list[str]:
 def bits_problems(config: BitsConfig) -> list[str]:
     """Everything that is wrong with a command that bounds bits per dimension, before the model is looked at."""
     found = range_problems(BitsConfig, dataclasses.asdict(config))
+    if config.method != "ode":
+        given = [name for name in ("probes", "tolerance") if getattr(config, name) != getattr(BitsConfig(model=""), name)]
+        found += [f"{name} is {getattr(config, name)}, but method is bound; add --method ode or leave {name} out" for name in given]
     return found + _network_weights_problems(config.weights) + _file_problems("output", config.output)
 
 
 def _network_weights_problems(weights: str) -> list[str]:
-    if weights in ("ema", "raw") or _is_rate(weights):
+    if weights in ("ema", "raw") or _is_rate(weights) or sigma_rel_of(weights) is not None:
         return []
-    return [f"weights is {weights!r}, but must be ema, raw, or an EMA decay rate such as 0.999"]
+    return [f"weights is {weights!r}, but must be ema, raw, an EMA decay rate such as 0.999, or sigma_rel=0.08"]
+
+
+def sigma_rel_of(weights: str) -> float | None:
+    """The width in `sigma_rel=0.08`; None of other weights, and of a width that no average has."""
+    start, _, number = weights.partition("=")
+    try:
+        width = float(number)
+    except ValueError:
+        return None
+    return width if start == "sigma_rel" and SIGMA_REL.holds(width) else None
 
 
 def _is_rate(text: str) -> bool:

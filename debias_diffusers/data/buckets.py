@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from ..utils import seeding
+from .shards.order import ShardOrder
 
 MAX_RATIO = 4  # of the sides of a size
 MIN_AREA = 0.9  # of a size, as a share of the square of the resolution; it has at most that square
 MAX_STEP = 64  # pixels
+MEASURED_AT_ONCE = 1 << 16  # images whose distances from all sizes are in memory
 
 Size = tuple[int, int]  # height and width in pixels
 
@@ -43,13 +45,14 @@ def bucket_sizes(resolution: int, unit: int) -> list[Size]:
 class Buckets:
     """The size of each image: that of the nearest aspect ratio, by the logarithm of the ratio; of two as near the larger one."""
 
-    def __init__(self, sizes: Sequence[Size], resolution: int, unit: int) -> None:
-        """`sizes` are those of the images, other arguments as of `bucket_sizes`."""
+    def __init__(self, sizes: Sequence[Size] | np.ndarray, resolution: int, unit: int) -> None:
+        """`sizes` (N, 2) are those of the images, other arguments as of `bucket_sizes`."""
         every = sorted(bucket_sizes(resolution, unit), key=lambda size: (-size[0] * size[1], size))
         original = np.array(sizes, dtype=np.float64).reshape(-1, 2)
         targets = np.array(every, dtype=np.float64)
-        distances = np.abs(np.log(original[:, :1] / original[:, 1:]) - np.log(targets[:, 0] / targets[:, 1]))
-        nearest = distances.argmin(1)
+        ratios, wanted = np.log(original[:, :1] / original[:, 1:]), np.log(targets[:, 0] / targets[:, 1])
+        parts = np.array_split(ratios, len(ratios) // MEASURED_AT_ONCE + 1)
+        nearest = np.concatenate([np.abs(part - wanted).argmin(1) for part in parts])
         self.sizes: list[Size] = [every[k] for k in nearest]  # of each image
         self.enlarged = int((original < targets[nearest]).any(1).sum())  # images that are smaller than their size
 
@@ -70,11 +73,31 @@ class BucketOrder:
     the first e epochs bucket b, of n samples, has ceil(e n / B) steps: every sample was seen e times, and fewer than B of each bucket once
     more. So a bucket has its share of the steps, and one with fewer than B samples a step in the first epoch, too. The order of the
     steps of an epoch is shuffled.
+
+    In windows of shards the permutation of each bucket is a `ShardOrder`, and the steps of each bucket are spread evenly over the epoch, at
+    random within equal parts of it: all buckets go through the shards together, except for images of rare sizes, of which a step needs
+    `batch_size`, from wherever they are.
     """
 
-    def __init__(self, buckets: Sequence[Size], batch_size: int, seed: int) -> None:
-        """`buckets`: the size of each sample; `batch_size` of a step, over all processes."""
+    def __init__(
+        self,
+        buckets: Sequence[Size],
+        batch_size: int,
+        seed: int,
+        starts: Sequence[int] | np.ndarray | None = None,
+        window: int | None = None,
+    ) -> None:
+        """The order of some samples.
+
+        Args:
+            buckets: the size of each sample.
+            batch_size: of a step, over all processes.
+            seed: of the run.
+            starts: of the shards, as in `ShardOrder`; one if left out.
+            window: as in `ShardOrder`.
+        """
         self.batch_size, self.seed = batch_size, seed
+        self._evenly = starts is not None and window is not None and window < len(starts) - 1
         self.sizes = sorted(set(buckets))
         number = {size: k for k, size in enumerate(self.sizes)}
         of_samples = np.array([number[size] for size in buckets])
@@ -82,7 +105,11 @@ class BucketOrder:
         self._counts = np.array([len(members) for members in self._members], dtype=np.int64)
         self._steps = range(0)  # of the epoch that the following are of
         self._buckets = self._ranks = np.empty(0, dtype=np.int64)  # the bucket of each step, and how many steps before have the same
-        self._orders = dict[int, tuple[int, np.ndarray]]()  # of each bucket the last permutation that was asked for
+        starts = (0, len(buckets)) if starts is None else starts
+        self._orders = [
+            ShardOrder(np.searchsorted(members, starts), window, seed, f"order of {height}x{width}")
+            for members, (height, width) in zip(self._members, self.sizes)
+        ]
 
     def steps(self, epochs: float) -> int:
         """The steps of the first epochs, after which every sample was seen so often."""
@@ -95,15 +122,7 @@ class BucketOrder:
             self._shuffle(self._epoch_of(step))
         bucket, rank = int(self._buckets[step - self._steps.start]), int(self._ranks[step - self._steps.start])
         epoch, place = divmod(rank * self.batch_size + place, len(self._members[bucket]))
-        return int(self._members[bucket][self._order(bucket, epoch)[place]])
-
-    def _order(self, bucket: int, epoch: int) -> np.ndarray:
-        """A permutation of the stream of a bucket."""
-        if self._orders.get(bucket, (-1,))[0] != epoch:
-            height, width = self.sizes[bucket]
-            generator = seeding.generator(self.seed, f"order of {width}x{height}", epoch)
-            self._orders[bucket] = epoch, torch.randperm(len(self._members[bucket]), generator=generator).numpy()
-        return self._orders[bucket][1]
+        return int(self._members[bucket][self._orders[bucket].index(epoch, place)])
 
     def _done(self, epochs: int) -> np.ndarray:
         """The steps of each bucket in the first epochs."""
@@ -122,6 +141,9 @@ class BucketOrder:
         before, after = self._done(epoch), self._done(epoch + 1)
         self._steps = range(int(before.sum()), int(after.sum()))
         each = after - before
+        if self._evenly:
+            self._spread(epoch, before, each)
+            return
         order = torch.randperm(len(self._steps), generator=seeding.generator(self.seed, "buckets", epoch)).numpy()
         self._buckets, self._ranks = np.empty_like(order), np.empty_like(order)
         # In the order of `order`, bucket after bucket: its steps are numbered as they follow in the run.
@@ -129,3 +151,11 @@ class BucketOrder:
         for bucket, (start, end) in enumerate(zip(ends - each, ends)):
             steps = np.sort(order[start:end])
             self._buckets[steps], self._ranks[steps] = bucket, before[bucket] + np.arange(end - start)
+
+    def _spread(self, epoch: int, before: np.ndarray, each: np.ndarray) -> None:
+        """Draws the order of the steps of an epoch: step j of the n of a bucket is at random in part j of n of the epoch."""
+        buckets = np.repeat(np.arange(len(each)), each)
+        numbers = np.arange(len(buckets)) - np.repeat(each.cumsum() - each, each)
+        drawn = torch.rand(len(buckets), generator=seeding.generator(self.seed, "buckets", epoch), dtype=torch.float64).numpy()
+        order = np.argsort((numbers + drawn) / each[buckets], kind="stable")
+        self._buckets, self._ranks = buckets[order], before[buckets[order]] + numbers[order]

@@ -6,19 +6,23 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-from ..config.prompts import broken_text
+import numpy as np
+
+from ..config.prompts import MAX_CHARACTERS, broken_text
 from ..config.schema import DIGITS
 from ..errors import InputError
+from ..utils import seeding
 from ..utils.files import read_file
 from . import image_folders
+from .shards.source import IndexedCaptions, ShardedSource
+from .shards.table_columns import COLUMNS, caption_column
 from .sources import ImageFolder, ImageTable, Source, SourceSubset
 
 Captions = Sequence[tuple[str, ...]]  # by image; () where it has none
 
-COLUMNS = ("text", "caption", "prompt")  # in this order, where no column is named
-MOST_CHARACTERS = 100_000  # of a caption: a text encoder reads some hundred, and millions take minutes to split into tokens
+MANY, SAMPLE = 100_000, 10_000  # different captions of which only a sample is counted, and how many it has
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_CAPTIONS = ("a handwritten {}", "the digit {}", "a handwritten digit {}")
 
@@ -44,8 +48,17 @@ class CaptionedSource:
         return None
 
     def fingerprint(self) -> dict[str, Any]:
-        digest = hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()
+        if isinstance(self.captions, IndexedCaptions):
+            digest = self.captions.rows.captions_sha256
+        else:
+            digest = hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()
         return self.source.fingerprint() | {"captions": digest}
+
+    def shards(self) -> np.ndarray | None:
+        return self.source.shards()
+
+    def sizes(self) -> np.ndarray | None:
+        return self.source.sizes()
 
     def files(self) -> list[str] | None:
         return None  # where the captions are is not known, and what is derived from them must not be taken for unchanged
@@ -55,7 +68,7 @@ def captions_of(source: Source) -> Captions:
     """The captions of every image of a `CaptionedSource`, or of some of its images."""
     if isinstance(source, SourceSubset):
         every = captions_of(source.source)
-        return [every[index] for index in source.indices]
+        return SubsetCaptions(every, source.indices) if isinstance(every, LAZY) else [every[index] for index in source.indices]
     assert isinstance(source, CaptionedSource)
     return source.captions
 
@@ -73,19 +86,72 @@ def read_captions(source: Source, column: str | None) -> Captions:
     Raises:
         InputError: there are no captions, or the column holds something else.
     """
+    if isinstance(source, ShardedSource):
+        return _of_shards(source, column)
     found = [tuple(text.strip() for text in each if text.strip()) for each in _texts(source, column)]
     if not any(found):
         where = "put NAME.txt beside NAME.png, or metadata.jsonl with file_name and text into the folder, or " * isinstance(
             source, ImageFolder
         )
         raise InputError(f"none of {len(found)} images has a caption; {where}name their column with --caption_column")
-    if (longest := max((text for each in found for text in each), key=len, default="")) and len(longest) > MOST_CHARACTERS:
-        raise InputError(
-            f"a caption has {len(longest)} characters, {longest[:40]!r}..., but at most {MOST_CHARACTERS} are read; shorten it"
-        )
+    if (longest := max((text for each in found for text in each), key=len, default="")) and len(longest) > MAX_CHARACTERS:
+        raise InputError(f"a caption has {len(longest)} characters, {longest[:40]!r}..., but at most {MAX_CHARACTERS} are read; shorten it")
     if (broken := broken_text(text for each in found for text in each)) is not None:
         raise InputError(f"caption {broken!r} is not Unicode; write it anew")
     return found
+
+
+class SubsetCaptions(Sequence[tuple[str, ...]]):
+    """The captions of some images of an index, read as they are needed."""
+
+    def __init__(self, every: Captions, indices: Sequence[int]) -> None:
+        self.every, self.indices = every, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, ...]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, ...] | list[tuple[str, ...]]:
+        if isinstance(index, slice):
+            return [self.every[k] for k in self.indices[index]]
+        return self.every[self.indices[index]]
+
+    def array(self) -> Any:
+        """All of them as an Arrow array of lists of texts."""
+        assert isinstance(self.every, LAZY)
+        return self.every.array().take(np.asarray(self.indices))
+
+
+LAZY = (IndexedCaptions, SubsetCaptions)  # that are not held in memory
+
+
+def _of_shards(source: ShardedSource, column: str | None) -> Captions:
+    """The captions of an index, which were looked at when it was built."""
+    captions = source.captions(column)
+    if not len(captions.array().flatten()):
+        raise InputError(f"none of {len(captions)} images has a caption; name their member, field or column with --caption_column")
+    return captions
+
+
+def different_captions(captions: Captions) -> list[str]:
+    """All different captions, sorted."""
+    if isinstance(captions, LAZY):
+        return sorted(captions.array().flatten().unique().to_pylist())
+    return sorted({caption for each in captions for caption in each})
+
+
+def first_captions(captions: Captions, count: int) -> list[str]:
+    """The first captions of images, so many different ones."""
+    found = dict[str, None]()
+    for each in captions:
+        if each and len(found) < count:
+            found[each[0]] = None
+        elif len(found) == count:
+            break
+    return list(found)
 
 
 def require_captions(trained: Source) -> None:
@@ -106,26 +172,8 @@ def _texts(source: Source, column: str | None) -> Sequence[Sequence[str]]:
 
 
 def _of_table(source: ImageTable, column: str | None) -> Sequence[Sequence[str]]:
-    import datasets
-
-    table = source.columns
-    if column is None:
-        kinds = {name: getattr(feature, "dtype", None) for name, feature in table.features.items()}
-        texts = [name for name, dtype in kinds.items() if dtype in ("string", "large_string")]
-        usual = [name for name in COLUMNS if name in table.column_names]
-        if not usual and len(texts) != 1:
-            which = (
-                f"several columns of texts: {', '.join(texts)}" if texts else f"no column of texts among {', '.join(table.column_names)}"
-            )
-            raise InputError(f"dataset {source.name} has {which}; name that of the captions with --caption_column")
-        column = (usual or texts)[0]
-    if column not in table.column_names:
-        raise InputError(f"caption_column is {column}, but dataset {source.name} has only: {', '.join(table.column_names)}")
-    feature = table.features[column]
-    inner = getattr(feature, "feature", feature if not isinstance(feature, list) else feature[0])  # of a list of texts
-    if not isinstance(inner, datasets.Value) or inner.dtype not in ("string", "large_string"):
-        raise InputError(f"caption_column {column} of dataset {source.name} holds {feature} and no texts; name another")
-    return [_as_list(value) for value in table[column]]
+    found = caption_column(source.columns.features, column, source.name)
+    return [_as_list(value) for value in source.columns[found]]
 
 
 def _as_list(value: Any) -> list[str]:
@@ -170,21 +218,32 @@ def _beside(image: Path) -> list[str]:
         raise InputError(f"{path} is not UTF-8: {error}") from error
 
 
-def summary(captions: Captions, tokens: Mapping[str, int], most: int) -> str:
+def counted_captions(different: Sequence[str]) -> Sequence[str]:
+    """Those whose tokens are counted before a training: all, or of many a sample."""
+    if len(different) <= MANY:
+        return different
+    return [different[k] for k in seeding.subset(0, len(different), SAMPLE)]
+
+
+def summary(captions: Captions, tokens: Mapping[str, int], most: int, different: int | None = None) -> str:
     """A line for the user: how many captions there are, how many images have none, and how many tokens are cut.
 
     Args:
         captions: of all images.
-        tokens: the number of tokens of each caption, without those that begin and end a text.
+        tokens: the number of tokens of each caption, without those that begin and end a text; or of a sample of them.
         most: tokens of a caption that the text encoders read.
+        different: the number of different captions, where `tokens` are those of a sample.
     """
-    without = sum(not each for each in captions)
+    different = different or len(tokens)
+    lengths = captions.array().value_lengths().fill_null(0).to_numpy() if isinstance(captions, LAZY) else map(len, captions)
+    without = sum(1 for length in lengths if not length)
     long = {text: count - most for text, count in tokens.items() if count > most}
-    parts = [f"{len(tokens)} different captions of {len(captions) - without} images"]
+    parts = [f"{different} different captions of {len(captions) - without} images"]
     if without:
         parts.append(f'{without} images without one, which learn "no caption"')
     if long:
         worst = max(long, key=lambda text: long[text])
-        cut = f"{len(long)} have more than {most} tokens, of which {sum(long.values())} are cut ({long[worst]} of {worst[:40]!r}...)"
+        of = f" of a sample of {len(tokens)}" if len(tokens) < different else ""
+        cut = f"{len(long)}{of} have more than {most} tokens, of which {sum(long.values())} are cut ({long[worst]} of {worst[:40]!r}...)"
         parts.append(f"{cut}; --caption_chunks {-(-(most + long[worst]) // most)} reads all")
     return "captions: " + "; ".join(parts)

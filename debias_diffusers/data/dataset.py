@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,16 @@ from ..utils.torch_errors import LOST_WORKER
 from . import images
 from .decoded_cache import make_cache
 from .noise import draw_noise
-from .sources import Source, require_class
+from .shards.order import ShardOrder
+from .sources import MAX_SKIPPED_SHARE, Source, require_class, sharded
+
+T = TypeVar("T")
+
+REPLACEMENTS = 1000  # positions whose images are tried in place of one that cannot be read
+
+
+class ChannelsError(InputError):
+    """An image has colours, and the model learns grey ones: it can be read, and is not skipped."""
 
 
 class PositionedData(Dataset):
@@ -43,16 +52,16 @@ class PositionedData(Dataset):
         assert config.resolution is not None
         self.source, self.config, self.seed, self.resolution, self.noise = source, config, seed, config.resolution, noise
         self.count = len(source)
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
+        self._order = ShardOrder(shard_starts(source, config), config.shuffle_window, seed)
+        self._shards, self._window = sharded(source), (-1, -1)  # of the last index
 
     def index(self, position: int) -> int:
         """The index in the source of the image at a position. Each epoch is a permutation, a function of (seed, epoch)."""
-        epoch, place = divmod(position, self.count)
-        if epoch != self._epoch:
-            order = torch.randperm(self.count, generator=seeding.generator(self.seed, "order", epoch))
-            self._epoch, self._order = epoch, order.numpy()
-        return int(self._order[place])
+        index = self._order.index(*divmod(position, self.count))
+        if self._shards and self._order.window != self._window:
+            self._window = self._order.window
+            self._shards.prefetch(self._order.soon())
+        return index
 
     def __getitem__(self, position: int) -> dict[str, Any] | DebiasError:
         batch = self.__getitems__([position])
@@ -73,6 +82,42 @@ class PositionedData(Dataset):
         """The shape of x_0 at some positions, which all have the same."""
         return self.shape
 
+    def read(self, position: int, read: Callable[[int], T]) -> tuple[int, T, dict[str, str]]:
+        """What `read` gives of the image at a position.
+
+        With `skip_bad` an image that cannot be read is replaced by that of the next position which can be, and has the same size: a
+        function of (seed, position), as `index` is.
+
+        Returns:
+            The index of the image in the source, what was read, and with `skip_bad` under "skipped" what is wrong with the image that
+            it replaces, or "".
+        """
+        index = self.index(position)
+        if not self.config.skip_bad:
+            return index, read(index), {}
+        try:
+            return index, read(index), {"skipped": ""}
+        except ChannelsError:
+            raise
+        except InputError as error:
+            for other in map(self.index, range(position + 1, position + 1 + REPLACEMENTS)):
+                with contextlib.suppress(InputError):
+                    if self.same_size(index, other):
+                        return other, read(other), {"skipped": str(error)}
+            raise
+
+    def require_few_skipped(self, count: int, position: int) -> None:
+        """Raises InputError where so many samples before a position, or in the first epoch, are more than `skip_bad` permits to replace."""
+        if count > MAX_SKIPPED_SHARE * max(self.count, position):
+            raise InputError(
+                f"dataset {self.config.dataset}: the images of {count} of {position} samples could not be read, and no more than "
+                f"{MAX_SKIPPED_SHARE:.0%} are skipped; --check_images all names them before a training"
+            )
+
+    def same_size(self, one: int, other: int) -> bool:
+        """Whether the samples of two images of the source have one shape."""
+        return True
+
     def flips(self, position: int) -> bool:
         """Whether the image at a position is mirrored."""
         return self.config.random_flip and seeding.uniform(self.seed, "flip", position) < 0.5
@@ -89,6 +134,23 @@ class PositionedData(Dataset):
     def steps_of_epochs(self, optim: OptimizationConfig, step: int = 0, position: int = 0) -> int:
         """The `max_steps` that `num_epochs` is, of a run that is at this step and position."""
         return steps_of_epochs(optim, self.count, step, position)
+
+
+def shard_starts(source: Source, config: DataConfig) -> Sequence[int] | np.ndarray:
+    """The first image of each shard of a source, and the number of images; one shard where all are shuffled together.
+
+    Raises:
+        InputError: there are no shards to shuffle in windows.
+    """
+    if config.shuffle_window is None:
+        return (0, len(source))
+    starts = source.shards()
+    if starts is None:
+        raise InputError(
+            f"shuffle_window is {config.shuffle_window}, but the images of dataset {config.dataset} are no shards; leave it out, or make "
+            f"shards of them with python -m debias_diffusers.shards make"
+        )
+    return starts
 
 
 class TrainingData(PositionedData):
@@ -115,12 +177,12 @@ class TrainingData(PositionedData):
         return 3 if images.decode(content, where).mode == "RGB" else 1
 
     def sample(self, position: int) -> dict[str, Any]:
-        pixels, label = self.decoded(self.index(position))
+        _, (pixels, label), skipped = self.read(position, self.decoded)
         if self.flips(position):
             pixels = pixels.flip(-1)
         if self.null_label is not None and seeding.uniform(self.seed, "label", position) < self.config.label_dropout:
             label = self.null_label
-        return {"image": pixels, "label": label}
+        return {"image": pixels, "label": label, **skipped}
 
     def decoded(self, index: int) -> tuple[Tensor, int]:
         """Pixels (C, H, W) uint8 and label of the image at an index of the source, from the cache in memory if there is one."""
@@ -134,9 +196,9 @@ class TrainingData(PositionedData):
 
     def _decode(self, index: int) -> tuple[Tensor, int]:
         content, label, where = self.source.read(index)
-        image = images.decode(content, where)
+        image = images.decode(content, where, (self.resolution, self.resolution) if self.config.jpeg_draft else None)
         if image.mode == "RGB" and self.channels == 1 and self.config.channels is None:
-            raise InputError(f"image {where} has colours, but the model learns grey ones; add --channels 1, which converts it to grey")
+            raise ChannelsError(f"image {where} has colours, but the model learns grey ones; add --channels 1, which converts it to grey")
         require_class(label, self.source.class_names, where)
         image = images.fit(image.convert("L" if self.channels == 1 else "RGB"), self.resolution)
         return torch.from_numpy(images.to_array(image)), label
@@ -193,6 +255,8 @@ def micro_batches(data: PositionedData, positions: PositionBatchSampler, pin_mem
         InputError: an image cannot be read; the message names it.
         DebiasError: a worker was killed.
     """
+    if (shards := sharded(data.source)) and data.config.num_workers:
+        shards.close()  # workers, which are forked, would keep files of the cache open that only this process has read
     loader = DataLoader(
         data,
         batch_sampler=positions,

@@ -62,8 +62,10 @@ def is_image(path: Path) -> bool:
         return False
 
 
-def decode(data: bytes, where: str) -> Image.Image:
+def decode(data: bytes, where: str, least: tuple[int, int] | None = None) -> Image.Image:
     """Decodes an image file to grey ("L") or colour ("RGB").
+
+    With `least` (height, width), JPEG is decoded at 1/2, 1/4 or 1/8 of its size (Pillow's draft) as long as it then has these sides.
 
     The EXIF orientation is applied; other metadata and colour profiles are ignored. Transparent images are blended with white, 16 bits
     are scaled to 8, CMYK is converted to RGB. Of an animation, the first frame is decoded.
@@ -76,6 +78,8 @@ def decode(data: bytes, where: str) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}; make it smaller")
+            if least and image.format == "JPEG":
+                image.draft(None, least if _method(image, found) in _SWAPPING else least[::-1])
             rawmode = _rawmode(image)
             low = _low_bytes(data, rawmode) if rawmode in _OTHER_BYTE else None
             image.load()
@@ -85,6 +89,20 @@ def decode(data: bytes, where: str) -> Image.Image:
             return _turned(flat, image, found)
     except UnidentifiedImageError:
         raise InputError(f"image {where} cannot be read: it is not an image of a supported format") from None
+    except Exception as error:  # a damaged or hostile file may provoke any
+        raise InputError(f"image {where} cannot be read: {reason(error)}") from error
+
+
+def extension_of(data: bytes, where: str) -> str:
+    """The usual extension of an image file by its content, without a dot.
+
+    Raises:
+        InputError: names `where`; it has none of the `FORMATS`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
+            kind = str(image.format)
+            return {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}.get(kind, kind.lower())
     except Exception as error:  # a damaged or hostile file may provoke any
         raise InputError(f"image {where} cannot be read: {reason(error)}") from error
 

@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import InputError
 
 T = TypeVar("T")
+MAX_CLASSES = 100_000
 MAX_NAME = 20  # characters of a class name in a grid
 WHOLE_NUMBER = re.compile("-?[0-9]{1,18}")
 
@@ -46,6 +47,29 @@ def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
     parts = re.split(r"([0-9]+)", name)
     digits = [part.lstrip("0") if k % 2 else part for k, part in enumerate(parts)]
     return [(len(part) if k % 2 else 0, part) for k, part in enumerate(digits)], name
+
+
+def label_numbers(values: Iterable[Any], order: ClassOrder, where: str) -> tuple[list[str], dict[Any, int | None]]:
+    """Class names, and the label of each value. Text is sorted by `order`; whole numbers are labels already."""
+    known = {value for value in values if value is not None}
+    if known and all(isinstance(value, str) for value in known):
+        names = order_class_names(known, (), order, where)
+        return names, {name: label for label, name in enumerate(names)}
+    if max(known, default=-1) < 0 or max(known) >= MAX_CLASSES:  # a negative label is reported with its image
+        raise InputError(f"{where} must hold classes from 0, fewer than {MAX_CLASSES}, but holds {list(known)[:5]}")
+    names = [str(k) for k in range(max(known) + 1)] if isinstance(order, str) else list(order)
+    if max(known) >= len(names):
+        raise InputError(f"{where} has label {max(known)}, but the model has {len(names)} classes")
+    return names, {value: value for value in known}
+
+
+def renumbered(names: list[str], values: Iterable[Any], order: ClassOrder, where: str) -> tuple[list[str], dict[Any, int | None]]:
+    """Class names in an order, and the label of each value, a number that counts in `names`; a value that is not there is its own label."""
+    if isinstance(order, str) or names == list(order):
+        return names, {}
+    present = {value: names[value] for value in values if value is not None and 0 <= value < len(names)}
+    ours = order_class_names(present.values(), (), order, where)
+    return ours, {value: ours.index(name) for value, name in present.items()}
 
 
 def label_indices(wanted: Sequence[int | str], names: Sequence[str] | None) -> list[int]:

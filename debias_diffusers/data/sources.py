@@ -8,26 +8,31 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
+import numpy as np
 from tqdm import tqdm
 
+from ..config import shard_names
 from ..config.hub_names import data_problems, is_dataset_id
 from ..config.schema import DIGITS, DataConfig
 from ..errors import CannotWriteError, InputError, raise_all, reason
 from ..utils.files import read_file, require_writable
 from . import image_folders, images
-from .labels import ClassOrder, describe_classes, nonempty_classes, order_class_names
+from .labels import ClassOrder, describe_classes, label_numbers, nonempty_classes, order_class_names, renumbered
+from .shards.files import LocalFiles, ShardFiles, cache_folder
+from .shards.source import ShardedSource, open_shards
+from .shards.table_columns import check_column, holds_whole_numbers, only_column
 
 DIGITS_FILE = Path(str(resources.files(__package__).joinpath("digits.parquet")))
-MAX_CLASSES = 100_000
 MAX_PENDING = 10_000  # indices that are queued for threads at once
 MAX_SKIPPED_SHARE = 0.01  # share of unreadable images that --skip_bad accepts; more mean another problem
+BESIDE_SHARDS = re.compile(r"(^|/)(index-[0-9a-f]{12}\.arrow|classes\.json|made_from\.json)$")  # what this package writes beside shards
 READER_THREADS = min(8, os.cpu_count() or 1)  # threads that read and decode images
 
 
@@ -54,6 +59,12 @@ class Source(Protocol):
 
     def files(self) -> list[str] | None:
         """The files that hold the images, in a fixed order; None if not all are known."""
+
+    def shards(self) -> np.ndarray | None:
+        """The first image of each shard (images that are read together), and the number of images, int64; None of a folder of images."""
+
+    def sizes(self) -> np.ndarray | None:
+        """Height and width (N, 2) of the images as decoded, 0 where they cannot be read; None where only their files tell them."""
 
 
 class ImageFolder:
@@ -108,7 +119,7 @@ class ImageFolder:
                 f"{path} has no row for any image of dataset {self.root}; its file_name must be a path relative to {path.parent}"
             )
         values = [rows[name] for name in self.names]
-        self.class_names, number = _numbers_of(values, order, str(path))
+        self.class_names, number = label_numbers(values, order, str(path))
         self._labels = [number.get(value) for value in values]
         self._in_metadata = json.dumps(values).encode()
 
@@ -149,6 +160,12 @@ class ImageFolder:
 
     def files(self) -> list[str] | None:
         return [str(self.root / name) for name in self.names]
+
+    def shards(self) -> np.ndarray | None:
+        return None
+
+    def sizes(self) -> np.ndarray | None:
+        return None
 
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:  # cached, because it reads the size of every file
@@ -196,13 +213,13 @@ class ImageTable:
         splits = list(table.info.splits or ())
         self.split = f"split {config.split} of {', '.join(splits)}" if len(splits) > 1 else ""
         self.passed_over: list[tuple[str, str]] = []
-        self.image_column = config.image_column or _only_column(table, datasets.Image, "image")
-        _check_column(table, self.image_column, "image_column")
+        self.image_column = config.image_column or only_column(table.features, datasets.Image, "image")
+        check_column(table.features, self.image_column, "image_column")
         self.label_column: str | None = None
         self.class_names: list[str] | None = None
         if config.class_conditional:
-            self.label_column = config.label_column or _only_column(table, datasets.ClassLabel, "label")
-            _check_column(table, self.label_column, "label_column")
+            self.label_column = config.label_column or only_column(table.features, datasets.ClassLabel, "label")
+            check_column(table.features, self.label_column, "label_column")
             self.class_names, self._number = _classes_of(table, self.label_column, order)
         self._unused = [f"{len(f.names)} classes" for f in table.features.values() if isinstance(f, datasets.ClassLabel)]
         self.table = _undecoded(table.select_columns([c for c in (self.image_column, self.label_column) if c]), self.image_column)
@@ -240,6 +257,15 @@ class ImageTable:
         inside = all(chunk.field("bytes").null_count == 0 for chunk in cells.chunks)  # else cells have paths of other files
         return files if files and inside else None
 
+    def shards(self) -> np.ndarray | None:
+        """The record batches of its Arrow files."""
+        if self.table._indices is not None:  # in another order than its files
+            return None
+        return np.cumsum([0, *(len(chunk) for chunk in self.table.data.column(0).chunks)])
+
+    def sizes(self) -> np.ndarray | None:
+        return None
+
 
 class SourceSubset:
     """A source without some of its images."""
@@ -247,8 +273,7 @@ class SourceSubset:
     def __init__(self, source: Source, skipped: Sequence[int]) -> None:
         self.source, self.skipped = source, sorted(skipped)
         self.class_names, self.split, self.passed_over = source.class_names, source.split, source.passed_over
-        left_out = set(skipped)
-        self.indices = [k for k in range(len(source)) if k not in left_out]
+        self.indices: Sequence[int] = _Kept(len(source), self.skipped)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -269,6 +294,39 @@ class SourceSubset:
     def files(self) -> list[str] | None:
         return self.source.files()
 
+    def shards(self) -> np.ndarray | None:
+        every = self.source.shards()
+        return None if every is None else every - np.searchsorted(self.skipped, every)
+
+    def sizes(self) -> np.ndarray | None:
+        every = self.source.sizes()
+        return None if every is None else np.delete(every, self.skipped, 0)
+
+
+class _Kept(Sequence[int]):
+    """The numbers 0 .. total - 1 without some, which are sorted: their memory is that of those that are left out."""
+
+    def __init__(self, total: int, left_out: Sequence[int]) -> None:
+        self._total, self._left_out = total, np.asarray(left_out, np.int64)
+        self._len = total - len(left_out)
+        self._before = self._left_out - np.arange(len(left_out))  # numbers that are kept before each that is not
+
+    def __len__(self) -> int:
+        return self._len
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(self._len)[index]]
+        index = range(self._len)[index]
+        return index + int(np.searchsorted(self._before, index, "right"))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.delete(np.arange(self._total), self._left_out).astype(dtype or np.int64)
+
 
 class RepeatedSource(SourceSubset):
     """A source whose images occur so many times, one after the other."""
@@ -276,6 +334,12 @@ class RepeatedSource(SourceSubset):
     def __init__(self, source: Source, repeats: Sequence[int]) -> None:
         super().__init__(source, ())
         self.indices = [index for index, count in enumerate(repeats) for _ in range(count)]
+
+    def shards(self) -> np.ndarray | None:
+        return None
+
+    def sizes(self) -> np.ndarray | None:
+        return None
 
 
 def folder_repeats(source: Source) -> list[int]:
@@ -293,6 +357,14 @@ def folder_repeats(source: Source) -> list[int]:
     folders = [name.removeprefix(f"{inner.split_folder}/" if inner.split_folder else "").split("/")[:-1] for name in inner.names]
     found = [re.match(r"([0-9]{1,6})_", folder[0]) if folder else None for folder in folders]
     return [int(match[1]) if match else 1 for match in found]
+
+
+def sharded(source: Source) -> ShardedSource | None:
+    """The shards behind a source; None where there are none."""
+    inner: Any = source
+    while hasattr(inner, "source"):
+        inner = inner.source
+    return inner if isinstance(inner, ShardedSource) else None
 
 
 def file_state_hash(source: Source) -> str | None:
@@ -369,22 +441,6 @@ def open_readable(config: DataConfig, order: ClassOrder = "natural") -> Source:
     return SourceSubset(source, list(bad))
 
 
-def _only_column(table: Any, kind: type, role: str) -> str:
-    found: list[str] = [name for name, feature in table.features.items() if isinstance(feature, kind)]
-    if not found and role in table.column_names:
-        found = [role]
-    if len(found) == 1:
-        return found[0]
-    several = f"several columns of {role}s: {', '.join(found)}"
-    which = several if found else f"no column of {role}s among {', '.join(table.column_names)}"
-    raise InputError(f"the dataset has {which}; name one with --{role}_column")
-
-
-def _check_column(table: Any, column: str, field: str) -> None:
-    if column not in table.column_names:
-        raise InputError(f"{field} is {column}, but the dataset has only: {', '.join(table.column_names)}")
-
-
 def _undecoded(table: Any, column: str) -> Any:
     """The table with undecoded images: images.py decodes them and checks their limits."""
     import datasets
@@ -398,31 +454,10 @@ def _undecoded(table: Any, column: str) -> Any:
 def _classes_of(table: Any, column: str, order: ClassOrder) -> tuple[list[str], dict[Any, int | None]]:
     """Names of the classes of a column, and a mapping from its values to labels. A value that is not in the mapping is its own label."""
     feature, where = table.features[column], f"label_column {column}"
-    dtype = str(getattr(feature, "dtype", ""))
     if not hasattr(feature, "names"):
-        if not (dtype.startswith(("int", "uint")) or dtype in ("string", "large_string")):
-            raise InputError(f"{where} holds {feature} and no whole numbers or text; name another")
-        return _numbers_of(table.unique(column), order, where)
-    names = list(feature.names)
-    if isinstance(order, str) or names == list(order):
-        return names, {}
-    present = {value: names[value] for value in table.unique(column) if value is not None and 0 <= value < len(names)}
-    ours = order_class_names(present.values(), (), order, where)
-    return ours, {value: ours.index(name) for value, name in present.items()}
-
-
-def _numbers_of(values: Iterable[Any], order: ClassOrder, where: str) -> tuple[list[str], dict[Any, int | None]]:
-    """Class names, and the label of each value. Text is sorted by `order`; whole numbers are labels already."""
-    known = {value for value in values if value is not None}
-    if known and all(isinstance(value, str) for value in known):
-        names = order_class_names(known, (), order, where)
-        return names, {name: label for label, name in enumerate(names)}
-    if max(known, default=-1) < 0 or max(known) >= MAX_CLASSES:  # a negative label is reported with its image
-        raise InputError(f"{where} must hold classes from 0, fewer than {MAX_CLASSES}, but holds {list(known)[:5]}")
-    names = [str(k) for k in range(max(known) + 1)] if isinstance(order, str) else list(order)
-    if max(known) >= len(names):
-        raise InputError(f"{where} has label {max(known)}, but the model has {len(names)} classes")
-    return names, {value: value for value in known}
+        holds_whole_numbers(feature, column)
+        return label_numbers(table.unique(column), order, where)
+    return renumbered(list(feature.names), table.unique(column), order, where)
 
 
 def class_counts(source: Source) -> list[int] | None:
@@ -450,17 +485,18 @@ def training_summary(source: Source, name: str | None) -> list[str]:
     )
 
 
-def open_source(config: DataConfig, order: ClassOrder = "natural") -> Source:
-    """Opens `config.dataset`: "digits", a folder, a .parquet file, or a Hub id.
+def open_source(config: DataConfig, order: ClassOrder = "natural", renew: bool = False) -> Source:
+    """Opens `config.dataset`: "digits", a folder, .tar or .parquet files, or a Hub id.
 
     Args:
         config: dataset, split and columns.
         order: of the labels; for images that are used with a model, its class names.
+        renew: index shards as they are, whatever an index says.
 
     Raises:
         InputError: it does not exist, is empty, or lacks the split, columns or labels asked for.
     """
-    source = _open(config, order)
+    source = _open(config, order, renew)
     if len(source) == 0:
         raise InputError(f"dataset {config.dataset} is empty")
     names = _with_images(source, source.class_names) if isinstance(order, str) and source.class_names else []
@@ -497,7 +533,7 @@ def _with_images(source: Source, names: list[str]) -> list[str]:
     return [names[label] for label in nonempty_classes(class_counts(source) or [])] if isinstance(source, ImageFolder) else names
 
 
-def _open(config: DataConfig, order: ClassOrder) -> Source:
+def _open(config: DataConfig, order: ClassOrder, renew: bool) -> Source:
     assert config.dataset is not None
     path = Path(config.dataset).expanduser()
     if config.dataset == DIGITS:
@@ -505,36 +541,67 @@ def _open(config: DataConfig, order: ClassOrder) -> Source:
         if config.split == DataConfig().split:
             return ImageTable(_digits(), config, order)
     if path.is_dir():
-        return _open_folder(path, config, order)
+        return _open_folder(path, config, order, renew)
     if absent := data_problems("dataset", config.dataset):
         raise InputError(absent[0])
-    if path.suffix.lower() == ".parquet":
-        return ImageTable(_load("parquet", config, data_files=str(path)), config, order)
+    if path.suffix.lower() in (".tar", ".parquet"):
+        return _open_files(shard_names.expand(config.dataset), config, order, renew)
     if not is_dataset_id(config.dataset):
-        raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .parquet file nor a Hub id")
+        raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .tar or .parquet file nor a Hub id")
     repo, _, revision = config.dataset.partition("@")
     return ImageTable(_load(repo, config, revision=revision or None), config, order)
 
 
-def _open_folder(path: Path, config: DataConfig, order: ClassOrder) -> Source:
+def _open_folder(path: Path, config: DataConfig, order: ClassOrder, renew: bool) -> Source:
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return ImageTable(_load_saved(path, config), config, order)
     found = image_folders.scan_folder(path)
-    shards = {name for name, _ in found.passed_over if name.endswith(".parquet")}
-    if len(shards) > len(found.images):  # a few pictures beside parquet files are not data, nor a parquet file beside images
-        table = ImageTable(_load("parquet", config, data_files=_shards(path)), config, order)
-        beside = [(name, "beside the parquet files") for name in found.images]
-        table.passed_over = beside + [(name, why) for name, why in found.passed_over if name not in shards]
-        return table
+    for suffix in (".tar", ".parquet"):
+        shards = {name for name, _ in found.passed_over if name.lower().endswith(suffix)}
+        if len(shards) > len(found.images):  # a few pictures beside parquet files are not data, nor a parquet file beside images
+            source = _open_folder_of_shards(path, suffix, config, order, renew)
+            beside = [(name, f"beside the {suffix[1:]} files") for name in found.images]
+            others = [(name, why) for name, why in found.passed_over if name not in shards and not BESIDE_SHARDS.search(name)]
+            source.passed_over = beside + others + source.passed_over
+            return source
     return ImageFolder(found, config, order)
 
 
-def _shards(path: Path) -> dict[str, list[str]]:
-    """The parquet files of a folder by split; `datasets` finds the split in their names."""
+def _open_folder_of_shards(path: Path, suffix: str, config: DataConfig, order: ClassOrder, renew: bool) -> Source:
+    splits = _shards(path, suffix)
+    if suffix == ".parquet" and config.shuffle_window is None:
+        return ImageTable(_load("parquet", config, data_files=splits), config, order)
+    if config.split not in splits:
+        raise InputError(f"split is {config.split}, but dataset {path} has only: {', '.join(splits)}")
+    source = open_shards(LocalFiles(splits[config.split]), config, order, [config.split], renew)
+    source.split = f"split {config.split} of {', '.join(splits)}" if len(splits) > 1 else ""
+    return source
+
+
+def _open_files(paths: list[str], config: DataConfig, order: ClassOrder, renew: bool) -> Source:
+    """The files of a name or pattern. Parquet files are read by row groups where the order is made for it."""
+    if paths[0].lower().endswith(".parquet") and config.shuffle_window is None and not shard_names.is_remote(paths[0]):
+        data_files = [str(Path(path).expanduser()) for path in paths]
+        return ImageTable(_load("parquet", config, data_files=data_files), config, order)
+    if config.split != DataConfig().split:
+        raise InputError(f"split is {config.split}, but dataset {config.dataset} names files; leave split out, and name those of the split")
+    return open_shards(_shard_files(paths, config), config, order, renew=renew)
+
+
+def _shard_files(paths: list[str], config: DataConfig) -> ShardFiles:
+    if not shard_names.is_remote(paths[0]):
+        return LocalFiles(paths)
+    from .shards.remote_files import RemoteFiles
+
+    return RemoteFiles(paths, cache_folder(), round(config.shard_cache_gb * 1e9), config.shuffle_window)
+
+
+def _shards(path: Path, suffix: str) -> dict[str, list[str]]:
+    """The files of a folder with a suffix, by split; `datasets` finds the split in their names."""
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     base = str(path.resolve())
-    files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base, allowed_extensions=[".parquet"])
+    files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base, allowed_extensions=[suffix])
     return {str(split): list(names) for split, names in files.items() if names}
 
 

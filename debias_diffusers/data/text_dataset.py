@@ -16,8 +16,8 @@ from ..config.schema import DataConfig, NoiseConfig, OptimizationConfig, TextCon
 from ..utils import seeding
 from . import images
 from .buckets import BucketOrder, Buckets
-from .captions import Captions, captions_of
-from .dataset import PositionedData
+from .captions import Captions, captions_of, different_captions
+from .dataset import PositionedData, shard_starts
 from .sources import RepeatedSource, Source
 
 
@@ -76,7 +76,9 @@ class TextData(PositionedData):
         self.captions, self.text, self.shape = captions_of(self.images), text, shape
         self.buckets = buckets
         sizes = [buckets.sizes[index] for index in self._image_of] if buckets else []
-        self._by_step = BucketOrder(sizes, batch_size, seed) if buckets and batch_size else None
+        self._by_step = (
+            BucketOrder(sizes, batch_size, seed, shard_starts(source, data), data.shuffle_window) if buckets and batch_size else None
+        )
         # Mean, standard deviation and time_ids of each image, as it is and mirrored: (flips, N, ...). None where they are not kept.
         self.latents: tuple[Tensor, Tensor, Tensor] | None = None
         # The same of one image, and whether it is mirrored, by name; in place of `latents`.
@@ -102,6 +104,9 @@ class TextData(PositionedData):
             return self._by_step.index(position)
         return super().index(position)
 
+    def same_size(self, one: int, other: int) -> bool:
+        return self.size(self._image_of[one]) == self.size(self._image_of[other])
+
     def one_shape(self, positions: Sequence[int]) -> list[Sequence[int]]:
         if not self.buckets:
             return super().one_shape(positions)
@@ -117,14 +122,17 @@ class TextData(PositionedData):
         return max(step, self._by_step.steps(optim.num_epochs))
 
     def sample(self, position: int) -> dict[str, Any]:
-        index, flipped = self._image_of[self.index(position)], self.flips(position)
+        flipped, kept = self.flips(position), self.latents is not None or self.stored is not None
+        sample, read, skipped = self.read(position, lambda sample: None if kept else self.pixels(self._image_of[sample], flipped, position))
+        index = self._image_of[sample]
         caption, dropped = self._caption(index, position)
-        common = {"caption": caption, "dropped": dropped}
+        common = {"caption": caption, "dropped": dropped, **skipped}
         if self.latents is not None:
             return {**common, "index": index, "flipped": int(flipped)}
         if self.stored is not None:
             return {**common, **self.stored[index, flipped]}
-        pixels, time_ids = self.pixels(index, flipped, position)
+        assert read is not None
+        pixels, time_ids = read
         return {**common, "image": pixels, "time_ids": time_ids}
 
     def drawn(self, positions: Sequence[int]) -> dict[str, Tensor]:
@@ -150,7 +158,7 @@ class TextData(PositionedData):
 
     def texts(self) -> Sequence[str]:
         """All different captions, sorted."""
-        return sorted({caption for each in self.captions for caption in each})
+        return different_captions(self.captions)
 
     # ---- images ------------------------------------------------------------------------------------------------------
 
@@ -172,14 +180,15 @@ class TextData(PositionedData):
     def pixels(self, index: int, flipped: bool, position: int) -> tuple[Tensor, Tensor]:
         """The crop (3, H, W) uint8 of an image, and its time_ids (6,)."""
         content, _, where = self.images.read(index)
-        image = images.decode(content, where).convert("RGB")
         height, width = self.size(index)
+        image = images.decode(content, where, (height, width) if self.config.jpeg_draft else None).convert("RGB")
+        original = images.size_of(content, where) if self.config.jpeg_draft else (image.height, image.width)
         resized = images.cover(image, height, width)
         down, right = resized.height - height, resized.width - width
         top, left = self._corner(down, right, index, position)
         pixels = images.to_array(resized.crop((left, top, left + width, top + height)))
         corner = (top, right - left if flipped else left)
-        time_ids = torch.tensor([image.height, image.width, *corner, height, width], dtype=torch.float32)
+        time_ids = torch.tensor([*original, *corner, height, width], dtype=torch.float32)
         return torch.from_numpy(pixels).flip(-1) if flipped else torch.from_numpy(pixels), time_ids
 
     def _corner(self, down: int, right: int, index: int, position: int) -> tuple[int, int]:

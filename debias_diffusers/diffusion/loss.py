@@ -12,7 +12,8 @@ from ..config.registry import WEIGHTINGS
 from ..config.schema import ObjectiveConfig, PredictionType
 from ..errors import InputError
 from .noise_schedule import Schedule, at, make_schedule
-from .timestep_samplers import make_timestep_sampler
+from .timestep_samplers import final_timestep_sampler
+from .uncertainty import Uncertainty
 from .variational_bound import VariationalBound
 from .weighting import weight
 
@@ -26,10 +27,11 @@ class Terms:
     loss: Tensor  # (B,) to be minimised
     mse: Tensor  # (B,) mean square of prediction - target
     bound: Tensor | None = None  # (B,) the variational bound's term in bits per dimension, where the variance is learned
+    precision: Tensor | None = None  # (B,) e^-u, the factor of a learned uncertainty on the weight
 
     def detached(self) -> Terms:
         """The same numbers without their graph."""
-        return Terms(self.loss.detach(), self.mse.detach(), None if self.bound is None else self.bound.detach())
+        return Terms(*(None if term is None else term.detach() for term in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Objective:
 
     With a learned variance the hybrid objective adds T / 1000 times the variational bound, whose gradient reaches the variance
     only (Improved DDPM, arXiv 2102.09672, equation 16). Without weights it is T times the bound itself: the bits per dimension.
+
+    A learned uncertainty u(t) divides the weighted square by e^u(t) and adds u(t).
     """
 
     schedule: Schedule
@@ -45,7 +49,15 @@ class Objective:
     weights: Tensor | None  # (T,) float64, loss weights on the squared error of prediction_type; None for the variational bound
     bound: VariationalBound | None = None  # None where the variance is not learned
 
-    def __call__(self, network: Network, x_0: Tensor, noise: Tensor, t: Tensor, input_noise: Tensor | None = None) -> Terms:
+    def __call__(
+        self,
+        network: Network,
+        x_0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        input_noise: Tensor | None = None,
+        uncertainty: Uncertainty | None = None,
+    ) -> Terms:
         """Loss of each sample.
 
         Args:
@@ -55,28 +67,30 @@ class Objective:
             noise: (B, C, H, W) standard normal.
             t: (B,) int64 timesteps, on the CPU.
             input_noise: (B, C, H, W) noise of which x_t is made, where the target is of another (input perturbation, arXiv 2301.11706).
+            uncertainty: where it is learned.
         """
         x_t = self.schedule.add_noise(x_0, noise if input_noise is None else input_noise, t)
         prediction = network(x_t, self.schedule.timesteps[t].to(x_t.device, non_blocking=True))
-        return self.terms(prediction, x_0, noise, t)
+        return self.terms(prediction, x_0, noise, t, uncertainty)
 
-    def terms(self, prediction: Tensor, x_0: Tensor, noise: Tensor, t: Tensor) -> Terms:
+    def terms(self, prediction: Tensor, x_0: Tensor, noise: Tensor, t: Tensor, uncertainty: Uncertainty | None = None) -> Terms:
         """Loss of each sample, given the network's output for x_t; arguments as of a call."""
         prediction, *values = prediction.to(x_0.dtype).split(x_0.shape[1], dim=1)
         error = prediction - self.schedule.target(self.prediction_type, x_0, noise, t)
         mse = error.square().flatten(1).mean(1)
-        if self.bound is None:
-            return Terms(self._weighted(mse, t), mse)
         T = len(self.schedule)
         if self.weights is None:
             bound = self._bound(error, values[0], x_0, t)
             return Terms(T * bound, mse, bound)
+        loss, precision = at(self.weights, t, mse) * mse, None
+        if uncertainty is not None:
+            u = uncertainty(t).to(mse)
+            precision = torch.exp(-u)
+            loss = loss * precision + u
+        if self.bound is None:
+            return Terms(loss, mse, precision=precision)
         bound = self._bound(error.detach(), values[0], x_0, t)
-        return Terms(self._weighted(mse, t) + T / 1000 * bound, mse, bound)
-
-    def _weighted(self, mse: Tensor, t: Tensor) -> Tensor:
-        assert self.weights is not None
-        return at(self.weights, t, mse) * mse
+        return Terms(loss + T / 1000 * bound, mse, bound, precision)
 
     def _bound(self, error: Tensor, values: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
         """(B,) in bits per dimension."""
@@ -102,11 +116,13 @@ def weight_table(config: ObjectiveConfig, schedule: Schedule, prediction_type: P
     """(T,) float64: the loss weight of each timestep for a prediction type, with all options of the configuration."""
     parameters = {name: getattr(config, name) for name in (*WEIGHTINGS[config.weighting].parameters, "snr_floor", "snr_ceiling")}
     weights = weight(schedule.snr, config.weighting, prediction_type, **parameters)
+    if config.schedule_free_weights:
+        weights = weights * schedule.log_snr_speed
     if schedule.ends_in_noise and prediction_type != "epsilon":
         # There an error of x_0 and one of v, or of u, are of the same size: one floor for all three.
         weights[-1] = weights[-1].clamp(min=config.terminal_weight_floor)
     if config.normalize_weights:
-        sampler = make_timestep_sampler(config, schedule)
+        sampler = final_timestep_sampler(config, schedule)
         density = sampler.probabilities * sampler.corrections  # of the timesteps in the objective
         weights = weights / (density * weights).sum()
     return weights

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.schema import BETA_ENDS, ObjectiveConfig, PredictionType, noise_schedule
+from ..config.schema import BETA_ENDS, ObjectiveConfig, PredictionType, is_straight, noise_schedule
 from ..errors import InputError
 
 # SNR of the first timestep: less holds hardly an image; more has an alphas_cumprod that is 1 in float32, as solvers keep it.
@@ -27,6 +27,7 @@ MAX_FIRST_SNR_OF_FLOW = 1e12  # t = 1e-6, a thousandth of a timestep
 # SNR of the last timestep from which on sampling, which starts from pure noise, starts from what the network never saw: a tenth of the
 # image's amplitude is left there. Stable Diffusion's schedule (scaled_linear) ends at 0.0047, that of the packaged digits at 0.0026.
 MAX_TERMINAL_SNR = 0.01
+TINY_SNR = 1e-150  # stands for an SNR of 0 where a limit is taken: far below any in use, and above 0 even when squared
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,17 @@ class Schedule:
     def betas(self) -> Tensor:
         """(T,) variances of the steps of a variance-preserving schedule."""
         return betas_of_snr(self.snr)
+
+    @cached_property
+    def log_snr_speed(self) -> Tensor:
+        """(T,) -d log(SNR) / dt, where t goes from 0 to 1: what turns a weight on d log(SNR) into one on dt (arXiv 2303.00848).
+
+        log(SNR) = 2 log a - 2 log s. Where a^2 + s^2 = 1 that is -2 a' / (a s^2), on the straight path -2 a' / (a s): a' is finite up to
+        zero terminal SNR, where log(SNR) is not. A tiny a in place of 0 then gives the limit of products with the SNR.
+        """
+        straight = torch.allclose(self.a + self.s, torch.ones_like(self.a))
+        (slope,) = torch.gradient(torch.cat([self.a.new_ones(1), self.a]))  # before the first timestep there is no noise
+        return -2 * len(self) * slope[1:] / (self.a.clamp(min=TINY_SNR**0.5) * (self.s if straight else self.s.square()))
 
     @property
     def ends_in_noise(self) -> bool:
@@ -178,10 +190,11 @@ def make_schedule(config: ObjectiveConfig) -> Schedule:
     Raises:
         InputError: the shift leaves no noise that float32 can hold at the first timestep, or nothing but noise.
     """
-    make = _flow if config.prediction_type == "flow" else _with_betas
+    straight = is_straight(config)
+    make = _flow if straight else _with_betas
     schedule = make(config)
     first = schedule.snr[0].item()
-    largest = MAX_FIRST_SNR_OF_FLOW if config.prediction_type == "flow" else MAX_FIRST_SNR
+    largest = MAX_FIRST_SNR_OF_FLOW if straight else MAX_FIRST_SNR
     if not MIN_FIRST_SNR <= first <= largest:
         plain = make(dataclasses.replace(config, schedule_shift=1.0)).snr[0].item()
         min_shift, max_shift = 1.1 * MIN_FIRST_SNR / plain, 0.9 * largest / plain  # so that they hold when rounded to two digits
@@ -278,6 +291,13 @@ def schedule_of_scheduler(scheduler: Any) -> Schedule:
     if (own - snr / (1 + snr)).abs().max() > 1e-4:  # it changes its table itself
         snr = own / (1 - own)
     return variance_preserving(snr)
+
+
+def prediction_type_of(scheduler: Any) -> Any:
+    """What the network of a diffusers scheduler predicts: one of flow matching moves along u, but those of `SampleFlow` are given x_0."""
+    if is_flow(scheduler):
+        return getattr(scheduler, "flow_prediction_type", "flow")
+    return scheduler.config.get("prediction_type", "epsilon")
 
 
 def is_flow(scheduler: Any) -> bool:

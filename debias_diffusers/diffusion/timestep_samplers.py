@@ -1,12 +1,13 @@
 """How timesteps are drawn: each sample of the data has a u(seed, position) in [0, 1), which is mapped to a timestep here.
 
 A sampler may draw some timesteps more often than others. Either each loss is corrected for that, by 1 / (T p(t)), so that only
-the variance of its estimate changes; or, for `log_normal` and `logit_normal`, it is not, and the objective is the weighting
-times the density of these timesteps. A bias multiplies the density of any sampler and is never corrected.
+the variance of its estimate changes; or, for `log_normal`, `logit_normal`, `laplace`, `mode` and `speed`, it is not, and the objective
+is the weighting times the density of these timesteps. A bias multiplies the density of any sampler and is never corrected.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -59,6 +60,9 @@ class TimestepSampler:
             return torch.ones(T, dtype=torch.float64)
         return 1 / (T * self.probabilities) if self.bias is None else _normalized(self.bias) / self.probabilities
 
+    def begin_step(self, step: int) -> None:
+        """Told before the draws of an optimizer step how many were made before it."""
+
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Takes the timesteps (N,) and uncorrected losses (N,) of a whole optimizer step, in the order of its positions."""
 
@@ -103,9 +107,76 @@ class LossSecondMoment(TimestepSampler):
         self._weigh()
 
 
+class Weighted(TimestepSampler):
+    """Draws with fixed probabilities, and weighs the losses without correction: both are the density of the objective.
+
+    Args:
+        probabilities: (T,) float64, of each timestep.
+        weights: (T,) float64, which are divided by their mean over the draws.
+    """
+
+    def __init__(self, probabilities: Tensor, weights: Tensor) -> None:
+        self.weights = weights
+        super().__init__(probabilities, corrected=False)
+
+    @property
+    def corrections(self) -> Tensor:
+        return self.weights / (self.probabilities * self.weights).sum()
+
+
+class Phases(TimestepSampler):
+    """One sampler in the first steps of a run, and another from the step `switch` on; a function of the step, so nothing is saved of it.
+
+    A sampler that learns does so from the losses of all steps.
+    """
+
+    def __init__(self, first: TimestepSampler, second: TimestepSampler, switch: int) -> None:
+        self.first, self.second, self.switch = first, second, switch
+        self.learns = first.learns or second.learns
+        self.current = first
+
+    def begin_step(self, step: int) -> None:
+        self.current = self.first if step < self.switch else self.second
+
+    @property
+    def probabilities(self) -> Tensor:  # type: ignore[override]
+        return self.current.probabilities
+
+    @property
+    def corrections(self) -> Tensor:
+        return self.current.corrections
+
+    def draw(self, u: Tensor, positions: Sequence[int]) -> Tensor:
+        return self.current.draw(u, positions)
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        self.first.update(t, losses)
+        self.second.update(t, losses)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.first.state() | self.second.state()  # of which one at most learns
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for sampler in (self.first, self.second):
+            if sampler.learns:
+                sampler.load(state)
+
+
 def make_timestep_sampler(config: ObjectiveConfig, schedule: Schedule, batch_size: int = 1) -> TimestepSampler:
     """The sampler of a configuration; `batch_size` counts the samples of an optimizer step in all processes."""
-    sampler = _SAMPLERS[config.timestep_sampler](config, schedule, batch_size)
+    first = _make(config.timestep_sampler, config, schedule, batch_size)
+    if config.timestep_sampler_after is None:
+        return first
+    return Phases(first, final_timestep_sampler(config, schedule, batch_size), config.timestep_sampler_switch)
+
+
+def final_timestep_sampler(config: ObjectiveConfig, schedule: Schedule, batch_size: int = 1) -> TimestepSampler:
+    """The sampler of the last steps of a run, by whose density its objective is measured; arguments as of `make_timestep_sampler`."""
+    return _make(config.timestep_sampler_after or config.timestep_sampler, config, schedule, batch_size)
+
+
+def _make(name: str, config: ObjectiveConfig, schedule: Schedule, batch_size: int) -> TimestepSampler:
+    sampler = _SAMPLERS[name](config, schedule, batch_size)
     sampler.bias = timestep_bias(config, len(schedule))
     sampler.set_probabilities(sampler.probabilities)
     return sampler
@@ -136,6 +207,10 @@ _SAMPLERS: dict[str, Callable[[ObjectiveConfig, Schedule, int], TimestepSampler]
     "logit_normal": lambda config, schedule, _: TimestepSampler(_logit_normal(config, schedule), corrected=False),
     "log_normal_corrected": lambda config, schedule, _: TimestepSampler(_mixed(_log_normal(config, schedule), UNIFORM_SHARE)),
     "logit_normal_corrected": lambda config, schedule, _: TimestepSampler(_mixed(_logit_normal(config, schedule), UNIFORM_SHARE)),
+    "laplace": lambda config, schedule, _: TimestepSampler(_laplace(config, schedule), corrected=False),
+    "laplace_corrected": lambda config, schedule, _: TimestepSampler(_mixed(_laplace(config, schedule), UNIFORM_SHARE)),
+    "mode": lambda config, schedule, _: TimestepSampler(_mode(len(schedule), config.mode_scale), corrected=False),
+    "speed": lambda config, schedule, _: Weighted(_speed(config, len(schedule)), _growth_of_noise(schedule, config.speed_lambda)),
     "loss_second_moment": lambda _, schedule, __: LossSecondMoment(len(schedule)),
 }
 assert _SAMPLERS.keys() == TIMESTEP_SAMPLERS.keys(), _SAMPLERS.keys() ^ TIMESTEP_SAMPLERS.keys()
@@ -160,13 +235,50 @@ def _logit_normal(config: ObjectiveConfig, schedule: Schedule) -> Tensor:
 
 
 def _log_normal(config: ObjectiveConfig, schedule: Schedule) -> Tensor:
-    """(T,) probabilities of ln(s / a) from a normal (log-normal: EDM, arXiv 2206.00364, table 1).
+    """(T,) probabilities of ln(s / a) from a normal (log-normal: EDM, arXiv 2206.00364, table 1)."""
+    return _normal_between(-_log_snr_edges(schedule) / 2, config)
 
-    Timesteps are bounded half-way between neighbours.
+
+def _log_snr_edges(schedule: Schedule) -> Tensor:
+    """(T + 1,) falling ln(SNR) that bound the timesteps: half-way between neighbours, and infinity at the ends."""
+    log_snr = schedule.snr.log()
+    end = log_snr.new_full((1,), torch.inf)
+    return torch.cat([end, (log_snr[1:] + log_snr[:-1]) / 2, -end])
+
+
+def _laplace(config: ObjectiveConfig, schedule: Schedule) -> Tensor:
+    """(T,) probabilities of ln(SNR) from a Laplace distribution (arXiv 2407.03297, table 1)."""
+    z = (_log_snr_edges(schedule) - config.laplace_mean) / config.laplace_scale
+    below = torch.where(z < 0, z.exp() / 2, 1 - (-z).exp() / 2)  # the distribution function
+    return -below.diff()
+
+
+def _mode(T: int, scale: float) -> Tensor:
+    """(T,) probabilities of t = f(u) = 1 - u - s (cos^2(pi u / 2) - 1 + u), u uniform (mode sampling: arXiv 2403.03206, section 3.1).
+
+    f falls from 1 to 0, so the probability of t in [a, b] is the u between where f is b and where it is a. These are found by bisection.
     """
-    log_noise = -schedule.snr.log() / 2
-    end = log_noise.new_full((1,), torch.inf)
-    return _normal_between(torch.cat([-end, (log_noise[1:] + log_noise[:-1]) / 2, end]), config)
+    edges = torch.linspace(0, 1, T + 1, dtype=torch.float64)
+    low, high = torch.zeros_like(edges), torch.ones_like(edges)
+    for _ in range(60):
+        u = (low + high) / 2
+        above = 1 - u - scale * ((math.pi / 2 * u).cos().square() - 1 + u) > edges
+        low, high = torch.where(above, u, low), torch.where(above, high, u)
+    u[0], u[-1] = 1, 0
+    return -u.diff()
+
+
+def _speed(config: ObjectiveConfig, T: int) -> Tensor:
+    """(T,) k / (T + tau (k - 1)) up to the timestep tau, and 1 / (T + tau (k - 1)) after it (SpeeD, arXiv 2405.17403, section 2)."""
+    factors = torch.ones(T, dtype=torch.float64)
+    factors[: round(config.speed_portion * T)] = config.speed_k
+    return _normalized(factors)
+
+
+def _growth_of_noise(schedule: Schedule, most: float) -> Tensor:
+    """(T,) the growth of the noise's variance s^2 at each timestep, rescaled to [1 - most, most] (SpeeD's change-aware weights)."""
+    (growth,) = torch.gradient(schedule.s.square())
+    return 1 - most + (2 * most - 1) * (growth - growth.min()) / (growth.max() - growth.min())
 
 
 def _normal_between(edges: Tensor, config: ObjectiveConfig) -> Tensor:

@@ -26,7 +26,9 @@ from ..config.registry import WEIGHTINGS, WeightingSpec, parameters_of
 from ..config.schema import ObjectiveConfig, PredictionType
 from ..config.validation import bound_problems
 from ..errors import InputError, raise_all
-from .noise_schedule import is_flow, schedule_of_scheduler
+from .noise_schedule import TINY_SNR, is_flow, prediction_type_of, schedule_of_scheduler
+
+_HUGE = 1e150  # above any SNR in use, and finite even when squared, as `TINY_SNR` is above 0
 
 
 def constant(snr: Tensor) -> Tensor:
@@ -69,6 +71,51 @@ def edm(snr: Tensor, sigma_data: float = 0.5) -> Tensor:
     return 1 + 1 / (snr * sigma_data**2)
 
 
+def edm_monotonic(snr: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """EDM's weight times its density of lambda = log SNR, N(2.4, 2.4^2), held at its peak for smaller lambda; 1 there.
+
+    "EDM-monotonic" of arXiv 2303.00848, section 4.1, where weights are on d lambda: it goes with `schedule_free_weights`. 2.4 is -2 times
+    the mean -1.2 of ln(sigma) in EDM, and twice its standard deviation 1.2 (arXiv 2206.00364, table 1).
+    """
+
+    def log_weight(log_snr: Tensor) -> Tensor:
+        return -((log_snr - 2.4) ** 2) / (2 * 2.4**2) + (torch.exp(-log_snr) + sigma_data**2).log()
+
+    peak, width = 0.0, 64.0  # beyond +-64 the density alone is below e^-330 of its peak
+    for _ in range(8):
+        around = torch.linspace(peak - width, peak + width, 201, dtype=torch.float64)
+        peak, width = around[log_weight(around).argmax()].item(), width / 50
+    log_snr = snr.double().clamp(TINY_SNR, _HUGE).log()
+    return (log_weight(log_snr.clamp(min=peak)) - log_weight(log_snr.new_tensor(peak))).exp()
+
+
+def flow(snr: Tensor) -> Tensor:
+    """(1 + 1 / sqrt(SNR))^2: 1 on u = noise - x_0, the plain loss of flow matching (arXiv 2210.02747)."""
+    return (1 + snr.rsqrt()).square()
+
+
+def v(snr: Tensor) -> Tensor:
+    """1 + 1 / SNR: 1 on v, the plain loss of v-prediction (arXiv 2202.00512)."""
+    return 1 + 1 / snr
+
+
+def sigmoid(snr: Tensor, sigmoid_bias: float = 0.0) -> Tensor:
+    """sigmoid(b - log SNR) = e^b / (e^b + SNR): soft Min-SNR with gamma = e^b (arXiv 2303.00848; arXiv 2410.19324)."""
+    return (sigmoid_bias - snr.log()).sigmoid()
+
+
+def cosmap(snr: Tensor) -> Tensor:
+    """2 / pi (1 + sqrt(SNR))^4 / (SNR (1 + SNR)): 2 / (pi (1 - 2t + 2t^2)) on u (arXiv 2403.03206, section 3.1)."""
+    noise = snr.rsqrt()  # s / a
+    # (1 + s/a)^4 / (1 + (s/a)^2), without infinity over infinity at either end.
+    return 2 / math.pi * (1 + noise).square() * (1 + 2 / (noise + 1 / noise))
+
+
+def sigma_sqrt(snr: Tensor) -> Tensor:
+    """(1 + sqrt(SNR))^4 / SNR: t^-2 on u (`sigma_sqrt` in diffusers' scripts for Stable Diffusion 3)."""
+    return (snr.sqrt() + 2 + snr.rsqrt()).square()
+
+
 # By the names of `registry.WEIGHTINGS`.
 WEIGHTING_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "constant": constant,
@@ -79,6 +126,12 @@ WEIGHTING_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "soft_min_snr": soft_min_snr,
     "truncated_snr": truncated_snr,
     "edm": edm,
+    "edm_monotonic": edm_monotonic,
+    "flow": flow,
+    "v": v,
+    "sigmoid": sigmoid,
+    "cosmap": cosmap,
+    "sigma_sqrt": sigma_sqrt,
 }
 
 # The debiased weight as other code has it, to repeat its runs: for each prediction type of that code, the weight on its squared error.
@@ -136,10 +189,6 @@ def _defaults(names: Iterable[str]) -> dict[str, float]:
     return {name: getattr(ObjectiveConfig(), name) for name in names}
 
 
-# Far below and above any SNR in use, and far from the limits of float64 even when squared.
-_TINY, _HUGE = 1e-150, 1e150
-
-
 def weight(
     snr: Tensor,
     weighting: str,
@@ -157,7 +206,7 @@ def weight(
         prediction_type: what the network predicts, whose error is weighted.
         snr_floor: the weighting is evaluated at an SNR of at least this (the conversion between parameterizations is not).
         snr_ceiling: and of at most this; 0 is none.
-        parameters: `snr_gamma`, `p2_k`, `p2_gamma`, `sigma_data`; those that the weighting has.
+        parameters: `snr_gamma`, `p2_k`, `p2_gamma`, `sigma_data`, `sigmoid_bias`; those that the weighting has.
     """
 
     def seen(snr: Tensor) -> Tensor:
@@ -170,7 +219,7 @@ def weight(
     if prediction_type == "epsilon":
         return on_noise(seen(snr), **parameters)
     # For the other parameterizations the limit at SNR = 0 is finite; a tiny SNR in place of 0 gives it without 0 times infinity.
-    snr = snr.clamp(_TINY, _HUGE)
+    snr = snr.clamp(TINY_SNR, _HUGE)
     on_sample = snr * on_noise(seen(snr), **parameters)
     if prediction_type == "sample":
         return on_sample
@@ -204,7 +253,8 @@ def loss_weight(
         weighting: a name that `--weighting` takes (but for `variational`), or a registered one.
         prediction_type: what the network predicts; the scheduler's own if left out.
         parameters: those of the weighting, named like the flags: `snr_gamma` (5) of min_snr and soft_min_snr, `p2_k` (1) and
-            `p2_gamma` (1) of p2, `sigma_data` (0.5) of edm, `snr_floor` (0) and `snr_ceiling` (0, which is none) of all.
+            `p2_gamma` (1) of p2, `sigma_data` (0.5) of edm and edm_monotonic, `sigmoid_bias` (0) of sigmoid, `snr_floor` (0) and
+            `snr_ceiling` (0, which is none) of all.
 
     Returns:
         (B,) float32, on the device of `timesteps`; () of a single number.
@@ -215,10 +265,10 @@ def loss_weight(
             does not have, or a weight that is not finite. An accelerator is not waited for: there these weights are not finite.
     """
     flow, timesteps = is_flow(scheduler), _as_tensor(timesteps)
-    prediction_type = prediction_type or ("flow" if flow else scheduler.config.get("prediction_type", "epsilon"))
+    prediction_type = prediction_type or prediction_type_of(scheduler)
     _require_known("weighting", weighting, (*WEIGHTING_FUNCTIONS, *REPEATED_FUNCTIONS))
     _require_known("prediction_type", prediction_type, get_args(PredictionType))
-    if (prediction_type == "flow") != flow:
+    if prediction_type not in (("flow", "sample") if flow else ("epsilon", "sample", "v_prediction")):
         raise InputError(f"prediction_type is {prediction_type}, which does not go with {type(scheduler).__name__}; leave it out")
     spec = WEIGHTINGS[weighting]
     if spec.repeats:

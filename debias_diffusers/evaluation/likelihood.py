@@ -1,4 +1,4 @@
-"""The variational bound of a model in bits per dimension: its terms, the prior, and the sum (arXiv 2006.11239, equation 5)."""
+"""Bits per dimension of a model: the variational bound (arXiv 2006.11239, equation 5), and the likelihood by the probability-flow ODE."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from ..config.schema import BitsConfig
 from ..data.dataset import TrainingData
 from ..data.labels import ClassOrder
 from ..data.sources import open_readable
-from ..diffusion.noise_schedule import Schedule, is_flow, predicted_x_0, schedule_of_scheduler
+from ..diffusion.noise_schedule import Schedule, is_flow, predicted_x_0, prediction_type_of, schedule_of_scheduler
+from ..diffusion.ode_likelihood import Path as OdePath
+from ..diffusion.ode_likelihood import log_density, negative_log_likelihood
 from ..diffusion.variational_bound import BITS, VariationalBound
 from ..errors import InputError
 from ..pipelines.pixel_pipeline import PixelPipeline
@@ -35,12 +37,13 @@ FIXED = {"fixed_small": -1.0, "fixed_small_log": -1.0, "fixed_large": 1.0, "fixe
 
 
 def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
-    """Computes the bound of a model on a data set, prints it and writes it to a JSON file; returns the JSON object.
+    """Computes bits per dimension of a data set, prints them and writes them to a JSON file; returns the JSON object.
 
-    Takes a random subset of the images, a function of the seed, without flips. The noise is a function of (seed, image, t).
+    Takes a random subset of the images, a function of the seed, without flips. The noise is a function of (seed, image, t). With the
+    method ode, the bound is there as well, if the model has one.
 
     Raises:
-        InputError: model or images cannot be read, or the model is a rectified flow.
+        InputError: model or images cannot be read, or the model is a rectified flow, which has no bound.
     """
     accelerator = inference_accelerator(config.num_threads)
     if accelerator.is_main_process and config.output:
@@ -48,46 +51,68 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     config = dataclasses.replace(config, model=pinned_model(config.model, accelerator))
     pipeline = open_model(config.model, config.weights, config.allow_pickle_import)
     pipeline.to(accelerator.device)
-    bound = Bound(pipeline, config.clipping)
+    ode = OdeLikelihood(pipeline, config.probes, config.tolerance) if config.method == "ode" else None
+    bound = None if ode and not has_bound(pipeline.scheduler) else Bound(pipeline, config.clipping)
     data = _data(config, pipeline, pipeline.class_names or "plain")  # the first version had its classes in plain order, without names
     print_summary(data.source, data.config.dataset, accelerator)
     chosen = seeding.subset(config.seed, len(data.source), config.num_images)
     dealt = list(process_batches(chosen, config.batch_size, accelerator.process_index, accelerator.num_processes))
     mine = []
-    with tqdm(total=len(dealt) * len(bound.schedule), unit="timestep", disable=not accelerator.is_main_process) as progress:
+    with tqdm(total=len(dealt) * len(bound.schedule) if bound else 0, unit="timestep", disable=not accelerator.is_main_process) as progress:
         for number, indices in dealt:
             images, labels = zip(*(data.decoded(k) for k in indices))
             x_0 = torch.stack(images).float() / 127.5 - 1
             given = torch.tensor(labels) if data.num_classes else None
-            mine.append((number, bound.terms(x_0, given, config.seed, indices, progress), bound.prior(x_0)))
+            of_bound = (bound.terms(x_0, given, config.seed, indices, progress), bound.prior(x_0)) if bound else None
+            mine.append((number, of_bound, ode.bits(x_0, given, config.seed, indices) if ode else None))
     parts = sorted(gather_object(mine) if accelerator.num_processes > 1 else mine, key=lambda part: part[0])
-    result = _result(torch.cat([terms for _, terms, _ in parts]), torch.cat([prior for *_, prior in parts]))
+    terms, priors = zip(*(of_bound or (None, None) for _, of_bound, _ in parts))
+    result: dict[str, Any] = (
+        _result(torch.cat(terms), torch.cat(priors)) if bound else dict.fromkeys(("total", "standard_error", "prior", "terms"))
+    )
+    if ode:
+        bits, calls = zip(*(of_ode for *_, of_ode in parts))
+        result["ode"] = ode.result(torch.cat(bits), max(calls))
     result |= {
         "model": config.model,
         "images": len(chosen),
         "total_images": len(data.source),
         "seed": config.seed,
         "clipping": config.clipping,
-        "variance_type": pipeline.scheduler.config.variance_type,
+        "variance_type": pipeline.scheduler.config.get("variance_type"),
     }
     if accelerator.is_main_process:
         if config.output:
             write_file(Path(config.output), as_json(result))
         over = f"{len(chosen)} of {len(data.source)} images"
-        say(f"{result['total']:.4f} bits per dimension (standard error {result['standard_error']:.2g}) over {over}")
-        say(f"of which {result['terms'][0]:.4f} are for the last step and {result['prior']:.2g} for the prior")
+        if bound:
+            what = "bits per dimension by the variational bound" if ode else "bits per dimension"
+            say(f"{result['total']:.4f} {what} (standard error {result['standard_error']:.2g}) over {over}")
+            say(f"of which {result['terms'][0]:.4f} are for the last step and {result['prior']:.2g} for the prior")
+        if ode:
+            found = result["ode"]
+            say(
+                f"{found['total']:.4f} bits per dimension by the probability-flow ODE (standard error {found['standard_error']:.2g}) over "
+                f"{over}, {found['network_evaluations']} evaluations of the network"
+            )
     return result
 
 
 def _result(terms: Tensor, prior: Tensor) -> dict[str, Any]:
     """Means over images of the terms (N, T) and the prior (N,), in bits per dimension."""
-    total = terms.sum(1) + prior
-    return {
-        "total": total.mean().item(),
-        "standard_error": total.std().item() / math.sqrt(len(total)) if len(total) > 1 else math.nan,
-        "prior": prior.mean().item(),
-        "terms": terms.mean(0).tolist(),
-    }
+    return {**_mean(terms.sum(1) + prior), "prior": prior.mean().item(), "terms": terms.mean(0).tolist()}
+
+
+def _mean(total: Tensor) -> dict[str, float]:
+    """Mean and standard error of bits per dimension (N,) of images."""
+    error = total.std().item() / math.sqrt(len(total)) if len(total) > 1 else math.nan
+    return {"total": total.mean().item(), "standard_error": error}
+
+
+def has_bound(scheduler: Any) -> bool:
+    """Whether the steps of a model have a variance, without which there is no variational bound."""
+    kind = scheduler.config.get("variance_type")
+    return not is_flow(scheduler) and (kind in FIXED or kind == "learned_range")
 
 
 class Bound:
@@ -97,10 +122,10 @@ class Bound:
         """`clipping`: clamp the predicted x_0 to [-1, 1]. Raises InputError if the steps of the model have no variance."""
         own = pipeline.scheduler
         kind = own.config.get("variance_type")
-        if is_flow(own) or not (kind in FIXED or kind == "learned_range"):
+        if not has_bound(own):
             raise InputError(
                 f"the model's scheduler is {type(own).__name__} with variance_type {kind}, whose steps have no bound here; eval.py score "
-                f"measures any model (fid, kid, prc); a model of another --prediction_type than flow has a bound"
+                f"measures any model (fid, kid, prc); a model of another --prediction_type than flow has a bound, --method ode is for all"
             )
         self.pipeline, self.clipping, self.kind = pipeline, clipping, kind
         self.schedule: Schedule = schedule_of_scheduler(own)
@@ -141,6 +166,45 @@ class Bound:
         """The prior term (B,): KL divergence of q(x_T | x_0) from N(0, 1) in bits per dimension, for images (B, C, H, W)."""
         a, s = self.schedule.a[-1].item(), self.schedule.s[-1].item()
         return ((a * x_0.double()).square() + s**2 - 1 - 2 * math.log(s)).flatten(1).mean(1) / 2 * BITS
+
+
+class OdeLikelihood:
+    """Computes the likelihood of images under one model by the probability-flow ODE. The predicted x_0 is never clipped."""
+
+    def __init__(self, pipeline: PixelPipeline, probes: int, tolerance: float) -> None:
+        """`probes` of the trace estimator for each image; `tolerance` of the solver."""
+        self.pipeline, self.probes, self.tolerance = pipeline, probes, tolerance
+        self.kind = prediction_type_of(pipeline.scheduler)
+        self.path = OdePath(schedule_of_scheduler(pipeline.scheduler), is_flow(pipeline.scheduler))
+
+    @torch.no_grad()
+    def bits(self, x_0: Tensor, labels: Tensor | None, seed: int, indices: Sequence[int]) -> tuple[Tensor, int]:
+        """Bits per dimension (B,) float64 of images (B, C, H, W) in [-1, 1], and the evaluations of the network.
+
+        Noise and probes are functions of (seed, image); the steps of the solver are those that the hardest image of the batch needs.
+        """
+        device, shape = self.pipeline.device, x_0.shape
+        labels = labels.to(device) if labels is not None else None
+        noise = seeding.normal(shape[1:], seed, "ode noise", indices)
+        probes = seeding.normal((self.probes, *shape[1:]), seed, "ode probes", indices).transpose(0, 1)
+        start, (a, s) = self.path.start, (factor.item() for factor in self.path.a_s(self.path.start))
+        clean = x_0.to(device, torch.float64)
+        x = a * clean + s * noise.to(device, torch.float64)
+
+        def velocity(flat: Tensor, time: float) -> Tensor:
+            x_t = flat.view(shape).to(self.pipeline.unet.dtype)
+            timestep = torch.tensor(self.path.timestep(time), dtype=torch.float32, device=device)
+            output = self.pipeline.unet(x_t, timestep, labels, return_dict=False)[0][:, : shape[1]].double()
+            return self.path.velocity(self.kind, output, flat.view(shape), time).flatten(1)
+
+        signs = torch.where(probes >= 0, 1.0, -1.0).to(device, torch.float64).flatten(2)
+        density, calls = log_density(velocity, x.flatten(1), signs, start, self.path.times[-1].item(), self.tolerance)
+        nats = negative_log_likelihood(density, x.flatten(1), clean.flatten(1), a, s)
+        return (nats / clean[0].numel() * BITS).cpu(), calls
+
+    def result(self, bits: Tensor, calls: int) -> dict[str, Any]:
+        """What the JSON says, of the bits per dimension (N,) of images; `calls` of the network for the hardest batch."""
+        return {**_mean(bits), "network_evaluations": calls, "probes": self.probes, "tolerance": self.tolerance}
 
 
 def _data(config: BitsConfig, pipeline: PixelPipeline, order: ClassOrder = "plain") -> TrainingData:

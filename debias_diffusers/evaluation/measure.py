@@ -141,6 +141,12 @@ def statistics_metadata(path: Path) -> dict[str, str]:
         raise InputError(f"reference {path} cannot be read as a file of eval.py stats: {reason(error)}") from error
 
 
+def _extractor_of_metrics(metrics: str) -> str | None:
+    """That of a metric which is named after it; None where there is none."""
+    own = (METRICS[metric].extractor for metric in metrics.split(","))
+    return next((extractor for extractor in own if extractor not in (None, INCEPTION)), None)
+
+
 def make_measure(config: MeasureConfig, reference: str, accelerator: Accelerator, clip_model: str | None = None) -> Measure:
-    extractor = config.feature_extractor or usual_extractor(reference)
+    extractor = config.feature_extractor or _extractor_of_metrics(config.metrics) or usual_extractor(reference)
     return Measure(config, extractor, accelerator.device, accelerator.process_index, accelerator.num_processes, clip_model)

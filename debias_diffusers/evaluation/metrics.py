@@ -27,6 +27,9 @@ PIXEL_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
 KID_SUBSET, KID_SUBSETS = 1000, 100
 KID_SUBSETS_REDRAWN = 10  # of each redrawn set: there are many of those
 NEIGHBOURS = 3  # of precision and recall (arXiv 1904.06991)
+DENSITY_NEIGHBOURS = 5  # of density and coverage (arXiv 2002.09797)
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # of the Gaussian kernel, and what its distance is multiplied by (arXiv 2401.09603)
+ROWS_AT_ONCE = 1024  # of a matrix of distances
 SPLITS = 10  # of the Inception score
 
 Statistics = dict[str, np.ndarray]  # mu (D,) and sigma (D, D)
@@ -135,7 +138,7 @@ def figures(target: Sample, reference: Sample, layers: Mapping[str, str], seed: 
         InputError: a metric needs images of the reference, and there are statistics only.
     """
     require_images(reference, layers)
-    functions = METRIC_FUNCTIONS | {"kid": partial(_kid, subsets=subsets)}
+    functions = METRIC_FUNCTIONS | {"kid": partial(_kid, subsets=subsets), "kid_rbf": partial(_kid, subsets=subsets, rbf=True)}
     found: dict[str, float] = {}
     for metric, layer in layers.items():
         found |= (its := functions[metric](target, reference, layer, seed))
@@ -154,13 +157,42 @@ def _inception_score(target: Sample, reference: Sample, layer: str, seed: int) -
     return {"is": found["inception_score_mean"], "is_std": found["inception_score_std"]}
 
 
-def _kid(target: Sample, reference: Sample, layer: str, seed: int, subsets: int = KID_SUBSETS) -> dict[str, float]:
+def _kid(target: Sample, reference: Sample, layer: str, seed: int, subsets: int = KID_SUBSETS, rbf: bool = False) -> dict[str, float]:
+    """`rbf`: with the Gaussian kernel of torch-fidelity, exp(-|x - y|^2 / 200), in place of the cubic polynomial."""
     one, other = target.features[layer], reference.features[layer]
     size = min(KID_SUBSET, len(one), len(other))
     subsets = 1 if size == len(one) == len(other) else subsets  # each would be all images, and their spread rounding
-    found = kid_features_to_metric(one, other, kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False)
-    spread = {"kid_std": found["kernel_inception_distance_std"]} if subsets > 1 else {}
-    return {"kid": found["kernel_inception_distance_mean"], **spread, "kid_subset": size}
+    found = kid_features_to_metric(
+        one, other, kid_subsets=subsets, kid_subset_size=size, kid_kernel="rbf" if rbf else "poly", rng_seed=seed, verbose=False
+    )
+    name = "kid_rbf" if rbf else "kid"
+    spread = {f"{name}_std": found["kernel_inception_distance_std"]} if subsets > 1 else {}
+    return {name: found["kernel_inception_distance_mean"], **spread, **({} if rbf else {"kid_subset": size})}
+
+
+def _cmmd(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
+    """Of embeddings of length 1: the mean of the kernel within each set, minus twice that between them (arXiv 2401.09603)."""
+    one, other = (torch.nn.functional.normalize(sample.features[layer].double(), dim=1) for sample in (target, reference))
+
+    def mean_kernel(a: Tensor, b: Tensor) -> float:
+        sums = [torch.exp(-torch.cdist(part, b).square() / (2 * CMMD_SIGMA**2)).sum() for part in a.split(ROWS_AT_ONCE)]
+        return float(torch.stack(sums).sum()) / (len(a) * len(b))
+
+    return {"cmmd": CMMD_SCALE * (mean_kernel(one, one) + mean_kernel(other, other) - 2 * mean_kernel(one, other))}
+
+
+def _density_coverage(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
+    """Each reference image has a ball that reaches to its fifth neighbour (arXiv 2002.09797, equations 4 and 5).
+
+    Density is the mean number of balls that hold an image of the target, over five; coverage the share of balls that hold some.
+    """
+    one, other = target.features[layer], reference.features[layer]
+    inside, covered = 0.0, 0
+    for part in other.split(ROWS_AT_ONCE):
+        radius = torch.cdist(part, other).kthvalue(DENSITY_NEIGHBOURS + 1, dim=1).values  # the first is the image itself
+        within = torch.cdist(part, one) < radius[:, None]
+        inside, covered = inside + within.sum().item(), covered + int(within.any(1).sum())
+    return {"density": inside / (DENSITY_NEIGHBOURS * len(one)), "coverage": covered / len(other)}
 
 
 def _precision_recall(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
@@ -189,7 +221,11 @@ METRIC_FUNCTIONS: dict[str, Callable[[Sample, Sample, str, int], dict[str, float
     "sfid": partial(_distance, name="sfid"),
     "is": _inception_score,
     "kid": _kid,
+    "kid_rbf": partial(_kid, rbf=True),
+    "cmmd": _cmmd,
+    "fd_dinov2": partial(_distance, name="fd_dinov2"),
     "prc": _precision_recall,
+    "dc": _density_coverage,
     "colour": _colour,
     "prompt_accuracy": partial(_mean, name="prompt_accuracy"),
     "clip_score": partial(_mean, name="clip_score"),

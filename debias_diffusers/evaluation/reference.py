@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from ..config import hub_names
+from ..config import hub_names, shard_names
 from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
-from ..config.loading import read_config, stored
+from ..config.loading import CHANGEABLE, read_config, stored
 from ..config.schema import DIGITS, BitsConfig, DataConfig, MeasureConfig, TrainConfig
 from ..data import image_folders
 from ..data.sources import ImageFolder, Source, open_readable, open_source, summary
@@ -102,10 +101,22 @@ def any_run(targets: Sequence[str]) -> bool:
     return any(_values_of_run(target) is not None for target in targets)
 
 
+def training_of_run(target: str) -> dict[str, Any] | None:
+    """What shaped the training of a run directory, with its seed: the configuration without what any resume may change.
+
+    The number of steps is there, too. None of what is no run directory.
+    """
+    run = Path(target)
+    if not (run / CHECKPOINTS).is_dir() or not (run / CONFIG).is_file():
+        return None
+    values = {**stored(TrainConfig()), **read_config(str(run / CONFIG))}
+    return {name: value for name, value in values.items() if name == "max_steps" or name not in CHANGEABLE}
+
+
 def _of_same_files(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two runs were trained on the same local files, possibly under different paths."""
     names = (one["dataset"], other["dataset"])
-    if any(name == DIGITS or is_pinned(name) for name in names):
+    if any(name == DIGITS or is_pinned(name) or shard_names.is_remote(name) for name in names):
         return False
     return names[0] == names[1] or _fingerprint(one) == _fingerprint(other) is not None
 
@@ -142,13 +153,13 @@ def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) ->
     """Sets the path of local data: the path in the configuration if it has the same files, else the absolute path at training time."""
     paths = state.get("paths")
     typed, lay = values["dataset"], paths.get("dataset") if isinstance(paths, dict) else None
-    if typed == DIGITS or is_pinned(typed):  # for the Hub, a run saves the commit
+    if typed == DIGITS or is_pinned(typed) or shard_names.is_remote(typed):  # for the Hub, a run saves the commit
         return values
-    if os.path.exists(os.path.expanduser(typed)):
+    if shard_names.exists(typed):
         before = {name: value for name, value in state.get("data", {}).items() if name != "skipped"}
         if lay is None or absolute_path(typed) == lay or _fingerprint(values) == before:
             return values
-    if lay is None or not os.path.exists(lay):
+    if lay is None or not shard_names.exists(lay):
         raise InputError(f"{target} was trained on {lay or typed}, which does not exist; name the data with --reference")
     return {**values, "dataset": lay}
 

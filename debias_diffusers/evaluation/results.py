@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from ..config.registry import FIGURES
 from ..utils.files import read_json, write_file
+from .metrics import as_loss
 from .plots import plot_curves
 
 
@@ -39,6 +42,8 @@ class Row:
     network_evaluations: int | None = None  # of one image; with guidance each is of two inputs
     guidance_scale: float | None = None  # of text-to-image models
     checkpoint: int | None = None
+    sigma_rel: float | None = None  # of averaged weights that were reconstructed
+    sampling_seed: int | None = None  # where there are several
     intervals: dict[str, tuple[float, float]] | None = None
 
 
@@ -54,7 +59,7 @@ def table(result: Mapping[str, Any]) -> str:
     names = [name for name in FIGURES if any(name in row for row in targets)]
     how = [
         name
-        for name in ("checkpoint", "scheduler", "steps", "network_evaluations", "guidance_scale")
+        for name in ("checkpoint", "sigma_rel", "sampling_seed", "scheduler", "steps", "network_evaluations", "guidance_scale")
         if any(name in row for row in targets)
     ]
     rows = [["target", *(name.replace("_", " ") for name in how), "images", *names]]
@@ -64,6 +69,11 @@ def table(result: Mapping[str, Any]) -> str:
     if yardstick := result["halves_of_the_reference"]:
         cells = ["two halves of the reference", *("" for _ in how), str(result["reference"]["images"] // 2)]
         rows.append([*cells, *(_cell(yardstick, name) for name in names)])
+    return _aligned(rows)
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """A table in Markdown, whose first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |" for row in rows)
@@ -92,17 +102,92 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     return f"{row[name]:.4g}" + (f" ({low_high[0]:.4g} to {low_high[1]:.4g})" if low_high else "")
 
 
+# 97.5% quantile of Student's t by degrees of freedom from 1 on; of more, that of 30, which is a little too large.
+STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
+    2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+_SAME = ("checkpoint", "sigma_rel", "scheduler", "steps", "network_evaluations", "guidance_scale", "images")
+
+
+def over_training_seeds(rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means and 95% intervals over runs that differ in their seed alone, for each way in which they were drawn.
+
+    The intervals are those of Student's t over the seeds of the training; the figures of a run are means over the seeds of the sampling.
+
+    Args:
+        rows: of the result.
+        runs: by target, the configuration of those that are runs, with `seed`, without what does not shape the training.
+    """
+    groups: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        if (config := runs.get(row["target"])) is not None:
+            key = json.dumps([{**config, "seed": None}, [row.get(name) for name in _SAME]], sort_keys=True)
+            groups.setdefault(key, {}).setdefault(config["seed"], []).append(row)
+    several = [seeds for seeds in groups.values() if len(seeds) > 1]
+    configs = [runs[next(iter(seeds.values()))[0]["target"]] for seeds in several]
+    differing = [
+        name for name in sorted(set[str]().union(*configs) - {"seed"}) if len({json.dumps(each.get(name)) for each in configs}) > 1
+    ]
+    return [
+        {
+            "group": ", ".join(f"{name} {config.get(name)}" for name in differing) or "all",
+            "targets": sorted({row["target"] for found in seeds.values() for row in found}),
+            "training_seeds": sorted(seeds),
+            "sampling_seeds": max(len(found) for found in seeds.values()),
+            **{name: first[name] for name in _SAME if name in (first := next(iter(seeds.values()))[0])},
+            "figures": {
+                name: _mean_of_seeds([sum(row[name] for row in found) / len(found) for found in seeds.values()])
+                for name, better in FIGURES.items()
+                if better != "neither" and all(name in row for found in seeds.values() for row in found)
+            },
+        }
+        for seeds, config in zip(several, configs)
+    ]
+
+
+def _mean_of_seeds(values: Sequence[float]) -> dict[str, float]:
+    mean, count = statistics.fmean(values), len(values)
+    half = STUDENT[min(count - 1, len(STUDENT)) - 1] * statistics.stdev(values) / math.sqrt(count)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def table_of_groups(groups: Sequence[Mapping[str, Any]]) -> str:
+    """The means over training seeds as an aligned table in Markdown."""
+    names = [name for name in FIGURES if any(name in group["figures"] for group in groups)]
+    how = [name for name in _SAME if len({group.get(name) for group in groups}) > 1]
+    rows = [["runs that differ in their seed", *(name.replace("_", " ") for name in how), "training seeds", *names]]
+    for group in groups:
+        cells = ["{mean:.4g} ({low:.4g} to {high:.4g})".format(**group["figures"][name]) for name in names]
+        rows.append([group["group"], *(str(group.get(name, "")) for name in how), str(len(group["training_seeds"])), *cells])
+    return _aligned(rows)
+
+
+LABELS = {"checkpoint": "training step", "sigma_rel": "sigma_rel of the average", "steps": "steps of the solver"}  # of the x axis
+
+
+def best_width(rows: Sequence[Mapping[str, Any]], figure: str) -> list[dict[str, Any]]:
+    """Of each target with averages of several widths, the one that is best by a figure."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if row.get("sigma_rel") is not None and math.isfinite(value := as_loss(figure, row[figure])):
+            best = found.get(row["target"])
+            if best is None or value < as_loss(figure, best[figure]):
+                found[row["target"]] = row
+    return [{"target": target, "sigma_rel": row["sigma_rel"], figure: row[figure]} for target, row in found.items()]
+
+
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """A picture of each figure over steps, or over checkpoints, where there are several."""
-    along = "checkpoint" if len({row.get("checkpoint") for row in rows}) > 1 else "steps"
+    """A picture of each figure over steps, over checkpoints, or over the widths of averages, where there are several."""
+    along = next((name for name in ("checkpoint", "sigma_rel") if len({row.get(name) for row in rows}) > 1), "steps")
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         if (place := row.get(along)) is None:
             continue
-        parts = (row["target"], row["scheduler"], row.get("steps" if along == "checkpoint" else "checkpoint"))
+        parts = (row["target"], row["scheduler"], row.get("checkpoint" if along == "steps" else "steps"))
         label = " ".join(str(part) for part in parts if part is not None)
         for name, better in FIGURES.items():
             if name in row and better != "neither":
                 lines.setdefault(name, {}).setdefault(label, []).append((place, row[name]))
     if any(len(points) > 1 for labelled in lines.values() for points in labelled.values()):
-        write_file(path, plot_curves(lines, "training step" if along == "checkpoint" else "steps of the solver"))
+        write_file(path, plot_curves(lines, LABELS[along]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,12 @@ from .image_sets import ImageSet, generated_images, holds_images, images_of_fold
 from .measure import Measure, make_measure
 from .metrics import Sample
 from .plots import is_our_picture
-from .reference import any_run, caption_column, open_reference, pinned_data, print_summary, reference_data
-from .results import Row, as_json, as_row, draw_curves, has_fields, table, unequal
+from .reference import any_run, caption_column, open_reference, pinned_data, print_summary, reference_data, training_of_run
+from .results import Row, as_json, as_row, best_width, draw_curves, has_fields, over_training_seeds, table, table_of_groups, unequal
 from .statistics import npz_statistics, read_statistics
 
 MAX_GENERATED = 50_000
+SWEEP = (0.03, 0.05, 0.07, 0.085, 0.1, 0.125, 0.15, 0.2)  # sigma_rel of `--ema sweep`
 
 
 # ---- score and compare -----------------------------------------------------------------------------------------------
@@ -74,8 +76,13 @@ def score(config: ScoreConfig) -> dict[str, Any]:
             write_file(figures, as_json(result))
             draw_curves(result["targets"], picture)
         print(table(result))
+        if "groups" in result:
+            print(f"\nmeans over training seeds, with 95% intervals over these:\n\n{table_of_groups(result['groups'])}")
         for sentence in unequal(result["targets"]):
             say(f"note: {sentence}")
+        for best in result.get("best", ()):
+            (figure,) = best.keys() - {"target", "sigma_rel"}
+            say(f"best {figure} of {best['target']}: {best[figure]:.4g} at sigma_rel {best['sigma_rel']:g}")
     return result
 
 
@@ -90,7 +97,7 @@ def _require_output(config: ScoreConfig, output: str) -> None:
     figures, picture = _files_of(output)
     before = has_fields(figures, "reference", "extractor", "targets")
     require_replaceable("output", figures, lambda _: before)
-    if config.checkpoints or "," in config.steps:
+    if config.checkpoints or "," in config.steps or config.ema:
         require_replaceable("output", picture, lambda path: is_our_picture(path, before))
 
 
@@ -284,7 +291,8 @@ def _drawn(
     if prompts and config.class_labels != "data":
         raise InputError(f"class_labels is {config.class_labels}, but {target} is a text-to-image model; leave it out")
     said = not accelerator.is_main_process
-    for step in _steps_of(Path(target), config.checkpoints):
+    seeds = [int(seed) for seed in config.sampling_seeds.split(",")] if config.sampling_seeds else [None]
+    for step, width, seed in product(_steps_of(Path(target), config.checkpoints), SWEEP if config.ema else (None,), seeds):
         for scheduler in config.schedulers.split(","):
             for steps in map(int, config.steps.split(",")):
                 command = SampleConfig(
@@ -293,8 +301,8 @@ def _drawn(
                     steps=steps,
                     num_images=count,
                     batch_size=config.measure.batch_size,
-                    seed=config.seed,
-                    weights=config.weights,
+                    seed=config.seed if seed is None else seed,
+                    weights=f"sigma_rel={width}" if width else config.weights,
                     guidance_scale=config.guidance_scale,
                     **own,
                 )
@@ -306,7 +314,7 @@ def _drawn(
                 said = said or bool(prompts)  # they are the same for all
                 how = {"scheduler": job.settings["scheduler"], "steps": steps, "network_evaluations": job.network_evaluations}
                 how |= {"guidance_scale": job.options["guidance_scale"]} if prompts else {}
-                yield generated_images(job, count, target), {**how, "checkpoint": step}
+                yield generated_images(job, count, target), {**how, "checkpoint": step, "sigma_rel": width, "sampling_seed": seed}
 
 
 def _notes(job: Job, config: ScoreConfig, target: str) -> list[str]:
@@ -360,6 +368,8 @@ def _result(config: ScoreConfig, measure: Measure, compared: _Compared, rows: li
     of_prompts = {metric: {"weights_sha256": scorer.weights_sha256} for metric, scorer in measure.of_prompts.items()}
     if "clip_score" in of_prompts:
         of_prompts["clip_score"] |= {"clip_model": str(config.clip_model)}
+    targets = [as_row(row) for row in rows]
+    groups = over_training_seeds(targets, {target: found for target in config.targets if (found := training_of_run(target))})
     return {
         "reference": {"name": config.reference, "images": sample.count, "resolution": side} if sample else None,
         "extractor": {
@@ -371,7 +381,9 @@ def _result(config: ScoreConfig, measure: Measure, compared: _Compared, rows: li
         **({"of_prompts": of_prompts} if of_prompts else {}),
         "halves_of_the_reference": _distance_of_halves(sample, measure.layers, config) if sample else None,
         "seed": config.seed,
-        "targets": [as_row(row) for row in rows],
+        "targets": targets,
+        **({"groups": groups} if groups else {}),
+        **({"best": best_width(targets, next(iter(METRICS[config.measure.metrics.split(",")[0]].figures)))} if config.ema else {}),
     }
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError  # the builtin
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..config.hub_names import COMMIT, is_model_id, split_revision
+from ..config.hub_names import COMMIT, hub_file, is_model_id, split_revision
 from ..config.schema import HubConfig
 from ..errors import HubError, InputError, shortened
 from ..runs.model_folder import MODEL_INDEX, task_of
@@ -211,7 +211,7 @@ def pinned(name: str, kind: str = "model") -> str:
     Where the Hub cannot be reached, the newest commit in the cache is taken, with a warning that there may be a newer one.
 
     Args:
-        name: user/name or user/name@revision.
+        name: user/name or user/name@revision; or hf://datasets/user/name/path, of files in a data set.
         kind: model or dataset.
 
     Raises:
@@ -219,6 +219,8 @@ def pinned(name: str, kind: str = "model") -> str:
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    if file := hub_file(name):
+        return file.at(split_revision(pinned(f"{file.repo}@{file.revision}" if file.revision else file.repo, "dataset"))[1])
     repo, revision = split_revision(name)
     if revision and COMMIT.fullmatch(revision):
         return name

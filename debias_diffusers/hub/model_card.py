@@ -13,7 +13,7 @@ from typing import Any
 from ..config.hub_names import COMMIT, split_revision
 from ..config.loading import is_text, stored
 from ..config.registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, WeightingSpec
-from ..config.schema import DIGITS, NoiseConfig, ObjectiveConfig, TrainConfig
+from ..config.schema import DIGITS, NoiseConfig, ObjectiveConfig, TrainConfig, is_straight, needs_own_scheduler
 from ..runs.lora_folder import BASE_RECORD, LORA_WEIGHTS
 
 TITLE = "# A diffusion model trained with debias_diffusers"
@@ -204,7 +204,12 @@ def _data(config: TrainConfig, images: int | None) -> str:
 def _use(num_classes: int, objective: ObjectiveConfig, classes: Mapping[str, int] | None) -> str:
     """Python code that draws an image with the exported scheduler."""
     T = objective.num_train_timesteps
-    steps = f"num_inference_steps={min(50, T) if objective.prediction_type == 'flow' else T}"
+    steps = f"num_inference_steps={min(50, T) if is_straight(objective) else T}"
+    if not num_classes and needs_own_scheduler(objective):
+        return (
+            f"from debias_diffusers import PixelPipeline\n\npipeline = PixelPipeline.from_pretrained({PLACEHOLDER})\n"
+            f"image = pipeline({steps}).images[0]"
+        )
     if num_classes:
         return (
             "from debias_diffusers import PixelPipeline\n\n"
@@ -253,6 +258,11 @@ def _others(num_classes: int, objective: ObjectiveConfig) -> str:
     """Which other pipelines of diffusers work: few support other prediction types than epsilon, and none raises an error."""
     if num_classes:
         return "\nAfter this import `DiffusionPipeline.from_pretrained` loads it, too. Pipelines of diffusers itself know no labels.\n"
+    if needs_own_scheduler(objective):
+        return (
+            "\nAfter this import `DiffusionPipeline.from_pretrained` loads it, too. Schedulers of diffusers itself take no x_0 on the "
+            "straight path.\n"
+        )
     if objective.prediction_type == "flow":
         return "\nNot with `DDIMPipeline`, which takes it for a model that predicts the noise and draws noise.\n"
     if objective.learn_sigma:
@@ -264,7 +274,7 @@ def _command(config: TrainConfig) -> str:
     objective = config.objective
     if is_text(config):
         return f'debias-sample {PLACEHOLDER} --prompt "a photograph" --output_dir samples'
-    solver = DEFAULT_FLOW_SOLVER if objective.prediction_type == "flow" else DEFAULT_SOLVER
+    solver = DEFAULT_FLOW_SOLVER if is_straight(objective) else DEFAULT_SOLVER
     return f"debias-sample {PLACEHOLDER} --scheduler {solver} --steps {min(20, objective.num_train_timesteps // 2)} --output_dir samples"
 
 
@@ -313,7 +323,6 @@ def _objective(objective: ObjectiveConfig) -> str:
     """The training objective in sentences; its numbers are in the table of the configuration."""
     predicted, name = objective.prediction_type, objective.weighting
     weighting = WEIGHTINGS.get(name, WeightingSpec(summary=""))  # of a run whose own function is not registered in this process
-    sampler = TIMESTEP_SAMPLERS[objective.timestep_sampler]
     if name == "variational":
         sentences = [f"The network predicts {predicted} and a variance; the variational bound was minimised, without weights."]
     elif weighting.repeats:
@@ -325,16 +334,29 @@ def _objective(objective: ObjectiveConfig) -> str:
         ]
     if weighting.source:
         sentences.append(f"{_code(name)} is {weighting.summary}, from {weighting.source}.")
-    if not sampler.corrected:
-        values = sampler.card.format(**dataclasses.asdict(objective))
-        density = _code(objective.timestep_sampler) + (f" ({values})" if values else "")
-        sentences.append(f"t was drawn with the density {density} without correction, so the objective is multiplied by this density.")
+    if objective.schedule_free_weights:
+        sentences.append("The weights are on d log(SNR), so that the objective does not depend on the noise schedule.")
+    if objective.learned_uncertainty:
+        sentences.append("A learned uncertainty u(t) divides the weighted loss by e^u(t) and adds u(t), from arXiv 2312.02696.")
+    for drawn, steps in _drawn(objective):
+        if not (sampler := TIMESTEP_SAMPLERS[drawn]).corrected:
+            values = sampler.card.format(**dataclasses.asdict(objective))
+            density = f"{_code(drawn)}{f' ({values})' if values else ''}{steps}"
+            sentences.append(f"t was drawn with the density {density} without correction, so the objective is multiplied by this density.")
     if (strategy := objective.timestep_bias_strategy) != "none":
         values = ", ".join(f"{name} {getattr(objective, name)}" for name in TIMESTEP_BIASES[strategy].parameters)
         sentences.append(f"Timesteps were drawn with the bias {_code(strategy)} ({values}) without correction: the objective has it, too.")
     if objective.learn_sigma and name != "variational":
         sentences.append("The variance of a sampling step is learned by the variational bound.")
     return "\n".join(sentences)
+
+
+def _drawn(objective: ObjectiveConfig) -> list[tuple[str, str]]:
+    """The samplers of t, each with the steps in which it drew."""
+    switch = objective.timestep_sampler_switch
+    if objective.timestep_sampler_after is None:
+        return [(objective.timestep_sampler, "")]
+    return [(objective.timestep_sampler, f" in the first {switch} steps"), (objective.timestep_sampler_after, f" from step {switch} on")]
 
 
 def _noise(noise: NoiseConfig) -> str:

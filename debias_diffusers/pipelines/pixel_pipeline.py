@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import schedulers  # noqa: F401
 from ..config.schema import Clipping, PredictionType
 from ..data.labels import from_config_mapping, label_indices
-from ..diffusion.noise_schedule import is_flow, predicted_x_0, prediction_of_x_0
+from ..diffusion.noise_schedule import is_flow, predicted_x_0, prediction_of_x_0, prediction_type_of
 from ..errors import InputError, NotFiniteError
 from ..hub import client
 from ..runs.model_folder import task_of
@@ -262,7 +262,7 @@ class PixelPipeline(DiffusionPipeline):
 
     @property
     def _prediction_type(self) -> PredictionType:
-        kind: PredictionType = "flow" if is_flow(self.scheduler) else self.scheduler.config.prediction_type
+        kind: PredictionType = prediction_type_of(self.scheduler)
         return kind
 
     def _a_s(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..config.registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, SOLVERS
-from ..config.schema import Clipping, ObjectiveConfig, SchedulerName, Spacing
-from ..diffusion.noise_schedule import is_flow, make_schedule, predicted_x_0
+from ..config.schema import Clipping, ObjectiveConfig, PredictionType, SchedulerName, Spacing, is_straight
+from ..diffusion.noise_schedule import is_flow, make_schedule, predicted_x_0, prediction_type_of
 from ..errors import InputError
 
 
@@ -237,6 +237,26 @@ class UniPC(UniPCMultistepScheduler):
         return stepped
 
 
+class SampleFlow:
+    """A flow matching scheduler for a network that predicts x_0 on the straight path: u = (x_t - x_0) / t (JiT, arXiv 2511.13720)."""
+
+    flow_prediction_type: PredictionType = "sample"
+
+    def step(self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, generator: Any = None, return_dict: bool = True) -> Any:
+        """One step from x_t; model_output (B, C, H, W) is x_0. A timestep is T times t."""
+        t = float(timestep) / self.config.num_train_timesteps  # type: ignore[attr-defined]
+        velocity = (sample - model_output) / t
+        return super().step(velocity, timestep, sample, generator=generator, return_dict=return_dict)  # type: ignore[misc]
+
+
+class SampleFlowMatchEuler(SampleFlow, FlowMatchEulerDiscreteScheduler):
+    """Euler's method for a network that predicts x_0 on the straight path."""
+
+
+class SampleFlowMatchHeun(SampleFlow, FlowMatchHeunDiscreteScheduler):
+    """Heun's method for a network that predicts x_0 on the straight path."""
+
+
 # By the names of `registry.SOLVERS`: the class, and what it needs beside the model's own scheduler configuration.
 SCHEDULERS: dict[SchedulerName, tuple[type, dict[str, Any]]] = {
     "ddpm": (DDPM, {}),
@@ -266,6 +286,7 @@ SCHEDULERS: dict[SchedulerName, tuple[type, dict[str, Any]]] = {
     "flow_heun": (FlowMatchHeunDiscreteScheduler, {}),
 }
 assert SCHEDULERS.keys() == SOLVERS.keys(), SCHEDULERS.keys() ^ SOLVERS.keys()
+SAMPLE_FLOW = {"flow_euler": SampleFlowMatchEuler, "flow_heun": SampleFlowMatchHeun}  # in place of those, where the network predicts x_0
 FLOW = tuple(name for name, spec in SOLVERS.items() if spec.flow)
 SIGMA_SPACING_OPTIONS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"}
 COMMON_BETA_SCHEDULES = {"linear", "scaled_linear", "squaredcos_cap_v2"}  # of all diffusers schedulers; DDPMScheduler has more
@@ -279,8 +300,9 @@ def default_scheduler(own: Any) -> SchedulerName:
 def exported_scheduler(objective: ObjectiveConfig) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
     """The scheduler that is saved with a trained model and has its noise schedule: DDPM, or Euler for rectified flow."""
     schedule = make_schedule(objective)
-    if objective.prediction_type == "flow":
-        return FlowMatchEulerDiscreteScheduler(**schedule.diffusers)
+    if is_straight(objective):
+        kind = FlowMatchEulerDiscreteScheduler if objective.prediction_type == "flow" else SampleFlowMatchEuler
+        return kind(**schedule.diffusers)
     return DDPMScheduler(
         **schedule.diffusers,
         prediction_type=objective.prediction_type,
@@ -389,6 +411,8 @@ def _refuse_other_models(name: SchedulerName, own: Any, spacing: Spacing, timest
 
 def _built(name: SchedulerName, own: Any, spacing: Spacing) -> Any:
     kind, changes = SCHEDULERS[name]
+    if name in FLOW and prediction_type_of(own) == "sample":
+        kind = SAMPLE_FLOW[name]
     # These options would silently override `spacing`.
     config = {field: value for field, value in own.config.items() if field not in SIGMA_SPACING_OPTIONS}
     if config.get("variance_type") == "fixed_large_log":  # of which DDPMScheduler takes the root of a logarithm

@@ -19,18 +19,18 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..config.loading import CHANGES
 from ..errors import InputError, NoUsableCheckpointError, reason
-from ..utils.files import fsync_file, fsync_folder, read_json, temporary_folder, translate_write_errors, write_and_fsync
+from ..utils.files import fsync_file, fsync_folder, hash_of, read_json, temporary_folder, translate_write_errors, write_and_fsync
 
 FORMAT = 1
 MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampler.safetensors"  # files of tensors
+UNCERTAINTY = "uncertainty.safetensors"  # that is learned: apart from the networks, which others load
 MANIFEST = "manifest.json"
 OWN_HASH = "sha256"  # of the rest of the manifest: a flipped bit in "format" must not look like a newer version
 STATE = "state.json"
-BLOCK = 1 << 20  # bytes that are hashed at once
 Writer = Callable[[Path], object]
 _NAME = re.compile(r"step-([0-9]{8,})")
 
@@ -131,14 +131,6 @@ def _synced(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         digest = hash_of(file)
         return {"size": file.tell(), "sha256": digest}
-
-
-def hash_of(file: IO[bytes]) -> str:
-    """Of a file in blocks: they take half the time of new memory for gigabytes, and no memory."""
-    digest = hashlib.sha256()
-    while block := file.read(BLOCK):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _hash(content: bytes) -> str:

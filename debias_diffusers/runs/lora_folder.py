@@ -11,8 +11,8 @@ from typing import Any
 
 from ..config.hub_names import is_model_id, is_pinned
 from ..errors import InputError
-from ..utils.files import read_json
-from .checkpoints import hash_of, newest_state
+from ..utils.files import hash_of, read_json
+from .checkpoints import newest_state
 from .run_directory import CHECKPOINTS
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name by which diffusers finds them

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..config import hub_names
+from ..config import hub_names, shard_names
 from ..config.choices import as_flags
 from ..config.hub_names import absolute_path, is_dataset_id, is_model_id, is_pinned
 from ..config.loading import (
@@ -37,6 +37,7 @@ from .metrics_file import METRICS_FILE, MetricsFile
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+SKIPPED = "skipped_images"  # in state.json and metrics.jsonl: samples whose image could not be read and was replaced
 REQUIRED_FIELDS = {"dataset", "prediction_type", "weighting", "noise_schedule", "ema_decay", "max_steps"}  # of any config.json
 DATA = "data"  # among the changes: the files behind `dataset`, by their fingerprint
 MARKER = ".debias_diffusers.json"  # this file marks a folder as a run directory
@@ -100,7 +101,7 @@ def run_values(folder: str | Path) -> dict[str, Any] | None:
     found.pop(CHANGES, None)
     values = flatten(TrainConfig()) | BEFORE_THE_FIELD | checked_values(found, f"run {str(folder)!r}")
     for name, path in (state.get("paths") or {}).items():
-        if values.get(name) and Path(path).exists() and not Path(values[name]).expanduser().exists():
+        if values.get(name) and shard_names.exists(path) and not shard_names.exists(values[name]):
             values[name] = path
     return {name: value for name, value in values.items() if name not in NOT_STORED}
 

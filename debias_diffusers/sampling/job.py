@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import hub_names
 from ..config.schema import SampleConfig
+from ..config.validation import sigma_rel_of
 from ..diffusion.noise_schedule import schedule_of_scheduler, terminal_snr_problem
 from ..errors import InputError
 from ..hub.model_card import step_of_card, variant
@@ -26,6 +27,7 @@ from ..runs.model_folder import is_lora
 from ..runs.run_directory import CHECKPOINTS
 from ..utils.console import say
 from ..utils.launcher import is_first_process
+from .post_hoc_ema import reconstructed
 
 DEFAULT_STEPS = 20
 SEED_FACTOR = 2654435761  # 2^32 over the golden ratio: its multiples mod 2^32 lie far apart
@@ -188,7 +190,8 @@ def open_weights(load: Callable[[str | None], Any], model: str, weights: str, st
     Args:
         load: loads the pipeline with a variant of its weights; None for the exported ones.
         model: path or Hub id.
-        weights: "ema", "raw", or an EMA rate; for a model that is not a run directory, a rate names a variant of its weights.
+        weights: "ema", "raw", an EMA rate, or sigma_rel=0.08; for a model that is not a run directory, a rate names a variant of its
+            weights.
         step: of the run's checkpoint; if None, the exported weights or the newest checkpoint.
 
     Raises:
@@ -200,13 +203,17 @@ def open_weights(load: Callable[[str | None], Any], model: str, weights: str, st
     if (run / CHECKPOINTS).is_dir():
         pipeline = load(None)
         return pipeline, _load_weights(pipeline, run, weights, step)
-    if weights in ("ema", "raw"):
+    if weights in ("ema", "raw") or sigma_rel_of(weights) is not None:
         raise InputError(f"weights is {weights}, but {run} has no checkpoints; take --weights ema")
     return load(variant(float(weights))), None
 
 
 def _load_weights(pipeline: Any, run: Path, weights: str, step: int | None = None) -> int:
     """Loads the raw or averaged weights of a run's checkpoint (the newest if step is None) into the pipeline; returns its step."""
+    if (sigma_rel := sigma_rel_of(weights)) is not None:
+        values, step = reconstructed(run, sigma_rel, step)
+        pipeline.unet.load_state_dict(values)
+        return step
     found = checkpoints.latest_valid(run / CHECKPOINTS)[0] if step is None else _checkpoint_at(run, step)
     if found is None:
         raise InputError(f"weights is {weights}, but {run} has no checkpoints; take --weights ema")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..config.schema import DIGITS, TrainConfig
+from ..data.dataset import shard_starts
+from ..data.shards.order import ShardOrder
 from ..data.sources import (
     Source,
     SourceSubset,
@@ -22,8 +24,11 @@ from ..data.sources import (
 from ..data.validation_split import HELD_OUT
 from ..errors import InputError
 from ..runs.checkpoints import Checkpoint
+from ..utils import seeding
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, told_by_the_first
+
+MANY_IMAGES, SAMPLE = 100_000, 1000  # from how many images on only a sample is checked, and how many these are
 
 
 def open_data(config: TrainConfig, found: Checkpoint | None, first: bool) -> Source:
@@ -45,8 +50,8 @@ def readable(
 ) -> tuple[Source, int | None]:
     """The source less its unreadable images, and the channels that are learned.
 
-    The processes share the look at all images, unless a checkpoint says what was seen before. The channels are None for the digits,
-    whose first image says them, too.
+    The processes share the look at the images, unless a checkpoint says what was seen before. The channels are None where none is looked
+    at, of which the first image says them, too.
 
     Args:
         config: of the run.
@@ -59,15 +64,15 @@ def readable(
     known = broadcast_from_first(lambda: _known_to_be_skipped(config, source, found), accelerator)
     channels = found.state["network"]["in_channels"] if found else typed
     if known is None:
-        known, coloured = _look(config, source, accelerator)
-        count = len(source) - len(known)
+        known, coloured, count = _look(config, source, accelerator)
         if channels == 1 and typed is None and coloured:
             with told_by_the_first(accelerator):
                 raise InputError(
                     f"dataset {config.data.dataset}: {coloured} of {count} images have colours, but this run learns grey ones; "
                     f"add --channels 1, which converts them to grey"
                 )
-        channels = channels or channels_of(coloured, count, say if first else None)
+        if count:
+            channels = channels or channels_of(coloured, count, say if first else None)
     return SourceSubset(source, known) if known else source, channels
 
 
@@ -91,16 +96,33 @@ def _require_same_data(config: TrainConfig, before: dict[str, Any], now: dict[st
     say(f"warning: {change}; positions of the run now mean other images")
 
 
-def _look(config: TrainConfig, source: Source, accelerator: Accelerator) -> tuple[list[int], int]:
-    """The images that are skipped, and how many of the others have colours."""
-    mine = check_images(source, range(len(source))[accelerator.process_index :: accelerator.num_processes])
+def _look(config: TrainConfig, source: Source, accelerator: Accelerator) -> tuple[list[int], int, int]:
+    """The images that are skipped in every epoch, how many of the others that were looked at have colours, and how many these are."""
+    looked_at = _looked_at(config, source)
+    mine = check_images(source, looked_at[accelerator.process_index :: accelerator.num_processes])
     parts = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
     bad = dict(sorted(item for part, _ in parts for item in part.items()))
     with told_by_the_first(accelerator):
-        require_skippable(bad, str(config.data.dataset), len(source), config.data.skip_bad)
-    for sentence in bad.values() if accelerator.is_main_process else ():
-        say(f"skipped: {sentence}")
-    return list(bad), sum(coloured for _, coloured in parts)
+        require_skippable(bad, str(config.data.dataset), len(looked_at), config.data.skip_bad)
+    all_of_them = len(looked_at) == len(source)
+    if accelerator.is_main_process:
+        if not all_of_them and looked_at:
+            say(f"{len(looked_at)} of {len(source)} images were checked; --check_images all checks all before the first step")
+        for sentence in bad.values():
+            say(f"skipped: {sentence}")
+    # Those of a sample are skipped when their positions come, as those that it has not found.
+    return list(bad) if all_of_them else [], sum(coloured for _, coloured in parts), len(looked_at) - len(bad)
+
+
+def _looked_at(config: TrainConfig, source: Source) -> Sequence[int]:
+    """The indices of the images that are decoded before the first step."""
+    how = config.data.check_images or ("all" if len(source) < MANY_IMAGES else "sample")
+    if how == "none":
+        return ()
+    if how == "sample" and config.data.shuffle_window:  # of the first shards that are trained, for the others may have to be fetched
+        order = ShardOrder(shard_starts(source, config.data), config.data.shuffle_window, config.optimization.seed)
+        return sorted(order.index(0, place) for place in range(min(SAMPLE, len(source))))
+    return seeding.subset(config.optimization.seed, len(source), len(source) if how == "all" else SAMPLE)
 
 
 def channels_of(coloured: int, count: int, tell: Callable[[str], None] | None) -> int:

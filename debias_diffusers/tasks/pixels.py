@@ -11,14 +11,14 @@ import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from torch import Tensor, nn
 
-from ..config.schema import TrainConfig
+from ..config.schema import TrainConfig, needs_own_scheduler
 from ..data import images
 from ..data.dataset import TrainingData
 from ..data.labels import nonempty_classes, proportional_labels, row_names, shortened_list, to_config_mapping
 from ..data.sources import Source, class_counts
 from ..data.validation_split import validation_seed
 from ..diffusion.loss import Network
-from ..diffusion.noise_schedule import is_flow, schedule_of_scheduler
+from ..diffusion.noise_schedule import is_flow, prediction_type_of, schedule_of_scheduler
 from ..errors import InputError, raise_all
 from ..hub.model_card import model_card
 from ..pipelines.loading import require_finite
@@ -128,7 +128,7 @@ class PixelTask:
     def _trained_otherwise(self, theirs: Any, model: str) -> list[str]:
         """What a model's scheduler says of its training, where this run's is another."""
         ours, found = exported_scheduler(self.config.objective), []
-        targets = ["flow" if is_flow(own) else own.config.get("prediction_type", "unknown") for own in (theirs, ours)]
+        targets = [prediction_type_of(own) if is_flow(own) else own.config.get("prediction_type", "unknown") for own in (theirs, ours)]
         if targets[0] != targets[1]:
             found.append(f"prediction_type was {targets[0]} in {model}, here it is {targets[1]}")
         try:
@@ -170,12 +170,13 @@ class PixelTask:
         return {}
 
     def export(self, network: nn.Module, folder: Path) -> None:
-        """Writes a pipeline. Without labels it is diffusers' own, so that nobody needs this package to use it."""
+        """Writes a pipeline. Where diffusers has one, it is theirs, so that nobody needs this package to use it."""
         self.pipeline(network).save_pretrained(folder, safe_serialization=True)
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         """The pipeline that is exported."""
-        return self._by_class(network) if self.data.num_classes else DDPMPipeline(network, exported_scheduler(self.config.objective))
+        own = self.data.num_classes or needs_own_scheduler(self.config.objective)
+        return self._by_class(network) if own else DDPMPipeline(network, exported_scheduler(self.config.objective))
 
     def _by_class(self, network: Any) -> PixelPipeline:
         names, counts = to_config_mapping(self.class_names), to_config_mapping(self.class_counts)

@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
 from ..data import images
 from ..data.sources import Source, map_in_threads
-from ..errors import CannotWriteError, StoppedError
+from ..errors import CannotWriteError, InputError, StoppedError
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, gather_from_all, told_by_the_first
 from ..utils.files import free_bytes, require_writable
@@ -76,14 +77,29 @@ def picture_hashes(source: Source, accelerator: Accelerator) -> list[str]:
     return shared(hash_of, len(source), FILES_AT_ONCE, accelerator, "hashing the images")
 
 
-def image_sizes(source: Source, accelerator: Accelerator) -> list[tuple[int, int]]:
-    """Height and width of every image of a source."""
+def image_sizes(source: Source, accelerator: Accelerator, skip_bad: bool = False) -> Sequence[tuple[int, int]] | np.ndarray:
+    """Height and width of every image of a source, from its index where it has one.
+
+    Raises:
+        InputError: an image cannot be read; with `skip_bad` it counts as a square.
+    """
 
     def size_of(index: int) -> tuple[int, int]:
-        content, _, where = source.read(index)
-        return images.size_of(content, where)
+        try:
+            content, _, where = source.read(index)
+            return images.size_of(content, where)
+        except InputError:
+            if skip_bad:
+                return (1, 1)
+            raise
 
-    return shared(size_of, len(source), FILES_AT_ONCE, accelerator, "measuring the images")
+    known = source.sizes()
+    if known is None:
+        return shared(size_of, len(source), FILES_AT_ONCE, accelerator, "measuring the images")
+    found = known.copy()
+    for index in np.flatnonzero(~known.all(1)).tolist():  # whose header could not be read
+        found[index] = size_of(index)
+    return found
 
 
 def encoded(

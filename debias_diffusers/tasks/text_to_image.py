@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..config.schema import TrainConfig
 from ..data import images
 from ..data.buckets import Buckets
-from ..data.captions import summary
+from ..data.captions import counted_captions, first_captions, summary
 from ..data.labels import row_names
 from ..data.sources import RepeatedSource, Source
 from ..data.text_dataset import TextData, prompts_of_data
@@ -30,11 +30,11 @@ from ..diffusion.noise_schedule import make_schedule
 from ..hub.model_card import model_card
 from ..pipelines.loading import explained_errors, load_part, require_finite
 from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, count_tokens, draw, token_ids, tokens_read
-from ..runs.checkpoints import hash_of
 from ..runs.lora_folder import BASE_RECORD
 from ..sampling.job import image_seeds
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
+from ..utils.files import hash_of
 from . import frozen_parts, lora, precompute
 from .base import Batch
 from .base_model import SIZE_IDS, BaseModel
@@ -85,7 +85,8 @@ class TextToImageTask:
             return None
         once = source.source if isinstance(source, RepeatedSource) else source
         assert self.config.data.resolution is not None
-        return Buckets(precompute.image_sizes(once, self.accelerator), self.config.data.resolution, self.base.side_unit)
+        sizes = precompute.image_sizes(once, self.accelerator, self.config.data.skip_bad)
+        return Buckets(sizes, self.config.data.resolution, self.base.side_unit)
 
     def _load(self) -> None:
         """Loads text encoders and VAE now."""
@@ -95,8 +96,9 @@ class TextToImageTask:
     def say_data(self) -> None:
         """Prints how many captions there are, how many are missing or too long, and the sizes of the images, if they have several."""
         texts, pipeline = self.data.texts(), self.texts.pipeline
-        tokens = dict(zip(texts, count_tokens(pipeline, texts)))
-        say(summary(self.data.captions, tokens, tokens_read(pipeline, self.texts.chunks)))
+        counted = counted_captions(texts)
+        tokens = dict(zip(counted, count_tokens(pipeline, counted)))
+        say(summary(self.data.captions, tokens, tokens_read(pipeline, self.texts.chunks), len(texts)))
         if sizes := self.data.describe_sizes():
             say(sizes)
 
@@ -161,7 +163,8 @@ class TextToImageTask:
         data = self.data
         hashes = precompute.picture_hashes(data.images, self.accelerator)
         of_vae = {"files": self._files_of("vae"), "precision": self.latents.precision, "device": self._device}
-        same = precompute.key_of(kind="latents", resampling=images.RESAMPLING, **of_vae).hex()
+        resampling = images.RESAMPLING + " of a JPEG draft" * data.config.jpeg_draft
+        same = precompute.key_of(kind="latents", resampling=resampling, **of_vae).hex()
         return {
             (index, flipped): precompute.key_of(
                 same=same, picture=picture, size=data.size(index), crop=data.fixed_crop(index), flipped=flipped
@@ -367,7 +370,7 @@ class TextToImageTask:
         """Prompts: as `prompts_of_data` has them, or those of the configuration, or the first captions of the data."""
         if as_in_data:
             return prompts_of_data(self.data.captions)[:count]
-        return self.config.text.sample_prompts or list(dict.fromkeys(each[0] for each in self.data.captions if each))[:PREVIEW_PROMPTS]
+        return self.config.text.sample_prompts or first_captions(self.data.captions, PREVIEW_PROMPTS)
 
     def condition_names(self, conditions: Sequence[str]) -> Sequence[str]:
         """The beginnings of the prompts."""

@@ -21,6 +21,7 @@ from ..config.schema import OptimizationConfig, TrainConfig
 from ..data import images
 from ..data.dataset import load_batch
 from ..diffusion.loss import Objective
+from ..diffusion.power_ema import KEPT
 from ..diffusion.timestep_samplers import make_timestep_sampler
 from ..diffusion.weighting import effective_sample_size
 from ..runs.run_directory import inspect_run
@@ -77,6 +78,8 @@ def _print_plan(plan: setup.Plan, network: nn.Module) -> None:
     print(f"parameters: {parameters}" + (f", of which {trained} are trained" if trained < parameters else ""))
     schedule = f"noise_schedule {objective.noise_schedule or 'of rectified flow'} with schedule_shift {objective.schedule_shift:g}"
     names = f"weighting {objective.weighting}, {schedule}, timestep_sampler {objective.timestep_sampler}"
+    if objective.timestep_sampler_after:
+        names += f", from step {objective.timestep_sampler_switch} on {objective.timestep_sampler_after}"
     if objective.timestep_bias_strategy != "none":
         names += f", timestep_bias_strategy {objective.timestep_bias_strategy}"
     print(f"objective: {objective.prediction_type}, {names}")
@@ -203,7 +206,7 @@ def _tensor_bytes(task: Task, network: nn.Module, optim: OptimizationConfig) -> 
         "weights": each * sum(p.numel() for p in network.parameters()),
         "gradients": each * values,
         "optimizer": state_bytes(optim.optimizer, trained),
-        "averages": 4 * values * sum(rate > 0 for rate in optim.ema_decay),
+        "averages": 4 * values * (sum(rate > 0 for rate in optim.ema_decay) + (len(KEPT) if optim.post_hoc_ema else 0)),
         "frozen parts": task.frozen_bytes,
     }
 

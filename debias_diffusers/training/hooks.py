@@ -20,10 +20,11 @@ from ..data.dataset import PositionBatchSampler, load_batch
 from ..diffusion.loss import Objective
 from ..diffusion.noise_schedule import at
 from ..diffusion.timestep_samplers import make_timestep_sampler
+from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
 from ..errors import CannotWriteError, InputError, NotFiniteError
 from ..evaluation.image_sets import process_batches
 from ..runs import checkpoints
-from ..runs.run_directory import SAMPLES, Run
+from ..runs.run_directory import SAMPLES, SKIPPED, Run
 from ..tasks.base import Task
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, gather_from_all
@@ -190,7 +191,8 @@ class ValidationLoss:
         """Loss and mean square error of each of these images."""
         device, batch = self.accelerator.device, load_batch(self.held_out, indices)
         t, x_0 = self.timesteps.draw(batch["u"], indices), self.task.x_0(batch, device)
-        terms = self.objective(self.task.conditioned(self.network, batch, device), x_0, batch["noise"].to(device), t)
+        network, uncertainty = self.task.conditioned(self.network, batch, device), getattr(self.network, UNCERTAINTY_MODULE, None)
+        terms = self.objective(network, x_0, batch["noise"].to(device), t, uncertainty=uncertainty)
         return list(zip((at(self.density, t, terms.loss) * terms.loss).tolist(), terms.mse.tolist()))
 
 
@@ -304,6 +306,7 @@ class Checkpointer:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "best": self.state.measured.best,
             "measured": self.state.measured.last,
+            **({SKIPPED: self.state.skipped_images} if self.state.skipped_images else {}),
             **self.constants,
         }
 

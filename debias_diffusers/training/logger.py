@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..config.loading import stored
 from ..config.schema import TrainConfig
 from ..runs.metrics_file import LAST
-from ..runs.run_directory import Run
+from ..runs.run_directory import SKIPPED, Run
 from ..utils.files import write_file
 from .loss_statistics import BINS, LossStatistics
 
@@ -66,7 +66,9 @@ class Logger:
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
 
-    def log_step(self, step: int, loss: float, learning_rate: float, grad_norm: float, statistics: LossStatistics) -> None:
+    def log_step(
+        self, step: int, loss: float, learning_rate: float, grad_norm: float, statistics: LossStatistics, skipped_images: int = 0
+    ) -> None:
         """Shows an optimizer step, and writes its line where one is due.
 
         Args:
@@ -75,6 +77,7 @@ class Logger:
             learning_rate: of the step.
             grad_norm: before clipping.
             statistics: over the steps since the last line.
+            skipped_images: since the run began; written where there are any.
         """
         self.images += self.config.optimization.batch_size
         self.losses.append(loss)
@@ -89,6 +92,7 @@ class Logger:
             return
         since_last = statistics.values if last else statistics.reset
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **since_last(self.accelerator.gather)}
+        values |= {SKIPPED: skipped_images} if skipped_images else {}
         if self.run:
             self.run.metrics.append({"step": step, **values, **last, "images_per_second": rate})
         self.accelerator.log({**_scalars(values), "images_per_second": rate}, step=step)

@@ -7,6 +7,7 @@ between two lines writes the same line.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class LossStatistics:
     @torch.no_grad()
     def add(self, t: Tensor, terms: Terms, weights: Tensor) -> None:
         """Adds a micro-batch: timesteps (B,) int64 on the CPU, their terms (B,), and the loss weights (T,) of all timesteps."""
-        w = at(weights, t, terms.loss)
+        w = at(weights, t, terms.loss) * (1 if terms.precision is None else terms.precision)
         bound = torch.zeros_like(w) if terms.bound is None else terms.bound
         rows = torch.stack([torch.ones_like(w), terms.loss, terms.mse, bound, w, w.square()]).float()
         self.sums.index_add_(1, (t * BINS // self.T).to(rows.device, non_blocking=True), rows)
@@ -41,6 +42,12 @@ class LossStatistics:
         """Counts an optimizer step; `clipped` (): whether its gradient was."""
         self.steps += 1
         self.clipped += clipped
+
+    def copy(self) -> LossStatistics:
+        """The sums as they are now."""
+        copied = copy(self)
+        copied.sums, copied.clipped = self.sums.clone(), self.clipped.clone()
+        return copied
 
     def reset(self, gather: Gather) -> dict[str, Any]:
         """The `values` of a line, after which all sums are 0."""

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..config.loading import CHANGES
 from ..config.schema import TrainConfig
+from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
 from ..errors import CannotWriteError
 from ..hub.model_card import changes_section
 from ..hub.publish import Publisher
-from ..runs import checkpoints
+from ..runs import checkpoints, ema_snapshots
 from ..runs.run_directory import Run
 from ..tasks.base import Task
 from ..utils import memory
@@ -80,7 +81,9 @@ class Saver(BackgroundTask[str | None]):
             self._export(self.run.folder, tensors, state)
             keep = self.config.run.keep_checkpoints
             best = int(state["best"]["step"]) if state["best"] and self.config.run.keep_best else None
-            checkpoints.write(self.run.checkpoints, state["step"], _writers(tensors, shards), state, keep, best)
+            written = checkpoints.write(self.run.checkpoints, state["step"], _writers(tensors, shards), state, keep, best)
+            if self.config.optimization.post_hoc_ema:
+                ema_snapshots.add(self.run.folder, written, self.config.optimization.post_hoc_ema)
         except CannotWriteError as error:
             return f"{error}; a save needs about {state_dicts.size(tensors) / 1e6:.1f} MB"
         finally:
@@ -92,6 +95,8 @@ class Saver(BackgroundTask[str | None]):
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
         weights = tensors[checkpoints.weights_file(self.config.optimization.ema_decay[0])]
         network = state_dicts.with_weights(self.network, {name: value.detach().contiguous() for name, value in weights.items()})
+        if hasattr(network, UNCERTAINTY_MODULE):
+            delattr(network, UNCERTAINTY_MODULE)  # of this copy: stock pipelines do not know it
         if not self._has_frozen_files:
             self._place_frozen_files(folder)
         # The error names the free space after the temporary folder is removed.

@@ -7,13 +7,13 @@ import dataclasses
 import signal
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..config import shard_names
 from ..config.choices import choose
 from ..config.hub_names import PINNED, absolute_path, is_dataset_id, is_model_id, is_pinned, split_revision
 from ..config.loading import BEFORE_THE_FIELD, CHANGES, differences, flatten, stored, update
@@ -25,12 +25,15 @@ from ..data.sources import RepeatedSource, Source, folder_repeats
 from ..data.validation_split import split_source
 from ..diffusion.loss import Objective, make_objective
 from ..diffusion.noise_schedule import require_noise_at_the_end, terminal_snr_problem
-from ..diffusion.timestep_samplers import make_timestep_sampler
+from ..diffusion.power_ema import KEPT
+from ..diffusion.timestep_samplers import final_timestep_sampler, make_timestep_sampler
+from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
+from ..diffusion.uncertainty import Uncertainty
 from ..errors import InputError, StoppedError, raise_all
 from ..hub import client
 from ..hub.publish import Publisher
 from ..runs.checkpoints import Checkpoint
-from ..runs.run_directory import DATA, Change, Run
+from ..runs.run_directory import DATA, SKIPPED, Change, Run
 from ..tasks.base import Task
 from ..tasks.pixel_data import open_data, readable
 from ..tasks.pixels import PixelTask
@@ -110,12 +113,14 @@ def _train(trainer: Trainer, publisher: Publisher | None, stop: SignalHandler) -
 def _say_end(trainer: Trainer, signum: int) -> None:
     config, step = trainer.config, trainer.step
     at = f"at step {step} of {config.optimization.max_steps}, saved; the same command continues"
+    count = trainer.state.skipped_images
+    skipped = f"; {count} samples had an image that cannot be read, and another in its place" if count else ""
     if step == config.optimization.max_steps:
-        sentence = f"finished at step {step}; the model is in {config.run.output_dir}"
+        sentence = f"finished at step {step}; the model is in {config.run.output_dir}{skipped}"
     elif signum:
-        raise StoppedError(f"stopped by {signal.Signals(signum).name} {at}", signum)
+        raise StoppedError(f"stopped by {signal.Signals(signum).name} {at}{skipped}", signum)
     else:
-        sentence = f"stopped after max_hours {config.optimization.max_hours} {at}"
+        sentence = f"stopped after max_hours {config.optimization.max_hours} {at}{skipped}"
     if trainer.accelerator.is_main_process:
         say(sentence)
 
@@ -202,7 +207,8 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
     """
     config, found, objective, task, monitor = plan.config, plan.found, plan.objective, plan.task, plan.monitor
     task.prepare()
-    network = _network(task, config.optimization, found, accelerator)
+    uncertainty = Uncertainty(len(objective.schedule)) if config.objective.learned_uncertainty else None
+    network = _network(task, config.optimization, found, accelerator, uncertainty)
     # For exporting and drawing: the same modules and tensors, without what `accelerator.prepare` does to `forward`; without tensors where
     # they are about to be sharded.
     unwrapped = state_dicts.with_weights(network, state_dicts.without_memory(network) if device.sharded(accelerator) else {})
@@ -212,6 +218,7 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         make_timestep_sampler(config.objective, objective.schedule, config.optimization.batch_size),
         LossStatistics(len(objective.schedule), accelerator.device),
         trained_alone=config.lora.lora_rank is not None,
+        uncertainty=uncertainty,
     )
     constants = _constants(config, found, accelerator, objective, task) | {"num_threads": plan.num_threads}
     if found:
@@ -219,6 +226,7 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         if accelerator.is_main_process:
             _require_same_training(found, constants, config)
         state_dicts.restore(found, state, accelerator.is_main_process)
+        state.skipped_images = found.state.get(SKIPPED, 0)
         if accelerator.scaler is not None and found.state["scaler"]:  # none where the run has just been changed to fp16
             accelerator.scaler.load_state_dict(found.state["scaler"])
     step = found.step if found else 0
@@ -228,7 +236,8 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         run.begin(config, constants.get(CHANGES, ()))
         parameters = state.optimizer_step.parameters
         weights = sum(p.nbytes for p in parameters)
-        averages = sum(average.nbytes for rate in state.optimizer_step.ema.averages.values() for average in rate.values())
+        ema = state.optimizer_step.ema
+        averages = sum(tensor.nbytes for kind in (ema.averages, ema.power_averages) for each in kind.values() for tensor in each.values())
         device.warn_of_little_space(run.folder, weights + averages + state_bytes(config.optimization.optimizer, parameters))
     if monitor:
         with told_by_the_first(accelerator):
@@ -279,7 +288,7 @@ def _require_local_data(config: TrainConfig, found: Checkpoint) -> None:
         return
     paths = found.state.get("paths")
     on_disk = began != DIGITS and not is_pinned(began) and (paths is None or "dataset" in paths)
-    if on_disk and not Path(typed).expanduser().exists():
+    if on_disk and not shard_names.exists(typed):
         lay = f" at {paths['dataset']}" if paths else f" {began}"
         raise InputError(f"dataset {typed} is not there; this run began with the data{lay}; name where they are now with --dataset")
 
@@ -288,7 +297,8 @@ def _paths(config: TrainConfig, names: tuple[str, ...] = PINNED) -> dict[str, st
     """Where the data and the first weights of a run are, as far as they are on this disk."""
     values = flatten(config)
     ids = {name: is_dataset_id if name == "dataset" else is_model_id for name in names}
-    return {name: absolute_path(values[name]) for name in names if values[name] and values[name] != DIGITS and not ids[name](values[name])}
+    there = {name: values[name] for name in names if values[name] and values[name] != DIGITS and not shard_names.is_remote(values[name])}
+    return {name: absolute_path(value) for name, value in there.items() if not ids[name](value)}
 
 
 def _objective(config: TrainConfig, found: Checkpoint | None, accelerator: Accelerator) -> Objective:
@@ -388,8 +398,10 @@ def _monitor(config: TrainConfig, source: Source, accelerator: Accelerator) -> M
 # ---- network ---------------------------------------------------------------------------------------------------------
 
 
-def _network(task: Task, optim: OptimizationConfig, found: Checkpoint | None, accelerator: Accelerator) -> nn.Module:
-    """The network on its device, with fresh weights or those of `init`."""
+def _network(
+    task: Task, optim: OptimizationConfig, found: Checkpoint | None, accelerator: Accelerator, uncertainty: Uncertainty | None
+) -> nn.Module:
+    """The network on its device, with fresh weights or those of `init`; a learned uncertainty becomes a part of it."""
     torch.manual_seed(seeding.derive_seed(optim.seed, "weights", 0))
     network = task.build()
     if optim.init and found is None:
@@ -397,6 +409,8 @@ def _network(task: Task, optim: OptimizationConfig, found: Checkpoint | None, ac
         for sentence in (*(f"warning: {warning}" for warning in warnings), f"starting from the weights of {optim.init}"):
             if accelerator.is_main_process:
                 say(sentence)
+    if uncertainty is not None:  # so that whatever trains, averages and saves a network does the same with it
+        network.add_module(UNCERTAINTY_MODULE, uncertainty)
     if optim.param_dtype == "bf16":
         network.bfloat16()  # not by .to(), for which diffusers prints a warning
     return device.to_train(network, accelerator, optim.optimizer)
@@ -416,7 +430,7 @@ def _wrapped(network: nn.Module, optim: OptimizationConfig, accelerator: Acceler
 def _optimizer_step(task: Task, network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> OptimizerStep:
     """Optimizer and averages over the parameters as they are after the network was wrapped."""
     trained = task.trained(network)
-    ema = EMA(trained, optim.ema_decay, optim.ema_warmup, optim.ema_on_cpu)
+    ema = EMA(trained, optim.ema_decay, optim.ema_warmup, optim.ema_on_cpu, KEPT if optim.post_hoc_ema else ())
     if optim.ema_on_cpu and accelerator.device.type == "cpu" and accelerator.is_main_process:
         say("ema_on_cpu changes nothing here: the averages of a training on a CPU are in main memory anyway")
     # A loss that is not finite is never the search of fp16 for its scale, an overflowing gradient may be.
@@ -458,7 +472,7 @@ def _ema_hooks(
     images = EmaImages(task, averaged, accelerator, batch_size, present)
     hooks: list[Hook] = [SampleGrid(config.run.sample_every, images, run)]
     if task.held_out:
-        sampler = make_timestep_sampler(config.objective, objective.schedule)
+        sampler = final_timestep_sampler(config.objective, objective.schedule)  # so that the losses of a run can be compared
         density = sampler.probabilities * sampler.corrections
         every = config.run.validation_every
         hooks.append(ValidationLoss(every, task, averaged, objective, density, accelerator, batch_size, present))

@@ -125,7 +125,7 @@ def _checked(config: TrainConfig, chosen: Collection[str], num_processes: int, t
     config = resolved(config, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     raise_all(launcher.environment_problems(os.environ, training=training), "launcher")
     if launcher.is_sharded(os.environ):
-        raise_all(sharding_problems(config.optimization))
+        raise_all(sharding_problems(config.optimization, config.objective))
     if config.text.base_model:
         text_libraries.require()
         if config.lora.lora_rank:

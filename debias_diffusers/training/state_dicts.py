@@ -27,7 +27,10 @@ from torch.optim import Optimizer
 
 from ..config.schema import NoiseConfig, ObjectiveConfig
 from ..diffusion.timestep_samplers import TimestepSampler
-from ..runs.checkpoints import MODEL, OPTIMIZER, SAMPLER, Checkpoint, ema_file, weights_file
+from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
+from ..diffusion.uncertainty import Uncertainty
+from ..runs.checkpoints import MODEL, OPTIMIZER, SAMPLER, UNCERTAINTY, Checkpoint, ema_file, weights_file
+from ..runs.ema_snapshots import power_file
 from ..runs.run_directory import DATA
 from ..utils.sharding import gathered, load_shards, local, part_like, saved_tensors, whole
 from .ema import EMA
@@ -57,7 +60,9 @@ class TrainingState:
     timestep_sampler: TimestepSampler
     statistics: LossStatistics
     measured: MetricHistory = field(default_factory=MetricHistory)
+    skipped_images: int = 0  # samples so far whose image could not be read and was replaced
     trained_alone: bool = False  # is saved: the weights that are not trained are those of another model
+    uncertainty: Uncertainty | None = None  # that is learned, a submodule of the model
 
     @property
     def options(self) -> StateDictOptions:
@@ -74,14 +79,37 @@ def gather(state: TrainingState) -> dict[str, Mapping[str, Tensor]]:
     weights: Any = get_model_state_dict(state.model, options=state.options)
     optimizer = state.optimizer_step.optimizer
     moments: Any = get_optimizer_state_dict(state.model, optimizer, options=_FULL).get("state", {}) if optimizer.state else {}
-    averages = state.optimizer_step.ema.averages
+    # With the weights that are not trained, which have no average: each file is a whole network, unless they are not saved.
+    ema = state.optimizer_step.ema
+    averages = {ema_file(rate): {**weights, **gathered(average)} for rate, average in ema.averages.items()}
+    averages |= {power_file(sigma): {**weights, **gathered(average)} for sigma, average in ema.power_averages.items()}
     return {
-        MODEL: weights,
-        # With the weights that are not trained, which have no average: each file is a whole network, unless they are not saved.
-        **{ema_file(rate): {**weights, **gathered(average)} for rate, average in averages.items()},
+        **_with_uncertainty_apart({MODEL: weights, **averages}),
         OPTIMIZER: _named(moments),
         **({SAMPLER: state.timestep_sampler.state()} if state.timestep_sampler.learns else {}),
     }
+
+
+def _with_uncertainty_apart(networks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The files of networks, whose tensors of a learned uncertainty are a file of their own, by FILE/NAME."""
+    found: dict[str, dict[str, Tensor]] = {file: {} for file in networks}
+    for file, tensors in networks.items():
+        for name, tensor in tensors.items():
+            if name.startswith(f"{UNCERTAINTY_MODULE}."):
+                found.setdefault(UNCERTAINTY, {})[f"{Path(file).stem}/{name}"] = tensor
+            else:
+                found[file][name] = tensor
+    return found
+
+
+def _load_network(found: Checkpoint, file: str) -> dict[str, Tensor]:
+    """The tensors of a network in a checkpoint, with those that `_with_uncertainty_apart` took away."""
+    tensors: dict[str, Tensor] = safetensors.torch.load_file(found.verified(file))
+    if (found.path / UNCERTAINTY).is_file():
+        start = f"{Path(file).stem}/"
+        apart = safetensors.torch.load_file(found.verified(UNCERTAINTY)).items()
+        tensors |= {name.removeprefix(start): tensor for name, tensor in apart if name.startswith(start)}
+    return tensors
 
 
 def _weights(state: TrainingState) -> dict[str, Any]:
@@ -215,10 +243,12 @@ def restore(found: Checkpoint, state: TrainingState, is_main_process: bool) -> N
         _restore_shards(found, state, nearest)
     else:
         _restore_optimizer(found, state.optimizer_step)
-        weights: dict[str, Any] = safetensors.torch.load_file(found.verified(MODEL))
+        weights: dict[str, Any] = _load_network(found, MODEL)
         set_model_state_dict(state.model, weights, options=state.options)
         for rate, saved in nearest.items():
-            ema.load(rate, safetensors.torch.load_file(found.verified(weights_file(saved))))
+            ema.load(rate, _load_network(found, weights_file(saved)))
+        for sigma in ema.power_averages:
+            ema.load_power(sigma, _load_network(found, power_file(sigma)))
     if not found.changing & OBJECTIVE:
         if state.timestep_sampler.learns:
             state.timestep_sampler.load(safetensors.torch.load_file(found.verified(SAMPLER)))

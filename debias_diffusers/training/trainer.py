@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -17,16 +17,21 @@ from ..config.schema import OptimizationConfig, TrainConfig
 from ..data.dataset import PositionBatchSampler, micro_batches
 from ..diffusion.loss import Objective, Terms
 from ..diffusion.noise_schedule import at
-from ..errors import NotFiniteError
+from ..errors import CannotWriteError, DebiasError, FetchError, InputError, NotFiniteError
 from ..tasks.base import Batch, Task
 from ..utils import seeding
 from ..utils.console import say
+from ..utils.distributed import gather_from_all, told_by_the_first
 from ..utils.signals import SignalHandler
 from . import device
 from .device import Fetched
 from .hooks import Checkpointer, Hook
 from .logger import Logger, due
+from .loss_statistics import LossStatistics
 from .state_dicts import TrainingState
+
+DATA_ERRORS = (InputError, FetchError)  # that a run ends with after it has saved
+UNREAD = 2  # the place of "data could not be read" in what the processes tell each other
 
 Callback = Callable[[int, dict[str, float]], None]  # with optimizer steps, and loss, learning rate and gradient norm of the last one
 
@@ -40,6 +45,7 @@ class PendingStep:
     losses: list[tuple[Tensor, Tensor]]  # timesteps and losses of its micro-batches
     numbers: Fetched  # as `_launch` stacks them
     stop_requested: bool  # of this process
+    before: LossStatistics  # as they were before it
 
 
 @dataclass(kw_only=True)
@@ -57,6 +63,8 @@ class Trainer:
     step: int = 0  # optimizer steps that are done
     callback: Callback | None = None  # called with the numbers of each step as soon as they are read
     _warned_of_zero: bool = False
+    _unread: DebiasError | None = None  # why this process could not read its part of a step, after which no more is read
+    _skipped: set[str] = field(default_factory=set)  # what has been said of images that were replaced
 
     def train(self, stop: SignalHandler) -> int:
         """Makes all steps that are left, or those until a signal or `max_hours`; returns the signal, or 0.
@@ -66,7 +74,9 @@ class Trainer:
         Raises:
             NotFiniteError: a loss or gradient is not finite.
             CannotWriteError: the last step cannot be saved.
-            DebiasError: the data cannot be read.
+            InputError: an image cannot be read.
+            FetchError: a file of the data cannot be fetched.
+            DebiasError: a data loader worker was lost.
         """
         optim, signum, out_of_time = self.config.optimization, 0, 0
         deadline = time.monotonic() + optim.max_hours * 3600 if optim.max_hours else math.inf
@@ -75,25 +85,46 @@ class Trainer:
         pending: deque[PendingStep] = deque()
         logger = Logger(self.config, self.checkpointer.run, self.accelerator, self.step)
         with contextlib.closing(batches), logger, self.checkpointer:
-            while self.step < optim.max_steps and not signum and not out_of_time:
-                self.checkpointer.check()
-                newest = self._launch(batches, stop.signum, time.monotonic() > deadline)
-                pending.append(newest)
-                while len(pending) > self._max_pending(newest):
-                    signum, out_of_time = self._read(pending.popleft(), logger)
-                with logger.paused():
-                    for hook in self.hooks:
-                        if due(self.step, hook.every):
-                            hook(self.step, logger)
-            while pending:
-                self._read(pending.popleft(), logger)
+            with self._saved_where_data_end():
+                while self.step < optim.max_steps and not signum and not out_of_time:
+                    self.checkpointer.check()
+                    try:
+                        newest = self._launch(batches, stop.signum, time.monotonic() > deadline)
+                    except DATA_ERRORS:
+                        self._read_all(pending, logger)
+                        raise
+                    pending.append(newest)
+                    while len(pending) > self._max_pending(newest):
+                        signum, out_of_time = self._read(pending.popleft(), logger)
+                    with logger.paused():
+                        for hook in self.hooks:
+                            if due(self.step, hook.every):
+                                hook(self.step, logger)
+                self._read_all(pending, logger)
             self.checkpointer.save(self.step, final=True)
         return signum
+
+    @contextlib.contextmanager
+    def _saved_where_data_end(self) -> Iterator[None]:
+        """Saves the last whole step where data cannot be read any more, and says so with the error."""
+        try:
+            yield
+        except DATA_ERRORS as error:
+            try:
+                self.checkpointer.save(self.step, final=True)
+            except CannotWriteError as problem:
+                raise problem from error
+            advice = "" if isinstance(error, FetchError) or self.config.data.skip_bad else ", with --skip_bad past this image"
+            saved = f"; step {self.step} is saved, and the same command goes on from it{advice}" if self.step else ""
+            with told_by_the_first(self.accelerator):
+                raise type(error)(f"{error}{saved}") from error
 
     def step_alone(self, batches: Iterator[Batch]) -> None:
         """One optimizer step, waited for, and nothing else of a training. Raises NotFiniteError."""
         pending = self._launch(batches, 0, out_of_time=False)
-        loss, grad_norm, aborted, *_ = pending.numbers.read()
+        loss, grad_norm, aborted, *_, unread, _ = pending.numbers.read()
+        if unread:
+            raise self._data_error()
         if aborted:
             raise self._not_finite(pending, loss, grad_norm)
 
@@ -101,27 +132,41 @@ class Trainer:
 
     def _launch(self, batches: Iterator[Batch], signum: int, out_of_time: bool) -> PendingStep:
         """Starts the next step, without waiting for the device."""
-        own_loss, losses = self._gradients(batches)
-        loss, stop = self._agree(own_loss, signum, out_of_time)
+        before = self.state.statistics.copy()
+        try:
+            own_loss, losses, skipped = self._gradients(batches)
+        except DATA_ERRORS:
+            self.state.statistics = before
+            raise
+        loss, told = self._agree(own_loss, signum, out_of_time, self._unread is not None, skipped)
         rate = learning_rate(self.config.optimization, self.step)
-        grad_norm = self._update(loss, rate)
+        # Without an update where it is known by now that a process could not read its data; on a GPU its loss, which is no number,
+        # keeps the optimizer from it.
+        known = self.accelerator.num_processes > 1 and told.device.type == "cpu" and bool(told[UNREAD])
+        grad_norm = loss if known else self._update(loss, rate)
         self.step += 1
-        numbers = torch.stack([number.to(loss.dtype) for number in (loss, grad_norm, self.state.optimizer_step.aborted, *stop)])
-        return PendingStep(self.step, rate, losses, Fetched(numbers), stop_requested=bool(signum or out_of_time))
+        numbers = torch.stack([number.to(loss.dtype) for number in (loss, grad_norm, self.state.optimizer_step.aborted, *told)])
+        return PendingStep(self.step, rate, losses, Fetched(numbers), bool(signum or out_of_time), before)
 
-    def _gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def _gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, list[tuple[Tensor, Tensor]], int]:
         """Computes the gradients of one step, averaged over the processes.
 
         Returns:
-            The mean loss () of this process, and the timesteps and losses (B,) of each of its micro-batches.
+            The mean loss () of this process, the timesteps and losses (B,) of each of its micro-batches, and how many of its images were
+            replaced. The losses are no numbers where data could not be read.
+
+        Raises:
+            DebiasError: the data cannot be read, and there is one process.
         """
         total = torch.zeros((), device=self.accelerator.device)
         parts = self.positions.micro_batches(self.step)
+        self.state.timestep_sampler.begin_step(self.step)
         corrections = self.state.timestep_sampler.corrections
         weights = corrections if self.objective.weights is None else corrections * self.objective.weights
-        losses = []
+        losses, skipped = [], 0
         for positions in parts:
-            batch = next(batches)
+            batch = self._next(batches, len(positions))
+            skipped += self._say_skipped(batch)
             # After the data loader, which takes from the global generator when it starts.
             seeding.seed_device(self.accelerator.device, seeding.derive_seed(self.config.optimization.seed, "dropout", positions.start))
             origin = self.positions.origin
@@ -134,10 +179,31 @@ class Trainer:
                 loss, terms = self._backward(batch, t, corrections)
             total += loss
             self.state.statistics.add(t, terms, weights)
-            losses.append((t, terms.loss))
+            losses.append((t, terms.loss if self._unread is None else torch.full_like(terms.loss, math.nan)))
         if self.state.timestep_sampler.learns:
             self._update_timestep_sampler(losses)
-        return total, losses
+        return total if self._unread is None else torch.full_like(total, math.nan), losses, skipped
+
+    def _next(self, batches: Iterator[Batch], size: int) -> Batch:
+        """The next micro-batch; zeros where the data of one of several processes cannot be read, so that none waits for it in vain."""
+        if self._unread is None:
+            try:
+                return next(batches)
+            except DATA_ERRORS as error:
+                if self.accelerator.num_processes == 1:
+                    raise
+                self._unread = error
+        drawn = {"u": torch.zeros(size, dtype=torch.float64), "noise": torch.zeros(size, *self.task.shape)}
+        return {**self.task.dummy_batch(size), **drawn}
+
+    def _say_skipped(self, batch: Batch) -> int:
+        """How many images of a micro-batch were replaced; each that cannot be read is said once."""
+        found = [sentence for sentence in batch.get("skipped", ()) if sentence]
+        for sentence in found:
+            if sentence not in self._skipped:
+                self._skipped.add(str(sentence))
+                say(f"skipped: {sentence}")
+        return len(found)
 
     def _backward(self, batch: Batch, t: Tensor, corrections: Tensor) -> tuple[Tensor, Terms]:
         """Adds the gradients of a micro-batch. Returns its share () of the mean loss, and its terms, without their graph."""
@@ -151,7 +217,9 @@ class Trainer:
         place = self.accelerator.device
         x_0 = self.task.x_0(batch, place)
         noise, *of_input = (batch[name].to(place, non_blocking=True) for name in ("noise", "input_noise") if name in batch)
-        return self.objective(self.task.conditioned(self.state.model, batch, place), x_0, noise, t, *of_input)
+        network = self.task.conditioned(self.state.model, batch, place)
+        learned = {} if self.state.uncertainty is None else {"uncertainty": self.state.uncertainty}
+        return self.objective(network, x_0, noise, t, *of_input, **learned)
 
     def _update(self, loss: Tensor, rate: float) -> Tensor:
         """The optimizer step, where loss and gradient are finite; returns the gradient norm ()."""
@@ -169,7 +237,8 @@ class Trainer:
         """
         t, losses = (torch.cat(parts) for parts in zip(*of_micro_batches))
         everyone = self.accelerator.gather(torch.stack([t.to(losses), losses], dim=1)).cpu()
-        self.state.timestep_sampler.update(everyone[:, 0].long(), everyone[:, 1])
+        if everyone.isfinite().all():
+            self.state.timestep_sampler.update(everyone[:, 0].long(), everyone[:, 1])
 
     def _max_pending(self, newest: PendingStep) -> int:
         """How many steps need not be read yet: one, so that the device has work meanwhile, but none where something is logged or saved.
@@ -185,27 +254,38 @@ class Trainer:
 
         Raises:
             NotFiniteError: its update was not made, nor that of any step that was launched after it.
+            DebiasError: neither was it because the data of a process cannot be read, or too many images cannot.
         """
-        loss, grad_norm, aborted, signum, out_of_time = pending.numbers.read()
+        loss, grad_norm, aborted, signum, out_of_time, unread, skipped = pending.numbers.read()
+        if unread:
+            self.step, self.state.statistics = pending.step - 1, pending.before
+            raise self._data_error()
         if aborted:
             raise self._not_finite(pending, loss, grad_norm)
         if grad_norm == 0 and self.accelerator.is_main_process and not self._warned_of_zero:
             self._warned_of_zero = True
             say(f"warning: the gradient of step {pending.step} is exactly 0, so that nothing is learned from it; see weighting and data")
-        logger.log_step(pending.step, loss, pending.learning_rate, grad_norm, self.state.statistics)
+        self.state.skipped_images += int(skipped)
+        logger.log_step(pending.step, loss, pending.learning_rate, grad_norm, self.state.statistics, self.state.skipped_images)
         if self.callback:
             self.callback(pending.step, {"loss": loss, "learning_rate": pending.learning_rate, "grad_norm": grad_norm})
+        self.task.data.require_few_skipped(self.state.skipped_images, self.positions.first(pending.step))
         return int(signum), int(out_of_time)
+
+    def _read_all(self, pending: deque[PendingStep], logger: Logger) -> None:
+        while pending:
+            self._read(pending.popleft(), logger)
 
     # ---- processes ---------------------------------------------------------------------------------------------------
 
-    def _agree(self, loss: Tensor, signum: int, out_of_time: bool) -> tuple[Tensor, Tensor]:
-        """The mean loss () of all processes, and their largest (2,) signal and "the time is over"."""
-        stop = torch.tensor([float(signum), float(out_of_time)]).to(self.accelerator.device, non_blocking=True)
+    def _agree(self, loss: Tensor, signum: int, out_of_time: bool, unread: bool, skipped: int) -> tuple[Tensor, Tensor]:
+        """The mean loss () of all processes; their largest signal, "the time is over", "data could not be read"; images replaced (4,)."""
+        told = torch.tensor([float(signum), float(out_of_time), float(unread), float(skipped)])
+        told = told.to(self.accelerator.device, non_blocking=True)
         if self.accelerator.num_processes == 1:
-            return loss, stop
-        everyone = self.accelerator.gather(torch.cat([loss.view(1), stop]).double()[None])
-        return everyone[:, 0].mean(), everyone[:, 1:].amax(0)
+            return loss, told
+        everyone = self.accelerator.gather(torch.cat([loss.view(1), told]).double()[None])
+        return everyone[:, 0].mean(), torch.cat([everyone[:, 1:-1].amax(0), everyone[:, -1:].sum(0)])
 
     def _settle_ddp(self) -> None:
         """One backward that is thrown away.
@@ -218,10 +298,19 @@ class Trainer:
         size, place = self.positions.micro_batch_size, self.accelerator.device
         batch = self.task.dummy_batch(size)  # of the shape of training batches, or `compile` would compile twice
         network = self.task.conditioned(self.state.model, batch, place)
-        network(self.task.x_0(batch, place), torch.zeros(size, dtype=torch.long, device=place)).sum().backward()
+        t = torch.zeros(size, dtype=torch.long)
+        output = network(self.task.x_0(batch, place), t.to(place)).sum()
+        if self.state.uncertainty is not None:  # DDP waits for the gradients of all parameters
+            output = output + self.state.uncertainty(t).sum()
+        output.backward()
         self.state.optimizer_step.optimizer.zero_grad()
 
     # ---- errors ------------------------------------------------------------------------------------------------------
+
+    def _data_error(self) -> DebiasError:
+        """Why a process could not read its data, the first one's in all of them."""
+        found = gather_from_all(lambda: [self._unread] if self._unread else [], self.accelerator.num_processes)
+        return found[0]
 
     def _not_finite(self, pending: PendingStep, loss: float, grad_norm: float) -> NotFiniteError:
         """The error that says what was not finite in a step, and where."""

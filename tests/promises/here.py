@@ -20,7 +20,7 @@ def trained_here(config, scaler=None):
     """Trains; returns the trainer as it ended. `scaler` is fp16's, which a CPU is otherwise refused."""
     AcceleratorState._reset_state(True)  # which remembers the precision of the first run of a process
     accelerator = device.start_accelerator(config)
-    accelerator.scaler = scaler
+    accelerator.scaler = scaler or accelerator.scaler
     run = open_run(config)
     try:
         trainer, _ = make_trainer(config, run, accelerator)

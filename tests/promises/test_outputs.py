@@ -179,6 +179,7 @@ def test_a_result_that_cannot_be_written_is_said_before_the_work(name, tmp_path,
 def test_our_own_results_are_replaced(name, tmp_path, monkeypatch):
     png = plots._png
     monkeypatch.setattr(plots, "_png", lambda _: png(Figure()))  # one with axes takes seconds
+    monkeypatch.setattr(dry_run, "estimated_memory", lambda *_: dry_run.MemoryEstimate({}, 0))  # counting takes seconds
     data = pictures(tmp_path / "data")
     for _ in range(2):
         results(data, tmp_path / "out")[name]()
@@ -403,7 +404,7 @@ def test_a_module_that_is_no_command_says_what_to_run(capsys):
     for arguments in (["-m", "debias_diffusers.training"], ["-mdebias_diffusers.plots"], ["-Im", "debias_diffusers.data", "--x"]):
         with pytest.raises(SystemExit, match="2"):
             debias_diffusers._require_command(["-m", "--x"], ["python", *arguments])
-        assert "is no command; run python -m debias_diffusers {train,sample,eval,convert,hub,cache}" in capsys.readouterr().err
+        assert "is no command; run python -m debias_diffusers {train,sample,eval,convert,hub,cache,shards}" in capsys.readouterr().err
     for arguments in (["-m", "debias_diffusers.hub"], ["-m", "debias_diffusers"], ["-m", "pytest", "debias_diffusers"]):
         debias_diffusers._require_command(["-m"], ["python", *arguments])
     debias_diffusers._require_command(["train.py"], ["python", "train.py", "debias_diffusers.training"])

@@ -29,7 +29,7 @@ MODES = {"lfs": False, "xet": True}
 @pytest.fixture(scope="module", params=MODES)
 def both(request, tmp_path_factory):
     """A Hub of each kind of transfer, and a process that pushes to it."""
-    with served(tmp_path_factory.mktemp("served") / request.param, MODES[request.param], TIMEOUT="1", TORCH="") as pair:
+    with served(tmp_path_factory.mktemp("served") / request.param, MODES[request.param], {"TIMEOUT": 1}) as pair:
         yield pair
 
 
@@ -225,54 +225,45 @@ def test_two_pushes_at_once_make_one_commit_each_and_none_twice(hub, worker, run
     """Of the same files one suffices; of different ones the second builds on the first."""
     same = copy_of(run, tmp_path / "same")
     other = unlike_others(copy_of(run, tmp_path / "other"))
-    second = Worker(hub, tmp_path / "home", TIMEOUT="1")
-    try:
-        for runs, commits in (((run, same), 1), ((run, other), 2)):
-            hub.clear()
-            name = next(NAMES)
-            # The first to commit waits within the server until the other has sent its files.
-            release = hub.hold(path="/commit/", times=1)
-            worker.start("push", "push", runs[0], "--hub_model_id", name, timeout=HANG)
-            wait_for(lambda: hub.log)
-            second.start("push", "push", runs[1], "--hub_model_id", name, timeout=HANG)
-            wait_for(lambda: sum("/commit/" in request for request in hub.requests()) > 1)
-            release.set()
-            results = [worker.result(), second.result()]
-            assert [code for code, _ in results] == [0, 0], results
-            assert len(hub.commits(name)) == 1 + commits
-            whole = [pushed(each) for each in runs]
-            assert {n: data for n, data in hub.files(name).items() if n not in REPOSITORY} in whole
-            assert all(commit["title"] in ("Step 24", "initial commit") for commit in hub.commits(name))
-    finally:
-        second.close()
+    second = Worker(hub, tmp_path / "home", {"TIMEOUT": 1})
+    for runs, commits in (((run, same), 1), ((run, other), 2)):
+        hub.clear()
+        name = next(NAMES)
+        # The first to commit waits within the server until the other has sent its files.
+        release = hub.hold(path="/commit/", times=1)
+        worker.start("push", "push", runs[0], "--hub_model_id", name, timeout=HANG)
+        wait_for(lambda: hub.log)
+        second.start("push", "push", runs[1], "--hub_model_id", name, timeout=HANG)
+        wait_for(lambda: sum("/commit/" in request for request in hub.requests()) > 1)
+        release.set()
+        results = [worker.result(), second.result()]
+        assert [code for code, _ in results] == [0, 0], results
+        assert len(hub.commits(name)) == 1 + commits
+        whole = [pushed(each) for each in runs]
+        assert {n: data for n, data in hub.files(name).items() if n not in REPOSITORY} in whole
+        assert all(commit["title"] in ("Step 24", "initial commit") for commit in hub.commits(name))
 
 
 @OVER_LFS
 def test_a_run_is_pushed_by_one_process_at_a_time(hub, worker, run, repo, tmp_path):
-    second = Worker(hub, tmp_path / "home", TIMEOUT="1")
-    try:
-        release = hub.hold(path="/api/whoami-v2")
-        worker.start("push", "push", run, "--hub_model_id", repo, timeout=HANG)
-        wait_for(lambda: hub.log)
-        code, said = second.push(run, "--hub_model_id", repo)
-        assert code == 3 and "in use by process" in said
-        release.set()
-        assert worker.result()[0] == 0
-    finally:
-        second.close()
+    second = Worker(hub, tmp_path / "home", {"TIMEOUT": 1})
+    release = hub.hold(path="/api/whoami-v2")
+    worker.start("push", "push", run, "--hub_model_id", repo, timeout=HANG)
+    wait_for(lambda: hub.log)
+    code, said = second.push(run, "--hub_model_id", repo)
+    assert code == 3 and "in use by process" in said
+    release.set()
+    assert worker.result()[0] == 0
 
 
 @OVER_LFS
 def test_a_command_that_a_test_has_left_is_ended_and_answers_for_no_other(hub, run, repo, tmp_path):
     hub.hold(path="/api/whoami-v2")
-    worker = Worker(hub, tmp_path / "home", TIMEOUT="1")
-    try:
-        pid = worker.start("push", "push", run, "--hub_model_id", repo, timeout=HANG)
-        wait_for(lambda: hub.log)
-        code, said = worker.push(run)
-        assert code == 2 and "never pushed" in said and gone(pid)
-    finally:
-        worker.close()
+    worker = Worker(hub, tmp_path / "home", {"TIMEOUT": 1})
+    pid = worker.start("push", "push", run, "--hub_model_id", repo, timeout=HANG)
+    wait_for(lambda: hub.log)
+    code, said = worker.push(run)
+    assert code == 2 and "never pushed" in said and gone(pid)
 
 
 @OVER_LFS
@@ -314,14 +305,15 @@ def test_a_damaged_or_incomplete_run_is_not_pushed(hub, worker, run, repo):
 # ---- before a training -----------------------------------------------------------------------------------------------
 
 
-def refused(hub, folder, *flags, token="hf_write", **settings):
-    """A training that must not begin: what was said. That it computes for no longer than five seconds shows that it imports no torch."""
-    args = ["--push_to_hub", *(flags if "--hub_model_id" in flags else ["--hub_model_id", "digits", *flags])]
-    process = command(*train_args(folder / "run", *args), env=environment(hub, folder / "home", token, **settings))
-    with cpu_of_children() as cpu:
-        _, said = process.communicate(timeout=HANG)
-        assert cpu() <= 5
-    assert process.returncode == 7 and "Traceback" not in said, said
+def refused(hub, folder, *flags, token="hf_write", limits=None, **settings):
+    """A training that must not begin and imports no torch: what was said."""
+    args = train_args(folder / "run", "--push_to_hub", "--hub_model_id", "digits", *flags)
+    code, said = Worker(hub, folder / "home", limits, **settings).run("train", *args[1:], token=token, torch=False)
+    return sentence_of(code, re.sub(r"waited \S+ s\n$", "", said), folder, token)
+
+
+def sentence_of(code, said, folder, token):
+    assert code == 7 and "Traceback" not in said, said
     assert newest_step(folder / "run") == 0 and "step/s" not in said
     assert not token or token not in said
     return said.splitlines()[-1]
@@ -334,7 +326,6 @@ def refused(hub, folder, *flags, token="hf_write", **settings):
     [
         ("", [], {}, ["not logged in", "hf auth login"]),
         ("hf_wrong", [], {}, ["invalid token (401)", "HF_TOKEN"]),
-        ("hf_read", [], {}, ["token of bob is read-only"]),
         ("hf_write", ["--hub_model_id", "bob/digits"], {}, ["hub_model_id 'bob/digits'", "may not"]),
         ("hf_write", ["--hub_model_id", "my digits"], {}, ["hub_model_id 'my digits'", "must use alphanumeric chars"]),
         ("hf_write", ["--hub_model_id", "a/b/c"], {}, ["hub_model_id 'a/b/c'", "must be in the form"]),
@@ -352,9 +343,21 @@ def test_what_the_hub_would_refuse_is_said_before_the_training(both, hub, tmp_pa
 
 @OVER_LFS
 @pytest.mark.row(45, "what the Hub would reject is an error before the training, within five seconds, and does not print the token")
+def test_a_refusal_needs_no_five_seconds(hub, tmp_path):
+    """As a user starts it."""
+    args = train_args(tmp_path / "run", "--push_to_hub", "--hub_model_id", "digits")
+    process = command(*args, env=environment(hub, tmp_path / "home", "hf_read"))
+    with cpu_of_children() as cpu:
+        _, said = process.communicate(timeout=HANG)
+        assert cpu() <= 5
+    assert "token of bob is read-only" in sentence_of(process.returncode, said, tmp_path, "hf_read")
+
+
+@OVER_LFS
+@pytest.mark.row(45, "what the Hub would reject is an error before the training, within five seconds, and does not print the token")
 def test_a_hub_that_does_not_answer_delays_the_start_by_five_seconds(hub, tmp_path):
     hub.hold(path="/api/whoami-v2")
-    assert "no answer within 5 s" in refused(hub, tmp_path) and PREFLIGHT == 5
+    assert "no answer within 0.5 s" in refused(hub, tmp_path, limits={"PREFLIGHT": 0.5}) and PREFLIGHT == 5
     assert [line["status"] for line in hub.log if line["path"] == "/api/whoami-v2"] == [None]  # it has not waited for one
 
 
@@ -426,9 +429,9 @@ def test_a_push_that_fails_leaves_a_complete_run_and_the_command_that_finishes_i
     assert "finished at step 24" in line and "complete" in line
     assert [commit["title"] for commit in fresh.commits("alice/run")] == ["initial commit"]
     fresh.clear()
-    words = shlex.split(re.search(r"python (-m debias_diffusers\.hub push .+) pushes it", line)[1])
-    process = command(*words, env=environment(fresh, tmp_path / "home"))
-    assert process.wait(HANG) == 0, process.stderr.read()
+    words = shlex.split(re.search(r"python -m debias_diffusers\.hub (push .+) pushes it", line)[1])
+    code, said = fresh.worker.run("push", *words)
+    assert code == 0, said
     require_whole(fresh, tmp_path / "run", "alice/run")
 
 

@@ -274,9 +274,13 @@ FIELDS = {
     "class_conditional": ({}, True, METRICS),
     "label_dropout": (CLASSES, 0.9, METRICS),
     "random_flip": ({}, True, METRICS),
+    "shuffle_window": ({}, 2, METRICS),
     "folder_repeats": ({"dataset": "FOLDERS"}, True, METRICS),
     "validation_split": ({"validation_split": 0.1, "validation_every": 2}, 0.3, METRICS),
+    "shard_cache_gb": ({}, 1.0, None),
+    "check_images": ({}, "none", None),
     "skip_bad": ({}, True, None),
+    "jpeg_draft": ({"dataset": "JPEGS"}, True, METRICS),
     "num_workers": ({}, 1, None),
     "cache_images_mb": ({}, 0, None),
     "base_model": (TEXT, "OTHER_BASE", METRICS),
@@ -314,6 +318,9 @@ FIELDS = {
     "p2_k": ({"weighting": "p2"}, 2.0, METRICS),
     "p2_gamma": ({"weighting": "p2"}, 0.5, METRICS),
     "sigma_data": ({"weighting": "edm"}, 0.7, METRICS),
+    "sigmoid_bias": ({"weighting": "sigmoid"}, 1.0, METRICS),
+    "schedule_free_weights": ({}, True, METRICS),
+    "learned_uncertainty": ({}, True, METRICS),
     "snr_floor": ({}, 0.1, METRICS),
     "snr_ceiling": ({}, 1.0, METRICS),
     "terminal_weight_floor": ({**FLOW, "num_train_timesteps": 4}, 0.5, METRICS),
@@ -327,6 +334,14 @@ FIELDS = {
     "timestep_sampler": ({}, "stratified", METRICS),
     "timestep_mean": ({"timestep_sampler": "logit_normal"}, 1.0, METRICS),
     "timestep_std": ({"timestep_sampler": "logit_normal"}, 2.0, METRICS),
+    "laplace_mean": ({"timestep_sampler": "laplace"}, 1.0, METRICS),
+    "laplace_scale": ({"timestep_sampler": "laplace"}, 2.0, METRICS),
+    "mode_scale": ({"timestep_sampler": "mode"}, -0.5, METRICS),
+    "speed_k": ({"timestep_sampler": "speed"}, 2.0, METRICS),
+    "speed_portion": ({"timestep_sampler": "speed"}, 0.2, METRICS),
+    "speed_lambda": ({"timestep_sampler": "speed"}, 0.9, METRICS),
+    "timestep_sampler_after": ({"timestep_sampler_after": "stratified", "timestep_sampler_switch": 1}, "mode", METRICS),
+    "timestep_sampler_switch": ({"timestep_sampler_after": "stratified", "timestep_sampler_switch": 1}, 2, METRICS),
     "timestep_bias_strategy": ({"timestep_bias_strategy": "earlier", "timestep_bias_multiplier": 3.0}, "later", METRICS),
     "timestep_bias_multiplier": ({"timestep_bias_strategy": "later", "timestep_bias_multiplier": 3.0}, 9.0, METRICS),
     "timestep_bias_portion": ({"timestep_bias_strategy": "later", "timestep_bias_multiplier": 9.0}, 0.9, METRICS),
@@ -349,6 +364,7 @@ FIELDS = {
     "max_grad_norm": ({}, 0.01, METRICS),
     "ema_decay": ({}, (0.5,), WEIGHTS),
     "ema_warmup": ({}, True, WEIGHTS),
+    "post_hoc_ema": ({}, 32, None),
     "ema_on_cpu": ({}, True, None),
     "init": ({}, "TRAINED", METRICS),
     "allow_pickle_import": ({"init": "TRAINED"}, True, None),
@@ -410,12 +426,15 @@ def places(trained, tmp_path_factory):
         place = folder / "folders" / ("3_often" if number < 4 else "once") / f"{number}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         picture.save(place)
+    (folder / "jpegs").mkdir()
+    for number, picture in enumerate(pictures[:8]):
+        picture.resize((64, 64)).rotate(30).save(folder / "jpegs" / f"{number}.jpg")
     wide = [Picture.fromarray(generator.integers(0, 256, (8, 14, 3), dtype=np.uint8)) for _ in range(12)]
     words = [{"image": p, "first": f"{k}, a, b, c, d", "second": f"number {k}"} for k, p in enumerate(wide)]
     texts = Features({"image": Image(), "first": Value("string"), "second": Value("string")})
     Dataset.from_list(words, features=texts).save_to_disk(folder / "captioned")
     bases = {name: make_base(folder / name, seed=seed) for seed, name in enumerate(("BASE", "OTHER_BASE"))}
-    named = {"OTHER": "images", "SAVED": "saved", "FOLDERS": "folders", "CAPTIONED": "captioned", "UNET": "unet.json"}
+    named = {"OTHER": "images", "SAVED": "saved", "FOLDERS": "folders", "JPEGS": "jpegs", "CAPTIONED": "captioned", "UNET": "unet.json"}
     return {name: folder / file for name, file in named.items()} | {"TRAINED": trained, **bases}
 
 
@@ -451,11 +470,14 @@ def test_every_field_is_in_the_table():
         "clip_model",
         "precompute_dir",  # the same bits from the disk: test_precompute
         "num_epochs",  # stands for max_steps
+        "shard_cache_gb",
+        "check_images",  # likewise
         "skip_bad",  # shapes the training where there are images to skip, which row 25 shows
         "num_workers",
         "cache_images_mb",
         "size",  # stands for numbers before anything is compared or stored: test_choices
         "ema_on_cpu",
+        "post_hoc_ema",
         "gradient_checkpointing",
         "compile",  # to the last digits, which is said on a resume
         "compile_mode",

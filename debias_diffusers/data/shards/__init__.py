@@ -1,0 +1,1 @@
+"""Shards: files of many images, read at random by an index, in an order that keeps reading local."""

@@ -1,0 +1,116 @@
+"""Parquet files by their row groups, of which one is read at once. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import IO, Any
+
+import pyarrow
+import pyarrow.parquet
+
+from ...errors import InputError, reason
+from .files import Columns, ShardFiles, Unit
+from .rows import Part, Rows
+
+MAX_GROUPS = 64  # row groups that a process keeps in memory
+
+
+def read_schema(file: IO[bytes], where: str) -> pyarrow.Schema:
+    """The columns of a file. Raises InputError where it is no parquet file."""
+    with _told(where):
+        return pyarrow.parquet.ParquetFile(file).schema_arrow
+
+
+def read_rows(file: IO[bytes], name: str, where: str, columns: Columns) -> Part:
+    """The rows of the index of a shard; reads all images.
+
+    Args:
+        file: opened.
+        name: of the shard in the data set.
+        where: the shard for messages.
+        columns: that of the images, and those of labels and captions where there are any.
+
+    Raises:
+        InputError: it is truncated, damaged, lacks a column, or has no images in itself; names it.
+    """
+    rows, units = Rows(where), list[Unit]()
+    with _told(where):
+        opened = pyarrow.parquet.ParquetFile(file)
+        wanted = [column for column in columns if column is not None]
+        if absent := [column for column in wanted if column not in opened.schema_arrow.names]:
+            raise InputError(f"shard {where} has no column {absent[0]}, which the first shard has")
+        for group in range(opened.num_row_groups):
+            table = opened.read_row_group(group, wanted, use_threads=False)
+            first = len(rows)
+            for row, content in enumerate(_cells(table, columns.image).to_pylist()):
+                if content is None and _elsewhere(table, columns.image, row):
+                    raise InputError(f"shard {where} has paths of images in place of images; leave shuffle_window out")
+                label, caption = (table[column][row].as_py() if column else None for column in columns[1:])
+                texts = caption if isinstance(caption, list) else [caption]
+                rows.add(str(len(rows)), row, content or b"", None if label is None else str(label), texts)
+            units.append(Unit(name, group, len(rows) - first))
+    if not len(rows):
+        raise InputError(f"shard {where} holds no images; leave it out")
+    return rows.part(units)
+
+
+def _cells(table: pyarrow.Table, column: str | None) -> pyarrow.Array:
+    """The bytes of the images: of a column of bytes, or of the struct of bytes and path that `datasets` writes."""
+    found = table[column].combine_chunks()
+    if isinstance(found, pyarrow.ChunkedArray):
+        found = found.chunk(0) if found.num_chunks else pyarrow.array([], found.type)
+    if pyarrow.types.is_struct(found.type) and found.type.get_field_index("bytes") >= 0:
+        return pyarrow.compute.struct_field(found, "bytes")  # null where the struct is
+    if pyarrow.types.is_binary(found.type) or pyarrow.types.is_large_binary(found.type):
+        return found
+    raise InputError(f"image_column {column} holds {found.type} and no images; name another")
+
+
+def _elsewhere(table: pyarrow.Table, column: str | None, row: int) -> bool:
+    """Whether a cell has the path of a file in place of bytes."""
+    cell = table[column][row].as_py()
+    return isinstance(cell, dict) and cell.get("path") is not None
+
+
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Errors of pyarrow as an InputError that names the shard."""
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, EOFError) as error:
+        raise InputError(f"shard {where} is no whole parquet file ({reason(error)}); write or fetch it anew") from error
+
+
+class RowGroupReader:
+    """Images of parquet files; keeps the row groups that were read last in memory."""
+
+    def __init__(self, files: ShardFiles, image_column: str, groups: int) -> None:
+        """Keeps so many row groups, at most `MAX_GROUPS`."""
+        self.files, self.image_column = files, image_column
+        self._lock = threading.Lock()  # a parquet file is read by one thread at once
+        self._group = lru_cache(min(groups, MAX_GROUPS))(self._read)
+        self._opened = lru_cache(min(groups, 16))(self._open)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # for data loader workers that are not forked
+        return RowGroupReader, (self.files, self.image_column, self._group.cache_parameters()["maxsize"])
+
+    def content(self, unit: Unit, offset: int, size: int) -> bytes:
+        """As of `source.Reader`; the offset is the number of the row."""
+        with self._lock, _told(self.files.where(unit.name)):
+            cells = self._group(unit.name, unit.group)
+            return cells[offset].as_py() or b"" if offset < len(cells) else b""
+
+    def close(self) -> None:
+        """As of `source.Reader`."""
+        self._opened.cache_clear()
+
+    def _read(self, name: str, group: int) -> Any:
+        # A file that a forked process has open, too, has one place for both.
+        return _cells(self._opened(name, os.getpid()).read_row_group(group, [self.image_column], use_threads=False), self.image_column)
+
+    def _open(self, name: str, _: int) -> Any:
+        return pyarrow.parquet.ParquetFile(self.files.open(name))

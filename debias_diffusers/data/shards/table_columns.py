@@ -1,0 +1,103 @@
+"""Which columns of a table are images, labels and captions. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...config.schema import DataConfig
+from ...errors import InputError
+
+COLUMNS = ("text", "caption", "prompt")  # of captions, in this order, where no column is named
+
+Features = Mapping[str, Any]  # of the `datasets` library, by the names of the columns
+
+
+@dataclass(frozen=True)
+class Found:
+    """The columns of a table, and what its labels are."""
+
+    image: str
+    label: str | None
+    caption: str | None
+    class_names: list[str] | None  # of the classes that labels count; None where labels are names, or numbers without names
+    whole_numbers: bool | None  # whether labels are numbers; None where there are none
+
+
+def find_columns(schema: Any, config: DataConfig, caption: str | None = None) -> Found:
+    """The columns of a parquet file by its Arrow schema, which must have labels where the configuration has classes.
+
+    Raises:
+        InputError: there is no column of images, or of the labels that are asked for.
+    """
+    import datasets
+
+    features = datasets.Features.from_arrow_schema(schema)
+    image = config.image_column or only_column(features, datasets.Image, "image")
+    check_column(features, image, "image_column")
+    found: dict[str, str | None] = {"label": config.label_column, "caption": caption}
+    with contextlib.suppress(InputError) if not config.class_conditional else contextlib.nullcontext():
+        found["label"] = config.label_column or only_column(features, datasets.ClassLabel, "label")
+    with contextlib.suppress(InputError) if caption is None else contextlib.nullcontext():
+        found["caption"] = caption_column(features, caption, config.dataset)
+    label = found["label"]
+    if label is None:
+        return Found(image, None, found["caption"], None, None)
+    check_column(features, label, "label_column")
+    names = getattr(features[label], "names", None)
+    whole = names is not None or holds_whole_numbers(features[label], label)
+    return Found(image, label, found["caption"], None if names is None else list(names), whole)
+
+
+def holds_whole_numbers(feature: Any, column: str) -> bool:
+    """Whether a column of labels has whole numbers, and not text. Raises InputError where it has neither."""
+    dtype = str(getattr(feature, "dtype", ""))
+    if dtype.startswith(("int", "uint")):
+        return True
+    if dtype in ("string", "large_string"):
+        return False
+    raise InputError(f"label_column {column} holds {feature} and no whole numbers or text; name another")
+
+
+def only_column(features: Features, kind: type, role: str) -> str:
+    """The column of images or labels (`role`), by its type, else by its name. Raises InputError where there is none, or several."""
+    found: list[str] = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if not found and role in features:
+        found = [role]
+    if len(found) == 1:
+        return found[0]
+    several = f"several columns of {role}s: {', '.join(found)}"
+    which = several if found else f"no column of {role}s among {', '.join(features)}"
+    raise InputError(f"the dataset has {which}; name one with --{role}_column")
+
+
+def check_column(features: Features, column: str, field: str) -> None:
+    """Raises InputError where there is no such column."""
+    if column not in features:
+        raise InputError(f"{field} is {column}, but the dataset has only: {', '.join(features)}")
+
+
+def caption_column(features: Features, column: str | None, where: str | None) -> str:
+    """The column of captions: the one that is named, else the first of `COLUMNS`, else the only one of texts.
+
+    Raises:
+        InputError: there is none, or it holds something else.
+    """
+    import datasets
+
+    if column is None:
+        texts = [name for name, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
+        usual = [name for name in COLUMNS if name in features]
+        if not usual and len(texts) != 1:
+            which = f"several columns of texts: {', '.join(texts)}" if texts else f"no column of texts among {', '.join(features)}"
+            raise InputError(f"dataset {where} has {which}; name that of the captions with --caption_column")
+        column = (usual or texts)[0]
+    if column not in features:
+        raise InputError(f"caption_column is {column}, but dataset {where} has only: {', '.join(features)}")
+    feature = features[column]
+    inner = getattr(feature, "feature", feature if not isinstance(feature, list) else feature[0])  # of a list of texts
+    if not isinstance(inner, datasets.Value) or inner.dtype not in ("string", "large_string"):
+        raise InputError(f"caption_column {column} of dataset {where} holds {feature} and no texts; name another")
+    return column

@@ -1,0 +1,1 @@
+"""The command that reconstructs averaged weights after a training (post-hoc EMA)."""

@@ -1,0 +1,1 @@
+"""The command that makes, indexes and verifies shards."""

@@ -1,0 +1,555 @@
+"""Shards: tar files and row groups of parquet files, their index, the order of their images, and the commands that make them."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import command, computed, same, wait_for
+from here import tiny, trained_here
+from PIL import Image
+
+from debias_diffusers import cli
+from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.config.shard_names import expand
+from debias_diffusers.data import captions as captions_module
+from debias_diffusers.data import images
+from debias_diffusers.data.buckets import BucketOrder
+from debias_diffusers.data.captions import CaptionedSource, captions_of
+from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
+from debias_diffusers.data.shards import commands, index
+from debias_diffusers.data.shards.order import ShardOrder
+from debias_diffusers.data.shards.source import ShardedSource
+from debias_diffusers.data.sources import ImageTable, SourceSubset, open_source, summary
+from debias_diffusers.data.validation_split import split_source
+from debias_diffusers.errors import CannotWriteError, InputError
+from debias_diffusers.tasks import precompute
+from debias_diffusers.utils import seeding
+
+
+def encoded(number, width=8, height=8, kind="PNG"):
+    pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def write_tar(path, samples):
+    """A tar file by the standard library: samples as (key, {rest of the name: bytes})."""
+    with tarfile.open(path, "w") as archive:
+        for key, members in samples:
+            for rest, content in members.items():
+                member = tarfile.TarInfo(f"{key}.{rest}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def samples_of(shard, count=7):
+    names = ("cat", "dog", "cow")
+    return [
+        (
+            f"{shard:02d}/{k:03d}",
+            {"jpg" if k % 2 else "png": encoded(shard * count + k, 8 + k, 8, "JPEG" if k % 2 else "PNG")}
+            | {"cls": names[k % 3].encode(), "txt": f"picture {k} of {shard}\nagain ".encode(), "json": b'{"other": 1}'},
+        )
+        for k in range(count)
+    ]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Where locks and indices are written that are not beside the shards."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def shards(tmp_path, home):
+    """Five shards of seven images."""
+    (tmp_path / "shards").mkdir()
+    for shard in range(5):
+        write_tar(tmp_path / "shards" / f"{shard:04d}.tar", samples_of(shard))
+    return tmp_path / "shards"
+
+
+def opened(path, **fields):
+    return open_source(DataConfig(dataset=str(path), resolution=8, **fields))
+
+
+def contents(source):
+    return [source.read(k)[:2] for k in range(len(source))]
+
+
+# ---- readers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_pattern_stands_for_files(tmp_path):
+    assert expand("a/{08..11}-{x,y}.tar") == [f"a/{k}-{end}.tar" for k in ("08", "09", "10", "11") for end in "xy"]
+    assert expand("a/b.tar") == ["a/b.tar"] and expand("user/{set}") == ["user/{set}"]
+    for wrong in ("{3..1}.tar", "{a}.tar", "{0..9999999}.tar"):
+        with pytest.raises(InputError, match=r"\{"):
+            expand(wrong)
+    (tmp_path / "{1..2}.tar").touch()
+    assert expand(f"{tmp_path}/{{1..2}}.tar") == [f"{tmp_path}/{{1..2}}.tar"]
+
+
+def test_a_tar_file_of_the_standard_library_is_read_unchanged(shards):
+    source = opened(shards, class_conditional=True)
+    expected = [(members, k) for shard in range(5) for k, (_, members) in enumerate(samples_of(shard))]
+    assert source.class_names == ["cat", "cow", "dog"] and len(source) == 35
+    label = {b"cat": 0, b"cow": 1, b"dog": 2}
+    assert contents(source) == [(members.get("png") or members["jpg"], label[members["cls"]]) for members, _ in expected]
+    assert source.labels() == [label[members["cls"]] for members, _ in expected]
+    assert source.sizes().tolist() == [[8, 8 + k] for _, k in expected]
+    captions = captions_of(CaptionedSource(source, None))
+    assert [captions[k] for k in range(35)] == [(f"picture {k % 7} of {k // 7}", "again") for k in range(35)]
+    assert source.read(8)[2] == f"01/001 of {shards}/0001.tar"
+    pattern, one = opened(shards / "{0000..0004}.tar"), opened(shards / "0002.tar")
+    assert pattern.fingerprint() == opened(shards).fingerprint() and contents(one) == contents(opened(shards))[14:21]
+    assert summary(opened(shards), "x") == ["dataset x: 35 images"]  # its index and nothing else is beside the shards
+    again = pickle.loads(pickle.dumps(source))
+    assert contents(again) == contents(source) and again.index.path == source.index.path
+
+
+def test_labels_and_captions_come_from_json_too(tmp_path, home):
+    fields = [{"label": 2, "text": "one"}, {"label": 0, "text": ["two", "three"]}, {"label": 2}, {"class": 1, "alt": "four"}]
+    write_tar(
+        tmp_path / "a.tar", [(str(k), {"webp": encoded(k, kind="WEBP"), "json": json.dumps(f).encode()}) for k, f in enumerate(fields)]
+    )
+    source = opened(tmp_path / "a.tar", class_conditional=True)
+    assert source.class_names == ["0", "1", "2"] and source.labels() == [2, 0, 2, 1]
+    captions = captions_of(CaptionedSource(source, None))
+    assert captions[:] == [("one",), ("two", "three"), (), ()]
+    assert source.captions("alt")[3] == ("four",)
+    assert opened(tmp_path / "a.tar", class_conditional=True, label_column="label").labels() == [2, 0, 2, None]
+    with pytest.raises(InputError, match="label_column is nothing"):
+        opened(tmp_path / "a.tar", label_column="nothing")
+
+
+def test_a_tar_file_of_webdataset_is_read_unchanged(tmp_path, home):
+    webdataset = pytest.importorskip("webdataset")
+    expected = [(encoded(k), k % 3, f"caption {k}") for k in range(10)]
+    with webdataset.ShardWriter(str(tmp_path / "%04d.tar"), maxcount=4, verbose=0) as writer:
+        for k, (content, label, caption) in enumerate(expected):
+            writer.write({"__key__": f"key.d/{k:05d}", "png": content, "cls": label, "txt": caption, "json": {"k": k}})
+    source = opened(tmp_path / "{0000..0002}.tar", class_conditional=True)
+    captions = captions_of(CaptionedSource(source, None))
+    assert [(*each, *captions[k]) for k, each in enumerate(contents(source))] == expected
+    assert source.shards().tolist() == [0, 4, 8, 10]
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    """A folder of two parquet files by `datasets`, of row groups of three."""
+    folder = tmp_path_factory.mktemp("parquet")
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "cat", "cow"]), "text": datasets.Value("string")}
+    )
+    for part in range(2):
+        rows = [
+            {"image": {"bytes": encoded(10 * part + k, 9, 8), "path": None}, "label": k % 2, "text": f"{part} {k}"} for k in range(8 - part)
+        ]
+        path = folder / f"train-0000{part}-of-00002.parquet"
+        datasets.Dataset.from_list(rows, features=features).to_parquet(path, batch_size=3)
+    return folder
+
+
+def test_parquet_by_row_groups_is_what_datasets_reads(parquet, home, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "_places", lambda files, key: [tmp_path / "beside" / key.file_name, tmp_path / key.file_name])
+    for name, of_model in ((parquet, "natural"), (parquet, ["cat", "cow", "dog"]), (parquet / "train-00001-of-00002.parquet", "natural")):
+        config = DataConfig(dataset=str(name), class_conditional=True, resolution=8)
+        table = open_source(config, of_model)
+        groups = open_source(DataConfig(dataset=str(name), class_conditional=True, resolution=8, shuffle_window=2), of_model)
+        assert isinstance(table, ImageTable) and isinstance(groups, ShardedSource)
+        assert contents(groups) == contents(table) and groups.labels() == table.labels()
+        assert groups.class_names == table.class_names
+        assert captions_of(CaptionedSource(groups, None))[:] == captions_of(CaptionedSource(table, None))
+        assert groups.sizes().tolist() == [[8, 9]] * len(table)
+    assert opened(parquet, shuffle_window=2).shards().tolist() == [0, 3, 6, 8, 11, 14, 15]
+    assert contents(pickle.loads(pickle.dumps(groups))) == contents(table)
+    pattern = opened(parquet / "train-{00000..00001}-of-00002.parquet")
+    assert contents(pattern) == contents(opened(parquet))
+
+
+def test_sizes_come_from_the_index_without_reading_images(shards, monkeypatch):
+    source = CaptionedSource(opened(shards), None)
+    monkeypatch.setattr(ShardedSource, "read", None)
+    held = SourceSubset(source, [0, 20])
+    assert precompute.image_sizes(held, None).tolist() == [[8, 8 + k % 7] for k in range(35) if k not in (0, 20)]
+    captions = captions_of(held)
+    assert len(captions) == 33 and captions[0] == ("picture 1 of 0", "again") and captions[-1] == ("picture 6 of 4", "again")
+    listed = list(captions)
+    assert captions_module.different_captions(captions) == captions_module.different_captions(listed)
+    tokens = dict.fromkeys(captions_module.different_captions(listed), 3)
+    assert captions_module.summary(captions, tokens, 2) == captions_module.summary(listed, tokens, 2)
+    assert captions_module.first_captions(captions, 2) == ["picture 1 of 0", "picture 2 of 0"]
+
+
+def test_an_image_without_a_size_is_named_or_skipped(tmp_path, home):
+    write_tar(tmp_path / "a.tar", [("good", {"png": encoded(0, 9, 8)}), ("bad", {"png": b"no image"})])
+    source = opened(tmp_path / "a.tar")
+    assert source.sizes().tolist() == [[8, 9], [0, 0]]
+    with pytest.raises(InputError, match=r"image bad of .*a.tar cannot be read"):
+        precompute.image_sizes(source, None)
+    assert precompute.image_sizes(source, None, skip_bad=True).tolist() == [[8, 9], [1, 1]]
+
+
+def test_tokens_of_many_captions_are_counted_in_a_sample(monkeypatch):
+    monkeypatch.setattr(captions_module, "MANY", 3)
+    monkeypatch.setattr(captions_module, "SAMPLE", 2)
+    counted = captions_module.counted_captions(["a", "b", "c", "d"])
+    assert len(counted) == 2 and captions_module.counted_captions(["a", "b", "c"]) == ["a", "b", "c"]
+    said = captions_module.summary([("a",), ("b",), ("c",), ("d",)], dict.fromkeys(counted, 9), 7, 4)
+    assert said.startswith("captions: 4 different captions of 4 images; 2 of a sample of 2 have more than 7 tokens")
+
+
+# ---- the index -------------------------------------------------------------------------------------------------------
+
+
+def test_an_index_is_built_once_and_follows_shards_that_moved(shards, monkeypatch, tmp_path):
+    before = opened(shards).fingerprint()
+    read = Counter()
+    real = index._read_one
+    monkeypatch.setattr(index, "_read_one", lambda files, key, name: read.update([name]) or real(files, key, name))
+    assert opened(shards).fingerprint() == before and not read
+    os.utime(shards / "0003.tar", ns=(1, 1))
+    assert opened(shards).fingerprint() == before and read == {"0003.tar": 1}
+    assert opened(shards).fingerprint() == before and read == {"0003.tar": 1}
+    moved = shards.rename(tmp_path / "elsewhere")
+    assert opened(moved).fingerprint() == before and read == {"0003.tar": 1}
+    (path,) = moved.glob("index-*.arrow")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert opened(moved).fingerprint() == before and read == {"0003.tar": 2, **{f"000{k}.tar": 1 for k in (0, 1, 2, 4)}}
+
+
+def test_an_index_that_cannot_be_written_beside_the_shards_is_written_to_the_cache(shards, home, monkeypatch, capsys):
+    real = index.atomic_write
+
+    def refused(path):
+        if path.parent == shards:
+            raise CannotWriteError("read-only")
+        return real(path)
+
+    monkeypatch.setattr(index, "atomic_write", refused)
+    assert len(opened(shards)) == 35 and len(opened(shards)) == 35
+    assert not list(shards.glob("index-*")) and len(list((home / ".cache" / "debias_diffusers" / "shards").glob("*.arrow"))) == 1
+    assert capsys.readouterr().err.count("indexing 5 shards") == 1
+
+
+def test_many_shards_are_read_by_several_processes(shards, monkeypatch):
+    whole = opened(shards).fingerprint()
+    for path in shards.glob("index-*"):
+        path.unlink()
+    monkeypatch.setattr(index, "SMALL", 0)
+    assert opened(shards).fingerprint() == whole
+
+
+def changed(path):
+    write_tar(path, samples_of(9))
+
+
+def damaged(path):
+    """One byte of an image, without a trace."""
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 40] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def cut_between_members(path):
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1]
+    path.write_bytes(path.read_bytes()[: last.offset])
+
+
+def compressed(path):
+    with tarfile.open(path, "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("a.jpg"))
+
+
+def appended(path):
+    path.write_bytes(path.read_bytes() * 2)
+
+
+BEFORE_THE_INDEX = [
+    (truncated, "no whole, uncompressed tar"), (cut_between_members, "truncated"), (compressed, "no whole, uncompressed tar"),
+    (appended, "another file was appended"), (lambda path: write_tar(path, [("a", {"txt": b"no image"})]), "holds no images"),
+    (lambda path: write_tar(path, [("a", {"jpg": b"1", "png": b"2"})]), "several images of a: jpg, png"),
+    (lambda path: write_tar(path, [("a", {"jpg": b"1"})] * 2), "two members a.jpg"),
+    (lambda path: write_tar(path, [("a", {"jpg": b"1", "json": b"[]"})]), "no JSON object"),
+    (lambda path: write_tar(path, [("a", {"jpg": b"1", "txt": b"\xff"})]), "not Unicode"),
+]  # fmt: skip
+AFTER_THE_INDEX = [
+    (truncated, "no whole, uncompressed tar"), (changed, "has changed since it was indexed (7 images then, 7 now)"),
+    (Path.unlink, "0003.tar is missing"), (lambda path: path.rename(path.with_name("0007.tar")), "0007.tar is new"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("indexed", "cases"), [(False, BEFORE_THE_INDEX), (True, AFTER_THE_INDEX)])
+def test_a_shard_that_is_not_as_it_should_be_is_named(shards, indexed, cases, capsys):
+    whole = (shards / "0003.tar").read_bytes()
+    for spoil, said in cases:
+        (shards / "0003.tar").write_bytes(whole)
+        if indexed:
+            (shards / "0007.tar").unlink(missing_ok=True)
+            opened(shards)
+        spoil(shards / "0003.tar")
+        assert cli.shards(["verify", str(shards)]) == 2
+        err = capsys.readouterr().err
+        assert said in err and "000" in err and len(err.strip().splitlines()[-1]) > 20, err
+        with pytest.raises(InputError):
+            opened(shards)
+    if indexed:  # the command takes the shards as they are
+        assert cli.shards(["index", str(shards)]) == 0 and len(opened(shards)) == 35
+
+
+def test_a_missing_file_of_a_pattern_is_named_before_torch_is_needed(shards, capsys):
+    (shards / "0003.tar").unlink()
+    flags = ["--resolution", "8", "--output_dir", str(shards / "run"), "--max_steps", "1"]
+    assert cli.train(["--dataset", f"{shards}/{{0000..0004}}.tar", *flags]) == 2
+    assert f"{shards}/0003.tar does not exist" in capsys.readouterr().err
+    assert cli.train(["--dataset", f"{shards}/{{0000-0004}}.tar", *flags]) == 2
+    assert "such as {0000..0127}" in capsys.readouterr().err
+
+
+def test_a_damaged_image_is_named_where_it_is_read(shards, capsys):
+    source = opened(shards)
+    damaged(shards / "0003.tar")
+    assert opened(shards).fingerprint() == source.fingerprint()  # which nothing but its bytes tells
+    with pytest.raises(InputError, match=r"image 03/000 of .*0003.tar is not as it was when the shard was indexed"):
+        contents(opened(shards))
+    assert cli.shards(["verify", str(shards)]) == 2
+    assert "0003.tar has changed since it was indexed" in capsys.readouterr().err
+
+
+def test_a_damaged_parquet_file_is_named(parquet, tmp_path, home):
+    for spoil in (lambda content: content[:-20], lambda content: content[:300] + b"\0" * 40 + content[340:]):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for path in parquet.glob("*.parquet"):
+            (folder / path.name).write_bytes(path.read_bytes())
+        last = folder / "train-00001-of-00002.parquet"
+        last.write_bytes(spoil(last.read_bytes()))
+        with pytest.raises(InputError, match=r"train-00001-of-00002.parquet"):
+            source = opened(folder, shuffle_window=2)
+            contents(source)
+
+
+# ---- order -----------------------------------------------------------------------------------------------------------
+
+
+def shard_starts(generator, shards):
+    return np.concatenate([[0], generator.integers(1, 9, shards).cumsum()])
+
+
+def test_an_epoch_has_every_image_once_and_windows_are_whole_shards():
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        starts = shard_starts(generator, int(generator.integers(1, 20)))
+        count, window, seed, epoch = int(starts[-1]), int(generator.integers(1, 22)), int(generator.integers(9)), int(generator.integers(3))
+        order = ShardOrder(starts, window, seed)
+        found = [order.index(epoch, place) for place in range(count)]
+        assert sorted(found) == list(range(count))
+        shuffled = generator.permutation(count)
+        other = ShardOrder(starts, window, seed)
+        assert [other.index(epoch, int(place)) for place in shuffled] == [found[place] for place in shuffled]
+        of_image = np.searchsorted(starts, found, "right") - 1
+        places = [np.flatnonzero(of_image == shard) for shard in range(len(starts) - 1)]
+        largest = np.sort(np.diff(starts))[::-1][:window].sum()
+        assert all(np.ptp(place) < largest for place in places)  # no image is farther from another of its shard than a window is long
+        if window >= len(starts) - 1:
+            full = torch.randperm(count, generator=seeding.generator(seed, "order", epoch))  # as without shards
+            assert found == full.tolist()
+
+
+def test_a_window_of_all_shards_is_the_order_without_shards(shards):
+    configs = [DataConfig(resolution=8, shuffle_window=window) for window in (None, 5, 3)]
+    orders = [[data.index(p) for p in range(70)] for data in (TrainingData(opened(shards), config, 4) for config in configs)]
+    assert orders[0] == orders[1] != orders[2] and all(sorted(o[:35]) == sorted(o[35:]) == list(range(35)) for o in orders)
+
+
+def test_what_is_held_out_leaves_the_shards_as_they_are(shards):
+    source = opened(shards)
+    trained, held_out = split_source(source, 0.2, seed=1)
+    assert trained.shards()[-1] == 28 and held_out.shards()[-1] == 7
+    names = [trained.read(k)[2] for k in range(28)]
+    assert np.flatnonzero([a[-8:] != b[-8:] for a, b in pairwise(names)]).tolist() == (trained.shards()[1:-1] - 1).tolist()
+    assert sorted([*trained.indices, *held_out.indices]) == list(range(35)) and trained.indices[3:5] == list(trained.indices)[3:5]
+
+
+def test_every_bucket_goes_through_the_shards_together():
+    generator = np.random.default_rng(3)
+    starts = np.arange(0, 1201, 60)
+    sizes = [((64, 64), (64, 96), (96, 64))[k] for k in generator.integers(0, 3, 1200)]
+    order = BucketOrder(sizes, 8, 0, starts, 2)
+    steps = order.steps(1)
+    found = [order.index(p) for p in range(steps * 8)]
+    assert set(found) == set(range(1200))
+    assert all(len({sizes[k] for k in found[8 * step : 8 * step + 8]}) == 1 for step in range(steps))
+    spans = [len({k // 60 for k in found[first : first + 120]}) for first in range(0, len(found) - 120, 40)]
+    assert np.mean(spans) < 6 and max(spans) <= 9, spans  # of twenty; a window has two
+    covering, plain = BucketOrder(sizes, 8, 0, starts, 20), BucketOrder(sizes, 8, 0)
+    assert [covering.index(p) for p in range(2000)] == [plain.index(p) for p in range(2000)]
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 1), (2, 0), (3, 3)])
+def test_samples_are_the_same_over_any_number_of_processes_and_workers(shards, processes, workers):
+    config = DataConfig(dataset=str(shards), resolution=8, num_workers=workers, cache_images_mb=0, class_conditional=True, shuffle_window=2)
+    data, steps = TrainingData(open_source(config), config, seed=3), range(3, 7)  # with the end of an epoch
+    alone = [data[p] for p in range(steps.start * 6, steps.stop * 6)]
+    parts = []
+    for rank in range(processes):
+        batches = list(micro_batches(data, PositionBatchSampler(6, 2, rank, processes, steps), pin_memory=False))
+        parts.append({name: torch.cat([batch[name] for batch in batches]).chunk(len(steps)) for name in batches[0]})
+    for name in ("image", "label", "noise"):
+        together = torch.cat([part[name][step] for step in range(len(steps)) for part in parts])
+        assert torch.equal(together, torch.stack([torch.as_tensor(sample[name], dtype=together.dtype) for sample in alone]))
+
+
+def test_a_run_that_was_stopped_within_a_window_goes_on_with_the_same_bits(shards, tmp_path):
+    flags = ["--dataset", shards, "--shuffle_window", 2, "--channels", 3, "--checkpoint_every", 3, "--num_workers", 0]
+    flags += ["--warmup_steps", 0, "--lr_schedule", "constant"]
+    for name, stops in (("whole", [6]), ("stopped", [3, 6])):
+        for steps in stops:  # of 8 images: an epoch is 35
+            trained_here(tiny(tmp_path / name, *flags, "--max_steps", steps))
+    same(tmp_path / "whole", tmp_path / "stopped", 6)
+    write_tar(shards / "0003.tar", samples_of(8))
+    with pytest.raises(InputError, match=r"0003.tar has changed"):
+        trained_here(tiny(tmp_path / "whole", *flags, "--max_steps", 8))
+    assert cli.shards(["index", str(shards)]) == 0
+    with pytest.raises(InputError, match="is not the one this run began with"):
+        trained_here(tiny(tmp_path / "whole", *flags, "--max_steps", 8))
+
+
+def test_saved_data_are_shuffled_within_record_batches_and_folders_are_not(tmp_path, home):
+    digits = opened("digits")
+    assert digits.shards().tolist() == [*range(0, 1797, 100), 1797]
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    config = DataConfig(dataset=str(tmp_path), resolution=8, shuffle_window=3)
+    with pytest.raises(InputError, match="are no shards"):
+        TrainingData(open_source(config), config, seed=0)
+
+
+# ---- make ------------------------------------------------------------------------------------------------------------
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith("index-")}
+
+
+def test_shards_of_a_data_set_have_its_images_labels_and_captions(parquet, tmp_path, home, monkeypatch, capsys):
+    assert cli.shards(["make", str(parquet), str(tmp_path / "made")]) == 0
+    made = opened(tmp_path / "made", class_conditional=True)
+    table = opened(parquet, class_conditional=True)
+    assert contents(made) == contents(table) and made.class_names == table.class_names == ["dog", "cat", "cow"]
+    assert captions_of(CaptionedSource(made, None))[:] == captions_of(CaptionedSource(table, None))
+    assert cli.shards(["verify", str(tmp_path / "made")]) == 0
+    assert cli.shards(["make", str(tmp_path / "made"), str(tmp_path / "again")]) == 0  # of shards, too
+    assert files_of(tmp_path / "again")["000000.tar"] == files_of(tmp_path / "made")["000000.tar"]
+    assert cli.shards(["make", str(parquet), str(tmp_path / "made"), "--shard_mb", "3"]) == 2
+    assert "has shards of other data, or of another size" in capsys.readouterr().err
+    assert cli.shards(["make", str(parquet), str(parquet)]) == cli.shards(["make", str(parquet), str(tmp_path)]) == 2
+
+
+def test_making_shards_goes_on_after_a_kill_with_the_same_bytes(tmp_path, home, monkeypatch):
+    for k in range(30):
+        path = tmp_path / "data" / ("cat", "dog")[k % 2] / f"{k}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(k, 200, 170, "BMP"))
+    command = ["make", str(tmp_path / "data"), "--shard_mb", "1"]
+    assert cli.shards([*command, str(tmp_path / "whole")]) == 0
+    whole = files_of(tmp_path / "whole")
+    assert sorted(whole) == ["000000.tar", "000001.tar", "000002.tar", "000003.tar", "classes.json", "made_from.json"]
+    assert all(len(content) <= 1_000_000 for content in whole.values())
+    real, read = commands._members, []
+
+    def killed(source, captions, number):
+        read.append(number)
+        if number == 15:
+            raise KeyboardInterrupt
+        return real(source, captions, number)
+
+    monkeypatch.setattr(commands, "_members", killed)
+    assert cli.shards([*command, str(tmp_path / "killed")]) == 130
+    assert "000000.tar" in files_of(tmp_path / "killed") and "000001.tar" not in files_of(tmp_path / "killed")
+    monkeypatch.setattr(commands, "_members", lambda *args: read.append(args[2]) or real(*args))
+    read.clear()
+    assert cli.shards([*command, str(tmp_path / "killed")]) == 0
+    assert files_of(tmp_path / "killed") == whole and read[0] == 9
+
+
+@pytest.mark.nightly
+def test_shards_are_whole_after_a_kill_at_any_time(tmp_path, home):
+    (tmp_path / "data").mkdir()
+    for k in range(300):
+        (tmp_path / "data" / f"{k:03d}.bmp").write_bytes(encoded(k, 300, 300, "BMP"))
+    make = ["make", str(tmp_path / "data"), "--shard_mb", "5"]
+    assert cli.shards([*make, str(tmp_path / "whole")]) == 0
+    for sign in ("made_from.json", "000003.tar", "000008.tar", "000016.tar"):
+        process = command("-m", "debias_diffusers.shards", *make, tmp_path / "killed")
+        wait_for(lambda sign=sign: (tmp_path / "killed" / sign).exists())
+        process.kill()
+        process.wait()
+    assert cli.shards([*make, str(tmp_path / "killed")]) == 0
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    for path in (tmp_path / "killed").glob("index-*"):
+        path.unlink()
+    for moment in (0.0, 0.2, 0.4):  # seconds after the lock, while the shards are read by several processes
+        process = command("-m", "debias_diffusers.shards", "index", tmp_path / "killed")
+        wait_for(lambda process=process, moment=moment: computed(process.pid) > 1 + moment)
+        process.kill()
+        process.wait()
+    assert opened(tmp_path / "killed").fingerprint() == opened(tmp_path / "whole").fingerprint()
+
+
+def test_text_to_image_trains_shards_as_the_folder_that_they_were_made_of(tmp_path, home):
+    pytest.importorskip("transformers")
+    from test_text_to_image import batch_of, plan_of
+    from text_models import make_base
+
+    base = make_base(tmp_path / "base")
+    for k in range(24):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / f"{k:02d}.png").write_bytes(encoded(k, *((40, 40), (60, 32))[k % 3 == 0]))
+        (tmp_path / "folder" / f"{k:02d}.txt").write_text(f"picture {k}\nthe same again" * (k != 5))
+    assert cli.shards(["make", str(tmp_path / "folder"), str(tmp_path / "made")]) == 0
+    flags = ("--resolution", 32, "--aspect_ratio_buckets", "--crop", "random")
+    folder, made = (plan_of(base, tmp_path / "run", "--dataset", tmp_path / name, *flags).task.data for name in ("folder", "made"))
+    assert folder.buckets.sizes == made.buckets.sizes and list(folder.captions) == list(made.captions) and len(set(made.buckets.sizes)) == 2
+    one, other = (batch_of(data, range(16, 24)) for data in (folder, made))
+    assert one.keys() == other.keys() and all(
+        torch.equal(one[name], other[name]) if torch.is_tensor(one[name]) else one[name] == other[name] for name in one
+    )
+
+
+def test_a_caption_with_lines_is_kept_whole(tmp_path, home):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jpg").write_bytes(encoded(1, kind="JPEG"))
+    (tmp_path / "folder" / "b").write_bytes(encoded(2, kind="BMP"))
+    rows = [{"file_name": "a.jpg", "text": "one\ntwo"}, {"file_name": "b", "text": ["three", "four"]}]
+    (tmp_path / "folder" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.shards(["make", str(tmp_path / "folder"), str(tmp_path / "made")]) == 0
+    made = opened(tmp_path / "made")
+    assert captions_of(CaptionedSource(made, None))[:] == [("one\ntwo",), ("three", "four")]
+    with tarfile.open(tmp_path / "made" / "000000.tar") as archive:
+        assert archive.getnames() == ["000000000.jpg", "000000000.json", "000000001.bmp", "000000001.txt"]
+
+
+def test_an_image_has_the_extension_of_its_content():
+    assert {images.extension_of(encoded(0, kind=kind), "x") for kind in ("PNG", "JPEG", "WEBP")} == {"png", "jpg", "webp"}
+    with pytest.raises(InputError, match="image x cannot be read"):
+        images.extension_of(b"no image", "x")
