@@ -107,6 +107,14 @@ def test_a_command_names_itself_as_it_was_called(entry, argv, name, monkeypatch,
 KINDS = (TrainConfig, WeightsConfig, SampleConfig, ScoreConfig, StatsConfig, BitsConfig, GuidedConfig, ExportConfig, PushConfig)
 
 
+def test_flags_of_the_table_of_other_trainers_are_answered():
+    """Of diffusers' scripts and sd-scripts, whose settings are flags; of those that have another meaning here, none can be."""
+    table = (ROOT / "docs" / "text_to_image.md").read_text().partition("## Moving from another trainer")[2].partition("## Not there")[0]
+    rows = [line.split("|")[2:4] for line in table.splitlines() if line.startswith("| `")]
+    names = {name for row in rows for cell in row for name in re.findall(r"`(\w+)[ `]", cell)} - field_types(TrainConfig).keys()
+    assert len(names) > 30 and [name for name in names if not aliases.suggestion(name, TrainConfig)] == []
+
+
 def test_every_suggestion_is_a_flag_with_a_value_that_it_has():
     for names, meant, differs in aliases._ROWS:
         fields = aliases.fields_of(f"{meant} {differs}")

@@ -303,8 +303,9 @@ def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig
     if config.data.resolution and not is_text(config) and (config.model.size or not config.model.model_config):
         values |= _network(config.model, config.data.resolution)
     values["noise_schedule"] = noise_schedule(config.objective)
-    if is_text(config) and (config.lora.lora_rank or 0) > 0 and config.lora.lora_alpha is None:
-        values["lora_alpha"] = float(config.lora.lora_rank)
+    rank = config.lora.lora_rank
+    if is_text(config) and rank and rank > 0 and config.lora.lora_alpha is None:
+        values["lora_alpha"] = float(rank)
     for name, given in (("init", config.optimization.init), ("base_model", config.text.base_model), ("vae", config.text.vae)):
         if given:
             values[name] = given.rstrip("/") or "/"  # of a folder, with which a resume must not differ from without

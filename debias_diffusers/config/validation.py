@@ -303,8 +303,6 @@ def _text_problems(config: TrainConfig) -> list[str]:
         found.append("allow_change names batch_size, but with aspect_ratio_buckets it decides which images a step has; leave it out")
     if text.precompute_dir == "":
         found.append("precompute_dir is an empty name; name a folder, or leave it out")
-    elif text.precompute_dir and Path(text.precompute_dir).is_file():
-        found.append(f"precompute_dir {text.precompute_dir} is a file; name a folder")
     anew = [name for name, on in (("shuffle_caption", text.shuffle_caption), ("lora_text_encoders", config.lora.lora_text_encoders)) if on]
     if text.precompute_dir and anew and text.crop == "random" and not text.crop_per_image:
         found.append(

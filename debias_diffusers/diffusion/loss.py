@@ -31,7 +31,7 @@ class Terms:
 
     def detached(self) -> Terms:
         """The same numbers without their graph."""
-        return Terms(self.loss.detach(), self.mse.detach(), None if self.bound is None else self.bound.detach())
+        return Terms(*(None if term is None else term.detach() for term in vars(self).values()))
 
 
 @dataclass(frozen=True)

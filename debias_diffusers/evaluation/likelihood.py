@@ -185,8 +185,8 @@ class OdeLikelihood:
         """
         device, shape = self.pipeline.device, x_0.shape
         labels = labels.to(device) if labels is not None else None
-        noise = torch.stack([seeding.normal(shape[1:], seed, "ode noise", k) for k in indices])
-        probes = torch.stack([seeding.normal((self.probes, *shape[1:]), seed, "ode probes", k) for k in indices], dim=1)
+        noise = seeding.normal(shape[1:], seed, "ode noise", indices)
+        probes = seeding.normal((self.probes, *shape[1:]), seed, "ode probes", indices).transpose(0, 1)
         start, (a, s) = self.path.start, (factor.item() for factor in self.path.a_s(self.path.start))
         clean = x_0.to(device, torch.float64)
         x = a * clean + s * noise.to(device, torch.float64)

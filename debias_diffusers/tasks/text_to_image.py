@@ -129,6 +129,8 @@ class TextToImageTask:
     def _precompute(self, folder: str, texts: Sequence[str]) -> None:
         """Fills the folder, and reads from it."""
         made, acc = Path(folder), self.accelerator
+        if not self.data.crops_are_fixed and acc.is_main_process:
+            say("latents are computed in every step, because each has a crop of its own; --crop_per_image, or --crop center, keeps them")
         embeddings: precompute.Precomputation[str | None] | None = None
         latents: precompute.Precomputation[tuple[int, bool]] | None = None
         missing = dict[str, tuple[int, int]]()
@@ -181,10 +183,12 @@ class TextToImageTask:
         """Of what is kept of an image, mirrored or not."""
         return 2 * 4 * torch.Size(self.shape).numel() + 4 * SIZE_IDS
 
-    def _bytes_on_disk(self) -> int:
-        """Of all that `precompute_dir` keeps of the training images and their captions."""
-        latents = len(self.data.images) * len(self.data.possible_flips) * self._latent_bytes if self.data.crops_are_fixed else 0
-        return latents + (len(self.data.texts()) * self.texts.bytes_each if self._embeddings_are_fixed else 0)
+    def _bytes_on_disk(self) -> dict[str, int]:
+        """What `precompute_dir` keeps of the training images and their captions."""
+        latents = len(self.data.images) * len(self.data.possible_flips) * self._latent_bytes
+        embeddings = len(self.data.texts()) * self.texts.bytes_each
+        found = (("latents", self.data.crops_are_fixed, latents), ("text embeddings", self._embeddings_are_fixed, embeddings))
+        return {what: size for what, fixed, size in found if fixed}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -320,7 +324,7 @@ class TextToImageTask:
 
     def describe(self) -> Sequence[str]:
         """Images, captions, latents, and what is frozen."""
-        folder = self.config.text.precompute_dir
+        folder, kept = self.config.text.precompute_dir, self._bytes_on_disk()
         kind, sizes = "Stable Diffusion XL" if self.base.is_xl else "Stable Diffusion", self.data.describe_sizes()
         dropped = "zeros" if self.zeros else 'the encoding of ""'
         adapters = self.config.lora
@@ -331,7 +335,7 @@ class TextToImageTask:
             *([sizes] if sizes else []),
             f"base_model: {self.config.text.base_model} ({kind}); its text encoders and VAE stay as they are",
             f"no caption: {self.config.text.caption_dropout:.0%} of the captions, as {dropped}",
-            *([f"precompute_dir: {folder}, where latents and text embeddings take {self._bytes_on_disk() / 1e6:.1f} MB"] if folder else []),
+            *([f"precompute_dir: {folder}, where {' and '.join(kept)} take {sum(kept.values()) / 1e6:.1f} MB"] if folder else []),
             *([f"LoRA: {scale}" + (", and on the text encoders" if adapters.lora_text_encoders else "")] if adapters.lora_rank else []),
         ]
 
