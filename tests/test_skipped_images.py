@@ -15,7 +15,7 @@ from debias_diffusers.data.sources import open_source
 from debias_diffusers.errors import FetchError, InputError
 from debias_diffusers.tasks import pixel_data
 
-COUNT, BATCH, STEPS = 240, 8, 40  # of which two images may be skipped
+COUNT, BATCH, STEPS = 240, 8, 22  # of which two images may be skipped
 FLAGS = ["--check_images", "none", "--channels", 1, "--max_steps", STEPS, "--checkpoint_every", 10, "--lr_schedule", "constant"]
 BAD = (17, 200)
 
@@ -103,7 +103,7 @@ def test_a_run_without_it_ends_saved_and_goes_on_with_it_to_the_same_bits(folder
 
 def test_what_was_skipped_is_counted(positions, skipping):
     state = json.loads((skipping / "checkpoints" / f"step-{STEPS:08}" / "state.json").read_text())
-    assert state["skipped_images"] == len(positions) >= 3 and "skipped" not in state["data"]
+    assert state["skipped_images"] == len(positions) >= 2 and "skipped" not in state["data"]
     for line in metrics(skipping):
         assert line.get("skipped_images", 0) == sum(position < BATCH * line["step"] for position in positions)
 
