@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Terms:
 
     def detached(self) -> Terms:
         """The same numbers without their graph."""
-        return Terms(*(None if term is None else term.detach() for term in vars(self).values()))
+        return replace(self, **{name: term.detach() for name, term in vars(self).items() if term is not None})
 
 
 @dataclass(frozen=True)
