@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import fcntl
 import gc
+import io
 import json
 import logging
 import math
@@ -113,12 +114,16 @@ def _fork(_, arguments, descriptors):
         return pid
     try:
         faulthandler.disable()
+        for number, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):  # not buffered, as OFFLINE has it
+            stream = io.TextIOWrapper(io.FileIO(number, "w", closefd=False), errors=errors, write_through=True)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
         for handler in [reference() for reference in logging._handlerList]:  # what was imported has those of pytest's captured stderr
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 handler.setStream(sys.stderr)
         logging.root.handlers.clear()  # of pytest
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for descriptor in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *descriptors}:
+        nothing = os.open(os.devnull, os.O_RDWR)  # also in place of stdout and stderr: what commands say goes to files of their tests
+        for descriptor in {int(name) for name in os.listdir("/proc/self/fd")} - {0, *descriptors}:
             with contextlib.suppress(OSError):  # that of the folder itself
                 os.fstat(descriptor)
                 os.dup2(nothing, descriptor)  # and not closed, as objects know it by its number
