@@ -54,6 +54,15 @@ class BiasReport:
         header = ("run", "step", "prediction type", "weighting", "timesteps T", "seed", "weights")
         self.page.table(header, [self._about(model) for model in models], "The runs")
 
+    def about(self, reference: str | None, images: int, candidates: int, total: int, extractor: str | None) -> None:
+        """Says what is measured: errors on so many images of the candidates among all images of the reference."""
+        held = ", which all runs held out of training" if candidates < total else ""
+        features = f" Features for the metrics are those of {extractor}." if extractor else ""
+        self.page.paragraph(
+            f"Reference: {reference}, {total} images. Errors are measured on {images} of {candidates} images{held}.{features} "
+            f"Seed {self.config.seed}."
+        )
+
     def _about(self, model: Model) -> list[object]:
         denoiser, values = model.denoiser, model.values
         known = (values.get("weighting"), values.get("seed"))
@@ -107,7 +116,9 @@ class BiasReport:
             for model, estimated in zip(self.models, by_model):
                 rows.append((model.label, [_pixels(each[k]) for each in (x_0, *estimated)]))
         self.page.heading("Estimates of x_0 in one step")
-        picture = mosaic(rows, ["x_0", *map(str, places)], "timestep t")
+        same = len({len(model.denoiser.schedule) for model in self.models}) == 1
+        x_label = "timestep t" if same else f"timestep t of {self.models[0].label}; of others the same part of their timesteps"
+        picture = mosaic(rows, ["x_0", *map(str, places)], x_label)
         caption = "What each run takes the picture for, seen with the same noise at ten timesteps; the first column is the picture itself."
         self._figure("estimates", picture, caption, wide=True)
 
@@ -144,9 +155,8 @@ class BiasReport:
         )
         self._distances("swap", rows, "threshold: timestep from which on the first run predicts", "linear")
 
-    def finish(self, images: int, reference: str | None, total: int) -> None:
-        """Writes the page; errors were measured on so many of all images of the reference."""
-        self.page.paragraph(f"Reference: {reference}. Errors are measured on {images} of {total} images. Seed {self.config.seed}.")
+    def finish(self) -> None:
+        """Writes the page."""
         write_file(self.folder / PAGE, self.page.html())
 
     def _distances(self, name: str, rows: Sequence[Row], x_label: str, x_scale: Any) -> None:
