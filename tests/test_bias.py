@@ -16,7 +16,7 @@ from debias_diffusers.analysis import denoising, figures
 from debias_diffusers.analysis.bias import held_out
 from debias_diffusers.analysis.denoising import Denoiser, fixed_noise, measure_errors, shares, spread_timesteps, weights_of_timesteps
 from debias_diffusers.analysis.report_page import ReportPage, is_our_page
-from debias_diffusers.analysis.swap import SwappedUNet
+from debias_diffusers.analysis.swap import SwappedUNet, require_swappable
 from debias_diffusers.config.schema import BiasConfig, DataConfig, ObjectiveConfig
 from debias_diffusers.config.validation import bias_problems
 from debias_diffusers.data.sources import open_source
@@ -162,9 +162,14 @@ def test_a_prediction_of_another_type_is_converted():
         swapped(x_t, torch.tensor(30.5))
 
 
-def test_networks_of_other_schedules_are_not_swapped():
+def test_networks_that_do_not_fit_together_are_not_swapped():
     with pytest.raises(InputError, match="different noise schedules"):
-        SwappedUNet(constant(1.0), constant(2.0, schedule_shift=4.0), 50)
+        require_swappable(constant(1.0), constant(2.0, schedule_shift=4.0), "ddim")
+    learned = constant(1.0)
+    learned.network.config.out_channels = 2
+    require_swappable(learned, constant(2.0), "ddim")
+    with pytest.raises(InputError, match="take another --scheduler than ddpm"):
+        require_swappable(learned, constant(2.0), "ddpm")
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -192,7 +197,7 @@ def test_a_page_loads_nothing_and_escapes_what_it_is_told(tmp_path):
     picture = figures.curves({"error": {"a": figures.Curve([1, 2], [1, 2])}}, "t", "error")
     page.figure(picture, 'Two "runs"', wide=True)
     page.figure(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "An SVG")
-    page.table(["run", "fid"], [["<script>alert(1)</script>", 1.23456], ["b", None]], "Distances")
+    page.table(["run", "fid"], [["<script>alert(1)</script>", 1.23456], ["b", None]], "Distances", folded=True)
     text = page.html().decode()
     parser = Loaded()
     parser.feed(text)

@@ -22,8 +22,9 @@ from ..utils.console import say
 from ..utils.distributed import inference_accelerator
 from .bias_report import PAGE, BiasReport, require_output
 from .denoising import Errors, fixed_noise, measure_errors, spread_timesteps
-from .models import Model, open_model_of, require_same_images, steps_of
+from .models import Model, open_model_of, require_same_images, scheduler_of, steps_of
 from .sampled import Drawn, job_of, make_bias_measure, swapped_jobs
+from .swap import require_swappable
 
 ESTIMATED_IMAGES = 3
 
@@ -43,10 +44,14 @@ def measure_bias(config: BiasConfig) -> Path:
     models = [open_model_of(run, config, accelerator) for run in config.runs]
     require_same_images(models)
     steps = steps_of(config, models)
+    if config.swap:
+        require_swappable(models[0].denoiser, models[1].denoiser, scheduler_of(config, models[0]))
     chosen = reference_data(config, config.reference, config.runs)
-    data, indices = _images(config, chosen, models)
+    data, candidates, indices = _images(config, chosen, models)
     measure, reference = make_bias_measure(config, chosen, models[0], accelerator.device)
     report = BiasReport(config, models, folder)
+    extractor = measure.extractor.name if measure.extractor else None
+    report.about(chosen.dataset, len(indices), candidates, len(data.source), extractor)
     x_0, labels = _decoded(data, indices)
     noise = fixed_noise(x_0.shape[1:], config.seed, indices)
     report.timesteps({model.label: _errors(model, x_0, noise, labels, config) for model in models})
@@ -58,13 +63,13 @@ def measure_bias(config: BiasConfig) -> Path:
     report.steps(drawn)
     if config.swap:
         report.swap({t: Drawn.of(job, measure, reference) for t, job in swapped_jobs(config, models, accelerator.device)})
-    report.finish(len(indices), data.config.dataset, len(data.source))
+    report.finish()
     say(f"report of {len(models)} runs in {folder / PAGE}, with its tables (.csv) and figures (.png) beside it")
     return folder / PAGE
 
 
-def _images(config: BiasConfig, chosen: DataConfig, models: Sequence[Model]) -> tuple[TrainingData, list[int]]:
-    """The data, and the indices of the images on which errors are measured."""
+def _images(config: BiasConfig, chosen: DataConfig, models: Sequence[Model]) -> tuple[TrainingData, int, list[int]]:
+    """The data, the number of images that may be taken, and the indices of those on which errors are measured."""
     pipeline = models[0].pipeline
     given = dataclasses.replace(
         chosen,
@@ -78,7 +83,7 @@ def _images(config: BiasConfig, chosen: DataConfig, models: Sequence[Model]) -> 
     if data.num_classes != pipeline.num_classes:
         raise InputError(f"reference {chosen.dataset} has {data.num_classes} classes, but the runs have {pipeline.num_classes}")
     candidates = held_out(data.source, [model.values for model in models]) if config.reference is None else range(len(data.source))
-    return data, [candidates[k] for k in seeding.subset(config.seed, len(candidates), config.num_images)]
+    return data, len(candidates), [candidates[k] for k in seeding.subset(config.seed, len(candidates), config.num_images)]
 
 
 def held_out(source: Source, runs: Sequence[Mapping[str, Any]]) -> Sequence[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,33 @@ from .sampled import Drawn
 
 ESTIMATES = 10
 PAGE = "report.html"
-BY_TIMESTEP = ("prediction", "x_0", "amplification", "colour_bias", "loss_share", "gradient_share")
+# Figures over the timesteps by file: quantity, title, label and scale of the axis, caption.
+BY_TIMESTEP: dict[str, tuple[str, str, str, Scale, str]] = {
+    "prediction": (
+        "prediction_mse", "Squared error of the prediction", "mean square", "log",
+        "The error that the loss sees, before its weight.",
+    ),
+    "x_0": (
+        "x_0_mse", "Squared error of the estimate of x_0", "mean square", "log",
+        "The same error as one of the picture: the squared error of the prediction times the square of the amplification.",
+    ),
+    "amplification": (
+        "amplification", "Amplification", "factor", "log",
+        "How far the estimate of x_0 moves for an error of 1 of the prediction.",
+    ),
+    "colour_bias": (
+        "x_0_bias", "Signed error of the estimate of x_0", "mean error", "linear",
+        "Existence: estimates that are too dark (below 0) or too light (above 0) on average. A band without 0 is a bias.",
+    ),
+    "loss_share": (
+        "loss_share", "Share of the weighted loss", "share", "linear",
+        "Reasons: how much of the objective comes from each part of the timesteps. All parts are equally long.",
+    ),
+    "gradient_share": (
+        "gradient_share", "Share of the weighted gradient norm", "share", "linear",
+        "Reasons: where the updates of the network come from, in the same parts.",
+    ),
+}  # fmt: skip
 PLACE = {"timesteps": ("run", "t", "snr"), "steps": ("run", "steps"), "swap": ("run", "threshold")}
 VALUES = ("quantity", "channel", "value", "low", "high")
 
@@ -54,6 +80,15 @@ class BiasReport:
         header = ("run", "step", "prediction type", "weighting", "timesteps T", "seed", "weights")
         self.page.table(header, [self._about(model) for model in models], "The runs")
 
+    def about(self, reference: str | None, images: int, candidates: int, total: int, extractor: str | None) -> None:
+        """Says what is measured: errors on so many images of the candidates among all images of the reference."""
+        held = ", which all runs held out of training" if candidates < total else ""
+        features = f" Features for the metrics are those of {extractor}." if extractor else ""
+        self.page.paragraph(
+            f"Reference: {reference}, {total} images. Errors are measured on {images} of {candidates} images{held}.{features} "
+            f"Seed {self.config.seed}."
+        )
+
     def _about(self, model: Model) -> list[object]:
         denoiser, values = model.denoiser, model.values
         known = (values.get("weighting"), values.get("seed"))
@@ -70,14 +105,8 @@ class BiasReport:
             "predicted noise: an error that hardly counts in the loss can be a visible shift of the colour. Bands are 95% intervals of the "
             "mean over the pictures; values of x_0 are from -1 (black) to 1 (white)."
         )
-        t = "timestep t"
-        self._curves("prediction", rows, "t", {"prediction_mse": "Squared error of the prediction"}, t, "mean square", y_scale="log")
-        self._curves("x_0", rows, "t", {"x_0_mse": "Squared error of the estimate of x_0"}, t, "mean square", y_scale="log")
-        title = "Amplification: error of x_0 per error of the prediction"
-        self._curves("amplification", rows, "t", {"amplification": title}, t, "factor", y_scale="log")
-        self._curves("colour_bias", rows, "t", {"x_0_bias": "Signed error of the estimate of x_0"}, t, "mean error")
-        self._curves("loss_share", rows, "t", {"loss_share": "Share of the weighted loss in equal parts of the timesteps"}, t, "share")
-        self._curves("gradient_share", rows, "t", {"gradient_share": "Share of the weighted gradient norm in these parts"}, t, "share")
+        for name, (quantity, title, y_label, scale, caption) in BY_TIMESTEP.items():
+            self._curves(name, rows, "t", quantity, title, caption, "timestep t", y_label, y_scale=scale)
         for model in self.models:
             self._table_of_timesteps(model, rows)
 
@@ -88,7 +117,7 @@ class BiasReport:
         cells = {(row["t"], row["quantity"], row["channel"]): row for row in own}
         header = ["t", "SNR", *(" ".join(part for part in column if part).replace("_", " ") for column in columns)]
         lines = [[t, snr, *(_with_interval(cells.get((t, *column))) for column in columns)] for t, snr in places]
-        self.page.table(header, lines, f"{model.label}, by timestep")
+        self.page.table(header, lines, f"All numbers of {model.label}, by timestep", folded=True)
 
     @torch.no_grad()
     def estimates(self, x_0: Tensor, noise: Tensor, labels: Tensor | None) -> None:
@@ -107,7 +136,9 @@ class BiasReport:
             for model, estimated in zip(self.models, by_model):
                 rows.append((model.label, [_pixels(each[k]) for each in (x_0, *estimated)]))
         self.page.heading("Estimates of x_0 in one step")
-        picture = mosaic(rows, ["x_0", *map(str, places)], "timestep t")
+        same = len({len(model.denoiser.schedule) for model in self.models}) == 1
+        x_label = "timestep t" if same else f"timestep t of {self.models[0].label}; of others the same part of their timesteps"
+        picture = mosaic(rows, ["x_0", *map(str, places)], x_label)
         caption = "What each run takes the picture for, seen with the same noise at ten timesteps; the first column is the picture itself."
         self._figure("estimates", picture, caption, wide=True)
 
@@ -144,9 +175,8 @@ class BiasReport:
         )
         self._distances("swap", rows, "threshold: timestep from which on the first run predicts", "linear")
 
-    def finish(self, images: int, reference: str | None, total: int) -> None:
-        """Writes the page; errors were measured on so many of all images of the reference."""
-        self.page.paragraph(f"Reference: {reference}. Errors are measured on {images} of {total} images. Seed {self.config.seed}.")
+    def finish(self) -> None:
+        """Writes the page."""
         write_file(self.folder / PAGE, self.page.html())
 
     def _distances(self, name: str, rows: Sequence[Row], x_label: str, x_scale: Any) -> None:
@@ -158,13 +188,17 @@ class BiasReport:
             if FIGURES.get(row["quantity"], "neither") != "neither" and row["quantity"] != "brightness_bias"
         }
         for quantity, title in distances.items():
-            self._curves(f"{name}_{quantity}", rows, place, {quantity: title}, x_label, "", x_scale)
-        self._curves(f"{name}_bias", rows, place, {"colour_bias": "Colour bias"}, x_label, "grey levels", x_scale)
+            caption = f"{title}: {FIGURES[quantity]} is better."
+            self._curves(f"{name}_{quantity}", rows, place, quantity, title, caption, x_label, "", x_scale)
+        caption = "Mean colour of the images minus that of the reference, with 95% intervals over the images."
+        self._curves(f"{name}_bias", rows, place, "colour_bias", "Colour bias", caption, x_label, "grey levels", x_scale)
         columns = list(dict.fromkeys((row["quantity"], row["channel"]) for row in rows))
         places = list(dict.fromkeys((row["run"], row[place]) for row in rows))
         cells = {(row["run"], row[place], row["quantity"], row["channel"]): row for row in rows}
         header = ["run", place, *(" ".join(part for part in column if part).replace("_", " ") for column in columns)]
-        self.page.table(header, [[*at, *(_with_interval(cells.get((*at, *column))) for column in columns)] for at in places])
+        self.page.table(
+            header, [[*at, *(_with_interval(cells.get((*at, *column))) for column in columns)] for at in places], "All numbers", folded=True
+        )
 
     def _rows(self, label: str, place: str, x: int, found: Drawn) -> Iterator[Row]:
         for name, value in found.figures.items():
@@ -189,22 +223,24 @@ class BiasReport:
         name: str,
         rows: Sequence[Row],
         place: str,
-        titles: Mapping[str, str],
+        quantity: str,
+        title: str,
+        caption: str,
         x_label: str,
         y_label: str,
         x_scale: Scale = "linear",
         y_scale: Scale = "linear",
     ) -> None:
-        """A figure with a panel for each quantity of `titles`, and for each channel of it."""
+        """A figure of a quantity over a column of the table, with a panel for each channel; none where no run has the quantity."""
         panels: dict[str, dict[str, Curve]] = {}
-        for quantity, channel in dict.fromkeys((row["quantity"], row["channel"]) for row in rows if row["quantity"] in titles):
-            title = titles[quantity] + (f", {channel}" if channel and len(self.channels) > 1 else "")
-            found = [row for row in rows if (row["quantity"], row["channel"]) == (quantity, channel)]
-            panels[title] = {
-                run: _curve([row for row in found if row["run"] == run], place) for run in dict.fromkeys(r["run"] for r in found)
-            }
+        of_quantity = [row for row in rows if row["quantity"] == quantity]
+        for channel in dict.fromkeys(row["channel"] for row in of_quantity):
+            found = [row for row in of_quantity if row["channel"] == channel]
+            runs = dict.fromkeys(row["run"] for row in found)
+            named = title + (f", {channel}" if channel and len(self.channels) > 1 else "")
+            panels[named] = {run: _curve([row for row in found if row["run"] == run], place) for run in runs}
         if panels:
-            self._figure(name, curves(panels, x_label, y_label, x_scale, y_scale), ". ".join(dict.fromkeys(titles.values())) + ".")
+            self._figure(name, curves(panels, x_label, y_label, x_scale, y_scale), caption)
 
 
 def _value(quantity: str, value: float, channel: str = "", low: float | None = None, high: float | None = None) -> Row:

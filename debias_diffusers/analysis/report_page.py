@@ -29,15 +29,16 @@ figure { margin: 0; background: var(--card); border: 1px solid var(--line); bord
 figure div { overflow-x: auto; }
 figure img { display: block; width: 100%; height: auto; background: #fff; border-radius: 3px; }
 .wide { grid-column: 1 / -1; }
-.wide img { width: auto; max-width: 100%; min-width: min(44rem, 100%); margin: 0 auto; }
+.wide img { width: auto; max-width: 100%; margin: 0 auto; }
 figcaption { color: var(--faint); font-size: .9rem; padding: .4rem .2rem 0; }
 .table { overflow-x: auto; margin: .75rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { caption-side: top; text-align: left; color: var(--faint); padding-bottom: .3rem; }
+summary { cursor: pointer; color: var(--faint); padding: .4rem 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 footer { color: var(--faint); font-size: .85rem; margin-top: 2rem; border-top: 1px solid var(--line); padding: .5rem 0; }
-@media (max-width: 40rem) { .wide img { min-width: 44rem; } }
+@media (max-width: 40rem) { .wide img { max-width: none; } }
 """
 
 
@@ -71,12 +72,14 @@ class ReportPage:
         image = f'<div><img alt="{text}" src="{source}"></div>'
         self._figures.append(f"<figure{name}>{image}<figcaption>{text}</figcaption></figure>")
 
-    def table(self, header: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> None:
-        """Adds a table. Numbers have four digits; None is an empty cell."""
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[object]], caption: str, folded: bool = False) -> None:
+        """Adds a table. Numbers have four digits; None is an empty cell. A folded one shows its caption alone until it is opened."""
         head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
         body = "".join(f"<tr>{''.join(f'<td>{html.escape(_cell(value))}</td>' for value in row)}</tr>\n" for row in rows)
-        above = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-        self._add(f'<div class="table"><table>{above}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>')
+        title = html.escape(caption)
+        above = "" if folded else f"<caption>{title}</caption>"
+        table = f'<div class="table"><table>{above}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+        self._add(f"<details><summary>{title}</summary>{table}</details>" if folded else table)
 
     def html(self) -> bytes:
         """The whole page as a UTF-8 file."""

@@ -99,8 +99,6 @@ def swapped_jobs(config: BiasConfig, models: Sequence[Model], device: Any) -> It
     """A job with the network of the first model from a timestep on and of the second below it, as it is at each such timestep in turn."""
     above, below = models
     T = len(above.denoiser.schedule)
-    if scheduler_of(config, above) == "ddpm" and above.pipeline.unet.config.out_channels != above.pipeline.unet.config.in_channels:
-        raise InputError("swap does not sample a learned variance; take another --scheduler than ddpm")
     job = job_of(above, config, config.swap_steps, device)
     swapped = job.pipeline.unet = SwappedUNet(above.denoiser, below.denoiser, 0)
     for k in range(THRESHOLDS):

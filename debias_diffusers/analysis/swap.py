@@ -12,6 +12,14 @@ from ..errors import InputError
 from .denoising import Denoiser
 
 
+def require_swappable(above: Denoiser, below: Denoiser, scheduler: str) -> None:
+    """Raises InputError if two networks cannot be one, or not for this solver."""
+    if len(above.schedule) != len(below.schedule) or not torch.allclose(above.schedule.snr, below.schedule.snr, rtol=1e-4):
+        raise InputError("the two runs have different noise schedules, so that their networks cannot be swapped; leave --swap out")
+    if scheduler == "ddpm" and above.network.config.out_channels != above.network.config.in_channels:
+        raise InputError("swap does not sample a learned variance; take another --scheduler than ddpm")
+
+
 class SwappedUNet(nn.Module):
     """The network of one model at timesteps from a threshold on, and that of another below it.
 
@@ -19,14 +27,8 @@ class SwappedUNet(nn.Module):
     """
 
     def __init__(self, above: Denoiser, below: Denoiser, threshold: int) -> None:
-        """`threshold`: a timestep as the network is given it, from 0 (the first network alone) to T (the other alone).
-
-        Raises:
-            InputError: the two models do not fit together.
-        """
+        """`threshold`: a timestep as the network is given it, from 0 (the first network alone) to T (the other alone)."""
         super().__init__()
-        if len(above.schedule) != len(below.schedule) or not torch.allclose(above.schedule.snr, below.schedule.snr, rtol=1e-4):
-            raise InputError("the two runs have different noise schedules, so that their networks cannot be swapped; leave --swap out")
         self.above, self.below, self.threshold = above, below, threshold
         self.unet, self.other = above.network, below.network
         self.config = above.network.config

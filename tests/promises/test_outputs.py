@@ -177,8 +177,8 @@ def test_a_result_that_cannot_be_written_is_said_before_the_work(name, tmp_path,
 @pytest.mark.row(52, FOREIGN)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("scores.png", "bits.json", "weights.png")])  # two need a model
 def test_our_own_results_are_replaced(name, tmp_path, monkeypatch):
-    png = plots._png
-    monkeypatch.setattr(plots, "_png", lambda _: png(Figure()))  # one with axes takes seconds
+    png = plots.png_of
+    monkeypatch.setattr(plots, "png_of", lambda _: png(Figure()))  # one with axes takes seconds
     monkeypatch.setattr(dry_run, "estimated_memory", lambda *_: dry_run.MemoryEstimate({}, 0))  # counting takes seconds
     data = pictures(tmp_path / "data")
     for _ in range(2):
