@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class Terms:
 
     def detached(self) -> Terms:
         """The same numbers without their graph."""
-        return Terms(*(None if term is None else term.detach() for term in vars(self).values()))
+        return dataclasses.replace(self, **{name: term.detach() for name, term in vars(self).items() if term is not None})
 
 
 @dataclass(frozen=True)

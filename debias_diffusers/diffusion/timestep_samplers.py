@@ -119,8 +119,7 @@ class Weighted(TimestepSampler):
         self.weights = weights
         super().__init__(probabilities, corrected=False)
 
-    @property
-    def corrections(self) -> Tensor:
+    def _corrections(self) -> Tensor:
         return self.weights / (self.probabilities * self.weights).sum()
 
 
@@ -143,7 +142,7 @@ class Phases(TimestepSampler):
         return self.current.probabilities
 
     @property
-    def corrections(self) -> Tensor:
+    def corrections(self) -> Tensor:  # type: ignore[override]
         return self.current.corrections
 
     def draw(self, u: Tensor, positions: Sequence[int]) -> Tensor:

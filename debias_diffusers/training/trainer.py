@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -218,8 +219,9 @@ class Trainer:
         x_0 = self.task.x_0(batch, place)
         noise, *of_input = (batch[name].to(place, non_blocking=True) for name in ("noise", "input_noise") if name in batch)
         network = self.task.conditioned(self.state.model, batch, place)
-        learned = {} if self.state.uncertainty is None else {"uncertainty": self.state.uncertainty}
-        return self.objective(network, x_0, noise, t, *of_input, **learned)
+        given: tuple[Any, ...] = (*of_input,)
+        learned: dict[str, Any] = {} if self.state.uncertainty is None else {"uncertainty": self.state.uncertainty}
+        return self.objective(network, x_0, noise, t, *given, **learned)
 
     def _update(self, loss: Tensor, rate: float) -> Tensor:
         """The optimizer step, where loss and gradient are finite; returns the gradient norm ()."""
