@@ -4,8 +4,8 @@
 
 The index of the million is made up: all of its images are one picture, in shards of 2500 that take no room on the disk. Each start is a
 process of its own, whose files the system has in memory. Memory of a worker is what it does not share with other processes (USS) after
-some batches. Images per second are those of one thread, of JPEG files of 256 pixels in a folder and in shards, which are read only, and
-also decoded; both in turn, and the figures are medians, also of the ratios of each round.
+some batches. Images per second are those of one thread, of its CPU seconds, so that other work on the machine matters less: JPEG files of
+256 pixels in a folder and in shards, which are read only, and also decoded; both in turn, and the figures are medians, also of the ratios.
 """
 
 import argparse
@@ -117,16 +117,16 @@ def started(kind: str, dataset: str) -> dict[str, float]:
 
 
 def rate(source: Source, order: Sequence[int], decode: bool) -> float:
-    """Images per second."""
+    """Images per CPU second."""
     data = TrainingData(source, DataConfig(resolution=64, cache_images_mb=0, channels=3), seed=0)
-    begun = time.perf_counter()
+    begun = time.process_time()
     for number in order:
         data.decoded(number) if decode else source.read(number)
-    return len(order) / (time.perf_counter() - begun)
+    return len(order) / (time.process_time() - begun)
 
 
 def reading(folder: Path, rounds: int) -> dict[str, float]:
-    """Images per second of a folder and of shards made of it."""
+    """Images per CPU second of a folder and of shards made of it."""
     make_images(folder)
     commands.make(ShardsMakeConfig(data=str(folder / "256"), out=str(folder / "shards"), shard_mb=1))
     sources = {name: open_source(DataConfig(dataset=str(folder / path))) for name, path in (("folder", "256"), ("shards", "shards"))}

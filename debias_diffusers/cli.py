@@ -20,6 +20,7 @@ from .config.ranges import field_types, range_problems
 from .config.schema import (
     DIGITS,
     DIGITS_TEXT,
+    BiasConfig,
     BitsConfig,
     ExportConfig,
     GuidedConfig,
@@ -289,6 +290,7 @@ Evaluate diffusion models and their objectives. COMMAND --help lists the flags o
   compare RUN...     the same for runs side by side, with confidence intervals
   stats REF OUT      statistics of a reference, to score against
   bpd MODEL          bits per dimension: variational bound, or likelihood by the probability-flow ODE
+  bias RUN...        errors, colour bias and estimates of x_0 over the timesteps, images over the steps of the solver; an HTML report
   weights            the weights of an objective over t and log SNR in every prediction space, as a picture and as numbers"""
 
 WEIGHTS_HELP = """Draw the weights of an objective, over t and over log SNR and in every prediction space: weights.png and weights.csv.
@@ -341,6 +343,15 @@ def _bits(argv: list[str], program: str) -> None:
     likelihood.bits_per_dimension(config)
 
 
+def _bias(argv: list[str], program: str) -> None:
+    config = parse(BiasConfig, argv, None, program, BiasConfig.__doc__ or "")
+    absent = [problem for run in config.runs for problem in hub_names.model_problems("run", run) + pixel_problems(run, "bias")]
+    _raise_all(validation.bias_problems(config) + absent + hub_names.data_problems("reference", config.reference))
+    from .analysis import bias
+
+    bias.measure_bias(config)
+
+
 def _weights(argv: list[str], program: str) -> None:
     config = parse(WeightsConfig, argv, None, program, WEIGHTS_HELP)
     raise_all(validation.weights_problems(config))
@@ -349,7 +360,7 @@ def _weights(argv: list[str], program: str) -> None:
     plots.plot_weights(config)
 
 
-EVALUATIONS = {"score": _score, "compare": _compare, "stats": _stats, "bpd": _bits, "weights": _weights}
+EVALUATIONS = {"score": _score, "compare": _compare, "stats": _stats, "bpd": _bits, "bias": _bias, "weights": _weights}
 
 
 CONVERT_HELP = """

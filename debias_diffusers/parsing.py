@@ -41,16 +41,22 @@ def parse(kind: type[T], argv: list[str], default: T | None, program: str, descr
 def _registry() -> tyro.constructors.ConstructorRegistry:
     """What makes tyro print types in words, and no default where a value is left out."""
     registry, asked = tyro.constructors.ConstructorRegistry(), []
+    # tyro asks for each twice; the default is kept, so that no other object has its id
+    known: dict[tuple[Any, int], tuple[Any, tyro.constructors.StructConstructorSpec | None]] = {}
 
     def in_words(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
         if not dataclasses.is_dataclass(info.type) or info.type in asked:
             return None
-        asked.append(info.type)  # so that tyro's own rule answers
-        found = registry.get_struct_spec(info)
-        asked.pop()
-        if not isinstance(found, tyro.constructors.StructConstructorSpec):
-            return None
-        return dataclasses.replace(found, fields=tuple(map(_with_words, found.fields)))
+        key = info.type, id(info.default)
+        if key not in known:
+            asked.append(info.type)  # so that tyro's own rule answers
+            found = registry.get_struct_spec(info)
+            asked.pop()
+            if isinstance(found, tyro.constructors.StructConstructorSpec):
+                known[key] = info.default, dataclasses.replace(found, fields=tuple(map(_with_words, found.fields)))
+            else:
+                known[key] = info.default, None
+        return known[key][1]
 
     registry.struct_rule(in_words)
     return registry

@@ -14,6 +14,7 @@ from debias_diffusers.config import aliases, loading
 from debias_diffusers.config.ranges import field_types
 from debias_diffusers.config.registry import SOLVERS, WEIGHTINGS
 from debias_diffusers.config.schema import (
+    BiasConfig,
     BitsConfig,
     DataConfig,
     ExportConfig,
@@ -35,7 +36,7 @@ from debias_diffusers.utils.files import read_json_object
 
 COMMANDS = (
     *(["train"], ["sample"], ["eval", "score"], ["eval", "compare"], ["eval", "stats"], ["eval", "bpd"], ["eval", "weights"]),
-    *(["convert", "guided"], ["convert", "export"], ["hub", "push"]),
+    *(["eval", "bias"], ["convert", "guided"], ["convert", "export"], ["hub", "push"]),
 )
 
 
@@ -104,7 +105,10 @@ def test_a_command_names_itself_as_it_was_called(entry, argv, name, monkeypatch,
 
 # ---- what was meant --------------------------------------------------------------------------------------------------
 
-KINDS = (TrainConfig, WeightsConfig, SampleConfig, ScoreConfig, StatsConfig, BitsConfig, GuidedConfig, ExportConfig, PushConfig)
+KINDS = (
+    *(TrainConfig, WeightsConfig, SampleConfig, ScoreConfig, StatsConfig),
+    *(BitsConfig, BiasConfig, GuidedConfig, ExportConfig, PushConfig),
+)
 
 
 def test_flags_of_the_table_of_other_trainers_are_answered():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, metrics, same, tensors
+from conftest import SMALL, TINY, metrics, same, tensors
 from diffusers import DDPMPipeline
 from here import tiny, trained_here
 from safetensors.torch import load
@@ -108,7 +108,7 @@ def test_the_state_has_as_many_bytes_as_the_estimates_say(name):
 @pytest.mark.parametrize("name", OPTIMIZERS[1:])
 def test_a_resume_with_another_optimizer_has_the_same_bits(name, tmp_path):
     flags = ["--optimizer", name, "--weight_decay", 0.01, "--max_grad_norm", 1, "--lr_schedule", "constant", "--checkpoint_every", 3]
-    flags += ["--model_channels", 16]  # so that some tensors are large enough for 8 bits
+    flags += [*SMALL, "--model_channels", 16]  # so that some tensors are large enough for 8 bits
     for folder, steps in ((tmp_path / "whole", 8), (tmp_path / "resumed", 4), (tmp_path / "resumed", 8)):
         trained_here(tiny(folder, *flags, "--max_steps", steps))
     same(tmp_path / "whole", tmp_path / "resumed", 8)
@@ -128,7 +128,7 @@ def test_a_run_that_is_saved_before_adafactor_made_a_step_goes_on_the_same(tmp_p
         return found
 
     monkeypatch.setattr(Trainer, "_gradients", overflowing)
-    flags = ["--optimizer", "adafactor", "--lr_schedule", "constant", "--warmup_steps", 0, "--checkpoint_every", 2]
+    flags = [*SMALL, "--optimizer", "adafactor", "--lr_schedule", "constant", "--warmup_steps", 0, "--checkpoint_every", 2]
     for folder, steps in (("whole", [6]), ("resumed", [2, 6])):
         for last in steps:
             trained_here(tiny(tmp_path / folder, *flags, "--max_steps", last), scaler=torch.amp.GradScaler("cpu"))
@@ -220,7 +220,7 @@ def test_the_average_of_weights_in_bf16_moves_in_float32():
 
 
 def test_a_resume_with_weights_in_bf16_has_the_same_bits(tmp_path):
-    flags = ["--mixed_precision", "bf16", "--param_dtype", "bf16", "--checkpoint_every", 3, "--warmup_steps", 0]
+    flags = [*SMALL, "--mixed_precision", "bf16", "--param_dtype", "bf16", "--checkpoint_every", 3, "--warmup_steps", 0]
     for folder, steps in ((tmp_path / "whole", 6), (tmp_path / "resumed", 3), (tmp_path / "resumed", 6)):
         trained_here(tiny(folder, *flags, "--lr_schedule", "constant", "--max_steps", steps))
     same(tmp_path / "whole", tmp_path / "resumed", 6)

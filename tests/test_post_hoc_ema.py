@@ -96,12 +96,12 @@ def test_snapshots_that_stay_are_about_evenly_spaced():
 
 # ---- runs --------------------------------------------------------------------------------------------------------------
 
-FLAGS = ["--post_hoc_ema", 6, "--checkpoint_every", 3, "--lr_schedule", "constant", "--warmup_steps", 0]
+FLAGS = ["--post_hoc_ema", 4, "--checkpoint_every", 2, "--lr_schedule", "constant", "--warmup_steps", 0]
 
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory):
-    """A run of 24 steps, in two starts, and all its raw weights."""
+    """A run of 12 steps, in two starts, and all its raw weights."""
     folder, thetas = tmp_path_factory.mktemp("runs") / "run", []
     update = EMA.update
 
@@ -111,32 +111,32 @@ def averaged(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EMA, "update", recorded)
-        for count in (9, 24):
+        for count in (4, 12):
             trained_here(tiny(folder, *FLAGS, "--max_steps", count))
     return folder, thetas
 
 
 def test_the_snapshots_of_a_run_make_the_average_of_its_weights(averaged):
     folder, thetas = averaged
-    there = steps(folder, 24)
-    assert len(there) == 6 and there[-1] == 24 and sorted(path.name for path in (folder / FOLDER).iterdir())[-1] == "step-00000024"
+    there = steps(folder, 12)
+    assert len(there) == 4 and there[-1] == 12 and sorted(path.name for path in (folder / FOLDER).iterdir())[-1] == "step-00000012"
     made, step = reconstructed(folder, 0.1)
-    assert step == 24
-    shares = weights_of_steps(torch.tensor([exponent(0.1)], dtype=torch.float64), torch.tensor([24]), torch.arange(1, 25))[0]
+    assert step == 12
+    shares = weights_of_steps(torch.tensor([exponent(0.1)], dtype=torch.float64), torch.tensor([12]), torch.arange(1, 13))[0]
     for name, tensor in made.items():
         tracked = sum(share * theta[name].double() for share, theta in zip(shares, thetas))
         distance = (tracked - thetas[-1][name]).norm()
         assert (tensor - tracked).norm() <= 1e-3 * distance + 1e-6 * tracked.norm()
-    kept = load(tensors(folder, 24)[POWERS[1]])
+    kept = load(tensors(folder, 12)[POWERS[1]])
     for name, tensor in made.items():
         torch.testing.assert_close(tensor, kept[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_with_snapshots_resumes_with_the_same_bits(averaged, tmp_path):
     folder, _ = averaged
-    trained_here(tiny(tmp_path / "whole", *FLAGS, "--max_steps", 24))
-    same(folder, tmp_path / "whole", 24, more=POWERS)
-    for step in steps(folder, 24):
+    trained_here(tiny(tmp_path / "whole", *FLAGS, "--max_steps", 12))
+    same(folder, tmp_path / "whole", 12, more=POWERS)
+    for step in steps(folder, 12):
         for name in POWERS:
             places = [each / FOLDER / f"step-{step:08d}" / name for each in (folder, tmp_path / "whole")]
             assert places[0].read_bytes() == places[1].read_bytes()
@@ -146,7 +146,7 @@ def test_the_command_writes_a_pipeline_and_refuses_in_a_sentence(averaged, capsy
     folder, _ = averaged
     assert cli.ema(["reconstruct", str(folder), "--sigma_rel", "0.08"]) == 0
     out = folder / "sigma_rel-0.08"
-    assert f"step 24 of {folder} averaged with sigma_rel 0.08 is in {out}" in capsys.readouterr().err
+    assert f"step 12 of {folder} averaged with sigma_rel 0.08 is in {out}" in capsys.readouterr().err
     made = DDPMPipeline.from_pretrained(out)
     expected, _ = reconstructed(folder, 0.08)
     assert all(torch.equal(expected[name], tensor) for name, tensor in made.unet.state_dict().items())
@@ -165,11 +165,11 @@ def test_the_command_writes_a_pipeline_and_refuses_in_a_sentence(averaged, capsy
 
 def test_a_damaged_snapshot_is_named(averaged, tmp_path):
     copy = shutil.copytree(averaged[0], tmp_path / "copy")
-    path = copy / FOLDER / "step-00000024" / POWERS[0]
+    path = copy / FOLDER / "step-00000012" / POWERS[0]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"EMA snapshot .*step-00000024.* does not match its sha256"):
+    with pytest.raises(InputError, match=r"EMA snapshot .*step-00000012.* does not match its sha256"):
         reconstructed(copy, 0.08)
 
 

@@ -27,7 +27,7 @@ from debias_diffusers.errors import FetchError, InputError
 from debias_diffusers.hub import client
 from debias_diffusers.remote import http
 
-SHARDS, STEPS, WINDOW = 8, 12, 2  # of seven images, and batches of eight
+SHARDS, STEPS, WINDOW = 8, 10, 2  # of seven images, and batches of eight
 PATTERN = f"{{0000..{SHARDS - 1:04d}}}.tar"
 FLAGS = ["--shuffle_window", WINDOW, "--max_steps", STEPS, "--checkpoint_every", 4, "--class_conditional"]
 FLAGS += ["--lr_schedule", "constant", "--warmup_steps", 0, "--check_images", "none", "--channels", 3]
@@ -83,7 +83,7 @@ def two_windows(local):
     return 2 * WINDOW * max(path.stat().st_size for path in local.glob("*.tar")) / 1e9
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.nightly), 2])
 def test_the_bits_are_those_of_local_files_whatever_the_connection_does(server, local, whole, tmp_path, workers):
     assert not open_source(DataConfig(dataset=address(server), resolution=8, shuffle_window=WINDOW)).files()  # indexes them
     shutil.rmtree(tmp_path / "home" / ".cache")
@@ -126,6 +126,7 @@ def _at_home(home):
     os.environ["HOME"] = str(home)
 
 
+@pytest.mark.nightly
 def test_a_kill_in_the_middle_of_a_fetch_is_no_loss(server, local, whole, tmp_path):
     home = tmp_path / "home"
     arguments = ["--dataset", address(server), *FLAGS, "--shard_cache_gb", two_windows(local), "--num_workers", 1]

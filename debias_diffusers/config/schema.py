@@ -75,6 +75,7 @@ _TIMESTEP_BIAS = (
 )
 _METRICS = f"metrics, separated by commas: {summaries(METRICS)}"
 _SCHEDULER = f"scheduler (solver): {summaries(SOLVERS)}; {DEFAULT_SOLVER} if left out, {DEFAULT_FLOW_SOLVER} for a model of rectified flow"
+_BIAS_SCHEDULER = "scheduler (solver), as in sample.py; ddim if left out, flow_euler for a model of rectified flow"
 
 DIGITS = "digits"
 DIGITS_TEXT = "digits_text"  # the configuration of the captioned digits
@@ -91,7 +92,7 @@ class DataConfig:
     # what is trained: a pixel model, or a text-to-image model; follows from base_model if left out
     task: Task | None = None
     # data set: digits, a folder of images, of .tar or of .parquet files, such a file, a pattern of them such as
-    # 'shards/{0000..0127}.tar', a saved dataset, or a Hub id (user/set@revision)
+    # 'shards/{0000..0127}.tar' (also https://... and hf://datasets/user/set/...), a saved dataset, or a Hub id (user/set@revision)
     dataset: str | None = None
     split: str = "train"  # split of a parquet, saved or Hub dataset
     # column of the images, or in .tar files their extension, such as jpg; found by its type if left out
@@ -500,6 +501,44 @@ class BitsConfig:
     num_threads: Threads = None  # CPU threads per process
     allow_pickle_import: bool = False  # also load a model that has .bin weights only, read as tensors only
     output: str | None = None  # output file, FILE.json, for the terms of all timesteps
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasConfig:
+    """Measure how the loss weight shows, timestep by timestep: errors, estimates of x_0, images over steps; a folder with report.html.
+
+    For each run: errors of the prediction and of x_0, with the signed error of each channel, at fixed timesteps, for the same images and
+    noise; and images of the same seeds at different numbers of steps.
+    """
+
+    runs: tuple[str, ...]  # run directories, pipeline folders, Hub ids of pixel models
+    reference: str | None = None  # reference data: a data set or folder; what the runs were trained on if left out
+    output_dir: str = "bias"  # output directory for report.html, .csv and .png files
+    split: str | None = None  # split of the reference; that of the run if both are left out, else train
+    image_column: str | None = None  # column of its images; that of the run if both are left out, else found by its type
+    label_column: str | None = None  # column of its labels, for class-conditional models; likewise
+    skip_bad: bool = False  # skip images that cannot be read, up to 1% of them; as the run did if left out
+    # number of its images on which errors are measured, a random subset: of those that all runs held out (validation_split) if they did
+    num_images: Annotated[int, NUM_IMAGES] = 256
+    num_timesteps: Annotated[int, at_least(2, 20)] = 20  # number of timesteps at which errors are measured, from 0 to the last
+    # numbers of inference steps; 2 3 4 5 10 20 50 100 250 1000, as far as the model has timesteps, if left out
+    steps: tuple[int, ...] = ()
+    num_samples: Annotated[int, NUM_IMAGES] = 256  # number of images that are sampled for each number of steps
+    scheduler: Annotated[SchedulerName | None, Doc(_BIAS_SCHEDULER)] = None
+    # of two runs: also sample with the first one's network from a timestep on and the second one's below it, over that timestep
+    swap: bool = False
+    swap_steps: Annotated[int, at_least(1, 20)] = 20  # number of inference steps of swap
+    # metrics of what is sampled, separated by commas, as in eval.py score; fid,colour for the digits or with feature_extractor (also of
+    # the runs), else colour, if left out
+    metrics: str | None = None
+    feature_extractor: str | None = None  # feature extractor: digits, or a name of torch-fidelity; as of the runs if left out
+    feature_extractor_weights: str | None = None  # weight file of the feature extractor; packaged or downloaded if left out
+    cache_dir: str | None = None  # cache directory for features; as in eval.py score if left out, "" is off
+    batch_size: BatchSize = 64  # batch size
+    weights: str = "ema"  # network weights: ema, raw, or an EMA decay rate of the run
+    seed: ImageSeed = 0  # random seed of the subset, of the noise and of sampling
+    num_threads: Threads = None  # CPU threads
+    allow_pickle_import: bool = False  # also load models that have .bin weights only, read as tensors only
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from .schema import (
     BETA_ENDS,
     DIGITS,
     SIGMA_REL,
+    BiasConfig,
     BitsConfig,
     DataConfig,
     MeasureConfig,
@@ -815,6 +816,27 @@ def bits_problems(config: BitsConfig) -> list[str]:
         given = [name for name in ("probes", "tolerance") if getattr(config, name) != getattr(BitsConfig(model=""), name)]
         found += [f"{name} is {getattr(config, name)}, but method is bound; add --method ode or leave {name} out" for name in given]
     return found + _network_weights_problems(config.weights) + _file_problems("output", config.output)
+
+
+def bias_problems(config: BiasConfig) -> list[str]:
+    """Everything that is wrong with a command that measures the bias of runs, before they are looked at."""
+    found = range_problems(BiasConfig, dataclasses.asdict(config)) + _network_weights_problems(config.weights)
+    if not config.runs:
+        found.append("runs are missing; name a run directory, a pipeline folder or a Hub id")
+    if len(set(config.runs)) < len(config.runs):
+        found.append(f"runs is {' '.join(config.runs)}, but each can be named once")
+    if config.steps and (min(config.steps) < 1 or len(set(config.steps)) < len(config.steps)):
+        found.append(f"steps is {' '.join(map(str, config.steps))}, but must be different numbers from 1 on, such as 5 20 100")
+    if config.swap and len(config.runs) != 2:
+        found.append(f"swap is on, but {len(config.runs)} runs are named; it takes two: name two, or leave it out")
+    if not config.swap and config.swap_steps != BiasConfig(runs=()).swap_steps:
+        found.append(f"swap_steps is {config.swap_steps}, but swap is off; add --swap or leave swap_steps out")
+    if not config.output_dir:
+        found.append("output_dir is empty; name a folder, such as bias")
+    if config.metrics is not None:
+        found += metrics_problems("metrics", config.metrics)
+        found += _prompt_metrics_problems("metrics", config.metrics, "take it in eval.py score")
+    return found
 
 
 def _network_weights_problems(weights: str) -> list[str]:

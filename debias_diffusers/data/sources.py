@@ -324,6 +324,11 @@ class _Kept(Sequence[int]):
         index = range(self._len)[index]
         return index + int(np.searchsorted(self._before, index, "right"))
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and np.array_equal(np.asarray(self), np.asarray(other))
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.delete(np.arange(self._total), self._left_out).astype(dtype or np.int64)
 

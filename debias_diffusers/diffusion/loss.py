@@ -57,6 +57,7 @@ class Objective:
         noise: Tensor,
         t: Tensor,
         input_noise: Tensor | None = None,
+        *,
         uncertainty: Uncertainty | None = None,
     ) -> Terms:
         """Loss of each sample.

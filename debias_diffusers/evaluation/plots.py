@@ -43,13 +43,14 @@ def plot_weights(config: WeightsConfig) -> None:
     require_replaceable("output_dir has", picture, lambda path: is_our_picture(path, before))
     schedule = make_schedule(config.objective)
     tables = {name: _table(config.objective, schedule, name) for name in (config.objective.weighting, *config.against)}
-    drawn = _png(_figure(schedule, tables))
+    drawn = png_of(_figure(schedule, tables))
     write_file(numbers, _csv(schedule, tables).encode())
     write_file(picture, drawn)
     say(f"weights of {len(schedule)} timesteps in {numbers}, drawn in {picture}")
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
+    """A figure as a PNG file with the Software tag of this package."""
     box = io.BytesIO()
     figure.savefig(box, format="png", dpi=90, metadata={"Software": images.SOFTWARE})
     return box.getvalue()
@@ -139,4 +140,4 @@ def plot_curves(lines: dict[str, dict[str, list[tuple[float, float]]]], along: s
         panel.set(title=name, xlabel=along)
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
-    return _png(figure)
+    return png_of(figure)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from ..config import hub_names, shard_names
 from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
 from ..config.loading import CHANGEABLE, read_config, stored
-from ..config.schema import DIGITS, BitsConfig, DataConfig, MeasureConfig, TrainConfig
+from ..config.schema import DIGITS, BiasConfig, BitsConfig, DataConfig, MeasureConfig, TrainConfig
 from ..data import image_folders
 from ..data.sources import ImageFolder, Source, open_readable, open_source, summary
 from ..errors import InputError
@@ -53,7 +53,7 @@ def open_reference(name: str, config: MeasureConfig, side: int | None) -> ImageS
     return images_of_source(source, name, side, channels=config.channels)
 
 
-def reference_data(config: MeasureConfig | BitsConfig, reference: str | None, targets: Sequence[str] = ()) -> DataConfig:
+def reference_data(config: MeasureConfig | BitsConfig | BiasConfig, reference: str | None, targets: Sequence[str] = ()) -> DataConfig:
     """The data configuration of a reference: the given one, or the training data of the targets. Given split and columns win.
 
     Raises:

@@ -219,9 +219,8 @@ class Trainer:
         x_0 = self.task.x_0(batch, place)
         noise, *of_input = (batch[name].to(place, non_blocking=True) for name in ("noise", "input_noise") if name in batch)
         network = self.task.conditioned(self.state.model, batch, place)
-        given: tuple[Any, ...] = (*of_input,)
         learned: dict[str, Any] = {} if self.state.uncertainty is None else {"uncertainty": self.state.uncertainty}
-        return self.objective(network, x_0, noise, t, *given, **learned)
+        return self.objective(network, x_0, noise, t, *of_input, **learned)
 
     def _update(self, loss: Tensor, rate: float) -> Tensor:
         """The optimizer step, where loss and gradient are finite; returns the gradient norm ()."""

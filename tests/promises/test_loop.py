@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from conftest import HANG, ROOT, SERVER, TINY, command, metrics, tensors, train_args, wait_for, writers
+from conftest import HANG, ROOT, SERVER, SMALL, TINY, command, metrics, tensors, train_args, wait_for, writers
 from datasets import Dataset, Features
 from here import tiny, trained_here
 from PIL import Image
@@ -308,7 +308,7 @@ def test_the_warm_up_is_its_closed_form(rate, trials):
 def test_what_a_short_run_exports_is_what_it_learned(tmp_path, trials):
     """A linear recursion: begun from weights that are larger by 1, averages of the same steps differ by what is left of them."""
     trials()
-    flags = ["--max_steps", 40, "--batch_size", 2, "--checkpoint_every", 0, "--ema_decay", 0.9999, "--log_every", 0]
+    flags = [*SMALL, "--max_steps", 40, "--batch_size", 2, "--checkpoint_every", 0, "--ema_decay", 0.9999, "--log_every", 0]
     left = []
     for name, more in (("with", ["--ema_warmup"]), ("without", [])):
         config = tiny(tmp_path / name, *flags, *more)
@@ -324,18 +324,19 @@ def test_a_run_that_began_before_the_warm_up_goes_on_without_it(tmp_path, trials
     """Twice, with the same command; and what it learns is what a run without learns."""
     trials()
     old, plain = tmp_path / "old", tmp_path / "plain"
-    trained_here(tiny(plain, "--max_steps", 12, "--lr_schedule", "constant", "--checkpoint_every", 4))
-    trained_here(tiny(old, "--max_steps", 4, "--lr_schedule", "constant"))
+    flags = [*SMALL, "--lr_schedule", "constant"]
+    trained_here(tiny(plain, *flags, "--max_steps", 12, "--checkpoint_every", 4))
+    trained_here(tiny(old, *flags, "--max_steps", 4))
     found, _ = checkpoints.latest_valid(old / "checkpoints")
     state = {**found.state, "config": {name: value for name, value in found.state["config"].items() if name != "ema_warmup"}}
     contents = writers({name: (found.path / name).read_bytes() for name in tensors(old, 4)})
     checkpoints.write(old / "checkpoints", 4, contents, state, 1, None)
     for steps in (8, 12):
-        trained_here(tiny(old, "--max_steps", steps, "--lr_schedule", "constant", "--ema_warmup"))
+        trained_here(tiny(old, *flags, "--max_steps", steps, "--ema_warmup"))
     assert tensors(old, 12) == tensors(plain, 12)
     assert json.loads((old / "config.json").read_text())["ema_warmup"] is False
     with pytest.raises(InputError, match="ema_warmup: the run has False, this command says True"):
-        trained_here(tiny(plain, "--max_steps", 12, "--lr_schedule", "constant", "--ema_warmup"))
+        trained_here(tiny(plain, *flags, "--max_steps", 12, "--ema_warmup"))
 
 
 @pytest.mark.row(66, AVERAGES)

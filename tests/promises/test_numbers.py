@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import HANG, ROOT, command, metrics, newest_step, run, same, tensors, train_args
+from conftest import HANG, ROOT, SMALL, command, metrics, newest_step, run, same, tensors, train_args
 from here import tiny, trained_here
 from safetensors.torch import load
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -86,7 +86,7 @@ def test_what_is_not_finite_stops_the_run_before_the_update(place, precision, va
         folder = tmp_path / str(value)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(NotFiniteError) as error:
             spoiler = Spoiler(patch, place, value)
-            trained_here(tiny(folder, "--mixed_precision", precision, "--checkpoint_every", 1, "--max_steps", 6))
+            trained_here(tiny(folder, *SMALL, "--mixed_precision", precision, "--checkpoint_every", 1, "--max_steps", 6))
         said = str(error.value)
         assert error.value.exit_code == 5
         assert f"in step {SPOILT + 1} (positions {8 * SPOILT} to {8 * SPOILT + 7} of seed 0;" in said

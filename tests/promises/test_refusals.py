@@ -364,7 +364,7 @@ FIELDS = {
     "max_grad_norm": ({}, 0.01, METRICS),
     "ema_decay": ({}, (0.5,), WEIGHTS),
     "ema_warmup": ({}, True, WEIGHTS),
-    "post_hoc_ema": ({}, 32, None),
+    "post_hoc_ema": ({"checkpoint_every": 1}, 32, None),
     "ema_on_cpu": ({}, True, None),
     "init": ({}, "TRAINED", METRICS),
     "allow_pickle_import": ({"init": "TRAINED"}, True, None),

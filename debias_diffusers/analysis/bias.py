@@ -1,0 +1,106 @@
+"""`eval.py bias`: what the loss weight of runs changes: errors by timestep, estimates of x_0, images over steps, and a page of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config.schema import BiasConfig, DataConfig
+from ..data.dataset import TrainingData
+from ..data.sources import Source, SourceSubset, open_readable
+from ..data.validation_split import split_source
+from ..errors import InputError
+from ..evaluation.reference import reference_data
+from ..utils import seeding
+from ..utils.console import say
+from ..utils.distributed import inference_accelerator
+from .bias_report import PAGE, BiasReport, require_output
+from .denoising import Errors, fixed_noise, measure_errors, spread_timesteps
+from .models import Model, open_model_of, require_same_images, steps_of
+from .sampled import Drawn, job_of, make_bias_measure, swapped_jobs
+
+ESTIMATED_IMAGES = 3
+
+
+def measure_bias(config: BiasConfig) -> Path:
+    """Measures all runs of a command, writes tables (.csv), figures (.png) and a page with both, and returns the page's path.
+
+    Raises:
+        InputError: models or images cannot be read, or do not fit together.
+        CannotWriteError: the output directory cannot be written to.
+    """
+    folder = Path(config.output_dir)
+    require_output(folder)
+    accelerator = inference_accelerator(config.num_threads)
+    if accelerator.num_processes > 1:
+        raise InputError(f"bias runs in one process, but {accelerator.num_processes} were started; start it without a launcher")
+    models = [open_model_of(run, config, accelerator) for run in config.runs]
+    require_same_images(models)
+    steps = steps_of(config, models)
+    chosen = reference_data(config, config.reference, config.runs)
+    data, indices = _images(config, chosen, models)
+    measure, reference = make_bias_measure(config, chosen, models[0], accelerator.device)
+    report = BiasReport(config, models, folder)
+    x_0, labels = _decoded(data, indices)
+    noise = fixed_noise(x_0.shape[1:], config.seed, indices)
+    report.timesteps({model.label: _errors(model, x_0, noise, labels, config) for model in models})
+    report.estimates(x_0[:ESTIMATED_IMAGES], noise[:ESTIMATED_IMAGES], None if labels is None else labels[:ESTIMATED_IMAGES])
+    drawn = {
+        model.label: {count: Drawn.of(job_of(model, config, count, accelerator.device), measure, reference) for count in steps[model.label]}
+        for model in models
+    }
+    report.steps(drawn)
+    if config.swap:
+        report.swap({t: Drawn.of(job, measure, reference) for t, job in swapped_jobs(config, models, accelerator.device)})
+    report.finish(len(indices), data.config.dataset, len(data.source))
+    say(f"report of {len(models)} runs in {folder / PAGE}, with its tables (.csv) and figures (.png) beside it")
+    return folder / PAGE
+
+
+def _images(config: BiasConfig, chosen: DataConfig, models: Sequence[Model]) -> tuple[TrainingData, list[int]]:
+    """The data, and the indices of the images on which errors are measured."""
+    pipeline = models[0].pipeline
+    given = dataclasses.replace(
+        chosen,
+        label_column=config.label_column or chosen.label_column,
+        class_conditional=pipeline.num_classes > 0,
+        resolution=pipeline.unet.config.sample_size,
+        channels=pipeline.unet.config.in_channels,
+        num_workers=0,
+    )
+    data = TrainingData(open_readable(given, pipeline.class_names or "plain"), given, config.seed)
+    if data.num_classes != pipeline.num_classes:
+        raise InputError(f"reference {chosen.dataset} has {data.num_classes} classes, but the runs have {pipeline.num_classes}")
+    candidates = held_out(data.source, [model.values for model in models]) if config.reference is None else range(len(data.source))
+    return data, [candidates[k] for k in seeding.subset(config.seed, len(candidates), config.num_images)]
+
+
+def held_out(source: Source, runs: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+    """The indices of the images of a source that all runs held out of training; all indices where there are none.
+
+    `runs` are configurations by flat names, of which `validation_split` and `seed` decide.
+    """
+    common = set(range(len(source)))
+    for values in runs:
+        held = split_source(source, values.get("validation_split") or 0.0, values.get("seed") or 0)[1]
+        common &= set(held.indices) if isinstance(held, SourceSubset) else set()
+    return sorted(common) or range(len(source))
+
+
+def _decoded(data: TrainingData, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Images (N, C, H, W) in [-1, 1], and labels (N,) of a class-conditional model."""
+    images, labels = zip(*(data.decoded(k) for k in indices))
+    return torch.stack(images).float() / 127.5 - 1, torch.tensor(labels) if data.num_classes else None
+
+
+def _errors(model: Model, x_0: Tensor, noise: Tensor, labels: Tensor | None, config: BiasConfig) -> Errors:
+    device, timesteps = model.pipeline.device, spread_timesteps(len(model.denoiser.schedule), config.num_timesteps)
+    given = None if labels is None else labels.to(device)
+    with tqdm(total=len(timesteps), desc=model.label, unit="timestep", leave=False) as progress:
+        return measure_errors(model.denoiser, x_0.to(device), noise.to(device), given, timesteps, config.batch_size, progress.update)

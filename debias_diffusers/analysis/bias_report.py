@@ -1,0 +1,253 @@
+"""What `eval.py bias` writes: tables (.csv), figures (.png), and a page with both."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config.registry import FIGURES
+from ..config.schema import BiasConfig
+from ..evaluation.plots import is_our_picture
+from ..utils.files import read_file, require_replaceable, write_file
+from .denoising import Errors, mean_and_interval, shares, spread_timesteps, weights_of_timesteps
+from .figures import Curve, Scale, curves, mosaic
+from .models import Model
+from .report_page import ReportPage, is_our_page
+from .sampled import Drawn
+
+ESTIMATES = 10
+PAGE = "report.html"
+BY_TIMESTEP = ("prediction", "x_0", "amplification", "colour_bias", "loss_share", "gradient_share")
+PLACE = {"timesteps": ("run", "t", "snr"), "steps": ("run", "steps"), "swap": ("run", "threshold")}
+VALUES = ("quantity", "channel", "value", "low", "high")
+
+Row = dict[str, Any]  # of a CSV file: what PLACE and VALUES name
+
+
+def require_output(folder: Path) -> None:
+    """Checks before the measurement that every file can be written. Raises as `require_replaceable`."""
+    require_replaceable("output_dir has", folder / PAGE, is_our_page)
+    for name, columns in PLACE.items():
+        require_replaceable("output_dir has", folder / f"{name}.csv", _begins_with(columns))
+    distances = [f"{name}_{figure}" for name in ("steps", "swap") for figure in (*FIGURES, "bias")]
+    for name in (*BY_TIMESTEP, *distances, "estimates", "samples"):
+        require_replaceable("output_dir has", folder / f"{name}.png", lambda path: is_our_picture(path, False))
+
+
+def _begins_with(columns: Sequence[str]) -> Callable[[Path], bool]:
+    return lambda path: read_file(path).startswith(",".join((*columns, *VALUES)).encode())
+
+
+class BiasReport:
+    """Writes tables and figures as they come, and collects them in a page."""
+
+    def __init__(self, config: BiasConfig, models: Sequence[Model], folder: Path) -> None:
+        self.config, self.models, self.folder = config, models, folder
+        self.page = ReportPage("Bias over the timesteps: " + ", ".join(model.label for model in models))
+        self.channels = ["grey"] if models[0].pipeline.unet.config.in_channels == 1 else ["red", "green", "blue"]
+        header = ("run", "step", "prediction type", "weighting", "timesteps T", "seed", "weights")
+        self.page.table(header, [self._about(model) for model in models], "The runs")
+
+    def _about(self, model: Model) -> list[object]:
+        denoiser, values = model.denoiser, model.values
+        known = (values.get("weighting"), values.get("seed"))
+        return [model.name, model.step, denoiser.prediction_type, known[0], len(denoiser.schedule), known[1], self.config.weights]
+
+    def timesteps(self, errors: dict[str, Errors]) -> None:
+        """Existence and reasons: errors of each run, by label, at each timestep."""
+        rows = [row for model in self.models for row in rows_of_errors(model, errors[model.label], self.channels)]
+        self._csv("timesteps", rows)
+        self.page.heading("Errors at each timestep")
+        self.page.paragraph(
+            "The network sees the same pictures and noise at every timestep t, from nearly clean (0) to noise. Its prediction implies an "
+            "estimate of x_0 in one step. An error of the prediction moves that estimate by the amplification, which is 1/sqrt(SNR) for "
+            "predicted noise: an error that hardly counts in the loss can be a visible shift of the colour. Bands are 95% intervals of the "
+            "mean over the pictures; values of x_0 are from -1 (black) to 1 (white)."
+        )
+        t = "timestep t"
+        self._curves("prediction", rows, "t", {"prediction_mse": "Squared error of the prediction"}, t, "mean square", y_scale="log")
+        self._curves("x_0", rows, "t", {"x_0_mse": "Squared error of the estimate of x_0"}, t, "mean square", y_scale="log")
+        title = "Amplification: error of x_0 per error of the prediction"
+        self._curves("amplification", rows, "t", {"amplification": title}, t, "factor", y_scale="log")
+        self._curves("colour_bias", rows, "t", {"x_0_bias": "Signed error of the estimate of x_0"}, t, "mean error")
+        self._curves("loss_share", rows, "t", {"loss_share": "Share of the weighted loss in equal parts of the timesteps"}, t, "share")
+        self._curves("gradient_share", rows, "t", {"gradient_share": "Share of the weighted gradient norm in these parts"}, t, "share")
+        for model in self.models:
+            self._table_of_timesteps(model, rows)
+
+    def _table_of_timesteps(self, model: Model, rows: Sequence[Row]) -> None:
+        own = [row for row in rows if row["run"] == model.label]
+        columns = list(dict.fromkeys((row["quantity"], row["channel"]) for row in own))
+        places = list(dict.fromkeys((row["t"], row["snr"]) for row in own))
+        cells = {(row["t"], row["quantity"], row["channel"]): row for row in own}
+        header = ["t", "SNR", *(" ".join(part for part in column if part).replace("_", " ") for column in columns)]
+        lines = [[t, snr, *(_with_interval(cells.get((t, *column))) for column in columns)] for t, snr in places]
+        self.page.table(header, lines, f"{model.label}, by timestep")
+
+    @torch.no_grad()
+    def estimates(self, x_0: Tensor, noise: Tensor, labels: Tensor | None) -> None:
+        """Estimates of x_0 from the same pictures and noise at ten timesteps: for each picture x_t, then a row for each run."""
+        T = len(self.models[0].denoiser.schedule)
+        places = spread_timesteps(T, ESTIMATES)
+        by_model = []
+        for model in self.models:
+            device, own = model.pipeline.device, spread_timesteps(len(model.denoiser.schedule), ESTIMATES)
+            given = None if labels is None else labels.to(device)
+            by_model.append([model.denoiser.estimate(x_0.to(device), noise.to(device), t, given).cpu() for t in own])
+        noised = [self.models[0].denoiser.noised(x_0, noise, t) for t in places]
+        rows = []
+        for k in range(len(x_0)):
+            rows.append((f"x_t of picture {k + 1}", [_pixels(each[k]) for each in (x_0, *noised)]))
+            for model, estimated in zip(self.models, by_model):
+                rows.append((model.label, [_pixels(each[k]) for each in (x_0, *estimated)]))
+        self.page.heading("Estimates of x_0 in one step")
+        picture = mosaic(rows, ["x_0", *map(str, places)], "timestep t")
+        caption = "What each run takes the picture for, seen with the same noise at ten timesteps; the first column is the picture itself."
+        self._figure("estimates", picture, caption, wide=True)
+
+    def steps(self, drawn: dict[str, dict[int, Drawn]]) -> None:
+        """Impact: the same seeds at different numbers of steps, by label and steps."""
+        rows = [row for label, by_steps in drawn.items() for n, found in by_steps.items() for row in self._rows(label, "steps", n, found)]
+        self._csv("steps", rows)
+        self.page.heading("The same seeds over the steps of the solver")
+        self.page.paragraph(
+            f"{self.config.num_samples} images of the same seeds for each number of steps, compared with the reference. The colour bias is "
+            "the mean colour of the images minus that of the reference, in grey levels from 0 to 255."
+        )
+        counts = sorted({n for by_steps in drawn.values() for n in by_steps})
+        blank = torch.full_like(next(iter(next(iter(drawn.values())).values())).first[0], 255)
+        lines = [
+            (label if k == 0 else "", [by_steps[n].first[k] if n in by_steps else blank for n in counts])
+            for label, by_steps in drawn.items()
+            for k in range(len(next(iter(by_steps.values())).first))
+        ]
+        self._figure("samples", mosaic(lines, list(map(str, counts)), "steps"), "The same seeds at each number of steps.", wide=True)
+        self._distances("steps", rows, "steps of the solver", "log")
+
+    def swap(self, drawn: dict[int, Drawn]) -> None:
+        """Which timesteps make the difference: by the timestep from which on the first network predicts."""
+        above, below = self.models
+        label = f"{above.label} above, {below.label} below"
+        rows = [row for threshold, found in drawn.items() for row in self._rows(label, "threshold", threshold, found)]
+        self._csv("swap", rows)
+        self.page.heading("Which timesteps make the difference")
+        self.page.paragraph(
+            f"Images of {self.config.swap_steps} steps, for which {above.label} predicts at timesteps from the threshold on, and "
+            f"{below.label} below it. At threshold 0 (left) all is predicted by {above.label}, at the last one (right) by {below.label}. "
+            "Where the curve changes, the two networks differ in what matters."
+        )
+        self._distances("swap", rows, "threshold: timestep from which on the first run predicts", "linear")
+
+    def finish(self, images: int, reference: str | None, total: int) -> None:
+        """Writes the page; errors were measured on so many of all images of the reference."""
+        self.page.paragraph(f"Reference: {reference}. Errors are measured on {images} of {total} images. Seed {self.config.seed}.")
+        write_file(self.folder / PAGE, self.page.html())
+
+    def _distances(self, name: str, rows: Sequence[Row], x_label: str, x_scale: Any) -> None:
+        """Figures and a table of what was sampled over the second column of the table."""
+        place = PLACE[name][1]
+        distances = {
+            row["quantity"]: row["quantity"].replace("_", " ")
+            for row in rows
+            if FIGURES.get(row["quantity"], "neither") != "neither" and row["quantity"] != "brightness_bias"
+        }
+        for quantity, title in distances.items():
+            self._curves(f"{name}_{quantity}", rows, place, {quantity: title}, x_label, "", x_scale)
+        self._curves(f"{name}_bias", rows, place, {"colour_bias": "Colour bias"}, x_label, "grey levels", x_scale)
+        columns = list(dict.fromkeys((row["quantity"], row["channel"]) for row in rows))
+        places = list(dict.fromkeys((row["run"], row[place]) for row in rows))
+        cells = {(row["run"], row[place], row["quantity"], row["channel"]): row for row in rows}
+        header = ["run", place, *(" ".join(part for part in column if part).replace("_", " ") for column in columns)]
+        self.page.table(header, [[*at, *(_with_interval(cells.get((*at, *column))) for column in columns)] for at in places])
+
+    def _rows(self, label: str, place: str, x: int, found: Drawn) -> Iterator[Row]:
+        for name, value in found.figures.items():
+            yield {"run": label, place: x, **_value(name, value)}
+        for channel, (mean, low, high) in zip(self.channels, found.colour_bias):
+            yield {"run": label, place: x, **_value("colour_bias", mean, channel, low, high)}
+
+    def _csv(self, name: str, rows: Sequence[Row]) -> None:
+        columns = (*PLACE[name], *VALUES)
+        box = io.StringIO()
+        writer = csv.DictWriter(box, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(self.folder / f"{name}.csv", box.getvalue().encode())
+
+    def _figure(self, name: str, picture: bytes, caption: str, wide: bool = False) -> None:
+        write_file(self.folder / f"{name}.png", picture)
+        self.page.figure(picture, caption, wide)
+
+    def _curves(
+        self,
+        name: str,
+        rows: Sequence[Row],
+        place: str,
+        titles: Mapping[str, str],
+        x_label: str,
+        y_label: str,
+        x_scale: Scale = "linear",
+        y_scale: Scale = "linear",
+    ) -> None:
+        """A figure with a panel for each quantity of `titles`, and for each channel of it."""
+        panels: dict[str, dict[str, Curve]] = {}
+        for quantity, channel in dict.fromkeys((row["quantity"], row["channel"]) for row in rows if row["quantity"] in titles):
+            title = titles[quantity] + (f", {channel}" if channel and len(self.channels) > 1 else "")
+            found = [row for row in rows if (row["quantity"], row["channel"]) == (quantity, channel)]
+            panels[title] = {
+                run: _curve([row for row in found if row["run"] == run], place) for run in dict.fromkeys(r["run"] for r in found)
+            }
+        if panels:
+            self._figure(name, curves(panels, x_label, y_label, x_scale, y_scale), ". ".join(dict.fromkeys(titles.values())) + ".")
+
+
+def _value(quantity: str, value: float, channel: str = "", low: float | None = None, high: float | None = None) -> Row:
+    return {"quantity": quantity, "channel": channel, "value": value, "low": low, "high": high}
+
+
+def _curve(rows: Sequence[Row], place: str) -> Curve:
+    low, high = ([row[end] for row in rows] if rows[0][end] is not None else () for end in ("low", "high"))
+    return Curve([row[place] for row in rows], [row["value"] for row in rows], low, high)
+
+
+def _with_interval(row: Row | None) -> str | None:
+    if row is None:
+        return None
+    return f"{row['value']:.4g}" + (f" ({row['low']:.3g} to {row['high']:.3g})" if row["low"] is not None else "")
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """An image in [-1, 1] as uint8, clamped."""
+    return ((image / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+
+
+def rows_of_errors(model: Model, errors: Errors, channels: Sequence[str]) -> list[Row]:
+    """What the table has of a run at each timestep. Shares only where the objective is known and has weights."""
+    schedule, kind = model.denoiser.schedule, model.denoiser.prediction_type
+    amplification = schedule.x_0_per_prediction(kind).abs()
+    weights = weights_of_timesteps(model.objective, schedule, kind) if model.objective else None
+    parts = {}
+    if weights is not None:
+        parts["loss_share"] = shares(errors.timesteps, errors.mse.mean(1), weights)
+        parts["gradient_share"] = shares(errors.timesteps, errors.gradient_norm, weights)
+    found = []
+    for k, t in enumerate(errors.timesteps):
+        values = [_value("amplification", amplification[t].item())]
+        values += [
+            _value(name, mean, "", low, high)
+            for name, each in (("prediction_mse", errors.mse[k]), ("x_0_mse", errors.x_0_mse[k]))
+            for mean, low, high in [mean_and_interval(each)]
+        ]
+        for c, channel in enumerate(channels):
+            mean, low, high = mean_and_interval(errors.x_0_bias[k, :, c])
+            values.append(_value("x_0_bias", mean, channel, low, high))
+        values.append(_value("gradient_norm", errors.gradient_norm[k].item()))
+        values += [_value(name, each[k].item()) for name, each in parts.items()]
+        found += [{"run": model.label, "t": t, "snr": schedule.snr[t].item(), **value} for value in values]
+    return found

@@ -1,0 +1,108 @@
+"""Images that are sampled at different numbers of steps, or with two networks, and compared with a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config.schema import DIGITS, BiasConfig, DataConfig, MeasureConfig, SampleConfig
+from ..errors import InputError
+from ..evaluation import metrics
+from ..evaluation.image_sets import process_batches, to_rgb
+from ..evaluation.measure import Measure, usual_extractor
+from ..evaluation.metrics import COLOUR, Sample
+from ..evaluation.reference import open_reference
+from ..sampling.generate import make_job
+from ..sampling.job import Job
+from .denoising import mean_and_interval
+from .models import Model, scheduler_of
+from .swap import SwappedUNet
+
+SHOWN_SAMPLES = 4  # of each number of steps
+THRESHOLDS = 11
+
+
+def make_bias_measure(config: BiasConfig, chosen: DataConfig, model: Model, device: Any) -> tuple[Measure, Sample]:
+    """How sampled images are compared with the reference, and the features of the reference.
+
+    Without `metrics` and a named extractor only the digits are compared by features: other extractors are downloaded.
+    """
+    extractor = config.feature_extractor or model.values.get("feature_extractor")
+    file = config.feature_extractor_weights or model.values.get("feature_extractor_weights")
+    default = "fid,colour" if chosen.dataset == DIGITS or extractor or file else "colour"
+    side = model.pipeline.unet.config.sample_size
+    asked = MeasureConfig(
+        metrics=config.metrics or default,
+        feature_extractor_weights=file,
+        split=chosen.split,
+        image_column=chosen.image_column,
+        skip_bad=chosen.skip_bad,
+        channels=1 if model.pipeline.unet.config.in_channels == 1 else None,
+        batch_size=config.batch_size,
+        cache_dir=config.cache_dir,
+    )
+    measure = Measure(asked, extractor or usual_extractor(str(chosen.dataset)), device)
+    least = max(metrics.least_images(measure.layers, measure.probe()).values())
+    if config.num_samples < least:
+        raise InputError(f"num_samples is {config.num_samples}, but metrics {asked.metrics} need {least}; take more, or --metrics colour")
+    return measure, measure.sample(open_reference(str(chosen.dataset), asked, side))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images that were sampled, compared with the reference."""
+
+    first: Tensor  # (n, 3, H, W) uint8
+    figures: dict[str, float]
+    colour_bias: list[tuple[float, float, float]]  # by channel, in grey levels of 255: mean and 95% interval
+
+    @staticmethod
+    def of(job: Job, measure: Measure, reference: Sample) -> Drawn:
+        first: list[Tensor] = []
+
+        def batches() -> Iterator[tuple[int, Tensor, None]]:
+            for number, indices in process_batches(range(job.config.num_images), job.config.batch_size, 0, 1):
+                batch = to_rgb(job.draw(indices)).cpu()
+                first.append(batch[:SHOWN_SAMPLES])
+                yield number, batch, None
+
+        with tqdm(total=job.config.num_images, desc=job.name, unit="image", leave=False) as progress:
+            sample = measure.joined(batches(), progress)
+        away = sample.features[COLOUR].double() - torch.from_numpy(reference.moments(COLOUR)["mu"])
+        grey = job.pipeline.unet.config.in_channels == 1
+        bias = [mean_and_interval(away[:, c]) for c in range(1 if grey else 3)]
+        return Drawn(first[0], metrics.figures(sample, reference, measure.layers, job.config.seed), bias)
+
+
+def job_of(model: Model, config: BiasConfig, steps: int, device: Any) -> Job:
+    """The sampling command of a model with so many steps, for the same seeds whatever the model and the steps."""
+    command = SampleConfig(
+        model=model.name,
+        scheduler=scheduler_of(config, model),
+        steps=steps,
+        num_images=config.num_samples,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        weights=config.weights,
+        class_labels="data",
+        allow_pickle_import=config.allow_pickle_import,
+    )
+    return make_job(command, device)
+
+
+def swapped_jobs(config: BiasConfig, models: Sequence[Model], device: Any) -> Iterator[tuple[int, Job]]:
+    """A job with the network of the first model from a timestep on and of the second below it, as it is at each such timestep in turn."""
+    above, below = models
+    T = len(above.denoiser.schedule)
+    if scheduler_of(config, above) == "ddpm" and above.pipeline.unet.config.out_channels != above.pipeline.unet.config.in_channels:
+        raise InputError("swap does not sample a learned variance; take another --scheduler than ddpm")
+    job = job_of(above, config, config.swap_steps, device)
+    swapped = job.pipeline.unet = SwappedUNet(above.denoiser, below.denoiser, 0)
+    for k in range(THRESHOLDS):
+        swapped.threshold = round(k * T / (THRESHOLDS - 1))
+        yield swapped.threshold, job

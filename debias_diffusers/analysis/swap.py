@@ -1,0 +1,53 @@
+"""Two networks in one: one predicts at the noisy timesteps, the other at the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.noise_schedule import at, predicted_x_0, prediction_of_x_0
+from ..errors import InputError
+from .denoising import Denoiser
+
+
+class SwappedUNet(nn.Module):
+    """The network of one model at timesteps from a threshold on, and that of another below it.
+
+    Where the other predicts something else (noise, x_0, v), its prediction is converted to what the first predicts.
+    """
+
+    def __init__(self, above: Denoiser, below: Denoiser, threshold: int) -> None:
+        """`threshold`: a timestep as the network is given it, from 0 (the first network alone) to T (the other alone).
+
+        Raises:
+            InputError: the two models do not fit together.
+        """
+        super().__init__()
+        if len(above.schedule) != len(below.schedule) or not torch.allclose(above.schedule.snr, below.schedule.snr, rtol=1e-4):
+            raise InputError("the two runs have different noise schedules, so that their networks cannot be swapped; leave --swap out")
+        self.above, self.below, self.threshold = above, below, threshold
+        self.unet, self.other = above.network, below.network
+        self.config = above.network.config
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters, as a pipeline asks for it."""
+        return next(self.parameters()).device
+
+    def forward(self, x_t: Tensor, timestep: Any, labels: Tensor | None = None, return_dict: bool = False) -> tuple[Tensor]:
+        """As of a UNet2DModel without `return_dict`: (prediction (B, C, H, W),)."""
+        C, level = x_t.shape[1], float(timestep)
+        if level >= self.threshold:
+            return (self.unet(x_t, timestep, labels, return_dict=False)[0][:, :C],)
+        prediction = self.other(x_t, timestep, labels, return_dict=False)[0][:, :C]
+        if self.below.prediction_type == self.above.prediction_type:
+            return (prediction,)
+        if not level.is_integer():
+            kinds = f"{self.above.prediction_type} and {self.below.prediction_type}"
+            raise InputError(f"the runs predict {kinds}, and this scheduler has timesteps between those of the schedule; take ddim")
+        t = torch.tensor([int(level)])
+        a, s = (at(table, t, x_t) for table in (self.above.schedule.a, self.above.schedule.s))
+        x_0 = predicted_x_0(self.below.prediction_type, prediction, x_t, a, s)
+        return (prediction_of_x_0(self.above.prediction_type, x_0, x_t, a, s),)
