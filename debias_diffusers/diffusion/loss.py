@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Terms:
 
     def detached(self) -> Terms:
         """The same numbers without their graph."""
-        return replace(self, **{name: term.detach() for name, term in vars(self).items() if term is not None})
+        return dataclasses.replace(self, **{name: term.detach() for name, term in vars(self).items() if term is not None})
 
 
 @dataclass(frozen=True)
