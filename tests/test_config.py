@@ -246,7 +246,8 @@ def test_help_needs_no_torch(entry):
 
 def test_eval_names_its_commands():
     code, _, err = run("eval.py", "foo")
-    assert code == 2 and err.strip().splitlines()[-1] == "error: eval.py foo is not known; take one of score, compare, stats, bpd, weights"
+    said = "error: eval.py foo is not known; take one of score, compare, stats, bpd, bias, weights"
+    assert code == 2 and err.strip().splitlines()[-1] == said
 
 
 def test_a_malformed_value_is_one_sentence():

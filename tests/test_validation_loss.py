@@ -114,7 +114,8 @@ def test_labels_of_held_out_images_are_not_dropped():
     config = layered({**data, "channel_mult": (1, 2), "attention_resolutions": (4,), "model_channels": 64})
     trained, held = split_source(open_source(config.data), 0.1, 0)
     task = PixelTask(config, trained, None, held)
-    assert 10 in {task.data[k]["label"] for k in range(20)} and 10 not in {task.held_out[k]["label"] for k in range(len(held))}
+    assert 10 in {int(task.data[k]["label"]) for k in range(20)}
+    assert 10 not in {int(task.held_out[k]["label"]) for k in range(len(held))}
 
 
 def test_another_seed_holds_out_other_images_and_a_share_of_none_is_refused():

@@ -20,7 +20,7 @@ def weights(*flags):
 @pytest.fixture
 def undrawn(monkeypatch):
     """The picture, which takes seconds, is laid out but not drawn."""
-    monkeypatch.setattr(plots, "_png", lambda _: b"")
+    monkeypatch.setattr(plots, "png_of", lambda _: b"")
 
 
 def rows(folder):
