@@ -268,7 +268,7 @@ def case(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]
             continue  # which was said
         row = training.median(several)
         inside = sum(row["parts"][part] for part in ("forward", "backward", "update"))
-        beside = runs[PLAIN + key.removeprefix(OURS) if name != "full" else next(iter(runs))]
+        beside = next(iter(runs.values())) if name == "full" else runs[f"{PLAIN}, {key.split(', ')[1]}"]
         rows[key] = row | {
             "images_per_second": batch / row["seconds"],
             "ratio": statistics.median(p["seconds"] / o["seconds"] for p, o in zip(beside, several)),

@@ -55,7 +55,7 @@ def _quick_sources() -> Iterator[None]:
         start = next((k for k, line in enumerate(lines) if re.match(rf"class {item.__name__}\b", line)), None)
         return original(item) if start is None else "".join(inspect.getblock(lines[start:]))
 
-    inspect.getsource = source
+    inspect.getsource = source  # type: ignore[assignment]
     try:
         yield
     finally:
