@@ -14,7 +14,8 @@ from PIL import Image
 from debias_diffusers.config.schema import BitsConfig, ObjectiveConfig
 from debias_diffusers.diffusion.noise_schedule import make_schedule, prediction_of_x_0
 from debias_diffusers.errors import InputError
-from debias_diffusers.evaluation.likelihood import Bound, _data, _result
+from debias_diffusers.evaluation.likelihood import Bound, _result
+from debias_diffusers.evaluation.reference import data_of_model, reference_data
 from debias_diffusers.evaluation.results import as_json
 
 MEAN, STD, T = 0.1, 0.2, 40
@@ -133,8 +134,9 @@ def test_the_labels_are_read_from_the_column_that_the_run_was_trained_with(tmp_p
     (tmp_path / "run" / "config.json").write_text(json.dumps(data))
 
     def labels(classes, **given):
-        model = SimpleNamespace(num_classes=classes, unet=SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=1)))
-        found = _data(BitsConfig(model=str(tmp_path / "run"), **given), model)
+        unet = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=1))
+        model, config = SimpleNamespace(num_classes=classes, class_names=None, unet=unet), BitsConfig(model=str(tmp_path / "run"), **given)
+        found = data_of_model(config, reference_data(config, None, [config.model]), model, "the model has")
         return [found.decoded(k)[1] for k in range(4)]
 
     assert labels(3) == [0, 1, 2, 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from tqdm import tqdm
 
 from ..config.schema import BiasConfig, DataConfig
 from ..data.dataset import TrainingData
-from ..data.sources import Source, SourceSubset, open_readable
+from ..data.sources import Source, SourceSubset
 from ..data.validation_split import split_source
 from ..errors import InputError
-from ..evaluation.reference import reference_data
+from ..evaluation.reference import data_of_model, reference_data
 from ..utils import seeding
 from ..utils.console import say
 from ..utils.distributed import inference_accelerator
@@ -70,18 +69,7 @@ def measure_bias(config: BiasConfig) -> Path:
 
 def _images(config: BiasConfig, chosen: DataConfig, models: Sequence[Model]) -> tuple[TrainingData, int, list[int]]:
     """The data, the number of images that may be taken, and the indices of those on which errors are measured."""
-    pipeline = models[0].pipeline
-    given = dataclasses.replace(
-        chosen,
-        label_column=config.label_column or chosen.label_column,
-        class_conditional=pipeline.num_classes > 0,
-        resolution=pipeline.unet.config.sample_size,
-        channels=pipeline.unet.config.in_channels,
-        num_workers=0,
-    )
-    data = TrainingData(open_readable(given, pipeline.class_names or "plain"), given, config.seed)
-    if data.num_classes != pipeline.num_classes:
-        raise InputError(f"reference {chosen.dataset} has {data.num_classes} classes, but the runs have {pipeline.num_classes}")
+    data = data_of_model(config, chosen, models[0].pipeline, "the runs have")
     candidates = held_out(data.source, [model.values for model in models]) if config.reference is None else range(len(data.source))
     return data, len(candidates), [candidates[k] for k in seeding.subset(config.seed, len(candidates), config.num_images)]
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..utils import seeding
 from ..utils.files import read_file
 from . import image_folders
-from .shards.source import IndexedCaptions, ShardedSource
+from .shards.source import IndexedCaptions, LazyCaptions, ShardedSource
 from .shards.table_columns import COLUMNS, caption_column
 from .sources import ImageFolder, ImageTable, Source, SourceSubset
 
@@ -68,7 +68,7 @@ def captions_of(source: Source) -> Captions:
     """The captions of every image of a `CaptionedSource`, or of some of its images."""
     if isinstance(source, SourceSubset):
         every = captions_of(source.source)
-        return SubsetCaptions(every, source.indices) if isinstance(every, LAZY) else [every[index] for index in source.indices]
+        return SubsetCaptions(every, source.indices) if isinstance(every, LazyCaptions) else [every[index] for index in source.indices]
     assert isinstance(source, CaptionedSource)
     return source.captions
 
@@ -101,31 +101,20 @@ def read_captions(source: Source, column: str | None) -> Captions:
     return found
 
 
-class SubsetCaptions(Sequence[tuple[str, ...]]):
-    """The captions of some images of an index, read as they are needed."""
+class SubsetCaptions(LazyCaptions):
+    """Those of some images."""
 
-    def __init__(self, every: Captions, indices: Sequence[int]) -> None:
+    def __init__(self, every: LazyCaptions, indices: Sequence[int]) -> None:
         self.every, self.indices = every, indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[str, ...]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[str, ...]]: ...
-    def __getitem__(self, index: int | slice) -> tuple[str, ...] | list[tuple[str, ...]]:
-        if isinstance(index, slice):
-            return [self.every[k] for k in self.indices[index]]
+    def at(self, index: int) -> tuple[str, ...]:
         return self.every[self.indices[index]]
 
     def array(self) -> Any:
-        """All of them as an Arrow array of lists of texts."""
-        assert isinstance(self.every, LAZY)
         return self.every.array().take(np.asarray(self.indices))
-
-
-LAZY = (IndexedCaptions, SubsetCaptions)  # that are not held in memory
 
 
 def _of_shards(source: ShardedSource, column: str | None) -> Captions:
@@ -138,7 +127,7 @@ def _of_shards(source: ShardedSource, column: str | None) -> Captions:
 
 def different_captions(captions: Captions) -> list[str]:
     """All different captions, sorted."""
-    if isinstance(captions, LAZY):
+    if isinstance(captions, LazyCaptions):
         return sorted(captions.array().flatten().unique().to_pylist())
     return sorted({caption for each in captions for caption in each})
 
@@ -235,7 +224,7 @@ def summary(captions: Captions, tokens: Mapping[str, int], most: int, different:
         different: the number of different captions, where `tokens` are those of a sample.
     """
     different = different or len(tokens)
-    lengths = captions.array().value_lengths().fill_null(0).to_numpy() if isinstance(captions, LAZY) else map(len, captions)
+    lengths = captions.array().value_lengths().fill_null(0).to_numpy() if isinstance(captions, LazyCaptions) else map(len, captions)
     without = sum(1 for length in lengths if not length)
     long = {text: count - most for text, count in tokens.items() if count > most}
     parts = [f"{different} different captions of {len(captions) - without} images"]

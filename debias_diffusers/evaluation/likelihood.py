@@ -14,9 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config.schema import BitsConfig
-from ..data.dataset import TrainingData
-from ..data.labels import ClassOrder
-from ..data.sources import open_readable
 from ..diffusion.noise_schedule import Schedule, is_flow, predicted_x_0, prediction_type_of, schedule_of_scheduler
 from ..diffusion.ode_likelihood import Path as OdePath
 from ..diffusion.ode_likelihood import log_density, negative_log_likelihood
@@ -29,7 +26,7 @@ from ..utils.console import say
 from ..utils.distributed import inference_accelerator
 from ..utils.files import require_replaceable, write_file
 from .image_sets import process_batches
-from .reference import print_summary, reference_data
+from .reference import data_of_model, print_summary, reference_data
 from .results import as_json, has_fields
 
 # A fixed variance as a value of the variance channels: -1 is the smallest (posterior) variance, 1 is beta.
@@ -53,7 +50,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     pipeline.to(accelerator.device)
     ode = OdeLikelihood(pipeline, config.probes, config.tolerance) if config.method == "ode" else None
     bound = None if ode and not has_bound(pipeline.scheduler) else Bound(pipeline, config.clipping)
-    data = _data(config, pipeline, pipeline.class_names or "plain")  # the first version had its classes in plain order, without names
+    data = data_of_model(config, reference_data(config, config.reference, [config.model]), pipeline, "the model has")
     print_summary(data.source, data.config.dataset, accelerator)
     chosen = seeding.subset(config.seed, len(data.source), config.num_images)
     dealt = list(process_batches(chosen, config.batch_size, accelerator.process_index, accelerator.num_processes))
@@ -205,19 +202,3 @@ class OdeLikelihood:
     def result(self, bits: Tensor, calls: int) -> dict[str, Any]:
         """What the JSON says, of the bits per dimension (N,) of images; `calls` of the network for the hardest batch."""
         return {**_mean(bits), "network_evaluations": calls, "probes": self.probes, "tolerance": self.tolerance}
-
-
-def _data(config: BitsConfig, pipeline: PixelPipeline, order: ClassOrder = "plain") -> TrainingData:
-    chosen = reference_data(config, config.reference, [config.model])
-    given = dataclasses.replace(
-        chosen,
-        label_column=config.label_column or chosen.label_column,
-        class_conditional=pipeline.num_classes > 0,
-        resolution=pipeline.unet.config.sample_size,
-        channels=pipeline.unet.config.in_channels,
-        num_workers=0,
-    )
-    data = TrainingData(open_readable(given, order), given, config.seed)
-    if data.num_classes != pipeline.num_classes:
-        raise InputError(f"reference {chosen.dataset} has {data.num_classes} classes, but the model has {pipeline.num_classes}")
-    return data

@@ -14,9 +14,11 @@ from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
 from ..config.loading import CHANGEABLE, read_config, stored
 from ..config.schema import DIGITS, BiasConfig, BitsConfig, DataConfig, MeasureConfig, TrainConfig
 from ..data import image_folders
+from ..data.dataset import TrainingData
 from ..data.sources import ImageFolder, Source, open_readable, open_source, summary
 from ..errors import InputError
 from ..hub import client
+from ..pipelines.pixel_pipeline import PixelPipeline
 from ..runs import checkpoints
 from ..runs.run_directory import CHECKPOINTS, CONFIG
 from ..utils.console import say
@@ -66,6 +68,29 @@ def reference_data(config: MeasureConfig | BitsConfig | BiasConfig, reference: s
         image_column=config.image_column or data.image_column,
         skip_bad=config.skip_bad or data.skip_bad,
     )
+
+
+def data_of_model(config: BitsConfig | BiasConfig, chosen: DataConfig, pipeline: PixelPipeline, has: str) -> TrainingData:
+    """The images of a `reference_data`, of the size and channels of a pixel model and with its labels.
+
+    Its classes are in the order of the model; the first version had them in plain order, without names. `has` is for the error, such as
+    "the model has".
+
+    Raises:
+        InputError: the data cannot be read, or have another number of classes.
+    """
+    given = dataclasses.replace(
+        chosen,
+        label_column=config.label_column or chosen.label_column,
+        class_conditional=pipeline.num_classes > 0,
+        resolution=pipeline.unet.config.sample_size,
+        channels=pipeline.unet.config.in_channels,
+        num_workers=0,
+    )
+    data = TrainingData(open_readable(given, pipeline.class_names or "plain"), given, config.seed)
+    if data.num_classes != pipeline.num_classes:
+        raise InputError(f"reference {chosen.dataset} has {data.num_classes} classes, but {has} {pipeline.num_classes}")
+    return data
 
 
 def _trained_on(targets: Sequence[str]) -> DataConfig:

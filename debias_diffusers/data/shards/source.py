@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -224,14 +225,16 @@ class ShardedSource:
         return IndexedCaptions(open_index(self.shard_files, key))
 
 
-class IndexedCaptions(Sequence[tuple[str, ...]]):
-    """The captions of each image, read from the index as they are needed; () where it has none."""
+class LazyCaptions(Sequence[tuple[str, ...]], ABC):
+    """The captions of each image, read as they are needed; () where it has none."""
 
-    def __init__(self, rows: Index) -> None:
-        self.rows = rows
+    @abstractmethod
+    def at(self, index: int) -> tuple[str, ...]:
+        """The captions of the image at an index from 0 on."""
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    @abstractmethod
+    def array(self) -> Any:
+        """All of them as an Arrow array of lists of texts."""
 
     @overload
     def __getitem__(self, index: int) -> tuple[str, ...]: ...
@@ -239,9 +242,21 @@ class IndexedCaptions(Sequence[tuple[str, ...]]):
     def __getitem__(self, index: slice) -> list[tuple[str, ...]]: ...
     def __getitem__(self, index: int | slice) -> tuple[str, ...] | list[tuple[str, ...]]:
         if isinstance(index, slice):
-            return [self.rows.captions(k) for k in range(len(self))[index]]
-        return self.rows.captions(range(len(self))[index])
+            return [self.at(k) for k in range(len(self))[index]]
+        return self.at(range(len(self))[index])
+
+
+class IndexedCaptions(LazyCaptions):
+    """The captions of an index."""
+
+    def __init__(self, rows: Index) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, index: int) -> tuple[str, ...]:
+        return self.rows.captions(index)
 
     def array(self) -> Any:
-        """All of them as an Arrow array of lists of texts."""
         return self.rows.all_captions
