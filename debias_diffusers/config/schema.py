@@ -542,6 +542,16 @@ class BiasConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write runs, finished or training, as one HTML file: configuration, curves, grids over time, metrics, weights, model card."""
+
+    runs: tuple[str, ...]  # run directories, which are shown side by side
+    output: str = "report.html"  # output file, FILE.html, which needs no other file
+    # files that eval.py score or compare wrote with --output FILE.json; those in the run directories are taken anyhow
+    scores: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuidedConfig:
     """Convert a checkpoint of guided-diffusion to a pipeline."""
 

@@ -350,6 +350,17 @@ def _blank(width: int, height: int) -> Image.Image:
     return Image.new("RGB", (width + MARGIN, height + MARGIN), "white")
 
 
+def preview(data: bytes, where: str, side: int) -> bytes:
+    """An image file again, reduced to at most `side` pixels a side: as PNG or as JPEG, whichever has fewer bytes.
+
+    Raises:
+        InputError: as `decode`.
+    """
+    image = decode(data, where)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return min(png(image), _encoded(image, "JPEG", quality=85, optimize=True), key=len)
+
+
 def png(image: Image.Image) -> bytes:
     """Encodes an image as PNG."""
     return _encoded(image, "PNG")
