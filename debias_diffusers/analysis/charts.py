@@ -12,10 +12,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from .figures import Curve, Scale
 
-WIDTH, HEIGHT = 400, 240  # of the SVG's own units, about its size in pixels: columns of charts are some 400 pixels wide
-LEFT, RIGHT, TOP, BOTTOM = 54, 390, 10, 200  # of the area within the axes
+WIDTH, HEIGHT = 400, 236  # of the SVG's own units, about its size in pixels: columns of charts are some 400 pixels wide
+LEFT, RIGHT, TOP, BOTTOM = 54, 382, 10, 200  # of the area within the axes
+MARGIN = 0.04  # of the y axis, below and above the lines
 COLOURS = 8  # of lines of runs, in the style sheet of the page; further runs repeat them with another dash pattern
-LOG_FROM = 20.0  # the ratio of largest to smallest value from which a scale is logarithmic
+LOG_FROM = 8.0  # the ratio of largest to smallest value from which a scale is logarithmic
 
 Palette = Literal["run", "part"]  # a colour for each run, or a sequence of colours for parts of the timesteps
 
@@ -86,12 +87,12 @@ class _Axis:
     def __init__(self, values: Sequence[float], scale: Scale, begin: float, end: float) -> None:
         low, high = min(values), max(values)
         if scale == "log":
-            low, high = (low, high) if high > 1.2 * low else (low / 1.5, high * 1.5)
-            decades = math.log10(high / low)
-            found = LogLocator(subs=(1.0, 2.0, 5.0) if decades < 1.5 else (1.0,), numticks=6).tick_values(low, high)
+            margin = max((high / low) ** MARGIN, 1.02)
+            low, high = low / margin, high * margin
+            found = LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,), numticks=12).tick_values(low, high)
         else:
-            spare = 0.0 if high > low else abs(low) / 10 or 1.0
-            low, high = low - spare, high + spare
+            margin = (MARGIN * (high - low) if begin > end else 0.0) or (0.0 if high > low else abs(low) / 10 or 1.0)
+            low, high = low - margin, high + margin
             found = MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high)
         self.scale, self.begin, self.end = scale, begin, end
         self.ends = (float(low), float(high))

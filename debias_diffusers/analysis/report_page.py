@@ -22,7 +22,7 @@ STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --faint: #5a6470; --line: #d5dae0; --card: #f5f7f9;
   --mark: #fff3c4; --link: #0b57d0;
   --run0: #0b62c4; --run1: #c2410c; --run2: #15803d; --run3: #9333ea; --run4: #a16207; --run5: #be185d; --run6: #0e7490; --run7: #52525b;
-  --light: 42%; }
+  --light: 33%; }
 @media (prefers-color-scheme: dark) {
   :root { --back: #14171a; --text: #e4e8ec; --faint: #9aa5b1; --line: #343b43; --card: #1d2126; --mark: #4a3f14; --link: #8ab4f8;
     --run0: #62a8ff; --run1: #ff9552; --run2: #5fd38a; --run3: #c99bff; --run4: #e6c04a; --run5: #ff86b6; --run6: #4fd0e6; --run7: #b4b4bd;
@@ -130,6 +130,8 @@ for (const chart of document.querySelectorAll(".chart")) {
                                    cy: place(line.y[k], data.axes[1], data.log)}));
     }
   };
+  show();
+  cursor.replaceChildren();  // until something is pointed at
   drawing.addEventListener("pointermove", (event) => {
     const box = drawing.getBoundingClientRect(), [low, high, begin, end] = data.axes[0];
     const x = (event.clientX - box.left) / box.width * drawing.viewBox.baseVal.width;

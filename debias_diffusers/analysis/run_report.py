@@ -24,7 +24,7 @@ from .run_files import Points, RunFiles, Scores, is_number, read_runs, read_scor
 POINTS = 100  # of a curve at most; of longer runs each is the mean of several lines
 MAX_GRIDS, GRID_SIDE = 24, 1024  # of a run, evenly spaced, and pixels a side, so that a page stays below some 5 MB for each run
 ENLARGED = 640  # grids with sides below so many pixels are enlarged without smoothing
-LAST = 10  # the last tenth of the lines is what a run is like now
+LAST = 10  # the last tenth of its values is what a run is like now
 
 # Curves over the steps by their name in metrics.jsonl: title, scale if it is not for the values to decide, note.
 CURVES: dict[str, tuple[str, Scale | None, str]] = {
@@ -66,8 +66,6 @@ def make_page(runs: Sequence[RunFiles], scores: Sequence[Scores]) -> ReportPage:
     """The page of runs, side by side in the order of the command."""
     page = ReportPage("Training report: " + ", ".join(run.label for run in runs), contents=True)
     page.table(["", *(run.label for run in runs)], _summary(runs), "The runs", words=True)
-    if len(runs) > 1:
-        page.legend((swatch(k), run.label) for k, run in enumerate(runs))
     _add_differences(page, runs)
     _add_grids(page, runs)
     _add_curves(page, runs)
@@ -243,6 +241,7 @@ def _add_curves(page: ReportPage, runs: Sequence[RunFiles]) -> None:
         "Move over a curve, or focus it and press the arrow keys, for its numbers, which are those of metrics.jsonl."
         + (many if longest > POINTS else "")
     )
+    _add_legend(page, runs)
     page.charts(made)
 
 
@@ -251,6 +250,11 @@ def _chart(title: str, points: Mapping[str, Points], runs: Sequence[RunFiles], n
     lines = {label: grouped(found) for label, found in points.items() if found}
     places = {run.label: k for k, run in enumerate(runs)}
     return [chart(title, lines, places, "step", scale or scale_of(lines), note)] if lines else []
+
+
+def _add_legend(page: ReportPage, runs: Sequence[RunFiles]) -> None:
+    if len(runs) > 1:
+        page.legend((swatch(k), run.label) for k, run in enumerate(runs))
 
 
 def _no_lines(runs: Sequence[RunFiles]) -> str:
@@ -262,12 +266,12 @@ def _add_timesteps(page: ReportPage, runs: Sequence[RunFiles]) -> None:
     """The losses of parts of the timesteps: now, of all runs, and over the steps, of each."""
     page.heading("Losses by timestep")
     places = {run.label: k for k, run in enumerate(runs)}
-    made = []
+    ends, made = [], []
     for name, (title, note) in BY_TIMESTEP.items():
         lines = {run.label: profile for run in runs if (profile := _profile(run.parts(name))).x}
         if lines:
-            made.append(chart(f"{title}, at the end", lines, places, X_PARTS, scale_of(lines), note))
-    if not made:
+            ends.append(chart(f"{title}, at the end", lines, places, X_PARTS, scale_of(lines), note))
+    if not ends:
         page.paragraph(_no_lines(runs))
         return
     parts = max(len(run.parts("loss_by_t")) for run in runs)
@@ -280,13 +284,15 @@ def _add_timesteps(page: ReportPage, runs: Sequence[RunFiles]) -> None:
             made.append(
                 chart(f"Loss by timestep, {run.label}", without_bands, numbers, "step", scale_of(lines), "A line for each part.", "part")
             )
-    page.paragraph("Each part is a tenth of the timesteps. At the end means the last tenth of the lines.")
+    page.paragraph("Each part is a tenth of the timesteps. At the end means the mean of the last tenth of its values.")
+    _add_legend(page, runs)
+    page.charts(ends)
     page.legend((swatch(k, "part"), f"t / T {name}") for k, name in enumerate(names))
     page.charts(made)
 
 
 def _profile(parts: Sequence[Points]) -> Curve:
-    """The mean of the last tenth of the lines for each part, at its middle."""
+    """The mean of the last tenth of the values of each part, at its middle."""
     recent = {k: [value for _, value in points[-max(1, len(points) // LAST) :]] for k, points in enumerate(parts) if points}
     return Curve([(k + 0.5) / len(parts) for k in recent], [statistics.fmean(values) for values in recent.values()])
 
@@ -307,6 +313,7 @@ def _add_metrics(page: ReportPage, runs: Sequence[RunFiles], scores: Sequence[Sc
         made += _chart(metric.replace("_", " "), {run.label: run.points(name) for run in runs}, runs, note)
     if made:
         page.paragraph("Measured while training (--eval_every): samples of the EMA weights against the training images.")
+        _add_legend(page, runs)
         page.charts(made)
     if not made and not scores:
         page.paragraph(
@@ -377,6 +384,7 @@ def _add_weights(page: ReportPage, runs: Sequence[RunFiles]) -> None:
             f"The weight of the squared error of {kind} at each timestep t, times how often t is drawn, as a share of the sum over all t."
         )
         places = {run.label: k for k, run in enumerate(runs)}
+        _add_legend(page, runs)
         page.charts([chart(f"Weight of the error of {kind}", lines, places, "timestep t", "log")])
 
 
