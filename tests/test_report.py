@@ -40,7 +40,7 @@ def runs(trained, tmp_path_factory):
     (first / "scores.json").write_text(scores_of(first, "elsewhere"))
     config = json.loads((second / "config.json").read_text())
     (second / "config.json").write_text(json.dumps(config | {"weighting": "constant", "sample_every": 5}))
-    shutil.rmtree(second / "checkpoints" / "step-00000024")
+    shutil.rmtree(second / "checkpoints")
     lines = (second / "metrics.jsonl").read_text().splitlines(keepends=True)
     evaluated = json.dumps({"step": 12, "eval_fid": 31.5, "eval_precision": float("nan")}) + "\n"
     (second / "metrics.jsonl").write_text("".join([*lines[:12], evaluated, lines[12][:20]]))  # a line that is being written
@@ -56,7 +56,9 @@ def page_of(*folders, scores=()):
 
 def charts(page):
     """The numbers of each chart: (x, y) by title and label."""
-    parts = re.findall(r'<h3>([^<]*?)(?: <span.*?</span>)?</h3>.*?<script type="application/json">(.*?)</script>', page, re.DOTALL)
+    parts = re.findall(
+        r'<figure class="chart"><h3>([^<]*?)(?: <span.*?</span>)?</h3>.*?<script type="application/json">(.*?)</script>', page, re.DOTALL
+    )
     return {unescape(title): {line["label"]: (line["x"], line["y"]) for line in json.loads(text)["lines"]} for title, text in parts}
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import tracking
 from conftest import (
     HANG,
     SERVER,
@@ -585,7 +586,19 @@ def test_a_run_that_is_older_than_a_field_goes_on(tmp_path):
 def tracked(folder, monkeypatch):
     """What wandb would be begun with."""
     begun = []
-    accelerator = SimpleNamespace(init_trackers=lambda *arguments: begun.append(arguments))
+
+    class Tracker:
+        name = "wandb"
+        start = finish = lambda self: None
+
+        def __init__(self, project, **own):
+            self.begun = [project, own]
+
+        def store_init_configuration(self, values):
+            begun.append((self.begun[0], values, {"wandb": self.begun[1]}))
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+    accelerator = SimpleNamespace(num_processes=1, is_main_process=True)
     config = train_config(["--config", str(TINY), "--output_dir", str(folder), "--report_to", "wandb"], None)
     folder.mkdir(exist_ok=True)
     Logger(config, SimpleNamespace(folder=folder), accelerator, 0).bar.close()

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config.loading import flatten, layered, stored
 from ..config.registry import FIGURES, WEIGHTINGS
-from ..config.schema import ReportConfig, TrainConfig
+from ..config.schema import PredictionType, ReportConfig, TrainConfig
 from ..data import images
 from ..diffusion.noise_schedule import make_schedule
 from ..errors import InputError
@@ -361,7 +361,7 @@ def _add_weights(page: ReportPage, runs: Sequence[RunFiles]) -> None:
     """The weight of the squared error at each timestep, times how often it is drawn, as a share of the sum."""
     page.heading("Weights of the objective")
     kinds = {run.values["prediction_type"] for run in runs}
-    kind = kinds.pop() if len(kinds) == 1 else "epsilon"
+    kind: PredictionType = kinds.pop() if len(kinds) == 1 else "epsilon"
     lines = {}
     for run in runs:
         objective = layered(run.values).objective

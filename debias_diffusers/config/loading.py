@@ -303,6 +303,7 @@ def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig
     if config.data.resolution and not is_text(config) and (config.model.size or not config.model.model_config):
         values |= _network(config.model, config.data.resolution)
     values["noise_schedule"] = noise_schedule(config.objective)
+    values["report_to"] = () if config.run.report_to == ("none",) else config.run.report_to
     rank = config.lora.lora_rank
     if is_text(config) and rank and rank > 0 and config.lora.lora_alpha is None:
         values["lora_alpha"] = float(rank)

@@ -43,17 +43,12 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         InputError: the hardware or the installed packages cannot do what the configuration asks for.
     """
-    report_to, precision = config.run.report_to, config.optimization.mixed_precision
-    available = {"tensorboard": accelerate.utils.is_tensorboard_available, "wandb": accelerate.utils.is_wandb_available}
-    if report_to != "none" and not available[report_to]():
-        raise InputError(f"report_to is {report_to}, but it is not installed; run pip install {report_to}")
+    precision = config.optimization.mixed_precision
     if is_initialized() and AcceleratorState().mixed_precision != precision:  # that of an earlier training in this process
         AcceleratorState._reset_state()
     accelerator = make_accelerator(
         sharded=launcher.is_sharded(os.environ),
         mixed_precision=precision,
-        log_with=None if report_to == "none" else report_to,
-        project_dir=str(Path(config.run.output_dir or "") / "logs"),
         kwargs_handlers=[
             # Gradients lie where they are exchanged: neither memory nor time for a second copy.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
