@@ -9,11 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from accelerate import tracking
-from conftest import SMALL, TINY, metrics
+from conftest import TINY
 from PIL import Image
 
-from debias_diffusers import cli
-from debias_diffusers.cli import train_config
+from debias_diffusers.config.loading import layered, read_config, resolved, update
 from debias_diffusers.config.registry import TRACKERS
 from debias_diffusers.errors import InputError
 from debias_diffusers.training import logger as logging
@@ -77,7 +76,8 @@ def fake(monkeypatch):
 
 
 def config_of(folder, *trackers):
-    return train_config(["--config", str(TINY), "--output_dir", str(folder), "--report_to", *trackers], None)
+    values = {"output_dir": str(folder), "max_steps": 40, "log_every": 1, "report_to": trackers}
+    return resolved(layered(read_config(str(TINY)), values), None)
 
 
 def test_every_tracker_of_accelerate_is_known_by_its_name():
@@ -93,33 +93,35 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_package(tmp_path, mon
 
 
 def test_several_trackers_get_the_numbers_and_the_grids(tmp_path, fake, capsys):
-    """One of them TensorBoard, whose files are read back; one fails at each line, and the run is as without it."""
+    """One of them TensorBoard, whose files are read back; one fails at each line, and the others go on."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     made = fake("swanlab", "wandb")
     fake("comet_ml", broken=("log", "finish"))
-    folder = tmp_path / "run"
-    flags = [*SMALL, "--max_steps", 4, "--warmup_steps", 1, "--sample_every", 4, "--log_every", 1]
-    command = ["--config", TINY, "--output_dir", folder, *flags, "--report_to", "tensorboard", "swanlab", "comet_ml", "wandb"]
-    assert cli.train([str(part) for part in command]) == 0
+    config, lines = config_of(tmp_path, "tensorboard", "swanlab", "comet_ml", "wandb"), []
+    run = SimpleNamespace(folder=tmp_path, metrics=SimpleNamespace(append=lines.append))
+    picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    one_process = SimpleNamespace(num_processes=1, is_main_process=True, gather=None)
+    with Logger(config, run, one_process, 0) as logger:
+        for step in range(1, 5):
+            logger.log_step(step, 1 / step, 0.1, 2.0, SimpleNamespace(reset=lambda _: {"loss_by_t": [0.5] + [None] * 9}))
+        logger.log_picture(4, tmp_path / "step-00000004.png", picture)
     said = capsys.readouterr().err
     assert "comet_ml failed at step 1: no server for log; it is tried again, and the training goes on" in said
-    assert "comet_ml failed at step 3" in said and "given up" in said and said.count("warning: comet_ml") == 2
-    tracked = EventAccumulator(str(folder / "logs"), size_guidance={"images": 0})
+    assert "comet_ml failed at step 3" in said and "given up" in said and said.count("warning: ") == 2
+    tracked = EventAccumulator(str(tmp_path / "logs"), size_guidance={"images": 0})
     tracked.Reload()
-    lines, picture = metrics(folder), Image.open(folder / "samples" / "step-00000004.png")
     assert [event.value for event in tracked.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
+    assert [event.value for event in tracked.Scalars("loss_by_t/0.0-0.1")] == [0.5] * 4
     (event,) = tracked.Images("samples")
     assert event.step == 4
-    seen = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
-    assert np.array_equal(seen, np.asarray(picture.convert("RGB")))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), np.asarray(picture.convert("RGB")))
     for name in ("swanlab", "wandb"):
         got = made[name].got
         assert [what for what, _ in got] == ["start", "values", *["log"] * 4, "images", "finish"]
         assert got[1][1]["batch_size"] == 8
         assert [(step, values["loss"]) for what, (step, values) in got[2:6]] == [(line["step"], line["loss"]) for line in lines]
-        step, pictures = got[6][1]
-        assert step == 4 and pictures["samples"][0].tobytes() == picture.tobytes()
+        assert got[6][1] == (4, {"samples": [picture]})
 
 
 def test_a_tracker_that_cannot_start_ends_the_command_and_the_others(tmp_path, fake):
@@ -172,7 +174,7 @@ def shown(tmp_path, monkeypatch, terminal):
     now, stream = [0.0], Stream(terminal)
     monkeypatch.setattr(logging, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(sys, "stderr", stream)
-    config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path), "--max_steps", "40", "--log_every", "0"], None)
+    config = update(config_of(tmp_path), {"log_every": 0})
     with Logger(config, SimpleNamespace(metrics=SimpleNamespace(append=lambda _: None)), SimpleNamespace(), 0) as progress:
         for step in range(1, 41):
             now[0] += 1
