@@ -85,7 +85,7 @@ class _Axis:
     """From values to units of the SVG."""
 
     def __init__(self, values: Sequence[float], scale: Scale, begin: float, end: float) -> None:
-        low, high = min(values), max(values)
+        low, high, whole = min(values), max(values), all(value == int(value) for value in values)
         if scale == "log":
             margin = max((high / low) ** MARGIN, 1.02)
             low, high = low / margin, high * margin
@@ -93,7 +93,7 @@ class _Axis:
         else:
             margin = (MARGIN * (high - low) if begin > end else 0.0) or (0.0 if high > low else abs(low) / 10 or 1.0)
             low, high = low - margin, high + margin
-            found = MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high)
+            found = MaxNLocator(nbins=5, steps=[1, 2, 5, 10], integer=whole).tick_values(low, high)
         self.scale, self.begin, self.end = scale, begin, end
         self.ends = (float(low), float(high))
         self.ticks = [float(tick) for tick in found if low <= tick <= high]
@@ -116,7 +116,13 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str) -> list[str]:
 
 
 def _tick(value: float) -> str:
-    return f"{value:.6g}".replace("-", "−")
+    """A number in at most seven characters."""
+    if 0 < abs(value) < 0.001:
+        digits, exponent = f"{value:.2e}".split("e")
+        text = f"{float(digits):g}e{int(exponent)}"
+    else:
+        text = f"{value:.6g}"
+    return text.replace("-", "−")
 
 
 def _line(line: Curve, x_axis: _Axis, y_axis: _Axis, colour: str) -> str:

@@ -55,7 +55,7 @@ summary { cursor: pointer; color: var(--faint); padding: .4rem 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 tr.marked { background: var(--mark); }
-.words th, .words td { text-align: left; white-space: normal; vertical-align: top; max-width: 26rem; overflow-wrap: anywhere; }
+.words th, .words td { text-align: left; white-space: normal; vertical-align: top; max-width: 26rem; overflow-wrap: break-word; }
 .words th { min-width: 6rem; overflow-wrap: normal; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .75rem;
       font: .85rem/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 60rem; margin: .5rem 0; }

@@ -143,10 +143,13 @@ def _add_differences(page: ReportPage, runs: Sequence[RunFiles]) -> None:
         page.table(["field", "default", "this run"], [[k, _text(defaults[k]), _text(v)] for k, v in changed.items()], "Fields", words=True)
     else:
         page.heading("What differs")
-        if names := differing(configs):
+        names = [name for name in differing(configs) if all(name in config for config in configs)]
+        if names:
             rows = [[name, *(_text(config.get(name)) for config in configs)] for name in names]
             page.table(["field", *(run.label for run in runs)], rows, "Fields whose values differ", marked=range(len(rows)), words=True)
-        else:
+        if others := len(differing(configs)) - len(names):
+            page.paragraph(f"{others} more are fields that not all of these kinds of model have; they stand under Configuration.")
+        elif not names:
             page.paragraph("The configurations are the same.")
     for run in runs:
         if run.changes:

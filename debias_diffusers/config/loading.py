@@ -290,6 +290,8 @@ def layered(*layers: Mapping[str, Any]) -> TrainConfig:
             if layer.get(name):
                 values |= {number: defaults[number] for number in replaced}
         values |= layer
+    if values.get("report_to") == ("none",):  # as runs have it that are older than several trackers
+        values["report_to"] = ()
     return update(TrainConfig(), values)
 
 

@@ -351,14 +351,16 @@ def _blank(width: int, height: int) -> Image.Image:
 
 
 def preview(data: bytes, where: str, side: int) -> bytes:
-    """An image file again, reduced to at most `side` pixels a side: as PNG or as JPEG, whichever has fewer bytes.
+    """An image file again, reduced to at most `side` pixels a side: as JPEG, or, if it is not reduced and that has fewer bytes, as PNG.
 
     Raises:
         InputError: as `decode`.
     """
     image = decode(data, where)
+    reduced = max(image.size) > side
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return min(png(image), _encoded(image, "JPEG", quality=85, optimize=True), key=len)
+    jpeg = _encoded(image, "JPEG", quality=85, optimize=True)
+    return jpeg if reduced else min(png(image), jpeg, key=len)
 
 
 def png(image: Image.Image) -> bytes:
