@@ -15,6 +15,7 @@ from PIL import Image
 from debias_diffusers.config.loading import layered, read_config, resolved, update
 from debias_diffusers.config.registry import TRACKERS
 from debias_diffusers.errors import InputError
+from debias_diffusers.training import device
 from debias_diffusers.training import logger as logging
 from debias_diffusers.training.logger import FAILURES, Logger, Trackers
 from debias_diffusers.training.start import _require_packages
@@ -56,7 +57,7 @@ class Fake(tracking.GeneralTracker):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Puts a fake in the place of trackers of accelerate, as if their packages were installed; returns what was made."""
+    """Puts a fake in the place of trackers of accelerate; returns what was made."""
     made = {}
 
     def put(*names, broken=()):
@@ -68,8 +69,6 @@ def fake(monkeypatch):
                 return made[key]
 
             monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, partial(make, name))
-        found = importlib.util.find_spec
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object() if name in names else found(name, *rest))
         return made
 
     return put
@@ -90,6 +89,15 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_package(tmp_path, mon
         with pytest.raises(InputError, match=f"report_to is {name}, but it is not installed; run pip install {package}$"):
             _require_packages(config_of(tmp_path, name))
     assert config_of(tmp_path, "none").run.report_to == ()
+
+
+def test_a_folder_of_the_name_of_a_tracker_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="report_to is wandb, but it is not installed"):
+        _require_packages(config_of(tmp_path, "wandb"))
+    with pytest.raises(InputError, match="report_to is trackio, but it is not installed"):
+        device.start_accelerator(config_of(tmp_path, "trackio"))
 
 
 def test_several_trackers_get_the_numbers_and_the_grids(tmp_path, fake, capsys):

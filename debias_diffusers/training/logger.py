@@ -161,9 +161,6 @@ class Trackers:
         """Starts the trackers of a configuration; returns why one cannot start, and has then started none."""
         values = {name: v if isinstance(v, (int, float, str)) else str(v) for name, v in stored(config).items()}
         for name in config.run.report_to:
-            if name not in LOGGER_TYPE_TO_CLASS:
-                self.finish()
-                return f"report_to has {name}, which this version of accelerate does not know; run pip install -U accelerate"
             try:
                 tracker = LOGGER_TYPE_TO_CLASS[name](*_places(name, run), **_options(name, run))
                 tracker.start()

@@ -145,7 +145,8 @@ def _require_packages(config: TrainConfig) -> None:
         raise InputError('optimizer is adamw8bit, but bitsandbytes is not installed; run pip install -e ".[bitsandbytes]"')
     for name in config.run.report_to:
         modules, package = TRACKERS[name]
-        if not any(map(importlib.util.find_spec, modules)):
+        found = (importlib.util.find_spec(module) for module in modules)
+        if not any(spec and spec.origin for spec in found):  # without an origin it is a folder, as wandb leaves one where it runs
             raise InputError(f"report_to is {name}, but it is not installed; run pip install {package}")
 
 
