@@ -32,6 +32,7 @@ from ..diffusion.uncertainty import Uncertainty
 from ..errors import InputError, StoppedError, raise_all
 from ..hub import client
 from ..hub.publish import Publisher
+from ..pipelines.compiled import compile_channels_last
 from ..runs.checkpoints import Checkpoint
 from ..runs.run_directory import DATA, SKIPPED, Change, Run
 from ..tasks.base import Task
@@ -422,9 +423,17 @@ def _wrapped(network: nn.Module, optim: OptimizationConfig, accelerator: Acceler
     if optim.gradient_checkpointing:
         network.enable_gradient_checkpointing()  # type: ignore[operator]
     if optim.compile:  # in place, so that weights keep their names; within DDP, which then exchanges while it computes
-        regional = getattr(network, "_repeated_blocks", None)  # of which diffusers compiles one for all: minutes less
-        (network.compile_repeated_blocks if regional else network.compile)(mode=optim.compile_mode)  # type: ignore[operator]
+        _compile(network, optim, accelerator)
     return model
+
+
+def _compile(network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> None:
+    if getattr(network, "_repeated_blocks", None):  # of which diffusers compiles one for all: minutes less
+        network.compile_repeated_blocks(mode=optim.compile_mode)  # type: ignore[operator]
+    elif accelerator.device.type == "cuda" and device.memory_format(accelerator, optim.optimizer) == torch.channels_last:
+        compile_channels_last(network, optim.compile_mode)
+    else:
+        network.compile(mode=optim.compile_mode)
 
 
 def _optimizer_step(task: Task, network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> OptimizerStep:
