@@ -300,6 +300,31 @@ def test_the_digits_classifier_tells_digits_apart(tmp_path):
     assert (logits.argmax(1) == torch.tensor([label for _, label, _ in read])).float().mean() > 0.97
 
 
+def test_the_emoji_classifier_tells_categories_apart():
+    from debias_diffusers.data.images import decode, to_array
+
+    source = open_source(DataConfig(dataset="emoji", resolution=16, class_conditional=True))
+    read = [source.read(k) for k in range(0, len(source), 5)]  # those that it has not learned
+    images = torch.stack([torch.from_numpy(to_array(decode(data, where))) for data, _, where in read])
+    logits = Extractor("emoji", ["is"])(images)["logits"]
+    assert (logits.argmax(1) == torch.tensor([label for _, label, _ in read])).float().mean() > 0.65
+
+
+def test_the_sliced_distance_and_the_bias_of_channels_of_images_that_are_shifted():
+    """Of equal images that are d brighter every projection moves by d times the sum of its direction."""
+    measure = Measure(MeasureConfig(metrics="swd,channel_bias", cache_dir=""), "emoji", "cpu")
+    images = torch.randint(0, 200, (60, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    shifted = images.flip(0) + torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None]
+    reference, target = (Sample.of(measure.features(each)) for each in (images, shifted))
+    found = metrics.figures(target, reference, measure.layers)
+    assert [found[name] for name in ("red_bias", "green_bias", "blue_bias")] == pytest.approx([10, 20, 30])
+    moved = (target.features["projections"].flip(0) - reference.features["projections"]).square().mean().sqrt()
+    assert found["swd"] == pytest.approx(moved.item(), rel=1e-4)
+    assert found["swd"] == pytest.approx(math.sqrt((100 + 400 + 900) / 3), rel=0.2)  # on average over directions
+    same = metrics.figures(reference, Sample.of(measure.features(images[:30])), measure.layers)["swd"]
+    assert 0 < same < found["swd"]
+
+
 # ---- what is compared ------------------------------------------------------------------------------------------------
 
 
@@ -719,7 +744,7 @@ def test_a_damaged_npz_is_named(tmp_path):
         (["--schedulers", "ddim,foo"], "schedulers has foo"),
         (["--checkpoints", "last"], "checkpoints is last"),
         (["--checkpoints", "7"], "no usable checkpoint at step 7"),
-        (["--feature_extractor", "foo"], "take one of digits, clip-rn101"),
+        (["--feature_extractor", "foo"], "take one of digits, emoji, clip-rn101"),
         (["--metrics", "sfid"], "sfid is of inception-v3-compat, but feature_extractor is digits"),
         (["--reference", "nowhere"], "reference nowhere"),
     ],
