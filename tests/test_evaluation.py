@@ -642,16 +642,16 @@ def test_a_failure_of_the_claim_ends_it_without_the_runs_that_wait(claim, tmp_pa
             over.set()
             super().shutdown(wait)
 
-    def train(folder, *_):
-        began.append(folder)
+    def run(*words):
+        began.append(words)
         if len(began) == 2:
             raise SystemExit("of the second")
         if len(began) > 2:
             over.wait(HANG)
 
-    monkeypatch.setattr(claim, "train", train)
+    monkeypatch.setattr(claim, "run", run)
     monkeypatch.setattr(claim, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(sys, "argv", ["claim.py", str(tmp_path), "--parallel", "1"])
+    monkeypatch.setattr(sys, "argv", ["claim.py", str(tmp_path), "--jobs", "1"])
     with pytest.raises(SystemExit, match="of the second"):
         claim.main()
     assert len(began) <= 3
