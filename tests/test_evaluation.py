@@ -657,6 +657,38 @@ def test_a_failure_of_the_claim_ends_it_without_the_runs_that_wait(claim, tmp_pa
     assert len(began) <= 3
 
 
+def test_units_of_the_claim_are_merged_by_their_files(claim, tmp_path):
+    """Planted figures: debiased is 2 nearer than constant in each seed, and a seed is missing."""
+    plan = claim.PLANS["emoji"]
+    assert len({unit.name for unit in plan.units}) == len(plan.units) == 46
+    (tmp_path / "units").mkdir()
+    chosen = [unit for unit in plan.units if unit.group == "shift 16" and unit.variant in ("constant", "debiased")]
+    for unit in chosen[:-1]:  # debiased with seed 4 is missing
+        distance = 10 + unit.seed - 2 * (unit.variant == "debiased")
+        figures = {"fid": distance, "swd": 1, "brightness_bias": -2, "red_bias": -3, "green_bias": 2, "blue_bias": -1}
+        rows = [
+            {"kind": scores.kind, "checkpoint": step, "steps": steps} | figures
+            for scores in unit.scores
+            for step in scores.checkpoints
+            for steps in scores.steps
+        ]
+        about = {
+            "unit": unit.name,
+            "seed": unit.seed,
+            "trial": False,
+            "device": "A",
+            "torch": "2",
+            "training_seconds": 1,
+            "evaluation_seconds": 2,
+        }
+        claim.figures_of(unit, tmp_path).write_text(json.dumps(about | {"rows": rows}))
+    said = claim.report("emoji", tmp_path, False)
+    assert said == (tmp_path / "claim-emoji.md").read_text() and (tmp_path / "claim-emoji.png").exists()
+    assert said.startswith("9 of 46 units, on A, torch 2; 3 seconds") and "emoji-shift16-debiased-seed4" in said.splitlines()[0]
+    assert "| shift 16 | debiased | distance | -2.00 (-2.00 to -2.00), 4 seeds |" in said
+    assert "| shift 16 | constant | 5 | 12.0 (10.0 to 14.0), bias 2.0 |" in said
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
