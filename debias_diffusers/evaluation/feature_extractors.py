@@ -84,7 +84,8 @@ class EmojiClassifier(nn.Module):
 class FeatureExtractorDigits(FeatureExtractorBase):
     """The digits' classifier as torch-fidelity takes it. Images of another size are resized (bilinear, antialiased)."""
 
-    side, classifier, grey = DIGITS_SIDE, DigitsClassifier, True
+    side, grey = DIGITS_SIDE, True
+    classifier: type[nn.Module] = DigitsClassifier
 
     def __init__(self, name: str, features_list: Sequence[str], feature_extractor_weights_path: str | None = None, **_: Any) -> None:
         super().__init__(name, features_list)
