@@ -26,8 +26,7 @@ PROJECTIONS = 128  # random directions of swd
 @cache
 def _directions(size: int) -> Tensor:
     """(size, PROJECTIONS) float32, normal with a standard deviation of 1/sqrt(size): the same in every process."""
-    normal: Tensor = torch.randn(size, PROJECTIONS, generator=seeding.generator(0, "projections", size))
-    return normal / size**0.5
+    return torch.randn(size, PROJECTIONS, generator=seeding.generator(0, "projections", size)) / math.sqrt(size)
 
 
 # Layers that need no extractor: images (B, 3, H, W) uint8 to features (B, D).
