@@ -44,7 +44,7 @@ class GroupNormByChannel(nn.GroupNorm):
         return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(input.dtype)
 
 
-class UpsampleByRepeating(Upsample2D):  # type: ignore[misc]
+class UpsampleByRepeating(Upsample2D):
     """Nearest upsampling by 2, whose gradient is a sum of four and not scattered."""
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
