@@ -355,8 +355,8 @@ def test_names_of_data_that_cannot_be_are_refused_at_once(shards):
         with pytest.raises(InputError) as error:
             opened(name)
         assert said in str(error.value) and "secret" not in str(error.value)
-    for command in (["index", ""], ["verify", ""], ["make", "", "out"], ["make", str(shards), str(shards / "out")]):
-        assert cli.shards(command) == 2
+    for argv in (["index", ""], ["verify", ""], ["make", "", "out"], ["make", str(shards), str(shards / "out")]):
+        assert cli.shards(argv) == 2
     assert not (shards / "out").exists()
 
 

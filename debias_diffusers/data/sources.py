@@ -553,7 +553,7 @@ def _open(config: DataConfig, order: ClassOrder, renew: bool) -> Source:
     if path.suffix.lower() in (".tar", ".parquet"):
         return _open_files(shard_names.expand(config.dataset), config, order, renew)
     if path.suffix.lower() in COMPRESSED and path.is_file():
-        raise InputError(f"dataset {config.dataset} is compressed, so that no image of it can be read by itself; decompress it to a .tar file")
+        raise InputError(f"dataset {config.dataset} is compressed, so that its images cannot be read at random; decompress it")
     if not is_dataset_id(config.dataset):
         raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .tar or .parquet file nor a Hub id")
     repo, _, revision = config.dataset.partition("@")
