@@ -31,7 +31,7 @@ from debias_diffusers.data.shards.order import ShardOrder
 from debias_diffusers.data.shards.source import ShardedSource
 from debias_diffusers.data.sources import ImageTable, SourceSubset, open_source, summary
 from debias_diffusers.data.validation_split import split_source
-from debias_diffusers.errors import CannotWriteError, InputError
+from debias_diffusers.errors import CannotWriteError, DebiasError, InputError
 from debias_diffusers.tasks import precompute
 from debias_diffusers.utils import seeding
 
@@ -253,6 +253,11 @@ def test_many_shards_are_read_by_several_processes(shards, monkeypatch):
         path.unlink()
     monkeypatch.setattr(index, "SMALL", 0)
     assert opened(shards).fingerprint() == whole
+    for path in shards.glob("index-*"):
+        path.unlink()
+    monkeypatch.setattr(index.tar, "read_rows", lambda *_: os._exit(9))
+    with pytest.raises(DebiasError, match="was killed"):
+        opened(shards)
 
 
 def changed(path):
