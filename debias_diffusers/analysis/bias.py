@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,15 +17,12 @@ from ..data.validation_split import split_source
 from ..evaluation.reference import data_of_model, reference_data
 from ..utils import seeding
 from ..utils.console import say
-from ..utils.distributed import inference_accelerator
+from ..utils.distributed import inference_accelerator, shared_out
 from .bias_report import PAGE, BiasReport, require_output
 from .denoising import Errors, fixed_noise, measure_errors, spread_timesteps
 from .models import Model, open_model_of, require_same_images, scheduler_of, steps_of
 from .sampled import Drawn, job_of, make_bias_measure, swapped_jobs, thresholds
 from .swap import require_swappable
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 ESTIMATED_IMAGES = 3
 
@@ -62,7 +58,7 @@ def measure_bias(config: BiasConfig) -> Path:
         report.timesteps(errors)
         report.estimates(x_0[:ESTIMATED_IMAGES], noise[:ESTIMATED_IMAGES], None if labels is None else labels[:ESTIMATED_IMAGES])
     every = [(model, count) for model in models for count in steps[model.label]]
-    found = _shared(lambda each: Drawn.of(job_of(each[0], config, each[1], accelerator.device), measure, reference), every, accelerator)
+    found = shared_out(lambda each: Drawn.of(job_of(each[0], config, each[1], accelerator.device), measure, reference), every, accelerator)
     drawn: dict[str, dict[int, Drawn]] = {model.label: {} for model in models}
     for (model, count), images in zip(every, found):
         drawn[model.label][count] = images
@@ -70,21 +66,13 @@ def measure_bias(config: BiasConfig) -> Path:
         report.steps(drawn)
     if config.swap:
         places, swapped = thresholds(models[0]), swapped_jobs(config, models, accelerator.device)
-        found = _shared(lambda t: Drawn.of(swapped(t), measure, reference), places, accelerator)
+        found = shared_out(lambda t: Drawn.of(swapped(t), measure, reference), places, accelerator)
         if report:
             report.swap(dict(zip(places, found)))
     if report:
         report.finish()
         say(f"report of {len(models)} runs in {folder / PAGE}, with its tables (.csv) and figures (.png) beside it")
     return folder / PAGE
-
-
-def _shared(work: Callable[[T], R], items: Sequence[T], accelerator: Any) -> list[R]:
-    """What `work` gives of each item, of which each process does its share; the same list in all processes."""
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    mine = [work(item) for item in items[rank::processes]]
-    shares = gather_object([mine]) if processes > 1 else [mine]
-    return [shares[k % processes][k // processes] for k in range(len(items))]
 
 
 def _images(config: BiasConfig, chosen: DataConfig, models: Sequence[Model]) -> tuple[TrainingData, int, list[int]]:
@@ -122,4 +110,4 @@ def _errors(model: Model, x_0: Tensor, noise: Tensor, labels: Tensor | None, con
         def measured(t: int) -> Errors:
             return measure_errors(model.denoiser, x_0, noise, given, [t], config.batch_size, progress.update)
 
-        return Errors.joined(_shared(measured, timesteps, accelerator))
+        return Errors.joined(shared_out(measured, timesteps, accelerator))
