@@ -38,7 +38,7 @@ from .config.schema import (
     TrainConfig,
     WeightsConfig,
 )
-from .config.validation.conversion import shards_problems, single_problems
+from .config.validation.conversion import shards_data_problems, shards_problems, single_problems
 from .config.validation.evaluation import bias_problems, bits_problems, report_problems, score_problems, stats_problems
 from .config.validation.objective import weights_problems
 from .config.validation.sampling import sample_problems
@@ -501,7 +501,7 @@ def _shards(argv: list[str], program: str) -> None:
 
 def _make_shards(argv: list[str], program: str) -> None:
     config = parse(ShardsMakeConfig, argv, None, program, ShardsMakeConfig.__doc__ or "")
-    raise_all(shards_problems(config) + hub_names.data_problems("data", config.data))
+    raise_all(shards_problems(config))
     from .data.shards import commands
 
     commands.make(config)
@@ -509,7 +509,7 @@ def _make_shards(argv: list[str], program: str) -> None:
 
 def _index_shards(argv: list[str], program: str) -> None:
     config = parse(ShardsConfig, argv, None, program, "Index shards as they are; those that have not changed are not read again.")
-    raise_all(hub_names.data_problems("data", config.data))
+    raise_all(shards_data_problems(config.data))
     from .data.shards import commands
 
     commands.index(config)
@@ -517,7 +517,7 @@ def _index_shards(argv: list[str], program: str) -> None:
 
 def _verify_shards(argv: list[str], program: str) -> None:
     config = parse(ShardsConfig, argv, None, program, "Compare shards with their index, and decode every image.")
-    raise_all(hub_names.data_problems("data", config.data))
+    raise_all(shards_data_problems(config.data))
     from .data.shards import commands
 
     commands.verify(config)

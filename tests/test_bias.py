@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import as_ranks
 from torch import nn
 
 from debias_diffusers import cli
@@ -273,6 +274,19 @@ def test_the_command_writes_tables_figures_and_a_page(trained, tmp_path, capsys)
     before = {path: path.read_bytes() for path in out.iterdir()}
     assert cli.evaluate(command) == 2 and "was not written by this command" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.nightly
+def test_two_processes_write_the_tables_and_figures_of_one(trained, tmp_path):
+    other = tmp_path / "other"
+    other.symlink_to(trained)
+    flags = ["--num_images", 6, "--num_timesteps", 3, "--num_samples", 4, "--steps", 2, 3, "--metrics", "colour", "--num_threads", 1]
+    flags += ["--swap", "--swap_steps", 2, "--cache_dir", ""]
+    for processes in (1, 2):
+        code, said = as_ranks(processes, "eval.py", "bias", trained, other, "--output_dir", tmp_path / str(processes), *flags)
+        assert code == 0, said
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("1", "2"))
+    assert one == two and len(one) == 16  # three tables, twelve figures and a page
 
 
 def test_a_text_to_image_model_and_a_missing_run_are_refused_without_torch(tmp_path, capsys):

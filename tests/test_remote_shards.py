@@ -19,10 +19,13 @@ from test_shards import samples_of, write_tar
 
 from debias_diffusers import cli
 from debias_diffusers.config import hub_names
-from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.config.schema import DataConfig, TextConfig
 from debias_diffusers.config.validation.training import train_problems
+from debias_diffusers.data.buckets import Buckets
+from debias_diffusers.data.captions import CaptionedSource
 from debias_diffusers.data.dataset import TrainingData
 from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.text_dataset import TextData
 from debias_diffusers.errors import FetchError, InputError
 from debias_diffusers.hub import client
 from debias_diffusers.remote import http
@@ -211,3 +214,17 @@ def test_the_next_window_is_fetched_while_one_is_read(server, tmp_path):
     soon = data._order.soon().tolist()
     following = {int(source.shards().searchsorted(data.index(7 * SHARDS + place), "right")) - 1 for place in range(7 * WINDOW)}
     assert set(soon[WINDOW:]) == following
+
+
+def test_the_next_windows_of_all_buckets_are_fetched_while_one_is_read(server, tmp_path):
+    config = DataConfig(dataset=address(server), resolution=8, shuffle_window=WINDOW)
+    source = CaptionedSource(open_source(config), None)
+    for path in only_cached(tmp_path / "home"):
+        path.unlink()
+    buckets = Buckets(source.sizes(), 8, 1)
+    data = TextData(source, config, TextConfig(), 0, (4, 1, 1), buckets=buckets, batch_size=2)
+    assert len(set(buckets.sizes)) > 2 and data.index(0) >= 0
+    wait_for(lambda: len(only_cached(tmp_path / "home")) == 2 * WINDOW)
+    for position in range(7 * SHARDS):
+        data.index(position)
+    wait_for(lambda: len(only_cached(tmp_path / "home")) == SHARDS)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import command, computed, same, wait_for
@@ -30,7 +31,7 @@ from debias_diffusers.data.shards.order import ShardOrder
 from debias_diffusers.data.shards.source import ShardedSource
 from debias_diffusers.data.sources import ImageTable, SourceSubset, open_source, summary
 from debias_diffusers.data.validation_split import split_source
-from debias_diffusers.errors import CannotWriteError, InputError
+from debias_diffusers.errors import CannotWriteError, DebiasError, InputError
 from debias_diffusers.tasks import precompute
 from debias_diffusers.utils import seeding
 
@@ -252,6 +253,11 @@ def test_many_shards_are_read_by_several_processes(shards, monkeypatch):
         path.unlink()
     monkeypatch.setattr(index, "SMALL", 0)
     assert opened(shards).fingerprint() == whole
+    for path in shards.glob("index-*"):
+        path.unlink()
+    monkeypatch.setattr(index.tar, "read_rows", lambda *_: os._exit(9))
+    with pytest.raises(DebiasError, match="was killed"):
+        opened(shards)
 
 
 def changed(path):
@@ -285,6 +291,26 @@ def appended(path):
     path.write_bytes(path.read_bytes() * 2)
 
 
+def linked(path, kind):
+    """A link to an image, of which no bytes are in the file."""
+    write_tar(path, [("a", {"jpg": b"1"})])
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = kind, "a.jpg"
+        archive.addfile(link)
+
+
+def sparse(path):
+    """An old GNU header of a file of one megabyte, of which a block is stored."""
+    write_tar(path, [("a", {"bmp": b"1" * 512})])
+    content = bytearray(path.read_bytes())
+    content[156:157], content[257:265] = b"S", b"ustar  \0"
+    content[386:410], content[482], content[483:495] = b"00000000000\000000001000\0", 0, b"00004000000\0"
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    path.write_bytes(content)
+
+
 BEFORE_THE_INDEX = [
     (truncated, "no whole, uncompressed tar"), (cut_between_members, "truncated"), (compressed, "no whole, uncompressed tar"),
     (appended, "another file was appended"), (lambda path: write_tar(path, [("a", {"txt": b"no image"})]), "holds no images"),
@@ -292,6 +318,9 @@ BEFORE_THE_INDEX = [
     (lambda path: write_tar(path, [("a", {"jpg": b"1"})] * 2), "two members a.jpg"),
     (lambda path: write_tar(path, [("a", {"jpg": b"1", "json": b"[]"})]), "no JSON object"),
     (lambda path: write_tar(path, [("a", {"jpg": b"1", "txt": b"\xff"})]), "not Unicode"),
+    (lambda path: write_tar(path, [("photo.v2", {"jpg": b"1"})]), "holds no images, only v2.jpg; name one with --image_column"),
+    (lambda path: linked(path, tarfile.LNKTYPE), "b.jpg as a link"), (lambda path: linked(path, tarfile.SYMTYPE), "b.jpg as a link"),
+    (lambda path: sparse(path), "a.bmp as a link or with holes"),
 ]  # fmt: skip
 AFTER_THE_INDEX = [
     (truncated, "no whole, uncompressed tar"), (changed, "has changed since it was indexed (7 images then, 7 now)"),
@@ -315,6 +344,40 @@ def test_a_shard_that_is_not_as_it_should_be_is_named(shards, indexed, cases, ca
             opened(shards)
     if indexed:  # the command takes the shards as they are
         assert cli.shards(["index", str(shards)]) == 0 and len(opened(shards)) == 35
+
+
+def test_names_of_data_that_cannot_be_are_refused_at_once(shards):
+    (shards / "a.tar.gz").write_bytes(b"")
+    for name, said in (
+        (f"{shards}/{{0007..0009}}.tar", "0007.tar and 2 more do not exist"),
+        (f"{shards}/*.tar", "several files are written as {0000..0127}"),
+        ("s3://bucket/{0..3}.tar", "begin with https://, http:// or hf://"),
+        ("HTTPS://host/0.tar", "begin with https://, http:// or hf://"),
+        ("https://host/0.tar?token=secret", "dataset https://host/0.tar has a query"),
+        ("https://me:secret@host/0.tar", "dataset https://host/0.tar has a user name"),
+        (f"{shards}/a.tar.gz", "is compressed"),
+    ):
+        with pytest.raises(InputError) as error:
+            opened(name)
+        assert said in str(error.value) and "secret" not in str(error.value)
+    for argv in (["index", ""], ["verify", ""], ["make", "", "out"], ["make", str(shards), str(shards / "out")]):
+        assert cli.shards(argv) == 2
+    assert not (shards / "out").exists()
+
+
+def test_class_names_must_differ(shards):
+    for content in ('["a", "a"]', "[]", '{"a": 1}'):
+        (shards / "classes.json").write_text(content)
+        with pytest.raises(InputError, match="no list of different class names"):
+            opened(shards)
+
+
+def test_upper_case_names_and_empty_labels_of_parquet_are_read_as_by_datasets(tmp_path, home):
+    rows = {"image": [encoded(k) for k in range(3)], "label": ["x", "", "y"]}
+    (tmp_path / "data").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "data" / "A.PARQUET")
+    table, groups = (opened(tmp_path / "data", class_conditional=True, shuffle_window=window) for window in (None, 1))
+    assert table.class_names == groups.class_names == ["", "x", "y"] and table.labels() == groups.labels() == [1, 0, 2]
 
 
 def test_a_missing_file_of_a_pattern_is_named_before_torch_is_needed(shards, capsys):

@@ -61,6 +61,12 @@ class Errors:
     x_0_bias: Tensor  # (K, N, C) signed mean over the pixels of the estimate of x_0 - x_0
     gradient_norm: Tensor  # (K,) norm of the gradient of the mean of mse over the images with respect to the parameters
 
+    @classmethod
+    def joined(cls, parts: Sequence[Errors]) -> Errors:
+        """The errors at the timesteps of all parts, in their order."""
+        first, *others = zip(*((each.timesteps, each.mse, each.x_0_mse, each.x_0_bias, each.gradient_norm) for each in parts))
+        return cls([t for timesteps in first for t in timesteps], *map(torch.cat, others))
+
 
 def spread_timesteps(T: int, count: int) -> list[int]:
     """At most `count` different timesteps, equally spaced from 0 to T - 1."""

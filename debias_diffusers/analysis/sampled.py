@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,12 +95,19 @@ def job_of(model: Model, config: BiasConfig, steps: int, device: Any) -> Job:
     return make_job(command, device)
 
 
-def swapped_jobs(config: BiasConfig, models: Sequence[Model], device: Any) -> Iterator[tuple[int, Job]]:
-    """A job with the network of the first model from a timestep on and of the second below it, as it is at each such timestep in turn."""
+def thresholds(model: Model) -> list[int]:
+    """The timesteps from which on the network of the first model predicts, in turn: from 0 (all) to T (none)."""
+    return [round(k * len(model.denoiser.schedule) / (THRESHOLDS - 1)) for k in range(THRESHOLDS)]
+
+
+def swapped_jobs(config: BiasConfig, models: Sequence[Model], device: Any) -> Callable[[int], Job]:
+    """A function: a threshold to a job with the network of the first model from that timestep on and of the second below it."""
     above, below = models
-    T = len(above.denoiser.schedule)
     job = job_of(above, config, config.swap_steps, device)
     swapped = job.pipeline.unet = SwappedUNet(above.denoiser, below.denoiser, 0)
-    for k in range(THRESHOLDS):
-        swapped.threshold = round(k * T / (THRESHOLDS - 1))
-        yield swapped.threshold, job
+
+    def at_threshold(threshold: int) -> Job:
+        swapped.threshold = threshold
+        return job
+
+    return at_threshold

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from . import shard_names
 from .schema import EMBEDDED
@@ -86,13 +87,17 @@ def data_problems(field: str, name: str | None) -> list[str]:
         return []
     if shard_names.is_remote(name):
         return _address_problems(field, name)
-    if shard_names.is_pattern(name) and shard_names.exists(name):
+    if "://" in name:
+        return [f"{field} {name} is an address of a kind that is not read; those that are begin with https://, http:// or hf://"]
+    if shard_names.is_pattern(name):
         missing = shard_names.missing_shards(name)
         also = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
         return [f"{field} {name}: {missing[0]}{also} not exist"] if missing else []
     if is_dataset_id(name) and Path(name).suffix not in (".npz", ".safetensors"):
         return []
     advice = f"; {name}@main asks the Hub for it" if is_dataset_id(f"{name}@main") else ""
+    if Path(name).suffix in (".tar", ".parquet") and any(letter in name for letter in "*?["):
+        advice = "; several files are written as {0000..0127} or {a,b}, or name their folder"
     return [f"{field} {name} is neither {', '.join(EMBEDDED)}, a folder, a file nor a Hub id: {absolute_path(name)} does not exist{advice}"]
 
 
@@ -100,6 +105,11 @@ def _address_problems(field: str, name: str) -> list[str]:
     """What is wrong with an address of shards; whether they are there the server says later."""
     if name.startswith("hf://") and hub_file(name) is None:
         return [f"{field} {name} names no files of a data set on the Hub; write hf://datasets/user/name/{{0000..0127}}.tar"]
+    address = urlsplit(name)
+    if name.startswith("http") and (address.query or address.username):
+        what = "a query" if address.query else "a user name"
+        hidden = f"{address.scheme}://{address.hostname}{address.path}"
+        return [f"{field} {hidden} has {what}, which would be in config.json and the model card; name an address without"]
     if Path(name).suffix.lower() not in (".tar", ".parquet"):
         return [f"{field} {name} is an address that ends in neither .tar nor .parquet; name shards, such as .../{{0000..0127}}.tar"]
     return []

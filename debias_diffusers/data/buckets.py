@@ -124,6 +124,15 @@ class BucketOrder:
         epoch, place = divmod(rank * self.batch_size + place, len(self._members[bucket]))
         return int(self._members[bucket][self._orders[bucket].index(epoch, place)])
 
+    @property
+    def windows(self) -> list[tuple[int, int]]:
+        """Epoch and window of the last `index` of each bucket; negative where there was none."""
+        return [order.window for order in self._orders]
+
+    def soon(self) -> np.ndarray:
+        """The shards of the windows in which the buckets are, and of the windows after those, as of `ShardOrder.soon`."""
+        return np.concatenate([order.soon() for order in self._orders if order.window[0] >= 0])
+
     def _done(self, epochs: int) -> np.ndarray:
         """The steps of each bucket in the first epochs."""
         return -(-epochs * self._counts // self.batch_size)

@@ -23,6 +23,7 @@ from ..errors import DebiasError, InputError
 from ..utils import seeding
 from ..utils.torch_errors import LOST_WORKER
 from . import images
+from .buckets import BucketOrder
 from .decoded_cache import make_cache
 from .noise import draw_noise
 from .shards.order import ShardOrder
@@ -53,15 +54,20 @@ class PositionedData(Dataset):
         self.source, self.config, self.seed, self.resolution, self.noise = source, config, seed, config.resolution, noise
         self.count = len(source)
         self._order = ShardOrder(shard_starts(source, config), config.shuffle_window, seed)
-        self._shards, self._window = sharded(source), (-1, -1)  # of the last index
+        self._shards = sharded(source)
+        self._window: object = None  # of the last index
 
     def index(self, position: int) -> int:
         """The index in the source of the image at a position. Each epoch is a permutation, a function of (seed, epoch)."""
         index = self._order.index(*divmod(position, self.count))
-        if self._shards and self._order.window != self._window:
-            self._window = self._order.window
-            self._shards.prefetch(self._order.soon())
+        self._prefetch(self._order.window, self._order)
         return index
+
+    def _prefetch(self, window: object, order: ShardOrder | BucketOrder) -> None:
+        """Says which shards are read next when the last `index` was in another window than the one before."""
+        if self._shards and window != self._window:
+            self._window = window
+            self._shards.prefetch(order.soon())
 
     def __getitem__(self, position: int) -> dict[str, Any] | DebiasError:
         batch = self.__getitems__([position])

@@ -30,6 +30,7 @@ from .shards.source import ShardedSource, open_shards
 from .shards.table_columns import check_column, holds_whole_numbers, only_column
 
 MAX_PENDING = 10_000  # indices that are queued for threads at once
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")  # of .tar files
 MAX_SKIPPED_SHARE = 0.01  # share of unreadable images that --skip_bad accepts; more mean another problem
 BESIDE_SHARDS = re.compile(r"(^|/)(index-[0-9a-f]{12}\.arrow|classes\.json|made_from\.json)$")  # what this package writes beside shards
 READER_THREADS = min(8, os.cpu_count() or 1)  # threads that read and decode images
@@ -550,6 +551,8 @@ def _open(config: DataConfig, order: ClassOrder, renew: bool) -> Source:
         raise InputError(absent[0])
     if path.suffix.lower() in (".tar", ".parquet"):
         return _open_files(shard_names.expand(config.dataset), config, order, renew)
+    if path.suffix.lower() in COMPRESSED and path.is_file():
+        raise InputError(f"dataset {config.dataset} is compressed, so that its images cannot be read at random; decompress it")
     if not is_dataset_id(config.dataset):
         raise InputError(f"dataset {config.dataset} is neither {', '.join(EMBEDDED)}, a folder, a .tar or .parquet file nor a Hub id")
     repo, _, revision = config.dataset.partition("@")
@@ -605,7 +608,7 @@ def _shards(path: Path, suffix: str) -> dict[str, list[str]]:
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     base = str(path.resolve())
-    files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base, allowed_extensions=[suffix])
+    files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base, allowed_extensions=[suffix, suffix.upper()])
     return {str(split): list(names) for split, names in files.items() if names}
 
 

@@ -101,7 +101,9 @@ class TextData(PositionedData):
 
     def index(self, position: int) -> int:
         if self._by_step:
-            return self._by_step.index(position)
+            index = self._by_step.index(position)
+            self._prefetch(self._by_step.windows, self._by_step)
+            return index
         return super().index(position)
 
     def same_size(self, one: int, other: int) -> bool:

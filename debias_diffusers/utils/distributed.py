@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from .console import say
 from .launcher import is_first_process, is_launched
 
 T = TypeVar("T")
+R = TypeVar("R")
 DEFAULT_TIMEOUT = timedelta(minutes=10)  # torch's, of collective operations on a GPU; on a CPU it is longer
 
 # Distributed types in which every process holds the whole network. A training may also be sharded (FSDP).
@@ -162,6 +163,13 @@ def gather_from_all(work: Callable[[], list[T]], processes: int) -> list[T]:
         if other:
             raise failed or other
     return [item for part, _ in everyone for item in part]
+
+
+def shared_out(work: Callable[[T], R], items: Sequence[T], accelerator: Accelerator) -> list[R]:
+    """What `work` gives of each item, of which each process does its share; the same list in all. Errors as of `gather_from_all`."""
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    shares = gather_from_all(lambda: [[work(item) for item in items[rank::processes]]], processes)
+    return [shares[k % processes][k // processes] for k in range(len(items))]
 
 
 def _require_all_processes(seen: int) -> None:

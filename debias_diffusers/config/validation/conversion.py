@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import PurePath
 
+from ..hub_names import absolute_path, data_problems
 from ..ranges import range_problems
 from ..schema import ShardsMakeConfig, SingleConfig
 
@@ -22,9 +23,15 @@ def single_problems(config: SingleConfig) -> list[str]:
     return []
 
 
+def shards_data_problems(data: str) -> list[str]:
+    """Data that are not there."""
+    return data_problems("data", data) if data else ["data is empty; name a folder, a file or a Hub id"]
+
+
 def shards_problems(config: ShardsMakeConfig) -> list[str]:
-    """Values out of range, and an output that is the input."""
+    """Values out of range, data that are not there, and an output in them."""
     found = range_problems(ShardsMakeConfig, dataclasses.asdict(config))
-    if PurePath(config.data) == PurePath(config.out):
-        found.append(f"out {config.out} is the data; name another folder")
+    found += shards_data_problems(config.data)
+    if config.data and PurePath(absolute_path(config.out)).is_relative_to(absolute_path(config.data)):
+        found.append(f"out {config.out} is in the data; name another folder")
     return found

@@ -53,7 +53,8 @@ def make(config: ShardsMakeConfig) -> None:
         made = open_source(DataConfig(dataset=str(out)))
         remove(out / LOCK)
     labels = f", labels of {len(source.class_names)} classes" if source.class_names else ""
-    say(f"{len(made)} images{labels}{', captions' if captions else ''} are in {shards} shards in {out}; train with --dataset {out}")
+    what = f"{len(made)} images{labels}{', captions' if captions else ''}"
+    say(f"{what} are in {shards} {'shards' if shards > 1 else 'shard'} in {out}; train with --dataset {out}")
 
 
 def _with_labels_and_captions(config: ShardsMakeConfig) -> tuple[Source, Captions | None]:

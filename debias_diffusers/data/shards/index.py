@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import pyarrow.compute
 from tqdm import tqdm
 
 from ...config.schema import DataConfig
-from ...errors import CannotWriteError, InputError, raise_all
+from ...errors import CannotWriteError, DebiasError, InputError, raise_all
 from ...utils.console import say
 from ...utils.files import atomic_write
 from . import parquet, tar
@@ -302,14 +303,22 @@ def _differences(files: ShardFiles, before: Index, now: Mapping[str, Part]) -> l
 
 
 def _read_all(files: ShardFiles, key: IndexKey, names: Sequence[str], total: int) -> list[Part]:
-    """The rows of shards, read by several processes. Raises InputError with all shards that cannot be read."""
+    """The rows of shards, read by several processes.
+
+    Raises:
+        InputError: names all shards that cannot be read.
+        DebiasError: a process was killed.
+    """
     work = partial(_read_one, files, key)
     processes = min(len(names), os.cpu_count() or 1)
     with contextlib.ExitStack() as opened:
         each: Callable[..., Any] = map
         if processes > 1 and total > SMALL:
             each = opened.enter_context(ProcessPoolExecutor(processes)).map
-        answers = list(tqdm(each(work, names), "indexing the shards", len(names), leave=False, delay=5))
+        try:
+            answers = list(tqdm(each(work, names), "indexing the shards", len(names), leave=False, delay=5))
+        except BrokenProcessPool as error:
+            raise DebiasError("a process that indexed the shards was killed, as where memory runs out; start again") from error
     raise_all([answer for answer in answers if isinstance(answer, str)], "data set")
     return answers
 

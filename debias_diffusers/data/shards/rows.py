@@ -62,7 +62,7 @@ class Rows:
             height, width = 0, 0
         for column, value in zip(self._columns.values(), (key, offset, len(content), zlib.crc32(content), height, width)):
             column.append(value)
-        self.labels.append(label or None)
+        self.labels.append(label)
         self.captions.append(texts)
 
     def part(self, units: list[Unit], without_image: int = 0) -> Part:

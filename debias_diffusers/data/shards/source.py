@@ -74,8 +74,8 @@ def _class_names(files: ShardFiles) -> list[str] | None:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{files.where(CLASSES)} cannot be read: {reason(error)}") from error
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise InputError(f"{files.where(CLASSES)} holds no list of class names")
+    if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found) or len(set(found)) < len(found):
+        raise InputError(f"{files.where(CLASSES)} holds no list of different class names")
     return found
 
 

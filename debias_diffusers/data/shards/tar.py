@@ -10,11 +10,12 @@ import json
 import os
 import posixpath
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from ...errors import InputError, reason
 from .. import images
+from ..labels import shortened_list
 from .files import Columns, Unit
 from .rows import Part, Rows
 
@@ -47,7 +48,7 @@ def read_rows(file: IO[bytes], name: str, where: str, columns: Columns) -> Part:
         label = _label(_value(file, members, fields, LABELS, columns.label)[0], f"{where}:{key}")
         captions = _captions(*_value(file, members, fields, CAPTIONS, columns.caption), f"{where}:{key}")
         rows.add(key, image.offset_data, _read(file, image), label, captions)
-    _require_columns(rows, columns, where)
+    _require_columns(rows, columns, where, sorted({rest for members in found.values() for rest in members}))
     return rows.part([Unit(name, -1, len(rows))], len(found) - len(rows))
 
 
@@ -60,8 +61,13 @@ def samples(file: IO[bytes], where: str) -> dict[str, dict[str, tarfile.TarInfo]
             for member in archive:
                 folder, base = posixpath.split(member.name)
                 stem, _, rest = base.partition(".")
-                if not member.isreg() or member.sparse is not None or not stem or not rest or "__MACOSX" in folder:
+                if member.isdir() or not stem or not rest or "__MACOSX" in folder:
                     continue
+                if not member.isreg() or member.sparse is not None:
+                    raise InputError(
+                        f"shard {where} has {member.name} as a link or with holes, and not as bytes in one piece; "
+                        f"write it anew with tar --dereference --hard-dereference, without --sparse"
+                    )
                 members = found.setdefault(posixpath.join(folder, stem), {})
                 if members.setdefault(rest.lower(), member) is not member:
                     raise InputError(f"shard {where} has two members {member.name}; keep one")
@@ -126,7 +132,7 @@ def _value(file: IO[bytes], members: Sample, fields: Mapping[str, Any], usual: t
 def _label(label: Any, where: str) -> str | None:
     if isinstance(label, bool) or not isinstance(label, int | str | None):
         raise InputError(f"image {where} has label {label!r:.80}, but labels must be whole numbers or text")
-    return None if label is None else str(label).strip()
+    return None if label is None else str(label).strip() or None
 
 
 def _captions(found: Any, is_member: bool, where: str) -> list[str]:
@@ -139,11 +145,12 @@ def _captions(found: Any, is_member: bool, where: str) -> list[str]:
     return values
 
 
-def _require_columns(rows: Rows, columns: Columns, where: str) -> None:
-    """Raises InputError where a column was named that no image of the shard has."""
+def _require_columns(rows: Rows, columns: Columns, where: str, extensions: Sequence[str]) -> None:
+    """Raises InputError where a column was named that no image of the shard has. `extensions` are those of all members."""
     if not len(rows):
         what = f" in {columns.image}" if columns.image else ""
-        raise InputError(f"shard {where} holds no images{what}; leave it out")
+        others = f", only {shortened_list(extensions, 5)}; name one with --image_column, or" if extensions else ";"
+        raise InputError(f"shard {where} holds no images{what}{others} leave it out")
     if columns.label is not None and not any(label is not None for label in rows.labels):
         raise InputError(f"label_column is {columns.label}, but no image of shard {where} has such a member or field of .json")
     if columns.caption is not None and not any(rows.captions):
