@@ -132,7 +132,8 @@ def _fork(_, arguments, descriptors):
         os._exit(0)
 
 
-COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate", "cache": "cache"}
+COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate", "cache": "cache", "shards": "shards", "ema": "ema", "convert": "convert"}
+COMMANDS |= {"hub": "push", "debias_diffusers": "main"}
 
 
 FORGOTTEN = []  # what is no longer imported, and still must not be garbage
