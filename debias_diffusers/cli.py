@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .config import choices, hub_names, validation
+from .config import choices, hub_names
 from .config import loading as configuration
 from .config.ranges import field_types, range_problems
 from .config.schema import (
@@ -36,6 +36,11 @@ from .config.schema import (
     TrainConfig,
     WeightsConfig,
 )
+from .config.validation.conversion import shards_problems, single_problems
+from .config.validation.evaluation import bias_problems, bits_problems, score_problems, stats_problems
+from .config.validation.objective import weights_problems
+from .config.validation.sampling import sample_problems
+from .config.validation.yielding import yielded
 from .errors import CannotWriteError, DebiasError, InputError, raise_all
 from .parsing import field_name, parse
 from .runs import ema_snapshots
@@ -207,7 +212,7 @@ def train_command(argv: list[str], launcher_precision: str | None, program: str 
         chosen = frozenset() if kept else chosen
     defaults = _replaced(defaults, typed)
     config = parse(TrainConfig, flags, defaults, program, _train_help(file) if asks_help else "")
-    config, notes = validation.yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
+    config, notes = yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
     _say_first(notes)
     return configuration.resolved(config, launcher_precision), chosen
 
@@ -270,7 +275,7 @@ def _raise_all(problems: list[str]) -> None:
 
 def _sample(argv: list[str], program: str) -> None:
     config = parse(SampleConfig, argv, None, program, "Draw images with a trained model.")
-    _raise_all(validation.sample_problems(config) + sampling_problems(config.model, config.output_dir))
+    _raise_all(sample_problems(config) + sampling_problems(config.model, config.output_dir))
     if hub_names.is_model_id(config.model):
         text_libraries.show()  # which it may need
     else:
@@ -314,7 +319,7 @@ def _compare(argv: list[str], program: str = "eval.py compare") -> None:
 
 def _scored(config: ScoreConfig) -> None:
     absent = [problem for target in config.targets for problem in hub_names.target_problems(target)]
-    _raise_all(validation.score_problems(config) + absent + hub_names.data_problems("reference", config.reference))
+    _raise_all(score_problems(config) + absent + hub_names.data_problems("reference", config.reference))
     if "clip_score" in config.measure.metrics or any(task_of(Path(target)) == "text_to_image" for target in config.targets):
         text_libraries.require()
     elif any(map(hub_names.is_model_id, config.targets)):
@@ -328,7 +333,7 @@ def _scored(config: ScoreConfig) -> None:
 
 def _stats(argv: list[str], program: str) -> None:
     config = parse(StatsConfig, argv, None, program, StatsConfig.__doc__ or "")
-    _raise_all(validation.stats_problems(config) + hub_names.data_problems("reference", config.reference))
+    _raise_all(stats_problems(config) + hub_names.data_problems("reference", config.reference))
     from .evaluation import statistics
 
     statistics.stats(config)
@@ -337,7 +342,7 @@ def _stats(argv: list[str], program: str) -> None:
 def _bits(argv: list[str], program: str) -> None:
     config = parse(BitsConfig, argv, None, program, BitsConfig.__doc__ or "")
     absent = hub_names.model_problems("model", config.model) + hub_names.data_problems("reference", config.reference)
-    _raise_all(validation.bits_problems(config) + absent + pixel_problems(config.model, "bpd"))
+    _raise_all(bits_problems(config) + absent + pixel_problems(config.model, "bpd"))
     from .evaluation import likelihood
 
     likelihood.bits_per_dimension(config)
@@ -346,7 +351,7 @@ def _bits(argv: list[str], program: str) -> None:
 def _bias(argv: list[str], program: str) -> None:
     config = parse(BiasConfig, argv, None, program, BiasConfig.__doc__ or "")
     absent = [problem for run in config.runs for problem in hub_names.model_problems("run", run) + pixel_problems(run, "bias")]
-    _raise_all(validation.bias_problems(config) + absent + hub_names.data_problems("reference", config.reference))
+    _raise_all(bias_problems(config) + absent + hub_names.data_problems("reference", config.reference))
     from .analysis import bias
 
     bias.measure_bias(config)
@@ -354,7 +359,7 @@ def _bias(argv: list[str], program: str) -> None:
 
 def _weights(argv: list[str], program: str) -> None:
     config = parse(WeightsConfig, argv, None, program, WEIGHTS_HELP)
-    raise_all(validation.weights_problems(config))
+    raise_all(weights_problems(config))
     from .evaluation import plots
 
     plots.plot_weights(config)
@@ -394,7 +399,7 @@ def _export(argv: list[str], program: str) -> None:
 
 def _single(argv: list[str], program: str) -> None:
     config = parse(SingleConfig, argv, None, program, SingleConfig.__doc__ or "")
-    raise_all(validation.single_problems(config))
+    raise_all(single_problems(config))
     from .convert import single_file
 
     if Path(config.out).suffix == ".safetensors":
@@ -480,7 +485,7 @@ def _shards(argv: list[str], program: str) -> None:
 
 def _make_shards(argv: list[str], program: str) -> None:
     config = parse(ShardsMakeConfig, argv, None, program, ShardsMakeConfig.__doc__ or "")
-    raise_all(validation.shards_problems(config) + hub_names.data_problems("data", config.data))
+    raise_all(shards_problems(config) + hub_names.data_problems("data", config.data))
     from .data.shards import commands
 
     commands.make(config)

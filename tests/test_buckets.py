@@ -16,7 +16,7 @@ from text_models import make_base, text_args
 
 from debias_diffusers import cli
 from debias_diffusers.config.loading import resolved, update
-from debias_diffusers.config.validation import train_problems
+from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data import images
 from debias_diffusers.data.buckets import BucketOrder, Buckets, bucket_sizes, side_step
 from debias_diffusers.data.dataset import PositionBatchSampler, load_batch

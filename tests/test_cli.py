@@ -26,7 +26,8 @@ from debias_diffusers.config.schema import (
     TrainConfig,
     WeightsConfig,
 )
-from debias_diffusers.config.validation import score_problems, train_problems
+from debias_diffusers.config.validation.evaluation import score_problems
+from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data.labels import label_indices
 from debias_diffusers.data.sources import open_source
 from debias_diffusers.errors import InputError

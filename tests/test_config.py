@@ -16,7 +16,8 @@ from debias_diffusers.cli import train_config
 from debias_diffusers.config import loading, schema
 from debias_diffusers.config.loading import flatten, layered, read_config, resolved, update
 from debias_diffusers.config.schema import BitsConfig, ScoreConfig, StatsConfig, TrainConfig
-from debias_diffusers.config.validation import bits_problems, score_problems, stats_problems, train_problems
+from debias_diffusers.config.validation.evaluation import bits_problems, score_problems, stats_problems
+from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.errors import InputError
 from debias_diffusers.pipelines.solvers import SCHEDULERS
 from debias_diffusers.tasks.pixels import network_arguments

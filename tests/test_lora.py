@@ -180,7 +180,7 @@ def test_without_peft_it_is_one_sentence(bases, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_what_does_not_go_with_lora_is_one_sentence(bases, flags, said, tmp_path):
-    from debias_diffusers.config.validation import train_problems
+    from debias_diffusers.config.validation.training import train_problems
     from debias_diffusers.errors import raise_all
 
     words = [str(word) for word in text_args(bases["xl"], tmp_path / "run", *flags)[1:]]

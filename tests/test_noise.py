@@ -7,7 +7,7 @@ from here import tiny, trained_here
 
 from debias_diffusers.cli import train_config
 from debias_diffusers.config.schema import NoiseConfig, ObjectiveConfig
-from debias_diffusers.config.validation import train_problems
+from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data.noise import draw_noise
 from debias_diffusers.diffusion.loss import Objective, make_objective
 from debias_diffusers.hub.model_card import model_card

@@ -15,7 +15,7 @@ from safetensors.torch import load
 
 from debias_diffusers import cli
 from debias_diffusers.config.schema import OptimizationConfig
-from debias_diffusers.config.validation import train_problems
+from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.errors import InputError
 from debias_diffusers.training import optimizer_step
 from debias_diffusers.training.ema import EMA

@@ -13,7 +13,8 @@ from safetensors.torch import load
 
 from debias_diffusers import cli
 from debias_diffusers.config.schema import ScoreConfig, TrainConfig
-from debias_diffusers.config.validation import score_problems, train_problems
+from debias_diffusers.config.validation.evaluation import score_problems
+from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.diffusion.power_ema import KEPT, combination, exponent, weights_of_steps
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import score

@@ -20,7 +20,7 @@ from test_shards import samples_of, write_tar
 from debias_diffusers import cli
 from debias_diffusers.config import hub_names
 from debias_diffusers.config.schema import DataConfig
-from debias_diffusers.config.validation import train_problems
+from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data.dataset import TrainingData
 from debias_diffusers.data.sources import open_source
 from debias_diffusers.errors import FetchError, InputError

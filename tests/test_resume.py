@@ -22,7 +22,7 @@ from debias_diffusers.config.loading import (
     update,
 )
 from debias_diffusers.config.schema import TrainConfig
-from debias_diffusers.config.validation import train_problems
+from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.diffusion.timestep_samplers import TimestepSampler
 from debias_diffusers.errors import InputError
 from debias_diffusers.runs.run_directory import open_run, run_values

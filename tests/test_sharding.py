@@ -17,7 +17,7 @@ from safetensors.torch import load
 from text_models import make_base, text_args
 
 from debias_diffusers.config.schema import ObjectiveConfig, OptimizationConfig
-from debias_diffusers.config.validation import sharding_problems
+from debias_diffusers.config.validation.optimization import sharding_problems
 from debias_diffusers.errors import CannotWriteError
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
 from debias_diffusers.runs import checkpoints

@@ -26,7 +26,7 @@ from debias_diffusers.config.schema import (
     TextConfig,
     TrainConfig,
 )
-from debias_diffusers.config.validation import score_problems, stats_problems
+from debias_diffusers.config.validation.evaluation import score_problems, stats_problems
 from debias_diffusers.data.sources import open_source
 from debias_diffusers.data.text_dataset import prompts_of_data
 from debias_diffusers.errors import InputError

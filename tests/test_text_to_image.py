@@ -563,7 +563,7 @@ def test_flags_are_checked_with_the_parameterization_of_the_base_model(bases, tm
 )
 def test_what_does_not_go_with_text_to_image_is_one_sentence(bases, flags, said, tmp_path):
     with pytest.raises(InputError) as error:
-        from debias_diffusers.config.validation import train_problems
+        from debias_diffusers.config.validation.training import train_problems
         from debias_diffusers.errors import raise_all
 
         config, _ = cli.train_command([str(arg) for arg in text_args(bases["xl"], tmp_path / "run", *flags)[1:]], None)
@@ -573,7 +573,7 @@ def test_what_does_not_go_with_text_to_image_is_one_sentence(bases, flags, said,
 
 
 def test_fields_of_text_to_image_are_no_fields_of_pixel_models(tmp_path):
-    from debias_diffusers.config.validation import train_problems
+    from debias_diffusers.config.validation.training import train_problems
 
     config, _ = cli.train_command(["--caption_dropout", "0.2", "--output_dir", str(tmp_path / "run")], None)
     assert any("caption_dropout is 0.2, but a pixel model has no captions" in problem for problem in train_problems(config))

@@ -46,7 +46,7 @@ from debias_diffusers.cli import train_config
 from debias_diffusers.config.loading import update
 from debias_diffusers.config.registry import SOLVERS
 from debias_diffusers.config.schema import OptimizationConfig, SampleConfig, TrainConfig
-from debias_diffusers.config.validation import sample_problems
+from debias_diffusers.config.validation.sampling import sample_problems
 from debias_diffusers.data import images
 from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.diffusion.timestep_samplers import make_timestep_sampler

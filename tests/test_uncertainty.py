@@ -10,7 +10,8 @@ from here import tiny, trained_here
 from safetensors.torch import load
 
 from debias_diffusers.config.schema import ObjectiveConfig, OptimizationConfig
-from debias_diffusers.config.validation import sharding_problems, train_problems
+from debias_diffusers.config.validation.optimization import sharding_problems
+from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.diffusion.noise_schedule import prediction_of_x_0
 from debias_diffusers.diffusion.uncertainty import Uncertainty

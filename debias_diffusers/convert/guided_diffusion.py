@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config.ranges import range_problems
 from ..config.schema import ObjectiveConfig, PredictionType
-from ..config.validation import objective_problems
+from ..config.validation.objective import objective_problems
 from ..diffusion.noise_schedule import is_flow, make_schedule, schedule_of_scheduler
 from ..errors import InputError, raise_all, reason
 from ..pipelines.loading import require_finite

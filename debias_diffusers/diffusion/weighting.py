@@ -24,7 +24,7 @@ from torch import Tensor
 from ..config.ranges import range_problems
 from ..config.registry import WEIGHTINGS, WeightingSpec, parameters_of
 from ..config.schema import ObjectiveConfig, PredictionType
-from ..config.validation import bound_problems
+from ..config.validation.objective import bound_problems
 from ..errors import InputError, raise_all
 from .noise_schedule import TINY_SNR, is_flow, prediction_type_of, schedule_of_scheduler
 

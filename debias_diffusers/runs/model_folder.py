@@ -11,7 +11,7 @@ from ..config.hub_names import is_model_id
 from ..config.loading import CONFIG
 from ..config.prompts import read_prompts
 from ..config.schema import SampleConfig, Task
-from ..config.validation import model_flag_problems
+from ..config.validation.sampling import model_flag_problems
 from ..errors import InputError, raise_all
 from ..utils import text_libraries
 from ..utils.files import read_json

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import hub_names
 from ..config.schema import SampleConfig
-from ..config.validation import sigma_rel_of
+from ..config.validation.network_weights import sigma_rel_of
 from ..diffusion.noise_schedule import schedule_of_scheduler, terminal_snr_problem
 from ..errors import InputError
 from ..hub.model_card import step_of_card, variant

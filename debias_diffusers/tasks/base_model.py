@@ -13,7 +13,7 @@ from typing import Any
 from ..config.hub_names import is_model_id
 from ..config.loading import update
 from ..config.schema import BETA_ENDS, DIGITS, TextConfig, TrainConfig
-from ..config.validation import train_problems
+from ..config.validation.training import train_problems
 from ..errors import InputError, raise_all, reason
 from ..hub import client
 from ..runs.model_folder import MODEL_INDEX, TEXT_PIPELINES, convert_advice, is_lora, part_config, require_text_model, text_parts

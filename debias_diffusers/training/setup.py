@@ -18,7 +18,7 @@ from ..config.choices import choose
 from ..config.hub_names import PINNED, absolute_path, is_dataset_id, is_model_id, is_pinned, split_revision
 from ..config.loading import BEFORE_THE_FIELD, CHANGES, differences, flatten, stored, update
 from ..config.schema import DIGITS, HubConfig, OptimizationConfig, TrainConfig
-from ..config.validation import train_problems
+from ..config.validation.training import train_problems
 from ..data.captions import require_captions
 from ..data.dataset import PositionBatchSampler
 from ..data.sources import RepeatedSource, Source, folder_repeats

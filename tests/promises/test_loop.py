@@ -27,7 +27,7 @@ from safetensors.torch import load
 from debias_diffusers import cli
 from debias_diffusers.config.loading import flatten, packaged_configs
 from debias_diffusers.config.schema import DataConfig, RunConfig, TrainConfig
-from debias_diffusers.config.validation import train_problems
+from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data import dataset, sources
 from debias_diffusers.data.sources import open_source
 from debias_diffusers.errors import DebiasError, InputError, NotFiniteError

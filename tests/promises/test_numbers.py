@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from debias_diffusers.config.registry import WEIGHTINGS
 from debias_diffusers.config.schema import ObjectiveConfig
-from debias_diffusers.config.validation import objective_problems
+from debias_diffusers.config.validation.objective import objective_problems
 from debias_diffusers.diffusion.loss import Terms, make_objective
 from debias_diffusers.errors import InputError, NotFiniteError
 from debias_diffusers.tasks.pixels import PixelTask

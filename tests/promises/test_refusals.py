@@ -18,7 +18,7 @@ from debias_diffusers.cli import train_config
 from debias_diffusers.config.loading import CHANGEABLE, NOT_STORED, differences, flatten, stored, to_json
 from debias_diffusers.config.loading import update as updated
 from debias_diffusers.config.schema import ModelConfig, SampleConfig, ScoreConfig, TrainConfig
-from debias_diffusers.config.validation import train_problems
+from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.errors import InputError
 from debias_diffusers.parsing import parse
 
