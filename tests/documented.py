@@ -50,8 +50,8 @@ def blocks(page):
     return found
 
 
-# Each program of the documentation is a function, which writes down how it was called in place of doing anything. Bash does the rest: variables,
-# braces, comments, lines that go on. What is not here is not found, and ends the block with an error.
+# Each program of the documentation is a function, which writes down how it was called in place of doing anything. Bash does the
+# rest: variables, braces, comments, lines that go on. What is not here is not found, and ends the block with an error.
 PROGRAMS = (
     *("debias-train", "debias-sample", "debias-eval", "python", "accelerate"),
     *("pip", "git", "cd", "make", "hf", "pytest", "ruff", "mypy", "sbatch", "ls", "pre-commit"),
@@ -75,7 +75,12 @@ def commands(block, folder):
     return [call.split("\x1f")[:-1] for call in record.read_text().split(END)[:-1]]
 
 
-LAUNCHER = {"--multi_gpu": 0, "--num_processes": 1, "--config_file": 1, "-m": 0}  # options of accelerate launch, and how many values they have
+LAUNCHER = {
+    "--multi_gpu": 0,
+    "--num_processes": 1,
+    "--config_file": 1,
+    "-m": 0,
+}  # options of accelerate launch, and how many values they have
 
 
 def entry(words):
@@ -108,6 +113,7 @@ def entry(words):
 
 SMALLER = {
     "train.py": ({"--max_steps": 4, "--batch_size": 4}, {"--resolution": 64}),
+    "my_train.py": ({"--max_steps": 4, "--batch_size": 4}, {}),
     "cache": ({}, {"--resolution": 64}),
     "shards": ({}, {"--shard_mb": 1}),
     "sample.py": ({"--num_images": 8, "--steps": 4}, {}),
