@@ -283,7 +283,7 @@ def run_python(block, folder, environment):
     if named := re.match(r"# (\w+\.py)\n", block.text):
         (folder / named[1]).write_text(block.text)
         return 0, ""
-    text = GIVEN.format(steps=documented.DENOISING_STEPS) + re.sub(r"max_steps=\d+", "max_steps=4", block.text)
+    text = GIVEN.format(steps=documented.DENOISING_STEPS) + re.sub(r"max_steps=\d+", "max_steps=4, warmup_steps=0", block.text)
     done = subprocess.run([sys.executable, "-c", text], cwd=folder, env=environment, capture_output=True, text=True)
     return done.returncode, done.stderr
 
