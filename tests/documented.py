@@ -134,6 +134,8 @@ def smaller(name, arguments):
     always, typed = ({}, {}) if asks else SMALLER.get(f"eval.py {arguments[0]}" if name == "eval.py" else name, ({}, {}))
     if "--resume" in arguments and "--max_steps" in always:  # further than the run that is resumed, and once more for a change
         always = always | {"--max_steps": 12 if "--allow_change" in arguments else 8}
+    if "sdxl" in arguments:  # whose configuration has 1024 pixels
+        always = always | typed
     words = ["--max_steps" if name == "train.py" and word == "--num_epochs" else word for word in arguments]
     for flag, number in (always | typed).items():
         if flag in words:
