@@ -247,7 +247,7 @@ def test_help_needs_no_torch(entry):
 
 def test_eval_names_its_commands():
     code, _, err = run("eval.py", "foo")
-    said = "error: eval.py foo is not known; take one of score, compare, stats, bpd, bias, weights"
+    said = "error: eval.py foo is not known; take one of score, compare, stats, bpd, bias, report, weights"
     assert code == 2 and err.strip().splitlines()[-1] == said
 
 

@@ -246,6 +246,20 @@ METRICS: dict[str, MetricSpec] = {
 FIGURES: dict[str, Better] = {name: better for spec in METRICS.values() for name, better in spec.figures.items()}
 
 
+# Experiment trackers, those of accelerate: modules, of which one must be there, and what pip installs.
+TRACKERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "aim": (("aim",), '"aim<4"'),
+    "clearml": (("clearml",), "clearml"),
+    "comet_ml": (("comet_ml",), "comet-ml"),
+    "dvclive": (("dvclive",), "dvclive"),
+    "mlflow": (("mlflow",), "mlflow"),
+    "swanlab": (("swanlab",), "swanlab"),
+    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
+    "trackio": (("trackio",), "trackio"),
+    "wandb": (("wandb",), "wandb"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SolverSpec:
     """A sampling algorithm."""

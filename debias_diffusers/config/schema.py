@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typing_extensions import Doc
 
 from .ranges import Range, above, at_least
-from .registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, METRICS, SOLVERS, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, summaries
+from .registry import (
+    DEFAULT_FLOW_SOLVER,
+    DEFAULT_SOLVER,
+    METRICS,
+    SOLVERS,
+    TIMESTEP_BIASES,
+    TIMESTEP_SAMPLERS,
+    TRACKERS,
+    WEIGHTINGS,
+    summaries,
+)
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
 NoiseSchedule = Literal["linear", "cosine", "scaled_linear", "sigmoid", "rectified_flow"]
@@ -31,10 +41,12 @@ if TYPE_CHECKING:
     TimestepSamplerName = str
     TimestepBiasName = str
     SchedulerName = str
+    TrackerName = str
 else:
     TimestepSamplerName = Literal[tuple(TIMESTEP_SAMPLERS)]
     TimestepBiasName = Literal[tuple(TIMESTEP_BIASES)]
     SchedulerName = Literal[tuple(SOLVERS)]
+    TrackerName = Literal[("none", *TRACKERS)]
 
 Threads = Annotated[int | None, at_least(1, 2)]
 Share = Annotated[float, Range("at least 0 and below 1, such as 0.1", lambda value: 0 <= value < 1)]
@@ -322,7 +334,7 @@ class RunConfig:
     keep_best: bool = False  # keep the checkpoint with the best metric, beyond keep_checkpoints
     # timeout of collective operations in seconds: how long a process waits for another, which may evaluate or save alone
     ddp_timeout: Timeout = 1800
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # experiment tracker, through accelerate
+    report_to: tuple[TrackerName, ...] = ()  # experiment trackers, through accelerate, one or several; none is off
     # fields that this resume changes on purpose, such as learning_rate, from its checkpoint on; train.py --help lists them
     allow_change: tuple[str, ...] = ()
     accept_changed_data: bool = False  # resume although the data set has changed since the run began: --allow_change dataset
@@ -540,6 +552,16 @@ class BiasConfig:
     seed: ImageSeed = 0  # random seed of the subset, of the noise and of sampling
     num_threads: Threads = None  # CPU threads
     allow_pickle_import: bool = False  # also load models that have .bin weights only, read as tensors only
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write runs, finished or training, as one HTML file: configuration, curves, grids over time, metrics, weights, model card."""
+
+    runs: tuple[str, ...]  # run directories, which are shown side by side
+    output: str = "report.html"  # output file, FILE.html, which needs no other file
+    # files that eval.py score or compare wrote with --output FILE.json; those in the run directories are taken anyhow
+    scores: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
