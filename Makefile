@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-text test nightly lint
+.PHONY: demo demo-text test nightly lint docs
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch train.py $(THREADS:%=--num_threads %)
@@ -34,6 +34,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/site; no network.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -132,7 +132,16 @@ def _fork(_, arguments, descriptors):
         os._exit(0)
 
 
-COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate", "cache": "cache"}
+COMMANDS = {
+    "train.py": "train",
+    "sample.py": "sample",
+    "eval.py": "evaluate",
+    "cache": "cache",
+    "shards": "shards",
+    "ema": "ema",
+    "convert": "convert",
+}
+COMMANDS |= {"hub": "push", "debias_diffusers": "main"}
 
 
 FORGOTTEN = []  # what is no longer imported, and still must not be garbage
@@ -209,16 +218,16 @@ def run(*args):
     return Forked(*args).result()
 
 
-def launch(processes, *args):
+def launch(processes, *args, **options_of_process):
     """`accelerate launch` on the CPU."""
     many = ["--multi_gpu"] if processes > 1 else []
     options = ["--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return command("-m", "accelerate.commands.launch", *many, *options, "--main_process_port", 0, *args)
+    return command("-m", "accelerate.commands.launch", *many, *options, "--main_process_port", 0, *args, **options_of_process)
 
 
-def launched(processes, *args):
+def launched(processes, *args, **options):
     """The launcher's exit code and what was said."""
-    process = launch(processes, *args)
+    process = launch(processes, *args, **options)
     _, err = process.communicate(timeout=HANG)
     return process.returncode, err
 

@@ -61,12 +61,10 @@ def digits(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A random CLIPModel with the tokenizer of the packaged base."""
+def random_clip(folder):
+    """Writes a random CLIPModel with the tokenizer of the packaged base."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    folder = tmp_path_factory.mktemp("clip")
     text = json.loads((BASE / "text_encoder" / "config.json").read_text())
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 16}
     with torch.random.fork_rng():
@@ -77,6 +75,13 @@ def clip(tmp_path_factory):
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
     for file in (BASE / "tokenizer").iterdir():
         shutil.copy(file, folder)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """The folder of a random CLIPModel."""
+    folder = tmp_path_factory.mktemp("clip")
+    random_clip(folder)
     return folder
 
 
