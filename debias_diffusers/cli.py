@@ -20,6 +20,7 @@ from .config.ranges import field_types, range_problems
 from .config.schema import (
     DIGITS,
     DIGITS_TEXT,
+    EMBEDDED,
     BiasConfig,
     BitsConfig,
     ExportConfig,
@@ -179,7 +180,7 @@ def train_config(argv: list[str], launcher_precision: str | None, program: str =
 def train_command(argv: list[str], launcher_precision: str | None, program: str = "train.py") -> tuple[TrainConfig, frozenset[str]]:
     """The training configuration, and the fields that are chosen as soon as the data are known.
 
-    Precedence: flags, `--config`, the packaged configuration of the digits (for the digits), defaults. With `--resume RUN`: flags, the
+    Precedence: flags, `--config`, the packaged configuration of an embedded data set (for that), defaults. With `--resume RUN`: flags, the
     configuration of the run. A plain command, without both, chooses what was left out (`config.choices`); in the directory
     of a run it keeps what the run has chosen.
     `--help` prints the field defaults, or with `--config` the values of that configuration.
@@ -201,9 +202,9 @@ def train_command(argv: list[str], launcher_precision: str | None, program: str 
         kept = kept_values(_take_flag("output_dir", flags)[0] or values.get("output_dir"), chosen)
         defaults = configuration.layered(values, kept)
         chosen = frozenset() if kept else chosen
-    elif file or dataset in (None, DIGITS):
-        digits = (dataset or values.get("dataset") or (None if file or asks_help else DIGITS)) == DIGITS
-        defaults = configuration.layered(configuration.read_config(DIGITS) if digits else {}, values)
+    elif file or dataset is None or dataset in EMBEDDED:
+        named = dataset or values.get("dataset") or (None if file or asks_help else DIGITS)
+        defaults = configuration.layered(configuration.read_config(named) if named in EMBEDDED else {}, values)
     else:
         chosen, of_init = choices.left_out(typed), choices.of_init(typed)
         kept = kept_values(_take_flag("output_dir", flags)[0], chosen | of_init)

@@ -214,6 +214,18 @@ METRICS: dict[str, MetricSpec] = {
         reference="statistics",
         layer="colour",
     ),
+    "channel_bias": MetricSpec(
+        summary="bias of the mean of each colour channel; needs no feature extractor",
+        figures={"red_bias": "near 0", "green_bias": "near 0", "blue_bias": "near 0"},
+        reference="statistics",
+        layer="colour",
+    ),
+    "swd": MetricSpec(
+        summary="sliced Wasserstein distance of the pixels; needs no feature extractor",
+        figures={"swd": "lower"},
+        reference="images",
+        layer="projections",
+    ),
     "prompt_accuracy": MetricSpec(
         summary="share of images of digits that show the digit which their prompt names",
         figures={"prompt_accuracy": "higher"},

@@ -91,21 +91,22 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def memory_format(accelerator: Accelerator) -> torch.memory_format:
-    """How the weights of convolutions lie in memory, where it is faster (docs/scaling.md)."""
+def memory_format(accelerator: Accelerator, optimizer: OptimizerName = "adamw") -> torch.memory_format:
+    """How the weights of convolutions lie in memory, where it is faster (docs/scaling.md).
+
+    Shards are parts of contiguous weights only. bitsandbytes makes all weights contiguous, but not the moments that it has made
+    before, which would then lie otherwise.
+    """
+    if optimizer == "adamw8bit" or sharded(accelerator):
+        return torch.contiguous_format
     half = accelerator.mixed_precision != "no"
     last = half if accelerator.device.type == "cuda" else not half and accelerator.device.type == "cpu"
     return torch.channels_last if last else torch.contiguous_format
 
 
 def to_train(network: N, accelerator: Accelerator, optimizer: OptimizerName = "adamw") -> N:
-    """The network on its device, ready to be trained, with its convolutions in `memory_format`.
-
-    Shards are parts of contiguous weights only. bitsandbytes makes all weights contiguous, but not the moments that it has made
-    before, which would then lie otherwise.
-    """
-    contiguous = optimizer == "adamw8bit" or sharded(accelerator)
-    layout = torch.contiguous_format if contiguous else memory_format(accelerator)
+    """The network on its device, ready to be trained, with its convolutions in `memory_format`."""
+    layout = memory_format(accelerator, optimizer)
     network.to(accelerator.device).to(memory_format=layout).train()
     if layout == torch.channels_last:
         for module in network.modules():

@@ -49,7 +49,7 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
 def _data_problems(config: TrainConfig) -> list[str]:
     data, found = config.data, []
     if not data.dataset:
-        found.append("dataset is missing: name digits, a folder of images, .tar or .parquet files, or a Hub id")
+        found.append("dataset is missing: name digits, emoji, a folder of images, .tar or .parquet files, or a Hub id")
     if data.dataset and shard_names.is_remote(data.dataset) and data.shuffle_window is None:
         found.append(f"shuffle_window is missing: dataset {data.dataset} is fetched in windows of so many shards; add --shuffle_window 8")
     if data.resolution is None:
