@@ -64,7 +64,21 @@ weights: torch.Tensor = loss_weight(object(), [1, 2], "debiased", p2_gamma=1.0)
 @pytest.mark.parametrize(("line", "mistakes"), [("", 0), ("wrong: str = config.optimization.max_steps\n", 1)])
 def test_the_api_is_typed_for_those_who_use_it(line, mistakes, tmp_path):
     (tmp_path / "use.py").write_text(USE + line)
-    skipped = ["torch", "numpy", "diffusers", "datasets", "accelerate", "transformers", "peft", "pyarrow", "tyro", "PIL", "huggingface_hub", "matplotlib", "rich"]
+    skipped = [
+        "torch",
+        "numpy",
+        "diffusers",
+        "datasets",
+        "accelerate",
+        "transformers",
+        "peft",
+        "pyarrow",
+        "tyro",
+        "PIL",
+        "huggingface_hub",
+        "matplotlib",
+        "rich",
+    ]
     sections = "".join(f"[mypy-{library}.*]\nfollow_imports = skip\n" for library in skipped)  # to check them takes minutes
     (tmp_path / "mypy.ini").write_text("[mypy]\nfollow_imports = silent\n" + sections)
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "use.py"]
