@@ -130,7 +130,7 @@ DENOISING_STEPS = 4  # of a pipeline that Python code calls
 
 def smaller(name, arguments):
     """The arguments of a command with the numbers of SMALLER, where the page's own are not smaller still."""
-    asks = {"--help", "--version", "--dry_run"} & {*arguments}
+    asks = {"--help", "--version"} & {*arguments}
     always, typed = ({}, {}) if asks else SMALLER.get(f"eval.py {arguments[0]}" if name == "eval.py" else name, ({}, {}))
     if "--resume" in arguments and "--max_steps" in always:  # further than the run that is resumed, and once more for a change
         always = always | {"--max_steps": 12 if "--allow_change" in arguments else 8}
