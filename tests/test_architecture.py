@@ -24,6 +24,7 @@ ORDER = [
     "hub",
     "pipelines",
     "sampling",
+    "play",
     "evaluation",
     "analysis",
     "tasks",
@@ -52,6 +53,7 @@ USERS = {
     "transformers": {"pipelines.text_pipeline", "evaluation.feature_extractors", "tasks.frozen_parts", "convert.single_file"},
     "peft": {"tasks.lora"},
     "bitsandbytes": {"training.optimizer_step"},
+    "gradio": {"play.page"},
 }
 
 WITHOUT_TORCH = {
@@ -66,6 +68,8 @@ WITHOUT_TORCH = {
     "data.labels",
     "runs",
     "hub",
+    "play.request",
+    "play.space",
     "tasks.base_model",
     "convert.single_file_names",
     "convert.unet_names",
