@@ -132,7 +132,7 @@ def _fork(_, arguments, descriptors):
         os._exit(0)
 
 
-COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate", "cache": "cache"}
+COMMANDS = {"train.py": "train", "sample.py": "sample", "eval.py": "evaluate", "cache": "cache", "play": "play"}
 
 
 FORGOTTEN = []  # what is no longer imported, and still must not be garbage

@@ -198,7 +198,7 @@ def test_what_the_package_offers_is_there_and_only_imported_when_asked_for(name)
 
 def test_every_module_can_be_imported():
     for found in pkgutil.walk_packages(debias_diffusers.__path__, "debias_diffusers."):
-        if not found.name.endswith("__main__"):
+        if not found.name.endswith(("__main__", "play.page")):  # whose library takes seconds: the nightly tests import it
             importlib.import_module(found.name)
 
 

@@ -32,6 +32,7 @@ from ..utils.torch_errors import explain_error
 from .request import OTHER_TASKS, PlayedModel, Request, command_line, commands, weights_of
 
 STAGE_IMAGES, STAGES = 8, 25  # of how many images x_t and x_0 are kept, and after how many calls of the network
+SMALL, SMALL_IMAGES, FEW_IMAGES = 64, 50, 4  # pixels a side of small images, with how many of which the page begins, and of others
 
 Progress = Callable[[float, str], None]  # share that is done, and what is being done
 
@@ -162,6 +163,7 @@ class Engine:
             schedulers=tuple(solver for solver, spec in SOLVERS.items() if spec.flow == is_flow(own)),
             scheduler=default_scheduler(own),
             weights=weights_of(folder),
+            num_images=SMALL_IMAGES if task == "pixels" and max(job.size) <= SMALL else FEW_IMAGES,
         )
 
 

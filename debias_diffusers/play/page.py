@@ -25,9 +25,11 @@ import gradio as gr
 
 TITLE = "debias_diffusers playground"
 KEPT_SECONDS = 3600  # for which pictures on the page can be fetched again
+WEIGHTS_INFO = "ema: averaged, as exported; raw; another EMA decay; or sigma_rel=0.08 of a run with --post_hoc_ema."
 CSS = """
 .pixelated img { image-rendering: pixelated; }
 .picture img, .stage img { width: 100%; object-fit: contain; }
+.picture img { box-sizing: border-box; padding-top: 2.2rem; }
 .message { white-space: pre-wrap; overflow-wrap: anywhere; }
 .error { color: var(--error-text-color); font-weight: 600; }
 footer { display: none !important; }
@@ -88,7 +90,7 @@ def build(engine: Engine) -> gr.Blocks:
     first = models[0]
     text = first.task == "text_to_image"
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
-        gr.Markdown(f"# {html.escape(' and '.join(map(_short_name, models)))}")
+        gr.Markdown(f"# {'Compare' if len(models) > 1 else 'Draw with'} {html.escape(' and '.join(map(_short_name, models)))}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 controls = _controls(engine)
@@ -114,9 +116,12 @@ def build(engine: Engine) -> gr.Blocks:
             engine.cancel(str(request.session_hash))
             return _message("Cancelled.")
 
+        def leave(request: gr.Request) -> None:
+            engine.cancel(str(request.session_hash))
+
         cancel.click(stop, None, message, queue=False, api_name=False)
         cancel.click(None, cancels=[drawing])  # also where it waits
-        page.unload(lambda request: engine.cancel(str(request.session_hash)))
+        page.unload(leave)
         for panel in panels:
             panel.listen()
     page.queue(max_size=engine.config.max_queue, api_open=False)
@@ -140,12 +145,12 @@ def _controls(engine: Engine) -> dict[str, Any]:
     limit = engine.config.max_image_steps
     schedulers = [name for name in SOLVERS if any(name in model.schedulers for model in models)]
     controls["scheduler"] = gr.Dropdown(schedulers, value=first.scheduler, label="Scheduler (solver)")
-    controls["steps"] = gr.Slider(1, min(200, limit), value=min(25 if text else 20, limit), step=1, label="Steps")
+    controls["steps"] = gr.Slider(1, 250, value=min(25 if text else 20, limit), step=1, label="Steps")
     if any(model.has_guidance for model in models):
         controls["guidance_scale"] = gr.Slider(
             1, 15, value=first.guidance_scale, step=0.1, label="Guidance scale", info="Classifier-free guidance; 1 is off."
         )
-    controls["num_images"] = gr.Slider(1, 16 if text else 100, value=2 if text else 30, step=1, label="Number of images")
+    controls["num_images"] = gr.Slider(1, 16 if text else 100, value=first.num_images, step=1, label="Number of images")
     controls["seed"] = gr.Number(0, precision=0, label="Seed", info="The same seed and settings draw the same images.")
     for number, model in enumerate(models, start=1):
         of = f" of {_short_name(model)} ({number})" if len(models) > 1 else ""
@@ -153,7 +158,7 @@ def _controls(engine: Engine) -> dict[str, Any]:
             list(model.weights),
             value=model.weights[0],
             label=f"Weights{of}",
-            info="ema: averaged, as exported; raw; another EMA decay; or sigma_rel=0.08 of a run with --post_hoc_ema.",
+            info=WEIGHTS_INFO if number == 1 else None,
             allow_custom_value=True,
         )
     controls["stages"] = gr.Checkbox(
@@ -217,8 +222,17 @@ class _Panel:
                 wrap_lines=True,
                 elem_id=f"command-{number + 1}",
             )
+            self.slider = gr.Slider(
+                *(1, 2),
+                step=1,
+                label="Steps",
+                info="Above x_t, below the estimate of x_0",
+                visible=False,
+                interactive=True,
+                elem_id=f"steps-{number + 1}",
+            )
             self.stage = gr.Image(
-                label="x_t above, the estimate of x_0 below",
+                show_label=False,
                 type="pil",
                 format="png",
                 buttons=["fullscreen"],
@@ -227,7 +241,6 @@ class _Panel:
                 elem_id=f"stage-{number + 1}",
                 elem_classes=["stage", *classes],
             )
-            self.slider = gr.Slider(1, 2, step=1, label="Steps", visible=False, interactive=True, elem_id=f"steps-{number + 1}")
             self.stages = gr.State((), time_to_live=KEPT_SECONDS)
 
     @property

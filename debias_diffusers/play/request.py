@@ -39,6 +39,7 @@ class PlayedModel:
     schedulers: tuple[str, ...]
     scheduler: str  # if left out
     weights: tuple[str, ...]
+    num_images: int  # with which the page begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ def commands(request: Request, models: Sequence[PlayedModel], config: PlayConfig
                 seed=seed,
                 num_images=num_images,
                 batch_size=config.batch_size or BATCH_SIZE[model.task],
-                guidance_scale=_number("guidance_scale", request.guidance_scale) if model.has_guidance else None,
+                guidance_scale=_guidance_scale(request.guidance_scale, model),
                 class_labels=_labels(request.class_labels, model),
                 prompt=_prompts(request.prompt) if text else (),
                 negative_prompt=(str(request.negative_prompt or "").strip() or None) if text else None,
@@ -165,6 +166,12 @@ def _number(name: str, value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InputError(f"{name} is {value!r:.40}, but must be a number")
     return value
+
+
+def _guidance_scale(value: Any, model: PlayedModel) -> float | None:
+    """The guidance scale for a model that has guidance; None where it is what sample.py takes if it is left out."""
+    scale = _number("guidance_scale", value)
+    return scale if model.has_guidance and scale != model.guidance_scale else None
 
 
 def _known(name: str, value: Any, choices: Sequence[str], model: str) -> str:
