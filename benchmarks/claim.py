@@ -1,172 +1,410 @@
-"""When does the debiased weight help? Weightings side by side on the digits, fixed beforehand.
+"""When does the debiased weight help? Weightings side by side on data sets of the package; the plan is docs/claim_plan.md.
 
-    python benchmarks/claim.py runs/claim            # about two hours on two cores; the same command continues
-    python benchmarks/claim.py runs/claim --quick    # one seed, the packaged shift only, under fifteen minutes
+    python benchmarks/claim.py runs/claim --data emoji --list                 # the units in order of priority, and which are there
+    python benchmarks/claim.py runs/claim --data emoji --jobs 2               # the same command continues
+    python benchmarks/claim.py runs/claim --data emoji --only NAME [NAME...]  # some of them
+    python benchmarks/claim.py runs/claim --data emoji --table                # only the table and the plot of the units that are there
 
-Trains constant, p2, min_snr and debiased with the packaged preset of the digits, at `schedule_shift` 64 with five seeds and at
-1 and 16 with two. Equal seeds see equal images, timesteps and noise. Measured are the Frechet distance in the digits'
-classifier and the bias of the mean brightness (grey levels of 255), of 1000 images of the averaged weights: over training steps
-with the solver of the preset, and at the end over network evaluations with DDIM. Writes OUT/claim.md and OUT/claim.png.
+A unit is a training and its evaluations: its figures are OUT/units/NAME.json, so that units of several machines are merged by
+copying these files; its run directory is OUT/runs/NAME. A unit that is there is skipped, one that was killed is resumed. Equal seeds
+see equal images, timesteps and noise. On a CUDA device: --mixed_precision bf16 --compile, and --jobs 4 or more for small networks.
+Writes OUT/claim-DATA.md and OUT/claim-DATA.png.
 """
 
 import argparse
 import json
 import math
+import platform
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 ROOT = Path(__file__).parent.parent
-WEIGHTINGS = ("constant", "p2", "min_snr", "debiased")
-SOLVER_STEPS = (5, 10, 20, 50)
-EVALUATIONS = "ddim.json"  # in the folder of a run: the figures of its end over network evaluations
-STUDENT = {2: 12.71, 5: 2.776}  # 97.5% quantile of Student's t by the number of seeds
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5% quantile of Student's t by the number of seeds
+TRIAL = 100  # --trial divides the numbers of steps by it
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Images of a finished run: which weights of which checkpoints, with which numbers of DDIM steps."""
+
+    kind: str
+    weights: str
+    checkpoints: tuple[int, ...]
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A training with its evaluations."""
+
+    name: str
+    group: str  # what is compared has the same
+    variant: str
+    seed: int
+    flags: dict[str, object]  # of train.py, beside those of the data set
+    scores: tuple[Scores, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained: seeds by shift, steps, and how often it is measured."""
+    """What is equal for all units of a data set."""
 
-    seeds: dict[int, range]
-    steps: int
-    every: int
+    flags: dict[str, object]
+    metrics: str
+    images: int
+    score_flags: dict[str, object]
+    units: tuple[Unit, ...]
 
 
-FULL = Plan({64: range(5), 16: range(2), 1: range(2)}, steps=1500, every=375)
-QUICK = Plan({64: range(1)}, steps=1000, every=250)
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+def emoji_units() -> tuple[Unit, ...]:
+    """In order of priority: the two weights of the claim first."""
+    shifts = (16, 1)  # (64 / side)^2, and the schedule as it is
+    core = [(shift, weighting, seed) for seed in range(3) for shift in shifts for weighting in ("constant", "debiased")]
+    others = [(shift, weighting, seed) for shift in shifts for seed in range(3) for weighting in ("min_snr", "sigmoid")]
+    more = [(shift, w, seed) for seed in (3, 4) for shift in shifts for w in ("constant", "debiased", "min_snr", "sigmoid")]
+    last = [(16, weighting, seed) for seed in range(3) for weighting in ("p2", "v")]
+    scores = (
+        Scores("training", "ema", (500, 1000, 1500, 2000), (50,)),
+        Scores("raw", "raw", (2000,), (50,)),
+        Scores("sampling", "ema", (2000,), (5, 10, 20)),
+    )
+    return tuple(
+        Unit(
+            f"emoji-shift{shift}-{weighting}-seed{seed}",
+            f"shift {shift}",
+            "v on v_prediction" if weighting == "v" else weighting,
+            seed,
+            {"schedule_shift": shift, "weighting": weighting, "prediction_type": "v_prediction" if weighting == "v" else "epsilon"},
+            scores,
+        )
+        for shift, weighting, seed in (*core, *others, *more, *last)
+    )
+
+
+def digits_units() -> tuple[Unit, ...]:
+    """Longer training in two regimes of the learning rate."""
+    regimes = {"constant4e-4": ("constant", 4e-4), "cosine1e-3": ("cosine", 1e-3)}
+    scores = (
+        Scores("training", "ema", tuple(range(500, 4001, 500)), (50,)),
+        Scores("raw", "raw", (2000, 4000), (50,)),
+        Scores("ema 0.999", "0.999", (2000, 4000), (50,)),
+        Scores("sampling", "ema", (4000,), (5, 10, 20)),
+    )
+    return tuple(
+        Unit(
+            f"digits-{regime}-{weighting}-seed{seed}",
+            f"lr {rate:g} {schedule}",
+            weighting,
+            seed,
+            {"weighting": weighting, "lr_schedule": schedule, "learning_rate": rate},
+            scores,
+        )
+        for seed in range(3)
+        for regime, (schedule, rate) in regimes.items()
+        for weighting in ("constant", "debiased")
+    )
+
+
+def digits_text_units() -> tuple[Unit, ...]:
+    """Captioned digits, in the latents of the packaged base model."""
+    scores = (Scores("training", "ema", (500, 1000), (50,)), Scores("sampling", "ema", (1000,), (5, 10, 20)))
+    return tuple(
+        Unit(f"digits_text-{weighting}-seed{seed}", "v_prediction", weighting, seed, {"weighting": weighting}, scores)
+        for seed in range(3)
+        for weighting in ("constant", "debiased", "min_snr", "sigmoid")
+    )
+
+
+PLANS = {
+    "emoji": Plan(
+        {"max_steps": 2000, "checkpoint_every": 500, "keep_checkpoints": 4}, "fid,swd,colour,channel_bias", 1000, {}, emoji_units()
+    ),
+    "digits": Plan(
+        {"max_steps": 4000, "checkpoint_every": 500, "keep_checkpoints": 8, "ema_decay": (0.995, 0.999)},
+        "fid,swd,colour",
+        1000,
+        {},
+        digits_units(),
+    ),
+    "digits_text": Plan(
+        {"max_steps": 1000, "checkpoint_every": 500, "keep_checkpoints": 2},
+        "fid,swd,colour,prompt_accuracy",
+        500,
+        {"guidance_scale": 2},
+        digits_text_units(),
+    ),
+}
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
 
 
 def run(*words: object) -> None:
-    """One of our commands on one thread, so that several at a time take turns on nothing."""
-    command = [sys.executable, *map(str, words), "--num_threads", "1"]
+    """A python command; raises SystemExit with its last line if it fails."""
+    command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise SystemExit(f"{' '.join(map(str, command))}: {said[-1]}")
 
 
-def train(folder: Path, shift: int, weighting: str, seed: int, plan: Plan) -> None:
-    """One run with the packaged preset, and the figures of its end over network evaluations."""
-    flags = {
-        "output_dir": folder,
-        "weighting": weighting,
-        "schedule_shift": shift,
-        "seed": seed,
-        "max_steps": plan.steps,
-        "eval_every": plan.every,
-        "eval_images": 1000,
-        "checkpoint_every": plan.steps,
-        "sample_every": 0,
+def words_of(flags: dict[str, object]) -> list[str]:
+    """Flags as they are typed; a flag of a list has several values, and one that is on has none."""
+    found: list[str] = []
+    for name, value in flags.items():
+        found += [f"--{name}", *([] if value is True else map(str, value if isinstance(value, tuple) else (value,)))]
+    return found
+
+
+def compute(unit: Unit, plan: Plan, data: str, out: Path, of_device: dict[str, object], trial: bool) -> None:
+    """Trains and evaluates a unit in this process, and writes its figures."""
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    from debias_diffusers import __version__, cli
+
+    def command(function: object, *words: str) -> None:
+        if code := function(list(words)):  # type: ignore[operator]
+            raise SystemExit(code)  # why it ended has been printed
+
+    started = time.perf_counter()
+    shorter = TRIAL if trial else 1
+    flags = plan.flags | unit.flags | of_device | {"seed": unit.seed}
+    flags |= {name: int(flags[name]) // shorter for name in ("max_steps", "checkpoint_every")}  # type: ignore[call-overload]
+    folder = out / "runs" / unit.name
+    usual = {"sample_every": 0, "num_threads": 1, "output_dir": folder}
+    command(cli.train, "--config", data, *words_of(usual | flags))
+    trained = time.perf_counter() - started
+    rows, images = [], 100 if trial else plan.images
+    for scores in unit.scores:
+        kept = folder / f"scores-{scores.kind.replace(' ', '-')}.json"
+        if not kept.exists():
+            how = {
+                "checkpoints": ",".join(str(step // shorter) for step in scores.checkpoints),
+                "weights": scores.weights,
+                "schedulers": "ddim",
+                "steps": ",".join(map(str, scores.steps)),
+                "metrics": plan.metrics,
+                "num_images": images,
+                "batch_size": 500 if torch.cuda.is_available() else 100,
+                "num_threads": 1,
+                "output": kept,
+            }
+            command(cli.evaluate, "score", str(folder), *words_of(how | plan.score_flags))
+        scored = json.loads(kept.read_text())
+        rows += [{name: value for name, value in row.items() if name != "target"} | {"kind": scores.kind} for row in scored["targets"]]
+    cuda = torch.cuda.is_available()
+    record = {
+        "unit": unit.name,
+        "group": unit.group,
+        "variant": unit.variant,
+        "seed": unit.seed,
+        "trial": trial,
+        "flags": flags,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU {platform.processor() or platform.machine()}, 1 thread",
+        "torch": torch.__version__,
+        "debias_diffusers": __version__,
+        "training_seconds": round(trained, 1),  # of the start that finished the unit
+        "evaluation_seconds": round(time.perf_counter() - started - trained, 1),
+        "halves_of_the_reference": scored["halves_of_the_reference"],
+        "rows": rows,
     }
-    run(ROOT / "train.py", *(word for name, value in flags.items() for word in (f"--{name}", value)))
-    kept = folder / EVALUATIONS
-    if not kept.exists():
-        by_steps = ("--metrics", "fid,colour", "--num_images", 1000, "--schedulers", "ddim", "--steps", ",".join(map(str, SOLVER_STEPS)))
-        run(ROOT / "eval.py", "score", folder, *by_steps, "--output", kept)
+    path = figures_of(unit, out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".part").rename(path)
 
 
-def measured(folder: Path) -> dict[int, tuple[float, float]]:
-    """(distance, brightness bias) by training step."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: (line["eval_fid"], line["eval_brightness_bias"]) for line in lines if "eval_fid" in line}
+def figures_of(unit: Unit, out: Path) -> Path:
+    """Where the figures of a unit are."""
+    return out / "units" / f"{unit.name}.json"
 
 
-def over_evaluations(folder: Path) -> dict[int, tuple[float, float]]:
-    """(distance, brightness bias) of the finished run by steps of DDIM."""
-    rows = json.loads((folder / EVALUATIONS).read_text())["targets"]
-    return {row["steps"]: (row["fid"], row["brightness_bias"]) for row in rows}
+def compute_all(units: list[Unit], options: argparse.Namespace, more: list[str]) -> None:
+    """Each unit in a process of its own, some at a time; a failure ends the others that wait."""
+    start = (Path(__file__), options.out, "--data", options.data, "--jobs", 1, *more, "--only")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        waiting = {pool.submit(run, *start, unit.name): unit for unit in units}
+        try:
+            for done in as_completed(waiting):
+                done.result()
+                print(f"{waiting[done].name} is there", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or the failure is said when all others are done, hours later
+            raise
 
 
-Curves = dict[tuple[int, str], list[dict[int, tuple[float, float]]]]  # by shift and weighting, one for each seed
+# ---- table and plot --------------------------------------------------------------------------------------------------
 
 
-def table(curves: Curves, head: str) -> str:
-    """Means over seeds with the lowest and the highest, for each place of the curves."""
-    places = sorted(next(iter(curves.values()))[0])
-    lines = [f"| shift | weighting | {' | '.join(f'{place} {head}' for place in places)} |", f"|---|---|{'---|' * len(places)}"]
-    for (shift, weighting), seeds in curves.items():
-        cells = []
-        for place in places:
-            values, bias = zip(*(seed[place] for seed in seeds))
-            between = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{between}, bias {statistics.mean(bias):+.1f}")
-        lines.append(f"| {shift} | {weighting} | {' | '.join(cells)} |")
+def bias_of(row: dict[str, float]) -> float:
+    """The bias of the mean colour: the mean of the absolute biases of the channels, of grey images that of the brightness."""
+    channels = [abs(row[name]) for name in ("red_bias", "green_bias", "blue_bias") if name in row]
+    return statistics.mean(channels or [abs(row["brightness_bias"])])
+
+
+FIGURES = {"distance": lambda row: row["fid"], "bias": bias_of, "sliced Wasserstein": lambda row: row["swd"]}
+Records = dict[tuple[str, str], list[dict]]  # by group and variant, one for each seed that is there
+
+
+def rows_at(record: dict, over: str) -> dict[int, dict[str, float]]:
+    """Rows by training step, or those of the end by DDIM steps."""
+    training = {row["checkpoint"]: row for row in record["rows"] if row["kind"] == "training"}
+    if over == "training":
+        return training
+    return {row["steps"]: row for row in (*(row for row in record["rows"] if row["kind"] == "sampling"), training[max(training)])}
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and from the lowest to the highest."""
+    return f"{statistics.mean(values):.1f}" + (f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else "")
+
+
+def table(found: Records, over: str, head: str) -> str:
+    """Distance and bias over training or sampling."""
+    places = sorted(rows_at(next(iter(found.values()))[0], over))
+    lines = [f"| | weighting | seeds | {' | '.join(f'{place} {head}' for place in places)} |", f"|---|---|---|{'---|' * len(places)}"]
+    for (group, variant), records in found.items():
+        at = [[rows_at(record, over)[place] for record in records] for place in places]
+        cells = [f"{spread([row['fid'] for row in rows])}, bias {statistics.mean(map(bias_of, rows)):.1f}" for rows in at]
+        lines.append(f"| {group} | {variant} | {len(records)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def against_constant(curves: Curves, place: int) -> str:
-    """Difference of the distance to that of the constant weight, seed by seed, with its 95% interval."""
-    lines = ["| shift | weighting | difference of the distance (95% interval) | seeds |", "|---|---|---|---|"]
-    for (shift, weighting), seeds in curves.items():
-        if weighting == "constant":
-            continue
-        differences = [seed[place][0] - base[place][0] for seed, base in zip(seeds, curves[shift, "constant"])]
-        mean, n = statistics.mean(differences), len(differences)
-        width = STUDENT[n] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
-        interval = f" ({mean - width:+.2f} to {mean + width:+.2f})" if n > 1 else ""
-        lines.append(f"| {shift} | {weighting} | {mean:+.2f}{interval} | {n} |")
+def end_table(found: Records) -> str:
+    """Every figure at the end of the training with the most DDIM steps, for each kind of weights."""
+    kinds = list(dict.fromkeys(row["kind"] for records in found.values() for row in records[0]["rows"] if row["kind"] != "sampling"))
+    about = {"kind", "images", "scheduler", "steps", "network_evaluations", "checkpoint", "guidance_scale", "total_images"}
+    names = [name for name in next(iter(found.values()))[0]["rows"][0] if name not in about]
+    lines = [f"| | weighting | weights | {' | '.join(name.replace('_', ' ') for name in names)} |", f"|---|---|---|{'---|' * len(names)}"]
+    for (group, variant), records in found.items():
+        for kind in kinds:
+            last = [max((row for row in record["rows"] if row["kind"] == kind), key=lambda row: row["checkpoint"]) for record in records]
+            cells = [f"{statistics.mean(row[name] for row in last):.4g}" for name in names]
+            lines.append(f"| {group} | {variant} | {'ema' if kind == 'training' else kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def picture(by_step: Curves, by_evaluation: Curves, path: Path) -> None:
-    """Distance and bias over training steps and over network evaluations, a row for each shift."""
-    shifts = list(dict.fromkeys(shift for shift, _ in by_step))
-    figure = Figure(figsize=(16, 4 * len(shifts)), layout="constrained")
-    panels = figure.subplots(len(shifts), 4, squeeze=False)
-    for row, shift in zip(panels, shifts):
-        for column, (curves, what) in enumerate(((by_step, 0), (by_step, 1), (by_evaluation, 0), (by_evaluation, 1))):
-            panel = row[column]
-            for k, weighting in enumerate(WEIGHTINGS):
-                seeds = curves[shift, weighting]
-                places = sorted(seeds[0])
-                values = [[seed[place][what] for seed in seeds] for place in places]
-                panel.plot(places, [statistics.mean(at) for at in values], marker="o", markersize=3, color=f"C{k}", label=weighting)
-                panel.fill_between(places, [min(at) for at in values], [max(at) for at in values], color=f"C{k}", alpha=0.15)
-            title = ("Frechet distance", "bias of the mean brightness")[what]
-            panel.set(title=f"shift {shift}: {title}", xlabel="training step" if curves is by_step else "network evaluations (DDIM)")
+def difference(found: Records, group: str, variant: str, place: int, figure: str) -> str:
+    """The mean difference to the constant weight of the same seeds, with its 95% interval."""
+    base = {record["seed"]: record for record in found.get((group, "constant"), [])}
+    apart = [
+        FIGURES[figure](rows_at(record, "training")[place]) - FIGURES[figure](rows_at(base[record["seed"]], "training")[place])
+        for record in found[group, variant]
+        if record["seed"] in base
+    ]
+    if len(apart) < 2:
+        return f"{apart[0]:+.2f}" if apart else "-"
+    mean, width = statistics.mean(apart), STUDENT[len(apart)] * statistics.stdev(apart) / math.sqrt(len(apart))
+    return f"{mean:+.2f} ({mean - width:+.2f} to {mean + width:+.2f}), {len(apart)} seeds"
+
+
+def against_constant(found: Records) -> str:
+    """Differences at each training step."""
+    places = sorted(rows_at(next(iter(found.values()))[0], "training"))
+    lines = [f"| | weighting | of | {' | '.join(f'{place} steps' for place in places)} |", f"|---|---|---|{'---|' * len(places)}"]
+    for group, variant in found:
+        for figure in FIGURES if variant != "constant" else ():
+            cells = " | ".join(difference(found, group, variant, place, figure) for place in places)
+            lines.append(f"| {group} | {variant} | {figure} | {cells} |")
+    return "\n".join(lines)
+
+
+def picture(found: Records, path: Path) -> None:
+    """Distance and bias over training steps and over DDIM steps, a row for each group."""
+    from matplotlib.figure import Figure
+
+    groups = list(dict.fromkeys(group for group, _ in found))
+    colours = {variant: f"C{k}" for k, variant in enumerate(dict.fromkeys(variant for _, variant in found))}
+    figure = Figure(figsize=(16, 4 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), 4, squeeze=False)
+    for line, group in zip(panels, groups):
+        columns = [(over, what) for over in ("training", "sampling") for what in ("distance", "bias")]
+        for panel, (over, what) in zip(line, columns):
+            for variant in (variant for each, variant in found if each == group):
+                rows = [rows_at(record, over) for record in found[group, variant]]
+                places = sorted(rows[0])
+                values = [[FIGURES[what](row[place]) for row in rows] for place in places]
+                panel.plot(places, list(map(statistics.mean, values)), marker="o", markersize=3, color=colours[variant], label=variant)
+                panel.fill_between(places, list(map(min, values)), list(map(max, values)), color=colours[variant], alpha=0.15)
+            title = {"distance": "Frechet distance", "bias": "bias of the mean colour"}[what]
+            panel.set(title=f"{group}: {title}", xlabel="training step" if over == "training" else "DDIM steps", yscale="log")
             panel.grid(alpha=0.3)
-            if what == 0:
-                panel.set_yscale("log")
     panels[0][0].legend()
     figure.savefig(path, dpi=80)
 
 
-def main() -> None:
-    """Trains what is missing, measures, and writes tables and a picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, each with one thread")
-    options = parser.parse_args()
-    plan = QUICK if options.quick else FULL
-    cases = [(shift, weighting, seed) for shift, seeds in plan.seeds.items() for seed in seeds for weighting in WEIGHTINGS]
-    folders = {case: options.out / f"shift{case[0]}-{case[1]}-seed{case[2]}-{plan.steps}" for case in cases}
-    with ThreadPoolExecutor(options.parallel) as pool:
-        try:
-            for done in as_completed([pool.submit(train, folders[case], *case, plan) for case in cases]):
-                done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # or the failure is said when all others are done, hours later
-            raise
-    by_step: Curves = {}
-    by_evaluation: Curves = {}
-    for shift, weighting, seed in cases:
-        by_step.setdefault((shift, weighting), []).append(measured(folders[shift, weighting, seed]))
-        by_evaluation.setdefault((shift, weighting), []).append(over_evaluations(folders[shift, weighting, seed]))
+def report(data: str, out: Path, trial: bool) -> str:
+    """Tables of the units that are there, and which are missing; writes them and the plot."""
+    units = PLANS[data].units
+    found: Records = {}
+    for unit in sorted(units, key=lambda unit: [each.group for each in units].index(unit.group)):
+        path = figures_of(unit, out)
+        record = json.loads(path.read_text()) if path.exists() else {"trial": not trial}
+        if record["trial"] == trial:
+            found.setdefault((unit.group, unit.variant), []).append(record)
+    there = {record["unit"] for records in found.values() for record in records}
+    missing = [unit.name for unit in units if unit.name not in there]
+    if not found:
+        raise SystemExit(f"{out / 'units'} has no figures of {data}")
+    every = [record for records in found.values() for record in records]
+    made = sorted({f"{record['device']}, torch {record['torch']}" for record in every})
+    seconds = statistics.median(record["training_seconds"] + record["evaluation_seconds"] for record in every)
     parts = [
-        f"Frechet distance (lowest to highest seed) and bias of the mean brightness over training steps:\n\n{table(by_step, 'steps')}",
-        f"The same over network evaluations (DDIM), after {plan.steps} steps of training:\n\n{table(by_evaluation, 'evaluations')}",
-        f"After {plan.steps} steps, seed by seed against the constant weight:\n\n{against_constant(by_step, plan.steps)}",
+        f"{len(there)} of {len(units)} units, on {'; '.join(made)}; {seconds:.0f} seconds for one (median). "
+        f"Missing: {', '.join(missing) or 'none'}.",
+        f"Frechet distance (lowest to highest seed) and bias of the mean colour over training steps, DDIM-50:\n\n"
+        f"{table(found, 'training', 'steps')}",
+        f"The same over DDIM steps, at the end of the training:\n\n{table(found, 'sampling', 'steps')}",
+        f"Differences to the constant weight, seed by seed, with 95% intervals:\n\n{against_constant(found)}",
+        f"All figures at the end of the training, DDIM-50, means over seeds:\n\n{end_table(found)}",
     ]
     text = "\n\n".join(parts) + "\n"
-    (options.out / "claim.md").write_text(text)
-    picture(by_step, by_evaluation, options.out / "claim.png")
-    print(text)
+    (out / f"claim-{data}.md").write_text(text)
+    picture(found, out / f"claim-{data}.png")
+    return text
+
+
+def main() -> None:
+    """Computes what is missing, and writes tables and a plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", choices=PLANS, default="emoji")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="units to compute; all if left out")
+    parser.add_argument("--list", action="store_true", help="list the units in order of priority, and which are there")
+    parser.add_argument("--table", action="store_true", help="compute nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="units at a time, each with one CPU thread")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="for a CUDA device")
+    parser.add_argument("--compile", action="store_true", help="compile the network with CUDA graphs, for a CUDA device")
+    parser.add_argument(
+        "--trial", action="store_true", help=f"numbers of steps divided by {TRIAL}, 100 images: does it work? In another OUT"
+    )
+    options = parser.parse_args()
+    plan = PLANS[options.data]
+    if unknown := set(options.only or ()) - {unit.name for unit in plan.units}:
+        parser.error(f"--only {sorted(unknown)[0]} is no unit of {options.data}; --list shows them")
+    wanted = [unit for unit in plan.units if unit.name in (options.only or {unit.name})]
+    if options.list:
+        print("\n".join(f"{unit.name}{'  there' if figures_of(unit, options.out).exists() else ''}" for unit in wanted))
+        return
+    units = [unit for unit in wanted if not figures_of(unit, options.out).exists()]
+    if units and not options.table:
+        of_device: dict[str, object] = {"mixed_precision": options.mixed_precision}
+        of_device |= {"compile": True, "compile_mode": "reduce-overhead"} if options.compile else {}
+        if len(wanted) == 1:
+            compute(units[0], plan, options.data, options.out, of_device, options.trial)
+            return
+        more = ["--mixed_precision", options.mixed_precision, *["--compile"] * options.compile, *["--trial"] * options.trial]
+        compute_all(units, options, more)
+    print(report(options.data, options.out, options.trial))
 
 
 if __name__ == "__main__":

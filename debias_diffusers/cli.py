@@ -20,6 +20,7 @@ from .config.ranges import field_types, range_problems
 from .config.schema import (
     DIGITS,
     DIGITS_TEXT,
+    EMBEDDED,
     BiasConfig,
     BitsConfig,
     ExportConfig,
@@ -28,6 +29,7 @@ from .config.schema import (
     PlayConfig,
     PushConfig,
     ReconstructConfig,
+    ReportConfig,
     SampleConfig,
     ScoreConfig,
     ShardsConfig,
@@ -38,7 +40,7 @@ from .config.schema import (
     WeightsConfig,
 )
 from .config.validation.conversion import shards_problems, single_problems
-from .config.validation.evaluation import bias_problems, bits_problems, score_problems, stats_problems
+from .config.validation.evaluation import bias_problems, bits_problems, report_problems, score_problems, stats_problems
 from .config.validation.objective import weights_problems
 from .config.validation.sampling import sample_problems
 from .config.validation.yielding import yielded
@@ -50,6 +52,7 @@ from .runs.lora_folder import lora_problems
 from .runs.model_folder import check_sampling, pixel_problems, task_of
 from .runs.run_directory import kept_values, run_values, sampling_problems, shown_values
 from .utils import console, launcher, text_libraries
+from .utils.files import require_replaceable
 
 HELP_FLAGS = {"-h", "--help"}
 ERROR_GRACE_SECONDS = 10.0  # the other processes wait so long for the first one to print its error
@@ -187,7 +190,7 @@ def train_config(argv: list[str], launcher_precision: str | None, program: str =
 def train_command(argv: list[str], launcher_precision: str | None, program: str = "train.py") -> tuple[TrainConfig, frozenset[str]]:
     """The training configuration, and the fields that are chosen as soon as the data are known.
 
-    Precedence: flags, `--config`, the packaged configuration of the digits (for the digits), defaults. With `--resume RUN`: flags, the
+    Precedence: flags, `--config`, the packaged configuration of an embedded data set (for that), defaults. With `--resume RUN`: flags, the
     configuration of the run. A plain command, without both, chooses what was left out (`config.choices`); in the directory
     of a run it keeps what the run has chosen.
     `--help` prints the field defaults, or with `--config` the values of that configuration.
@@ -209,9 +212,9 @@ def train_command(argv: list[str], launcher_precision: str | None, program: str 
         kept = kept_values(_take_flag("output_dir", flags)[0] or values.get("output_dir"), chosen)
         defaults = configuration.layered(values, kept)
         chosen = frozenset() if kept else chosen
-    elif file or dataset in (None, DIGITS):
-        digits = (dataset or values.get("dataset") or (None if file or asks_help else DIGITS)) == DIGITS
-        defaults = configuration.layered(configuration.read_config(DIGITS) if digits else {}, values)
+    elif file or dataset is None or dataset in EMBEDDED:
+        named = dataset or values.get("dataset") or (None if file or asks_help else DIGITS)
+        defaults = configuration.layered(configuration.read_config(named) if named in EMBEDDED else {}, values)
     else:
         chosen, of_init = choices.left_out(typed), choices.of_init(typed)
         kept = kept_values(_take_flag("output_dir", flags)[0], chosen | of_init)
@@ -304,6 +307,7 @@ Evaluate diffusion models and their objectives. COMMAND --help lists the flags o
   stats REF OUT      statistics of a reference, to score against
   bpd MODEL          bits per dimension: variational bound, or likelihood by the probability-flow ODE
   bias RUN...        errors, colour bias and estimates of x_0 over the timesteps, images over the steps of the solver; an HTML report
+  report RUN...      curves, grids over time, metrics, weights and configuration of runs side by side, as one HTML file
   weights            the weights of an objective over t and log SNR in every prediction space, as a picture and as numbers"""
 
 WEIGHTS_HELP = """Draw the weights of an objective, over t and over log SNR and in every prediction space: weights.png and weights.csv.
@@ -365,6 +369,18 @@ def _bias(argv: list[str], program: str) -> None:
     bias.measure_bias(config)
 
 
+def _report(argv: list[str], program: str) -> None:
+    config = parse(ReportConfig, argv, None, program, ReportConfig.__doc__ or "")
+    from .analysis.report_page import is_our_page
+    from .analysis.run_files import run_problems
+
+    raise_all(report_problems(config) + run_problems(config.runs))
+    require_replaceable("output", Path(config.output), is_our_page)
+    from .analysis import run_report
+
+    run_report.write_report(config)
+
+
 def _weights(argv: list[str], program: str) -> None:
     config = parse(WeightsConfig, argv, None, program, WEIGHTS_HELP)
     raise_all(weights_problems(config))
@@ -373,7 +389,7 @@ def _weights(argv: list[str], program: str) -> None:
     plots.plot_weights(config)
 
 
-EVALUATIONS = {"score": _score, "compare": _compare, "stats": _stats, "bpd": _bits, "bias": _bias, "weights": _weights}
+EVALUATIONS = {"score": _score, "compare": _compare, "stats": _stats, "bpd": _bits, "bias": _bias, "report": _report, "weights": _weights}
 
 
 CONVERT_HELP = """

@@ -247,7 +247,7 @@ def test_help_needs_no_torch(entry):
 
 def test_eval_names_its_commands():
     code, _, err = run("eval.py", "foo")
-    said = "error: eval.py foo is not known; take one of score, compare, stats, bpd, bias, weights"
+    said = "error: eval.py foo is not known; take one of score, compare, stats, bpd, bias, report, weights"
     assert code == 2 and err.strip().splitlines()[-1] == said
 
 
@@ -273,6 +273,9 @@ def test_the_digits_configuration_is_taken_for_the_digits(tmp_path):
         assert train_config(flags, None).objective.schedule_shift == 64
     assert train_config(["--dataset", "faces"], None).objective.schedule_shift == 1
     assert train_config(["--dataset=digits", "--config", str(TINY)], None).objective.schedule_shift == 64
+    for flags in (["--dataset", "emoji"], ["--config", "emoji"]):
+        config = train_config(flags, None)
+        assert train_problems(config) == [] and config.objective.schedule_shift == 16 == (64 / config.data.resolution) ** 2
 
 
 def test_what_the_launcher_says_of_precision_is_taken_when_the_command_does_not():
@@ -328,7 +331,7 @@ PAPER = {
 
 
 def test_every_packaged_configuration_has_a_test():
-    assert set(loading.packaged_configs()) == {*PAPER, "digits", "reference_parity", "digits_text", "sdxl"}
+    assert set(loading.packaged_configs()) == {*PAPER, "digits", "emoji", "reference_parity", "digits_text", "sdxl"}
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -1,5 +1,6 @@
 """Which images there are, and that what stands at a position follows from seed and position alone."""
 
+import hashlib
 import os
 
 import datasets
@@ -9,14 +10,16 @@ import torch
 from PIL import Image
 
 from debias_diffusers.config.schema import DataConfig, TextConfig
-from debias_diffusers.data.captions import CaptionedSource
+from debias_diffusers.data.captions import CaptionedSource, read_captions
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
-from debias_diffusers.data.sources import RepeatedSource, SourceSubset, folder_repeats, open_source, summary, training_summary
+from debias_diffusers.data.images import decode, to_array
+from debias_diffusers.data.sources import RepeatedSource, SourceSubset, class_counts, folder_repeats, open_source, summary, training_summary
 from debias_diffusers.data.text_dataset import TextData
 from debias_diffusers.errors import DebiasError, InputError
 from debias_diffusers.utils import seeding
 
 DIGITS = DataConfig(dataset="digits", resolution=8, num_workers=0)
+EMOJI_SHA256 = "99f6da69c2406a664b50d676ad2388959b4e9e7fc16622712c4edb3a7b8d3826"  # of the pixels, (1906, 3, 16, 16)
 
 
 def picture(value, size=(8, 8), mode="RGB"):
@@ -39,6 +42,22 @@ def test_the_digits_are_the_1797_of_the_collection():
     assert data.source.class_names == [str(k) for k in range(10)]
     counts = torch.bincount(torch.tensor([data.source.read(k)[1] for k in range(1797)]))
     assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # as the collection's description says
+
+
+def test_the_emoji_are_those_of_noto_emoji():
+    config = DataConfig(dataset="emoji", resolution=16, class_conditional=True)
+    source = open_source(config)
+    pixels = np.stack([to_array(decode(source.read(k)[0], source.read(k)[2])) for k in range(len(source))])
+    assert pixels.shape == (1906, 3, 16, 16)
+    assert hashlib.sha256(pixels.tobytes()).hexdigest() == EMOJI_SHA256
+    assert np.abs(pixels.mean((0, 2, 3)) - (209, 196, 181)).max() < 2  # the mean colour of the same images in 32x32
+    counts = dict(zip(source.class_names, class_counts(source)))
+    assert counts == {  # the numbers of emoji 16.0 without skin tones
+        "Activities": 85, "Animals & Nature": 159, "Flags": 270, "Food & Drink": 131, "Objects": 264, "People & Body": 386,
+        "Smileys & Emotion": 169, "Symbols": 224, "Travel & Places": 218,
+    }  # fmt: skip
+    names = dict(zip([caption for (caption,) in read_captions(source, None)], source.labels()))
+    assert len(names) == 1905 and source.class_names[names["french fries"]] == "Food & Drink"
 
 
 def test_every_epoch_shows_every_image_once_in_another_order():

@@ -300,6 +300,31 @@ def test_the_digits_classifier_tells_digits_apart(tmp_path):
     assert (logits.argmax(1) == torch.tensor([label for _, label, _ in read])).float().mean() > 0.97
 
 
+def test_the_emoji_classifier_tells_categories_apart():
+    from debias_diffusers.data.images import decode, to_array
+
+    source = open_source(DataConfig(dataset="emoji", resolution=16, class_conditional=True))
+    read = [source.read(k) for k in range(0, len(source), 5)]  # those that it has not learned
+    images = torch.stack([torch.from_numpy(to_array(decode(data, where))) for data, _, where in read])
+    logits = Extractor("emoji", ["is"])(images)["logits"]
+    assert (logits.argmax(1) == torch.tensor([label for _, label, _ in read])).float().mean() > 0.65
+
+
+def test_the_sliced_distance_and_the_bias_of_channels_of_images_that_are_shifted():
+    """Of equal images that are d brighter every projection moves by d times the sum of its direction."""
+    measure = Measure(MeasureConfig(metrics="swd,channel_bias", cache_dir=""), "emoji", "cpu")
+    images = torch.randint(0, 200, (60, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    shifted = images.flip(0) + torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None]
+    reference, target = (Sample.of(measure.features(each)) for each in (images, shifted))
+    found = metrics.figures(target, reference, measure.layers)
+    assert [found[name] for name in ("red_bias", "green_bias", "blue_bias")] == pytest.approx([10, 20, 30])
+    moved = (target.features["projections"].flip(0) - reference.features["projections"]).square().mean().sqrt()
+    assert found["swd"] == pytest.approx(moved.item(), rel=1e-4)
+    assert found["swd"] == pytest.approx(math.sqrt((100 + 400 + 900) / 3), rel=0.2)  # on average over directions
+    same = metrics.figures(reference, Sample.of(measure.features(images[:30])), measure.layers)["swd"]
+    assert 0 < same < found["swd"]
+
+
 # ---- what is compared ------------------------------------------------------------------------------------------------
 
 
@@ -617,19 +642,51 @@ def test_a_failure_of_the_claim_ends_it_without_the_runs_that_wait(claim, tmp_pa
             over.set()
             super().shutdown(wait)
 
-    def train(folder, *_):
-        began.append(folder)
+    def run(*words):
+        began.append(words)
         if len(began) == 2:
             raise SystemExit("of the second")
         if len(began) > 2:
             over.wait(HANG)
 
-    monkeypatch.setattr(claim, "train", train)
+    monkeypatch.setattr(claim, "run", run)
     monkeypatch.setattr(claim, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(sys, "argv", ["claim.py", str(tmp_path), "--parallel", "1"])
+    monkeypatch.setattr(sys, "argv", ["claim.py", str(tmp_path), "--jobs", "1"])
     with pytest.raises(SystemExit, match="of the second"):
         claim.main()
     assert len(began) <= 3
+
+
+def test_units_of_the_claim_are_merged_by_their_files(claim, tmp_path):
+    """Planted figures: debiased is 2 nearer than constant in each seed, and a seed is missing."""
+    plan = claim.PLANS["emoji"]
+    assert len({unit.name for unit in plan.units}) == len(plan.units) == 46
+    (tmp_path / "units").mkdir()
+    chosen = [unit for unit in plan.units if unit.group == "shift 16" and unit.variant in ("constant", "debiased")]
+    for unit in chosen[:-1]:  # debiased with seed 4 is missing
+        distance = 10 + unit.seed - 2 * (unit.variant == "debiased")
+        figures = {"fid": distance, "swd": 1, "brightness_bias": -2, "red_bias": -3, "green_bias": 2, "blue_bias": -1}
+        rows = [
+            {"kind": scores.kind, "checkpoint": step, "steps": steps} | figures
+            for scores in unit.scores
+            for step in scores.checkpoints
+            for steps in scores.steps
+        ]
+        about = {
+            "unit": unit.name,
+            "seed": unit.seed,
+            "trial": False,
+            "device": "A",
+            "torch": "2",
+            "training_seconds": 1,
+            "evaluation_seconds": 2,
+        }
+        claim.figures_of(unit, tmp_path).write_text(json.dumps(about | {"rows": rows}))
+    said = claim.report("emoji", tmp_path, False)
+    assert said == (tmp_path / "claim-emoji.md").read_text() and (tmp_path / "claim-emoji.png").exists()
+    assert said.startswith("9 of 46 units, on A, torch 2; 3 seconds") and "emoji-shift16-debiased-seed4" in said.splitlines()[0]
+    assert "| shift 16 | debiased | distance | -2.00 (-2.00 to -2.00), 4 seeds |" in said
+    assert "| shift 16 | constant | 5 | 12.0 (10.0 to 14.0), bias 2.0 |" in said
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -719,7 +776,7 @@ def test_a_damaged_npz_is_named(tmp_path):
         (["--schedulers", "ddim,foo"], "schedulers has foo"),
         (["--checkpoints", "last"], "checkpoints is last"),
         (["--checkpoints", "7"], "no usable checkpoint at step 7"),
-        (["--feature_extractor", "foo"], "take one of digits, clip-rn101"),
+        (["--feature_extractor", "foo"], "take one of digits, emoji, clip-rn101"),
         (["--metrics", "sfid"], "sfid is of inception-v3-compat, but feature_extractor is digits"),
         (["--reference", "nowhere"], "reference nowhere"),
     ],

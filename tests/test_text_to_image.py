@@ -292,6 +292,11 @@ def test_tags_are_shuffled_behind_those_that_are_kept(bases, tmp_path):
     task.texts.of(captions[:4], [False] * 4, "cpu")
 
 
+def test_the_emoji_have_captions(tmp_path):
+    data = plan_of("digits", tmp_path / "run", "--dataset", "emoji", "--resolution", 16).task.data
+    assert {data[position]["caption"] for position in range(1906)} >= {"french fries", "virgo", "norfolk island flag"}
+
+
 def test_missing_and_long_captions_are_counted(bases, tmp_path, capsys):
     folder = pictures(tmp_path / "data", sizes=((8, 8),) * 3)
     (folder / "0.txt").write_text("one " * 20)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import tracking
 from conftest import (
     HANG,
     SERVER,
@@ -465,11 +466,16 @@ def test_a_card_names_a_solver_and_a_class_of_the_model(prediction_type):
 
 
 def test_sample_grids_and_the_tracker_are_written_when_asked(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     flags = ["--sample_every", 1, "--report_to", "tensorboard", "--max_grad_norm", 0.1, "--mixed_precision", "bf16"]
     flags += ["--max_steps", 2, "--warmup_steps", 1, "--batch_size", 64]
     assert run(*train_args(tmp_path / "run", *flags))[0] == 0
     assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == ["step-00000001.png", "step-00000002.png"]
     assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
+    tracked = EventAccumulator(str(tmp_path / "run" / "logs"), size_guidance={"images": 0})
+    tracked.Reload()
+    assert [event.step for event in tracked.Images("samples")] == [1, 2]
     assert metrics(tmp_path / "run") != [] and json.loads((tmp_path / "run" / "config.json").read_text())["mixed_precision"] == "bf16"
 
 
@@ -585,7 +591,19 @@ def test_a_run_that_is_older_than_a_field_goes_on(tmp_path):
 def tracked(folder, monkeypatch):
     """What wandb would be begun with."""
     begun = []
-    accelerator = SimpleNamespace(init_trackers=lambda *arguments: begun.append(arguments))
+
+    class Tracker:
+        name = "wandb"
+        start = finish = lambda self: None
+
+        def __init__(self, project, **own):
+            self.begun = [project, own]
+
+        def store_init_configuration(self, values):
+            begun.append((self.begun[0], values, {"wandb": self.begun[1]}))
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+    accelerator = SimpleNamespace(num_processes=1, is_main_process=True)
     config = train_config(["--config", str(TINY), "--output_dir", str(folder), "--report_to", "wandb"], None)
     folder.mkdir(exist_ok=True)
     Logger(config, SimpleNamespace(folder=folder), accelerator, 0).bar.close()

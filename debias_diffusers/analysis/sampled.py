@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config.schema import DIGITS, BiasConfig, DataConfig, MeasureConfig, SampleConfig
+from ..config.schema import EMBEDDED, BiasConfig, DataConfig, MeasureConfig, SampleConfig
 from ..errors import InputError
 from ..evaluation import metrics
 from ..evaluation.image_sets import process_batches, to_rgb
@@ -30,11 +30,11 @@ THRESHOLDS = 11
 def make_bias_measure(config: BiasConfig, chosen: DataConfig, model: Model, device: Any) -> tuple[Measure, Sample]:
     """How sampled images are compared with the reference, and the features of the reference.
 
-    Without `metrics` and a named extractor only the digits are compared by features: other extractors are downloaded.
+    Without `metrics` and a named extractor only the data sets of the package are compared by features: other extractors are downloaded.
     """
     extractor = config.feature_extractor or model.values.get("feature_extractor")
     file = config.feature_extractor_weights or model.values.get("feature_extractor_weights")
-    default = "fid,colour" if chosen.dataset == DIGITS or extractor or file else "colour"
+    default = "fid,colour" if chosen.dataset in EMBEDDED or extractor or file else "colour"
     side = model.pipeline.unet.config.sample_size
     asked = MeasureConfig(
         metrics=config.metrics or default,

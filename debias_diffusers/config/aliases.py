@@ -223,6 +223,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("logger log_with tracker", "--report_to", ""),
     ("wandb use_wandb", "--report_to wandb", ""),
     ("tensorboard use_tensorboard", "--report_to tensorboard", ""),
+    ("trackio mlflow comet_ml swanlab", "--report_to", "trackers by name, several at once"),
     ("random_seed manual_seed", "--seed", ""),
     ("torch_compile compile_model", "--compile", ""),
     ("mode", "--compile_mode", ""),
@@ -307,7 +308,7 @@ _VALUES: dict[str, dict[str, str]] = {
         "eulerancestraldiscretescheduler": "euler_ancestral", "flowmatcheulerdiscretescheduler": "flow_euler",
         "flowmatchheundiscretescheduler": "flow_heun",
     },
-    "report_to": {"tb": "tensorboard", "no": "none"},
+    "report_to": {"tb": "tensorboard", "no": "none", "comet": "comet_ml"},
     "clipping": {"none": "off", "no": "off", "thresholding": "dynamic"},
 }  # fmt: skip
 _VALUES["schedulers"] = _VALUES["scheduler"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import shard_names
-from .schema import DIGITS
+from .schema import EMBEDDED
 
 # Names of Hub repositories, which a run writes down with the commit that it took: user/name@commit.
 PINNED = ("dataset", "init", "base_model", "vae")
@@ -46,7 +46,7 @@ def is_dataset_id(dataset: str) -> bool:
     if hub_file(dataset):
         return True
     is_file = Path(dataset).suffix.lower() in (".parquet", ".tar")
-    return bool(_DATASET_ID.fullmatch(dataset)) and dataset != DIGITS and not is_file and not is_path(dataset)
+    return bool(_DATASET_ID.fullmatch(dataset)) and dataset not in EMBEDDED and not is_file and not is_path(dataset)
 
 
 def is_path(name: str) -> bool:
@@ -82,7 +82,7 @@ def model_problems(field: str, name: str) -> list[str]:
 
 def data_problems(field: str, name: str | None) -> list[str]:
     """Data, or a file of their statistics, that are neither on this disk nor the name of a data set on the Hub."""
-    if not name or name == DIGITS or Path(name).expanduser().exists():
+    if not name or name in EMBEDDED or Path(name).expanduser().exists():
         return []
     if shard_names.is_remote(name):
         return _address_problems(field, name)
@@ -93,7 +93,7 @@ def data_problems(field: str, name: str | None) -> list[str]:
     if is_dataset_id(name) and Path(name).suffix not in (".npz", ".safetensors"):
         return []
     advice = f"; {name}@main asks the Hub for it" if is_dataset_id(f"{name}@main") else ""
-    return [f"{field} {name} is neither digits, a folder, a file nor a Hub id: {absolute_path(name)} does not exist{advice}"]
+    return [f"{field} {name} is neither {', '.join(EMBEDDED)}, a folder, a file nor a Hub id: {absolute_path(name)} does not exist{advice}"]
 
 
 def _address_problems(field: str, name: str) -> list[str]:

@@ -290,6 +290,8 @@ def layered(*layers: Mapping[str, Any]) -> TrainConfig:
             if layer.get(name):
                 values |= {number: defaults[number] for number in replaced}
         values |= layer
+    if values.get("report_to") == ("none",):  # as runs have it that are older than several trackers
+        values["report_to"] = ()
     return update(TrainConfig(), values)
 
 
@@ -303,6 +305,7 @@ def resolved(config: TrainConfig, launcher_precision: str | None) -> TrainConfig
     if config.data.resolution and not is_text(config) and (config.model.size or not config.model.model_config):
         values |= _network(config.model, config.data.resolution)
     values["noise_schedule"] = noise_schedule(config.objective)
+    values["report_to"] = () if config.run.report_to == ("none",) else config.run.report_to
     rank = config.lora.lora_rank
     if is_text(config) and rank and rank > 0 and config.lora.lora_alpha is None:
         values["lora_alpha"] = float(rank)

@@ -214,6 +214,18 @@ METRICS: dict[str, MetricSpec] = {
         reference="statistics",
         layer="colour",
     ),
+    "channel_bias": MetricSpec(
+        summary="bias of the mean of each colour channel; needs no feature extractor",
+        figures={"red_bias": "near 0", "green_bias": "near 0", "blue_bias": "near 0"},
+        reference="statistics",
+        layer="colour",
+    ),
+    "swd": MetricSpec(
+        summary="sliced Wasserstein distance of the pixels; needs no feature extractor",
+        figures={"swd": "lower"},
+        reference="images",
+        layer="projections",
+    ),
     "prompt_accuracy": MetricSpec(
         summary="share of images of digits that show the digit which their prompt names",
         figures={"prompt_accuracy": "higher"},
@@ -232,6 +244,20 @@ METRICS: dict[str, MetricSpec] = {
     ),
 }
 FIGURES: dict[str, Better] = {name: better for spec in METRICS.values() for name, better in spec.figures.items()}
+
+
+# Experiment trackers, those of accelerate: modules, of which one must be there, and what pip installs.
+TRACKERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "aim": (("aim",), '"aim<4"'),
+    "clearml": (("clearml",), "clearml"),
+    "comet_ml": (("comet_ml",), "comet-ml"),
+    "dvclive": (("dvclive",), "dvclive"),
+    "mlflow": (("mlflow",), "mlflow"),
+    "swanlab": (("swanlab",), "swanlab"),
+    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
+    "trackio": (("trackio",), "trackio"),
+    "wandb": (("wandb",), "wandb"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typing_extensions import Doc
 
 from .ranges import Range, above, at_least
-from .registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, METRICS, SOLVERS, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, summaries
+from .registry import (
+    DEFAULT_FLOW_SOLVER,
+    DEFAULT_SOLVER,
+    METRICS,
+    SOLVERS,
+    TIMESTEP_BIASES,
+    TIMESTEP_SAMPLERS,
+    TRACKERS,
+    WEIGHTINGS,
+    summaries,
+)
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
 NoiseSchedule = Literal["linear", "cosine", "scaled_linear", "sigmoid", "rectified_flow"]
@@ -31,10 +41,12 @@ if TYPE_CHECKING:
     TimestepSamplerName = str
     TimestepBiasName = str
     SchedulerName = str
+    TrackerName = str
 else:
     TimestepSamplerName = Literal[tuple(TIMESTEP_SAMPLERS)]
     TimestepBiasName = Literal[tuple(TIMESTEP_BIASES)]
     SchedulerName = Literal[tuple(SOLVERS)]
+    TrackerName = Literal[("none", *TRACKERS)]
 
 Threads = Annotated[int | None, at_least(1, 2)]
 Share = Annotated[float, Range("at least 0 and below 1, such as 0.1", lambda value: 0 <= value < 1)]
@@ -78,7 +90,8 @@ _METRICS = f"metrics, separated by commas: {summaries(METRICS)}"
 _SCHEDULER = f"scheduler (solver): {summaries(SOLVERS)}; {DEFAULT_SOLVER} if left out, {DEFAULT_FLOW_SOLVER} for a model of rectified flow"
 _BIAS_SCHEDULER = "scheduler (solver), as in sample.py; ddim if left out, flow_euler for a model of rectified flow"
 
-DIGITS = "digits"
+DIGITS, EMOJI = "digits", "emoji"
+EMBEDDED = (DIGITS, EMOJI)  # the data sets of the package; each has a configuration of its name
 DIGITS_TEXT = "digits_text"  # the configuration of the captioned digits
 DEFAULT_SCHEDULE: NoiseSchedule = "linear"
 
@@ -92,7 +105,7 @@ class DataConfig:
 
     # what is trained: a pixel model, or a text-to-image model; follows from base_model if left out
     task: Task | None = None
-    # data set: digits, a folder of images, of .tar or of .parquet files, such a file, a pattern of them such as
+    # data set: digits, emoji, a folder of images, of .tar or of .parquet files, such a file, a pattern of them such as
     # 'shards/{0000..0127}.tar' (also https://... and hf://datasets/user/set/...), a saved dataset, or a Hub id (user/set@revision)
     dataset: str | None = None
     split: str = "train"  # split of a parquet, saved or Hub dataset
@@ -315,14 +328,14 @@ class RunConfig:
     eval_metrics: Annotated[str, Doc(f"{_METRICS}; the first decides which checkpoint is the best")] = "fid,colour"
     # number of samples per evaluation; 1000, or more where the metrics need more, if left out
     eval_images: Annotated[int | None, at_least(1, 1000)] = None
-    # feature extractor of these metrics: digits, or a name of torch-fidelity; as in eval.py score if left out
+    # feature extractor of these metrics: digits, emoji, or a name of torch-fidelity; as in eval.py score if left out
     feature_extractor: str | None = None
     feature_extractor_weights: str | None = None  # weight file of the feature extractor; packaged or downloaded if left out
     cache_dir: str | None = None  # cache directory for features of the training images; as in eval.py score if left out, "" is off
     keep_best: bool = False  # keep the checkpoint with the best metric, beyond keep_checkpoints
     # timeout of collective operations in seconds: how long a process waits for another, which may evaluate or save alone
     ddp_timeout: Timeout = 1800
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # experiment tracker, through accelerate
+    report_to: tuple[TrackerName, ...] = ()  # experiment trackers, through accelerate, one or several; none is off
     # fields that this resume changes on purpose, such as learning_rate, from its checkpoint on; train.py --help lists them
     allow_change: tuple[str, ...] = ()
     accept_changed_data: bool = False  # resume although the data set has changed since the run began: --allow_change dataset
@@ -440,7 +453,7 @@ class MeasureConfig:
     """Metrics and features."""
 
     metrics: Annotated[str, Doc(_METRICS)] = "fid,kid,prc,colour"
-    # feature extractor: digits, or a name of torch-fidelity; digits for the digits, else inception-v3-compat
+    # feature extractor: digits, emoji, or a name of torch-fidelity; digits and emoji for these data sets, else inception-v3-compat
     feature_extractor: str | None = None
     feature_extractor_weights: str | None = None  # weight file of the feature extractor; packaged or downloaded if left out
     split: str | None = None  # split of a reference that is a data set; that of the run if both are left out, else train
@@ -549,10 +562,10 @@ class BiasConfig:
     # of two runs: also sample with the first one's network from a timestep on and the second one's below it, over that timestep
     swap: bool = False
     swap_steps: Annotated[int, at_least(1, 20)] = 20  # number of inference steps of swap
-    # metrics of what is sampled, separated by commas, as in eval.py score; fid,colour for the digits or with feature_extractor (also of
-    # the runs), else colour, if left out
+    # metrics of what is sampled, separated by commas, as in eval.py score; if left out fid,colour for digits and emoji, or with
+    # feature_extractor (also of the runs), else colour
     metrics: str | None = None
-    feature_extractor: str | None = None  # feature extractor: digits, or a name of torch-fidelity; as of the runs if left out
+    feature_extractor: str | None = None  # feature extractor: digits, emoji, or a name of torch-fidelity; as of the runs if left out
     feature_extractor_weights: str | None = None  # weight file of the feature extractor; packaged or downloaded if left out
     cache_dir: str | None = None  # cache directory for features; as in eval.py score if left out, "" is off
     batch_size: BatchSize = 64  # batch size
@@ -560,6 +573,16 @@ class BiasConfig:
     seed: ImageSeed = 0  # random seed of the subset, of the noise and of sampling
     num_threads: Threads = None  # CPU threads
     allow_pickle_import: bool = False  # also load models that have .bin weights only, read as tensors only
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write runs, finished or training, as one HTML file: configuration, curves, grids over time, metrics, weights, model card."""
+
+    runs: tuple[str, ...]  # run directories, which are shown side by side
+    output: str = "report.html"  # output file, FILE.html, which needs no other file
+    # files that eval.py score or compare wrote with --output FILE.json; those in the run directories are taken anyhow
+    scores: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

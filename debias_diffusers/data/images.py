@@ -350,6 +350,19 @@ def _blank(width: int, height: int) -> Image.Image:
     return Image.new("RGB", (width + MARGIN, height + MARGIN), "white")
 
 
+def preview(data: bytes, where: str, side: int) -> bytes:
+    """An image file again, reduced to at most `side` pixels a side: as JPEG, or, if it is not reduced and that has fewer bytes, as PNG.
+
+    Raises:
+        InputError: as `decode`.
+    """
+    image = decode(data, where)
+    reduced = max(image.size) > side
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    jpeg = _encoded(image, "JPEG", quality=85, optimize=True)
+    return jpeg if reduced else min(png(image), jpeg, key=len)
+
+
 def png(image: Image.Image) -> bytes:
     """Encodes an image as PNG."""
     return _encoded(image, "PNG")

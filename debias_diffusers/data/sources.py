@@ -1,4 +1,4 @@
-"""Sources of images: the embedded digits, a folder, a parquet file, a saved dataset, a data set on the Hub."""
+"""Sources of images: the embedded data sets, a folder, a parquet file, a saved dataset, a data set on the Hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..config import shard_names
 from ..config.hub_names import data_problems, is_dataset_id
-from ..config.schema import DIGITS, DataConfig
+from ..config.schema import EMBEDDED, DataConfig
 from ..errors import CannotWriteError, InputError, raise_all, reason
 from ..utils.files import read_file, require_writable
 from . import image_folders, images
@@ -29,7 +29,6 @@ from .shards.files import LocalFiles, ShardFiles, cache_folder
 from .shards.source import ShardedSource, open_shards
 from .shards.table_columns import check_column, holds_whole_numbers, only_column
 
-DIGITS_FILE = Path(str(resources.files(__package__).joinpath("digits.parquet")))
 MAX_PENDING = 10_000  # indices that are queued for threads at once
 MAX_SKIPPED_SHARE = 0.01  # share of unreadable images that --skip_bad accepts; more mean another problem
 BESIDE_SHARDS = re.compile(r"(^|/)(index-[0-9a-f]{12}\.arrow|classes\.json|made_from\.json)$")  # what this package writes beside shards
@@ -491,7 +490,7 @@ def training_summary(source: Source, name: str | None) -> list[str]:
 
 
 def open_source(config: DataConfig, order: ClassOrder = "natural", renew: bool = False) -> Source:
-    """Opens `config.dataset`: "digits", a folder, .tar or .parquet files, or a Hub id.
+    """Opens `config.dataset`: "digits", "emoji", a folder, .tar or .parquet files, or a Hub id.
 
     Args:
         config: dataset, split and columns.
@@ -541,10 +540,10 @@ def _with_images(source: Source, names: list[str]) -> list[str]:
 def _open(config: DataConfig, order: ClassOrder, renew: bool) -> Source:
     assert config.dataset is not None
     path = Path(config.dataset).expanduser()
-    if config.dataset == DIGITS:
-        path = DIGITS_FILE
+    if config.dataset in EMBEDDED:
+        path = Path(str(resources.files(__package__).joinpath(f"{config.dataset}.parquet")))
         if config.split == DataConfig().split:
-            return ImageTable(_digits(), config, order)
+            return ImageTable(_embedded(path), config, order)
     if path.is_dir():
         return _open_folder(path, config, order, renew)
     if absent := data_problems("dataset", config.dataset):
@@ -552,7 +551,7 @@ def _open(config: DataConfig, order: ClassOrder, renew: bool) -> Source:
     if path.suffix.lower() in (".tar", ".parquet"):
         return _open_files(shard_names.expand(config.dataset), config, order, renew)
     if not is_dataset_id(config.dataset):
-        raise InputError(f"dataset {config.dataset} is neither digits, a folder, a .tar or .parquet file nor a Hub id")
+        raise InputError(f"dataset {config.dataset} is neither {', '.join(EMBEDDED)}, a folder, a .tar or .parquet file nor a Hub id")
     repo, _, revision = config.dataset.partition("@")
     return ImageTable(_load(repo, config, revision=revision or None), config, order)
 
@@ -610,16 +609,16 @@ def _shards(path: Path, suffix: str) -> dict[str, list[str]]:
     return {str(split): list(names) for split, names in files.items() if names}
 
 
-def _digits() -> Any:
-    """The embedded digits in memory, without the cache of `datasets`, whose folder may not be writable.
+def _embedded(path: Path) -> Any:
+    """An embedded data set in memory, without the cache of `datasets`, whose folder may not be writable.
 
-    They are in chunks of 100 rows, as in that cache, because the fingerprints of existing runs are of this form.
+    It is in chunks of 100 rows, as in that cache, because the fingerprints of existing runs are of this form.
     """
     import datasets
     import pyarrow
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(DIGITS_FILE)
+    file = pyarrow.parquet.ParquetFile(path)
     form = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(form, file.schema_arrow) as writer:
         for chunk in file.iter_batches(100):

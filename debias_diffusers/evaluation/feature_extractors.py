@@ -1,4 +1,4 @@
-"""Networks whose features compare images: a small classifier of the digits, and those of torch-fidelity; and images with prompts.
+"""Networks whose features compare images: classifiers of the embedded data sets, and those of torch-fidelity; images with prompts.
 
 An extractor takes images as bytes, (B, 3, H, W) uint8, and resizes them itself, as its weights were meant to be used.
 """
@@ -24,15 +24,15 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 from ..config.registry import METRICS
+from ..config.schema import DIGITS, EMBEDDED, EMOJI
 from ..data.captions import DIGIT_NAMES
 from ..errors import InputError, reason, shortened
 from ..utils import text_libraries
 from ..utils.files import read_file
 
-DIGITS = "digits"
 INCEPTION = "inception-v3-compat"
 SPATIAL = "spatial"  # the layer of sFID
-DIGITS_SIDE = 8
+DIGITS_SIDE, EMOJI_SIDE = 8, 16
 
 
 class DigitsClassifier(nn.Module):
@@ -57,24 +57,51 @@ class DigitsClassifier(nn.Module):
         return features, self.head(features)
 
 
+class EmojiClassifier(nn.Module):
+    """A small network that tells the categories of 16x16 emoji apart; trained by `tools/train_emoji_classifier.py`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(64, 64, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(64 * EMOJI_SIDE**2 // 16, 64),
+            nn.GELU(),
+        )
+        self.head = nn.Linear(64, 9)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, 16, 16) float in 0 .. 255 to (B, 64) features and (B, 9) logits."""
+        features = self.body(images / 127.5 - 1)
+        return features, self.head(features)
+
+
 class FeatureExtractorDigits(FeatureExtractorBase):
     """The digits' classifier as torch-fidelity takes it. Images of another size are resized (bilinear, antialiased)."""
 
+    side, grey = DIGITS_SIDE, True
+    classifier: type[nn.Module] = DigitsClassifier
+
     def __init__(self, name: str, features_list: Sequence[str], feature_extractor_weights_path: str | None = None, **_: Any) -> None:
         super().__init__(name, features_list)
-        self.network = DigitsClassifier()
-        packaged = resources.files(__package__).joinpath("digits_classifier.safetensors")
+        self.network = self.classifier()
+        packaged = resources.files(__package__).joinpath(f"{name}_classifier.safetensors")
         data = Path(feature_extractor_weights_path).read_bytes() if feature_extractor_weights_path else packaged.read_bytes()
         self.network.load_state_dict(safetensors.torch.load(data))
         self.requires_grad_(False)
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) uint8 to the layers asked for; colours are averaged."""
-        grey = images.float().mean(1, keepdim=True)
-        if grey.shape[-2:] != (DIGITS_SIDE, DIGITS_SIDE):
-            grey = nn.functional.interpolate(grey, (DIGITS_SIDE, DIGITS_SIDE), mode="bilinear", antialias=True)
-        found = dict(zip(self.get_provided_features_list(), self.network(grey)))
+        """(B, 3, H, W) uint8 to the layers asked for; for the digits, colours are averaged."""
+        pixels = images.float().mean(1, keepdim=True) if self.grey else images.float()
+        if pixels.shape[-2:] != (self.side, self.side):
+            pixels = nn.functional.interpolate(pixels, (self.side, self.side), mode="bilinear", antialias=True)
+        found = dict(zip(self.get_provided_features_list(), self.network(pixels)))
         return tuple(found[name] for name in self.features_list)
 
     @staticmethod
@@ -92,10 +119,16 @@ class FeatureExtractorDigits(FeatureExtractorBase):
         """Whether torch.compile may be tried."""
         return True
 
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
+    @classmethod
+    def get_dummy_input_for_compile(cls) -> Tensor:
         """An image of the right kind."""
-        return torch.zeros(1, 3, DIGITS_SIDE, DIGITS_SIDE, dtype=torch.uint8)
+        return torch.zeros(1, 3, cls.side, cls.side, dtype=torch.uint8)
+
+
+class FeatureExtractorEmoji(FeatureExtractorDigits):
+    """The same of the emoji's classifier, in colour."""
+
+    side, classifier, grey = EMOJI_SIDE, EmojiClassifier, False
 
 
 class FeatureExtractorInceptionSpatial(FeatureExtractorInceptionV3):
@@ -131,7 +164,7 @@ class FeatureExtractorInceptionSpatial(FeatureExtractorInceptionV3):
 
 # The table of extractors is torch-fidelity's; these are ours.
 SPATIAL_INCEPTION = f"{INCEPTION}-{SPATIAL}"  # as which INCEPTION is loaded where its spatial layer is wanted
-OURS = {DIGITS: FeatureExtractorDigits, SPATIAL_INCEPTION: FeatureExtractorInceptionSpatial}
+OURS = {DIGITS: FeatureExtractorDigits, EMOJI: FeatureExtractorEmoji, SPATIAL_INCEPTION: FeatureExtractorInceptionSpatial}
 for _name, _kind in OURS.items():
     if _name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(_name, _kind)
@@ -144,7 +177,7 @@ class Extractor:
         """Loads the network.
 
         Args:
-            name: `digits`, or a name of torch-fidelity.
+            name: `digits`, `emoji`, or a name of torch-fidelity.
             metrics: those of `registry.METRICS` that compare its features.
             weights: its weight file, where it is not packaged or fetched.
 
@@ -269,7 +302,7 @@ class ClipScore:
 
 def names() -> list[str]:
     """Extractors that can be asked for."""
-    return [DIGITS, *sorted(name for name in FEATURE_EXTRACTORS_REGISTRY if name not in (DIGITS, SPATIAL_INCEPTION))]
+    return [*EMBEDDED, *sorted(name for name in FEATURE_EXTRACTORS_REGISTRY if name not in (*EMBEDDED, SPATIAL_INCEPTION))]
 
 
 def _load(kind: str, layers: list[str], weights: str | None) -> Any:
@@ -303,7 +336,7 @@ def _harmless(kind: str, weights: str | None) -> Iterator[str | None]:
         _require_original(kind, weights)
         yield weights
         return
-    if weights is None or kind == DIGITS:
+    if weights is None or kind in EMBEDDED:
         with _tensors_only():
             yield weights
         return

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..config.prompts import prompts_hash
 from ..config.registry import METRICS
-from ..config.schema import DIGITS, MeasureConfig
+from ..config.schema import EMBEDDED, MeasureConfig
 from ..errors import InputError, reason
 from ..utils.distributed import gather_from_all
 from .feature_cache import cache_key, open_cache
@@ -125,7 +125,7 @@ def usual_extractor(reference: str) -> str:
     """What images are compared by where nothing is said: what statistics were made with, else by the data."""
     if Path(reference).suffix == ".safetensors" and (made_with := statistics_metadata(Path(reference)).get("extractor")):
         return made_with
-    return DIGITS if reference == DIGITS else INCEPTION
+    return reference if reference in EMBEDDED else INCEPTION
 
 
 def extractor_metadata(measure: Measure) -> dict[str, str]:

@@ -1,11 +1,11 @@
-"""Metrics: how far one set of images is from another, by their features. torch-fidelity's formulas; sFID and colour are ours."""
+"""Metrics: how far one set of images is from another, by their features. Most are torch-fidelity's formulas."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -20,9 +20,19 @@ from ..errors import InputError, reason
 from ..utils import seeding
 
 COLOUR = "colour"
+PROJECTIONS = 128  # random directions of swd
+
+
+@cache
+def _directions(size: int) -> Tensor:
+    """(size, PROJECTIONS) float32, normal with a standard deviation of 1/sqrt(size): the same in every process."""
+    return torch.randn(size, PROJECTIONS, generator=seeding.generator(0, "projections", size)) / math.sqrt(size)
+
+
 # Layers that need no extractor: images (B, 3, H, W) uint8 to features (B, D).
 PIXEL_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     COLOUR: lambda images: images.float().mean((2, 3)),  # of each channel
+    "projections": lambda images: images.float().flatten(1) @ _directions(images[0].numel()).to(images.device),
 }
 KID_SUBSET, KID_SUBSETS = 1000, 100
 KID_SUBSETS_REDRAWN = 10  # of each redrawn set: there are many of those
@@ -211,6 +221,24 @@ def _colour(target: Sample, reference: Sample, layer: str, seed: int) -> dict[st
     return {"brightness_bias": float((one["mu"] - other["mu"]).mean()), "colour_distance": max(frechet(one, other), 0.0) ** 0.5}
 
 
+def _channel_bias(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
+    """The mean of each channel over all images minus that of the reference, in grey values of 255."""
+    away = target.moments(layer)["mu"] - reference.moments(layer)["mu"]
+    return dict(zip(METRICS["channel_bias"].figures, map(float, away)))
+
+
+def _swd(target: Sample, reference: Sample, layer: str, seed: int) -> dict[str, float]:
+    """Root of the mean over random directions of the squared W2 distance of projections (Bonneel et al. 2015).
+
+    A direction is normal with a variance of 1/D, so that images that are d brighter are at a distance of d on average.
+    """
+    one, other = target.features[layer].double().numpy(), reference.features[layer].double().numpy()
+    count = min(len(one), len(other))
+    places = (np.arange(count) + 0.5) / count  # at which the quantiles of equally many images are the sorted values
+    apart = np.quantile(one, places, axis=0, method="hazen") - np.quantile(other, places, axis=0, method="hazen")
+    return {"swd": float(np.sqrt(np.square(apart).mean()))}
+
+
 def _mean(target: Sample, reference: Sample, layer: str, seed: int, name: str) -> dict[str, float]:
     return {name: float(target.features[layer].double().mean())}
 
@@ -227,6 +255,8 @@ METRIC_FUNCTIONS: dict[str, Callable[[Sample, Sample, str, int], dict[str, float
     "prc": _precision_recall,
     "dc": _density_coverage,
     "colour": _colour,
+    "channel_bias": _channel_bias,
+    "swd": _swd,
     "prompt_accuracy": partial(_mean, name="prompt_accuracy"),
     "clip_score": partial(_mean, name="clip_score"),
 }

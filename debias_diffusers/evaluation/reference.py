@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from ..config import hub_names, shard_names
 from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
 from ..config.loading import CHANGEABLE, read_config, stored
-from ..config.schema import DIGITS, BiasConfig, BitsConfig, DataConfig, MeasureConfig, TrainConfig
+from ..config.schema import EMBEDDED, BiasConfig, BitsConfig, DataConfig, MeasureConfig, TrainConfig
 from ..data import image_folders
 from ..data.dataset import TrainingData
 from ..data.sources import ImageFolder, Source, open_readable, open_source, summary
@@ -141,7 +141,7 @@ def training_of_run(target: str) -> dict[str, Any] | None:
 def _of_same_files(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two runs were trained on the same local files, possibly under different paths."""
     names = (one["dataset"], other["dataset"])
-    if any(name == DIGITS or is_pinned(name) or shard_names.is_remote(name) for name in names):
+    if any(name in EMBEDDED or is_pinned(name) or shard_names.is_remote(name) for name in names):
         return False
     return names[0] == names[1] or _fingerprint(one) == _fingerprint(other) is not None
 
@@ -178,7 +178,7 @@ def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) ->
     """Sets the path of local data: the path in the configuration if it has the same files, else the absolute path at training time."""
     paths = state.get("paths")
     typed, lay = values["dataset"], paths.get("dataset") if isinstance(paths, dict) else None
-    if typed == DIGITS or is_pinned(typed) or shard_names.is_remote(typed):  # for the Hub, a run saves the commit
+    if typed in EMBEDDED or is_pinned(typed) or shard_names.is_remote(typed):  # for the Hub, a run saves the commit
         return values
     if shard_names.exists(typed):
         before = {name: value for name, value in state.get("data", {}).items() if name != "skipped"}

@@ -13,7 +13,7 @@ from typing import Any
 from ..config.hub_names import COMMIT, split_revision
 from ..config.loading import is_text, stored
 from ..config.registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, WeightingSpec
-from ..config.schema import DIGITS, NoiseConfig, ObjectiveConfig, TrainConfig, is_straight, needs_own_scheduler
+from ..config.schema import DIGITS, EMBEDDED, EMOJI, NoiseConfig, ObjectiveConfig, TrainConfig, is_straight, needs_own_scheduler
 from ..runs.lora_folder import BASE_RECORD, LORA_WEIGHTS
 
 TITLE = "# A diffusion model trained with debias_diffusers"
@@ -162,7 +162,7 @@ def _results(config: TrainConfig, measured: Mapping[str, Any] | None) -> list[An
     if measured is None:
         return []
     name, _, commit = str(config.data.dataset).partition("@")
-    shown = name if name == DIGITS or _on_hub(config.data.dataset) else "images"
+    shown = name if name in EMBEDDED or _on_hub(config.data.dataset) else "images"
     about: dict[str, Any] = {"task_type": TEXT_TASK if is_text(config) else TASK, "dataset_type": shown, "dataset_name": shown}
     about["dataset_revision"] = commit if _on_hub(config.data.dataset) else None
     figures = measured["figures"].items()
@@ -316,6 +316,8 @@ def _licence(config: TrainConfig) -> str:
             " The digits are from *Optical Recognition of Handwritten Digits* by E. Alpaydin and C. Kaynak (UCI Machine Learning "
             "Repository, doi 10.24432/C50P49), CC BY 4.0."
         )
+    if config.data.dataset == EMOJI:
+        said += " The emoji are those of Noto Emoji by Google, Apache-2.0."
     return said
 
 

@@ -26,7 +26,7 @@ from ..config.loading import (
     stored,
     to_json,
 )
-from ..config.schema import DIGITS, TrainConfig
+from ..config.schema import DIGITS, EMBEDDED, TrainConfig
 from ..errors import InputError, raise_all
 from ..utils import launcher
 from ..utils.console import say
@@ -271,7 +271,7 @@ def _decided_otherwise(before: dict[str, Any], now: dict[str, Any], state: dict[
         # Of models on this disk, which may have moved, the files are compared later, when they are loaded.
         **{name: name in paths and _on_this_disk(now.get(name)) for name in ("base_model", "vae")},
         # The names and sizes of the files are compared later, when the data set is opened.
-        "dataset": not (is_pinned(before["dataset"]) or is_dataset_id(now["dataset"]) or DIGITS in (before["dataset"], now["dataset"])),
+        "dataset": not (is_pinned(before["dataset"]) or is_dataset_id(now["dataset"]) or {before["dataset"], now["dataset"]} & {*EMBEDDED}),
         # The networks are compared later, when the network is built.
         "model_config": bool(before.get("model_config") and now.get("model_config")),
         # If channels was left out, the images decided it.

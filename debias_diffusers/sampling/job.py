@@ -21,6 +21,7 @@ from ..diffusion.noise_schedule import schedule_of_scheduler, terminal_snr_probl
 from ..errors import InputError
 from ..hub.model_card import step_of_card, variant
 from ..pipelines import lora
+from ..pipelines.compiled import compile_channels_last
 from ..pipelines.solvers import default_scheduler, make_scheduler, section_timesteps, set_timesteps, strided_timesteps
 from ..runs import checkpoints
 from ..runs.model_folder import is_lora
@@ -285,7 +286,8 @@ def make_ready(pipeline: Any, config: SampleConfig, device: Any) -> None:
     pipeline.to(device)
     if config.dtype != "float32":  # not by .to(), for which diffusers prints a warning
         pipeline.unet.bfloat16() if config.dtype == "bfloat16" else pipeline.unet.half()
-    if pipeline.unet.device.type == "cuda":  # faster on tensor cores; on a CPU no gain was measured
+    cuda = pipeline.unet.device.type == "cuda"
+    if cuda:  # faster on tensor cores; on a CPU no gain was measured
         pipeline.unet.to(memory_format=torch.channels_last)
     if config.compile:
-        pipeline.unet.compile()
+        compile_channels_last(pipeline.unet) if cuda else pipeline.unet.compile()

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..config.schema import DIGITS, TrainConfig
+from ..config.schema import EMBEDDED, TrainConfig
 from ..data.dataset import shard_starts
 from ..data.shards.order import ShardOrder
 from ..data.sources import (
@@ -84,7 +84,7 @@ def _known_to_be_skipped(config: TrainConfig, source: Source, found: Checkpoint 
         if before == SourceSubset(source, known).fingerprint():
             return known
         _require_same_data(config, before, source.fingerprint())
-    return [] if config.data.dataset == DIGITS else None  # they come with the package, and its tests read them
+    return [] if config.data.dataset in EMBEDDED else None  # they come with the package, and its tests read them
 
 
 def _require_same_data(config: TrainConfig, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
@@ -24,6 +26,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from .. import __version__
+from ..config.registry import TRACKERS
 from ..config.schema import OptimizerName, TrainConfig
 from ..errors import InputError
 from ..utils import launcher
@@ -43,17 +46,13 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         InputError: the hardware or the installed packages cannot do what the configuration asks for.
     """
-    report_to, precision = config.run.report_to, config.optimization.mixed_precision
-    available = {"tensorboard": accelerate.utils.is_tensorboard_available, "wandb": accelerate.utils.is_wandb_available}
-    if report_to != "none" and not available[report_to]():
-        raise InputError(f"report_to is {report_to}, but it is not installed; run pip install {report_to}")
+    precision = config.optimization.mixed_precision
+    _require_trackers(config.run.report_to)
     if is_initialized() and AcceleratorState().mixed_precision != precision:  # that of an earlier training in this process
         AcceleratorState._reset_state()
     accelerator = make_accelerator(
         sharded=launcher.is_sharded(os.environ),
         mixed_precision=precision,
-        log_with=None if report_to == "none" else report_to,
-        project_dir=str(Path(config.run.output_dir or "") / "logs"),
         kwargs_handlers=[
             # Gradients lie where they are exchanged: neither memory nor time for a second copy.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -70,6 +69,16 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     else:
         torch.backends.cudnn.benchmark = True  # a training's shapes stay the same, so trying the kernels out pays
     return accelerator
+
+
+def _require_trackers(names: Sequence[str]) -> None:
+    """Raises InputError where accelerate says that it cannot use a tracker."""
+    available = set(map(str, get_available_trackers()))
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise InputError(f"report_to is {name}, but this version of accelerate has no such tracker; run pip install -U accelerate")
+        if name not in available:
+            raise InputError(f"report_to is {name}, but it is not installed; run pip install {TRACKERS[name][1]}")
 
 
 def _be_deterministic() -> None:
@@ -91,21 +100,22 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def memory_format(accelerator: Accelerator) -> torch.memory_format:
-    """How the weights of convolutions lie in memory, where it is faster (docs/scaling.md)."""
+def memory_format(accelerator: Accelerator, optimizer: OptimizerName = "adamw") -> torch.memory_format:
+    """How the weights of convolutions lie in memory, where it is faster (docs/scaling.md).
+
+    Shards are parts of contiguous weights only. bitsandbytes makes all weights contiguous, but not the moments that it has made
+    before, which would then lie otherwise.
+    """
+    if optimizer == "adamw8bit" or sharded(accelerator):
+        return torch.contiguous_format
     half = accelerator.mixed_precision != "no"
     last = half if accelerator.device.type == "cuda" else not half and accelerator.device.type == "cpu"
     return torch.channels_last if last else torch.contiguous_format
 
 
 def to_train(network: N, accelerator: Accelerator, optimizer: OptimizerName = "adamw") -> N:
-    """The network on its device, ready to be trained, with its convolutions in `memory_format`.
-
-    Shards are parts of contiguous weights only. bitsandbytes makes all weights contiguous, but not the moments that it has made
-    before, which would then lie otherwise.
-    """
-    contiguous = optimizer == "adamw8bit" or sharded(accelerator)
-    layout = torch.contiguous_format if contiguous else memory_format(accelerator)
+    """The network on its device, ready to be trained, with its convolutions in `memory_format`."""
+    layout = memory_format(accelerator, optimizer)
     network.to(accelerator.device).to(memory_format=layout).train()
     if layout == torch.channels_last:
         for module in network.modules():

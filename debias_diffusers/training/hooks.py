@@ -97,7 +97,9 @@ class SampleGrid:
                 arrays = [image for _, batch, _ in sorted(batches, key=lambda batch: batch[0]) for image in batch.numpy()]
                 drawn, names = [images.from_array(array) for array in arrays], self.images.task.condition_names(conditions)
                 picture = images.named_grid(names, [drawn[k::rows] for k in range(rows)]) if conditions else images.grid(drawn)
-                write_file(self.run.folder / SAMPLES / f"{checkpoints.folder_name(step)}.png", images.png(picture))
+                path = self.run.folder / SAMPLES / f"{checkpoints.folder_name(step)}.png"
+                write_file(path, images.png(picture))
+                logger.log_picture(step, path, picture)
         except (CannotWriteError, *_DRAWING_ERRORS) as error:
             if self.run:
                 say(f"no sample grid at step {step}: {error}")

@@ -17,7 +17,7 @@ from ..config import shard_names
 from ..config.choices import choose
 from ..config.hub_names import PINNED, absolute_path, is_dataset_id, is_model_id, is_pinned, split_revision
 from ..config.loading import BEFORE_THE_FIELD, CHANGES, differences, flatten, stored, update
-from ..config.schema import DIGITS, HubConfig, OptimizationConfig, TrainConfig
+from ..config.schema import EMBEDDED, HubConfig, OptimizationConfig, TrainConfig
 from ..config.validation.training import train_problems
 from ..data.captions import require_captions
 from ..data.dataset import PositionBatchSampler
@@ -32,6 +32,7 @@ from ..diffusion.uncertainty import Uncertainty
 from ..errors import InputError, StoppedError, raise_all
 from ..hub import client
 from ..hub.publish import Publisher
+from ..pipelines.compiled import compile_channels_last
 from ..runs.checkpoints import Checkpoint
 from ..runs.run_directory import DATA, SKIPPED, Change, Run
 from ..tasks.base import Task
@@ -287,7 +288,7 @@ def _require_local_data(config: TrainConfig, found: Checkpoint) -> None:
     if "dataset" in found.changing:
         return
     paths = found.state.get("paths")
-    on_disk = began != DIGITS and not is_pinned(began) and (paths is None or "dataset" in paths)
+    on_disk = began not in EMBEDDED and not is_pinned(began) and (paths is None or "dataset" in paths)
     if on_disk and not shard_names.exists(typed):
         lay = f" at {paths['dataset']}" if paths else f" {began}"
         raise InputError(f"dataset {typed} is not there; this run began with the data{lay}; name where they are now with --dataset")
@@ -297,7 +298,9 @@ def _paths(config: TrainConfig, names: tuple[str, ...] = PINNED) -> dict[str, st
     """Where the data and the first weights of a run are, as far as they are on this disk."""
     values = flatten(config)
     ids = {name: is_dataset_id if name == "dataset" else is_model_id for name in names}
-    there = {name: values[name] for name in names if values[name] and values[name] != DIGITS and not shard_names.is_remote(values[name])}
+    there = {
+        name: values[name] for name in names if values[name] and values[name] not in EMBEDDED and not shard_names.is_remote(values[name])
+    }
     return {name: absolute_path(value) for name, value in there.items() if not ids[name](value)}
 
 
@@ -422,9 +425,17 @@ def _wrapped(network: nn.Module, optim: OptimizationConfig, accelerator: Acceler
     if optim.gradient_checkpointing:
         network.enable_gradient_checkpointing()  # type: ignore[operator]
     if optim.compile:  # in place, so that weights keep their names; within DDP, which then exchanges while it computes
-        regional = getattr(network, "_repeated_blocks", None)  # of which diffusers compiles one for all: minutes less
-        (network.compile_repeated_blocks if regional else network.compile)(mode=optim.compile_mode)  # type: ignore[operator]
+        _compile(network, optim, accelerator)
     return model
+
+
+def _compile(network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> None:
+    if getattr(network, "_repeated_blocks", None):  # of which diffusers compiles one for all: minutes less
+        network.compile_repeated_blocks(mode=optim.compile_mode)  # type: ignore[operator]
+    elif accelerator.device.type == "cuda" and device.memory_format(accelerator, optim.optimizer) == torch.channels_last:
+        compile_channels_last(network, optim.compile_mode)
+    else:
+        network.compile(mode=optim.compile_mode)
 
 
 def _optimizer_step(task: Task, network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> OptimizerStep:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.choices import choose, of_base
 from ..config.hub_names import is_model_id
 from ..config.loading import checked_values, flatten, is_text, layered, read_config, resolved, update
+from ..config.registry import TRACKERS
 from ..config.schema import TrainConfig
 from ..config.validation.optimization import sharding_problems
 from ..config.validation.training import train_problems
@@ -142,6 +143,11 @@ def _require_packages(config: TrainConfig) -> None:
     """Raises InputError where an extra is not installed that the configuration needs. Imports none of them."""
     if config.optimization.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError('optimizer is adamw8bit, but bitsandbytes is not installed; run pip install -e ".[bitsandbytes]"')
+    for name in config.run.report_to:
+        modules, package = TRACKERS[name]
+        found = (importlib.util.find_spec(module) for module in modules)
+        if not any(spec and spec.origin for spec in found):  # without an origin it is a folder, as wandb leaves one where it runs
+            raise InputError(f"report_to is {name}, but it is not installed; run pip install {package}")
 
 
 # What the schedulers of Stable Diffusion say: 1.x and XL, and models with zero terminal SNR.

@@ -54,7 +54,11 @@ def stdout_error() -> OSError | None:
 
 
 def say(message: str) -> None:
-    """Prints a line for the user on stderr, as the progress bar does. Errors of writing are ignored."""
+    """Prints a line for the user on stderr, above a progress bar there. Errors of writing are ignored."""
     if sys.stderr is not None:  # None if the descriptor was closed at the start; print would then use stdout
+        bars = sys.modules.get("tqdm")  # which takes its bar away, writes, and shows it again
         with contextlib.suppress(OSError, ValueError):
-            print(message, file=sys.stderr, flush=True)
+            if bars is not None and sys.stderr.isatty():
+                bars.tqdm.write(message, file=sys.stderr)
+            else:
+                print(message, file=sys.stderr, flush=True)

@@ -310,6 +310,12 @@ def _holder(lock: IO[str]) -> str:
     return name or "another process"
 
 
+def is_held_here(folder: Path) -> bool:
+    """Whether a process of this machine that lives was the last to lock a folder. Does not take the lock, not even for a moment."""
+    name = read_file(folder / LOCK).decode(errors="replace") if (folder / LOCK).is_file() else ""
+    return name.endswith(f" on {socket.gethostname()}") and _may_live(name)
+
+
 def _may_live(name: str) -> bool:
     found = _HOLDER.fullmatch(name)
     if found is None:

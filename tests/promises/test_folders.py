@@ -461,7 +461,7 @@ def test_a_parquet_file_is_known_by_its_extension_in_any_case(tmp_path):
 @pytest.mark.row(62, TABLES)
 def test_what_cannot_be_opened_is_told(tmp_path):
     put(tmp_path, "a.png")
-    with pytest.raises(InputError, match=r"a\.png is neither digits, a folder, a \.tar or \.parquet file nor a Hub id$"):
+    with pytest.raises(InputError, match=r"a\.png is neither digits, emoji, a folder, a \.tar or \.parquet file nor a Hub id$"):
         opened(tmp_path / "a.png")
     (tmp_path / "unlike").mkdir()
     for k, label in enumerate((1, "x")):

@@ -314,7 +314,7 @@ def refused(hub, folder, *flags, token="hf_write", limits=None, **settings):
 
 def sentence_of(code, said, folder, token):
     assert code == 7 and "Traceback" not in said, said
-    assert newest_step(folder / "run") == 0 and "step/s" not in said
+    assert newest_step(folder / "run") == 0 and "images/s" not in said
     assert not token or token not in said
     return said.splitlines()[-1]
 

@@ -9,7 +9,7 @@ from ..aliases import value_suggestion
 from ..hub_names import is_model_id
 from ..ranges import range_problems
 from ..registry import METRICS, SOLVERS
-from ..schema import BiasConfig, BitsConfig, MeasureConfig, ScoreConfig, StatsConfig
+from ..schema import BiasConfig, BitsConfig, MeasureConfig, ReportConfig, ScoreConfig, StatsConfig
 from .network_weights import network_weights_problems
 
 
@@ -81,6 +81,16 @@ def bias_problems(config: BiasConfig) -> list[str]:
     if config.metrics is not None:
         found += metrics_problems("metrics", config.metrics)
         found += prompt_metrics_problems("metrics", config.metrics, "take it in eval.py score")
+    return found
+
+
+def report_problems(config: ReportConfig) -> list[str]:
+    """Everything that is wrong with a command that writes a report of runs, before they are looked at."""
+    found = [] if config.runs else ["runs are missing; name a run directory, the --output_dir of a training that began"]
+    if len(set(config.runs)) < len(config.runs):
+        found.append(f"runs is {' '.join(config.runs)}, but each can be named once")
+    if Path(config.output).suffix != ".html":
+        found.append(f"output is {config.output!r}, but must name an .html file, such as report.html")
     return found
 
 

@@ -28,6 +28,9 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
     found += _evaluation_problems(config)
     found += _allow_change_problems(config.run.allow_change)
     found += _hub_problems(config)
+    trackers = config.run.report_to
+    if len(set(trackers)) < len(trackers) or ("none" in trackers and len(trackers) > 1):
+        found.append(f"report_to is {' '.join(trackers)}, but takes each tracker once, or none alone")
     if config.run.sharded_checkpoints and config.optimization.optimizer == "adamw8bit":
         found.append("sharded_checkpoints is on, but the state of optimizer adamw8bit is saved whole only; leave sharded_checkpoints out")
     if config.optimization.post_hoc_ema:
@@ -49,7 +52,7 @@ def train_problems(config: TrainConfig, num_processes: int = 1) -> list[str]:
 def _data_problems(config: TrainConfig) -> list[str]:
     data, found = config.data, []
     if not data.dataset:
-        found.append("dataset is missing: name digits, a folder of images, .tar or .parquet files, or a Hub id")
+        found.append("dataset is missing: name digits, emoji, a folder of images, .tar or .parquet files, or a Hub id")
     if data.dataset and shard_names.is_remote(data.dataset) and data.shuffle_window is None:
         found.append(f"shuffle_window is missing: dataset {data.dataset} is fetched in windows of so many shards; add --shuffle_window 8")
     if data.resolution is None:
