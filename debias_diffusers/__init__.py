@@ -45,8 +45,8 @@ def _require_command(argv: list[str], arguments: list[str]) -> None:
     While Python looks for the module to run, `argv[0]` is "-m"; `arguments` are those of the interpreter.
     """
     named = next(filter(None, (re.fullmatch(r"(?:-\w*m)?debias_diffusers\.([\w.]+)", argument) for argument in arguments)), None)
-    if argv[:1] == ["-m"] and named and named[1] not in ("__main__", "cache", "convert", "ema", "hub", "shards"):
-        commands = "python -m debias_diffusers {train,sample,eval,convert,hub,cache,ema,shards}"
+    if argv[:1] == ["-m"] and named and named[1] not in ("__main__", "cache", "convert", "ema", "hub", "play", "shards"):
+        commands = "python -m debias_diffusers {train,sample,eval,convert,hub,cache,ema,play,shards}"
         print(f"error: debias_diffusers.{named[1]} is no command; run {commands}", file=sys.stderr)
         raise SystemExit(2)
 

@@ -26,6 +26,7 @@ from .config.schema import (
     ExportConfig,
     GuidedConfig,
     LoraFormatConfig,
+    PlayConfig,
     PushConfig,
     ReconstructConfig,
     ReportConfig,
@@ -45,6 +46,7 @@ from .config.validation.sampling import sample_problems
 from .config.validation.yielding import yielded
 from .errors import CannotWriteError, DebiasError, InputError, raise_all
 from .parsing import field_name, parse
+from .play import request, space
 from .runs import ema_snapshots
 from .runs.lora_folder import lora_problems
 from .runs.model_folder import check_sampling, pixel_problems, task_of
@@ -91,6 +93,11 @@ def cache(argv: Sequence[str] | None = None) -> int:
     return _run_command(_cache, argv, "python -m debias_diffusers.cache")
 
 
+def play(argv: Sequence[str] | None = None) -> int:
+    """`python -m debias_diffusers.play`: returns the exit code."""
+    return _run_command(_play, argv, "python -m debias_diffusers.play")
+
+
 def shards(argv: Sequence[str] | None = None) -> int:
     """`python -m debias_diffusers.shards`: returns the exit code."""
     return _run_command(_shards, argv, "python -m debias_diffusers.shards")
@@ -111,6 +118,7 @@ HELP = """
   hub        push a run to the Hub
   cache      compute latents and text embeddings before a training
   ema        averaged weights of any width, from the snapshots of a run
+  play       draw on a web page, and compare two models
   shards     make, index and verify shards, for data that do not fit"""
 
 
@@ -120,7 +128,7 @@ Command = Callable[[list[str], str], None]
 
 def _main(argv: list[str], program: str) -> None:
     commands = {"train": _train, "sample": _sample, "eval": _evaluate, "convert": _convert, "hub": _hub}
-    commands |= {"cache": _cache, "ema": _ema, "shards": _shards}
+    commands |= {"cache": _cache, "ema": _ema, "play": _play, "shards": _shards}
     _dispatch(commands, HELP, argv, program)
 
 
@@ -450,6 +458,19 @@ def _reconstruct(argv: list[str], program: str) -> None:
     from .sampling import post_hoc_ema
 
     post_hoc_ema.reconstruct(config.run, config.sigma_rel, config.out, config.step)
+
+
+def _play(argv: list[str], program: str) -> None:
+    config = parse(PlayConfig, argv, None, program, PlayConfig.__doc__ or "")
+    raise_all(request.play_problems(config))
+    if config.space is not None:
+        space.write(config)
+        return
+    if any(hub_names.is_model_id(model) or task_of(Path(model)) == "text_to_image" for model in config.models):
+        text_libraries.show()
+    from .play import page
+
+    page.serve(config)
 
 
 PUSH_HELP = """

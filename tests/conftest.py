@@ -141,7 +141,7 @@ COMMANDS = {
     "ema": "ema",
     "convert": "convert",
 }
-COMMANDS |= {"hub": "push", "debias_diffusers": "main"}
+COMMANDS |= {"hub": "push", "debias_diffusers": "main", "play": "play"}
 
 
 FORGOTTEN = []  # what is no longer imported, and still must not be garbage

@@ -53,6 +53,7 @@ Share = Annotated[float, Range("at least 0 and below 1, such as 0.1", lambda val
 BOOTSTRAP = Range("0 (off) or at least 20, such as 200", lambda value: value == 0 or value >= 20)
 SIGMA_REL = Range("from 0.01 to 0.28, such as 0.08", lambda value: 0.01 <= value <= 0.28)
 NUM_IMAGES = Range("from 1 to 10 million, such as 64", lambda value: 1 <= value <= 10_000_000)
+PORT = Range("from 1 to 65535, such as 7860", lambda value: 1 <= value <= 65535)
 BatchSize = Annotated[int, at_least(1, 64)]
 Channels = Annotated[int | None, Range("1 (grey) or 3 (colour)", lambda value: value in (1, 3))]
 Quantile = Annotated[float, Range("above 0 and at most 1, such as 0.995", lambda value: 0 < value <= 1)]
@@ -425,6 +426,26 @@ class SampleConfig:
     output_dir: str | None = None
     overwrite: bool = False  # replace images of other settings in the output directory, and images beyond num_images
     allow_pickle_import: bool = False  # also load a model that has .bin weights only, read as tensors only
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlayConfig:
+    """Draw with a model, or compare two on the same seeds, on a web page on this machine."""
+
+    models: tuple[str, ...]  # one or two of: run directory, pipeline folder, Hub id
+    base_model: str | None = None  # base model of models that are LoRAs; as they say if left out
+    # write a folder for a Hugging Face Space with this playground, and end; models are best Hub ids
+    space: str | None = None
+    # address that the page listens on; 127.0.0.1 is this machine only, 0.0.0.0 is everybody who can reach this machine
+    host: str = "127.0.0.1"
+    port: Annotated[int | None, PORT] = None  # port of the page; the first free one from 7860 on if left out
+    # limit of one request: images x steps x models
+    max_image_steps: Annotated[int, at_least(1, 4000)] = 4000
+    max_queue: Annotated[int, at_least(1, 8)] = 8  # requests that may wait, as one is drawn at a time
+    # batch size; 64 for pixel models, 4 for text-to-image models, if left out
+    batch_size: Annotated[int | None, at_least(1, 64)] = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the network; the solver is always float32
+    num_threads: Threads = None  # CPU threads; all cores if left out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,11 +27,11 @@ from ..utils.distributed import broadcast_from_first, inference_accelerator
 from ..utils.files import acquire_lock, write_file
 from ..utils.torch_errors import explain_error
 from .image_writer import ImageWriter, SampleFolder, require_sample_folder
-from .job import Job, image_seeds
+from .job import Job, LoadedModel, image_seeds
 from .pixel_job import draw as draw
-from .pixel_job import make_pixel_job
+from .pixel_job import load_pixel_model, make_pixel_job
 from .pixel_job import open_model as open_model
-from .text_job import make_text_job
+from .text_job import load_text_to_image, make_text_job
 
 TRAJECTORY_IMAGES, TRAJECTORY_STEPS = 6, 10
 
@@ -87,19 +87,31 @@ def pinned_model(model: str, accelerator: Accelerator) -> str:
     return broadcast_from_first(lambda: client.pinned(model), accelerator) if hub_names.is_model_id(model) else model
 
 
-def make_job(config: SampleConfig, device: Any, step: int | None = None) -> Job:
+def make_job(config: SampleConfig, device: Any, step: int | None = None, loaded: LoadedModel | None = None) -> Job:
     """Loads the model of a command, sets its solver and moves it to a device.
 
     Args:
         config: the command.
         device: of the network.
         step: load the weights of the run's checkpoint at this step; if None, the exported weights or the newest checkpoint.
+        loaded: of `load_model` for a command with the same model, weights, LoRAs and dtype, in place of loading it again. A job that was
+            made of it before can no longer be drawn.
 
     Raises:
         InputError: there is no such model, or it does not fit the command.
     """
     make = make_text_job if task_of(client.configurations(config.model)) == "text_to_image" else make_pixel_job
-    return make(config, device, step)
+    return make(config, device, step, loaded)
+
+
+def load_model(config: SampleConfig, device: Any) -> LoadedModel:
+    """Loads the model of a command, of which `make_job` can make several jobs.
+
+    Raises:
+        InputError: there is no such model, or it does not have these weights.
+    """
+    load = load_text_to_image if task_of(client.configurations(config.model)) == "text_to_image" else load_pixel_model
+    return load(config, device)
 
 
 def _draw_into(samples: SampleFolder, job: Job, accelerator: Accelerator) -> None:

@@ -55,6 +55,20 @@ class Conditions:
 
 
 @dataclass(frozen=True)
+class LoadedModel:
+    """A model with its weights on its device, of which several commands may make their jobs, one after the other."""
+
+    pipeline: Any
+    scheduler: Any  # that it was saved with; a job puts its solver in the place of the pipeline's
+    step: int | None  # of the weights; None if unknown
+    fingerprint: str  # hash of weights and scheduler
+
+
+def no_stop(call: int) -> None:
+    """What `Job.watch` calls after each call of the network if nothing else is given."""
+
+
+@dataclass(frozen=True)
 class Job(ABC):
     """A sampling command with its model, and the settings that follow from both."""
 
@@ -69,8 +83,21 @@ class Job(ABC):
         """Samples the images of these indices, (B, C, H, W) uint8."""
 
     @abstractmethod
+    def watch(
+        self, indices: Sequence[int], calls: Sequence[int], on_call: Callable[[int], None] = no_stop, first: int | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """What `draw` returns, and the stages: x_t and the predicted x_0, (B, C, H, W) in about [-1, 1].
+
+        Args:
+            indices: of the images.
+            calls: of the network, counted from 0, after which a stage is kept.
+            on_call: is given the number of each call when its step is made, and may raise to stop.
+            first: only so many images of each stage are kept; all if None.
+        """
+
     def stages(self, indices: Sequence[int], calls: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """x_t and the predicted x_0, (B, C, H, W) in about [-1, 1], after these calls of the network while images are sampled."""
+        return self.watch(indices, calls)[1]
 
     @abstractmethod
     def conditions(self, indices: Sequence[int]) -> Conditions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,11 +22,13 @@ from ..utils.seeding import uniform
 from .job import (
     Conditions,
     Job,
+    LoadedModel,
     folder_name,
     image_generators,
     image_seeds,
     make_ready,
     make_solver,
+    no_stop,
     open_weights,
     require_dtype,
     settings_of,
@@ -58,15 +60,18 @@ class PixelJob(Job):
         """Samples the images of these indices, (B, C, H, W) uint8."""
         return draw(self.pipeline, indices, self.config.seed, self.labels(indices), **self.options, **more)
 
-    def stages(self, indices: Sequence[int], calls: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    def watch(
+        self, indices: Sequence[int], calls: Sequence[int], on_call: Callable[[int], None] = no_stop, first: int | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         seen: list[tuple[Tensor, Tensor]] = []
 
         def record(_: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
             if step in calls:
-                seen.append((tensors["x_t"].cpu(), tensors["x_0"].cpu()))
+                seen.append((tensors["x_t"][:first].cpu(), tensors["x_0"][:first].cpu()))
+            on_call(step)
 
-        self.draw(indices, callback_on_step_end=record, callback_on_step_end_tensor_inputs=("x_t", "x_0"))
-        return seen
+        asked = ("x_t", "x_0") if calls else ()  # not every scheduler can say x_0
+        return self.draw(indices, callback_on_step_end=record, callback_on_step_end_tensor_inputs=asked), seen
 
     def conditions(self, indices: Sequence[int]) -> Conditions:
         return Conditions(self.labels(indices), self.pipeline.class_names)
@@ -107,18 +112,26 @@ class PixelJob(Job):
         return trained_labels(pipeline)
 
 
-def make_pixel_job(config: SampleConfig, device: Any, step: int | None = None) -> PixelJob:
-    """As `generate.make_job`, for a pixel model."""
+def load_pixel_model(config: SampleConfig, device: Any, step: int | None = None) -> LoadedModel:
+    """As `generate.load_model`, for a pixel model."""
     require_dtype(config, device)
+    pipeline, step = open_weights(_loader(config.model, config.allow_pickle_import), config.model, config.weights, step)
+    loaded = LoadedModel(pipeline, pipeline.scheduler, step, _fingerprint(pipeline, pipeline.scheduler))
+    make_ready(pipeline, config, device)
+    return loaded
+
+
+def make_pixel_job(config: SampleConfig, device: Any, step: int | None = None, loaded: LoadedModel | None = None) -> PixelJob:
+    """As `generate.make_job`, for a pixel model."""
     check_sampling(config, client.configurations(config.model))
     config = replace(config, guidance_scale=1.0 if config.guidance_scale is None else config.guidance_scale)
-    pipeline, step = open_weights(_loader(config.model, config.allow_pickle_import), config.model, config.weights, step)
-    solver = make_solver(config, pipeline.scheduler, config.clipping)
+    loaded = loaded or load_pixel_model(config, device, step)
+    pipeline = loaded.pipeline
+    solver = make_solver(config, loaded.scheduler, config.clipping)
     pipeline.scheduler = solver.scheduler
     asked = config.class_labels
     config = replace(config, class_labels=_class_labels(config, pipeline))
-    settings = settings_of(config, solver.settings(), _SETTINGS, _fingerprint(pipeline, solver.own), step)
-    make_ready(pipeline, config, device)
+    settings = settings_of(config, solver.settings(), _SETTINGS, loaded.fingerprint, loaded.step)
     options = {field: getattr(config, field) for field in _OPTIONS}
     options |= {"num_inference_steps": solver.steps, "timesteps": solver.timesteps}
     name = folder_name(config, f"{solver.name}-{solver.steps}", _SETTINGS, SampleConfig(model="", guidance_scale=1.0))

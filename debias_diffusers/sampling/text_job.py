@@ -30,10 +30,12 @@ from ..runs.model_folder import check_sampling, is_lora, run_setting
 from .job import (
     Conditions,
     Job,
+    LoadedModel,
     folder_name,
     image_generators,
     make_ready,
     make_solver,
+    no_stop,
     open_weights,
     require_dtype,
     settings_of,
@@ -57,7 +59,9 @@ class TextJob(Job):
         prompts = text_pipeline.joined([self.encode(prompt) for prompt in self._prompts_of(indices)])
         return text_pipeline.draw(self.pipeline, prompts, self.null, image_generators(self.config.seed, indices), **self.options)
 
-    def stages(self, indices: Sequence[int], calls: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    def watch(
+        self, indices: Sequence[int], calls: Sequence[int], on_call: Callable[[int], None] = no_stop, first: int | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """A callback of the stock pipelines sees x_t alone, so the solver is watched; both are decoded."""
         scheduler, seen, count = self.pipeline.scheduler, list[tuple[Tensor, Tensor]](), 0
         step = scheduler.step
@@ -69,16 +73,16 @@ class TextJob(Job):
             if count in calls:
                 acp = scheduler.alphas_cumprod.double()[int(t)]
                 x_0 = predicted_x_0(scheduler.config.prediction_type, prediction, x_t, acp.sqrt(), (1 - acp).sqrt())
-                seen.append((self._shown(stepped[0]), self._shown(x_0)))
+                seen.append((self._shown(stepped[0][:first]), self._shown(x_0[:first])))
+            on_call(count)
             count += 1
             return stepped
 
         scheduler.step = watched
         try:
-            self.draw(indices)
+            return self.draw(indices), seen
         finally:
             del scheduler.step
-        return seen
 
     def conditions(self, indices: Sequence[int]) -> Conditions:
         return Conditions(prompts=self._prompts_of(indices))
@@ -115,9 +119,22 @@ class TextJob(Job):
         return [self.prompts[k % len(self.prompts)] for k in indices]
 
 
-def make_text_job(config: SampleConfig, device: Any, step: int | None = None) -> TextJob:
-    """As `generate.make_job`, for a text-to-image model."""
+def load_text_to_image(config: SampleConfig, device: Any, step: int | None = None) -> LoadedModel:
+    """As `generate.load_model`, for a text-to-image model."""
     require_dtype(config, device)
+    pipeline, step = open_weights(
+        lambda variant: load_text_model(config.model, variant, config.base_model), config.model, config.weights, step
+    )
+    add_loras(pipeline, config.lora)
+    loaded = LoadedModel(pipeline, pipeline.scheduler, step, _fingerprint(pipeline, pipeline.scheduler))
+    if config.dtype != "float32":
+        text_pipeline.cast_unet_inputs(pipeline)
+    make_ready(pipeline, config, device)
+    return loaded
+
+
+def make_text_job(config: SampleConfig, device: Any, step: int | None = None, loaded: LoadedModel | None = None) -> TextJob:
+    """As `generate.make_job`, for a text-to-image model."""
     folder = client.configurations(config.model)
     base = client.configurations(base_of_lora(folder, config.model, config.base_model)) if is_lora(folder) else None
     check_sampling(config, folder, base)
@@ -125,20 +142,15 @@ def make_text_job(config: SampleConfig, device: Any, step: int | None = None) ->
     chunks = run_setting(folder, "caption_chunks") or 1
     if not isinstance(chunks, int):
         raise InputError(f"caption_chunks of {config.model} is {chunks!r}, but must be a whole number")
-    pipeline, step = open_weights(
-        lambda variant: load_text_model(config.model, variant, config.base_model), config.model, config.weights, step
-    )
-    add_loras(pipeline, config.lora)
+    loaded = loaded or load_text_to_image(config, device, step)
+    pipeline = loaded.pipeline
     config = _completed(config, pipeline, folder)
-    solver = make_solver(config, pipeline.scheduler, "off")  # latents are not in [-1, 1]
+    solver = make_solver(config, loaded.scheduler, "off")  # latents are not in [-1, 1]
     pipeline.scheduler = solver.scheduler
     own = {**solver.settings(), "prompts_sha256": prompts_hash(prompts), **({"caption_chunks": chunks} if chunks > 1 else {})}
     if config.lora:
         own["lora"] = _lora_labels(config)
-    settings = settings_of(config, own, _FIELDS, _fingerprint(pipeline, solver.own), step)
-    if config.dtype != "float32":
-        text_pipeline.cast_unet_inputs(pipeline)
-    make_ready(pipeline, config, device)
+    settings = settings_of(config, own, _FIELDS, loaded.fingerprint, loaded.step)
     steps = (
         {"timesteps": without_last_zero(solver.scheduler, solver.timesteps)} if solver.timesteps else {"num_inference_steps": solver.steps}
     )

@@ -404,7 +404,9 @@ def test_a_module_that_is_no_command_says_what_to_run(capsys):
     for arguments in (["-m", "debias_diffusers.training"], ["-mdebias_diffusers.plots"], ["-Im", "debias_diffusers.data", "--x"]):
         with pytest.raises(SystemExit, match="2"):
             debias_diffusers._require_command(["-m", "--x"], ["python", *arguments])
-        assert "is no command; run python -m debias_diffusers {train,sample,eval,convert,hub,cache,ema,shards}" in capsys.readouterr().err
+        assert (
+            "is no command; run python -m debias_diffusers {train,sample,eval,convert,hub,cache,ema,play,shards}" in capsys.readouterr().err
+        )
     for arguments in (["-m", "debias_diffusers.hub"], ["-m", "debias_diffusers"], ["-m", "pytest", "debias_diffusers"]):
         debias_diffusers._require_command(["-m"], ["python", *arguments])
     debias_diffusers._require_command(["train.py"], ["python", "train.py", "debias_diffusers.training"])
