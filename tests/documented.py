@@ -15,7 +15,7 @@ from conftest import ROOT
 from markdown_it import MarkdownIt
 
 CODE, OTHER = ("bash", "python"), ("text", "yaml")
-REASONS = ("GPU", "network", "several nodes", "the tests themselves")
+REASONS = ("GPU", "network", "a server", "several nodes", "the tests themselves")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ DENOISING_STEPS = 4  # of a pipeline that Python code calls
 
 def smaller(name, arguments):
     """The arguments of a command with the numbers of SMALLER, where the page's own are not smaller still."""
-    asks = {"--help", "--version"} & {*arguments}
+    asks = {"--help", "--version", "--tyro-print-completion"} & {*arguments}
     always, typed = ({}, {}) if asks else SMALLER.get(f"eval.py {arguments[0]}" if name == "eval.py" else name, ({}, {}))
     if "--resume" in arguments and "--max_steps" in always:  # further than the run that is resumed, and once more for a change
         always = always | {"--max_steps": 12 if "--allow_change" in arguments else 8}
