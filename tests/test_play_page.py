@@ -9,7 +9,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import command, wait_for
+from conftest import STARTED, command, wait_for
 from PIL import Image
 
 from debias_diffusers import cli
@@ -22,6 +22,7 @@ WAIT = 300_000  # milliseconds after which what a page shows is taken to hang
 def started(*arguments, **options):
     """The address of a playground; what else it said."""
     process = command(*arguments, **options)
+    STARTED.remove(process)  # it serves several tests, and is ended here
     said = []
     reader = threading.Thread(target=lambda: said.extend(iter(process.stderr.readline, "")), daemon=True)
     reader.start()
