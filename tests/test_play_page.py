@@ -149,11 +149,11 @@ def test_a_request_is_cancelled(browser, two):
 def test_a_text_to_image_model_draws_prompts(browser, text_models):
     with started("-m", "debias_diffusers.play", text_models["xl"], "--num_threads", 1) as (url, said), opened(browser, url) as page:
         draw(page, "prompt is empty; write what to draw")
-        page.get_by_label("Prompt", exact=True).fill("a handwritten seven")
+        page.locator("textarea").first.fill("a handwritten seven")
         page.get_by_label("Watch the steps").check()
         draw(page)
         assert "--prompt 'a handwritten seven'" in page.locator("#command-1 .cm-content").inner_text().replace("\n", " ")
-        assert page.locator("#stage-1 img").is_visible()
+        page.locator("#stage-1 img").wait_for()
     assert "Traceback" not in "".join(said)
 
 
