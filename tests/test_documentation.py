@@ -196,7 +196,7 @@ RUNS = {
     "runs/one": ["--seed", "1"],
     "runs/other": ["--weighting", "constant"],
     "runs/digits_text": ["--config", "digits_text"],
-    "runs/faces": [*OF_PHOTOS, "--model_channels", "32"],
+    "runs/faces": [*OF_PHOTOS],
     "runs/photos": [*OF_PHOTOS],
     "runs/constant": [*OF_PHOTOS, "--weighting", "constant"],
     "runs/debiased": [*OF_PHOTOS],
