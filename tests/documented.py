@@ -108,18 +108,18 @@ def entry(words):
 
 
 # ---- what is smaller than on the page ---------------------------------------------------------------------------------
-# The rule, the only one: where a page's own number would take minutes, one of these takes its place; those of the first kind also where the
-# page leaves the number out. Everything else is as on the page.
+# The rule, the only one: where a page's own number (or list of numbers) would take minutes, one of these takes its place; those of the
+# first kind also where the page leaves the number out. Everything else is as on the page.
 
 SMALLER = {
-    "train.py": ({"--max_steps": 4, "--batch_size": 4}, {"--resolution": 64}),
+    "train.py": ({"--max_steps": 4, "--batch_size": 4}, {"--resolution": 64, "--warmup_steps": 0}),
     "my_train.py": ({"--max_steps": 4, "--batch_size": 4}, {}),
     "cache": ({}, {"--resolution": 64}),
     "shards": ({}, {"--shard_mb": 1}),
     "sample.py": ({"--num_images": 8, "--steps": 4}, {}),
-    "eval.py score": ({"--num_images": 100}, {"--bootstrap": 2}),
-    "eval.py compare": ({"--num_images": 100, "--bootstrap": 2}, {}),
-    "eval.py bias": ({"--num_images": 4, "--num_timesteps": 4, "--num_samples": 80}, {"--swap_steps": 2}),
+    "eval.py score": ({"--num_images": 100, "--steps": 2}, {"--bootstrap": 20}),
+    "eval.py compare": ({"--num_images": 100, "--steps": 2, "--bootstrap": 20}, {}),
+    "eval.py bias": ({"--num_images": 4, "--num_timesteps": 4, "--num_samples": 8, "--steps": 2}, {"--swap_steps": 2}),
     "eval.py bpd": ({}, {"--num_images": 2}),
     "benchmarks/training.py": ({"--steps": 2, "--warm": 1, "--rounds": 1, "--cases": "a", "--variants": "float32"}, {}),
     "benchmarks/loading.py": ({"--seconds": 0.1, "--resolutions": 32, "--workers": 0}, {}),
@@ -140,7 +140,9 @@ def smaller(name, arguments):
     for flag, number in (always | typed).items():
         if flag in words:
             place = words.index(flag) + 1
-            words[place] = min(words[place], str(number), key=float)
+            words[place] = min(words[place].split(",")[0], str(number), key=float)
+            while words[place + 1 : place + 2] and words[place + 1].isdecimal():
+                del words[place + 1]
         elif flag in always:
             words += [flag, str(number)]
     return words

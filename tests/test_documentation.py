@@ -196,7 +196,7 @@ RUNS = {
     "runs/one": ["--seed", "1"],
     "runs/other": ["--weighting", "constant"],
     "runs/digits_text": ["--config", "digits_text"],
-    "runs/faces": [*OF_PHOTOS, "--model_channels", "32"],
+    "runs/faces": [*OF_PHOTOS],
     "runs/photos": [*OF_PHOTOS],
     "runs/constant": [*OF_PHOTOS, "--weighting", "constant"],
     "runs/debiased": [*OF_PHOTOS],
@@ -205,7 +205,7 @@ RUNS = {
 FILES = {
     **dict.fromkeys(("photos", "EMOJI"), photographs),
     "user/set": partial(photographs, classes=8),
-    **dict.fromkeys(("pictures", "more", "user/pictures"), partial(photographs, count=8, captions=True)),
+    **dict.fromkeys(("pictures", "more", "user/pictures"), partial(photographs, count=20, captions=True)),
     "prompts.txt": lambda path: path.write_text("a red fox\na blue fox\n"),
     **dict.fromkeys(("user/sdxl-model", "user/sdxl", "stabilityai/stable-diffusion-xl-base-1.0"), text_model),
     "madebyollin/sdxl-vae-fp16-fix": lambda folder: shutil.copytree(ROOT / "debias_diffusers/data/text_base/vae", folder),

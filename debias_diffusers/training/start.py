@@ -42,7 +42,7 @@ def train(config: TrainConfig | str | Path | None = None, callback: Callback | N
         **values: fields by the names of the flags, in place of those of the configuration.
 
     Returns:
-        The pipeline with the EMA weights, on the CPU, as it is in the run directory: a `PixelPipeline`, or the stock pipeline of a
+        The pipeline with the EMA weights, on the CPU, as it is in the run directory. It is a `PixelPipeline`, or the stock pipeline of a
         text-to-image model; None in all processes but the first, and of a dry run.
 
     Raises:
