@@ -28,6 +28,7 @@ test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 nightly: $(VENV)/.installed
+	$(BIN)/pip install --quiet -e ".[test,play]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly -n 2 --dist worksteal
 
 lint: $(VENV)/.installed

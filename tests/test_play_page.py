@@ -9,7 +9,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import command, wait_for
+from conftest import STARTED, command, wait_for
 from PIL import Image
 
 from debias_diffusers import cli
@@ -22,6 +22,7 @@ WAIT = 300_000  # milliseconds after which what a page shows is taken to hang
 def started(*arguments, **options):
     """The address of a playground; what else it said."""
     process = command(*arguments, **options)
+    STARTED.remove(process)  # it serves several tests, and is ended here
     said = []
     reader = threading.Thread(target=lambda: said.extend(iter(process.stderr.readline, "")), daemon=True)
     reader.start()
@@ -148,11 +149,11 @@ def test_a_request_is_cancelled(browser, two):
 def test_a_text_to_image_model_draws_prompts(browser, text_models):
     with started("-m", "debias_diffusers.play", text_models["xl"], "--num_threads", 1) as (url, said), opened(browser, url) as page:
         draw(page, "prompt is empty; write what to draw")
-        page.get_by_label("Prompt", exact=True).fill("a handwritten seven")
+        page.locator("textarea").first.fill("a handwritten seven")
         page.get_by_label("Watch the steps").check()
         draw(page)
         assert "--prompt 'a handwritten seven'" in page.locator("#command-1 .cm-content").inner_text().replace("\n", " ")
-        assert page.locator("#stage-1 img").is_visible()
+        page.locator("#stage-1 img").wait_for()
     assert "Traceback" not in "".join(said)
 
 

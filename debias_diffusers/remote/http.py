@@ -126,7 +126,7 @@ def _library() -> ModuleType:
     try:
         import httpx2 as library
     except ImportError:  # huggingface_hub before 2.0
-        import httpx as library  # type: ignore[import-not-found, no-redef, unused-ignore]
+        import httpx as library  # type: ignore[no-redef]
     return library
 
 

@@ -416,7 +416,7 @@ def test_a_module_that_is_no_command_says_what_to_run(capsys):
 
 def test_the_package_is_the_command(capsys):
     process = command("-m", "debias_diffusers", "draw")
-    said = "error: python -m debias_diffusers draw is not known; take one of train, sample, eval, convert, hub, cache, ema, shards\n"
+    said = "error: python -m debias_diffusers draw is not known; take one of train, sample, eval, convert, hub, cache, ema, play, shards\n"
     assert process.communicate(timeout=HANG) == ("", said) and process.returncode == 2
     for arguments, usage in (
         ([], "-m debias_diffusers {train"),
