@@ -344,7 +344,7 @@ def test_only_the_runs_of_others_have_no_warm_up(trials):
     for name in packaged_configs():
         trials()
         config = cli.train_config(["--config", name, "--dataset", "digits"] if name != "digits" else ["--config", name], None)
-        assert config.optimization.ema_warmup == (name in ("digits", "digits_text", "sdxl")), name
+        assert config.optimization.ema_warmup == (name in ("digits", "digits_text", "emoji", "sdxl")), name
 
 
 @pytest.mark.row(66, AVERAGES)

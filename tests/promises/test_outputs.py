@@ -300,10 +300,11 @@ CACHES = "a cache or home folder that cannot be written does not stop a command"
 
 
 @pytest.mark.row(55, CACHES)
-@pytest.mark.parametrize("options", [{}, {"class_conditional": True}])
-def test_the_digits_need_no_cache_and_are_what_runs_have_written_down(options, monkeypatch):
-    config = DataConfig(dataset="digits", **options)
-    theirs = sources.ImageTable(datasets.load_dataset("parquet", split="train", data_files=str(sources.DIGITS_FILE)), config)
+@pytest.mark.parametrize("options", [{}, {"class_conditional": True}, {"dataset": "emoji"}])
+def test_embedded_data_need_no_cache_and_are_what_runs_have_written_down(options, monkeypatch):
+    config = DataConfig(**{"dataset": "digits", **options})
+    file = Path(sources.__file__).parent / f"{config.dataset}.parquet"
+    theirs = sources.ImageTable(datasets.load_dataset("parquet", split="train", data_files=str(file)), config)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("needs its cache"))
     ours = sources.open_source(config)
     assert ours.fingerprint() == theirs.fingerprint() and ours.class_names == theirs.class_names
@@ -312,7 +313,7 @@ def test_the_digits_need_no_cache_and_are_what_runs_have_written_down(options, m
 
 @pytest.mark.row(55, CACHES)
 def test_a_data_set_that_needs_a_cache_says_how_to_name_another(tmp_path, monkeypatch):
-    shutil.copy(sources.DIGITS_FILE, tmp_path / "mine.parquet")
+    shutil.copy(Path(sources.__file__).parent / "digits.parquet", tmp_path / "mine.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nowhere/datasets")
     with pytest.raises(InputError, match=r"/proc/nowhere/datasets cannot be written: name a folder that can with .* HF_HOME"):
         sources.open_source(DataConfig(dataset=str(tmp_path / "mine.parquet")))
