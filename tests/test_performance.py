@@ -178,9 +178,9 @@ def test_where_convolutions_lie_channels_last_nothing_in_between_lies_otherwise(
     assert network.training and all(module.training for module in network.modules() if isinstance(module, torch.nn.Dropout))
 
 
-def page_faults(keeping):
+def page_faults(keeping, context=SERVER):
     """Of filling 40 MB once more, in a process that has kept freed memory or not; the fewest, as the first may each find another place."""
-    with SERVER.Pool(1) as pool:
+    with context.Pool(1) as pool:
         return pool.apply(_page_faults, (keeping,))
 
 
@@ -197,7 +197,8 @@ def _page_faults(keeping):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or platform.libc_ver()[1] < "2.35", reason="of glibc")
 def test_memory_that_was_freed_is_taken_again_without_asking_the_system():
     assert page_faults(keeping=False) > 1000  # 9766 pages of 4 KB
-    assert page_faults(keeping=True) < 100
+    # In a process where something lies behind the heap, it cannot grow; another process has its memory elsewhere.
+    assert page_faults(keeping=True) < 100 or page_faults(True, multiprocessing.get_context("spawn")) < 100
 
 
 def test_a_resumed_run_lays_its_moments_as_its_weights(trained, tmp_path):
