@@ -385,6 +385,20 @@ def text_models(tmp_path_factory):
     }
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, without a window. A test that needs it fails where there is none."""
+    from playwright.sync_api import sync_playwright
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next((found for name in names if (found := shutil.which(name))), None)
+    assert path, f"none of {', '.join(names)} is installed"
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
 # ---- the table of docs/reliability.md ---------------------------------------------------------------------------------
 # A test of tests/promises has the mark `row(number, promise)` and counts its trials, if they are more than one, with the
 # fixture `trials`. `pytest -m row --table FILE` writes what was tried and what failed.

@@ -35,19 +35,6 @@ def started(*arguments, **options):
         process.wait()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    assert path, f"none of {', '.join(names)} is installed"
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @contextlib.contextmanager
 def opened(browser, url, **options):
     """A page, which asks no other server for anything and has no errors in its console."""

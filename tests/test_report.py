@@ -167,19 +167,6 @@ def test_a_chart_of_one_point_of_equal_and_of_hostile_values():
 # ---- in Chromium -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    assert path, f"none of {', '.join(names)} is installed"
-    with sync_playwright() as play:
-        started = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 @pytest.fixture
 def opened(browser, runs, request):
     """The page of both runs, and what its console said."""

@@ -6,6 +6,7 @@ Four of five of the embedded digits are learned, each moved by up to a pixel and
 is kept to see how many are told right. About a minute on one core, always with the same result on the same machine.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,15 +16,15 @@ from safetensors.torch import save_file
 from debias_diffusers.config.schema import DataConfig
 from debias_diffusers.data.images import decode, to_array
 from debias_diffusers.data.sources import open_source
-from debias_diffusers.evaluation.feature_extractors import DigitsClassifier
+from debias_diffusers.evaluation.feature_extractors import Classifier, DigitsClassifier
 
-WEIGHTS = Path(__file__).parent.parent / "debias_diffusers" / "evaluation" / "digits_classifier.safetensors"
+FOLDER = Path(__file__).parent.parent / "debias_diffusers" / "evaluation"
 EPOCHS, BATCH, NOISE = 60, 64, 20.0  # noise in grey levels of 255
 
 
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """All digits, (1797, 1, 8, 8) float in 0 .. 255, and their labels."""
-    source = open_source(DataConfig(dataset="digits", resolution=8, class_conditional=True))
+def embedded(name: str, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images of an embedded data set, (N, C, side, side) float in 0 .. 255, and their labels."""
+    source = open_source(DataConfig(dataset=name, resolution=side, class_conditional=True))
     read = [source.read(k) for k in range(len(source))]
     images = torch.stack([torch.from_numpy(to_array(decode(data, name))) for data, _, name in read]).float()
     return images, torch.tensor([label for _, label, _ in read])
@@ -38,16 +39,16 @@ def varied(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (moved + strength * torch.randn(moved.shape, generator=generator)).clamp(0, 255)
 
 
-def main() -> None:
-    """Trains, says the accuracy on the digits that were kept, and writes the weights."""
+def train(name: str, side: int, kind: type[Classifier], varied: Callable[..., torch.Tensor], weight_decay: float) -> None:
+    """Trains a classifier of an embedded data set, says the accuracy on the images that were kept, and writes the weights."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    images, labels = digits()
+    images, labels = embedded(name, side)
     kept = torch.arange(len(images)) % 5 == 0
-    network = DigitsClassifier()
+    network = kind()
     steps = EPOCHS * ((~kept).sum().item() // BATCH)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     for _ in range(EPOCHS):
         order = torch.arange(len(images))[~kept][torch.randperm((~kept).sum().item(), generator=generator)]
@@ -59,10 +60,11 @@ def main() -> None:
             schedule.step()
     with torch.no_grad():
         right = (network.eval()(images[kept])[1].argmax(1) == labels[kept]).float().mean()
-    save_file(network.state_dict(), WEIGHTS)
-    WEIGHTS.chmod(0o644)
-    print(f"{right:.1%} of {kept.sum()} digits that were not learned are told right; {WEIGHTS}")
+    weights = FOLDER / f"{name}_classifier.safetensors"
+    save_file(network.state_dict(), weights)
+    weights.chmod(0o644)
+    print(f"{right:.1%} of {kept.sum()} {name} that were not learned are told right; {weights}")
 
 
 if __name__ == "__main__":
-    main()
+    train("digits", 8, DigitsClassifier, varied, weight_decay=1e-2)

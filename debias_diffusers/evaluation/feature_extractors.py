@@ -35,8 +35,20 @@ SPATIAL = "spatial"  # the layer of sFID
 DIGITS_SIDE, EMOJI_SIDE = 8, 16
 
 
-class DigitsClassifier(nn.Module):
-    """A small network that tells 8x8 digits apart; trained by `tools/train_digits_classifier.py`."""
+class Classifier(nn.Module):
+    """A small network, `body`, whose features compare sets of images, and the classes that it learned, `head`."""
+
+    body: nn.Sequential
+    head: nn.Linear
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) float in 0 .. 255 to (B, 64) features and (B, classes) logits."""
+        features = self.body(images / 127.5 - 1)
+        return features, self.head(features)
+
+
+class DigitsClassifier(Classifier):
+    """A small network that tells grey 8x8 digits apart; trained by `tools/train_digits_classifier.py`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,13 +63,8 @@ class DigitsClassifier(nn.Module):
         )
         self.head = nn.Linear(64, 10)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1, 8, 8) float in 0 .. 255 to (B, 64) features and (B, 10) logits."""
-        features = self.body(images / 127.5 - 1)
-        return features, self.head(features)
 
-
-class EmojiClassifier(nn.Module):
+class EmojiClassifier(Classifier):
     """A small network that tells the categories of 16x16 emoji apart; trained by `tools/train_emoji_classifier.py`."""
 
     def __init__(self) -> None:
@@ -75,17 +82,12 @@ class EmojiClassifier(nn.Module):
         )
         self.head = nn.Linear(64, 9)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, 16, 16) float in 0 .. 255 to (B, 64) features and (B, 9) logits."""
-        features = self.body(images / 127.5 - 1)
-        return features, self.head(features)
-
 
 class FeatureExtractorDigits(FeatureExtractorBase):
     """The digits' classifier as torch-fidelity takes it. Images of another size are resized (bilinear, antialiased)."""
 
     side, grey = DIGITS_SIDE, True
-    classifier: type[nn.Module] = DigitsClassifier
+    classifier: type[Classifier] = DigitsClassifier
 
     def __init__(self, name: str, features_list: Sequence[str], feature_extractor_weights_path: str | None = None, **_: Any) -> None:
         super().__init__(name, features_list)
