@@ -100,7 +100,8 @@ def test_a_lost_connection_is_said_once_and_the_rest_is_fetched(server, tmp_path
     server.log.clear()
     assert read(ShardCache(tmp_path, 10**9), file) == content(0)
     starts = [int(asked.split("=")[1].split("-")[0]) for asked in ranges(server)]
-    assert starts[:6] == [0] * 6 and starts[5:] == sorted(starts[5:]) and len(starts) == 8 and starts[-1] > 1_000_000
+    assert starts[:6] == [0] * 6 and starts[5:] == sorted(starts[5:]) and len(starts) == 8
+    assert starts[-1] > 1_000_000 or not fin  # a reset may take with it what the kernel had received and nobody had read
     said = capsys.readouterr().err
     assert said.count("trying again for 300 s") == 1 and "000.tar" in said and server.faults.left == 0
 
@@ -114,7 +115,7 @@ def test_a_range_goes_on_after_a_lost_connection(server):
 def test_what_stays_lost_is_given_up_with_a_sentence_and_continued_by_who_comes_next(server, tmp_path, monkeypatch):
     file, cache = found(0), ShardCache(tmp_path, 10**9)
     monkeypatch.setattr(http, "PATIENCE", 0.05)
-    server.fault(path=CDN, action="truncate", after_bytes=2_000_000)
+    server.fault(path=CDN, action="truncate", after_bytes=2_000_000, fin=True)
     server.fault(path=CDN, action="drop", times=1000)
     with pytest.raises(FetchError, match=r"000.tar cannot be fetched: the connection was lost .*; tried for 0.05 s") as error:
         cache.open(file)
@@ -192,7 +193,7 @@ def test_processes_and_threads_fetch_a_file_once(server, tmp_path):
 
 def test_a_killed_process_blocks_nobody_and_its_part_is_continued(server, tmp_path):
     file, cache = found(0), ShardCache(tmp_path, 10**9)
-    server.fault(path=CDN, action="truncate", after_bytes=2_000_000)
+    server.fault(path=CDN, action="truncate", after_bytes=2_000_000, fin=True)
     until = server.hold(path=CDN)
     fetching = multiprocessing.get_context("fork").Process(target=cache.open, args=(file,))
     fetching.start()
