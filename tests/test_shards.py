@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import tarfile
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import command, computed, same, wait_for
+from conftest import HANG, command, computed, gone, same, wait_for
 from here import tiny, trained_here
 from PIL import Image
 
@@ -293,6 +294,41 @@ def test_many_shards_are_read_by_several_processes(shards, monkeypatch):
     monkeypatch.setattr(index.tar, "read_rows", lambda *_: os._exit(9))
     with pytest.raises(DebiasError, match="was killed"):
         opened(shards)
+
+
+def test_of_several_processes_one_builds_the_index_and_a_killed_one_blocks_nobody(shards, monkeypatch, tmp_path):
+    log, held, real = tmp_path / "log", tmp_path / "held", index.tar.read_rows
+    whole = opened(shards).fingerprint()
+    (path,) = shards.glob("index-*")
+    content = path.read_bytes()
+
+    def read_rows(*args):
+        with open(log, "a") as file:
+            file.write(f"{args[1]} {os.getpid()}\n")
+        wait_for(lambda: not held.exists())
+        return real(*args)
+
+    def read():
+        return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+    monkeypatch.setattr(index, "SMALL", 0)
+    monkeypatch.setattr(index.tar, "read_rows", read_rows)
+    path.unlink()
+    held.touch()
+    processes = [multiprocessing.get_context("fork").Process(target=opened, args=(shards,)) for _ in range(3)]
+    processes[0].start()
+    wait_for(lambda: len(read()) >= 2)
+    for process in processes[1:]:
+        process.start()
+    processes[0].kill()
+    wait_for(lambda: all(gone(int(pid)) for _, pid in read()))  # its workers, too, which have its lock
+    held.unlink()
+    for process in processes[1:]:
+        process.join(HANG)
+    assert [process.exitcode for process in processes[1:]] == [0, 0]
+    assert Counter(name for name, _ in read()[2:]) == dict.fromkeys(opened(shards).shard_files.names, 1)
+    assert path.read_bytes() == content and opened(shards).fingerprint() == whole
+    assert not list(shards.glob(".draft-*"))
 
 
 def changed(path):
