@@ -31,6 +31,7 @@ ORDER = [
     "training",
     "convert",
     "parsing",
+    "commands",
     "cli",
 ]
 
@@ -77,6 +78,7 @@ WITHOUT_TORCH = {
     "convert.unet_names",
     "training.start",
     "parsing",
+    "commands",
     "cli",
 }
 

@@ -228,7 +228,7 @@ def test_another_process_does_not_end_before_the_first_has_said_it(error, monkey
     trials()
     waits = []
     monkeypatch.setattr(cli.time, "sleep", waits.append)
-    monkeypatch.setattr(cli, "_train", fail)
+    monkeypatch.setattr(cli, "run_train", fail)
     monkeypatch.setattr(cli.sys, "modules", {name: module for name, module in sys.modules.items() if name != "torch"})
     monkeypatch.setenv("RANK", "1")
     assert cli.train([]) == 2 and not waits  # without a launcher that kills there is nothing to wait for

@@ -23,7 +23,16 @@ from safetensors.torch import load_file, save_file
 import debias_diffusers
 from debias_diffusers import cli, parsing
 from debias_diffusers.config.loading import to_json
-from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig, ScoreConfig, StatsConfig, TrainConfig
+from debias_diffusers.config.schema import (
+    BitsConfig,
+    DataConfig,
+    MeasureConfig,
+    SampleConfig,
+    ScoreConfig,
+    StatsConfig,
+    TrainConfig,
+    WeightsConfig,
+)
 from debias_diffusers.convert.guided_diffusion import guided
 from debias_diffusers.data import images
 from debias_diffusers.data.sources.opening import open_source
@@ -131,8 +140,8 @@ def results(data, out):
             StatsConfig(reference=str(data), out=str(out / "stats.safetensors"), measure=measure)
         ),
         "bits.json": lambda: likelihood.bits_per_dimension(BitsConfig(model=str(data), output=str(out / "bits.json"))),
-        "weights.csv": lambda: plots.plot_weights(parsing.parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
-        "weights.png": lambda: plots.plot_weights(parsing.parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
+        "weights.csv": lambda: plots.plot_weights(parsing.parse(WeightsConfig, ["--output_dir", str(out)], None, "", "")),
+        "weights.png": lambda: plots.plot_weights(parsing.parse(WeightsConfig, ["--output_dir", str(out)], None, "", "")),
         "run-first-batch.png": lambda: dry_run.dry_run(cli.train_config(dry, None)),
     }
 
@@ -216,7 +225,7 @@ def test_results_of_a_model_are_replaced_and_pictures_of_the_first_version_too(t
 def test_a_letter_that_is_named_like_a_temporary_file_stays(trained, tmp_path):
     (tmp_path / ".draft-letter").write_text("dear")
     with pytest.raises(InputError, match=r"holds other files, such as \.draft-letter"):
-        files_of = parsing.parse(cli.SampleConfig, [str(trained), "--output_dir", str(tmp_path), "--num_images", "1"], None, "", "")
+        files_of = parsing.parse(SampleConfig, [str(trained), "--output_dir", str(tmp_path), "--num_images", "1"], None, "", "")
         cli_sample(files_of)
     with pytest.raises(InputError, match="already exists"):
         guided("model.pt", "--image_size 8 --num_heads 1", str(tmp_path))
@@ -398,9 +407,9 @@ def test_a_wrong_flag_is_told_whatever_the_encoding_and_the_width(encoding, monk
             cli.train_config(arguments, None)
         assert str(error.value).startswith(sentence)
     with pytest.raises(InputError, match=r"^model is missing: it stands without a flag, before the options; sample\.py --help"):
-        parsing.parse(cli.SampleConfig, ["--model", "run"], None, "sample.py", "")
+        parsing.parse(SampleConfig, ["--model", "run"], None, "sample.py", "")
     with pytest.raises(InputError, match=r"^model is missing: a run directory, .*; sample\.py --help lists all flags$"):
-        parsing.parse(cli.SampleConfig, [], None, "sample.py", "")
+        parsing.parse(SampleConfig, [], None, "sample.py", "")
 
 
 def test_a_module_that_is_no_command_says_what_to_run(capsys):
