@@ -29,7 +29,10 @@ from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, mi
 from debias_diffusers.data.shards import commands, index
 from debias_diffusers.data.shards.order import ShardOrder
 from debias_diffusers.data.shards.source import ShardedSource
-from debias_diffusers.data.sources import ImageTable, SourceSubset, open_source, summary
+from debias_diffusers.data.sources.opening import open_source
+from debias_diffusers.data.sources.subset import SourceSubset
+from debias_diffusers.data.sources.summary import summary
+from debias_diffusers.data.sources.table import ImageTable
 from debias_diffusers.data.validation_split import split_source
 from debias_diffusers.errors import CannotWriteError, DebiasError, InputError
 from debias_diffusers.tasks import precompute

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from ..config.schema import BiasConfig, DataConfig
 from ..data.dataset import TrainingData
-from ..data.sources import Source, SourceSubset
+from ..data.sources.base import Source
+from ..data.sources.subset import SourceSubset
 from ..data.validation_split import split_source
 from ..evaluation.reference import data_of_model, reference_data
 from ..utils import seeding

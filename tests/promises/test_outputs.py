@@ -25,7 +25,9 @@ from debias_diffusers import cli, parsing
 from debias_diffusers.config.loading import to_json
 from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig, ScoreConfig, StatsConfig, TrainConfig
 from debias_diffusers.convert.guided_diffusion import guided
-from debias_diffusers.data import images, sources
+from debias_diffusers.data import images
+from debias_diffusers.data.sources.opening import open_source
+from debias_diffusers.data.sources.table import ImageTable
 from debias_diffusers.errors import CannotWriteError, DebiasError, InputError
 from debias_diffusers.evaluation import likelihood, plots, score, statistics
 from debias_diffusers.evaluation.results import as_json
@@ -303,20 +305,20 @@ CACHES = "a cache or home folder that cannot be written does not stop a command"
 @pytest.mark.parametrize("options", [{}, {"class_conditional": True}, {"dataset": "emoji"}])
 def test_embedded_data_need_no_cache_and_are_what_runs_have_written_down(options, monkeypatch):
     config = DataConfig(**{"dataset": "digits", **options})
-    file = Path(sources.__file__).parent / f"{config.dataset}.parquet"
-    theirs = sources.ImageTable(datasets.load_dataset("parquet", split="train", data_files=str(file)), config)
+    file = Path(images.__file__).parent / f"{config.dataset}.parquet"
+    theirs = ImageTable(datasets.load_dataset("parquet", split="train", data_files=str(file)), config)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("needs its cache"))
-    ours = sources.open_source(config)
+    ours = open_source(config)
     assert ours.fingerprint() == theirs.fingerprint() and ours.class_names == theirs.class_names
     assert [ours.read(k) for k in range(len(ours))] == [theirs.read(k) for k in range(len(theirs))]
 
 
 @pytest.mark.row(55, CACHES)
 def test_a_data_set_that_needs_a_cache_says_how_to_name_another(tmp_path, monkeypatch):
-    shutil.copy(Path(sources.__file__).parent / "digits.parquet", tmp_path / "mine.parquet")
+    shutil.copy(Path(images.__file__).parent / "digits.parquet", tmp_path / "mine.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nowhere/datasets")
     with pytest.raises(InputError, match=r"/proc/nowhere/datasets cannot be written: name a folder that can with .* HF_HOME"):
-        sources.open_source(DataConfig(dataset=str(tmp_path / "mine.parquet")))
+        open_source(DataConfig(dataset=str(tmp_path / "mine.parquet")))
 
 
 @pytest.mark.row(55, CACHES)
