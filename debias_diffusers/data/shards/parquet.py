@@ -25,6 +25,19 @@ def read_schema(file: IO[bytes], where: str) -> pyarrow.Schema:
         return pyarrow.parquet.ParquetFile(file).schema_arrow
 
 
+def row_groups(file: IO[bytes], where: str) -> list[tuple[int, int]]:
+    """The first byte of each row group, and that after its last, by the footer. Raises InputError where it is no parquet file."""
+    with _told(where):
+        metadata = pyarrow.parquet.ParquetFile(file).metadata
+        return [_place(metadata.row_group(group)) for group in range(metadata.num_row_groups)]
+
+
+def _place(group: Any) -> tuple[int, int]:
+    columns = [group.column(number) for number in range(group.num_columns)]
+    firsts = [column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset for column in columns]
+    return min(firsts), max(first + column.total_compressed_size for first, column in zip(firsts, columns))
+
+
 def read_rows(file: IO[bytes], name: str, where: str, columns: Columns) -> Part:
     """The rows of the index of a shard; reads all images.
 

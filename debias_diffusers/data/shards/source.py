@@ -208,7 +208,7 @@ class ShardedSource:
 
     def prefetch(self, shards: Sequence[int] | np.ndarray) -> None:
         """Says which shards are read next, in this order."""
-        self.shard_files.prefetch(list(dict.fromkeys(self.index.units[shard].name for shard in shards)))
+        self.shard_files.prefetch([self.index.units[shard] for shard in shards])
 
     def sizes(self) -> np.ndarray:
         """As of `Source`."""
