@@ -49,7 +49,7 @@ from .parsing import field_name, parse
 from .play import request, space
 from .runs import ema_snapshots
 from .runs.lora_folder import lora_problems
-from .runs.model_folder import check_sampling, pixel_problems, task_of
+from .runs.model_folder import bias_model_problems, check_sampling, pixel_problems, task_of
 from .runs.run_directory import kept_values, run_values, sampling_problems, shown_values
 from .utils import console, launcher, text_libraries
 from .utils.files import require_replaceable
@@ -362,8 +362,15 @@ def _bits(argv: list[str], program: str) -> None:
 
 def _bias(argv: list[str], program: str) -> None:
     config = parse(BiasConfig, argv, None, program, BiasConfig.__doc__ or "")
-    absent = [problem for run in config.runs for problem in hub_names.model_problems("run", run) + pixel_problems(run, "bias")]
+    absent = [problem for run in config.runs for problem in hub_names.model_problems("run", run)]
+    local = {run: Path(run) for run in config.runs if Path(run).is_dir()}
+    if len(local) == len(config.runs):
+        absent += bias_model_problems(config, local)
     _raise_all(bias_problems(config) + absent + hub_names.data_problems("reference", config.reference))
+    if any(task_of(folder) == "text_to_image" for folder in local.values()):
+        text_libraries.require()
+    elif len(local) < len(config.runs):
+        text_libraries.show()  # which those of the Hub may need
     from .analysis import bias
 
     bias.measure_bias(config)
