@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config.loading import layered
-from ..config.schema import BiasConfig, ObjectiveConfig, SchedulerName
+from ..config.schema.evaluation import BiasConfig
+from ..config.schema.objective import ObjectiveConfig
+from ..config.schema.types import SchedulerName
 from ..errors import InputError
 from ..hub import client
 from ..hub.model_card import step_of_card
