@@ -12,7 +12,7 @@ from ..config.schema.objective import WeightsConfig
 from ..config.validation.evaluation import bias_problems, bits_problems, report_problems, score_problems, stats_problems
 from ..config.validation.objective import weights_problems
 from ..errors import CannotWriteError, raise_all
-from ..runs.model_folder import pixel_problems, task_of
+from ..runs.model_folder import bias_model_problems, pixel_problems, task_of
 from ..utils import console, text_libraries
 from ..utils.files import require_replaceable
 from .base import dispatch, raise_problems
@@ -82,8 +82,15 @@ def _bits(argv: list[str], program: str) -> None:
 
 def _bias(argv: list[str], program: str) -> None:
     config = parsing.parse(BiasConfig, argv, None, program, BiasConfig.__doc__ or "")
-    absent = [problem for run in config.runs for problem in hub_names.model_problems("run", run) + pixel_problems(run, "bias")]
+    absent = [problem for run in config.runs for problem in hub_names.model_problems("run", run)]
+    local = {run: Path(run) for run in config.runs if Path(run).is_dir()}
+    if len(local) == len(config.runs):
+        absent += bias_model_problems(config, local)
     raise_problems(bias_problems(config) + absent + hub_names.data_problems("reference", config.reference))
+    if any(task_of(folder) == "text_to_image" for folder in local.values()):
+        text_libraries.require()
+    elif len(local) < len(config.runs):
+        text_libraries.show()  # which those of the Hub may need
     from ..analysis import bias
 
     bias.measure_bias(config)

@@ -106,16 +106,17 @@ class BitsConfig:
 class BiasConfig:
     """Measure how the loss weight shows, timestep by timestep: errors, estimates of x_0, images over steps; a folder with report.html.
 
-    For each run: errors of the prediction and of x_0, with the signed error of each channel, at fixed timesteps, for the same images and
-    noise; and images of the same seeds at different numbers of steps.
+    For each run: errors of the prediction and of x_0, with the signed error of each colour channel, at fixed timesteps, for the same images
+    and noise; and images of the same seeds at different numbers of steps.
     """
 
-    runs: tuple[str, ...]  # run directories, pipeline folders, Hub ids of pixel models
+    runs: tuple[str, ...]  # run directories, pipeline folders, Hub ids: pixel models, or text-to-image models with the same VAE
     reference: str | None = None  # reference data: a data set or folder; what the runs were trained on if left out
     output_dir: str = "bias"  # output directory for report.html, .csv and .png files
     split: str | None = None  # split of the reference; that of the run if both are left out, else train
     image_column: str | None = None  # column of its images; that of the run if both are left out, else found by its type
     label_column: str | None = None  # column of its labels, for class-conditional models; likewise
+    caption_column: str | None = None  # column of its captions, for text-to-image models; likewise, else found by its name
     skip_bad: bool = False  # skip images that cannot be read, up to 1% of them; as the run did if left out
     # number of its images on which errors are measured, a random subset: of those that all runs held out (validation_split) if they did
     num_images: Annotated[int, NUM_IMAGES] = 256
@@ -124,6 +125,7 @@ class BiasConfig:
     steps: tuple[int, ...] = ()
     num_samples: Annotated[int, NUM_IMAGES] = 256  # number of images that are sampled for each number of steps
     scheduler: Annotated[SchedulerName | None, Doc(_BIAS_SCHEDULER)] = None
+    guidance_scale: GuidanceScale = None  # classifier-free guidance scale of text-to-image models; 1 is off; as in sample.py if left out
     # of two runs: also sample with the first one's network from a timestep on and the second one's below it, over that timestep
     swap: bool = False
     swap_steps: Annotated[int, at_least(1, 20)] = 20  # number of inference steps of swap
@@ -137,6 +139,7 @@ class BiasConfig:
     weights: str = "ema"  # network weights: ema, raw, or an EMA decay rate of the run
     seed: ImageSeed = 0  # random seed of the subset, of the noise and of sampling
     num_threads: Threads = None  # CPU threads
+    base_model: str | None = None  # base model of runs that are LoRAs; as they say if left out
     allow_pickle_import: bool = False  # also load models that have .bin weights only, read as tensors only
 
 

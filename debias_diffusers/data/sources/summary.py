@@ -7,6 +7,7 @@ from collections import Counter
 from .. import image_folders
 from ..labels import describe_classes
 from .base import Source
+from .subset import sharded
 
 
 def class_counts(source: Source) -> list[int] | None:
@@ -23,7 +24,9 @@ def summary(source: Source, name: str | None) -> list[str]:
     if source.class_names:
         parts.append(describe_classes(source.class_names, class_counts(source) or []))
     found = f"dataset {name}: {', '.join([*parts, source.split] if source.split else parts)}"
-    return [found, f"passed over: {image_folders.count_by_reason(source.passed_over)}"] if source.passed_over else [found]
+    passed_over = [f"passed over: {image_folders.count_by_reason(source.passed_over)}"] if source.passed_over else []
+    shards = sharded(source)
+    return [found, *passed_over, *(f"warning: {warning}" for warning in (shards.warnings if shards else ()))]
 
 
 def training_summary(source: Source, name: str | None) -> list[str]:
