@@ -20,7 +20,7 @@ from here import tiny, trained_here
 from PIL import Image
 
 from debias_diffusers import cli
-from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.config.shard_names import expand
 from debias_diffusers.data import captions as captions_module
 from debias_diffusers.data import images

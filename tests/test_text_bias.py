@@ -18,7 +18,7 @@ from debias_diffusers import cli
 from debias_diffusers.analysis.denoising import fixed_noise, measure_errors
 from debias_diffusers.analysis.models import open_models
 from debias_diffusers.analysis.text_models import TextImages
-from debias_diffusers.config.schema import BiasConfig
+from debias_diffusers.config.schema.evaluation import BiasConfig
 from debias_diffusers.evaluation.reference import reference_data
 
 INDICES = [0, 1, 3]  # of the fixture `pictures`

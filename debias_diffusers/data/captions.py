@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..config.prompts import MAX_CHARACTERS, broken_text
-from ..config.schema import DIGITS
+from ..config.schema.data import DIGITS
 from ..errors import InputError
 from ..utils import seeding
 from ..utils.files import read_file

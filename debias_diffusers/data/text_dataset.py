@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.schema import DataConfig, NoiseConfig, OptimizationConfig, TextConfig
+from ..config.schema.data import DataConfig, TextConfig
+from ..config.schema.objective import NoiseConfig
+from ..config.schema.training import OptimizationConfig
 from ..utils import seeding
 from . import images
 from .buckets import BucketOrder, Buckets

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..config.schema import TrainConfig
+from ..config.schema.training import TrainConfig
 from ..data import images
 from ..data.buckets import Buckets
 from ..data.captions import counted_captions, first_captions, summary
