@@ -16,7 +16,7 @@ from text_models import make_base, text_args
 pytest.importorskip("transformers")
 
 from debias_diffusers import cli
-from debias_diffusers.analysis import figures
+from debias_diffusers.analysis import bias_report
 from debias_diffusers.analysis.denoising import fixed_noise, measure_errors
 from debias_diffusers.analysis.models import open_models
 from debias_diffusers.analysis.text_models import TextImages, require_same_conditions
@@ -145,7 +145,7 @@ SMALL = ["--num_images", 3, "--num_timesteps", 3, "--num_samples", 4, "--steps",
 
 
 def test_the_command_writes_tables_figures_and_a_page_of_the_data_of_the_run(bases, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "png_of", lambda figure: b"drawn by the tests of pixel models")
+    monkeypatch.setattr(bias_report, "curves", lambda *args: b"drawn by the tests of pixel models")
     one = as_run(bases["xl"], tmp_path / "one")
     (tmp_path / "two").symlink_to(one)
     out, flags = tmp_path / "out", [*SMALL, "--swap", "--swap_steps", 2, "--cache_dir", "", "--guidance_scale", 2]
