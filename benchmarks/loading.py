@@ -24,7 +24,7 @@ from training import make_images
 
 from debias_diffusers.config.schema import DataConfig
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 
 BATCH = 16
 

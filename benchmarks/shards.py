@@ -36,7 +36,8 @@ from debias_diffusers.data.dataset import PositionBatchSampler, PositionedData, 
 from debias_diffusers.data.shards import commands, index
 from debias_diffusers.data.shards.files import Unit
 from debias_diffusers.data.shards.rows import SCHEMA, Part
-from debias_diffusers.data.sources import Source, open_source
+from debias_diffusers.data.sources.base import Source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.text_dataset import TextData
 from debias_diffusers.tasks import precompute
 

@@ -19,7 +19,7 @@ from debias_diffusers.analysis.report_page import ReportPage, is_our_page
 from debias_diffusers.analysis.swap import SwappedUNet, require_swappable
 from debias_diffusers.config.schema import BiasConfig, DataConfig, ObjectiveConfig
 from debias_diffusers.config.validation.evaluation import bias_problems
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.validation_split import split_source
 from debias_diffusers.diffusion.noise_schedule import make_schedule, prediction_of_x_0
 from debias_diffusers.errors import InputError

@@ -29,7 +29,7 @@ from debias_diffusers.config.schema import (
 from debias_diffusers.config.validation.evaluation import score_problems
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data.labels import label_indices
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation.feature_extractors import Extractor
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline

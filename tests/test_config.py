@@ -11,8 +11,8 @@ import torch
 import yaml
 from conftest import ROOT, TINY, cpu_of_children, run
 
-from debias_diffusers import cli
 from debias_diffusers.cli import train_config
+from debias_diffusers.commands import evaluate
 from debias_diffusers.config import loading, schema
 from debias_diffusers.config.loading import flatten, layered, read_config, resolved, update
 from debias_diffusers.config.schema import BitsConfig, ScoreConfig, StatsConfig, TrainConfig
@@ -168,8 +168,8 @@ def test_an_output_that_is_no_file_is_refused_before_the_work():
 @pytest.mark.parametrize("flags, bootstrap", [([], 200), (["--bootstrap", "0"], 0), (["--bootstrap", "30"], 30)])
 def test_compare_draws_intervals_unless_they_are_off(monkeypatch, flags, bootstrap):
     seen = []
-    monkeypatch.setattr(cli, "_scored", seen.append)
-    cli._compare(["x", *flags])
+    monkeypatch.setattr(evaluate, "_scored", seen.append)
+    evaluate._compare(["x", *flags])
     assert seen[0].bootstrap == bootstrap
 
 

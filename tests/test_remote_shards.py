@@ -24,7 +24,7 @@ from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data.buckets import Buckets
 from debias_diffusers.data.captions import CaptionedSource
 from debias_diffusers.data.dataset import TrainingData
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.text_dataset import TextData
 from debias_diffusers.errors import FetchError, InputError
 from debias_diffusers.hub import client

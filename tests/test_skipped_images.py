@@ -11,7 +11,7 @@ from PIL import Image
 
 from debias_diffusers.config.schema import DataConfig
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.errors import FetchError, InputError
 from debias_diffusers.tasks import pixel_data
 

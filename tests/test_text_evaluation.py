@@ -27,7 +27,7 @@ from debias_diffusers.config.schema import (
     TrainConfig,
 )
 from debias_diffusers.config.validation.evaluation import score_problems, stats_problems
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.text_dataset import prompts_of_data
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import score as scoring

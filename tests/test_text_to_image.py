@@ -236,7 +236,7 @@ def test_captions_are_read_as_they_stand(form, tmp_path):
 
     from debias_diffusers.config.schema import DataConfig
     from debias_diffusers.data.captions import CaptionedSource
-    from debias_diffusers.data.sources import open_source
+    from debias_diffusers.data.sources.opening import open_source
 
     data = pictures(tmp_path / "data", sizes=((8, 8),) * 3)
     expected = [(caption,) for caption in CAPTIONS]

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from debias_diffusers.config.schema import DataConfig
 from debias_diffusers.data.dataset import TrainingData
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.evaluation.feature_extractors import FeatureExtractorDigits
 
 OUT = Path(__file__).parent.parent / "debias_diffusers" / "data" / "text_base"

@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config.schema import BiasConfig, DataConfig
-from ..data.sources import Source, SourceSubset
+from ..data.sources.base import Source
+from ..data.sources.subset import SourceSubset
 from ..data.validation_split import split_source
 from ..evaluation.reference import data_of_model, reference_data
 from ..sampling.job import Job

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ..config.schema import BiasConfig, DataConfig, SampleConfig, TextConfig
 from ..data.captions import CaptionedSource
-from ..data.sources import Source, SourceSubset, open_readable
+from ..data.sources.base import Source
+from ..data.sources.opening import open_readable
+from ..data.sources.subset import SourceSubset
 from ..data.text_dataset import TextData, prompts_of_data
 from ..errors import InputError
 from ..evaluation.reference import caption_column

@@ -18,7 +18,10 @@ from ..utils.files import read_file
 from . import image_folders
 from .shards.source import IndexedCaptions, LazyCaptions, ShardedSource
 from .shards.table_columns import COLUMNS, caption_column
-from .sources import ImageFolder, ImageTable, Source, SourceSubset
+from .sources.base import Source
+from .sources.folder import ImageFolder
+from .sources.subset import SourceSubset
+from .sources.table import ImageTable
 
 Captions = Sequence[tuple[str, ...]]  # by image; () where it has none
 

@@ -27,7 +27,9 @@ from .buckets import BucketOrder
 from .decoded_cache import make_cache
 from .noise import draw_noise
 from .shards.order import ShardOrder
-from .sources import MAX_SKIPPED_SHARE, Source, require_class, sharded
+from .sources.base import Source
+from .sources.checks import MAX_SKIPPED_SHARE, require_class
+from .sources.subset import sharded
 
 T = TypeVar("T")
 

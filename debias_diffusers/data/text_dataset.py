@@ -18,7 +18,8 @@ from . import images
 from .buckets import BucketOrder, Buckets
 from .captions import Captions, captions_of, different_captions
 from .dataset import PositionedData, shard_starts
-from .sources import RepeatedSource, Source
+from .sources.base import Source
+from .sources.subset import RepeatedSource
 
 
 def prompts_of_data(captions: Captions) -> list[str]:

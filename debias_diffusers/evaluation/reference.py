@@ -15,7 +15,10 @@ from ..config.loading import CHANGEABLE, read_config, stored
 from ..config.schema import EMBEDDED, BiasConfig, BitsConfig, DataConfig, MeasureConfig, TrainConfig
 from ..data import image_folders
 from ..data.dataset import TrainingData
-from ..data.sources import ImageFolder, Source, open_readable, open_source, summary
+from ..data.sources.base import Source
+from ..data.sources.folder import ImageFolder
+from ..data.sources.opening import open_readable, open_source
+from ..data.sources.summary import summary
 from ..errors import InputError
 from ..hub import client
 from ..pipelines.pixel_pipeline import PixelPipeline

@@ -18,7 +18,9 @@ from ..config.registry import METRICS
 from ..config.schema import DataConfig, SampleConfig, ScoreConfig
 from ..data import image_folders
 from ..data.captions import read_captions
-from ..data.sources import ImageFolder, Source, open_source
+from ..data.sources.base import Source
+from ..data.sources.folder import ImageFolder
+from ..data.sources.opening import open_source
 from ..data.text_dataset import prompts_of_data
 from ..errors import InputError
 from ..hub import client

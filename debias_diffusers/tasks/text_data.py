@@ -10,7 +10,8 @@ from ..config.choices import as_flags
 from ..config.loading import flatten
 from ..config.schema import TrainConfig
 from ..data.captions import CaptionedSource
-from ..data.sources import Source, summary
+from ..data.sources.base import Source
+from ..data.sources.summary import summary
 from ..runs.checkpoints import Checkpoint
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, told_by_the_first

@@ -22,7 +22,8 @@ from ..data import images
 from ..data.buckets import Buckets
 from ..data.captions import counted_captions, first_captions, summary
 from ..data.labels import row_names
-from ..data.sources import RepeatedSource, Source
+from ..data.sources.base import Source
+from ..data.sources.subset import RepeatedSource
 from ..data.text_dataset import TextData, prompts_of_data
 from ..data.validation_split import validation_seed
 from ..diffusion.loss import Network

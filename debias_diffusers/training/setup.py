@@ -21,7 +21,8 @@ from ..config.schema import EMBEDDED, HubConfig, OptimizationConfig, TrainConfig
 from ..config.validation.training import train_problems
 from ..data.captions import require_captions
 from ..data.dataset import PositionBatchSampler
-from ..data.sources import RepeatedSource, Source, folder_repeats
+from ..data.sources.base import Source
+from ..data.sources.subset import RepeatedSource, folder_repeats
 from ..data.validation_split import split_source
 from ..diffusion.loss import Objective, make_objective
 from ..diffusion.noise_schedule import require_noise_at_the_end, terminal_snr_problem

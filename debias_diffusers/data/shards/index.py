@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +28,8 @@ from tqdm import tqdm
 from ...config.schema import DataConfig
 from ...errors import CannotWriteError, DebiasError, InputError, raise_all
 from ...utils.console import say
-from ...utils.files import atomic_write
+from ...utils.files import atomic_write, remove_old_temporary_files
+from ...utils.signals import stop_with_parent
 from . import parquet, tar
 from .files import FORMAT, FileState, IndexKey, ShardFiles, Unit, cache_folder
 from .rows import SCHEMA, Part
@@ -242,6 +244,7 @@ def _write(files: ShardFiles, key: IndexKey, index: Index) -> Index:
 
 
 def _written(path: Path, table: pyarrow.Table) -> Index:
+    remove_old_temporary_files(path.parent)
     with atomic_write(path) as file, pyarrow.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)  # one batch, because its columns are in one piece
     return read(path)
@@ -314,7 +317,10 @@ def _read_all(files: ShardFiles, key: IndexKey, names: Sequence[str], total: int
     with contextlib.ExitStack() as opened:
         each: Callable[..., Any] = map
         if processes > 1 and total > SMALL:
-            each = opened.enter_context(ProcessPoolExecutor(processes)).map
+            # Without a parent they would wait forever for work, and hold its lock, which they inherit.
+            end = partial(stop_with_parent, os.getpid(), signal.SIGKILL)
+            pool = opened.enter_context(ProcessPoolExecutor(processes, initializer=end))
+            each = partial(pool.map, chunksize=-(-len(names) // (8 * processes)))  # of which each comes with all of `files`
         try:
             answers = list(tqdm(each(work, names), "indexing the shards", len(names), leave=False, delay=5))
         except BrokenProcessPool as error:
