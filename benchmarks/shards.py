@@ -33,14 +33,15 @@ import text_to_image
 from PIL import Image
 from training import make_images
 
-from debias_diffusers.config.schema import DataConfig, ShardsMakeConfig, TextConfig
+from debias_diffusers.config.schema.data import DataConfig, ShardsMakeConfig, TextConfig
 from debias_diffusers.data.buckets import Buckets
 from debias_diffusers.data.captions import CaptionedSource
 from debias_diffusers.data.dataset import PositionBatchSampler, PositionedData, TrainingData, micro_batches
 from debias_diffusers.data.shards import commands, index
 from debias_diffusers.data.shards.files import Unit
 from debias_diffusers.data.shards.rows import SCHEMA, Part
-from debias_diffusers.data.sources import Source, open_source
+from debias_diffusers.data.sources.base import Source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.text_dataset import TextData
 from debias_diffusers.tasks import precompute
 

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import EntryPoint
 from pathlib import PurePath
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 from debias_diffusers import cli
 
@@ -17,6 +19,10 @@ else:
 
 PACKAGE = ROOT / "debias_diffusers"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def lines(name):
+    return [line for line in (ROOT / "constraints" / name).read_text().splitlines() if not line.startswith("#")]
 
 
 def test_every_module_that_runs_is_a_command():
@@ -37,6 +43,40 @@ def test_every_file_of_the_package_is_packaged():
     files = [name for name in listed.stdout.splitlines() if not name.endswith(".py")]
     assert len(files) > 20
     assert [name for name in files if not any(PurePath(name).match(pattern) for pattern in patterns)] == []
+
+
+@pytest.mark.nightly
+def test_the_wheel_has_the_files_of_the_package_and_no_others(tmp_path):
+    subprocess.run(["git", "clone", "--quiet", ROOT, tmp_path / "clone"], check=True)  # what is committed, without an earlier build
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        tmp_path,
+        tmp_path / "clone",
+    ]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    listed = subprocess.run(["git", "ls-files", "debias_diffusers"], cwd=tmp_path / "clone", capture_output=True, text=True, check=True)
+    packaged = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    assert sorted(packaged) == sorted(listed.stdout.splitlines())
+
+
+def test_the_lowest_constraints_are_the_bounds_of_the_package():
+    project = PYPROJECT["project"]
+    extras = project["optional-dependencies"]
+    required = [Requirement(text) for text in (*project["dependencies"], *extras["text"], *extras["tensorboard"])]
+    pinned = {each.name: str(each.specifier) for each in map(Requirement, lines("lowest.txt"))}
+    newest = {Requirement(line).name for line in lines("newest.txt")}
+    for each in required:
+        (bound,) = (str(one) for one in each.specifier if one.operator == ">=")
+        assert f"{pinned[each.name]}.".startswith(bound.replace(">=", "==") + "."), each
+        assert each.name in newest
 
 
 @pytest.mark.parametrize("command", [["train"], ["sample"], ["evaluate", "score"]])

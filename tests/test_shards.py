@@ -20,7 +20,7 @@ from here import tiny, trained_here
 from PIL import Image
 
 from debias_diffusers import cli
-from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.config.shard_names import expand
 from debias_diffusers.data import captions as captions_module
 from debias_diffusers.data import images
@@ -31,7 +31,10 @@ from debias_diffusers.data.shards import commands, index
 from debias_diffusers.data.shards import parquet as parquet_module
 from debias_diffusers.data.shards.order import ShardOrder
 from debias_diffusers.data.shards.source import ShardedSource
-from debias_diffusers.data.sources import ImageTable, SourceSubset, open_source, summary
+from debias_diffusers.data.sources.opening import open_source
+from debias_diffusers.data.sources.subset import SourceSubset
+from debias_diffusers.data.sources.summary import summary
+from debias_diffusers.data.sources.table import ImageTable
 from debias_diffusers.data.text_dataset import prompts_of_data
 from debias_diffusers.data.validation_split import split_source
 from debias_diffusers.errors import CannotWriteError, DebiasError, InputError

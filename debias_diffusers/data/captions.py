@@ -11,14 +11,17 @@ from typing import Any, overload
 import numpy as np
 
 from ..config.prompts import MAX_CHARACTERS, broken_text
-from ..config.schema import DIGITS
+from ..config.schema.data import DIGITS
 from ..errors import InputError
 from ..utils import seeding
 from ..utils.files import read_file
 from . import image_folders
 from .shards.source import IndexedCaptions, LazyCaptions, ShardedSource
 from .shards.table_columns import COLUMNS, caption_column
-from .sources import ImageFolder, ImageTable, Source, SourceSubset
+from .sources.base import Source
+from .sources.folder import ImageFolder
+from .sources.subset import SourceSubset
+from .sources.table import ImageTable
 
 Captions = Sequence[tuple[str, ...]]  # by image; () where it has none
 

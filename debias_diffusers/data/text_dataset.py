@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.schema import DataConfig, NoiseConfig, OptimizationConfig, TextConfig
+from ..config.schema.data import DataConfig, TextConfig
+from ..config.schema.objective import NoiseConfig
+from ..config.schema.training import OptimizationConfig
 from ..utils import seeding
 from . import images
 from .buckets import BucketOrder, Buckets
 from .captions import Captions, caption_counts, captions_of, different_captions
 from .dataset import PositionedData, shard_starts
-from .sources import RepeatedSource, Source
+from .sources.base import Source
+from .sources.subset import RepeatedSource
 
 
 def prompts_of_data(captions: Captions, count: int | None = None) -> list[str]:

@@ -17,12 +17,13 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..config.schema import TrainConfig
+from ..config.schema.training import TrainConfig
 from ..data import images
 from ..data.buckets import Buckets
 from ..data.captions import counted_captions, first_captions, summary
 from ..data.labels import row_names
-from ..data.sources import RepeatedSource, Source
+from ..data.sources.base import Source
+from ..data.sources.subset import RepeatedSource
 from ..data.text_dataset import TextData, prompts_of_data
 from ..data.validation_split import validation_seed
 from ..diffusion.loss import Network

@@ -25,7 +25,7 @@ import pyarrow
 import pyarrow.compute
 from tqdm import tqdm
 
-from ...config.schema import DataConfig
+from ...config.schema.data import DataConfig
 from ...errors import CannotWriteError, DebiasError, InputError, raise_all
 from ...utils.console import say
 from ...utils.files import atomic_write, remove_old_temporary_files
