@@ -165,7 +165,7 @@ class ShardCache:
 
     def _made_room(self, part: IO[bytes], keep: Sequence[Entry]) -> bool:
         """Removes files until all fit; whether they do. Files that are being fetched count with their whole size."""
-        kept = {os.fspath(part.name), *(str(self._path(entry)) for entry in keep)}
+        kept = {part.name, *(str(self._path(entry)) for entry in keep)}
         with open(self.folder / _LOCK, "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             # Thousands of row groups: of each the name only, which has the size, unless there is no room.
