@@ -138,7 +138,7 @@ def whole_run(base: str, dataset: str) -> None:
 
         setattr(owner, name, call)
 
-    parts = {"base_of_run": "base model", "open_data": "index", "captioned": "check of 1000 images"}
+    parts = {"base_of_run": "base model", "open_data": "index", "captioned": "check of images"}
     for name, part in parts.items():
         timed(setup, name, part)
     tasks = {"__init__": "buckets, order, text encoders and VAE", "say_data": "captions are counted", "prepare": "what is kept"}
