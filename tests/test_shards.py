@@ -188,7 +188,7 @@ def test_parquet_by_row_groups_is_what_datasets_reads(parquet, home, tmp_path, m
 
 def test_each_row_group_of_a_window_is_read_once(tmp_path, home, monkeypatch):
     """150 row groups, more than a process keeps where they are large; images of a rare size read some of them again."""
-    rows = {"image": [encoded(k) for k in range(450)]}
+    rows = {"image": [encoded(0)] * 450}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet", row_group_size=3)
     read, real = Counter(), parquet_module.RowGroupReader._read
     monkeypatch.setattr(parquet_module.RowGroupReader, "_read", lambda self, *group: read.update([group]) or real(self, *group))

@@ -142,7 +142,7 @@ class Texts(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        return self.array[index].to_pylist() if isinstance(index, slice) else self.array[index].as_py()
+        return list(self.array[index].to_pylist()) if isinstance(index, slice) else str(self.array[index])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.array.to_pylist())
