@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from debias_diffusers.config.schema import DIGITS, DataConfig, MeasureConfig
+from debias_diffusers.config.schema.data import DIGITS, DataConfig
+from debias_diffusers.config.schema.evaluation import MeasureConfig
 from debias_diffusers.data.sources.folder import ImageFolder
 from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.evaluation.feature_extractors import INCEPTION

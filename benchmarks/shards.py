@@ -29,7 +29,7 @@ import pyarrow
 from PIL import Image
 from training import make_images
 
-from debias_diffusers.config.schema import DataConfig, ShardsMakeConfig, TextConfig
+from debias_diffusers.config.schema.data import DataConfig, ShardsMakeConfig, TextConfig
 from debias_diffusers.data.buckets import Buckets
 from debias_diffusers.data.captions import CaptionedSource
 from debias_diffusers.data.dataset import PositionBatchSampler, PositionedData, TrainingData, micro_batches

@@ -17,7 +17,9 @@ from debias_diffusers.analysis.bias import held_out
 from debias_diffusers.analysis.denoising import Denoiser, fixed_noise, measure_errors, shares, spread_timesteps, weights_of_timesteps
 from debias_diffusers.analysis.report_page import ReportPage, is_our_page
 from debias_diffusers.analysis.swap import SwappedUNet, require_swappable
-from debias_diffusers.config.schema import BiasConfig, DataConfig, ObjectiveConfig
+from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.config.schema.evaluation import BiasConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.config.validation.evaluation import bias_problems
 from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.validation_split import split_source

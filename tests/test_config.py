@@ -13,9 +13,11 @@ from conftest import ROOT, TINY, cpu_of_children, run
 
 from debias_diffusers.cli import train_config
 from debias_diffusers.commands import evaluate
-from debias_diffusers.config import loading, schema
+from debias_diffusers.config import loading
 from debias_diffusers.config.loading import flatten, layered, read_config, resolved, update
-from debias_diffusers.config.schema import BitsConfig, ScoreConfig, StatsConfig, TrainConfig
+from debias_diffusers.config.schema.evaluation import BitsConfig, ScoreConfig, StatsConfig
+from debias_diffusers.config.schema.training import TrainConfig
+from debias_diffusers.config.schema.types import SchedulerName
 from debias_diffusers.config.validation.evaluation import bits_problems, score_problems, stats_problems
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.errors import InputError
@@ -33,7 +35,7 @@ def test_the_packaged_configuration_is_sound():
 
 
 def test_names_of_choices_are_those_of_the_functions_behind_them():
-    assert set(get_args(schema.SchedulerName)) == set(SCHEDULERS)
+    assert set(get_args(SchedulerName)) == set(SCHEDULERS)
 
 
 def test_the_config_json_of_an_older_run_is_a_configuration(tmp_path):

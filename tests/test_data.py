@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from debias_diffusers.config.schema import DataConfig, TextConfig
+from debias_diffusers.config.schema.data import DataConfig, TextConfig
 from debias_diffusers.data.captions import CaptionedSource, read_captions
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
 from debias_diffusers.data.images import decode, to_array

@@ -22,7 +22,12 @@ from PIL import Image
 
 from debias_diffusers import cli, parsing
 from debias_diffusers.commands import train as train_command
-from debias_diffusers.config import loading, schema
+from debias_diffusers.config import loading
+from debias_diffusers.config.schema.conversion import SingleConfig
+from debias_diffusers.config.schema.data import ShardsMakeConfig
+from debias_diffusers.config.schema.evaluation import BiasConfig, BitsConfig, ScoreConfig, StatsConfig
+from debias_diffusers.config.schema.objective import WeightsConfig
+from debias_diffusers.config.schema.sampling import SampleConfig
 from debias_diffusers.config.validation import conversion, evaluation, objective, sampling, training
 from debias_diffusers.errors import DebiasError
 
@@ -64,14 +69,14 @@ def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path):
 
 
 PROBLEMS = {
-    schema.SampleConfig: sampling.sample_problems,
-    schema.ScoreConfig: evaluation.score_problems,
-    schema.StatsConfig: evaluation.stats_problems,
-    schema.BitsConfig: evaluation.bits_problems,
-    schema.BiasConfig: evaluation.bias_problems,
-    schema.WeightsConfig: objective.weights_problems,
-    schema.ShardsMakeConfig: conversion.shards_problems,
-    schema.SingleConfig: conversion.single_problems,
+    SampleConfig: sampling.sample_problems,
+    ScoreConfig: evaluation.score_problems,
+    StatsConfig: evaluation.stats_problems,
+    BitsConfig: evaluation.bits_problems,
+    BiasConfig: evaluation.bias_problems,
+    WeightsConfig: objective.weights_problems,
+    ShardsMakeConfig: conversion.shards_problems,
+    SingleConfig: conversion.single_problems,
 }
 
 

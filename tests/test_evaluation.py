@@ -17,7 +17,9 @@ from PIL import Image
 from safetensors.torch import load, save, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig, RunConfig, ScoreConfig, StatsConfig, TrainConfig
+from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.config.schema.evaluation import BitsConfig, MeasureConfig, ScoreConfig, StatsConfig
+from debias_diffusers.config.schema.training import RunConfig, TrainConfig
 from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import feature_extractors, metrics, monitor, reference, results, score, statistics

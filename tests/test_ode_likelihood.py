@@ -10,7 +10,8 @@ import torch
 from here import tiny, trained_here
 
 from debias_diffusers import cli
-from debias_diffusers.config.schema import BitsConfig, ObjectiveConfig
+from debias_diffusers.config.schema.evaluation import BitsConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.config.validation.evaluation import bits_problems
 from debias_diffusers.diffusion.noise_schedule import make_schedule, prediction_of_x_0
 from debias_diffusers.diffusion.ode_likelihood import Path, _integrate, log_density, negative_log_likelihood

@@ -18,7 +18,7 @@ from test_remote_files import CDN, put, ranges
 from test_remote_shards import FLAGS, STEPS, _at_home, only_cached
 from test_shards import contents, encoded
 
-from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
 from debias_diffusers.data.shards.files import LocalFiles, Unit
 from debias_diffusers.data.shards.remote_files import RemoteFiles

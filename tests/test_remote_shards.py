@@ -19,7 +19,7 @@ from test_shards import samples_of, write_tar
 
 from debias_diffusers import cli
 from debias_diffusers.config import hub_names
-from debias_diffusers.config.schema import DataConfig, TextConfig
+from debias_diffusers.config.schema.data import DataConfig, TextConfig
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data.buckets import Buckets
 from debias_diffusers.data.captions import CaptionedSource

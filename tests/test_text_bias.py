@@ -20,7 +20,7 @@ from debias_diffusers.analysis import bias_report, sampled
 from debias_diffusers.analysis.denoising import fixed_noise, measure_errors
 from debias_diffusers.analysis.models import open_models
 from debias_diffusers.analysis.text_models import TextImages, require_same_conditions
-from debias_diffusers.config.schema import BiasConfig
+from debias_diffusers.config.schema.evaluation import BiasConfig
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation.reference import reference_data
 

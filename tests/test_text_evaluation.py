@@ -16,16 +16,10 @@ from text_models import BASE, random_unet, text_args
 pytest.importorskip("transformers")
 
 from debias_diffusers import cli
-from debias_diffusers.config.schema import (
-    DIGITS,
-    DataConfig,
-    MeasureConfig,
-    RunConfig,
-    SampleConfig,
-    ScoreConfig,
-    TextConfig,
-    TrainConfig,
-)
+from debias_diffusers.config.schema.data import DIGITS, DataConfig, TextConfig
+from debias_diffusers.config.schema.evaluation import MeasureConfig, ScoreConfig
+from debias_diffusers.config.schema.sampling import SampleConfig
+from debias_diffusers.config.schema.training import RunConfig, TrainConfig
 from debias_diffusers.config.validation.evaluation import score_problems, stats_problems
 from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.text_dataset import prompts_of_data
@@ -202,7 +196,7 @@ def test_flags_of_metrics_of_prompts_go_together(capsys):
     assert "clip_model is missing" in problem
     (problem,) = score_problems(config_of("x", clip_model="y"))
     assert "metrics has no clip_score" in problem
-    from debias_diffusers.config.schema import StatsConfig
+    from debias_diffusers.config.schema.evaluation import StatsConfig
 
     (problem,) = stats_problems(StatsConfig(reference="x", out="y.safetensors", measure=MeasureConfig(metrics="prompt_accuracy")))
     assert "take it in eval.py score" in problem

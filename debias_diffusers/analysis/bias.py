@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config.schema import BiasConfig, DataConfig
+from ..config.schema.data import DataConfig
+from ..config.schema.evaluation import BiasConfig
 from ..data.sources.base import Source
 from ..data.sources.subset import SourceSubset
 from ..data.validation_split import split_source

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config.registry import FIGURES
-from ..config.schema import BiasConfig
+from ..config.schema.evaluation import BiasConfig
 from ..errors import shortened
 from ..evaluation.plots import is_our_picture
 from ..utils.files import read_file, require_replaceable, write_file

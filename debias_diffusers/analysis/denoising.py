@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.schema import ObjectiveConfig, PredictionType
+from ..config.schema.objective import ObjectiveConfig
+from ..config.schema.types import PredictionType
 from ..diffusion.loss import weight_table
 from ..diffusion.noise_schedule import Schedule, is_flow, predicted_x_0, schedule_of_scheduler
 from ..diffusion.timestep_samplers import make_timestep_sampler

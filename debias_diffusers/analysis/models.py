@@ -10,7 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from ..config.loading import layered
-from ..config.schema import BiasConfig, ObjectiveConfig, SampleConfig, SchedulerName, Task
+from ..config.schema.evaluation import BiasConfig
+from ..config.schema.objective import ObjectiveConfig
+from ..config.schema.sampling import SampleConfig
+from ..config.schema.types import SchedulerName, Task
 from ..errors import InputError, raise_all
 from ..hub import client
 from ..hub.model_card import step_of_card

@@ -9,7 +9,9 @@ from typing import Any
 
 from ..config.loading import flatten, layered, stored
 from ..config.registry import FIGURES, WEIGHTINGS
-from ..config.schema import PredictionType, ReportConfig, TrainConfig
+from ..config.schema.evaluation import ReportConfig
+from ..config.schema.training import TrainConfig
+from ..config.schema.types import PredictionType
 from ..data import images
 from ..diffusion.noise_schedule import make_schedule
 from ..errors import InputError
@@ -58,7 +60,7 @@ def write_report(config: ReportConfig) -> Path:
     page = make_page(runs, read_scores(runs, config.scores)).html()
     path = Path(config.output)
     write_file(path, page)
-    say(f"report of {len(runs)} {'run' if len(runs) == 1 else 'runs'} in {path} ({len(page) / 1e6:.1f} MB)")
+    say(f"report of {len(runs)} {'run' if len(runs) == 1 else 'runs'} in {path} ({len(page) / 1e3:.0f} kB)")
     return path
 
 

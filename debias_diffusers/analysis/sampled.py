@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config.schema import EMBEDDED, BiasConfig, DataConfig, MeasureConfig, SampleConfig
+from ..config.schema.data import EMBEDDED, DataConfig
+from ..config.schema.evaluation import BiasConfig, MeasureConfig
+from ..config.schema.sampling import SampleConfig
 from ..errors import InputError
 from ..evaluation import metrics
 from ..evaluation.image_sets import process_batches, to_rgb

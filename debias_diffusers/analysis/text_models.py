@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.schema import BiasConfig, DataConfig, SampleConfig, TextConfig
+from ..config.schema.data import DataConfig, TextConfig
+from ..config.schema.evaluation import BiasConfig
+from ..config.schema.sampling import SampleConfig
 from ..data.captions import CaptionedSource
 from ..data.sources.base import Source
 from ..data.sources.opening import open_readable

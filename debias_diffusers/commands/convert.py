@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from .. import parsing
-from ..config.schema import ExportConfig, GuidedConfig, LoraFormatConfig, SingleConfig
+from ..config.schema.conversion import ExportConfig, GuidedConfig, LoraFormatConfig, SingleConfig
 from ..config.validation.conversion import single_problems
 from ..errors import raise_all
 from ..runs.lora_folder import lora_problems

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import parsing
 from ..config.ranges import range_problems
-from ..config.schema import ReconstructConfig
+from ..config.schema.sampling import ReconstructConfig
 from ..errors import InputError, raise_all
 from ..runs import ema_snapshots
 from .base import dispatch

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from .. import parsing
 from ..config import hub_names
-from ..config.schema import BiasConfig, BitsConfig, ReportConfig, ScoreConfig, StatsConfig, WeightsConfig
+from ..config.schema.evaluation import BiasConfig, BitsConfig, ReportConfig, ScoreConfig, StatsConfig
+from ..config.schema.objective import WeightsConfig
 from ..config.validation.evaluation import bias_problems, bits_problems, report_problems, score_problems, stats_problems
 from ..config.validation.objective import weights_problems
 from ..errors import CannotWriteError, raise_all

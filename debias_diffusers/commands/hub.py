@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import parsing
-from ..config.schema import PushConfig
+from ..config.schema.hub import PushConfig
 from .base import dispatch
 
 PUSH_HELP = """

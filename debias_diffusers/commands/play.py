@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import parsing
 from ..config import hub_names
-from ..config.schema import PlayConfig
+from ..config.schema.sampling import PlayConfig
 from ..errors import raise_all
 from ..play import request, space
 from ..runs.model_folder import task_of

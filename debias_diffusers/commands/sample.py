@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import parsing
 from ..config import hub_names
-from ..config.schema import SampleConfig
+from ..config.schema.sampling import SampleConfig
 from ..config.validation.sampling import sample_problems
 from ..runs.model_folder import check_sampling
 from ..runs.run_directory import sampling_problems

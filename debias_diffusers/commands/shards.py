@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import parsing
-from ..config.schema import ShardsConfig, ShardsMakeConfig
+from ..config.schema.data import ShardsConfig, ShardsMakeConfig
 from ..config.validation.conversion import shards_data_problems, shards_problems
 from ..errors import raise_all
 from .base import dispatch

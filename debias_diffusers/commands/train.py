@@ -11,7 +11,8 @@ from .. import parsing
 from ..config import choices
 from ..config import loading as configuration
 from ..config.ranges import field_types
-from ..config.schema import DIGITS, DIGITS_TEXT, EMBEDDED, TrainConfig
+from ..config.schema.data import DIGITS, DIGITS_TEXT, EMBEDDED
+from ..config.schema.training import TrainConfig
 from ..config.validation.yielding import yielded
 from ..errors import InputError
 from ..runs.run_directory import kept_values, run_values, shown_values

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..config.loading import is_text
-from ..config.schema import MeasureConfig, TrainConfig
+from ..config.schema.evaluation import MeasureConfig
+from ..config.schema.training import TrainConfig
 from ..data.sources.base import Source, file_state_hash
 from ..errors import InputError
 from ..utils.distributed import gather_from_all

@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from ..config import hub_names, shard_names
 from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
 from ..config.loading import CHANGEABLE, read_config, stored
-from ..config.schema import EMBEDDED, BiasConfig, BitsConfig, DataConfig, MeasureConfig, TrainConfig
+from ..config.schema.data import EMBEDDED, DataConfig
+from ..config.schema.evaluation import BiasConfig, BitsConfig, MeasureConfig
+from ..config.schema.training import TrainConfig
 from ..data import image_folders
 from ..data.dataset import TrainingData
 from ..data.sources.base import Source

@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from ..config.prompts import read_prompts
 from ..config.registry import METRICS
-from ..config.schema import DataConfig, SampleConfig, ScoreConfig
+from ..config.schema.data import DataConfig
+from ..config.schema.evaluation import ScoreConfig
+from ..config.schema.sampling import SampleConfig
 from ..data import image_folders
 from ..data.captions import read_captions
 from ..data.sources.base import Source

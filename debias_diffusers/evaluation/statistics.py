@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from ..config.schema import StatsConfig
+from ..config.schema.evaluation import StatsConfig
 from ..data.sources.opening import open_source
 from ..errors import InputError, reason
 from ..utils.console import say

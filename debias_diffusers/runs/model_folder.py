@@ -10,7 +10,9 @@ from typing import Any
 from ..config.hub_names import is_model_id
 from ..config.loading import CONFIG
 from ..config.prompts import read_prompts
-from ..config.schema import BiasConfig, SampleConfig, Task
+from ..config.schema.evaluation import BiasConfig
+from ..config.schema.sampling import SampleConfig
+from ..config.schema.types import Task
 from ..config.validation.sampling import model_flag_problems
 from ..errors import InputError, raise_all
 from ..utils import text_libraries

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import hub_names
 from ..config.prompts import prompts_hash, read_prompts
-from ..config.schema import SampleConfig
+from ..config.schema.sampling import SampleConfig
 from ..data.labels import shortened_list
 from ..diffusion.noise_schedule import predicted_x_0
 from ..errors import InputError, shortened

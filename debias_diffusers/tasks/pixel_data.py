@@ -8,7 +8,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..config.schema import EMBEDDED, TrainConfig
+from ..config.schema.data import EMBEDDED
+from ..config.schema.training import TrainConfig
 from ..data.dataset import shard_starts
 from ..data.shards.order import ShardOrder
 from ..data.sources.base import Source

@@ -11,7 +11,8 @@ import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from torch import Tensor, nn
 
-from ..config.schema import TrainConfig, needs_own_scheduler
+from ..config.schema.objective import needs_own_scheduler
+from ..config.schema.training import TrainConfig
 from ..data import images
 from ..data.dataset import TrainingData
 from ..data.labels import nonempty_classes, proportional_labels, row_names, shortened_list, to_config_mapping

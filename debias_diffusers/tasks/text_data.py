@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from ..config.choices import as_flags
 from ..config.loading import flatten
-from ..config.schema import TrainConfig
+from ..config.schema.training import TrainConfig
 from ..data.captions import CaptionedSource
 from ..data.sources.base import Source
 from ..data.sources.summary import summary

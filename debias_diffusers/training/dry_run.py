@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config.loading import to_json
-from ..config.schema import OptimizationConfig, TrainConfig
+from ..config.schema.training import OptimizationConfig, TrainConfig
 from ..data import images
 from ..data.dataset import load_batch
 from ..diffusion.loss import Objective

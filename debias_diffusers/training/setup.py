@@ -17,7 +17,9 @@ from ..config import shard_names
 from ..config.choices import choose
 from ..config.hub_names import PINNED, absolute_path, is_dataset_id, is_model_id, is_pinned, split_revision
 from ..config.loading import BEFORE_THE_FIELD, CHANGES, differences, flatten, stored, update
-from ..config.schema import EMBEDDED, HubConfig, OptimizationConfig, TrainConfig
+from ..config.schema.data import EMBEDDED
+from ..config.schema.hub import HubConfig
+from ..config.schema.training import OptimizationConfig, TrainConfig
 from ..config.validation.training import train_problems
 from ..data.captions import require_captions
 from ..data.dataset import PositionBatchSampler

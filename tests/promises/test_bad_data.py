@@ -14,7 +14,7 @@ import pytest
 from conftest import Forked, cpu_of_children, metrics, newest_step, run, train_args, uncounted
 from PIL import Image, ImageCms
 
-from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.data import images
 from debias_diffusers.data.dataset import TrainingData
 from debias_diffusers.data.sources.checks import unreadable_images

@@ -15,7 +15,8 @@ from conftest import sample_config
 from here import tiny, trained_here
 from PIL import Image
 
-from debias_diffusers.config.schema import DataConfig, MeasureConfig, ScoreConfig
+from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.config.schema.evaluation import MeasureConfig, ScoreConfig
 from debias_diffusers.data.labels import label_indices, order_class_names, proportional_labels
 from debias_diffusers.data.sources.checks import unreadable_images
 from debias_diffusers.data.sources.opening import open_source, reopen_source

@@ -26,7 +26,8 @@ from safetensors.torch import load
 
 from debias_diffusers import cli
 from debias_diffusers.config.loading import flatten, packaged_configs
-from debias_diffusers.config.schema import DataConfig, RunConfig, TrainConfig
+from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.config.schema.training import RunConfig, TrainConfig
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data import dataset
 from debias_diffusers.data.sources.base import file_state_hash

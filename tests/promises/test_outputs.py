@@ -23,16 +23,11 @@ from safetensors.torch import load_file, save_file
 import debias_diffusers
 from debias_diffusers import cli, parsing
 from debias_diffusers.config.loading import to_json
-from debias_diffusers.config.schema import (
-    BitsConfig,
-    DataConfig,
-    MeasureConfig,
-    SampleConfig,
-    ScoreConfig,
-    StatsConfig,
-    TrainConfig,
-    WeightsConfig,
-)
+from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.config.schema.evaluation import BitsConfig, MeasureConfig, ScoreConfig, StatsConfig
+from debias_diffusers.config.schema.objective import WeightsConfig
+from debias_diffusers.config.schema.sampling import SampleConfig
+from debias_diffusers.config.schema.training import TrainConfig
 from debias_diffusers.convert.guided_diffusion import guided
 from debias_diffusers.data import images
 from debias_diffusers.data.sources.opening import open_source

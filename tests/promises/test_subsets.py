@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig, ScoreConfig
+from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.config.schema.evaluation import BitsConfig, MeasureConfig, ScoreConfig
 from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import score

@@ -9,7 +9,7 @@ from ..aliases import value_suggestion
 from ..hub_names import is_model_id
 from ..ranges import range_problems
 from ..registry import METRICS, SOLVERS
-from ..schema import BiasConfig, BitsConfig, MeasureConfig, ReportConfig, ScoreConfig, StatsConfig
+from ..schema.evaluation import BiasConfig, BitsConfig, MeasureConfig, ReportConfig, ScoreConfig, StatsConfig
 from .network_weights import network_weights_problems
 
 

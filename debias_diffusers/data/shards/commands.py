@@ -12,7 +12,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from ...config.schema import DataConfig, ShardsConfig, ShardsMakeConfig
+from ...config.schema.data import DataConfig, ShardsConfig, ShardsMakeConfig
 from ...errors import InputError, raise_all
 from ...utils.console import say
 from ...utils.files import LOCK, acquire_lock, atomic_write, new_folder, read_json, remove, remove_temporary_files, write_file

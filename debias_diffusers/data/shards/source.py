@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 
-from ...config.schema import DataConfig
+from ...config.schema.data import DataConfig
 from ...errors import InputError, reason
 from ..image_folders import as_labels
 from ..labels import ClassOrder, label_numbers, renumbered

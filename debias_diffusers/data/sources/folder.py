@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...config.schema import DataConfig
+from ...config.schema.data import DataConfig
 from ...errors import InputError
 from ...utils.files import read_file
 from .. import image_folders

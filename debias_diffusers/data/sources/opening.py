@@ -11,7 +11,7 @@ from typing import Any
 
 from ...config import shard_names
 from ...config.hub_names import data_problems, is_dataset_id
-from ...config.schema import EMBEDDED, DataConfig
+from ...config.schema.data import EMBEDDED, DataConfig
 from ...errors import InputError
 from .. import image_folders
 from ..labels import ClassOrder, nonempty_classes

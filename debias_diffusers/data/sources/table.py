@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...config.schema import DataConfig
+from ...config.schema.data import DataConfig
 from ...errors import CannotWriteError, InputError, reason
 from ...utils.files import read_file, require_writable
 from ..labels import ClassOrder, label_numbers, renumbered
