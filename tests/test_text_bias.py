@@ -92,12 +92,13 @@ def test_latents_embeddings_and_sizes_are_those_of_stock_diffusers(bases, pictur
 
 
 class IdentityVAE(torch.nn.Module):
-    """Decodes the first three channels of latents as they are."""
+    """Decodes the first three channels of latents as they are, of at most two images at once."""
 
     device = torch.device("cpu")
     config = SimpleNamespace(scaling_factor=1.0, latents_mean=None, latents_std=None)
 
     def decode(self, latents, return_dict):
+        assert len(latents) <= 2
         return (latents[:, :3],)
 
 
@@ -122,6 +123,7 @@ def test_a_planted_bias_is_the_signed_error_in_latents_and_in_colours(xl, monkey
             estimate = denoiser.estimate(examples.x_0, noise, t, examples.conditions)
             away = vae.decode(estimate / scale).sample - vae.decode(examples.x_0 / scale).sample
             torch.testing.assert_close(planted.decoded_bias[k], away.mean((2, 3)).double(), rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr("debias_diffusers.analysis.text_models.VAE_PIXELS", 2 * 8 * 8)
     monkeypatch.setattr(images, "pipeline", SimpleNamespace(vae=IdentityVAE()))
     torch.testing.assert_close(errors().decoded_bias, planted.x_0_bias[:, :, :3], rtol=1e-4, atol=1e-6)
 
