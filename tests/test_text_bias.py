@@ -16,7 +16,7 @@ from text_models import make_base, text_args
 pytest.importorskip("transformers")
 
 from debias_diffusers import cli
-from debias_diffusers.analysis import bias_report
+from debias_diffusers.analysis import bias_report, sampled
 from debias_diffusers.analysis.denoising import fixed_noise, measure_errors
 from debias_diffusers.analysis.models import open_models
 from debias_diffusers.analysis.text_models import TextImages, require_same_conditions
@@ -92,12 +92,13 @@ def test_latents_embeddings_and_sizes_are_those_of_stock_diffusers(bases, pictur
 
 
 class IdentityVAE(torch.nn.Module):
-    """Decodes the first three channels of latents as they are."""
+    """Decodes the first three channels of latents as they are, of at most two images at once."""
 
     device = torch.device("cpu")
     config = SimpleNamespace(scaling_factor=1.0, latents_mean=None, latents_std=None)
 
     def decode(self, latents, return_dict):
+        assert len(latents) <= 2
         return (latents[:, :3],)
 
 
@@ -122,6 +123,7 @@ def test_a_planted_bias_is_the_signed_error_in_latents_and_in_colours(xl, monkey
             estimate = denoiser.estimate(examples.x_0, noise, t, examples.conditions)
             away = vae.decode(estimate / scale).sample - vae.decode(examples.x_0 / scale).sample
             torch.testing.assert_close(planted.decoded_bias[k], away.mean((2, 3)).double(), rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr("debias_diffusers.analysis.text_models.VAE_PIXELS", 2 * 8 * 8)
     monkeypatch.setattr(images, "pipeline", SimpleNamespace(vae=IdentityVAE()))
     torch.testing.assert_close(errors().decoded_bias, planted.x_0_bias[:, :, :3], rtol=1e-4, atol=1e-6)
 
@@ -131,11 +133,18 @@ def table_of(path):
         return list(csv.DictReader(file))
 
 
-def as_run(base, folder):
-    """A copy of a model that looks like a run on the captioned digits."""
+def as_run(base, folder, dataset):
+    """A copy of a model that looks like a run on captioned images."""
     shutil.copytree(base, folder)
     (folder / "checkpoints").mkdir()
-    values = {"dataset": "digits", "split": "train", "image_column": None, "base_model": "digits", "resolution": 8, "weighting": "min_snr"}
+    values = {
+        "dataset": str(dataset),
+        "split": "train",
+        "image_column": None,
+        "base_model": "digits",
+        "resolution": 8,
+        "weighting": "min_snr",
+    }
     values |= {"prediction_type": "v_prediction", "noise_schedule": "scaled_linear", "ema_decay": [0.9], "max_steps": 12}
     (folder / "config.json").write_text(json.dumps(values))
     return folder
@@ -144,9 +153,10 @@ def as_run(base, folder):
 SMALL = ["--num_images", 3, "--num_timesteps", 3, "--num_samples", 4, "--steps", 2, "--metrics", "colour", "--num_threads", 1]
 
 
-def test_the_command_writes_tables_figures_and_a_page_of_the_data_of_the_run(bases, tmp_path, monkeypatch):
+def test_the_command_writes_tables_figures_and_a_page_of_the_data_of_the_run(bases, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampled, "THRESHOLDS", 2)
     monkeypatch.setattr(bias_report, "curves", lambda *args: b"drawn by the tests of pixel models")
-    one = as_run(bases["xl"], tmp_path / "one")
+    one = as_run(bases["xl"], tmp_path / "one", pictures)
     (tmp_path / "two").symlink_to(one)
     out, flags = tmp_path / "out", [*SMALL, "--swap", "--swap_steps", 2, "--cache_dir", "", "--guidance_scale", 2]
     assert cli.evaluate([str(word) for word in ("bias", one, tmp_path / "two", "--output_dir", out, *flags)]) == 0

@@ -82,7 +82,7 @@ class TextImages:
         Raises:
             InputError: an image cannot be read.
         """
-        x_0, time_ids = [], []
+        x_0, time_ids = list[Tensor](), list[Tensor]()
         for part in torch.tensor(indices).split(self._at_once):
             pixels, sizes = zip(*(self.data.pixels(k, flipped=False, position=0) for k in part.tolist()))
             images = torch.stack(pixels).to(self.pipeline.vae.device).float() / 127.5 - 1

@@ -505,8 +505,8 @@ def test_what_the_first_process_does_alone_may_take_longer_than_the_limit(tmp_pa
 @pytest.mark.row(67, SHARED)
 def test_a_process_that_waits_longer_than_the_limit_says_so(tmp_path, trials):
     trials()
-    data = pictures(tmp_path / "pictures")
-    both = Together(2, _first_waits_for_the_second, tmp_path, *MEASURING, "--dataset", data, "--max_steps", 4, "--ddp_timeout", 5)
+    flags = [*MEASURING, "--batch_size", 66, "--max_steps", 4, "--ddp_timeout", 5]  # which are drawn at once
+    both = Together(2, _first_waits_for_the_second, tmp_path, *flags, "--dataset", pictures(tmp_path / "pictures"))
     code, err = both.ended(1)
     assert code == 1 and "Traceback" not in err
     assert "waited longer for another process than --ddp_timeout allows (5 s)" in err.splitlines()[-1]
