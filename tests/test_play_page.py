@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import threading
 
 import numpy as np
@@ -32,7 +33,7 @@ def started(*arguments, **options):
         yield re.search(r"http://\S+", "".join(said))[0], said
     finally:
         process.terminate()
-        process.wait()
+        assert process.wait() == 128 + signal.SIGTERM
 
 
 @contextlib.contextmanager
@@ -146,8 +147,12 @@ def test_a_text_to_image_model_draws_prompts(browser, text_models):
 
 def test_a_space_starts_with_a_local_model(browser, run, tmp_path):
     assert cli.play([str(run), "--space", str(tmp_path / "space"), "--num_threads", "1"]) == 0
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "space")}
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "space"), "TMPDIR": str(temporary)}
     environment.pop("SPACE_ID", None)
     with started("app.py", cwd=tmp_path / "space", env=environment) as (url, said), opened(browser, url) as page:
         draw(page)
+        assert list(temporary.glob("debias-play-*"))
     assert "warning: host" not in "".join(said)
+    assert list(temporary.glob("debias-play-*")) == []  # its pictures

@@ -35,6 +35,7 @@ from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.sources.subset import SourceSubset
 from debias_diffusers.data.sources.summary import summary
 from debias_diffusers.data.sources.table import ImageTable
+from debias_diffusers.data.text_dataset import prompts_of_data
 from debias_diffusers.data.validation_split import split_source
 from debias_diffusers.errors import CannotWriteError, DebiasError, InputError
 from debias_diffusers.tasks import precompute
@@ -187,7 +188,7 @@ def test_parquet_by_row_groups_is_what_datasets_reads(parquet, home, tmp_path, m
 
 def test_each_row_group_of_a_window_is_read_once(tmp_path, home, monkeypatch):
     """150 row groups, more than a process keeps where they are large; images of a rare size read some of them again."""
-    rows = {"image": [encoded(k) for k in range(450)]}
+    rows = {"image": [encoded(0)] * 450}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet", row_group_size=3)
     read, real = Counter(), parquet_module.RowGroupReader._read
     monkeypatch.setattr(parquet_module.RowGroupReader, "_read", lambda self, *group: read.update([group]) or real(self, *group))
@@ -227,10 +228,20 @@ def test_sizes_come_from_the_index_without_reading_images(shards, monkeypatch):
     captions = captions_of(held)
     assert len(captions) == 33 and captions[0] == ("picture 1 of 0", "again") and captions[-1] == ("picture 6 of 4", "again")
     listed = list(captions)
-    assert captions_module.different_captions(captions) == captions_module.different_captions(listed)
+    assert list(captions_module.different_captions(captions)) == captions_module.different_captions(listed)
+    assert captions_module.different_captions(captions)[3:5] == captions_module.different_captions(listed)[3:5]
     tokens = dict.fromkeys(captions_module.different_captions(listed), 3)
     assert captions_module.summary(captions, tokens, 2) == captions_module.summary(listed, tokens, 2)
+    assert prompts_of_data(captions) == prompts_of_data(listed) != prompts_of_data(captions, 5) == prompts_of_data(listed)[:5]
     assert captions_module.first_captions(captions, 2) == ["picture 1 of 0", "picture 2 of 0"]
+
+
+def test_captions_of_an_index_are_in_the_order_of_python(tmp_path, home):
+    texts = ["z", "\U0001f600", "\uffff", "é", "Z", "e\u0301", "", "zz"]
+    write_tar(tmp_path / "a.tar", [(str(k), {"png": encoded(k), "txt": text.encode()}) for k, text in enumerate(texts)])
+    captions = captions_of(CaptionedSource(opened(tmp_path / "a.tar"), None))
+    assert list(captions_module.different_captions(captions)) == sorted({*texts} - {""})
+    assert captions_module.caption_counts(captions).tolist() == [1, 1, 1, 1, 1, 1, 0, 1]
 
 
 def test_an_image_without_a_size_is_named_or_skipped(tmp_path, home):

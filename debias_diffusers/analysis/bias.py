@@ -55,7 +55,8 @@ def _measured(config: BiasConfig, models: list[Model], accelerator: Any) -> Path
         require_swappable(models[0].denoiser, models[1].denoiser, scheduler_of(config, models[0]))
     chosen = reference_data(config, config.reference, config.runs)
     images = (TextImages if models[0].task == "text_to_image" else PixelImages)(config, chosen, models)
-    candidates = held_out(images.source, [model.values for model in models]) if config.reference is None else range(len(images.source))
+    runs = [model.values for model in models if model.values]  # a base model beside its LoRA is none
+    candidates = held_out(images.source, runs) if config.reference is None else range(len(images.source))
     indices = [candidates[k] for k in seeding.subset(config.seed, len(candidates), config.num_images)]
     measure, reference = make_bias_measure(config, chosen, models[0], images.side, images.channels, device)
     examples = images.examples(indices)

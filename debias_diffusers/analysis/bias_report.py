@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ..config.registry import FIGURES
 from ..config.schema.evaluation import BiasConfig
+from ..errors import shortened
 from ..evaluation.plots import is_our_picture
 from ..utils.files import read_file, require_replaceable, write_file
 from .denoising import Errors, mean_and_interval, shares, spread_timesteps, weights_of_timesteps
 from .figures import Curve, Scale, curves, mosaic
 from .models import Examples, Model
 from .report_page import ReportPage, is_our_page
-from .sampled import Drawn
+from .sampled import SHOWN_SAMPLES, Drawn
 
 ESTIMATES = 10  # timesteps of the picture of estimates
 ESTIMATED_IMAGES = 3
@@ -43,7 +44,7 @@ BY_TIMESTEP: dict[str, tuple[str, str, str, Scale, str]] = {
         "Existence: estimates that are too dark (below 0) or too light (above 0) on average. A band without 0 is a bias.",
     ),
     "latent_bias": (
-        "latent_bias", "Signed error of the estimate of x_0 in latents", "mean error", "linear",
+        "latent_bias", "Signed error of the estimate of x_0", "mean error", "linear",
         "Existence: the mean error of each channel of the latents, before they are decoded.",
     ),
     "loss_share": (
@@ -160,6 +161,8 @@ class BiasReport:
         x_label = "timestep t" if same else f"timestep t of {self.models[0].label}; of others the same part of their timesteps"
         picture = mosaic(rows, ["x_0", *map(str, places)], x_label)
         caption = "What each run takes the picture for, seen with the same noise at ten timesteps; the first column is the picture itself."
+        if examples.captions:
+            caption += f" Captions: {_listed(examples.captions[:ESTIMATED_IMAGES])}."
         self._figure("estimates", picture, caption, wide=True)
 
     def steps(self, drawn: dict[str, dict[int, Drawn]]) -> None:
@@ -171,8 +174,10 @@ class BiasReport:
             f"{self.config.num_samples} images of the same seeds for each number of steps, compared with the reference. The colour bias is "
             "the mean colour of the images minus that of the reference, in grey levels from 0 to 255."
         )
-        if scales := [f"{model.job.options['guidance_scale']:g} of {model.label}" for model in self.models if model.job]:
-            self.page.paragraph(f"The prompts are captions of the reference. Guidance scale: {', '.join(scales)}.")
+        if jobs := {model.label: model.job for model in self.models if model.job}:
+            prompts = next(iter(jobs.values())).conditions(range(min(SHOWN_SAMPLES, self.config.num_samples))).prompts or ()
+            scales = ", ".join(f"{job.options['guidance_scale']:g} of {label}" for label, job in jobs.items())
+            self.page.paragraph(f"The prompts are captions of the reference, below: {_listed(prompts)}. Guidance scale: {scales}.")
         counts = sorted({n for by_steps in drawn.values() for n in by_steps})
         blank = torch.full_like(next(iter(next(iter(drawn.values())).values())).first[0], 255)
         lines = [
@@ -278,6 +283,10 @@ def _with_interval(row: Row | None) -> str | None:
     if row is None:
         return None
     return f"{row['value']:.4g}" + (f" ({row['low']:.3g} to {row['high']:.3g})" if row["low"] is not None else "")
+
+
+def _listed(captions: Sequence[str | None]) -> str:
+    return ", ".join("none" if caption is None else repr(shortened(caption)) for caption in captions)
 
 
 def _pixels(image: Tensor) -> Tensor:

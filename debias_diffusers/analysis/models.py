@@ -55,7 +55,8 @@ class Examples:
     indices: Sequence[int]  # in the reference
     x_0: Tensor  # (N, C, H, W) in [-1, 1], or latents
     conditions: Tensor | None  # (N,) labels of a class-conditional model; of a text-to-image model, 0 to N - 1
-    time_ids: Tensor | None = None  # (N, 6) of text-to-image models
+    time_ids: Tensor | None = None  # (N, 6) for text-to-image models
+    captions: Sequence[str | None] = ()  # for text-to-image models, N; None of an image that has none
 
 
 def open_models(config: BiasConfig, accelerator: Any) -> list[Model]:

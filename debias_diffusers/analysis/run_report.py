@@ -60,7 +60,7 @@ def write_report(config: ReportConfig) -> Path:
     page = make_page(runs, read_scores(runs, config.scores)).html()
     path = Path(config.output)
     write_file(path, page)
-    say(f"report of {len(runs)} {'run' if len(runs) == 1 else 'runs'} in {path} ({len(page) / 1e6:.1f} MB)")
+    say(f"report of {len(runs)} {'run' if len(runs) == 1 else 'runs'} in {path} ({len(page) / 1e3:.0f} kB)")
     return path
 
 

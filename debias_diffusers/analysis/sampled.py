@@ -108,10 +108,9 @@ def thresholds(model: Model) -> list[int]:
 
 def swapped_jobs(config: BiasConfig, models: Sequence[Model], device: Any) -> Callable[[int], Job]:
     """A function: a threshold to a job with the network of the first model from that timestep on and of the second below it."""
-    above, below = models
-    job = job_of(above, config, config.swap_steps, device)
-    denoisers = (replace(model.denoiser, network=model.pipeline.unet) for model in (above, below))
-    swapped = job.pipeline.unet = SwappedUNet(*denoisers, threshold=0)
+    job = job_of(models[0], config, config.swap_steps, device)
+    first, second = (replace(model.denoiser, network=model.pipeline.unet) for model in models)
+    swapped = job.pipeline.unet = SwappedUNet(first, second, 0)
 
     def at_threshold(threshold: int) -> Job:
         swapped.threshold = threshold

@@ -77,39 +77,35 @@ class TextImages:
         self.data = TextData(self.source, given, TextConfig(), config.seed, shape)
 
     def examples(self, indices: Sequence[int]) -> Examples:
-        """The latents of the images of some indices: the means of the VAE's posterior, scaled as in training.
+        """The latents of the images of some indices: the means of the VAE's posterior, scaled as in training. Each has one of its captions.
 
         Raises:
             InputError: an image cannot be read.
         """
-        x_0, time_ids = [], []
+        x_0, time_ids = list[Tensor](), list[Tensor]()
         for part in torch.tensor(indices).split(self._at_once):
             pixels, sizes = zip(*(self.data.pixels(k, flipped=False, position=0) for k in part.tolist()))
             images = torch.stack(pixels).to(self.pipeline.vae.device).float() / 127.5 - 1
             x_0.append(encode(self.pipeline.vae, images).cpu())
             time_ids += sizes
-        return Examples(indices, torch.cat(x_0), torch.arange(len(indices)), torch.stack(time_ids))
+        captions = [found[index % len(found)] if (found := self.data.captions[index]) else None for index in indices]
+        return Examples(indices, torch.cat(x_0), torch.arange(len(indices)), torch.stack(time_ids), captions)
 
     def conditioned(self, model: Model, examples: Examples, device: Any) -> Model:
         """A model with the captions of the examples, and with a sampling job. Its text encoders are no longer there.
 
-        An image has one of its captions, or "no caption" where it has none; sampled images have those of `prompts_of_data`.
+        An image without a caption is given what "no caption" is in training; sampled images have prompts of `prompts_of_data`.
         """
         prompts = tuple(prompts_of_data(self.data.captions)[: self.config.num_samples])
-        captions = [self._caption(index) for index in examples.indices]
         loaded = LoadedModel(model.pipeline, model.scheduler, model.step, "")
         job = make_text_job(self._command(model, prompts), device, loaded=loaded)
-        known = {text: job.encode(text) for text in dict.fromkeys([*prompts, *captions]) if text is not None}
+        known = {text: job.encode(text) for text in dict.fromkeys([*prompts, *examples.captions]) if text is not None}
         model.pipeline.register_modules(**{name: None for name in model.pipeline.components if name.startswith("text_encoder")})
-        embeddings = joined([job.null if caption is None else known[caption] for caption in captions])
+        embeddings = joined([job.null if caption is None else known[caption] for caption in examples.captions])
         assert examples.time_ids is not None
         network = ConditionedUNet(model.pipeline.unet, embeddings, examples.time_ids)
         denoiser = dataclasses.replace(model.denoiser, network=network)
         return dataclasses.replace(model, denoiser=denoiser, job=dataclasses.replace(job, encode=known.__getitem__))
-
-    def _caption(self, index: int) -> str | None:
-        found = self.data.captions[index]
-        return found[index % len(found)] if found else None
 
     def _command(self, model: Model, prompts: tuple[str, ...]) -> SampleConfig:
         return SampleConfig(

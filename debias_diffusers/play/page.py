@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ..config.registry import SOLVERS
@@ -37,12 +39,13 @@ footer { display: none !important; }
 
 
 def serve(config: PlayConfig) -> None:
-    """Serves the playground until it is interrupted.
+    """Serves the playground until SIGINT or SIGTERM, and removes its pictures then.
 
     Raises:
         InputError, HubError: as `Engine`; or the port is not free.
     """
     engine = Engine(config)
+    signal.signal(signal.SIGTERM, _exit)
     folder = tempfile.mkdtemp(prefix="debias-play-")
     os.environ["GRADIO_TEMP_DIR"] = folder
     page = build(engine)
@@ -52,6 +55,10 @@ def serve(config: PlayConfig) -> None:
     finally:
         page.close(verbose=False)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exit(signum: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
 
 
 def start(page: gr.Blocks, config: PlayConfig) -> None:
@@ -64,7 +71,7 @@ def start(page: gr.Blocks, config: PlayConfig) -> None:
         _, url, _ = page.launch(
             server_name=config.host,
             server_port=config.port,
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),  # not fetched from anywhere
+            theme=_theme(),
             css=CSS,
             share=False,
             quiet=True,
@@ -82,6 +89,12 @@ def start(page: gr.Blocks, config: PlayConfig) -> None:
     if config.host not in LOOPBACK:
         say(f"warning: host is {config.host}: everybody who can reach this machine can draw here")
     say(f"the playground is at {url} (Ctrl-C ends it)")
+
+
+def _theme() -> gr.themes.Base:
+    """Gradio's own with fonts of the system, which are not fetched, and with greys that can be read on white (4.5:1, WCAG AA)."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return theme.set(body_text_color_subdued="*neutral_500", block_title_text_color="*neutral_700")
 
 
 def build(engine: Engine) -> gr.Blocks:
@@ -216,10 +229,10 @@ class _Panel:
             self.archive = gr.DownloadButton("Download all images (.zip)", interactive=False, size="sm", elem_id=f"download-{number + 1}")
             self.command = gr.Code(
                 label="The same images on the command line",
-                language="shell",
                 interactive=False,
                 lines=1,
                 wrap_lines=True,
+                show_line_numbers=False,
                 elem_id=f"command-{number + 1}",
             )
             self.slider = gr.Slider(

@@ -165,25 +165,19 @@ class ShardCache:
 
     def _made_room(self, part: IO[bytes], keep: Sequence[Entry]) -> bool:
         """Removes files until all fit; whether they do. Files that are being fetched count with their whole size."""
-        kept = {Path(part.name), *map(self._path, keep)}
+        kept = {part.name, *(str(self._path(entry)) for entry in keep)}
         with open(self.folder / _LOCK, "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            entries = sorted(self._entries(), key=lambda entry: entry[2])
-            total = sum(size for _, size, _ in entries)
-            for path, size, _ in entries:
-                if total <= self.max_bytes:
-                    break
-                if path not in kept and _removed(path):
-                    total -= size
+            # Thousands of row groups: of each the name only, which has the size, unless there is no room.
+            sizes = {found.string: int(found[1]) for found in map(_ENTRY.fullmatch, os.listdir(self.folder)) if found}
+            total = sum(sizes.values())
+            if total > self.max_bytes:
+                for path in sorted((os.path.join(self.folder, name) for name in sizes), key=_last_use):
+                    if total <= self.max_bytes:
+                        break
+                    if path not in kept and _removed(Path(path)):
+                        total -= sizes[os.path.basename(path)]
             return total <= self.max_bytes
-
-    def _entries(self) -> Iterator[tuple[Path, int, float]]:
-        """Path, size when whole, and time of the last use of all files."""
-        for path in self.folder.iterdir():
-            found = _ENTRY.fullmatch(path.name)
-            with contextlib.suppress(FileNotFoundError):
-                if found:
-                    yield path, int(found[1]), path.stat().st_mtime
 
 
 def _range(entry: Entry) -> FileRange:
@@ -205,6 +199,13 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _last_use(path: str) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except FileNotFoundError:  # removed or renamed meanwhile
+        return 0.0
 
 
 def _removed(path: Path) -> bool:

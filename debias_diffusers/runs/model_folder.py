@@ -80,18 +80,23 @@ def pixel_problems(model: str, what: str) -> list[str]:
 
 def bias_model_problems(config: BiasConfig, folders: Mapping[str, Path]) -> list[str]:
     """Models of two kinds in one command that measures their bias, or flags for the other kind. `folders` by name of the run."""
-    by_task: dict[Task, str] = {task_of(folder): run for run, folder in reversed(folders.items())}
+    by_task = {task_of(folder): run for run, folder in folders.items()}
     if len(by_task) > 1:
         pixels, text = by_task["pixels"], by_task["text_to_image"]
         return [f"{text} is a text-to-image model, but {pixels} is a pixel model; name models of one kind"]
-    found = []
-    for run in by_task.values():
-        if "pixels" in by_task:
-            names, said = ("caption_column", "guidance_scale", "base_model"), f"for text-to-image models, and {run} is a pixel model"
-        else:
-            names, said = ("label_column", "allow_pickle_import"), f"for pixel models, and {run} is a text-to-image model"
-        found += [f"{name} is {value}, but is {said}; leave it out" for name in names if (value := getattr(config, name))]
-    if "text_to_image" in by_task and config.base_model and not any(map(is_lora, folders.values())):
+    if not by_task:
+        return []
+    ((task, run),) = by_task.items()
+    if task == "pixels":
+        other, said = ["caption_column", "guidance_scale", "base_model"], f"for text-to-image models, and {run} is a pixel model"
+    else:
+        other, said = ["label_column", "allow_pickle_import"], f"for pixel models, and {run} is a text-to-image model"
+    found = [
+        f"{name} is {value}, but is {said}; leave it out"
+        for name in other
+        if (value := getattr(config, name)) is not None and value is not False
+    ]
+    if task == "text_to_image" and config.base_model and not any(map(is_lora, folders.values())):
         found.append(f"base_model is {config.base_model}, but no run is a LoRA; leave it out")
     return found
 

@@ -159,6 +159,10 @@ def save(network: Any, is_xl: bool, folder: Path) -> None:
 
 
 def _about(network: Any) -> dict[str, Any]:
-    """What the file says of its adapters: fields of peft's LoraConfig that every version of it has, in a fixed order."""
+    """What the file says of its adapters: fields of peft's LoraConfig that every version of it has, in a fixed order.
+
+    `load_lora_weights` of diffusers 0.38 fails where the patterns are left out.
+    """
     config = network.peft_config[ADAPTER]
-    return {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    about = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    return about | {"rank_pattern": {}, "alpha_pattern": {}}

@@ -54,8 +54,8 @@ class Index:
         self.path, self.about, self.table = path, about, table
         self.units = [Unit(about["files"][file][0], group, images) for file, group, images in about["units"]]
         self.starts = np.cumsum([0, *(unit.images for unit in self.units)])
-        numbers = ("offset", "size", "crc32", "height", "width")
-        self.offset, self.size, self.crc32, self.height, self.width = (_array(table[name]).to_numpy() for name in numbers)
+        numbers = ("offset", "size", "crc32", "height", "width")  # not by `to_numpy`, which imports pandas
+        self.offset, self.size, self.crc32, self.height, self.width = (np.from_dlpack(_array(table[name])) for name in numbers)
         self._key, self._label, self._captions = (_array(table[name]) for name in ("key", "label", "captions"))
 
     def __reduce__(self) -> tuple[Any, ...]:  # for data loader workers that are not forked: they map the file, too
@@ -361,7 +361,7 @@ def _update(digest: Any, array: pyarrow.Array) -> None:
     if array.null_count:
         digest.update(np.packbits(array.is_null().to_numpy(zero_copy_only=False)))
     if pyarrow.types.is_large_list(array.type):
-        digest.update(np.diff(array.offsets.to_numpy()))
+        digest.update(np.diff(np.from_dlpack(array.offsets)))
         _update(digest, array.flatten())
     elif pyarrow.types.is_large_string(array.type):
         ends = np.frombuffer(array.buffers()[1], np.int64)[array.offset : array.offset + len(array) + 1] if len(array) else np.zeros(1, int)
@@ -369,7 +369,7 @@ def _update(digest: Any, array: pyarrow.Array) -> None:
         if ends[-1] > ends[0]:
             digest.update(memoryview(array.buffers()[2])[ends[0] : ends[-1]])
     else:
-        digest.update(np.ascontiguousarray(array.to_numpy()))
+        digest.update(np.ascontiguousarray(np.from_dlpack(array)))
 
 
 def _array(column: pyarrow.ChunkedArray) -> pyarrow.Array:
