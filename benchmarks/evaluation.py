@@ -22,8 +22,10 @@ from PIL import Image
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from debias_diffusers.config.schema import DIGITS, DataConfig, MeasureConfig
-from debias_diffusers.data.sources import ImageFolder, open_source
+from debias_diffusers.config.schema.data import DIGITS, DataConfig
+from debias_diffusers.config.schema.evaluation import MeasureConfig
+from debias_diffusers.data.sources.folder import ImageFolder
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.evaluation.feature_extractors import INCEPTION
 from debias_diffusers.evaluation.image_sets import images_of_folder, images_of_npz
 from debias_diffusers.evaluation.measure import Measure

@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 from training import make_images
 
-from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 
 BATCH = 16
 

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 
 BATCH, SIDE = 16, 256
 

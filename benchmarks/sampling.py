@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from debias_diffusers.cli import train_config
-from debias_diffusers.config.schema import SampleConfig
+from debias_diffusers.config.schema.sampling import SampleConfig
 from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline
 from debias_diffusers.pipelines.solvers import exported_scheduler
 from debias_diffusers.sampling.generate import Job, make_job

@@ -1,11 +1,13 @@
-"""A data set of a million images in shards: seconds to its first batch, memory of a data loader worker, and images read per second.
+"""A data set of a million images in shards: seconds to its first batch and step, memory of a worker, and images read per second.
 
     python benchmarks/shards.py [--images 1000000] [--rounds 5] [--json FILE]
 
 The index of the million is made up: all of its images are one picture, in shards of 2500 that take no room on the disk. Each start is a
 process of its own, whose files the system has in memory. Memory of a worker is what it does not share with other processes (USS) after
-some batches. Images per second are those of one thread, of its CPU seconds, so that other work on the machine matters less: JPEG files of
-256 pixels in a folder and in shards, which are read only, and also decoded; both in turn, and the figures are medians, also of the ratios.
+some batches. A text-to-image run of a tiny base model is timed from `train.py`'s arguments to the end of its first step, by parts, without
+the imports; its captions are shuffled and its crops random, so that neither embeddings nor latents are computed before. Images per second
+are those of one thread, of its CPU seconds, so that other work on the machine matters less: JPEG files of 256 pixels in a folder and in
+shards, which are read only, and also decoded; both in turn, and the figures are medians, also of the ratios.
 """
 
 import argparse
@@ -23,20 +25,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import psutil
 import pyarrow
+import text_to_image
 from PIL import Image
 from training import make_images
 
-from debias_diffusers.config.schema import DataConfig, ShardsMakeConfig, TextConfig
+from debias_diffusers.config.schema.data import DataConfig, ShardsMakeConfig, TextConfig
 from debias_diffusers.data.buckets import Buckets
 from debias_diffusers.data.captions import CaptionedSource
 from debias_diffusers.data.dataset import PositionBatchSampler, PositionedData, TrainingData, micro_batches
 from debias_diffusers.data.shards import commands, index
 from debias_diffusers.data.shards.files import Unit
 from debias_diffusers.data.shards.rows import SCHEMA, Part
-from debias_diffusers.data.sources import Source, open_source
+from debias_diffusers.data.sources.base import Source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.text_dataset import TextData
 from debias_diffusers.tasks import precompute
 
@@ -109,10 +114,53 @@ def start(kind: str, dataset: str) -> None:
     loader.close()
 
 
-def started(kind: str, dataset: str) -> dict[str, float]:
-    """The same in a process of its own."""
-    output = subprocess.run([sys.executable, __file__, "--start", kind, dataset], capture_output=True, text=True, check=True).stdout
-    found: dict[str, float] = json.loads(output)
+def whole_run(base: str, dataset: str) -> None:
+    """Prints the wall and CPU seconds of the parts of a text-to-image run until the end of its first step, and its memory in MB."""
+    from debias_diffusers import cli
+    from debias_diffusers.tasks.text_to_image import TextToImageTask
+    from debias_diffusers.training import setup
+    from debias_diffusers.training.trainer import Trainer
+
+    for name in ("StableDiffusionXLPipeline", "UNet2DConditionModel", "AutoencoderKL"):
+        getattr(diffusers, name)  # imports it
+    begun, before = (time.perf_counter(), time.process_time()), psutil.Process().memory_info().rss
+    spent: dict[str, tuple[float, float]] = {}
+
+    def timed(owner: Any, name: str, part: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            wall, cpu = time.perf_counter(), time.process_time()
+            found = real(*args, **kwargs)
+            spent.setdefault(part, (time.perf_counter() - wall, time.process_time() - cpu))
+            spent.setdefault("until then", (time.perf_counter() - begun[0], time.process_time() - begun[1])) if owner is Trainer else None
+            return found
+
+        setattr(owner, name, call)
+
+    parts = {"base_of_run": "base model", "open_data": "index", "captioned": "check of images"}
+    for name, part in parts.items():
+        timed(setup, name, part)
+    tasks = {"__init__": "buckets, order, text encoders and VAE", "say_data": "captions are counted", "prepare": "what is kept"}
+    for name, part in tasks.items():
+        timed(TextToImageTask, name, part)
+    timed(Trainer, "_launch", "first step")
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"base_model": base, "dataset": dataset, "output_dir": f"{folder}/run", "resolution": 32, "batch_size": 8, "max_steps": 1}
+        more = {"shuffle_window": WINDOW, "num_workers": 2, "crop": "random", "sample_every": 0, "checkpoint_every": 0}
+        words = [str(word) for name, value in (flags | more).items() for word in (f"--{name}", value)]
+        if cli.train([*words, "--aspect_ratio_buckets", "--shuffle_caption"]):
+            raise SystemExit("the run failed")
+    whole = spent.pop("until then")
+    rest = tuple(all_of_it - sum(column) for all_of_it, column in zip(whole, zip(*spent.values())))
+    memory = (psutil.Process().memory_info().rss - before) / 1e6
+    print(json.dumps({**spent, "the rest": rest, "all": whole, "MB": memory}))
+
+
+def started(*arguments: str) -> dict[str, Any]:
+    """What this file prints with some arguments in a process of its own."""
+    output = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True).stdout
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return found
 
 
@@ -149,9 +197,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", help="write all figures to this file")
     parser.add_argument("--start", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.start:
         start(*options.start)
+        return
+    if options.run:
+        whole_run(*options.run)
         return
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -161,11 +213,16 @@ def main() -> None:
         dataset = f"{folder}/million/{{00000..{-(-options.images // PER_SHARD) - 1:05d}}}.tar"
         print("| | seconds | CPU seconds, with imports | MB of a worker | MB of the process |\n|---|---|---|---|---|")
         for kind in KINDS:
-            row = found[kind] = started(kind, dataset)
+            row = found[kind] = started("--start", kind, dataset)
             columns = ("seconds", "CPU seconds, with imports", "MB of a worker", "MB of the process")
             print(f"| {kind} | {' | '.join(f'{row[column]:.1f}' for column in columns)} |", flush=True)
+        text_to_image.make_base("tiny", folder / "base")
+        found["run"] = started("--run", str(folder / "base"), dataset)
+        print("\n| text-to-image run | seconds | CPU seconds |\n|---|---|---|")
+        for part, seconds in found["run"].items():
+            print(f"| {part} | {' | '.join(f'{value:.1f}' for value in np.atleast_1d(seconds))} |", flush=True)
         found |= reading(folder, options.rounds)
-    print(json.dumps({key: value for key, value in found.items() if key not in KINDS}, indent=2))
+    print(json.dumps({key: value for key, value in found.items() if key not in (*KINDS, "run")}, indent=2))
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
 

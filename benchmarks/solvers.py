@@ -14,7 +14,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from debias_diffusers.config.schema import ObjectiveConfig, SchedulerName
+from debias_diffusers.config.schema.objective import ObjectiveConfig
+from debias_diffusers.config.schema.types import SchedulerName
 from debias_diffusers.diffusion.noise_schedule import Schedule, make_schedule, prediction_of_x_0
 from debias_diffusers.pipelines.solvers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
 

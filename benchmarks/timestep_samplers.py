@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from debias_diffusers.config.loading import layered, read_config, update
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.diffusion.loss import Objective, make_objective
 from debias_diffusers.diffusion.noise_schedule import make_schedule
 from debias_diffusers.diffusion.timestep_samplers import HISTORY, TimestepSampler, make_timestep_sampler

@@ -180,7 +180,7 @@ def baseline(flags: list[str], clock: Clock) -> dict[str, Any]:
 
     from debias_diffusers.cli import train_config
     from debias_diffusers.data import dataset
-    from debias_diffusers.data.sources import open_source
+    from debias_diffusers.data.sources.opening import open_source
     from debias_diffusers.diffusion.loss import make_objective
     from debias_diffusers.diffusion.timestep_samplers import make_timestep_sampler
     from debias_diffusers.tasks.pixels import PixelTask

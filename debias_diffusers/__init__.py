@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .config.schema import TrainConfig
+    from .config.schema.training import TrainConfig
     from .diffusion.loss import make_objective
     from .diffusion.noise_schedule import make_schedule
     from .diffusion.weighting import loss_weight, register_weighting
@@ -24,7 +24,7 @@ __all__ = ["EMA", "PixelPipeline", "TrainConfig", "loss_weight", "make_objective
 _MODULES = {
     "EMA": "training.ema",
     "PixelPipeline": "pipelines.pixel_pipeline",
-    "TrainConfig": "config.schema",
+    "TrainConfig": "config.schema.training",
     "loss_weight": "diffusion.weighting",
     "make_objective": "diffusion.loss",
     "make_schedule": "diffusion.noise_schedule",

@@ -82,7 +82,19 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
                 known[key] = info.default, None
         return known[key][1]
 
+    # tyro asks for the same type several times. Where a registry has a rule for it, tyro does not look whether it is a dataclass, too.
+    specs: dict[Any, tyro.constructors.PrimitiveConstructorSpec | None] = {}
+
+    def primitive(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        key = info.type, frozenset(info.markers)
+        if key not in specs:
+            specs[key] = None  # so that tyro's own rules answer
+            found = registry.get_primitive_spec(info)
+            specs[key] = found if isinstance(found, tyro.constructors.PrimitiveConstructorSpec) else None
+        return specs[key]
+
     registry.struct_rule(in_words)
+    registry.primitive_rule(primitive)
     return registry
 
 

@@ -290,7 +290,7 @@ def writers(contents):
 
 
 def sample_config(model, folder, **changes):
-    from debias_diffusers.config.schema import SampleConfig
+    from debias_diffusers.config.schema.sampling import SampleConfig
 
     options = {"steps": 5, "num_images": 10, "batch_size": 4, "num_threads": 1, **changes}
     return SampleConfig(model=str(model), output_dir=str(folder), **options)

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from debias_diffusers import cli
 from debias_diffusers.config import choices
 from debias_diffusers.config.loading import flatten, resolved, update
-from debias_diffusers.config.schema import SIZE_FIELDS, ModelConfig, TrainConfig
+from debias_diffusers.config.schema.network import SIZE_FIELDS, ModelConfig
+from debias_diffusers.config.schema.training import TrainConfig
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.diffusion.noise_schedule import require_noise_at_the_end

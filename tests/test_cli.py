@@ -13,23 +13,17 @@ from debias_diffusers import __version__, cli
 from debias_diffusers.config import aliases, loading
 from debias_diffusers.config.ranges import field_types
 from debias_diffusers.config.registry import SOLVERS, WEIGHTINGS
-from debias_diffusers.config.schema import (
-    BiasConfig,
-    BitsConfig,
-    DataConfig,
-    ExportConfig,
-    GuidedConfig,
-    PushConfig,
-    SampleConfig,
-    ScoreConfig,
-    StatsConfig,
-    TrainConfig,
-    WeightsConfig,
-)
+from debias_diffusers.config.schema.conversion import ExportConfig, GuidedConfig
+from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.config.schema.evaluation import BiasConfig, BitsConfig, ScoreConfig, StatsConfig
+from debias_diffusers.config.schema.hub import PushConfig
+from debias_diffusers.config.schema.objective import WeightsConfig
+from debias_diffusers.config.schema.sampling import SampleConfig
+from debias_diffusers.config.schema.training import TrainConfig
 from debias_diffusers.config.validation.evaluation import score_problems
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data.labels import label_indices
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation.feature_extractors import Extractor
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from debias_diffusers.config.schema import ModelConfig
+from debias_diffusers.config.schema.network import ModelConfig
 from debias_diffusers.pipelines import compiled
 from debias_diffusers.tasks.unet import build_unet, unet_config
 

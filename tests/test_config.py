@@ -11,11 +11,13 @@ import torch
 import yaml
 from conftest import ROOT, TINY, cpu_of_children, run
 
-from debias_diffusers import cli
 from debias_diffusers.cli import train_config
-from debias_diffusers.config import loading, schema
+from debias_diffusers.commands import evaluate
+from debias_diffusers.config import loading
 from debias_diffusers.config.loading import flatten, layered, read_config, resolved, update
-from debias_diffusers.config.schema import BitsConfig, ScoreConfig, StatsConfig, TrainConfig
+from debias_diffusers.config.schema.evaluation import BitsConfig, ScoreConfig, StatsConfig
+from debias_diffusers.config.schema.training import TrainConfig
+from debias_diffusers.config.schema.types import SchedulerName
 from debias_diffusers.config.validation.evaluation import bits_problems, score_problems, stats_problems
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.errors import InputError
@@ -33,7 +35,7 @@ def test_the_packaged_configuration_is_sound():
 
 
 def test_names_of_choices_are_those_of_the_functions_behind_them():
-    assert set(get_args(schema.SchedulerName)) == set(SCHEDULERS)
+    assert set(get_args(SchedulerName)) == set(SCHEDULERS)
 
 
 def test_the_config_json_of_an_older_run_is_a_configuration(tmp_path):
@@ -168,8 +170,8 @@ def test_an_output_that_is_no_file_is_refused_before_the_work():
 @pytest.mark.parametrize("flags, bootstrap", [([], 200), (["--bootstrap", "0"], 0), (["--bootstrap", "30"], 30)])
 def test_compare_draws_intervals_unless_they_are_off(monkeypatch, flags, bootstrap):
     seen = []
-    monkeypatch.setattr(cli, "_scored", seen.append)
-    cli._compare(["x", *flags])
+    monkeypatch.setattr(evaluate, "_scored", seen.append)
+    evaluate._compare(["x", *flags])
     assert seen[0].bootstrap == bootstrap
 
 

@@ -16,7 +16,8 @@ from diffusers import CMStochasticIterativeScheduler, DDPMPipeline, RePaintSched
 from safetensors.torch import load_file
 
 from debias_diffusers import cli
-from debias_diffusers.config.schema import ModelConfig, ObjectiveConfig
+from debias_diffusers.config.schema.network import ModelConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.convert.guided_diffusion import export, guided, read_flags
 from debias_diffusers.convert.state_dicts import Shape, from_guided, infer_shape, join_qkv, module_names, split_qkv, to_guided
 from debias_diffusers.errors import CannotWriteError, InputError

@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from debias_diffusers.config.schema import DataConfig, TextConfig
+from debias_diffusers.config.schema.data import DataConfig, TextConfig
 from debias_diffusers.data.captions import CaptionedSource, read_captions
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
 from debias_diffusers.data.images import decode, to_array
-from debias_diffusers.data.sources import RepeatedSource, SourceSubset, class_counts, folder_repeats, open_source, summary, training_summary
+from debias_diffusers.data.sources.opening import open_source
+from debias_diffusers.data.sources.subset import RepeatedSource, SourceSubset, folder_repeats
+from debias_diffusers.data.sources.summary import class_counts, summary, training_summary
 from debias_diffusers.data.text_dataset import TextData
 from debias_diffusers.errors import DebiasError, InputError
 from debias_diffusers.utils import seeding

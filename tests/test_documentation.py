@@ -21,7 +21,13 @@ from conftest import COMMANDS, GOLDEN, ROOT, Forked, launched
 from PIL import Image
 
 from debias_diffusers import cli, parsing
-from debias_diffusers.config import loading, schema
+from debias_diffusers.commands import train as train_command
+from debias_diffusers.config import loading
+from debias_diffusers.config.schema.conversion import SingleConfig
+from debias_diffusers.config.schema.data import ShardsMakeConfig
+from debias_diffusers.config.schema.evaluation import BiasConfig, BitsConfig, ScoreConfig, StatsConfig
+from debias_diffusers.config.schema.objective import WeightsConfig
+from debias_diffusers.config.schema.sampling import SampleConfig
 from debias_diffusers.config.validation import conversion, evaluation, objective, sampling, training
 from debias_diffusers.errors import DebiasError
 
@@ -42,7 +48,7 @@ def test_every_page_is_on_the_site():
 
 
 # How many blocks are run, and how many are not, and why: a new block is run, or has a mark that is counted here.
-RUN_OR_NOT = {"run": 44, "network": 8, "GPU": 4, "a server": 1, "the tests themselves": 2, "several nodes": 1}
+RUN_OR_NOT = {"run": 45, "network": 8, "GPU": 4, "a server": 1, "the tests themselves": 2, "several nodes": 1}
 
 
 def test_every_block_is_run_or_counted_among_those_that_cannot_be_run():
@@ -63,14 +69,14 @@ def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path):
 
 
 PROBLEMS = {
-    schema.SampleConfig: sampling.sample_problems,
-    schema.ScoreConfig: evaluation.score_problems,
-    schema.StatsConfig: evaluation.stats_problems,
-    schema.BitsConfig: evaluation.bits_problems,
-    schema.BiasConfig: evaluation.bias_problems,
-    schema.WeightsConfig: objective.weights_problems,
-    schema.ShardsMakeConfig: conversion.shards_problems,
-    schema.SingleConfig: conversion.single_problems,
+    SampleConfig: sampling.sample_problems,
+    ScoreConfig: evaluation.score_problems,
+    StatsConfig: evaluation.stats_problems,
+    BitsConfig: evaluation.bits_problems,
+    BiasConfig: evaluation.bias_problems,
+    WeightsConfig: objective.weights_problems,
+    ShardsMakeConfig: conversion.shards_problems,
+    SingleConfig: conversion.single_problems,
 }
 
 
@@ -78,8 +84,8 @@ class Parsed(Exception):
     """The configuration of a command, in place of its work."""
 
 
-def stop(*args):
-    raise Parsed(parsing.parse(*args))
+def stop(original, *args):
+    raise Parsed(original(*args))
 
 
 def parse(name, arguments, monkeypatch):
@@ -91,14 +97,14 @@ def parse(name, arguments, monkeypatch):
         return []
     if name in ("train.py", "cache"):
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "run_values", lambda _: loading.read_config("digits"))
-            patch.setattr(cli, "shown_values", lambda *_: {})
+            patch.setattr(train_command, "run_values", lambda _: loading.read_config("digits"))
+            patch.setattr(train_command, "shown_values", lambda *_: {})
             patch.setattr(loading, "read_config", partial(read_config, loading.read_config))
             words = ["--output_dir", "unused", "--dataset", *arguments] if name == "cache" else arguments
             config = cli.train_config(words, None)
         return training.train_problems(config)
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "parse", stop)
+        patch.setattr(parsing, "parse", partial(stop, parsing.parse))
         try:
             getattr(cli, COMMANDS[name])(arguments)
         except Parsed as parsed:

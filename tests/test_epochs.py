@@ -10,7 +10,7 @@ from here import tiny, trained_here
 from debias_diffusers.cli import train_config
 from debias_diffusers.config.choices import choose, left_out, steps_of_epochs
 from debias_diffusers.config.loading import layered, resolved
-from debias_diffusers.config.schema import OptimizationConfig
+from debias_diffusers.config.schema.training import OptimizationConfig
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.errors import InputError
 

@@ -1,5 +1,6 @@
 """Figures against closed forms, plain implementations and torch-fidelity itself; what is read, cached and refused."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -17,10 +18,12 @@ from PIL import Image
 from safetensors.torch import load, save, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig, RunConfig, ScoreConfig, StatsConfig, TrainConfig
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.config.schema.evaluation import BitsConfig, MeasureConfig, ScoreConfig, StatsConfig
+from debias_diffusers.config.schema.training import RunConfig, TrainConfig
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.errors import InputError
-from debias_diffusers.evaluation import feature_extractors, metrics, monitor, reference, results, score, statistics
+from debias_diffusers.evaluation import feature_extractors, measure, metrics, monitor, reference, results, score, statistics
 from debias_diffusers.evaluation.feature_extractors import Extractor
 from debias_diffusers.evaluation.measure import Measure
 from debias_diffusers.evaluation.metrics import Sample
@@ -237,6 +240,13 @@ def inception(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def loaded_once(monkeypatch):
+    """Each extractor is loaded once in a test, which takes a second for Inception."""
+    once = functools.cache(Extractor)
+    monkeypatch.setattr(measure, "Extractor", lambda name, metrics, weights: once(name, tuple(metrics), weights))
+
+
 def test_spatial_features_are_the_first_seven_channels_of_the_block_that_sfid_names(inception):
     """By running the blocks one after another, without the hook."""
     extractor = Extractor("inception-v3-compat", ["fid", "sfid"], str(inception / "inception.safetensors"))
@@ -403,12 +413,12 @@ def test_statistics_stand_for_the_images_of_a_reference(tmp_path):
         scored(tmp_path, big, reference=tmp_path / "stats.safetensors", metrics="fid", measure={"feature_extractor": "digits"})
 
 
-def test_reference_files_of_adm_are_read(inception, tmp_path):
+def test_reference_files_of_adm_are_read(inception, loaded_once, tmp_path):
     target, other = folder_of(tmp_path / "target", 2, 0, size=16, colour=True), folder_of(tmp_path / "other", 3, 1, size=16, colour=True)
     path = str(inception / "inception.safetensors")
     options = {"metrics": "fid,sfid", "measure": {"feature_extractor_weights": path}, "allow_few_images": True}
     by_images = scored(tmp_path, target, reference=other, **options)
-    extractor = Extractor("inception-v3-compat", ["fid", "sfid"], path)
+    extractor = measure.Extractor("inception-v3-compat", ["fid", "sfid"], path)
     images = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in sorted(other.iterdir())])
     found = {layer: value.double().numpy() for layer, value in extractor(images).items()}
     statistics = {
@@ -422,7 +432,7 @@ def test_reference_files_of_adm_are_read(inception, tmp_path):
         assert by_statistics["targets"][0][name] == pytest.approx(by_images["targets"][0][name], rel=1e-5)
     # As ADM has them: statistics of a whole data set, and some images, here a single one of another set.
     np.savez(tmp_path / "both.npz", arr_0=np.array(Image.open(target / "0000.png"))[None], **statistics)
-    by_both = scored(tmp_path, target, reference=tmp_path / "both.npz", **{**options, "metrics": "sfid"})
+    by_both = scored(tmp_path, target, reference=tmp_path / "both.npz", **options)
     assert by_both["targets"][0]["sfid"] == by_statistics["targets"][0]["sfid"]
     np.savez(tmp_path / "images.npz", arr_0=np.array(Image.open(target / "0000.png"))[None])
     with pytest.raises(InputError, match=r"images\.npz has 1 images, but metrics fid,sfid"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from debias_diffusers.config.schema import MeasureConfig
+from debias_diffusers.config.schema.evaluation import MeasureConfig
 from debias_diffusers.evaluation.feature_cache import FeatureCache, cache_key, open_cache
 from debias_diffusers.evaluation.image_sets import ImageSet
 from debias_diffusers.evaluation.measure import Measure

@@ -11,7 +11,8 @@ from conftest import run, train_args
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from debias_diffusers.config.schema import BitsConfig, ObjectiveConfig
+from debias_diffusers.config.schema.evaluation import BitsConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.diffusion.noise_schedule import make_schedule, prediction_of_x_0
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation.likelihood import Bound, _result

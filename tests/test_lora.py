@@ -25,7 +25,7 @@ from huggingface_hub import ModelCard
 
 from debias_diffusers import cli
 from debias_diffusers.config.loading import update
-from debias_diffusers.config.schema import LoraConfig
+from debias_diffusers.config.schema.network import LoraConfig
 from debias_diffusers.convert import lora as kohya
 from debias_diffusers.errors import InputError
 from debias_diffusers.hub import publish

@@ -6,7 +6,7 @@ from conftest import TINY
 from here import tiny, trained_here
 
 from debias_diffusers.cli import train_config
-from debias_diffusers.config.schema import NoiseConfig, ObjectiveConfig
+from debias_diffusers.config.schema.objective import NoiseConfig, ObjectiveConfig
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data.noise import draw_noise
 from debias_diffusers.diffusion.loss import Objective, make_objective

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from debias_diffusers import loss_weight, register_weighting
 from debias_diffusers.config.registry import WEIGHTINGS
-from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.config.validation.objective import objective_problems
 from debias_diffusers.diffusion import weighting
 from debias_diffusers.diffusion.loss import Objective, make_objective, weight_table

@@ -10,7 +10,8 @@ import torch
 from here import tiny, trained_here
 
 from debias_diffusers import cli
-from debias_diffusers.config.schema import BitsConfig, ObjectiveConfig
+from debias_diffusers.config.schema.evaluation import BitsConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.config.validation.evaluation import bits_problems
 from debias_diffusers.diffusion.noise_schedule import make_schedule, prediction_of_x_0
 from debias_diffusers.diffusion.ode_likelihood import Path, _integrate, log_density, negative_log_likelihood
@@ -122,7 +123,7 @@ def test_dequantization_loses_nothing_where_the_noise_is_small():
 
 def test_the_command_says_both(tmp_path, capsys):
     trained_here(tiny(tmp_path / "run", "--num_train_timesteps", 30, "--max_steps", 1, "--warmup_steps", 0))
-    flags = ["--method", "ode", "--num_images", 2, "--tolerance", 0.01, "--output", tmp_path / "out.json"]
+    flags = ["--method", "ode", "--num_images", 2, "--tolerance", 0.1, "--output", tmp_path / "out.json"]
     assert cli.evaluate(["bpd", *map(str, (tmp_path / "run", *flags))]) == 0
     said, found = capsys.readouterr().err, json.loads((tmp_path / "out.json").read_text())
     assert "bits per dimension by the variational bound" in said and "bits per dimension by the probability-flow ODE" in said

@@ -14,7 +14,7 @@ from here import tiny, trained_here
 from safetensors.torch import load
 
 from debias_diffusers import cli
-from debias_diffusers.config.schema import OptimizationConfig
+from debias_diffusers.config.schema.training import OptimizationConfig
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.errors import InputError
 from debias_diffusers.training import optimizer_step

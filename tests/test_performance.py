@@ -21,11 +21,13 @@ from here import tiny, trained_here
 from PIL import Image
 from safetensors.torch import load, load_file
 
-from debias_diffusers.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
+from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.config.schema.network import ModelConfig
+from debias_diffusers.config.schema.training import RunConfig, TrainConfig
 from debias_diffusers.data import decoded_cache, images
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
 from debias_diffusers.data.decoded_cache import make_cache
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.runs.run_directory import open_run
 from debias_diffusers.tasks.pixels import PixelTask, network_arguments

@@ -11,7 +11,7 @@ import yaml
 from conftest import ROOT, Forked, forbid_torch
 
 from debias_diffusers import cli
-from debias_diffusers.config.schema import PlayConfig
+from debias_diffusers.config.schema.sampling import PlayConfig
 from debias_diffusers.errors import InputError
 from debias_diffusers.play import request as requests
 from debias_diffusers.play import space

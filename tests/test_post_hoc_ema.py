@@ -12,7 +12,8 @@ from here import tiny, trained_here
 from safetensors.torch import load
 
 from debias_diffusers import cli
-from debias_diffusers.config.schema import ScoreConfig, TrainConfig
+from debias_diffusers.config.schema.evaluation import ScoreConfig
+from debias_diffusers.config.schema.training import TrainConfig
 from debias_diffusers.config.validation.evaluation import score_problems
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.diffusion.power_ema import KEPT, combination, exponent, weights_of_steps

@@ -10,9 +10,13 @@ import torch
 from conftest import ROOT
 
 from debias_diffusers import cli
-from debias_diffusers.config import ranges, registry, schema
+from debias_diffusers.config import ranges, registry
 from debias_diffusers.config.registry import METRICS, SOLVERS, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS
-from debias_diffusers.config.schema import ObjectiveConfig, SampleConfig, ScoreConfig, TrainConfig
+from debias_diffusers.config.schema import types
+from debias_diffusers.config.schema.evaluation import ScoreConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
+from debias_diffusers.config.schema.sampling import SampleConfig
+from debias_diffusers.config.schema.training import TrainConfig
 from debias_diffusers.diffusion.noise_schedule import make_schedule
 from debias_diffusers.diffusion.timestep_samplers import make_timestep_sampler
 from debias_diffusers.diffusion.weighting import REPEATED_FUNCTIONS, WEIGHTING_FUNCTIONS, weight
@@ -61,8 +65,8 @@ def test_the_help_says_what_every_entry_is(entry, table, capsys):
 
 
 def test_choices_of_a_flag_are_the_entries_of_its_table():
-    assert get_args(schema.TimestepSamplerName) == tuple(TIMESTEP_SAMPLERS)
-    assert get_args(schema.SchedulerName) == tuple(SOLVERS)
+    assert get_args(types.TimestepSamplerName) == tuple(TIMESTEP_SAMPLERS)
+    assert get_args(types.SchedulerName) == tuple(SOLVERS)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from hub.store import Commit, Repository
 
 from debias_diffusers.errors import CannotWriteError, FetchError, InputError
 from debias_diffusers.remote import http, shard_cache
+from debias_diffusers.remote.http import FileRange
 from debias_diffusers.remote.shard_cache import ShardCache
 
 SIZE = 3_000_000
@@ -100,7 +101,8 @@ def test_a_lost_connection_is_said_once_and_the_rest_is_fetched(server, tmp_path
     server.log.clear()
     assert read(ShardCache(tmp_path, 10**9), file) == content(0)
     starts = [int(asked.split("=")[1].split("-")[0]) for asked in ranges(server)]
-    assert starts[:6] == [0] * 6 and starts[5:] == sorted(starts[5:]) and len(starts) == 8 and starts[-1] > 1_000_000
+    assert starts[:6] == [0] * 6 and starts[5:] == sorted(starts[5:]) and len(starts) == 8
+    assert starts[-1] > 1_000_000 or not fin  # a reset may take with it what the kernel had received and nobody had read
     said = capsys.readouterr().err
     assert said.count("trying again for 300 s") == 1 and "000.tar" in said and server.faults.left == 0
 
@@ -114,7 +116,7 @@ def test_a_range_goes_on_after_a_lost_connection(server):
 def test_what_stays_lost_is_given_up_with_a_sentence_and_continued_by_who_comes_next(server, tmp_path, monkeypatch):
     file, cache = found(0), ShardCache(tmp_path, 10**9)
     monkeypatch.setattr(http, "PATIENCE", 0.05)
-    server.fault(path=CDN, action="truncate", after_bytes=2_000_000)
+    server.fault(path=CDN, action="truncate", after_bytes=2_000_000, fin=True)
     server.fault(path=CDN, action="drop", times=1000)
     with pytest.raises(FetchError, match=r"000.tar cannot be fetched: the connection was lost .*; tried for 0.05 s") as error:
         cache.open(file)
@@ -136,6 +138,13 @@ def test_a_server_that_refuses_is_asked_once(server, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(FetchError, match="HF_HUB_OFFLINE is set"):
         found(0)
+
+
+def test_a_range_is_kept_as_a_file_is(server, tmp_path):
+    file, cache = FileRange(found(0), 1000, SIZE - 500), ShardCache(tmp_path, 10**9)
+    assert read(cache, file) == read(pickle.loads(pickle.dumps(cache)), file) == content(0)[1000:-500]
+    assert ranges(server) == [f"bytes=1000-{SIZE - 501}"] and cache.has(file) and not cache.has(file.file)
+    assert read(cache, FileRange(file.file, 0, SIZE)) == content(0) and cache.has(file.file)
 
 
 def test_a_file_that_changes_in_the_middle_is_told(server, tmp_path, monkeypatch):
@@ -190,9 +199,10 @@ def test_processes_and_threads_fetch_a_file_once(server, tmp_path):
     assert len(ranges(server)) == 1
 
 
-def test_a_killed_process_blocks_nobody_and_its_part_is_continued(server, tmp_path):
-    file, cache = found(0), ShardCache(tmp_path, 10**9)
-    server.fault(path=CDN, action="truncate", after_bytes=2_000_000)
+@pytest.mark.parametrize("cut", [0, 1000], ids=["file", "range"])
+def test_a_killed_process_blocks_nobody_and_its_part_is_continued(server, tmp_path, cut):
+    file, cache = FileRange(found(0), cut, SIZE - cut), ShardCache(tmp_path, 10**9)
+    server.fault(path=CDN, action="truncate", after_bytes=2_000_000, fin=True)
     until = server.hold(path=CDN)
     fetching = multiprocessing.get_context("fork").Process(target=cache.open, args=(file,))
     fetching.start()
@@ -202,7 +212,7 @@ def test_a_killed_process_blocks_nobody_and_its_part_is_continued(server, tmp_pa
     fetching.join()
     until.set()
     server.log.clear()
-    assert read(cache, file) == content(0) and ranges(server)[0] not in ("", f"bytes=0-{SIZE - 1}")
+    assert read(cache, file) == content(0)[cut : SIZE - cut] and int(ranges(server)[0].split("=")[1].split("-")[0]) > cut
 
 
 def test_files_go_by_their_last_use_but_none_that_is_open(server, tmp_path, capsys):

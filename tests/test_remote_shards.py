@@ -19,12 +19,12 @@ from test_shards import samples_of, write_tar
 
 from debias_diffusers import cli
 from debias_diffusers.config import hub_names
-from debias_diffusers.config.schema import DataConfig, TextConfig
+from debias_diffusers.config.schema.data import DataConfig, TextConfig
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data.buckets import Buckets
 from debias_diffusers.data.captions import CaptionedSource
 from debias_diffusers.data.dataset import TrainingData
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.text_dataset import TextData
 from debias_diffusers.errors import FetchError, InputError
 from debias_diffusers.hub import client

@@ -15,7 +15,8 @@ from debias_diffusers.analysis.charts import chart
 from debias_diffusers.analysis.figures import Curve
 from debias_diffusers.analysis.run_files import read_runs
 from debias_diffusers.analysis.run_report import POINTS, differing, grouped, make_page, spread
-from debias_diffusers.config.schema import ObjectiveConfig, ReportConfig
+from debias_diffusers.config.schema.evaluation import ReportConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.config.validation.evaluation import report_problems
 from debias_diffusers.diffusion.noise_schedule import make_schedule
 from debias_diffusers.hub.model_card import CITATION

@@ -21,7 +21,7 @@ from debias_diffusers.config.loading import (
     stored,
     update,
 )
-from debias_diffusers.config.schema import TrainConfig
+from debias_diffusers.config.schema.training import TrainConfig
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.diffusion.timestep_samplers import TimestepSampler
 from debias_diffusers.errors import InputError

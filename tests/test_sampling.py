@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from debias_diffusers import PixelPipeline
-from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.errors import CannotWriteError, InputError, NotFiniteError
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
 from debias_diffusers.pipelines.solvers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from debias_diffusers import cli
-from debias_diffusers.config.schema import ScoreConfig
+from debias_diffusers.config.schema.evaluation import ScoreConfig
 from debias_diffusers.config.validation.evaluation import score_problems
 from debias_diffusers.evaluation import metrics
 from debias_diffusers.evaluation.measure import _extractor_of_metrics

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load
 from text_models import make_base, text_args
 
-from debias_diffusers.config.schema import ObjectiveConfig, OptimizationConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
+from debias_diffusers.config.schema.training import OptimizationConfig
 from debias_diffusers.config.validation.optimization import sharding_problems
 from debias_diffusers.errors import CannotWriteError
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline

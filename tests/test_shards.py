@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import tarfile
@@ -14,12 +15,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import command, computed, same, wait_for
+from conftest import HANG, command, computed, gone, same, wait_for
 from here import tiny, trained_here
 from PIL import Image
 
 from debias_diffusers import cli
-from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.config.shard_names import expand
 from debias_diffusers.data import captions as captions_module
 from debias_diffusers.data import images
@@ -27,9 +28,14 @@ from debias_diffusers.data.buckets import BucketOrder
 from debias_diffusers.data.captions import CaptionedSource, captions_of
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
 from debias_diffusers.data.shards import commands, index
+from debias_diffusers.data.shards import parquet as parquet_module
 from debias_diffusers.data.shards.order import ShardOrder
 from debias_diffusers.data.shards.source import ShardedSource
-from debias_diffusers.data.sources import ImageTable, SourceSubset, open_source, summary
+from debias_diffusers.data.sources.opening import open_source
+from debias_diffusers.data.sources.subset import SourceSubset
+from debias_diffusers.data.sources.summary import summary
+from debias_diffusers.data.sources.table import ImageTable
+from debias_diffusers.data.text_dataset import prompts_of_data
 from debias_diffusers.data.validation_split import split_source
 from debias_diffusers.errors import CannotWriteError, DebiasError, InputError
 from debias_diffusers.tasks import precompute
@@ -180,6 +186,40 @@ def test_parquet_by_row_groups_is_what_datasets_reads(parquet, home, tmp_path, m
     assert contents(pattern) == contents(opened(parquet))
 
 
+def test_each_row_group_of_a_window_is_read_once(tmp_path, home, monkeypatch):
+    """150 row groups, more than a process keeps where they are large; images of a rare size read some of them again."""
+    rows = {"image": [encoded(0)] * 450}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet", row_group_size=3)
+    read, real = Counter(), parquet_module.RowGroupReader._read
+    monkeypatch.setattr(parquet_module.RowGroupReader, "_read", lambda self, *group: read.update([group]) or real(self, *group))
+    sizes = [((64, 64), (64, 96), (96, 64))[k] for k in np.random.default_rng(0).choice(3, 450, p=[0.6, 0.35, 0.05])]
+
+    def reads(window, buckets):
+        """How many row groups an epoch reads, and how many are then in memory."""
+        source = opened(tmp_path / "a.parquet", shuffle_window=window)
+        config = DataConfig(resolution=8, shuffle_window=window)
+        data = TrainingData(source, config, seed=0, channels=3)
+        order = BucketOrder(sizes, 8, 0, source.shards(), window)
+        read.clear()
+        for position in range(order.steps(1) * 8 if buckets else 450):
+            image = order.index(position) if buckets else data.index(position)
+            if buckets:
+                data._prefetch(order.windows, order)
+            source.read(image)
+        return read.total(), len(source._reader._kept)
+
+    assert [reads(window, False) for window in (8, 75)] == [(150, 8), (150, 109)]  # 34 are in the next window, too
+    assert [reads(window, True)[0] for window in (8, 75)] == [168, 150]
+    monkeypatch.setattr(parquet_module, "KEPT_BYTES", 0)
+    again, kept = reads(75, False)
+    assert again > 180 and kept == 64
+    assert summary(opened(tmp_path / "a.parquet", shuffle_window=75), "x")[1].startswith(
+        "warning: the row groups of shuffle_window 75 take up"
+    )
+    (few,), (many,) = (parquet_module.memory_warning(np.full(300, 10**8), window) for window in (50, 200))
+    assert "50 take up to 5 GB of memory in each data loader worker; a smaller" in few and "keeps 0 GB, or 64 row groups, and reads" in many
+
+
 def test_sizes_come_from_the_index_without_reading_images(shards, monkeypatch):
     source = CaptionedSource(opened(shards), None)
     monkeypatch.setattr(ShardedSource, "read", None)
@@ -188,10 +228,20 @@ def test_sizes_come_from_the_index_without_reading_images(shards, monkeypatch):
     captions = captions_of(held)
     assert len(captions) == 33 and captions[0] == ("picture 1 of 0", "again") and captions[-1] == ("picture 6 of 4", "again")
     listed = list(captions)
-    assert captions_module.different_captions(captions) == captions_module.different_captions(listed)
+    assert list(captions_module.different_captions(captions)) == captions_module.different_captions(listed)
+    assert captions_module.different_captions(captions)[3:5] == captions_module.different_captions(listed)[3:5]
     tokens = dict.fromkeys(captions_module.different_captions(listed), 3)
     assert captions_module.summary(captions, tokens, 2) == captions_module.summary(listed, tokens, 2)
+    assert prompts_of_data(captions) == prompts_of_data(listed) != prompts_of_data(captions, 5) == prompts_of_data(listed)[:5]
     assert captions_module.first_captions(captions, 2) == ["picture 1 of 0", "picture 2 of 0"]
+
+
+def test_captions_of_an_index_are_in_the_order_of_python(tmp_path, home):
+    texts = ["z", "\U0001f600", "\uffff", "é", "Z", "e\u0301", "", "zz"]
+    write_tar(tmp_path / "a.tar", [(str(k), {"png": encoded(k), "txt": text.encode()}) for k, text in enumerate(texts)])
+    captions = captions_of(CaptionedSource(opened(tmp_path / "a.tar"), None))
+    assert list(captions_module.different_captions(captions)) == sorted({*texts} - {""})
+    assert captions_module.caption_counts(captions).tolist() == [1, 1, 1, 1, 1, 1, 0, 1]
 
 
 def test_an_image_without_a_size_is_named_or_skipped(tmp_path, home):
@@ -258,6 +308,41 @@ def test_many_shards_are_read_by_several_processes(shards, monkeypatch):
     monkeypatch.setattr(index.tar, "read_rows", lambda *_: os._exit(9))
     with pytest.raises(DebiasError, match="was killed"):
         opened(shards)
+
+
+def test_of_several_processes_one_builds_the_index_and_a_killed_one_blocks_nobody(shards, monkeypatch, tmp_path):
+    log, held, real = tmp_path / "log", tmp_path / "held", index.tar.read_rows
+    whole = opened(shards).fingerprint()
+    (path,) = shards.glob("index-*")
+    content = path.read_bytes()
+
+    def read_rows(*args):
+        with open(log, "a") as file:
+            file.write(f"{args[1]} {os.getpid()}\n")
+        wait_for(lambda: not held.exists())
+        return real(*args)
+
+    def read():
+        return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+    monkeypatch.setattr(index, "SMALL", 0)
+    monkeypatch.setattr(index.tar, "read_rows", read_rows)
+    path.unlink()
+    held.touch()
+    processes = [multiprocessing.get_context("fork").Process(target=opened, args=(shards,)) for _ in range(3)]
+    processes[0].start()
+    wait_for(lambda: len(read()) >= 2)
+    for process in processes[1:]:
+        process.start()
+    processes[0].kill()
+    wait_for(lambda: all(gone(int(pid)) for _, pid in read()))  # its workers, too, which have its lock
+    held.unlink()
+    for process in processes[1:]:
+        process.join(HANG)
+    assert [process.exitcode for process in processes[1:]] == [0, 0]
+    assert Counter(name for name, _ in read()[2:]) == dict.fromkeys(opened(shards).shard_files.names, 1)
+    assert path.read_bytes() == content and opened(shards).fingerprint() == whole
+    assert not list(shards.glob(".draft-*"))
 
 
 def changed(path):

@@ -9,9 +9,9 @@ from conftest import FSDP, as_ranks, metrics, newest_step, same, train_args
 from here import tiny, trained_here
 from PIL import Image
 
-from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.errors import FetchError, InputError
 from debias_diffusers.tasks import pixel_data
 

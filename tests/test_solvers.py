@@ -12,7 +12,7 @@ import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file
 
-from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.convert.guided_diffusion import guided
 from debias_diffusers.diffusion.noise_schedule import make_schedule, predicted_x_0, prediction_of_x_0
 from debias_diffusers.errors import InputError

@@ -16,18 +16,12 @@ from text_models import BASE, random_unet, text_args
 pytest.importorskip("transformers")
 
 from debias_diffusers import cli
-from debias_diffusers.config.schema import (
-    DIGITS,
-    DataConfig,
-    MeasureConfig,
-    RunConfig,
-    SampleConfig,
-    ScoreConfig,
-    TextConfig,
-    TrainConfig,
-)
+from debias_diffusers.config.schema.data import DIGITS, DataConfig, TextConfig
+from debias_diffusers.config.schema.evaluation import MeasureConfig, ScoreConfig
+from debias_diffusers.config.schema.sampling import SampleConfig
+from debias_diffusers.config.schema.training import RunConfig, TrainConfig
 from debias_diffusers.config.validation.evaluation import score_problems, stats_problems
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.text_dataset import prompts_of_data
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import score as scoring
@@ -202,7 +196,7 @@ def test_flags_of_metrics_of_prompts_go_together(capsys):
     assert "clip_model is missing" in problem
     (problem,) = score_problems(config_of("x", clip_model="y"))
     assert "metrics has no clip_score" in problem
-    from debias_diffusers.config.schema import StatsConfig
+    from debias_diffusers.config.schema.evaluation import StatsConfig
 
     (problem,) = stats_problems(StatsConfig(reference="x", out="y.safetensors", measure=MeasureConfig(metrics="prompt_accuracy")))
     assert "take it in eval.py score" in problem
@@ -246,13 +240,13 @@ def test_images_are_judged_by_their_own_prompts_while_training(shift):
 
 
 def test_a_training_measures_how_images_fit_their_prompts(text_models, clip, digits, tmp_path):
-    flags = ["--eval_every", 2, "--eval_metrics", "prompt_accuracy,clip_score", "--clip_model", clip, "--eval_images", 30, "--max_steps", 4]
+    flags = ["--eval_every", 2, "--eval_metrics", "prompt_accuracy,clip_score", "--clip_model", clip, "--eval_images", 10, "--max_steps", 4]
     flags = [*flags, "--dataset", digits / "right", "--cache_dir", ""]
     code, _, err = run(*text_args(text_models["xl"], tmp_path / "run", *flags))
     assert code == 0, err
     figures = [line for line in metrics(tmp_path / "run") if "eval_prompt_accuracy" in line]
     assert [line["step"] for line in figures] == [2, 4]
-    assert all(line["eval_prompt_accuracy"] in {k / 30 for k in range(31)} and 0 <= line["eval_clip_score"] <= 100 for line in figures)
+    assert all(line["eval_prompt_accuracy"] in {k / 10 for k in range(11)} and 0 <= line["eval_clip_score"] <= 100 for line in figures)
 
 
 def test_prompts_of_the_data_are_of_all_its_classes():

@@ -234,9 +234,9 @@ CAPTIONS = ["naïve “quotes”, 日本語 🎨", 'a "b"\nof two lines', "plain
 def test_captions_are_read_as_they_stand(form, tmp_path):
     import datasets
 
-    from debias_diffusers.config.schema import DataConfig
+    from debias_diffusers.config.schema.data import DataConfig
     from debias_diffusers.data.captions import CaptionedSource
-    from debias_diffusers.data.sources import open_source
+    from debias_diffusers.data.sources.opening import open_source
 
     data = pictures(tmp_path / "data", sizes=((8, 8),) * 3)
     expected = [(caption,) for caption in CAPTIONS]
@@ -465,7 +465,7 @@ def test_frozen_files_of_another_base_model_are_replaced(bases, few, tmp_path):
 
 def test_files_beside_a_vae_are_no_part_of_it(bases, tmp_path):
     """As of a clone, or of a run in its folder."""
-    from debias_diffusers.config.schema import TextConfig
+    from debias_diffusers.config.schema.data import TextConfig
     from debias_diffusers.tasks.base_model import open_base
 
     vae = shutil.copytree(bases["xl"] / "vae", tmp_path / "vae")
@@ -509,7 +509,7 @@ def broken(base, folder, part, change):
     ],
 )
 def test_a_base_model_that_does_not_fit_is_one_sentence(bases, part, change, said, tmp_path):
-    from debias_diffusers.config.schema import TextConfig
+    from debias_diffusers.config.schema.data import TextConfig
     from debias_diffusers.tasks.base_model import open_base
 
     base = broken(bases["xl"], tmp_path / "base", part, change)

@@ -10,7 +10,7 @@ from here import tiny, trained_here
 
 from debias_diffusers.config.loading import layered
 from debias_diffusers.config.registry import TIMESTEP_SAMPLERS
-from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.config.validation.objective import objective_problems
 from debias_diffusers.diffusion.noise_schedule import make_schedule
 from debias_diffusers.diffusion.timestep_samplers import HISTORY, LossSecondMoment, TimestepSampler, make_timestep_sampler

@@ -46,7 +46,8 @@ from debias_diffusers import parsing
 from debias_diffusers.cli import train_config
 from debias_diffusers.config.loading import update
 from debias_diffusers.config.registry import SOLVERS
-from debias_diffusers.config.schema import OptimizationConfig, SampleConfig, TrainConfig
+from debias_diffusers.config.schema.sampling import SampleConfig
+from debias_diffusers.config.schema.training import OptimizationConfig, TrainConfig
 from debias_diffusers.config.validation.sampling import sample_problems
 from debias_diffusers.data import images
 from debias_diffusers.diffusion.loss import make_objective

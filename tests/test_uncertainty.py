@@ -9,7 +9,8 @@ from diffusers import DDPMPipeline
 from here import tiny, trained_here
 from safetensors.torch import load
 
-from debias_diffusers.config.schema import ObjectiveConfig, OptimizationConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
+from debias_diffusers.config.schema.training import OptimizationConfig
 from debias_diffusers.config.validation.optimization import sharding_problems
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.diffusion.loss import make_objective

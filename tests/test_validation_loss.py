@@ -11,9 +11,9 @@ from here import tiny, trained_here
 
 from debias_diffusers.cli import train_config
 from debias_diffusers.config.loading import layered
-from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.config.validation.training import train_problems
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.validation_split import split_source
 from debias_diffusers.errors import InputError
 from debias_diffusers.tasks.pixels import PixelTask

@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
-from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.diffusion.noise_schedule import make_schedule
 from debias_diffusers.diffusion.variational_bound import BITS, VariationalBound, discretized_gaussian_log_likelihood

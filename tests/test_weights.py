@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from debias_diffusers import cli
-from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.evaluation import plots
 

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from here import tiny, trained_here
 
 from debias_diffusers import PixelPipeline, loss_weight
-from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.config.validation.objective import objective_problems
 from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.diffusion.noise_schedule import make_schedule

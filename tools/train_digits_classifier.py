@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.data.images import decode, to_array
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.evaluation.feature_extractors import Classifier, DigitsClassifier
 
 FOLDER = Path(__file__).parent.parent / "debias_diffusers" / "evaluation"

@@ -10,21 +10,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config.schema import BiasConfig, DataConfig
-from ..data.dataset import TrainingData
-from ..data.sources import Source, SourceSubset
+from ..config.schema.data import DataConfig
+from ..config.schema.evaluation import BiasConfig
+from ..data.sources.base import Source
+from ..data.sources.subset import SourceSubset
 from ..data.validation_split import split_source
 from ..evaluation.reference import data_of_model, reference_data
+from ..sampling.job import Job
 from ..utils import seeding
 from ..utils.console import say
 from ..utils.distributed import inference_accelerator, shared_out
+from ..utils.torch_errors import explain_error
 from .bias_report import PAGE, BiasReport, require_output
-from .denoising import Errors, fixed_noise, measure_errors, spread_timesteps
-from .models import Model, open_model_of, require_same_images, scheduler_of, steps_of
+from .denoising import Errors, MeanColours, fixed_noise, measure_errors, spread_timesteps
+from .models import Examples, Model, open_models, require_same_images, scheduler_of, steps_of
 from .sampled import Drawn, job_of, make_bias_measure, swapped_jobs, thresholds
 from .swap import require_swappable
-
-ESTIMATED_IMAGES = 3
+from .text_models import TextImages, require_same_conditions
 
 
 def measure_bias(config: BiasConfig) -> Path:
@@ -33,40 +35,58 @@ def measure_bias(config: BiasConfig) -> Path:
     Of several processes each measures whole timesteps and whole numbers of steps, so that the figures are those of one process.
 
     Raises:
-        InputError: models or images cannot be read, or do not fit together.
+        InputError: models or images cannot be read, or do not fit together; or the device has too little memory.
         CannotWriteError: the output directory cannot be written to.
     """
-    folder = Path(config.output_dir)
-    require_output(folder)
+    require_output(Path(config.output_dir))
     accelerator = inference_accelerator(config.num_threads)
-    models = [open_model_of(run, config, accelerator) for run in config.runs]
-    require_same_images(models)
+    try:
+        return _measured(config, open_models(config, accelerator), accelerator)
+    except RuntimeError as error:
+        if sentence := explain_error(error, "--batch_size", config.batch_size):
+            raise sentence from error
+        raise
+
+
+def _measured(config: BiasConfig, models: list[Model], accelerator: Any) -> Path:
+    folder, device = Path(config.output_dir), accelerator.device
     steps = steps_of(config, models)
     if config.swap:
         require_swappable(models[0].denoiser, models[1].denoiser, scheduler_of(config, models[0]))
     chosen = reference_data(config, config.reference, config.runs)
-    data, candidates, indices = _images(config, chosen, models)
-    measure, reference = make_bias_measure(config, chosen, models[0], accelerator.device)
-    report = BiasReport(config, models, folder) if accelerator.is_main_process else None
+    images = (TextImages if models[0].task == "text_to_image" else PixelImages)(config, chosen, models)
+    runs = [model.values for model in models if model.values]  # a base model beside its LoRA is none
+    candidates = held_out(images.source, runs) if config.reference is None else range(len(images.source))
+    indices = [candidates[k] for k in seeding.subset(config.seed, len(candidates), config.num_images)]
+    measure, reference = make_bias_measure(config, chosen, models[0], images.side, images.channels, device)
+    examples = images.examples(indices)
+    models = [images.conditioned(model, examples, device) for model in models]
+    if config.swap:
+        require_same_conditions(*models)
+    report = BiasReport(config, models, folder, images.channels) if accelerator.is_main_process else None
     if report:
         extractor = measure.extractor.name if measure.extractor else None
-        report.about(chosen.dataset, len(indices), candidates, len(data.source), extractor)
-    x_0, labels = _decoded(data, indices)
-    noise = fixed_noise(x_0.shape[1:], config.seed, indices)
-    errors = {model.label: _errors(model, x_0, noise, labels, config, accelerator) for model in models}
+        report.about(chosen.dataset, len(indices), len(candidates), len(images.source), extractor)
+    noise = fixed_noise(examples.x_0.shape[1:], config.seed, indices)
+    colours = images.colours(examples.x_0)
+    errors = {model.label: _errors(model, examples, noise, colours, config, accelerator) for model in models}
     if report:
         report.timesteps(errors)
-        report.estimates(x_0[:ESTIMATED_IMAGES], noise[:ESTIMATED_IMAGES], None if labels is None else labels[:ESTIMATED_IMAGES])
+        report.estimates(examples, noise, images.pictures)
     every = [(model, count) for model in models for count in steps[model.label]]
-    found = shared_out(lambda each: Drawn.of(job_of(each[0], config, each[1], accelerator.device), measure, reference), every, accelerator)
+
+    def compared(job: Job) -> Drawn:
+        return Drawn.of(job, measure, reference, images.channels)
+
+    found = shared_out(lambda each: compared(job_of(each[0], config, each[1], device)), every, accelerator)
     drawn: dict[str, dict[int, Drawn]] = {model.label: {} for model in models}
-    for (model, count), images in zip(every, found):
-        drawn[model.label][count] = images
+    for (model, count), sampled in zip(every, found):
+        drawn[model.label][count] = sampled
     if report:
         report.steps(drawn)
     if config.swap:
-        places, swapped = thresholds(models[0]), swapped_jobs(config, models, accelerator.device)
-        found = shared_out(lambda t: Drawn.of(swapped(t), measure, reference), places, accelerator)
+        places, swapped = thresholds(models[0]), swapped_jobs(config, models, device)
+        found = shared_out(lambda t: compared(swapped(t)), places, accelerator)
         if report:
             report.swap(dict(zip(places, found)))
     if report:
@@ -75,11 +95,32 @@ def measure_bias(config: BiasConfig) -> Path:
     return folder / PAGE
 
 
-def _images(config: BiasConfig, chosen: DataConfig, models: Sequence[Model]) -> tuple[TrainingData, int, list[int]]:
-    """The data, the number of images that may be taken, and the indices of those on which errors are measured."""
-    data = data_of_model(config, chosen, models[0].pipeline, "the runs have")
-    candidates = held_out(data.source, [model.values for model in models]) if config.reference is None else range(len(data.source))
-    return data, len(candidates), [candidates[k] for k in seeding.subset(config.seed, len(candidates), config.num_images)]
+class PixelImages:
+    """The images of a reference, with their labels, as pixel models see them."""
+
+    def __init__(self, config: BiasConfig, chosen: DataConfig, models: Sequence[Model]) -> None:
+        """Raises InputError: the models are of different images, or the data cannot be read, or have other classes."""
+        require_same_images(models)
+        pipeline = models[0].pipeline
+        self.side, self.channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
+        self.data = data_of_model(config, chosen, pipeline, "the runs have")
+        self.source = self.data.source
+
+    def examples(self, indices: Sequence[int]) -> Examples:
+        """The images of some indices. Raises InputError where one cannot be read."""
+        images, labels = zip(*(self.data.decoded(k) for k in indices))
+        return Examples(indices, torch.stack(images).float() / 127.5 - 1, torch.tensor(labels) if self.data.num_classes else None)
+
+    def conditioned(self, model: Model, examples: Examples, device: Any) -> Model:
+        """The model, whose network is given labels."""
+        return model
+
+    def colours(self, x_0: Tensor) -> None:
+        """Nothing is decoded."""
+
+    def pictures(self, x_0: Tensor) -> Tensor:
+        """The images."""
+        return x_0.cpu()
 
 
 def held_out(source: Source, runs: Sequence[Mapping[str, Any]]) -> Sequence[int]:
@@ -94,20 +135,14 @@ def held_out(source: Source, runs: Sequence[Mapping[str, Any]]) -> Sequence[int]
     return sorted(common) or range(len(source))
 
 
-def _decoded(data: TrainingData, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Images (N, C, H, W) in [-1, 1], and labels (N,) of a class-conditional model."""
-    images, labels = zip(*(data.decoded(k) for k in indices))
-    return torch.stack(images).float() / 127.5 - 1, torch.tensor(labels) if data.num_classes else None
-
-
-def _errors(model: Model, x_0: Tensor, noise: Tensor, labels: Tensor | None, config: BiasConfig, accelerator: Any) -> Errors:
+def _errors(model: Model, examples: Examples, noise: Tensor, colours: MeanColours | None, config: BiasConfig, accelerator: Any) -> Errors:
     device, timesteps = model.pipeline.device, spread_timesteps(len(model.denoiser.schedule), config.num_timesteps)
-    given = None if labels is None else labels.to(device)
-    x_0, noise = x_0.to(device), noise.to(device)
+    given = None if examples.conditions is None else examples.conditions.to(device)
+    x_0, noise = examples.x_0.to(device), noise.to(device)
     total = -(-len(timesteps) // accelerator.num_processes)
     with tqdm(total=total, desc=model.label, unit="timestep", leave=False, disable=not accelerator.is_main_process) as progress:
 
         def measured(t: int) -> Errors:
-            return measure_errors(model.denoiser, x_0, noise, given, [t], config.batch_size, progress.update)
+            return measure_errors(model.denoiser, x_0, noise, given, [t], config.batch_size, progress.update, colours)
 
         return Errors.joined(shared_out(measured, timesteps, accelerator))

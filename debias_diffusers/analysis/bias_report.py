@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from ..config.registry import FIGURES
-from ..config.schema import BiasConfig
+from ..config.schema.evaluation import BiasConfig
+from ..errors import shortened
 from ..evaluation.plots import is_our_picture
 from ..utils.files import read_file, require_replaceable, write_file
 from .denoising import Errors, mean_and_interval, shares, spread_timesteps, weights_of_timesteps
 from .figures import Curve, Scale, curves, mosaic
-from .models import Model
+from .models import Examples, Model
 from .report_page import ReportPage, is_our_page
-from .sampled import Drawn
+from .sampled import SHOWN_SAMPLES, Drawn
 
-ESTIMATES = 10
+ESTIMATES = 10  # timesteps of the picture of estimates
+ESTIMATED_IMAGES = 3
 PAGE = "report.html"
 # Figures over the timesteps by file: quantity, title, label and scale of the axis, caption.
 BY_TIMESTEP: dict[str, tuple[str, str, str, Scale, str]] = {
@@ -31,7 +33,7 @@ BY_TIMESTEP: dict[str, tuple[str, str, str, Scale, str]] = {
     ),
     "x_0": (
         "x_0_mse", "Squared error of the estimate of x_0", "mean square", "log",
-        "The same error as one of the picture: the squared error of the prediction times the square of the amplification.",
+        "The same error as one of x_0: the squared error of the prediction times the square of the amplification.",
     ),
     "amplification": (
         "amplification", "Amplification", "factor", "log",
@@ -40,6 +42,10 @@ BY_TIMESTEP: dict[str, tuple[str, str, str, Scale, str]] = {
     "colour_bias": (
         "x_0_bias", "Signed error of the estimate of x_0", "mean error", "linear",
         "Existence: estimates that are too dark (below 0) or too light (above 0) on average. A band without 0 is a bias.",
+    ),
+    "latent_bias": (
+        "latent_bias", "Signed error of the estimate of x_0", "mean error", "linear",
+        "Existence: the mean error of each channel of the latents, before they are decoded.",
     ),
     "loss_share": (
         "loss_share", "Share of the weighted loss", "share", "linear",
@@ -73,10 +79,11 @@ def _begins_with(columns: Sequence[str]) -> Callable[[Path], bool]:
 class BiasReport:
     """Writes tables and figures as they come, and collects them in a page."""
 
-    def __init__(self, config: BiasConfig, models: Sequence[Model], folder: Path) -> None:
+    def __init__(self, config: BiasConfig, models: Sequence[Model], folder: Path, channels: int) -> None:
+        """`channels`: of the images."""
         self.config, self.models, self.folder = config, models, folder
         self.page = ReportPage("Bias over the timesteps: " + ", ".join(model.label for model in models))
-        self.channels = ["grey"] if models[0].pipeline.unet.config.in_channels == 1 else ["red", "green", "blue"]
+        self.channels = ["grey"] if channels == 1 else ["red", "green", "blue"]
         header = ("run", "step", "prediction type", "weighting", "timesteps T", "seed", "weights")
         self.page.table(header, [self._about(model) for model in models], "The runs")
 
@@ -99,11 +106,17 @@ class BiasReport:
         rows = [row for model in self.models for row in rows_of_errors(model, errors[model.label], self.channels)]
         self._csv("timesteps", rows)
         self.page.heading("Errors at each timestep")
+        values = "values of x_0 are from -1 (black) to 1 (white)"
+        if self.models[0].task == "text_to_image":
+            values = (
+                "x_0 is latents: the mean of the VAE's posterior, scaled as in training. For the colours the VAE decodes the estimate, "
+                "without clipping, and x_0; their values are from -1 (black) to 1 (white). Each picture has its caption, without guidance"
+            )
         self.page.paragraph(
             "The network sees the same pictures and noise at every timestep t, from nearly clean (0) to noise. Its prediction implies an "
             "estimate of x_0 in one step. An error of the prediction moves that estimate by the amplification, which is 1/sqrt(SNR) for "
             "predicted noise: an error that hardly counts in the loss can be a visible shift of the colour. Bands are 95% intervals of the "
-            "mean over the pictures; values of x_0 are from -1 (black) to 1 (white)."
+            f"mean over the pictures; {values}."
         )
         for name, (quantity, title, y_label, scale, caption) in BY_TIMESTEP.items():
             self._curves(name, rows, "t", quantity, title, caption, "timestep t", y_label, y_scale=scale)
@@ -120,16 +133,24 @@ class BiasReport:
         self.page.table(header, lines, f"All numbers of {model.label}, by timestep", folded=True)
 
     @torch.no_grad()
-    def estimates(self, x_0: Tensor, noise: Tensor, labels: Tensor | None) -> None:
-        """Estimates of x_0 from the same pictures and noise at ten timesteps: for each picture x_t, then a row for each run."""
-        T = len(self.models[0].denoiser.schedule)
-        places = spread_timesteps(T, ESTIMATES)
+    def estimates(self, examples: Examples, noise: Tensor, pictures: Callable[[Tensor], Tensor]) -> None:
+        """Estimates of x_0 from the same pictures and noise at ten timesteps: for each picture x_t, then a row for each run.
+
+        Args:
+            examples: of which the first ones are shown.
+            noise: theirs (N, C, H, W).
+            pictures: x_0 (B, C, H, W) as images in about [-1, 1], on the CPU.
+        """
+        x_0, noise = examples.x_0[:ESTIMATED_IMAGES], noise[:ESTIMATED_IMAGES]
+        given = None if examples.conditions is None else examples.conditions[:ESTIMATED_IMAGES]
+        places = spread_timesteps(len(self.models[0].denoiser.schedule), ESTIMATES)
         by_model = []
         for model in self.models:
             device, own = model.pipeline.device, spread_timesteps(len(model.denoiser.schedule), ESTIMATES)
-            given = None if labels is None else labels.to(device)
-            by_model.append([model.denoiser.estimate(x_0.to(device), noise.to(device), t, given).cpu() for t in own])
-        noised = [self.models[0].denoiser.noised(x_0, noise, t) for t in places]
+            labels = None if given is None else given.to(device)
+            by_model.append([pictures(model.denoiser.estimate(x_0.to(device), noise.to(device), t, labels)) for t in own])
+        noised = [pictures(self.models[0].denoiser.noised(x_0, noise, t)) for t in places]
+        x_0 = pictures(x_0)
         rows = []
         for k in range(len(x_0)):
             rows.append((f"x_t of picture {k + 1}", [_pixels(each[k]) for each in (x_0, *noised)]))
@@ -140,6 +161,8 @@ class BiasReport:
         x_label = "timestep t" if same else f"timestep t of {self.models[0].label}; of others the same part of their timesteps"
         picture = mosaic(rows, ["x_0", *map(str, places)], x_label)
         caption = "What each run takes the picture for, seen with the same noise at ten timesteps; the first column is the picture itself."
+        if examples.captions:
+            caption += f" Captions: {_listed(examples.captions[:ESTIMATED_IMAGES])}."
         self._figure("estimates", picture, caption, wide=True)
 
     def steps(self, drawn: dict[str, dict[int, Drawn]]) -> None:
@@ -151,6 +174,10 @@ class BiasReport:
             f"{self.config.num_samples} images of the same seeds for each number of steps, compared with the reference. The colour bias is "
             "the mean colour of the images minus that of the reference, in grey levels from 0 to 255."
         )
+        if jobs := {model.label: model.job for model in self.models if model.job}:
+            prompts = next(iter(jobs.values())).conditions(range(min(SHOWN_SAMPLES, self.config.num_samples))).prompts or ()
+            scales = ", ".join(f"{job.options['guidance_scale']:g} of {label}" for label, job in jobs.items())
+            self.page.paragraph(f"The prompts are captions of the reference, below: {_listed(prompts)}. Guidance scale: {scales}.")
         counts = sorted({n for by_steps in drawn.values() for n in by_steps})
         blank = torch.full_like(next(iter(next(iter(drawn.values())).values())).first[0], 255)
         lines = [
@@ -258,9 +285,20 @@ def _with_interval(row: Row | None) -> str | None:
     return f"{row['value']:.4g}" + (f" ({row['low']:.3g} to {row['high']:.3g})" if row["low"] is not None else "")
 
 
+def _listed(captions: Sequence[str | None]) -> str:
+    return ", ".join("none" if caption is None else repr(shortened(caption)) for caption in captions)
+
+
 def _pixels(image: Tensor) -> Tensor:
     """An image in [-1, 1] as uint8, clamped."""
     return ((image / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+
+
+def _biases(quantity: str, means: Tensor, channels: Sequence[str]) -> Iterator[Row]:
+    """The mean over the images of their mean errors (N, C), with intervals."""
+    for c, channel in enumerate(channels):
+        mean, low, high = mean_and_interval(means[:, c])
+        yield _value(quantity, mean, channel, low, high)
 
 
 def rows_of_errors(model: Model, errors: Errors, channels: Sequence[str]) -> list[Row]:
@@ -280,9 +318,10 @@ def rows_of_errors(model: Model, errors: Errors, channels: Sequence[str]) -> lis
             for name, each in (("prediction_mse", errors.mse[k]), ("x_0_mse", errors.x_0_mse[k]))
             for mean, low, high in [mean_and_interval(each)]
         ]
-        for c, channel in enumerate(channels):
-            mean, low, high = mean_and_interval(errors.x_0_bias[k, :, c])
-            values.append(_value("x_0_bias", mean, channel, low, high))
+        latents = errors.decoded_bias.shape[2] > 0
+        values += list(_biases("x_0_bias", (errors.decoded_bias if latents else errors.x_0_bias)[k], channels))
+        if latents:
+            values += list(_biases("latent_bias", errors.x_0_bias[k], [f"latent {c}" for c in range(errors.x_0_bias.shape[2])]))
         values.append(_value("gradient_norm", errors.gradient_norm[k].item()))
         values += [_value(name, each[k].item()) for name, each in parts.items()]
         found += [{"run": model.label, "t": t, "snr": schedule.snr[t].item(), **value} for value in values]

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.schema import ObjectiveConfig, PredictionType
+from ..config.schema.objective import ObjectiveConfig
+from ..config.schema.types import PredictionType
 from ..diffusion.loss import weight_table
 from ..diffusion.noise_schedule import Schedule, is_flow, predicted_x_0, schedule_of_scheduler
 from ..diffusion.timestep_samplers import make_timestep_sampler
@@ -52,6 +53,18 @@ class Denoiser:
 
 
 @dataclass(frozen=True)
+class MeanColours:
+    """The mean colours of the images to which a VAE decodes latents."""
+
+    decoded: Callable[[Tensor], Tensor]  # latents (B, C, h, w) -> mean colours (B, 3)
+    of_x_0: Tensor  # (N, 3)
+
+    def moved(self, estimates: Tensor, batch: Tensor) -> Tensor:
+        """(B, 3) what the mean colours of estimates of x_0 are more than those of x_0, of the images of these numbers."""
+        return self.decoded(estimates) - self.of_x_0[batch]
+
+
+@dataclass(frozen=True)
 class Errors:
     """What a network errs by on N images at K timesteps. All tensors float64 on the CPU."""
 
@@ -59,12 +72,14 @@ class Errors:
     mse: Tensor  # (K, N) mean square of prediction - target
     x_0_mse: Tensor  # (K, N) mean square of the estimate of x_0 - x_0
     x_0_bias: Tensor  # (K, N, C) signed mean over the pixels of the estimate of x_0 - x_0
+    # (K, N, 3) where x_0 is latents: signed mean over the pixels of the decoded estimate of x_0 - the decoded x_0; else (K, N, 0)
+    decoded_bias: Tensor
     gradient_norm: Tensor  # (K,) norm of the gradient of the mean of mse over the images with respect to the parameters
 
     @classmethod
     def joined(cls, parts: Sequence[Errors]) -> Errors:
         """The errors at the timesteps of all parts, in their order."""
-        first, *others = zip(*((each.timesteps, each.mse, each.x_0_mse, each.x_0_bias, each.gradient_norm) for each in parts))
+        first, *others = zip(*(vars(each).values() for each in parts))
         return cls([t for timesteps in first for t in timesteps], *map(torch.cat, others))
 
 
@@ -86,6 +101,7 @@ def measure_errors(
     timesteps: Sequence[int],
     batch_size: int = 64,
     progress: Callable[[], Any] = lambda: None,
+    colours: MeanColours | None = None,
 ) -> Errors:
     """Errors at each timestep, for the same images and noise.
 
@@ -93,37 +109,39 @@ def measure_errors(
 
     Args:
         denoiser: its network is in evaluation mode.
-        x_0: (N, C, H, W) images in [-1, 1], on the device of the network.
+        x_0: (N, C, H, W) images in [-1, 1], or latents, on the device of the network.
         noise: (N, C, H, W) standard normal.
-        labels: (N,) of a class-conditional network.
+        labels: (N,) of a conditional network.
         timesteps: K timesteps.
         batch_size: images per call of the network.
         progress: called after each timestep.
+        colours: of the images to which the VAE decodes latents; None of pixels.
     """
     factors = denoiser.schedule.x_0_per_prediction(denoiser.prediction_type)
     parameters = [parameter for parameter in denoiser.network.parameters() if parameter.requires_grad]
-    squares, means, norms = [], [], []
+    found, norms = [], []
     for t in timesteps:
         parts = []
         for batch in torch.arange(len(x_0)).split(batch_size):
-            mse, mean = _errors(denoiser, x_0[batch], noise[batch], None if labels is None else labels[batch], t)
+            error = _error(denoiser, x_0[batch], noise[batch], None if labels is None else labels[batch], t)
+            mse = error.square().flatten(1).mean(1)
             (mse.sum() / len(x_0)).backward()
-            parts.append((mse.detach().double().cpu(), mean.double().cpu()))
+            error = error.detach()
+            moved = colours.moved(x_0[batch] + factors[t].item() * error, batch) if colours else error.new_empty(len(batch), 0)
+            parts.append([each.detach().double().cpu() for each in (mse, error.mean((2, 3)), moved)])
         norms.append(_gradient_norm(parameters))
         denoiser.network.zero_grad()
-        squares.append(torch.cat([mse for mse, _ in parts]))
-        means.append(torch.cat([mean for _, mean in parts]))
+        found.append([torch.cat(each) for each in zip(*parts)])
         progress()
     k = factors[list(timesteps)]
-    mse = torch.stack(squares)
-    return Errors(list(timesteps), mse, k.square()[:, None] * mse, k[:, None, None] * torch.stack(means), torch.tensor(norms).double())
+    mse, means, moved = (torch.stack(each) for each in zip(*found))
+    return Errors(list(timesteps), mse, k.square()[:, None] * mse, k[:, None, None] * means, moved, torch.tensor(norms).double())
 
 
-def _errors(denoiser: Denoiser, x_0: Tensor, noise: Tensor, labels: Tensor | None, t: int) -> tuple[Tensor, Tensor]:
-    """Mean square (B,) and signed mean (B, C) of prediction - target; the first can be differentiated."""
+def _error(denoiser: Denoiser, x_0: Tensor, noise: Tensor, labels: Tensor | None, t: int) -> Tensor:
+    """prediction - target (B, C, H, W), which can be differentiated."""
     target = denoiser.schedule.target(denoiser.prediction_type, x_0, noise, torch.full((len(x_0),), t))
-    error = denoiser.prediction(denoiser.noised(x_0, noise, t), t, labels) - target
-    return error.square().flatten(1).mean(1), error.detach().mean((2, 3))
+    return denoiser.prediction(denoiser.noised(x_0, noise, t), t, labels) - target
 
 
 def _gradient_norm(parameters: Sequence[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""The models of an analysis: loaded, of the same images, with what they were trained with."""
+"""The models of an analysis and the images on which they are measured."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..config.loading import layered
-from ..config.schema import BiasConfig, ObjectiveConfig, SchedulerName
-from ..errors import InputError
+from ..config.schema.evaluation import BiasConfig
+from ..config.schema.objective import ObjectiveConfig
+from ..config.schema.sampling import SampleConfig
+from ..config.schema.types import SchedulerName, Task
+from ..errors import InputError, raise_all
 from ..hub import client
 from ..hub.model_card import step_of_card
-from ..pipelines.pixel_pipeline import PixelPipeline
 from ..pipelines.solvers import make_scheduler
+from ..runs.model_folder import bias_model_problems, is_lora, task_of
 from ..runs.run_directory import run_values
 from ..sampling.generate import open_model, pinned_model
+from ..sampling.text_job import TextJob, load_text_to_image
 from .denoising import Denoiser
 
 STEPS = (2, 3, 4, 5, 10, 20, 50, 100, 250, 1000)
@@ -27,10 +33,14 @@ class Model:
 
     name: str  # as in the command, with the commit of a Hub id
     label: str  # in figures
-    pipeline: PixelPipeline
+    pipeline: Any  # a PixelPipeline, or the stock pipeline of a text-to-image model
+    scheduler: Any  # that it was saved with
     denoiser: Denoiser
     values: dict[str, Any]  # its configuration by flat names; empty if it is no run
     step: int | None  # the training step of its weights, where it is known
+    task: Task
+    is_lora: bool
+    job: TextJob | None = None  # of a text-to-image model, with its prompts; for several numbers of steps
 
     @property
     def objective(self) -> ObjectiveConfig | None:
@@ -38,18 +48,53 @@ class Model:
         return layered(self.values).objective if self.values else None
 
 
-def open_model_of(run: str, config: BiasConfig, accelerator: Any) -> Model:
-    """Loads a run of a command. Raises InputError as `open_model`."""
-    name = pinned_model(run, accelerator)
-    pipeline = open_model(name, config.weights, config.allow_pickle_import)
-    pipeline.to(accelerator.device)
-    folder = client.configurations(name)
-    label = Path(run).name if len({Path(other).name for other in config.runs}) == len(config.runs) else run
-    return Model(name, label, pipeline, Denoiser.of(pipeline), run_values(folder) or {}, step_of_card(folder / "README.md"))
+@dataclass(frozen=True)
+class Examples:
+    """N images on which errors are measured. All tensors on the CPU."""
+
+    indices: Sequence[int]  # in the reference
+    x_0: Tensor  # (N, C, H, W) in [-1, 1], or latents
+    conditions: Tensor | None  # (N,) labels of a class-conditional model; of a text-to-image model, 0 to N - 1
+    time_ids: Tensor | None = None  # (N, 6) for text-to-image models
+    captions: Sequence[str | None] = ()  # for text-to-image models, N; None of an image that has none
+
+
+def open_models(config: BiasConfig, accelerator: Any) -> list[Model]:
+    """Loads the runs of a command.
+
+    Raises:
+        InputError: one of them cannot be loaded, or they are of two kinds, or the command has flags for the other kind.
+    """
+    names = [pinned_model(run, accelerator) for run in config.runs]
+    folders = {name: client.configurations(name) for name in names}
+    raise_all(bias_model_problems(config, folders))
+    parts = [Path(run).name for run in config.runs]
+    labels = parts if len({*parts}) == len(parts) else config.runs
+    return [_open(name, folders[name], label, config, accelerator.device) for name, label in zip(names, labels)]
+
+
+def _open(name: str, folder: Path, label: str, config: BiasConfig, device: Any) -> Model:
+    task, lora = task_of(folder), is_lora(folder)
+    if task == "text_to_image":
+        pipeline = _open_text_to_image(name, lora, config, device)
+    else:
+        pipeline = open_model(name, config.weights, config.allow_pickle_import).to(device)
+    values, step = run_values(folder) or {}, step_of_card(folder / "README.md")
+    return Model(name, label, pipeline, pipeline.scheduler, Denoiser.of(pipeline), values, step, task, lora)
+
+
+def _open_text_to_image(name: str, lora: bool, config: BiasConfig, device: Any) -> Any:
+    """A pipeline whose UNet has gradients, of its adapters alone if it has some, and keeps few activations for them."""
+    command = SampleConfig(model=name, weights=config.weights, base_model=config.base_model if lora else None)
+    pipeline = load_text_to_image(command, device).pipeline
+    pipeline.unet.enable_gradient_checkpointing()
+    for parameter_name, parameter in pipeline.unet.named_parameters():
+        parameter.requires_grad_(not lora or ".lora_" in parameter_name)
+    return pipeline
 
 
 def require_same_images(models: Sequence[Model]) -> None:
-    """Raises InputError unless all models are of images of one size, with the same channels and classes."""
+    """Raises InputError unless all pixel models are of images of one size, with the same channels and classes."""
     kinds = [(m.pipeline.unet.config.sample_size, m.pipeline.unet.config.in_channels, m.pipeline.num_classes) for m in models]
     for model, kind in zip(models, kinds):
         if kind != kinds[0]:
@@ -61,7 +106,7 @@ def steps_of(config: BiasConfig, models: Sequence[Model]) -> dict[str, list[int]
     """The numbers of inference steps by label. Raises InputError if the scheduler of a model cannot make one of them."""
     found = {}
     for model in models:
-        own, T = model.pipeline.scheduler, len(model.denoiser.schedule)
+        own, T = model.scheduler, len(model.denoiser.schedule)
         found[model.label] = sorted(config.steps or (count for count in STEPS if count <= T))
         for count in {*found[model.label], *((config.swap_steps,) if config.swap else ())}:
             make_scheduler(scheduler_of(config, model), own, "linspace", count)

@@ -9,7 +9,9 @@ from typing import Any
 
 from ..config.loading import flatten, layered, stored
 from ..config.registry import FIGURES, WEIGHTINGS
-from ..config.schema import PredictionType, ReportConfig, TrainConfig
+from ..config.schema.evaluation import ReportConfig
+from ..config.schema.training import TrainConfig
+from ..config.schema.types import PredictionType
 from ..data import images
 from ..diffusion.noise_schedule import make_schedule
 from ..errors import InputError

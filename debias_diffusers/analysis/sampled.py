@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config.schema import EMBEDDED, BiasConfig, DataConfig, MeasureConfig, SampleConfig
+from ..config.schema.data import EMBEDDED, DataConfig
+from ..config.schema.evaluation import BiasConfig, MeasureConfig
+from ..config.schema.sampling import SampleConfig
 from ..errors import InputError
 from ..evaluation import metrics
 from ..evaluation.image_sets import process_batches, to_rgb
@@ -19,6 +21,7 @@ from ..evaluation.metrics import COLOUR, Sample
 from ..evaluation.reference import open_reference
 from ..sampling.generate import make_job
 from ..sampling.job import Job
+from ..sampling.text_job import shrunk
 from .denoising import mean_and_interval
 from .models import Model, scheduler_of
 from .swap import SwappedUNet
@@ -27,22 +30,23 @@ SHOWN_SAMPLES = 4  # of each number of steps
 THRESHOLDS = 11
 
 
-def make_bias_measure(config: BiasConfig, chosen: DataConfig, model: Model, device: Any) -> tuple[Measure, Sample]:
-    """How sampled images are compared with the reference, and the features of the reference.
+def make_bias_measure(
+    config: BiasConfig, chosen: DataConfig, model: Model, side: int, channels: int, device: Any
+) -> tuple[Measure, Sample]:
+    """How sampled images of `side` pixels and some channels are compared with the reference, and the features of the reference.
 
     Without `metrics` and a named extractor only the data sets of the package are compared by features: other extractors are downloaded.
     """
     extractor = config.feature_extractor or model.values.get("feature_extractor")
     file = config.feature_extractor_weights or model.values.get("feature_extractor_weights")
     default = "fid,colour" if chosen.dataset in EMBEDDED or extractor or file else "colour"
-    side = model.pipeline.unet.config.sample_size
     asked = MeasureConfig(
         metrics=config.metrics or default,
         feature_extractor_weights=file,
         split=chosen.split,
         image_column=chosen.image_column,
         skip_bad=chosen.skip_bad,
-        channels=1 if model.pipeline.unet.config.in_channels == 1 else None,
+        channels=1 if channels == 1 else None,
         batch_size=config.batch_size,
         cache_dir=config.cache_dir,
     )
@@ -57,30 +61,32 @@ def make_bias_measure(config: BiasConfig, chosen: DataConfig, model: Model, devi
 class Drawn:
     """Images that were sampled, compared with the reference."""
 
-    first: Tensor  # (n, 3, H, W) uint8
+    first: Tensor  # (n, 3, H, W) uint8, of at most 256 pixels a side
     figures: dict[str, float]
     colour_bias: list[tuple[float, float, float]]  # by channel, in grey levels of 255: mean and 95% interval
 
     @staticmethod
-    def of(job: Job, measure: Measure, reference: Sample) -> Drawn:
+    def of(job: Job, measure: Measure, reference: Sample, channels: int) -> Drawn:
+        """Samples the images of a job, which have so many channels."""
         first: list[Tensor] = []
 
         def batches() -> Iterator[tuple[int, Tensor, None]]:
             for number, indices in process_batches(range(job.config.num_images), job.config.batch_size, 0, 1):
                 batch = to_rgb(job.draw(indices)).cpu()
-                first.append(batch[:SHOWN_SAMPLES])
+                first.append(shrunk(batch[:SHOWN_SAMPLES]))
                 yield number, batch, None
 
         with tqdm(total=job.config.num_images, desc=job.name, unit="image", leave=False) as progress:
             sample = measure.joined(batches(), progress)
         away = sample.features[COLOUR].double() - torch.from_numpy(reference.moments(COLOUR)["mu"])
-        grey = job.pipeline.unet.config.in_channels == 1
-        bias = [mean_and_interval(away[:, c]) for c in range(1 if grey else 3)]
+        bias = [mean_and_interval(away[:, c]) for c in range(channels)]
         return Drawn(first[0], metrics.figures(sample, reference, measure.layers, job.config.seed), bias)
 
 
 def job_of(model: Model, config: BiasConfig, steps: int, device: Any) -> Job:
     """The sampling command of a model with so many steps, for the same seeds whatever the model and the steps."""
+    if model.job:
+        return model.job.with_steps(model.scheduler, steps)
     command = SampleConfig(
         model=model.name,
         scheduler=scheduler_of(config, model),
@@ -102,9 +108,9 @@ def thresholds(model: Model) -> list[int]:
 
 def swapped_jobs(config: BiasConfig, models: Sequence[Model], device: Any) -> Callable[[int], Job]:
     """A function: a threshold to a job with the network of the first model from that timestep on and of the second below it."""
-    above, below = models
-    job = job_of(above, config, config.swap_steps, device)
-    swapped = job.pipeline.unet = SwappedUNet(above.denoiser, below.denoiser, 0)
+    job = job_of(models[0], config, config.swap_steps, device)
+    first, second = (replace(model.denoiser, network=model.pipeline.unet) for model in models)
+    swapped = job.pipeline.unet = SwappedUNet(first, second, 0)
 
     def at_threshold(threshold: int) -> Job:
         swapped.threshold = threshold

@@ -38,12 +38,23 @@ class SwappedUNet(nn.Module):
         """Of the parameters, as a pipeline asks for it."""
         return next(self.parameters()).device
 
-    def forward(self, x_t: Tensor, timestep: Any, labels: Tensor | None = None, return_dict: bool = False) -> tuple[Tensor]:
-        """As of a UNet2DModel without `return_dict`: (prediction (B, C, H, W),)."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """Likewise."""
+        return next(self.parameters()).dtype
+
+    @property
+    def add_embedding(self) -> nn.Module:
+        """Of Stable Diffusion XL, whose pipeline looks at its size."""
+        embedding: nn.Module = self.unet.add_embedding
+        return embedding
+
+    def forward(self, x_t: Tensor, timestep: Any, *conditions: Any, **named: Any) -> tuple[Tensor]:
+        """As of a UNet2DModel or UNet2DConditionModel without `return_dict`: (prediction (B, C, H, W),)."""
         C, level = x_t.shape[1], float(timestep)
         if level >= self.threshold:
-            return (self.unet(x_t, timestep, labels, return_dict=False)[0][:, :C],)
-        prediction = self.other(x_t, timestep, labels, return_dict=False)[0][:, :C]
+            return (self.unet(x_t, timestep, *conditions, **named)[0][:, :C],)
+        prediction = self.other(x_t, timestep, *conditions, **named)[0][:, :C]
         if self.below.prediction_type == self.above.prediction_type:
             return (prediction,)
         if not level.is_integer():

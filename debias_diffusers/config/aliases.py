@@ -12,8 +12,10 @@ import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
-from . import schema
 from .ranges import field_types
+from .schema.evaluation import ScoreConfig
+from .schema.sampling import SampleConfig
+from .schema.training import TrainConfig
 
 # (names that are typed, what it is here, in what it differs). Upper case is an argument that stands without a flag. Where nothing is
 # the same here, the last says what to do instead. A row is for the commands that have all its flags; the first such row counts.
@@ -316,7 +318,7 @@ _VALUES["schedulers"] = _VALUES["scheduler"]
 POSITIONS = {"model", "targets", "out", "run"}  # arguments without a flag, in any command
 
 # Commands of whose flags others are told.
-_COMMANDS = {"train.py": schema.TrainConfig, "sample.py": schema.SampleConfig, "eval.py score": schema.ScoreConfig}
+_COMMANDS = {"train.py": TrainConfig, "sample.py": SampleConfig, "eval.py score": ScoreConfig}
 
 SIMILAR = 0.8  # difflib's ratio, from which on a word is a misspelling: a letter left out of five, or two swapped
 VERY_SIMILAR = 0.9  # for names of others, which are many and may differ by a syllable
@@ -340,7 +342,7 @@ def suggestion(typed: str, kind: Any) -> str:
         for command, other in _COMMANDS.items():
             if name in field_types(other) and name not in POSITIONS:
                 return f"that is a flag of {command}"
-        own = {"config", "resume"} if kind is schema.TrainConfig else set()
+        own = {"config", "resume"} if kind is TrainConfig else set()
         flags = difflib.get_close_matches(name, own | known.keys() - POSITIONS, n=1, cutoff=SIMILAR)
         begins, ends = len(name) >= 3, len(name) >= 5  # that a flag ends with "size" or "rate" says nothing
         flags = flags or [flag for flag in known if (begins and flag.startswith(name)) or (ends and flag.endswith(f"_{name}"))]

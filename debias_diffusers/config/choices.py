@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .loading import PARAMETERIZATION, update
-from .schema import SIZE_FIELDS, SIZES, OptimizationConfig, Size, TrainConfig, network_of_size
+from .schema.network import SIZE_FIELDS, SIZES, Size, network_of_size
+from .schema.training import OptimizationConfig, TrainConfig
 
 CPU_STEPS = 10_000  # without a GPU: hours at 32 pixels, where the 100 000 of the field would be days
 CPU_BATCH = 32

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from . import shard_names
-from .schema import EMBEDDED
+from .schema.data import EMBEDDED
 
 # Names of Hub repositories, which a run writes down with the commit that it took: user/name@commit.
 PINNED = ("dataset", "init", "base_model", "vae")

@@ -18,18 +18,11 @@ from .aliases import suggestion, written_suggestion
 from .hub_names import PINNED, was_pinned
 from .ranges import field_types
 from .registry import TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, parameters_of
-from .schema import (
-    SIZE_FIELDS,
-    HubConfig,
-    LoraConfig,
-    ModelConfig,
-    NoiseConfig,
-    TextConfig,
-    TrainConfig,
-    channel_mult,
-    network_of_size,
-    noise_schedule,
-)
+from .schema.data import TextConfig
+from .schema.hub import HubConfig
+from .schema.network import SIZE_FIELDS, LoraConfig, ModelConfig, channel_mult, network_of_size
+from .schema.objective import NoiseConfig, noise_schedule
+from .schema.training import TrainConfig
 
 CONFIG = "config.json"  # of a run directory
 CHANGES = "changes"  # there, beside the fields: what --allow_change changed, and at which step

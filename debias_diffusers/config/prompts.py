@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..utils.files import read_file
-from .schema import SampleConfig
+from .schema.sampling import SampleConfig
 
 MAX_CHARACTERS = 100_000  # of a caption: a text encoder reads some hundred, and millions take minutes to split into tokens
 

@@ -20,7 +20,8 @@ from diffusers import DDPMPipeline, UNet2DModel
 from torch import Tensor
 
 from ..config.ranges import range_problems
-from ..config.schema import ObjectiveConfig, PredictionType
+from ..config.schema.objective import ObjectiveConfig
+from ..config.schema.types import PredictionType
 from ..config.validation.objective import objective_problems
 from ..diffusion.noise_schedule import is_flow, make_schedule, schedule_of_scheduler
 from ..errors import InputError, raise_all, reason

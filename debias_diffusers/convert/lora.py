@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..config.schema import LoraFormat
+from ..config.schema.types import LoraFormat
 from ..errors import InputError
 from ..pipelines.lora import METADATA, lora_file, read_lora
 from ..runs.lora_folder import BASE_RECORD, LORA_WEIGHTS, base_record

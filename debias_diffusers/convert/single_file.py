@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..config.schema import TextConfig
+from ..config.schema.data import TextConfig
 from ..errors import InputError, reason
 from ..hub import client
 from ..pipelines.loading import folder_of_model, load_part, require_finite

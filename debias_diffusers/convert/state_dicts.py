@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.schema import CHANNEL_MULT, ModelConfig
+from ..config.schema.network import CHANNEL_MULT, ModelConfig
 from ..errors import InputError
 from ..tasks.unet import unet_config
 from .unet_names import Shape, module_names

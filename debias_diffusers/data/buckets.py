@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,9 +59,7 @@ class Buckets:
 
     def describe(self, samples: Sequence[int]) -> str:
         """A line for the user; `samples` are the images of an epoch, some of which may occur several times."""
-        counts = dict[Size, int]()
-        for index in samples:
-            counts[self.sizes[index]] = counts.get(self.sizes[index], 0) + 1
+        counts = Counter(map(self.sizes.__getitem__, samples))
         listed = ", ".join(f"{width}x{height}: {counts[height, width]}" for height, width in sorted(counts))
         enlarged = f"; {self.enlarged} images are smaller than their size and enlarged" if self.enlarged else ""
         return f"aspect_ratio_buckets: {len(counts)} sizes (width x height: images): {listed}{enlarged}"

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from ..config.prompts import MAX_CHARACTERS, broken_text
-from ..config.schema import DIGITS
+from ..config.schema.data import DIGITS
 from ..errors import InputError
 from ..utils import seeding
 from ..utils.files import read_file
 from . import image_folders
 from .shards.source import IndexedCaptions, LazyCaptions, ShardedSource
 from .shards.table_columns import COLUMNS, caption_column
-from .sources import ImageFolder, ImageTable, Source, SourceSubset
+from .sources.base import Source
+from .sources.folder import ImageFolder
+from .sources.subset import SourceSubset
+from .sources.table import ImageTable
 
 Captions = Sequence[tuple[str, ...]]  # by image; () where it has none
 
-MANY, SAMPLE = 100_000, 10_000  # different captions of which only a sample is counted, and how many it has
+MANY, SAMPLE = 100_000, 1000  # different captions of which only a sample is counted, and how many it has
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_CAPTIONS = ("a handwritten {}", "the digit {}", "a handwritten digit {}")
 
@@ -125,11 +128,38 @@ def _of_shards(source: ShardedSource, column: str | None) -> Captions:
     return captions
 
 
-def different_captions(captions: Captions) -> list[str]:
+class Texts(Sequence[str]):
+    """An Arrow array of texts, of which each is made a `str` when it is read."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return list(self.array[index].to_pylist()) if isinstance(index, slice) else str(self.array[index])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.array.to_pylist())
+
+
+def different_captions(captions: Captions) -> Sequence[str]:
     """All different captions, sorted."""
     if isinstance(captions, LazyCaptions):
-        return sorted(captions.array().flatten().unique().to_pylist())
+        return Texts(captions.array().flatten().unique().sort())
     return sorted({caption for each in captions for caption in each})
+
+
+def caption_counts(captions: Captions) -> np.ndarray:
+    """How many captions each image has (N,)."""
+    if isinstance(captions, LazyCaptions):
+        return np.diff(np.from_dlpack(captions.array().offsets))
+    return np.fromiter(map(len, captions), np.int64, len(captions))
 
 
 def first_captions(captions: Captions, count: int) -> list[str]:
@@ -224,8 +254,7 @@ def summary(captions: Captions, tokens: Mapping[str, int], most: int, different:
         different: the number of different captions, where `tokens` are those of a sample.
     """
     different = different or len(tokens)
-    lengths = captions.array().value_lengths().fill_null(0).to_numpy() if isinstance(captions, LazyCaptions) else map(len, captions)
-    without = sum(1 for length in lengths if not length)
+    without = int((caption_counts(captions) == 0).sum())
     long = {text: count - most for text, count in tokens.items() if count > most}
     parts = [f"{different} different captions of {len(captions) - without} images"]
     if without:

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..config.choices import steps_of_epochs
-from ..config.schema import DataConfig, NoiseConfig, OptimizationConfig
+from ..config.schema.data import DataConfig
+from ..config.schema.objective import NoiseConfig
+from ..config.schema.training import OptimizationConfig
 from ..errors import DebiasError, InputError
 from ..utils import seeding
 from ..utils.torch_errors import LOST_WORKER
@@ -27,7 +29,9 @@ from .buckets import BucketOrder
 from .decoded_cache import make_cache
 from .noise import draw_noise
 from .shards.order import ShardOrder
-from .sources import MAX_SKIPPED_SHARE, Source, require_class, sharded
+from .sources.base import Source
+from .sources.checks import MAX_SKIPPED_SHARE, require_class
+from .sources.subset import sharded
 
 T = TypeVar("T")
 

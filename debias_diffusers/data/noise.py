@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config.schema import NoiseConfig
+from ..config.schema.objective import NoiseConfig
 from ..utils import seeding
 
 

@@ -12,23 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.schema import DataConfig, NoiseConfig, OptimizationConfig, TextConfig
+from ..config.schema.data import DataConfig, TextConfig
+from ..config.schema.objective import NoiseConfig
+from ..config.schema.training import OptimizationConfig
 from ..utils import seeding
 from . import images
 from .buckets import BucketOrder, Buckets
-from .captions import Captions, captions_of, different_captions
+from .captions import Captions, caption_counts, captions_of, different_captions
 from .dataset import PositionedData, shard_starts
-from .sources import RepeatedSource, Source
+from .sources.base import Source
+from .sources.subset import RepeatedSource
 
 
-def prompts_of_data(captions: Captions) -> list[str]:
+def prompts_of_data(captions: Captions, count: int | None = None) -> list[str]:
     """One caption of each image that has some, in an order that is always the same: prompts whose images are compared with the data.
 
-    The order is shuffled, because the first images of a data set may be of one class.
+    The order is shuffled, because the first images of a data set may be of one class. `count`: only so many, the first of all.
     """
-    found = [each[k % len(each)] for k, each in enumerate(captions) if each]
-    order = torch.randperm(len(found), generator=seeding.generator(0, "captions", 0))
-    return [found[k] for k in order.tolist()]
+    counts = caption_counts(captions)
+    captioned = counts.nonzero()[0]
+    order = torch.randperm(len(captioned), generator=seeding.generator(0, "captions", 0))[:count]
+    return [captions[k][k % counts[k]] for k in captioned[order.numpy()].tolist()]
 
 
 class TextData(PositionedData):

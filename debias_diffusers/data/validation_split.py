@@ -7,7 +7,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..utils import seeding
-from .sources import Source, SourceSubset
+from .sources.base import Source
+from .sources.subset import SourceSubset
 
 HELD_OUT = "held_out"  # in the fingerprint of the images that are trained: which ones are not
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config.registry import WEIGHTINGS
-from ..config.schema import ObjectiveConfig, PredictionType
+from ..config.schema.objective import ObjectiveConfig
+from ..config.schema.types import PredictionType
 from ..errors import InputError
 from .noise_schedule import Schedule, at, make_schedule
 from .timestep_samplers import final_timestep_sampler

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.schema import BETA_ENDS, ObjectiveConfig, PredictionType, is_straight, noise_schedule
+from ..config.schema.objective import BETA_ENDS, ObjectiveConfig, is_straight, noise_schedule
+from ..config.schema.types import PredictionType
 from ..errors import InputError
 
 # SNR of the first timestep: less holds hardly an image; more has an alphas_cumprod that is 1 in float32, as solvers keep it.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config.schema import PredictionType
+from ..config.schema.types import PredictionType
 from ..errors import NotFiniteError
 from .noise_schedule import Schedule, predicted_x_0, prediction_of_x_0
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config.registry import TIMESTEP_BIASES, TIMESTEP_SAMPLERS
-from ..config.schema import ObjectiveConfig
+from ..config.schema.objective import ObjectiveConfig
 from .noise_schedule import Schedule
 
 UNIFORM_SHARE = 0.1  # of the draws of a corrected density: no correction is then above 10

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..config.ranges import range_problems
 from ..config.registry import WEIGHTINGS, WeightingSpec, parameters_of
-from ..config.schema import ObjectiveConfig, PredictionType
+from ..config.schema.objective import ObjectiveConfig
+from ..config.schema.types import PredictionType
 from ..config.validation.objective import bound_problems
 from ..errors import InputError, raise_all
 from .noise_schedule import TINY_SNR, is_flow, prediction_type_of, schedule_of_scheduler

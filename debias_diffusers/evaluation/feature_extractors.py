@@ -24,7 +24,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 from ..config.registry import METRICS
-from ..config.schema import DIGITS, EMBEDDED, EMOJI
+from ..config.schema.data import DIGITS, EMBEDDED, EMOJI
 from ..data.captions import DIGIT_NAMES
 from ..errors import InputError, reason, shortened
 from ..utils import text_libraries

@@ -21,7 +21,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..data import images
-from ..data.sources import READER_THREADS, ImageFolder, Source, map_in_threads
+from ..data.sources.base import Source
+from ..data.sources.checks import READER_THREADS, map_in_threads
+from ..data.sources.folder import ImageFolder
 from ..errors import InputError, reason
 from ..sampling.generate import Job
 from ..utils import seeding

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config.schema import BitsConfig
+from ..config.schema.evaluation import BitsConfig
 from ..diffusion.noise_schedule import Schedule, is_flow, predicted_x_0, prediction_type_of, schedule_of_scheduler
 from ..diffusion.ode_likelihood import Path as OdePath
 from ..diffusion.ode_likelihood import log_density, negative_log_likelihood

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from ..config.prompts import prompts_hash
 from ..config.registry import METRICS
-from ..config.schema import EMBEDDED, MeasureConfig
+from ..config.schema.data import EMBEDDED
+from ..config.schema.evaluation import MeasureConfig
 from ..errors import InputError, reason
 from ..utils.distributed import gather_from_all
 from .feature_cache import cache_key, open_cache

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ..config.loading import is_text
-from ..config.schema import MeasureConfig, TrainConfig
-from ..data.sources import Source, file_state_hash
+from ..config.schema.evaluation import MeasureConfig
+from ..config.schema.training import TrainConfig
+from ..data.sources.base import Source, file_state_hash
 from ..errors import InputError
 from ..utils.distributed import gather_from_all
 from . import metrics

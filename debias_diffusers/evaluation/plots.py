@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..config.registry import WEIGHTINGS
-from ..config.schema import ObjectiveConfig, PredictionType, WeightsConfig
+from ..config.schema.objective import ObjectiveConfig, WeightsConfig
+from ..config.schema.types import PredictionType
 from ..data import images
 from ..diffusion.loss import weight_table
 from ..diffusion.noise_schedule import Schedule, make_schedule

@@ -12,10 +12,15 @@ from accelerate import Accelerator
 from ..config import hub_names, shard_names
 from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
 from ..config.loading import CHANGEABLE, read_config, stored
-from ..config.schema import EMBEDDED, BiasConfig, BitsConfig, DataConfig, MeasureConfig, TrainConfig
+from ..config.schema.data import EMBEDDED, DataConfig
+from ..config.schema.evaluation import BiasConfig, BitsConfig, MeasureConfig
+from ..config.schema.training import TrainConfig
 from ..data import image_folders
 from ..data.dataset import TrainingData
-from ..data.sources import ImageFolder, Source, open_readable, open_source, summary
+from ..data.sources.base import Source
+from ..data.sources.folder import ImageFolder
+from ..data.sources.opening import open_readable, open_source
+from ..data.sources.summary import summary
 from ..errors import InputError
 from ..hub import client
 from ..pipelines.pixel_pipeline import PixelPipeline

@@ -15,10 +15,14 @@ from tqdm import tqdm
 
 from ..config.prompts import read_prompts
 from ..config.registry import METRICS
-from ..config.schema import DataConfig, SampleConfig, ScoreConfig
+from ..config.schema.data import DataConfig
+from ..config.schema.evaluation import ScoreConfig
+from ..config.schema.sampling import SampleConfig
 from ..data import image_folders
 from ..data.captions import read_captions
-from ..data.sources import ImageFolder, Source, open_source
+from ..data.sources.base import Source
+from ..data.sources.folder import ImageFolder
+from ..data.sources.opening import open_source
 from ..data.text_dataset import prompts_of_data
 from ..errors import InputError
 from ..hub import client

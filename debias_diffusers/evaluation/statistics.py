@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from ..config.schema import StatsConfig
-from ..data.sources import open_source
+from ..config.schema.evaluation import StatsConfig
+from ..data.sources.opening import open_source
 from ..errors import InputError, reason
 from ..utils.console import say
 from ..utils.distributed import inference_accelerator

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.hub_names import COMMIT, hub_file, is_model_id, split_revision
-from ..config.schema import HubConfig
+from ..config.schema.hub import HubConfig
 from ..errors import HubError, InputError, shortened
 from ..runs.model_folder import MODEL_INDEX, task_of
 from ..utils.console import say

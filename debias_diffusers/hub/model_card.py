@@ -13,7 +13,9 @@ from typing import Any
 from ..config.hub_names import COMMIT, split_revision
 from ..config.loading import is_text, stored
 from ..config.registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, WeightingSpec
-from ..config.schema import DIGITS, EMBEDDED, EMOJI, NoiseConfig, ObjectiveConfig, TrainConfig, is_straight, needs_own_scheduler
+from ..config.schema.data import DIGITS, EMBEDDED, EMOJI
+from ..config.schema.objective import NoiseConfig, ObjectiveConfig, is_straight, needs_own_scheduler
+from ..config.schema.training import TrainConfig
 from ..runs.lora_folder import BASE_RECORD, LORA_WEIGHTS
 
 TITLE = "# A diffusion model trained with debias_diffusers"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..config.loading import layered, read_config
-from ..config.schema import HubConfig, PushConfig
+from ..config.schema.hub import HubConfig, PushConfig
 from ..errors import DebiasError, HubError, InputError, RunInUseError, StoppedError
 from ..runs import checkpoints
 from ..runs.lora_folder import exported_weights

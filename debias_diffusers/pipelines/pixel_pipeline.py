@@ -17,7 +17,7 @@ from torch import Tensor
 
 # Older pipelines name this module, and diffusers takes solvers only from modules that were imported.
 from .. import schedulers  # noqa: F401
-from ..config.schema import Clipping, PredictionType
+from ..config.schema.types import Clipping, PredictionType
 from ..data.labels import from_config_mapping, label_indices
 from ..diffusion.noise_schedule import is_flow, predicted_x_0, prediction_of_x_0, prediction_type_of
 from ..errors import InputError, NotFiniteError

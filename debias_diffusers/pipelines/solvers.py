@@ -26,7 +26,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..config.registry import DEFAULT_FLOW_SOLVER, DEFAULT_SOLVER, SOLVERS
-from ..config.schema import Clipping, ObjectiveConfig, PredictionType, SchedulerName, Spacing, is_straight
+from ..config.schema.objective import ObjectiveConfig, is_straight
+from ..config.schema.types import Clipping, PredictionType, SchedulerName, Spacing
 from ..diffusion.noise_schedule import is_flow, make_schedule, predicted_x_0, prediction_type_of
 from ..errors import InputError
 

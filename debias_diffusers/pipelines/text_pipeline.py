@@ -146,6 +146,21 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     return images
 
 
+@torch.no_grad()
+def encode(vae: Any, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w): the mean of the VAE's posterior, scaled as the UNet knows latents."""
+    shift, scale = latent_scale(vae.config)
+    mean: Tensor = vae.encode(images).latent_dist.mean
+    return (mean - shift.to(mean)) * scale.to(mean)
+
+
+def latent_scale(config: Any) -> tuple[Tensor, Tensor]:
+    """What is subtracted from a VAE's latents, and by what they are then multiplied: scalars, or (1, C, 1, 1)."""
+    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
+    shift = torch.tensor(mean).view(1, -1, 1, 1) if mean else torch.zeros(1)
+    return shift, config.scaling_factor / (torch.tensor(std).view(1, -1, 1, 1) if std else torch.ones(1))
+
+
 # ---- text embeddings -------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import hub_names
 from ..config.registry import SOLVERS
-from ..config.schema import PlayConfig, SampleConfig
+from ..config.schema.sampling import PlayConfig, SampleConfig
 from ..data import images
 from ..data.image_folders import GRID
 from ..diffusion.noise_schedule import is_flow

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from ..config.registry import SOLVERS
-from ..config.schema import PlayConfig
+from ..config.schema.sampling import PlayConfig
 from ..errors import DebiasError, InputError, reason
 from ..utils.console import say
 from .engine import CancelledError, Drawn, Engine, Stage

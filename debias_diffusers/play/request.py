@@ -13,7 +13,8 @@ from typing import Any
 
 from ..config import hub_names
 from ..config.ranges import range_problems
-from ..config.schema import PlayConfig, SampleConfig, Task
+from ..config.schema.sampling import PlayConfig, SampleConfig
+from ..config.schema.types import Task
 from ..config.validation.sampling import sample_problems
 from ..errors import InputError, raise_all
 from ..hub.client import WEIGHTS

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from ..config import hub_names
-from ..config.schema import PlayConfig
+from ..config.schema.sampling import PlayConfig
 from ..errors import InputError
 from ..utils.console import say
 from ..utils.files import filled_folder, new_folder, write_file

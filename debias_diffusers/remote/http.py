@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import IO, Any, TypeVar
 
@@ -38,11 +38,29 @@ class RemoteFile:
     name: str  # https://..., http://... or hf://datasets/user/name@revision/path
     size: int  # bytes
     version: str  # its ETag, else the time of its last change; "" where the server tells neither
+    ranges: bool = field(default=True, compare=False)  # whether its server answers ranges
 
     @property
     def sha256(self) -> str | None:
         """Of its bytes, which the Hub tells for large files."""
         return self.version if self.name.startswith("hf://") and _SHA256.fullmatch(self.version) else None
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """The bytes of a file on a server from `start` to `stop` (not included)."""
+
+    file: RemoteFile
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all bytes of the file."""
+        return len(self) == self.file.size
 
 
 class AbsentError(FetchError):
@@ -83,7 +101,7 @@ def read_range(file: RemoteFile, start: int, stop: int) -> bytes:
     def attempt() -> bytes:
         with _opened(file, start + len(found), stop) as (response, whole):
             if whole:
-                raise FetchError(f"{file.name} cannot be read in parts: its server does not answer ranges; download it")
+                raise _no_ranges(file)
             for piece in response.iter_raw(PIECE):
                 found.extend(piece)
         _require_all(len(found), stop - start)
@@ -92,12 +110,12 @@ def read_range(file: RemoteFile, start: int, stop: int) -> bytes:
     return _insist(attempt, file.name, lambda: len(found)) if stop > start else b""
 
 
-def fetch(file: RemoteFile, part: IO[bytes], insist: bool = True) -> None:
-    """Writes a whole file to an open one, after what that has of it already.
+def fetch(wanted: FileRange, part: IO[bytes], insist: bool = True) -> None:
+    """Writes a range of a file to an open one, after what that has of it already.
 
     Args:
-        file: to fetch.
-        part: opened for reading and writing; what it has must be the beginning of the file.
+        wanted: to fetch; a server that does not answer ranges sends whole files only.
+        part: opened for reading and writing; what it has must be the beginning of the range.
         insist: try again after a lost connection.
 
     Raises:
@@ -105,16 +123,22 @@ def fetch(file: RemoteFile, part: IO[bytes], insist: bool = True) -> None:
     """
 
     def attempt() -> None:
-        if (offset := received()) < file.size:
-            with _opened(file, offset, file.size) as (response, whole):
+        if (offset := received()) < len(wanted):
+            with _opened(wanted.file, wanted.start + offset, wanted.stop) as (response, whole):
+                if whole and not wanted.whole:
+                    raise _no_ranges(wanted.file)
                 if whole:
                     part.truncate(part.seek(0))
                 for piece in response.iter_raw(PIECE):
                     part.write(piece)
-        _require_all(received(), file.size)
+        _require_all(received(), len(wanted))
 
     received = functools.partial(part.seek, 0, os.SEEK_END)
-    _insist(attempt, file.name, received) if insist else _once(attempt, file.name)
+    _insist(attempt, wanted.file.name, received) if insist else _once(attempt, wanted.file.name)
+
+
+def _no_ranges(file: RemoteFile) -> FetchError:
+    return FetchError(f"{file.name} cannot be read in parts: its server does not answer ranges; download it")
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
@@ -190,7 +214,7 @@ def _described(name: str, response: Any) -> RemoteFile:
     size = total[1] if total else response.headers.get("Content-Length", "") if response.status_code == 200 else ""
     if not size.isdecimal():
         raise FetchError(f"{name} cannot be fetched: its server does not tell its size")
-    return RemoteFile(name, int(size), version.removeprefix("W/").strip('"'))
+    return RemoteFile(name, int(size), version.removeprefix("W/").strip('"'), total is not None)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """A cache of fetched files on the disk, of bounded size, shared by the processes and data loader workers of a machine. No torch.
 
-A file that is being fetched is `KEY-SIZE.part`, exclusively locked by the one process that fetches it; the others wait for that lock.
-Complete and synced, it is renamed to `KEY-SIZE.shard`. Who reads it has a shared lock on it, without which it may be removed. The kernel
-releases the locks of a process that ends, however it ends, and the next one continues its file. The key is a hash of name and version, so
-that no entry is ever out of date.
+An entry is a whole file, or a range of one. One that is being fetched is `KEY-SIZE.part`, exclusively locked by the one process that
+fetches it; the others wait for that lock. Complete and synced, it is renamed to `KEY-SIZE.shard`. Who reads it has a shared lock on it,
+without which it may be removed. The kernel releases the locks of a process that ends, however it ends, and the next one continues its file.
+The key is a hash of name, version and range, so that no entry is ever out of date.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ from ..errors import CannotWriteError, FetchError
 from ..utils.console import say
 from ..utils.files import hash_of, remove, translate_write_errors
 from . import http
-from .http import RemoteFile
+from .http import FileRange, RemoteFile
+
+Entry = RemoteFile | FileRange  # of the cache: a whole file, or a range of one
 
 _ENTRY = re.compile(r"[0-9a-f]{32}-(\d+)\.(shard|part)")
 _LOCK = ".lock"  # of who adds up sizes and removes files
 
 
 class ShardCache:
-    """Files by their `RemoteFile`; those that were not used for longest go first when there is no more room."""
+    """Files and ranges of files, each in a file of its own; those that were not used for longest go first when there is no more room."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         """`folder` need not exist; `max_bytes` limits all its files together, also those that are still being fetched."""
         self.folder, self.max_bytes = folder, max_bytes
         self._told = False
-        self._wanted: Sequence[RemoteFile] = ()  # what the last call of `prefetch` named
+        self._wanted: Sequence[Entry] = ()  # what the last call of `prefetch` named
 
-    def open(self, file: RemoteFile) -> IO[bytes]:
+    def open(self, file: Entry) -> IO[bytes]:
         """A file, opened for reading and kept in the cache until it is closed; fetched if it is not there. Its path is `.name`.
 
         Raises:
@@ -51,11 +53,11 @@ class ShardCache:
                     self._fetch(file, part, insist=True)
         return found
 
-    def has(self, file: RemoteFile) -> bool:
+    def has(self, file: Entry) -> bool:
         """Whether a file is there, whole."""
         return self._path(file).exists()
 
-    def prefetch(self, files: Sequence[RemoteFile]) -> None:
+    def prefetch(self, files: Sequence[Entry]) -> None:
         """Fetches files in a background thread, in this order, as far as there is room beside what is in use.
 
         A later call replaces the files that an earlier one has not come to. An error is met again, and raised, by who opens the file.
@@ -66,7 +68,7 @@ class ShardCache:
 
     # ---- fetching ----------------------------------------------------------------------------------------------------
 
-    def _prefetch(self, files: Sequence[RemoteFile]) -> None:
+    def _prefetch(self, files: Sequence[Entry]) -> None:
         left, wait = list(files), http.FIRST_WAIT
         while left and self._wanted is files and wait <= http.MAX_WAIT:
             try:
@@ -81,7 +83,7 @@ class ShardCache:
             else:
                 left, wait = left[1:], http.FIRST_WAIT
 
-    def _fetch(self, file: RemoteFile, part: IO[bytes], insist: bool) -> bool:
+    def _fetch(self, file: Entry, part: IO[bytes], insist: bool) -> bool:
         """Makes a part a whole file; without `insist` not where that needs more room than there is: then returns False."""
         with translate_write_errors(self.folder):
             if not self._made_room(part, keep=() if insist else self._wanted):
@@ -89,13 +91,15 @@ class ShardCache:
                     remove(Path(part.name))
                     return False
                 self._tell_too_small()
-            http.fetch(file, part, insist)
+            wanted = _range(file)
+            http.fetch(wanted, part, insist)
             part.flush()
             os.fsync(part.fileno())
             part.seek(0)
-            if file.sha256 and (found := hash_of(part)) != file.sha256:
+            sha256 = wanted.file.sha256 if wanted.whole else None
+            if sha256 and (found := hash_of(part)) != sha256:
                 remove(Path(part.name))
-                raise FetchError(f"{file.name} was fetched with the hash {found} in place of {file.sha256}; start again")
+                raise FetchError(f"{wanted.file.name} was fetched with the hash {found} in place of {sha256}; start again")
             os.replace(part.name, self._path(file))
         return True
 
@@ -106,11 +110,13 @@ class ShardCache:
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
-    def _path(self, file: RemoteFile, kind: str = "shard") -> Path:
-        key = hashlib.sha256((file.sha256 or f"{file.name}\n{file.version}").encode()).hexdigest()[:32]
-        return self.folder / f"{key}-{file.size}.{kind}"
+    def _path(self, file: Entry, kind: str = "shard") -> Path:
+        wanted = _range(file)
+        name = wanted.file.sha256 or f"{wanted.file.name}\n{wanted.file.version}"
+        text = name if wanted.whole else f"{name}\n{wanted.start}-{wanted.stop}"
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}-{len(wanted)}.{kind}"
 
-    def _opened(self, file: RemoteFile) -> IO[bytes] | None:
+    def _opened(self, file: Entry) -> IO[bytes] | None:
         """The file with a shared lock; None if it is not there."""
         path = self._path(file)
         try:
@@ -126,7 +132,7 @@ class ShardCache:
         return found
 
     @contextlib.contextmanager
-    def _part(self, file: RemoteFile, wait: bool) -> Iterator[IO[bytes] | None]:
+    def _part(self, file: Entry, wait: bool) -> Iterator[IO[bytes] | None]:
         """The part of a file, exclusively locked; None where the whole file is there, or, without `wait`, where another process has it."""
         path = self._path(file, "part")
         while True:
@@ -157,27 +163,25 @@ class ShardCache:
                 fcntl.flock(part, fcntl.LOCK_UN)  # for a process that was forked meanwhile has the lock, too, until it ends
                 part.close()
 
-    def _made_room(self, part: IO[bytes], keep: Sequence[RemoteFile]) -> bool:
+    def _made_room(self, part: IO[bytes], keep: Sequence[Entry]) -> bool:
         """Removes files until all fit; whether they do. Files that are being fetched count with their whole size."""
-        kept = {Path(part.name), *map(self._path, keep)}
+        kept = {part.name, *(str(self._path(entry)) for entry in keep)}
         with open(self.folder / _LOCK, "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            entries = sorted(self._entries(), key=lambda entry: entry[2])
-            total = sum(size for _, size, _ in entries)
-            for path, size, _ in entries:
-                if total <= self.max_bytes:
-                    break
-                if path not in kept and _removed(path):
-                    total -= size
+            # Thousands of row groups: of each the name only, which has the size, unless there is no room.
+            sizes = {found.string: int(found[1]) for found in map(_ENTRY.fullmatch, os.listdir(self.folder)) if found}
+            total = sum(sizes.values())
+            if total > self.max_bytes:
+                for path in sorted((os.path.join(self.folder, name) for name in sizes), key=_last_use):
+                    if total <= self.max_bytes:
+                        break
+                    if path not in kept and _removed(Path(path)):
+                        total -= sizes[os.path.basename(path)]
             return total <= self.max_bytes
 
-    def _entries(self) -> Iterator[tuple[Path, int, float]]:
-        """Path, size when whole, and time of the last use of all files."""
-        for path in self.folder.iterdir():
-            found = _ENTRY.fullmatch(path.name)
-            with contextlib.suppress(FileNotFoundError):
-                if found:
-                    yield path, int(found[1]), path.stat().st_mtime
+
+def _range(entry: Entry) -> FileRange:
+    return entry if isinstance(entry, FileRange) else FileRange(entry, 0, entry.size)
 
 
 def _is_ours(file: IO[bytes]) -> bool:
@@ -195,6 +199,13 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _last_use(path: str) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except FileNotFoundError:  # removed or renamed meanwhile
+        return 0.0
 
 
 def _removed(path: Path) -> bool:

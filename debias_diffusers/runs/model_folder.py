@@ -10,7 +10,9 @@ from typing import Any
 from ..config.hub_names import is_model_id
 from ..config.loading import CONFIG
 from ..config.prompts import read_prompts
-from ..config.schema import SampleConfig, Task
+from ..config.schema.evaluation import BiasConfig
+from ..config.schema.sampling import SampleConfig
+from ..config.schema.types import Task
 from ..config.validation.sampling import model_flag_problems
 from ..errors import InputError, raise_all
 from ..utils import text_libraries
@@ -74,6 +76,29 @@ def pixel_problems(model: str, what: str) -> list[str]:
     if task_of(Path(model)) == "pixels":
         return []
     return [f"{model} is a text-to-image model, but {what} is for pixel models"]
+
+
+def bias_model_problems(config: BiasConfig, folders: Mapping[str, Path]) -> list[str]:
+    """Models of two kinds in one command that measures their bias, or flags for the other kind. `folders` by name of the run."""
+    by_task = {task_of(folder): run for run, folder in folders.items()}
+    if len(by_task) > 1:
+        pixels, text = by_task["pixels"], by_task["text_to_image"]
+        return [f"{text} is a text-to-image model, but {pixels} is a pixel model; name models of one kind"]
+    if not by_task:
+        return []
+    ((task, run),) = by_task.items()
+    if task == "pixels":
+        other, said = ["caption_column", "guidance_scale", "base_model"], f"for text-to-image models, and {run} is a pixel model"
+    else:
+        other, said = ["label_column", "allow_pickle_import"], f"for pixel models, and {run} is a text-to-image model"
+    found = [
+        f"{name} is {value}, but is {said}; leave it out"
+        for name in other
+        if (value := getattr(config, name)) is not None and value is not False
+    ]
+    if task == "text_to_image" and config.base_model and not any(map(is_lora, folders.values())):
+        found.append(f"base_model is {config.base_model}, but no run is a LoRA; leave it out")
+    return found
 
 
 def require_text_model(folder: Path, model: str) -> None:

@@ -26,7 +26,8 @@ from ..config.loading import (
     stored,
     to_json,
 )
-from ..config.schema import DIGITS, EMBEDDED, TrainConfig
+from ..config.schema.data import DIGITS, EMBEDDED
+from ..config.schema.training import TrainConfig
 from ..errors import InputError, raise_all
 from ..utils import launcher
 from ..utils.console import say

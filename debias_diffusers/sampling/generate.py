@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..config import hub_names
-from ..config.schema import SampleConfig
+from ..config.schema.sampling import SampleConfig
 from ..data import images
 from ..data.image_folders import GRID, PACKED, TRAJECTORY
 from ..errors import InputError, raise_all

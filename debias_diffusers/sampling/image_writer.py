@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..config.schema import ImageFormat
+from ..config.schema.types import ImageFormat
 from ..data import images
 from ..data.image_folders import GRID, METADATA, PACKED, PARTS, SETTINGS, TRAJECTORY
 from ..data.labels import row_names

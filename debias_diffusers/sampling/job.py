@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import hub_names
-from ..config.schema import SampleConfig
+from ..config.schema.sampling import SampleConfig
 from ..config.validation.network_weights import sigma_rel_of
 from ..diffusion.noise_schedule import schedule_of_scheduler, terminal_snr_problem
 from ..errors import InputError

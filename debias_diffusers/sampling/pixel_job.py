@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..config.schema import SampleConfig
+from ..config.schema.sampling import SampleConfig
 from ..data.labels import ambiguous_labels, label_indices, nonempty_classes, proportional_labels, shortened_list
 from ..errors import InputError
 from ..hub import client

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import hub_names
 from ..config.prompts import prompts_hash, read_prompts
-from ..config.schema import SampleConfig
+from ..config.schema.sampling import SampleConfig
 from ..data.labels import shortened_list
 from ..diffusion.noise_schedule import predicted_x_0
 from ..errors import InputError, shortened
@@ -109,14 +109,30 @@ class TextJob(Job):
     def size(self) -> tuple[int, int]:
         return self.options["height"], self.options["width"]
 
+    def with_steps(self, own: Any, steps: int) -> TextJob:
+        """The same command with another number of steps, in place of this one, which can no longer be drawn. `own` as of `make_solver`."""
+        config = replace(self.config, steps=steps)
+        solver = make_solver(config, own, "off")
+        self.pipeline.scheduler = solver.scheduler
+        settings, options = {**self.settings, **solver.settings()}, {**self.options, "num_inference_steps": steps}
+        return replace(self, config=config, name=f"{solver.name}-{steps}", settings=settings, options=options)
+
     def _shown(self, latents: Tensor) -> Tensor:
-        """Latents as images of at most SHOWN pixels a side."""
-        images = text_pipeline.decode(self.pipeline.vae, latents.float()).cpu()
-        factor = min(1.0, SHOWN / max(images.shape[-2:]))
-        return nn.functional.interpolate(images, scale_factor=factor, mode="bilinear", antialias=True) if factor < 1 else images
+        return decoded_small(self.pipeline.vae, latents)
 
     def _prompts_of(self, indices: Sequence[int]) -> list[str]:
         return [self.prompts[k % len(self.prompts)] for k in indices]
+
+
+def decoded_small(vae: Any, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) as images (B, 3, H, W) in about [-1, 1], of at most SHOWN pixels a side, on the CPU."""
+    return shrunk(text_pipeline.decode(vae, latents.float()).cpu())
+
+
+def shrunk(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) of at most SHOWN pixels a side; smaller ones as they are."""
+    factor = min(1.0, SHOWN / max(images.shape[-2:]))
+    return nn.functional.interpolate(images, scale_factor=factor, mode="bilinear", antialias=True) if factor < 1 else images
 
 
 def load_text_to_image(config: SampleConfig, device: Any, step: int | None = None) -> LoadedModel:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..config.schema import TrainConfig
+from ..config.schema.training import TrainConfig
 from ..data.dataset import PositionedData
 from ..diffusion.loss import Network
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from ..config.hub_names import is_model_id
 from ..config.loading import update
-from ..config.schema import BETA_ENDS, DIGITS, TextConfig, TrainConfig
+from ..config.schema.data import DIGITS, TextConfig
+from ..config.schema.objective import BETA_ENDS
+from ..config.schema.training import TrainConfig
 from ..config.validation.training import train_problems
 from ..errors import InputError, raise_all, reason
 from ..hub import client

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data.text_dataset import TextData
 from ..errors import InputError, reason
 from ..pipelines.loading import load_part
-from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, decode, encode_prompts, joined, null_embeddings
+from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, decode, encode_prompts, joined, latent_scale, null_embeddings
 from ..utils import memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
@@ -159,9 +159,7 @@ class Latents:
         # `force_upcast` says that half precision overflows.
         self.precision = "no" if config.force_upcast else precision
         self._left = False
-        shift, deviation = (config.get(name) for name in ("latents_mean", "latents_std"))
-        self._shift = torch.tensor(shift).view(1, -1, 1, 1) if shift else torch.zeros(1)
-        self._scale = config.scaling_factor / (torch.tensor(deviation).view(1, -1, 1, 1) if deviation else torch.ones(1))
+        self._shift, self._scale = latent_scale(config)
 
     @cached_property
     def vae(self) -> AutoencoderKL:

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 from torch import Tensor, nn
 
-from ..config.schema import LoraConfig
+from ..config.schema.network import LoraConfig
 from ..errors import InputError, reason
 from ..pipelines.lora import lora_file, read_lora
 from ..pipelines.text_pipeline import encoded, joined_outputs

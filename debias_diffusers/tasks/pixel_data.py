@@ -8,19 +8,15 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..config.schema import EMBEDDED, TrainConfig
+from ..config.schema.data import EMBEDDED
+from ..config.schema.training import TrainConfig
 from ..data.dataset import shard_starts
 from ..data.shards.order import ShardOrder
-from ..data.sources import (
-    Source,
-    SourceSubset,
-    check_images,
-    open_source,
-    reopen_source,
-    require_skippable,
-    summary,
-    training_summary,
-)
+from ..data.sources.base import Source
+from ..data.sources.checks import check_images, require_skippable
+from ..data.sources.opening import open_source, reopen_source
+from ..data.sources.subset import SourceSubset
+from ..data.sources.summary import summary, training_summary
 from ..data.validation_split import HELD_OUT
 from ..errors import InputError
 from ..runs.checkpoints import Checkpoint

@@ -11,11 +11,13 @@ import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from torch import Tensor, nn
 
-from ..config.schema import TrainConfig, needs_own_scheduler
+from ..config.schema.objective import needs_own_scheduler
+from ..config.schema.training import TrainConfig
 from ..data import images
 from ..data.dataset import TrainingData
 from ..data.labels import nonempty_classes, proportional_labels, row_names, shortened_list, to_config_mapping
-from ..data.sources import Source, class_counts
+from ..data.sources.base import Source
+from ..data.sources.summary import class_counts
 from ..data.validation_split import validation_seed
 from ..diffusion.loss import Network
 from ..diffusion.noise_schedule import is_flow, prediction_type_of, schedule_of_scheduler

@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import images
-from ..data.sources import Source, map_in_threads
+from ..data.sources.base import Source
+from ..data.sources.checks import map_in_threads
 from ..errors import CannotWriteError, InputError, StoppedError
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, gather_from_all, told_by_the_first

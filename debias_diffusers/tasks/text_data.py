@@ -8,9 +8,10 @@ from accelerate import Accelerator
 
 from ..config.choices import as_flags
 from ..config.loading import flatten
-from ..config.schema import TrainConfig
+from ..config.schema.training import TrainConfig
 from ..data.captions import CaptionedSource
-from ..data.sources import Source, summary
+from ..data.sources.base import Source
+from ..data.sources.summary import summary
 from ..runs.checkpoints import Checkpoint
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, told_by_the_first

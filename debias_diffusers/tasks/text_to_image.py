@@ -17,12 +17,13 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..config.schema import TrainConfig
+from ..config.schema.training import TrainConfig
 from ..data import images
 from ..data.buckets import Buckets
 from ..data.captions import counted_captions, first_captions, summary
 from ..data.labels import row_names
-from ..data.sources import RepeatedSource, Source
+from ..data.sources.base import Source
+from ..data.sources.subset import RepeatedSource
 from ..data.text_dataset import TextData, prompts_of_data
 from ..data.validation_split import validation_seed
 from ..diffusion.loss import Network
@@ -109,17 +110,24 @@ class TextToImageTask:
             InputError: an image cannot be read.
             CannotWriteError: the folder cannot be written to, or its disk has not enough room.
         """
-        held_out = self.held_out.texts() if self.held_out else ()
-        texts = list(dict.fromkeys([*self.data.texts(), *held_out, *self.config.text.sample_prompts]))
         if self.folder:
-            self._precompute(self.folder, texts)
+            self._precompute(self.folder, self._prompts())
             return
-        if self._embeddings_are_fixed and frozen_parts.fits(len(texts), self.texts.bytes_each, "text embeddings", self.accelerator):
-            self.texts.keep(texts, self.accelerator)
+        # Of millions of captions no list is made unless they fit.
+        if self._embeddings_are_fixed and self._embeddings_fit(self.data.texts()) and self._embeddings_fit(prompts := self._prompts()):
+            self.texts.keep(prompts, self.accelerator)
         count = len(self.data.images) * len(self.data.possible_flips)
         if self.data.crops_are_fixed and frozen_parts.fits(count, self._latent_bytes, "latents", self.accelerator):
             frozen_parts.keep_latents(self.data, self.latents, self.accelerator)
             self.latents.leave()
+
+    def _prompts(self) -> list[str]:
+        """All texts that the run encodes: captions and prompts of previews."""
+        held_out = self.held_out.texts() if self.held_out else ()
+        return list(dict.fromkeys([*self.data.texts(), *held_out, *self.config.text.sample_prompts]))
+
+    def _embeddings_fit(self, texts: Sequence[str]) -> bool:
+        return frozen_parts.fits(len(texts), self.texts.bytes_each, "text embeddings", self.accelerator)
 
     @property
     def _embeddings_are_fixed(self) -> bool:
@@ -369,7 +377,7 @@ class TextToImageTask:
     def conditions(self, count: int, as_in_data: bool) -> Sequence[str]:
         """Prompts: as `prompts_of_data` has them, or those of the configuration, or the first captions of the data."""
         if as_in_data:
-            return prompts_of_data(self.data.captions)[:count]
+            return prompts_of_data(self.data.captions, count)
         return self.config.text.sample_prompts or first_captions(self.data.captions, PREVIEW_PROMPTS)
 
     def condition_names(self, conditions: Sequence[str]) -> Sequence[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
-from ..config.schema import ModelConfig
+from ..config.schema.network import ModelConfig
 from ..errors import InputError
 from ..utils.files import read_json_object
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..config.registry import TRACKERS
-from ..config.schema import OptimizerName, TrainConfig
+from ..config.schema.training import TrainConfig
+from ..config.schema.types import OptimizerName
 from ..errors import InputError
 from ..utils import launcher
 from ..utils.console import say

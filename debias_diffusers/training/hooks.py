@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..config.schema import ObjectiveConfig, TrainConfig
+from ..config.schema.objective import ObjectiveConfig
+from ..config.schema.training import TrainConfig
 from ..data import images
 from ..data.dataset import PositionBatchSampler, load_batch
 from ..diffusion.loss import Objective

@@ -18,7 +18,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tqdm import tqdm
 
 from ..config.loading import stored
-from ..config.schema import TrainConfig
+from ..config.schema.training import TrainConfig
 from ..errors import InputError, reason
 from ..runs.metrics_file import LAST
 from ..runs.run_directory import SKIPPED, Run

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..config.schema import OptimizationConfig, OptimizerName
+from ..config.schema.training import OptimizationConfig
+from ..config.schema.types import OptimizerName
 from ..errors import InputError, reason
 from ..utils import seeding
 from ..utils.sharding import local, part_like, whole

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.loading import CHANGES
-from ..config.schema import TrainConfig
+from ..config.schema.training import TrainConfig
 from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
 from ..errors import CannotWriteError
 from ..hub.model_card import changes_section

@@ -17,11 +17,14 @@ from ..config import shard_names
 from ..config.choices import choose
 from ..config.hub_names import PINNED, absolute_path, is_dataset_id, is_model_id, is_pinned, split_revision
 from ..config.loading import BEFORE_THE_FIELD, CHANGES, differences, flatten, stored, update
-from ..config.schema import EMBEDDED, HubConfig, OptimizationConfig, TrainConfig
+from ..config.schema.data import EMBEDDED
+from ..config.schema.hub import HubConfig
+from ..config.schema.training import OptimizationConfig, TrainConfig
 from ..config.validation.training import train_problems
 from ..data.captions import require_captions
 from ..data.dataset import PositionBatchSampler
-from ..data.sources import RepeatedSource, Source, folder_repeats
+from ..data.sources.base import Source
+from ..data.sources.subset import RepeatedSource, folder_repeats
 from ..data.validation_split import split_source
 from ..diffusion.loss import Objective, make_objective
 from ..diffusion.noise_schedule import require_noise_at_the_end, terminal_snr_problem

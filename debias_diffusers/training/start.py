@@ -14,7 +14,7 @@ from ..config.choices import choose, of_base
 from ..config.hub_names import is_model_id
 from ..config.loading import checked_values, flatten, is_text, layered, read_config, resolved, update
 from ..config.registry import TRACKERS
-from ..config.schema import TrainConfig
+from ..config.schema.training import TrainConfig
 from ..config.validation.optimization import sharding_problems
 from ..config.validation.training import train_problems
 from ..errors import InputError, raise_all

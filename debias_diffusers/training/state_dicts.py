@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from ..config.schema import NoiseConfig, ObjectiveConfig
+from ..config.schema.objective import NoiseConfig, ObjectiveConfig
 from ..diffusion.timestep_samplers import TimestepSampler
 from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
 from ..diffusion.uncertainty import Uncertainty

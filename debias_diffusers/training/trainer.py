@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..config.schema import OptimizationConfig, TrainConfig
+from ..config.schema.training import OptimizationConfig, TrainConfig
 from ..data.dataset import PositionBatchSampler, micro_batches
 from ..diffusion.loss import Objective, Terms
 from ..diffusion.noise_schedule import at

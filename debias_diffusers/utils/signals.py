@@ -63,9 +63,14 @@ def stop_with_launcher() -> None:
     A terminated launcher does not forward the signal, and its training would continue unseen. Without a launcher nothing is done:
     a shell that ends must not stop a training that was started from it.
     """
-    if is_launched() and sys.platform == "linux":
+    if is_launched():
+        stop_with_parent(os.getppid(), signal.SIGTERM)
+
+
+def stop_with_parent(parent: int, signum: int) -> None:
+    """Asks Linux to send this process a signal when the process `parent` dies that has started it; does nothing on other systems."""
+    if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # the launcher died before prctl was called
-            os.kill(os.getpid(), signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
+        if os.getppid() != parent:  # it died before prctl was called
+            os.kill(os.getpid(), signum)

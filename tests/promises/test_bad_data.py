@@ -14,10 +14,12 @@ import pytest
 from conftest import Forked, cpu_of_children, metrics, newest_step, run, train_args, uncounted
 from PIL import Image, ImageCms
 
-from debias_diffusers.config.schema import DataConfig
+from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.data import images
 from debias_diffusers.data.dataset import TrainingData
-from debias_diffusers.data.sources import SourceSubset, open_readable, open_source, unreadable_images
+from debias_diffusers.data.sources.checks import unreadable_images
+from debias_diffusers.data.sources.opening import open_readable, open_source
+from debias_diffusers.data.sources.subset import SourceSubset
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation.image_sets import images_of_npz
 from debias_diffusers.utils.files import read_file

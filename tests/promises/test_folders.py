@@ -15,10 +15,12 @@ from conftest import sample_config
 from here import tiny, trained_here
 from PIL import Image
 
-from debias_diffusers.config.schema import DataConfig, MeasureConfig, ScoreConfig
-from debias_diffusers.data import sources
+from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.config.schema.evaluation import MeasureConfig, ScoreConfig
 from debias_diffusers.data.labels import label_indices, order_class_names, proportional_labels
-from debias_diffusers.data.sources import class_counts, open_source, summary
+from debias_diffusers.data.sources.checks import unreadable_images
+from debias_diffusers.data.sources.opening import open_source, reopen_source
+from debias_diffusers.data.sources.summary import class_counts, summary
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import score
 from debias_diffusers.hub.model_card import model_card
@@ -123,7 +125,7 @@ def test_images_are_found_by_any_extension_or_none_and_the_rest_is_counted(tmp_p
     (tmp_path / "all" / "broken.avif").write_bytes(b"no image")  # by its name it is one, and damage is not passed over
     source = opened(tmp_path / "all")
     assert source.names == sorted([*kinds, "link.jfif", "broken.avif"])
-    assert list(sources.unreadable_images(source, range(len(source)))) == [source.names.index("broken.avif")]
+    assert list(unreadable_images(source, range(len(source)))) == [source.names.index("broken.avif")]
     (said,) = summary(source, "x")[1:]
     counted = dict(reversed(part.split(" ", 1)) for part in said.removeprefix("passed over: ").split(", "))
     assert counted == {
@@ -313,21 +315,18 @@ def test_a_run_of_the_version_before_keeps_the_images_that_it_was_trained_with(t
     text = "".join(f"{name}\0{(tmp_path / name).stat().st_size}\n" for name in known)
     state = {"images": len(known), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     config = DataConfig(dataset=str(tmp_path), class_conditional=labelled)
-    source = sources.reopen_source(config, "plain", state)
+    source = reopen_source(config, "plain", state)
     assert source.names == known and source.fingerprint() == state
     if labelled:
         assert labels_of(source) == {name: name.split("/" if "/" in name else "_")[0] for name in known}
         assert source.class_names == sorted(set(labels_of(source).values()))
-        assert sources.reopen_source(config, source.class_names, state).fingerprint() == state  # as it is after the first resume
+        assert reopen_source(config, source.class_names, state).fingerprint() == state  # as it is after the first resume
     changed = state | {"images": 7}  # neither way of reading it
     if labelled and "train/1.png" in names:
         with pytest.raises(InputError, match="has no label"):
-            sources.reopen_source(config, "plain", changed)
+            reopen_source(config, "plain", changed)
     else:
-        assert (
-            sources.reopen_source(config, "plain", changed).fingerprint()
-            == opened(tmp_path, "plain", class_conditional=labelled).fingerprint()
-        )
+        assert reopen_source(config, "plain", changed).fingerprint() == opened(tmp_path, "plain", class_conditional=labelled).fingerprint()
 
 
 # ---- which labels are drawn ------------------------------------------------------------------------------------------
@@ -560,5 +559,5 @@ def test_a_label_of_no_class_is_none_of_the_classes(tmp_path):
     """With -1 and 1 there is a single class with images, but what is wrong is the -1."""
     put(tmp_path, "a.png", "b.png")
     (tmp_path / "metadata.csv").write_text("file_name,label\na.png,-1\nb.png,1\n")
-    (told,) = sources.unreadable_images(opened(tmp_path, class_conditional=True), range(2)).values()
+    (told,) = unreadable_images(opened(tmp_path, class_conditional=True), range(2)).values()
     assert "a.png has label -1, but there are 2 classes, from 0 on" in told

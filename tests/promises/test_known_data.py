@@ -12,10 +12,12 @@ from test_bad_data import encoded, noise
 
 from debias_diffusers.config import hub_names
 from debias_diffusers.config.hub_names import is_dataset_id
-from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig
+from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.config.schema.evaluation import BitsConfig, MeasureConfig
 from debias_diffusers.data.dataset import TrainingData
 from debias_diffusers.data.images import decode
-from debias_diffusers.data.sources import check_images, open_source
+from debias_diffusers.data.sources.checks import check_images
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import reference
 from debias_diffusers.evaluation.image_sets import images_of_source

@@ -26,10 +26,15 @@ from safetensors.torch import load
 
 from debias_diffusers import cli
 from debias_diffusers.config.loading import flatten, packaged_configs
-from debias_diffusers.config.schema import DataConfig, RunConfig, TrainConfig
+from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.config.schema.training import RunConfig, TrainConfig
 from debias_diffusers.config.validation.training import train_problems
-from debias_diffusers.data import dataset, sources
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.data import dataset
+from debias_diffusers.data.sources.base import file_state_hash
+from debias_diffusers.data.sources.folder import ImageFolder
+from debias_diffusers.data.sources.opening import open_source
+from debias_diffusers.data.sources.subset import SourceSubset
+from debias_diffusers.data.sources.table import ImageTable
 from debias_diffusers.errors import DebiasError, InputError, NotFiniteError
 from debias_diffusers.evaluation import measure
 from debias_diffusers.evaluation import metrics as metrics_of_images
@@ -224,7 +229,7 @@ def test_another_process_does_not_end_before_the_first_has_said_it(error, monkey
     trials()
     waits = []
     monkeypatch.setattr(cli.time, "sleep", waits.append)
-    monkeypatch.setattr(cli, "_train", fail)
+    monkeypatch.setattr(cli, "run_train", fail)
     monkeypatch.setattr(cli.sys, "modules", {name: module for name, module in sys.modules.items() if name != "torch"})
     monkeypatch.setenv("RANK", "1")
     assert cli.train([]) == 2 and not waits  # without a launcher that kills there is nothing to wait for
@@ -407,7 +412,7 @@ def _slow_to_look_and_to_save(rank, folder):
 
         return work
 
-    sources.ImageTable.fingerprint = slow(sources.ImageTable.fingerprint)
+    ImageTable.fingerprint = slow(ImageTable.fingerprint)
     Saver._write = slow(Saver._write)
 
 
@@ -500,8 +505,8 @@ def test_what_the_first_process_does_alone_may_take_longer_than_the_limit(tmp_pa
 @pytest.mark.row(67, SHARED)
 def test_a_process_that_waits_longer_than_the_limit_says_so(tmp_path, trials):
     trials()
-    data = pictures(tmp_path / "pictures")
-    both = Together(2, _first_waits_for_the_second, tmp_path, *MEASURING, "--dataset", data, "--max_steps", 4, "--ddp_timeout", 5)
+    flags = [*MEASURING, "--batch_size", 66, "--max_steps", 4, "--ddp_timeout", 5]  # which are drawn at once
+    both = Together(2, _first_waits_for_the_second, tmp_path, *flags, "--dataset", pictures(tmp_path / "pictures"))
     code, err = both.ended(1)
     assert code == 1 and "Traceback" not in err
     assert "waited longer for another process than --ddp_timeout allows (5 s)" in err.splitlines()[-1]
@@ -566,7 +571,7 @@ def reads(monkeypatch, tmp_path):
     """How many images were read since the last look."""
     monkeypatch.setenv("HOME", str(tmp_path))  # of the cache
     counted = []
-    for kind in (sources.ImageFolder, sources.ImageTable):
+    for kind in (ImageFolder, ImageTable):
         original = kind.read
         monkeypatch.setattr(kind, "read", lambda self, k, original=original: counted.append(k) or original(self, k))
 
@@ -581,7 +586,7 @@ def reads(monkeypatch, tmp_path):
 def monitored(data, skipped=()):
     config = DataConfig(dataset=str(data), resolution=8)
     source = open_source(config)
-    source = sources.SourceSubset(source, skipped) if skipped else source
+    source = SourceSubset(source, skipped) if skipped else source
     run_config = RunConfig(eval_every=1, eval_metrics="fid,colour", feature_extractor="digits", eval_images=65)
     monitor = Monitor(TrainConfig(data=config, run=run_config), source, "cpu")
     monitor.read(source)
@@ -640,7 +645,7 @@ def test_a_table_that_names_files_elsewhere_is_read_each_time(tmp_path, reads, t
     for _ in range(2):
         monitored(tmp_path / "table.parquet")
         assert reads() >= 70
-    assert sources.file_state_hash(open_source(DataConfig(dataset=str(tmp_path / "table.parquet")))) is None
+    assert file_state_hash(open_source(DataConfig(dataset=str(tmp_path / "table.parquet")))) is None
 
 
 @pytest.mark.row(68, ONCE)
@@ -668,7 +673,7 @@ def test_with_wide_features_more_are_drawn(tmp_path, reads, monkeypatch, trials)
     )
     with pytest.raises(InputError, match="need 2049 images, but there are 1797"):
         Monitor(config, open_source(config.data), "cpu")
-    monkeypatch.setattr(sources.ImageTable, "__len__", lambda self: 5000)
+    monkeypatch.setattr(ImageTable, "__len__", lambda self: 5000)
     assert Monitor(config, open_source(config.data), "cpu").count == 2049
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from debias_diffusers.config.registry import WEIGHTINGS
-from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.config.validation.objective import objective_problems
 from debias_diffusers.diffusion.loss import Terms, make_objective
 from debias_diffusers.errors import InputError, NotFiniteError
@@ -270,7 +270,7 @@ def test_debiased_weights_are_those_of_a_table_worked_out_by_hand(schedule, spac
 
 @pytest.mark.row(33, "the debiased weights are those of the paper at every timestep, for every prediction type")
 def test_how_a_weight_is_brought_to_other_spaces_is_said_where_it_is_chosen():
-    said = (ROOT / "debias_diffusers" / "config" / "schema.py").read_text()
+    said = (ROOT / "debias_diffusers" / "config" / "schema" / "objective.py").read_text()
     assert "one objective whatever the prediction type" in said
     assert "1/sqrt(SNR)" in (ROOT / "README.md").read_text()
 

@@ -23,9 +23,15 @@ from safetensors.torch import load_file, save_file
 import debias_diffusers
 from debias_diffusers import cli, parsing
 from debias_diffusers.config.loading import to_json
-from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig, ScoreConfig, StatsConfig, TrainConfig
+from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.config.schema.evaluation import BitsConfig, MeasureConfig, ScoreConfig, StatsConfig
+from debias_diffusers.config.schema.objective import WeightsConfig
+from debias_diffusers.config.schema.sampling import SampleConfig
+from debias_diffusers.config.schema.training import TrainConfig
 from debias_diffusers.convert.guided_diffusion import guided
-from debias_diffusers.data import images, sources
+from debias_diffusers.data import images
+from debias_diffusers.data.sources.opening import open_source
+from debias_diffusers.data.sources.table import ImageTable
 from debias_diffusers.errors import CannotWriteError, DebiasError, InputError
 from debias_diffusers.evaluation import likelihood, plots, score, statistics
 from debias_diffusers.evaluation.results import as_json
@@ -129,8 +135,8 @@ def results(data, out):
             StatsConfig(reference=str(data), out=str(out / "stats.safetensors"), measure=measure)
         ),
         "bits.json": lambda: likelihood.bits_per_dimension(BitsConfig(model=str(data), output=str(out / "bits.json"))),
-        "weights.csv": lambda: plots.plot_weights(parsing.parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
-        "weights.png": lambda: plots.plot_weights(parsing.parse(cli.WeightsConfig, ["--output_dir", str(out)], None, "", "")),
+        "weights.csv": lambda: plots.plot_weights(parsing.parse(WeightsConfig, ["--output_dir", str(out)], None, "", "")),
+        "weights.png": lambda: plots.plot_weights(parsing.parse(WeightsConfig, ["--output_dir", str(out)], None, "", "")),
         "run-first-batch.png": lambda: dry_run.dry_run(cli.train_config(dry, None)),
     }
 
@@ -214,7 +220,7 @@ def test_results_of_a_model_are_replaced_and_pictures_of_the_first_version_too(t
 def test_a_letter_that_is_named_like_a_temporary_file_stays(trained, tmp_path):
     (tmp_path / ".draft-letter").write_text("dear")
     with pytest.raises(InputError, match=r"holds other files, such as \.draft-letter"):
-        files_of = parsing.parse(cli.SampleConfig, [str(trained), "--output_dir", str(tmp_path), "--num_images", "1"], None, "", "")
+        files_of = parsing.parse(SampleConfig, [str(trained), "--output_dir", str(tmp_path), "--num_images", "1"], None, "", "")
         cli_sample(files_of)
     with pytest.raises(InputError, match="already exists"):
         guided("model.pt", "--image_size 8 --num_heads 1", str(tmp_path))
@@ -303,20 +309,20 @@ CACHES = "a cache or home folder that cannot be written does not stop a command"
 @pytest.mark.parametrize("options", [{}, {"class_conditional": True}, {"dataset": "emoji"}])
 def test_embedded_data_need_no_cache_and_are_what_runs_have_written_down(options, monkeypatch):
     config = DataConfig(**{"dataset": "digits", **options})
-    file = Path(sources.__file__).parent / f"{config.dataset}.parquet"
-    theirs = sources.ImageTable(datasets.load_dataset("parquet", split="train", data_files=str(file)), config)
+    file = Path(images.__file__).parent / f"{config.dataset}.parquet"
+    theirs = ImageTable(datasets.load_dataset("parquet", split="train", data_files=str(file)), config)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("needs its cache"))
-    ours = sources.open_source(config)
+    ours = open_source(config)
     assert ours.fingerprint() == theirs.fingerprint() and ours.class_names == theirs.class_names
     assert [ours.read(k) for k in range(len(ours))] == [theirs.read(k) for k in range(len(theirs))]
 
 
 @pytest.mark.row(55, CACHES)
 def test_a_data_set_that_needs_a_cache_says_how_to_name_another(tmp_path, monkeypatch):
-    shutil.copy(Path(sources.__file__).parent / "digits.parquet", tmp_path / "mine.parquet")
+    shutil.copy(Path(images.__file__).parent / "digits.parquet", tmp_path / "mine.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nowhere/datasets")
     with pytest.raises(InputError, match=r"/proc/nowhere/datasets cannot be written: name a folder that can with .* HF_HOME"):
-        sources.open_source(DataConfig(dataset=str(tmp_path / "mine.parquet")))
+        open_source(DataConfig(dataset=str(tmp_path / "mine.parquet")))
 
 
 @pytest.mark.row(55, CACHES)
@@ -396,9 +402,9 @@ def test_a_wrong_flag_is_told_whatever_the_encoding_and_the_width(encoding, monk
             cli.train_config(arguments, None)
         assert str(error.value).startswith(sentence)
     with pytest.raises(InputError, match=r"^model is missing: it stands without a flag, before the options; sample\.py --help"):
-        parsing.parse(cli.SampleConfig, ["--model", "run"], None, "sample.py", "")
+        parsing.parse(SampleConfig, ["--model", "run"], None, "sample.py", "")
     with pytest.raises(InputError, match=r"^model is missing: a run directory, .*; sample\.py --help lists all flags$"):
-        parsing.parse(cli.SampleConfig, [], None, "sample.py", "")
+        parsing.parse(SampleConfig, [], None, "sample.py", "")
 
 
 def test_a_module_that_is_no_command_says_what_to_run(capsys):

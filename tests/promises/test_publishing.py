@@ -18,7 +18,7 @@ from conftest import HANG, command, cpu_of_children, gone, metrics, newest_step,
 from pushing import Worker, copy_of, environment, repository, served, settle
 from safetensors.numpy import load, save
 
-from debias_diffusers.config.schema import HubConfig
+from debias_diffusers.config.schema.hub import HubConfig
 from debias_diffusers.hub import publish
 from debias_diffusers.hub.client import PREFLIGHT
 from debias_diffusers.runs import checkpoints

@@ -17,7 +17,10 @@ from text_models import make_base
 from debias_diffusers.cli import train_config
 from debias_diffusers.config.loading import CHANGEABLE, NOT_STORED, differences, flatten, stored, to_json
 from debias_diffusers.config.loading import update as updated
-from debias_diffusers.config.schema import ModelConfig, SampleConfig, ScoreConfig, TrainConfig
+from debias_diffusers.config.schema.evaluation import ScoreConfig
+from debias_diffusers.config.schema.network import ModelConfig
+from debias_diffusers.config.schema.sampling import SampleConfig
+from debias_diffusers.config.schema.training import TrainConfig
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.errors import InputError
 from debias_diffusers.parsing import parse

@@ -31,7 +31,7 @@ from test_sampling import loud_pipeline, small_pipeline, solved
 
 from debias_diffusers import PixelPipeline, cli
 from debias_diffusers.config.loading import update
-from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.diffusion.noise_schedule import make_schedule, prediction_of_x_0
 from debias_diffusers.errors import InputError
 from debias_diffusers.hub.model_card import model_card

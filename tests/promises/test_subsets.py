@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from debias_diffusers.config.schema import BitsConfig, DataConfig, MeasureConfig, ScoreConfig
-from debias_diffusers.data.sources import open_source
+from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.config.schema.evaluation import BitsConfig, MeasureConfig, ScoreConfig
+from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import score
 from debias_diffusers.evaluation.image_sets import images_of_folder, images_of_npz, images_of_source

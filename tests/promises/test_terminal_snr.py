@@ -13,7 +13,7 @@ from here import tiny, trained_here
 
 from debias_diffusers import cli
 from debias_diffusers.config.loading import packaged_configs
-from debias_diffusers.config.schema import ObjectiveConfig
+from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.diffusion import noise_schedule
 from debias_diffusers.diffusion.noise_schedule import make_schedule, require_noise_at_the_end, terminal_snr_problem
 from debias_diffusers.errors import InputError

@@ -7,7 +7,8 @@ from pathlib import PurePath
 
 from ..hub_names import absolute_path, data_problems
 from ..ranges import range_problems
-from ..schema import ShardsMakeConfig, SingleConfig
+from ..schema.conversion import SingleConfig
+from ..schema.data import ShardsMakeConfig
 
 
 def single_problems(config: SingleConfig) -> list[str]:

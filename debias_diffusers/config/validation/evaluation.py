@@ -9,7 +9,7 @@ from ..aliases import value_suggestion
 from ..hub_names import is_model_id
 from ..ranges import range_problems
 from ..registry import METRICS, SOLVERS
-from ..schema import BiasConfig, BitsConfig, MeasureConfig, ReportConfig, ScoreConfig, StatsConfig
+from ..schema.evaluation import BiasConfig, BitsConfig, MeasureConfig, ReportConfig, ScoreConfig, StatsConfig
 from .network_weights import network_weights_problems
 
 
@@ -19,8 +19,7 @@ def score_problems(config: ScoreConfig) -> list[str]:
     found += measure_problems(config.measure) + _file_problems("output", config.output)
     if config.prompts is not None and not Path(config.prompts).is_file():
         found.append(f"prompts {config.prompts} is no file; name one with a prompt a line")
-    if config.base_model is not None and not (is_model_id(config.base_model) or Path(config.base_model).expanduser().is_dir()):
-        found.append(f"base_model {config.base_model} does not exist; name a pipeline folder or a Hub id")
+    found += _base_model_problems(config.base_model)
     if not config.targets:
         found.append("targets are missing; name a run, a pipeline folder, a folder of images or an .npz file")
     for name in config.schedulers.split(","):
@@ -76,6 +75,7 @@ def bias_problems(config: BiasConfig) -> list[str]:
         found.append(f"swap is on, but {len(config.runs)} runs are named; it takes two: name two, or leave it out")
     if not config.swap and config.swap_steps != BiasConfig(runs=()).swap_steps:
         found.append(f"swap_steps is {config.swap_steps}, but swap is off; add --swap or leave swap_steps out")
+    found += _base_model_problems(config.base_model)
     if not config.output_dir:
         found.append("output_dir is empty; name a folder, such as bias")
     if config.metrics is not None:
@@ -124,6 +124,13 @@ def clip_problems(field: str, metrics: str, clip_model: str | None) -> list[str]
     if clip_model and not clip:
         return [f"clip_model is {clip_model}, but {field} has no clip_score; add it, or leave clip_model out"]
     return []
+
+
+def _base_model_problems(name: str | None) -> list[str]:
+    """A base model of LoRAs that is neither a folder nor a Hub id."""
+    if name is None or is_model_id(name) or Path(name).expanduser().is_dir():
+        return []
+    return [f"base_model {name} does not exist; name a pipeline folder or a Hub id"]
 
 
 def _file_problems(field: str, path: str | None) -> list[str]:

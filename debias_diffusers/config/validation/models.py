@@ -8,7 +8,9 @@ from collections.abc import Collection
 
 from ..loading import MODEL_NUMBERS, TEXT_FIELDS, fields_of_other_tasks, flatten
 from ..prompts import broken_text
-from ..schema import DIGITS, ModelConfig, TrainConfig, channel_mult
+from ..schema.data import DIGITS
+from ..schema.network import ModelConfig, channel_mult
+from ..schema.training import TrainConfig
 
 
 def pixel_problems(config: TrainConfig) -> list[str]:

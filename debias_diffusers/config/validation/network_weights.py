@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..schema import SIGMA_REL
+from ..schema.types import SIGMA_REL
 
 
 def network_weights_problems(weights: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from ..aliases import value_suggestion
 from ..ranges import range_problems
 from ..registry import TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, Parametrized, parameters_of
-from ..schema import BETA_ENDS, ObjectiveConfig, WeightsConfig, is_straight, noise_schedule
+from ..schema.objective import BETA_ENDS, ObjectiveConfig, WeightsConfig, is_straight, noise_schedule
 
 MIN_SNR_FLOOR = 1e-4  # to be a bound worth its name: the debiased weights of the cosine schedule are then up to 100
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..schema import ObjectiveConfig, OptimizationConfig, TrainConfig
+from ..schema.objective import ObjectiveConfig
+from ..schema.training import OptimizationConfig, TrainConfig
 
 
 def optimization_problems(optimization: OptimizationConfig, num_processes: int) -> list[str]:

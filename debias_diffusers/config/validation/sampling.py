@@ -8,7 +8,8 @@ from itertools import pairwise
 from ..prompts import broken_text
 from ..ranges import range_problems
 from ..registry import SOLVERS, parameters_of
-from ..schema import SampleConfig, Task
+from ..schema.sampling import SampleConfig
+from ..schema.types import Task
 from .network_weights import network_weights_problems
 
 

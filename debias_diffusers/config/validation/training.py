@@ -9,7 +9,9 @@ import re
 from .. import shard_names
 from ..loading import CHANGEABLE, NEVER, ON_PURPOSE, flatten, is_text
 from ..ranges import range_problems
-from ..schema import DataConfig, NoiseConfig, RunConfig, TrainConfig
+from ..schema.data import DataConfig
+from ..schema.objective import NoiseConfig
+from ..schema.training import RunConfig, TrainConfig
 from .evaluation import clip_problems, metrics_problems, prompt_metrics_problems
 from .models import pixel_problems, text_problems
 from .objective import objective_problems

@@ -6,7 +6,7 @@ from collections.abc import Callable, Container
 
 from ..loading import flatten, update
 from ..registry import TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, parameters_of
-from ..schema import TrainConfig
+from ..schema.training import TrainConfig
 from .training import train_problems
 
 # Values of a preset (--config, or the digits' own) that give way to a flag which they do not go with. Not what defines the objective.

@@ -12,13 +12,16 @@ from typing import IO
 
 from tqdm import tqdm
 
-from ...config.schema import DataConfig, ShardsConfig, ShardsMakeConfig
+from ...config.schema.data import DataConfig, ShardsConfig, ShardsMakeConfig
 from ...errors import InputError, raise_all
 from ...utils.console import say
 from ...utils.files import LOCK, acquire_lock, atomic_write, new_folder, read_json, remove, remove_temporary_files, write_file
 from .. import images
 from ..captions import Captions, read_captions
-from ..sources import Source, open_source, summary, unreadable_images
+from ..sources.base import Source
+from ..sources.checks import unreadable_images
+from ..sources.opening import open_source
+from ..sources.summary import summary
 from . import tar
 from .files import LocalFiles
 from .source import CLASSES, ShardedSource

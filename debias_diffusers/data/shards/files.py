@@ -72,10 +72,10 @@ class ShardFiles(Protocol):
         """Size and version. Raises DebiasError where the file is not there."""
 
     def open(self, name: str) -> IO[bytes]:
-        """A file opened for reading, whole. Raises DebiasError."""
+        """A file opened for reading. Raises DebiasError, and so may reading from it."""
 
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Says which files are needed next."""
+    def prefetch(self, units: Sequence[Unit]) -> None:
+        """Says which units are read next, in this order."""
 
     def beside(self, name: str) -> bytes | None:
         """A small file in the folder of the shards; None where there is none. Raises DebiasError where it cannot be read."""
@@ -123,7 +123,7 @@ class LocalFiles:
         except OSError as error:
             raise InputError(f"shard {self.where(name)} cannot be read: {reason(error)}") from error
 
-    def prefetch(self, names: Sequence[str]) -> None:
+    def prefetch(self, units: Sequence[Unit]) -> None:
         """Nothing: the files are here."""
 
     def beside(self, name: str) -> bytes | None:

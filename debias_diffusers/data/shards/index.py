@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,10 +25,11 @@ import pyarrow
 import pyarrow.compute
 from tqdm import tqdm
 
-from ...config.schema import DataConfig
+from ...config.schema.data import DataConfig
 from ...errors import CannotWriteError, DebiasError, InputError, raise_all
 from ...utils.console import say
-from ...utils.files import atomic_write
+from ...utils.files import atomic_write, remove_old_temporary_files
+from ...utils.signals import stop_with_parent
 from . import parquet, tar
 from .files import FORMAT, FileState, IndexKey, ShardFiles, Unit, cache_folder
 from .rows import SCHEMA, Part
@@ -52,8 +54,8 @@ class Index:
         self.path, self.about, self.table = path, about, table
         self.units = [Unit(about["files"][file][0], group, images) for file, group, images in about["units"]]
         self.starts = np.cumsum([0, *(unit.images for unit in self.units)])
-        numbers = ("offset", "size", "crc32", "height", "width")
-        self.offset, self.size, self.crc32, self.height, self.width = (_array(table[name]).to_numpy() for name in numbers)
+        numbers = ("offset", "size", "crc32", "height", "width")  # not by `to_numpy`, which imports pandas
+        self.offset, self.size, self.crc32, self.height, self.width = (np.from_dlpack(_array(table[name])) for name in numbers)
         self._key, self._label, self._captions = (_array(table[name]) for name in ("key", "label", "captions"))
 
     def __reduce__(self) -> tuple[Any, ...]:  # for data loader workers that are not forked: they map the file, too
@@ -242,6 +244,7 @@ def _write(files: ShardFiles, key: IndexKey, index: Index) -> Index:
 
 
 def _written(path: Path, table: pyarrow.Table) -> Index:
+    remove_old_temporary_files(path.parent)
     with atomic_write(path) as file, pyarrow.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)  # one batch, because its columns are in one piece
     return read(path)
@@ -314,7 +317,10 @@ def _read_all(files: ShardFiles, key: IndexKey, names: Sequence[str], total: int
     with contextlib.ExitStack() as opened:
         each: Callable[..., Any] = map
         if processes > 1 and total > SMALL:
-            each = opened.enter_context(ProcessPoolExecutor(processes)).map
+            # Without a parent they would wait forever for work, and hold its lock, which they inherit.
+            end = partial(stop_with_parent, os.getpid(), signal.SIGKILL)
+            pool = opened.enter_context(ProcessPoolExecutor(processes, initializer=end))
+            each = partial(pool.map, chunksize=-(-len(names) // (8 * processes)))  # of which each comes with all of `files`
         try:
             answers = list(tqdm(each(work, names), "indexing the shards", len(names), leave=False, delay=5))
         except BrokenProcessPool as error:
@@ -355,7 +361,7 @@ def _update(digest: Any, array: pyarrow.Array) -> None:
     if array.null_count:
         digest.update(np.packbits(array.is_null().to_numpy(zero_copy_only=False)))
     if pyarrow.types.is_large_list(array.type):
-        digest.update(np.diff(array.offsets.to_numpy()))
+        digest.update(np.diff(np.from_dlpack(array.offsets)))
         _update(digest, array.flatten())
     elif pyarrow.types.is_large_string(array.type):
         ends = np.frombuffer(array.buffers()[1], np.int64)[array.offset : array.offset + len(array) + 1] if len(array) else np.zeros(1, int)
@@ -363,7 +369,7 @@ def _update(digest: Any, array: pyarrow.Array) -> None:
         if ends[-1] > ends[0]:
             digest.update(memoryview(array.buffers()[2])[ends[0] : ends[-1]])
     else:
-        digest.update(np.ascontiguousarray(array.to_numpy()))
+        digest.update(np.ascontiguousarray(np.from_dlpack(array)))
 
 
 def _array(column: pyarrow.ChunkedArray) -> pyarrow.Array:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import IO, Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 
@@ -16,13 +18,27 @@ from ...errors import InputError, reason
 from .files import Columns, ShardFiles, Unit
 from .rows import Part, Rows
 
-MAX_GROUPS = 64  # row groups that a process keeps in memory
+# A process drops row groups that it still needs only when it has more than so many, of more bytes.
+KEPT_GROUPS, KEPT_BYTES = 64, 2 * 10**9
 
 
 def read_schema(file: IO[bytes], where: str) -> pyarrow.Schema:
     """The columns of a file. Raises InputError where it is no parquet file."""
     with _told(where):
         return pyarrow.parquet.ParquetFile(file).schema_arrow
+
+
+def row_groups(file: IO[bytes], where: str) -> list[tuple[int, int]]:
+    """The first byte of each row group, and that after its last, by the footer. Raises InputError where it is no parquet file."""
+    with _told(where):
+        metadata = pyarrow.parquet.ParquetFile(file).metadata
+        return [_place(metadata.row_group(group)) for group in range(metadata.num_row_groups)]
+
+
+def _place(group: Any) -> tuple[int, int]:
+    columns = [group.column(number) for number in range(group.num_columns)]
+    firsts = [column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset for column in columns]
+    return min(firsts), max(first + column.total_compressed_size for first, column in zip(firsts, columns))
 
 
 def read_rows(file: IO[bytes], name: str, where: str, columns: Columns) -> Part:
@@ -85,18 +101,31 @@ def _told(where: str) -> Iterator[None]:
         raise InputError(f"shard {where} is no whole parquet file ({reason(error)}); write or fetch it anew") from error
 
 
+def memory_warning(sizes: np.ndarray, window: int) -> list[str]:
+    """A sentence where the row groups of a window take much memory. `sizes`: of all row groups, in bytes, decoded."""
+    largest = np.sort(sizes)[::-1][:window]
+    if (size := int(largest.sum())) <= KEPT_BYTES:
+        return []
+    what = f"the row groups of shuffle_window {window} take up to {size / 1e9:.3g} GB of memory in each data loader worker"
+    if len(largest) <= KEPT_GROUPS:
+        return [f"{what}; a smaller one takes less"]
+    kept = f"which keeps {KEPT_BYTES / 1e9:g} GB, or {KEPT_GROUPS} row groups, and reads others anew for each image"
+    return [f"{what}, {kept}; take a smaller one, or make .tar shards with python -m debias_diffusers.shards make"]
+
+
 class RowGroupReader:
-    """Images of parquet files; keeps the row groups that were read last in memory."""
+    """Images of parquet files; keeps row groups in memory, so that each is read once while images of it are needed."""
 
     def __init__(self, files: ShardFiles, image_column: str, groups: int) -> None:
-        """Keeps so many row groups, at most `MAX_GROUPS`."""
-        self.files, self.image_column = files, image_column
+        """Keeps so many row groups beside those that `prefetch` has named."""
+        self.files, self.image_column, self.groups = files, image_column, groups
         self._lock = threading.Lock()  # a parquet file is read by one thread at once
-        self._group = lru_cache(min(groups, MAX_GROUPS))(self._read)
-        self._opened = lru_cache(min(groups, 16))(self._open)
+        self._soon: set[tuple[str, int]] = set()  # what the last `prefetch` has named
+        self._kept: OrderedDict[tuple[str, int], Any] = OrderedDict()  # images by file and row group, those used last at the end
+        self._opened = lru_cache(16)(self._open)
 
     def __reduce__(self) -> tuple[Any, ...]:  # for data loader workers that are not forked
-        return RowGroupReader, (self.files, self.image_column, self._group.cache_parameters()["maxsize"])
+        return RowGroupReader, (self.files, self.image_column, self.groups)
 
     def content(self, unit: Unit, offset: int, size: int) -> bytes:
         """As of `source.Reader`; the offset is the number of the row."""
@@ -104,9 +133,28 @@ class RowGroupReader:
             cells = self._group(unit.name, unit.group)
             return cells[offset].as_py() or b"" if offset < len(cells) else b""
 
+    def prefetch(self, units: Sequence[Unit]) -> None:
+        """As of `source.Reader`; drops all others."""
+        with self._lock:
+            self._soon = {(unit.name, unit.group) for unit in units}
+            for group in self._kept.keys() - self._soon:
+                del self._kept[group]
+
     def close(self) -> None:
         """As of `source.Reader`."""
         self._opened.cache_clear()
+
+    def _group(self, *group: Any) -> Any:
+        if group in self._kept:
+            self._kept.move_to_end(group)
+            return self._kept[group]
+        others = [key for key in self._kept if key not in self._soon]
+        if group not in self._soon and len(others) >= self.groups:
+            del self._kept[others[0]]
+        if len(self._kept) >= KEPT_GROUPS and sum(cells.nbytes for cells in self._kept.values()) > KEPT_BYTES:
+            self._kept.popitem(last=False)
+        self._kept[group] = found = self._read(*group)
+        return found
 
     def _read(self, name: str, group: int) -> Any:
         # A file that a forked process has open, too, has one place for both.

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 
-from ...config.schema import DataConfig
+from ...config.schema.data import DataConfig
 from ...errors import InputError, reason
 from ..image_folders import as_labels
 from ..labels import ClassOrder, label_numbers, renumbered
@@ -85,6 +85,9 @@ class Reader(Protocol):
     def content(self, unit: Unit, offset: int, size: int) -> bytes:
         """The bytes of the image at an offset of a unit, as the index has it. Raises DebiasError where the shard cannot be read."""
 
+    def prefetch(self, units: Sequence[Unit]) -> None:
+        """Says which units are read next."""
+
     def close(self) -> None:
         """Closes the files that it has opened."""
 
@@ -104,6 +107,9 @@ class TarReader:
         """As of `Reader`."""
         file: IO[bytes] = self._opened(unit.name)
         return os.pread(file.fileno(), size, offset)
+
+    def prefetch(self, units: Sequence[Unit]) -> None:
+        """As of `Reader`; nothing."""
 
     def close(self) -> None:
         """As of `Reader`."""
@@ -126,7 +132,7 @@ class ShardedSource:
             key: of the index.
             class_conditional: read the labels.
             order: of the labels.
-            window: row groups that are read at once.
+            window: row groups whose images are shuffled together; each is read by itself if None.
 
         Raises:
             InputError: as of `open_index`; there are no labels where they are asked for.
@@ -141,10 +147,12 @@ class ShardedSource:
             self._read_labels(order)
         # Files of a server that are open stay in the cache: no more than are needed.
         self._reader: Reader = TarReader(files, OPEN_FILES if files.folder else window or 2)
+        self.warnings: list[str] = []  # of the memory that reading takes
         if key.kind == "parquet":
-            from .parquet import RowGroupReader
+            from .parquet import RowGroupReader, memory_warning
 
             self._reader = RowGroupReader(files, str(key.columns.image), (window or 1) + 1)
+            self.warnings = memory_warning(np.add.reduceat(self.index.size, self.index.starts[:-1]), window or 1)
 
     def _read_labels(self, order: ClassOrder) -> None:
         where = f"label_column of {self.shard_files.where('')}"
@@ -208,7 +216,9 @@ class ShardedSource:
 
     def prefetch(self, shards: Sequence[int] | np.ndarray) -> None:
         """Says which shards are read next, in this order."""
-        self.shard_files.prefetch(list(dict.fromkeys(self.index.units[shard].name for shard in shards)))
+        units = [self.index.units[shard] for shard in shards]
+        self._reader.prefetch(units)
+        self.shard_files.prefetch(units)
 
     def sizes(self) -> np.ndarray:
         """As of `Source`."""

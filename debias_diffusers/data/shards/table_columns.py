@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...config.schema import DataConfig
+from ...config.schema.data import DataConfig
 from ...errors import InputError
 
 COLUMNS = ("text", "caption", "prompt")  # of captions, in this order, where no column is named
