@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import huggingface_hub
 import pyarrow.parquet
 import pytest
 import torch
@@ -174,7 +175,8 @@ def test_a_server_that_fails_is_said_and_its_no_is_not_hidden_by_the_cache(worke
 def test_dropped_connections_while_loading_are_tried_again(worker, server, trained, tmp_path):
     assert worker.push(copy_of(trained, tmp_path / "run"), "--hub_model_id", "alice/new")[0] == 0
     server.clear()
-    for path in ("/api/models/alice/new$", "/tree/", "/resolve/.*json", "/cdn/"):
+    listing = ["/tree/"] if int(huggingface_hub.__version__.partition(".")[0]) >= 2 else []  # older ones take it from the answer before
+    for path in ("/api/models/alice/new$", *listing, "/resolve/.*json", "/cdn/"):
         server.fault(method="GET", path=path, action="drop")
     code, said = sampled(worker, "alice/new", tmp_path / "drawn")
     assert code == 0 and "trying again" in said, said

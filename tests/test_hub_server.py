@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import huggingface_hub
 import pytest
 from conftest import wait_for
 from hub import request
@@ -179,6 +180,7 @@ say([api.dataset_info("lab/images").sha, sorted(tree), hf_hub_download(filename=
     assert (tmp_path / path).read_bytes() == CONTENTS["notes/deep/zeros.bin"]
 
 
+@pytest.mark.skipif(huggingface_hub.__version__ < "2", reason="huggingface_hub 1 repeats other requests")
 def test_every_fault_reaches_the_client(lfs_hub, tmp_path):
     client(lfs_hub, tmp_path, "api.create_repo('alice/demo'); push('small.txt'); say(None)")
     lfs_hub.clear()

@@ -204,6 +204,8 @@ def ready(config: HubConfig, waits: tuple[float, ...] = WAITS) -> str:
 
 # ---- downloads -------------------------------------------------------------------------------------------------------
 
+_taken_from_cache: set[str] = set()  # user/name@commit, as the Hub could not be reached
+
 
 def pinned(name: str, kind: str = "model") -> str:
     """`user/name` or `user/name@revision` as `user/name@commit`, with the commit that the revision has now.
@@ -217,8 +219,6 @@ def pinned(name: str, kind: str = "model") -> str:
     Raises:
         HubError: no such repository, or no access to it; or the Hub cannot be reached and the cache has nothing.
     """
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     if file := hub_file(name):
         return file.at(split_revision(pinned(f"{file.repo}@{file.revision}" if file.revision else file.repo, "dataset"))[1])
     repo, revision = split_revision(name)
@@ -231,12 +231,10 @@ def pinned(name: str, kind: str = "model") -> str:
         if kind == "dataset":  # the datasets library has a cache of its own
             say(f"warning: {error}; what the cache has of {name} may not be its newest")
             return name
-        try:
-            commit = _download(repo, revision, [MODEL_INDEX], local_files_only=True).name
-        except LocalEntryNotFoundError:
-            raise error from None
+        commit = _cached(repo, revision, [MODEL_INDEX], error).name
         say(f"warning: {error}; it is taken from the cache as of commit {commit}, which may not be its newest")
-        return f"{repo}@{commit}"
+        _taken_from_cache.add(found := f"{repo}@{commit}")
+        return found
     if kind == "model":  # into the cache under its branch or tag, for a later start without the Hub
         retried(functools.partial(_download, repo, revision, [MODEL_INDEX]), f"downloading {name}")
     return f"{repo}@{info.sha}"
@@ -248,6 +246,16 @@ def _download(repo: str, revision: str | None, patterns: list[str], **options: A
 
     api()  # sets the time limits
     return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, **options))
+
+
+def _cached(repo: str, revision: str | None, patterns: list[str], error: UnreachableError) -> Path:
+    """As `_download`, of the cache alone; raises `error` where it has nothing."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return _download(repo, revision, patterns, local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise error from None
 
 
 def download_model(name: str, variant: str | None = None, allow_pickle: bool = False) -> Path:
@@ -292,8 +300,13 @@ def configurations(model: str, *more: str) -> Path:
 
 def download_files(name: str, patterns: list[str]) -> Path:
     """A folder with the files of a repository whose names match; raises as `pinned`."""
-    repo, commit = split_revision(pinned(name))
-    return retried(functools.partial(_download, repo, commit, patterns), f"downloading {name}", WAITS[:2])
+    repo, commit = split_revision(name := pinned(name))
+    try:
+        return retried(functools.partial(_download, repo, commit, patterns), f"downloading {name}", WAITS[:2])
+    except UnreachableError as error:
+        if name not in _taken_from_cache:
+            raise
+        return _cached(repo, commit, patterns, error)  # huggingface_hub below 2 does so for some errors of the connection only
 
 
 def bin_refused(model: str, file: str) -> InputError:
