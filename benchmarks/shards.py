@@ -118,7 +118,7 @@ def whole_run(base: str, dataset: str) -> None:
     """Prints the wall and CPU seconds of the parts of a text-to-image run until the end of its first step, and its memory in MB."""
     from debias_diffusers import cli
     from debias_diffusers.tasks.text_to_image import TextToImageTask
-    from debias_diffusers.training import setup
+    from debias_diffusers.training.setup import plan
     from debias_diffusers.training.trainer import Trainer
 
     for name in ("StableDiffusionXLPipeline", "UNet2DConditionModel", "AutoencoderKL"):
@@ -140,7 +140,7 @@ def whole_run(base: str, dataset: str) -> None:
 
     parts = {"base_of_run": "base model", "open_data": "index", "captioned": "check of images"}
     for name, part in parts.items():
-        timed(setup, name, part)
+        timed(plan, name, part)
     tasks = {"__init__": "buckets, order, text encoders and VAE", "say_data": "captions are counted", "prepare": "what is kept"}
     for name, part in tasks.items():
         timed(TextToImageTask, name, part)

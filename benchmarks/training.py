@@ -153,7 +153,7 @@ def ours(flags: list[str], clock: Clock) -> dict[str, Any]:
     from debias_diffusers.runs.run_directory import open_run
     from debias_diffusers.training import device, trainer
     from debias_diffusers.training.hooks import Checkpointer
-    from debias_diffusers.training.setup import make_trainer
+    from debias_diffusers.training.setup.build import make_trainer
 
     config = train_config([flag for flag in flags if flag not in WORDS], None)
     # Backward with the release of its graph, which the plain loops have within forward, where a name gets its next value.
@@ -395,7 +395,7 @@ def measured(name: str, loop: Loop, flags: str, options: argparse.Namespace, **c
     # A process that has asked CUDA for its devices cannot be forked; the server only asks the driver whether there is one.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["debias_diffusers.cli", "debias_diffusers.training.setup", "debias_diffusers.tasks.text_to_image"])
+    server.set_forkserver_preload(["debias_diffusers.cli", "debias_diffusers.training.setup.build", "debias_diffusers.tasks.text_to_image"])
     with ProcessPoolExecutor(1, mp_context=server) as pool:
         try:
             return pool.submit(one, argparse.Namespace(**{**vars(options), "wait": False, "trace": None, **changes}), loop, flags).result()

@@ -81,7 +81,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
         "debias_diffusers.cli",
-        "debias_diffusers.training.setup",
+        "debias_diffusers.training.setup.build",
         "debias_diffusers.training.start",
         "debias_diffusers.sampling.generate",
         "debias_diffusers.evaluation.score",

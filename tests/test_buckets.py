@@ -21,7 +21,7 @@ from debias_diffusers.data import images
 from debias_diffusers.data.buckets import BucketOrder, Buckets, bucket_sizes, side_step
 from debias_diffusers.data.dataset import PositionBatchSampler, load_batch
 from debias_diffusers.tasks import frozen_parts
-from debias_diffusers.training import setup
+from debias_diffusers.training.setup.plan import prepare
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ def parsed(base, data):
 
 def plan_of(base, data, **values):
     config, chosen = parsed(base, data)
-    return setup.prepare(update(config, values), None, Accelerator(), chosen)
+    return prepare(update(config, values), None, Accelerator(), chosen)
 
 
 def test_samples_have_the_crop_noise_and_conditions_of_their_size(base, data):

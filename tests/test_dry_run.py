@@ -13,9 +13,11 @@ from PIL import Image
 from debias_diffusers.data.dataset import load_batch
 from debias_diffusers.errors import InputError, RunInUseError
 from debias_diffusers.runs.run_directory import open_run
-from debias_diffusers.training import device, setup
+from debias_diffusers.training import device
 from debias_diffusers.training import dry_run as dry_run_module
 from debias_diffusers.training.dry_run import dry_run, estimated_memory, on_meta
+from debias_diffusers.training.setup.build import build
+from debias_diffusers.training.setup.plan import prepare
 from debias_diffusers.training.start import train
 from debias_diffusers.utils import memory
 
@@ -87,7 +89,7 @@ def test_a_run_in_use_is_refused(uncounted, trained, tmp_path):
 
 def test_a_network_that_does_not_fit_is_not_built(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "free_memory", lambda: 1000)
-    monkeypatch.setattr(setup, "build", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(dry_run_module, "build", lambda *_: pytest.fail("built"))
     dry_run(tiny(tmp_path / "run"))
     assert "1 kB are free on this cpu: the training does not fit" in capsys.readouterr().out
 
@@ -128,7 +130,7 @@ def allocated_at_most(work):
 
 def measured_memory(plan):
     """Weights, averages, the optimizer's state and what is frozen, and what a step takes beside them at most: the second one."""
-    trainer, _ = setup.build(plan, None, Accelerator())
+    trainer, _ = build(plan, None, Accelerator())
     parts = [load_batch(plan.task.data, positions) for positions in trainer.positions.micro_batches(0)]
     batches = itertools.cycle(parts)
     trainer.step_alone(batches)
@@ -165,7 +167,7 @@ MANY_WEIGHTS = ["--resolution", 8, "--model_channels", 64, "--batch_size", 2]
 def test_the_estimated_memory_is_that_of_a_step(flags, tmp_path):
     AcceleratorState._reset_state(True)
     config = tiny(tmp_path / "run", *flags)
-    plan = setup.prepare(config, None, device.start_accelerator(config))
+    plan = prepare(config, None, device.start_accelerator(config))
     estimate = estimated_memory(plan.task, on_meta(plan.task)[0], config.optimization, "cpu")
     assert estimate.peak == pytest.approx(measured_memory(plan), rel=0.15)
     AcceleratorState._reset_state(True)
@@ -174,9 +176,9 @@ def test_the_estimated_memory_is_that_of_a_step(flags, tmp_path):
 def test_averages_in_main_memory_are_not_counted_on_a_gpu_and_change_nothing_on_a_cpu(tmp_path, capsys):
     AcceleratorState._reset_state(True)
     config = tiny(tmp_path / "run", "--ema_on_cpu")
-    plan = setup.prepare(config, None, device.start_accelerator(config))
+    plan = prepare(config, None, device.start_accelerator(config))
     assert "averages" not in estimated_memory(plan.task, on_meta(plan.task)[0], config.optimization, "cuda").kept
-    trainer, _ = setup.build(plan, None, Accelerator())
+    trainer, _ = build(plan, None, Accelerator())
     assert "ema_on_cpu changes nothing here" in capsys.readouterr().err
     assert {w.device.type for rate in trainer.state.optimizer_step.ema.averages.values() for w in rate.values()} == {"cpu"}
     AcceleratorState._reset_state(True)

@@ -35,7 +35,7 @@ from debias_diffusers.tasks.unet import build_unet
 from debias_diffusers.training import device
 from debias_diffusers.training.device import memory_format, start_accelerator, to_train
 from debias_diffusers.training.hooks import Checkpointer
-from debias_diffusers.training.setup import make_trainer
+from debias_diffusers.training.setup.build import make_trainer
 from debias_diffusers.training.trainer import Trainer
 from debias_diffusers.utils import memory
 from debias_diffusers.utils.background import BackgroundTask

@@ -23,7 +23,7 @@ from debias_diffusers import cli
 from debias_diffusers.config.loading import resolved, update
 from debias_diffusers.errors import CannotWriteError, StoppedError
 from debias_diffusers.tasks import frozen_parts, precompute, tensor_store
-from debias_diffusers.training import setup
+from debias_diffusers.training.setup.plan import prepare
 from debias_diffusers.utils.signals import SignalHandler
 
 NUMBERS = ("one", "two", "three", "four")
@@ -64,7 +64,7 @@ def configured(base, data, folder, **values):
 def task_of(base, data, folder, **values):
     """A task before anything is computed."""
     config, chosen = configured(base, data, folder, **values)
-    return setup.prepare(config, None, Accelerator(), chosen).task
+    return prepare(config, None, Accelerator(), chosen).task
 
 
 def prepared(base, data, folder, **values):

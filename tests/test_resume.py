@@ -26,7 +26,7 @@ from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.diffusion.timestep_samplers import TimestepSampler
 from debias_diffusers.errors import InputError
 from debias_diffusers.runs.run_directory import open_run, run_values
-from debias_diffusers.training import setup
+from debias_diffusers.training.setup import plan, state
 from debias_diffusers.training.trainer import Trainer
 
 
@@ -182,14 +182,14 @@ def test_a_change_whose_checkpoint_is_lost_applies_at_the_one_before(run_of_24, 
 
 def test_a_data_set_of_the_hub_keeps_the_commit_with_which_it_was_changed(run_of_24, monkeypatch):
     commits = iter(["a" * 40, "b" * 40])
-    monkeypatch.setattr(setup.client, "pinned", lambda name, kind: name if "@" in name else f"{name}@{next(commits)}")
+    monkeypatch.setattr(plan.client, "pinned", lambda name, kind: name if "@" in name else f"{name}@{next(commits)}")
     flags = ["--resume", run_of_24, "--dataset", "user/set", "--max_steps", 30, "--allow_change", "dataset"]
     for _ in range(2):  # typed again after a kill, the branch has moved on
         found = opened(*flags)
-        config = setup._config_of_run(configured(*flags), found)
+        config = plan._config_of_run(configured(*flags), found)
         assert config.data.dataset == f"user/set@{'a' * 40}"
         values = json.loads((run_of_24 / "config.json").read_text())
-        noted = setup._changes(config, found, found.state["data"])
+        noted = state._changes(config, found, found.state["data"])
         assert [(change["before"], change["after"]) for change in noted] == [("digits", config.data.dataset)]
         (run_of_24 / "config.json").write_text(json.dumps({**values, "dataset": config.data.dataset, "changes": noted}))
 

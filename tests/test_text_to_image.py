@@ -17,7 +17,7 @@ from text_models import BASE, make_base, text_args
 from debias_diffusers import cli
 from debias_diffusers.config.loading import resolved
 from debias_diffusers.errors import InputError
-from debias_diffusers.training import setup
+from debias_diffusers.training.setup.plan import prepare
 from debias_diffusers.utils import seeding
 
 PIPELINES = {"StableDiffusionXLPipeline": StableDiffusionXLPipeline, "StableDiffusionPipeline": StableDiffusionPipeline}
@@ -40,7 +40,7 @@ def plan_of(*args):
 
 def plan_of_flags(*flags):
     config, chosen = cli.train_command([str(flag) for flag in flags], None)
-    return setup.prepare(resolved(config, None), None, Accelerator(), chosen)
+    return prepare(resolved(config, None), None, Accelerator(), chosen)
 
 
 def batch_of(data, positions):

@@ -61,7 +61,7 @@ from debias_diffusers.runs.run_directory import open_run
 from debias_diffusers.tasks import pixels
 from debias_diffusers.training.ema import EMA
 from debias_diffusers.training.logger import Logger
-from debias_diffusers.training.setup import run_training
+from debias_diffusers.training.setup.build import run_training
 from debias_diffusers.training.trainer import Trainer, learning_rate
 from debias_diffusers.utils import distributed, seeding
 

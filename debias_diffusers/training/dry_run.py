@@ -33,9 +33,10 @@ from ..utils.distributed import broadcast_from_first
 from ..utils.files import require_replaceable, write_file
 from ..utils.sharding import gathered_bytes
 from ..utils.tensor_memory import backward_peak
-from . import setup
 from .device import sharded
 from .optimizer_step import state_bytes, temporary_bytes
+from .setup.build import accelerated, build, micro_batch_size
+from .setup.plan import Plan, prepare
 from .trainer import Trainer
 
 FIRST_IMAGES = 64  # in the picture of the first batch
@@ -54,8 +55,8 @@ def dry_run(config: TrainConfig, chosen: Collection[str] = ()) -> None:
     found = inspect_run(config) if first else None
     if first and config.optimization.compile:
         say("the network is compiled before its steps are measured, which takes minutes")
-    with setup.accelerated(config) as accelerator:
-        plan = setup.prepare(config, found, accelerator, chosen)
+    with accelerated(config) as accelerator:
+        plan = prepare(config, found, accelerator, chosen)
         network, flops = on_meta(plan.task)
         if first:
             _print_plan(plan, network)
@@ -71,7 +72,7 @@ def dry_run(config: TrainConfig, chosen: Collection[str] = ()) -> None:
             print(f"first batch: {picture}")
 
 
-def _print_plan(plan: setup.Plan, network: nn.Module) -> None:
+def _print_plan(plan: Plan, network: nn.Module) -> None:
     data, objective, optim = plan.task.data, plan.config.objective, plan.config.optimization
     print("\n".join(plan.task.describe()))
     print(f"steps per epoch: {len(data.source) / optim.batch_size:.1f}")
@@ -130,7 +131,7 @@ def on_meta(task: Task) -> tuple[nn.Module, int]:
     return network, counter.total
 
 
-def _cost(plan: setup.Plan, network: nn.Module, flops: int, accelerator: Accelerator) -> Iterator[str]:
+def _cost(plan: Plan, network: nn.Module, flops: int, accelerator: Accelerator) -> Iterator[str]:
     """Memory and time of the training, measured on two optimizer steps where its tensors fit into the free memory."""
     optim, device = plan.config.optimization, accelerator.device
     work = f"{_in_units(flops * optim.batch_size)}FLOP per step, {_in_units(flops)}FLOP per image"
@@ -145,7 +146,7 @@ def _cost(plan: setup.Plan, network: nn.Module, flops: int, accelerator: Acceler
         )
         yield f"time: unknown; {work}"
         return
-    trainer, _ = setup.build(dataclasses.replace(plan, monitor=None), None, accelerator)
+    trainer, _ = build(dataclasses.replace(plan, monitor=None), None, accelerator)
     seconds, peak = measure(trainer)
     left = max(0, optim.max_steps - trainer.checkpointer.saved_step)
     of = "" if device.type == "cuda" else " of the whole process"
@@ -192,7 +193,7 @@ def estimated_memory(
         network.bfloat16()
     if optim.gradient_checkpointing:
         network.enable_gradient_checkpointing()  # type: ignore[operator]
-    size = setup.micro_batch_size(optim, processes)
+    size = micro_batch_size(optim, processes)
     batch, t = task.dummy_batch(size), torch.zeros(size, dtype=torch.long)
     x_0, predict = task.x_0(batch, "cpu"), task.conditioned(network, batch, "cpu")
     gradients: Any = "dropped" if shards > 1 else "kept" if size < optim.batch_size else "made"

@@ -114,10 +114,11 @@ def precompute(config: TrainConfig, chosen: Collection[str] = ()) -> None:
     from ..utils.signals import stop_with_launcher
 
     stop_with_launcher()
-    from . import setup
+    from .setup.build import accelerated
+    from .setup.plan import prepare
 
-    with setup.accelerated(config) as accelerator:
-        setup.prepare(config, None, accelerator, chosen).task.prepare()
+    with accelerated(config) as accelerator:
+        prepare(config, None, accelerator, chosen).task.prepare()
         if accelerator.is_main_process:
             say(f"precompute_dir {text.precompute_dir} has what this training knows before its first step")
 
@@ -193,6 +194,6 @@ def _train_in(
             Publisher(run.folder, to, run.resume.step).finish(run.resume.step, stop)
         return
 
-    from . import setup
+    from .setup.build import run_training
 
-    setup.run_training(config, run, stop, to, chosen, callback)
+    run_training(config, run, stop, to, chosen, callback)

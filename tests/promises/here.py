@@ -8,7 +8,7 @@ from conftest import TINY
 from debias_diffusers.cli import train_config
 from debias_diffusers.runs.run_directory import open_run
 from debias_diffusers.training import device
-from debias_diffusers.training.setup import make_trainer
+from debias_diffusers.training.setup.build import make_trainer
 
 
 def tiny(folder, *flags):

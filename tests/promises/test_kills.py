@@ -43,7 +43,7 @@ from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.runs.run_directory import open_run
 from debias_diffusers.training import device, state_dicts
-from debias_diffusers.training.setup import make_trainer, run_training
+from debias_diffusers.training.setup.build import make_trainer, run_training
 from debias_diffusers.utils.signals import SignalHandler
 
 LONG = [*SMALL, "--max_steps", 36, "--checkpoint_every", 4]

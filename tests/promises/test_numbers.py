@@ -18,7 +18,7 @@ from debias_diffusers.diffusion.loss import Terms, make_objective
 from debias_diffusers.errors import InputError, NotFiniteError
 from debias_diffusers.tasks.pixels import PixelTask
 from debias_diffusers.training import state_dicts
-from debias_diffusers.training.setup import SKIPS_IN_A_ROW
+from debias_diffusers.training.setup.network import SKIPS_IN_A_ROW
 from debias_diffusers.training.trainer import Trainer
 
 SPOILT = 3  # the step that is spoilt, counted from 0: steps 1 to 3 are made, the fourth is not

@@ -36,8 +36,8 @@ from debias_diffusers.errors import CannotWriteError, DebiasError, InputError
 from debias_diffusers.evaluation import likelihood, plots, score, statistics
 from debias_diffusers.evaluation.results import as_json
 from debias_diffusers.runs.run_directory import MARKER, open_run
-from debias_diffusers.training import dry_run, setup
-from debias_diffusers.training.setup import run_training
+from debias_diffusers.training import dry_run
+from debias_diffusers.training.setup.build import run_training
 from debias_diffusers.utils import files
 from debias_diffusers.utils.signals import SignalHandler
 
@@ -159,7 +159,7 @@ def foreign(path):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("there", [foreign, lambda path: path.mkdir(parents=True), lambda path: (path.parent.mkdir(), os.mkfifo(path))])
 def test_a_file_of_somebody_else_is_refused_before_the_work(name, there, tmp_path, monkeypatch):
-    for module, work in ((score, "make_measure"), (likelihood, "open_model"), (plots, "_table"), (setup, "prepare")):
+    for module, work in ((score, "make_measure"), (likelihood, "open_model"), (plots, "_table"), (dry_run, "prepare")):
         monkeypatch.setattr(module, work, lambda *_: pytest.fail("the work has begun"))
     there(tmp_path / "out" / name)
     before = everything(tmp_path / "out")
@@ -171,7 +171,7 @@ def test_a_file_of_somebody_else_is_refused_before_the_work(name, there, tmp_pat
 @pytest.mark.row(54, "an error of printing does not lose the result, and a file that cannot be written is an error before the computation")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_result_that_cannot_be_written_is_said_before_the_work(name, tmp_path, monkeypatch):
-    for module, work in ((score, "make_measure"), (likelihood, "open_model"), (plots, "_table"), (setup, "prepare")):
+    for module, work in ((score, "make_measure"), (likelihood, "open_model"), (plots, "_table"), (dry_run, "prepare")):
         monkeypatch.setattr(module, work, lambda *_: pytest.fail("the work has begun"))
     data = pictures(tmp_path / "data")
     for out in (data / "0.png", Path("/proc/nowhere"), tmp_path / ("n" * 300)):

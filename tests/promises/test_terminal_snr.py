@@ -18,7 +18,8 @@ from debias_diffusers.diffusion import noise_schedule
 from debias_diffusers.diffusion.noise_schedule import make_schedule, require_noise_at_the_end, terminal_snr_problem
 from debias_diffusers.errors import InputError
 from debias_diffusers.sampling import generate
-from debias_diffusers.training import dry_run, setup
+from debias_diffusers.training import dry_run
+from debias_diffusers.training.setup import plan
 
 END = "a noise schedule without zero terminal SNR is an error that names the largest possible shift"
 
@@ -83,7 +84,7 @@ FLAGS = ["--noise_schedule", "scaled_linear", "--schedule_shift", 64]
 def test_a_new_run_is_refused_before_its_data_are_read_and_one_that_began_before_ends(tmp_path, monkeypatch, capsys, trials):
     config = tiny(tmp_path / "run", *FLAGS, "--max_steps", 4)
     with monkeypatch.context() as unread:
-        unread.setattr(setup, "open_data", lambda *_, **__: pytest.fail("the data were read"))
+        unread.setattr(plan, "open_data", lambda *_, **__: pytest.fail("the data were read"))
         for start in (trained_here, dry_run.dry_run):
             trials()
             with pytest.raises(InputError, match=r"SNR of 0.3, above 0.01: sampling starts from pure noise"):

@@ -1,0 +1,1 @@
+"""Setting up a training: configuration and data, network, and what a checkpoint says."""
