@@ -1,5 +1,6 @@
 """Files on servers: of one version, whole or absent in the cache, fetched once, and no hang where a connection is lost."""
 
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -179,6 +180,9 @@ def test_a_server_without_ranges_sends_the_whole_file_again(tmp_path, monkeypatc
         file, cache = http.find(f"http://127.0.0.1:{listener.server_port}/a.tar"), ShardCache(tmp_path / "cache", 10**9)
         with pytest.raises(FetchError, match="its server does not answer ranges"):
             http.read_range(file, 10, 20)
+        monkeypatch.setattr(http, "PATIENCE", 0)
+        with pytest.raises(FetchError, match="its server sent the whole file in place of a range; tried for"):
+            http.read_range(dataclasses.replace(file, ranges=True), 10, 20)  # that has answered ranges before, and may again
         with cache._part(file, wait=True) as part:
             part.write(content(0)[:1000])
         assert read(cache, file) == content(0)

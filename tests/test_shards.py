@@ -9,6 +9,7 @@ import tarfile
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -29,6 +30,7 @@ from debias_diffusers.data.captions import CaptionedSource, captions_of
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
 from debias_diffusers.data.shards import commands, index
 from debias_diffusers.data.shards import parquet as parquet_module
+from debias_diffusers.data.shards.files import Columns
 from debias_diffusers.data.shards.order import ShardOrder
 from debias_diffusers.data.shards.source import ShardedSource
 from debias_diffusers.data.sources.opening import open_source
@@ -502,6 +504,47 @@ def test_a_damaged_parquet_file_is_named(parquet, tmp_path, home):
 
 def shard_starts(generator, shards):
     return np.concatenate([[0], generator.integers(1, 9, shards).cumsum()])
+
+
+def test_empty_row_groups_are_passed_over(tmp_path, home):
+    rows = pyarrow.table({"image": [encoded(k) for k in range(4)]})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "a.parquet", rows.schema) as writer:
+        for first, stop in ((0, 0), (0, 3), (3, 3), (3, 4), (4, 4)):
+            writer.write_table(rows.slice(first, stop - first))
+    source = opened(tmp_path / "a.parquet", shuffle_window=2)
+    assert [source.read(k)[0] for k in range(4)] == rows["image"].to_pylist()
+
+
+def test_shards_whose_columns_are_of_other_types_than_in_the_first_are_named(tmp_path, home):
+    first = {"image": [encoded(0)], "label": [0], "text": ["a"]}
+    for column, value, said in (
+        ("text", b"a", "2.parquet has binary in place of captions in column text"),
+        ("text", [1], "2.parquet has list<.*int64> in place of captions in column text"),
+        ("label", "dog", "label_column of .* holds whole numbers in the first shard, but not in all"),
+        ("label", 0.5, "label_column of .* holds whole numbers in the first shard, but not in all"),
+    ):
+        for number, rows in ((1, first), (2, {**first, column: [value]})):
+            pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / f"{number}.parquet")
+        with pytest.raises(InputError, match=said):
+            opened(tmp_path / "{1..2}.parquet", shuffle_window=1, class_conditional=column == "label")
+        (tmp_path / "2.parquet").unlink()
+        for path in tmp_path.glob("index*"):
+            path.unlink()
+
+
+def test_footers_of_other_writers_and_damaged_ones(tmp_path):
+    """A file without columns, one with names that are no UTF-8, and columns whose dictionary page is said to be at 0, and is not there."""
+    with pyarrow.parquet.ParquetWriter(tmp_path / "none.parquet", pyarrow.schema([])) as writer:
+        writer.write_table(pyarrow.table({}))
+    with open(tmp_path / "none.parquet", "rb") as file:
+        assert parquet_module.row_groups(file, "none") == [(0, 0)]
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"imagefield": [b"x"]}), content, store_schema=False)
+    damaged = io.BytesIO(content.getvalue().replace(b"imagefield", b"\xb8magefield"))
+    with pytest.raises(InputError, match="shard damaged is no whole parquet file"):
+        parquet_module.read_rows(damaged, "damaged", "damaged", Columns("imagefield"))
+    column = SimpleNamespace(dictionary_page_offset=0, data_page_offset=500, total_compressed_size=100, has_dictionary_page=True)
+    assert parquet_module._place(SimpleNamespace(num_columns=1, column=lambda _: column)) == (500, 600)
 
 
 def test_an_epoch_has_every_image_once_and_windows_are_whole_shards():

@@ -1,6 +1,7 @@
 """`eval.py bias` with text-to-image models: latents, captions and sizes against stock diffusers, planted biases, and the command."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -17,12 +18,15 @@ pytest.importorskip("transformers")
 
 from debias_diffusers import cli
 from debias_diffusers.analysis import bias_report, sampled
-from debias_diffusers.analysis.denoising import fixed_noise, measure_errors
+from debias_diffusers.analysis.denoising import fixed_noise, measure_errors, weights_of_timesteps
 from debias_diffusers.analysis.models import open_models
-from debias_diffusers.analysis.text_models import TextImages, require_same_conditions
+from debias_diffusers.analysis.text_models import TextImages, _side, require_same_conditions
 from debias_diffusers.config.schema.evaluation import BiasConfig
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation.reference import reference_data
+from debias_diffusers.pipelines.lora import load_text_model
+from debias_diffusers.runs.lora_folder import BASE_RECORD, LORA_WEIGHTS
+from debias_diffusers.runs.model_folder import require_text_model
 
 INDICES = [0, 1, 3]  # of the fixture `pictures`
 CAPTIONS = ["a handwritten one", "the digit two", None]
@@ -202,6 +206,33 @@ def models_of(*runs, **options):
     config = BiasConfig(runs=tuple(map(str, runs)), num_samples=3, **options)
     models = open_models(config, SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1))
     return config, models, TextImages(config, reference_data(config, None, config.runs), models)
+
+
+def test_what_configuration_files_leave_out_is_told_or_not_needed(bases, pictures, tmp_path):
+    run, lora = as_run(bases["xl"], tmp_path / "run", pictures), tmp_path / "lora"
+
+    def write(path, **changes):
+        values = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+
+    write(run / "config.json", split=..., weighting="not_registered_here")
+    write(run / "unet" / "config.json", sample_size=None)
+    config, (model,), images = models_of(run)
+    assert images.conditioned(model, images.examples([0]), "cpu").job.size == (8, 8)
+    assert weights_of_timesteps(model.objective, model.denoiser.schedule, "v_prediction") is None
+    with pytest.raises(InputError, match="run does not say which square images it draws"):
+        _side([dataclasses.replace(model, values={"resolution": None})])
+    write(run / "config.json", dataset=None)
+    with pytest.raises(InputError, match="run is no run that knows its data"):
+        reference_data(config, None, config.runs)
+    lora.mkdir()
+    (lora / BASE_RECORD).write_text(json.dumps({"base_model": "gone"}))
+    (lora / LORA_WEIGHTS).write_bytes(b"")
+    with pytest.raises(InputError, match=r"LoRA .*lora cannot be loaded"):
+        load_text_model(str(lora), base_model=str(bases["xl"]))
+    write(run / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")
+    with pytest.raises(InputError, match=r"run is a rectified flow .*, which StableDiffusionXLPipeline is not"):
+        require_text_model(run, "run")
 
 
 @pytest.mark.nightly

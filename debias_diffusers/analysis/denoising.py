@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.registry import WEIGHTINGS
 from ..config.schema.objective import ObjectiveConfig
 from ..config.schema.types import PredictionType
 from ..diffusion.loss import weight_table
@@ -151,8 +152,11 @@ def _gradient_norm(parameters: Sequence[Tensor]) -> float:
 
 
 def weights_of_timesteps(objective: ObjectiveConfig, schedule: Schedule, prediction_type: PredictionType) -> Tensor | None:
-    """(T,) loss weight of each timestep times its density in the objective; None of the variational bound, which has no weights."""
-    if objective.weighting == "variational":
+    """(T,) loss weight of each timestep times its density in the objective.
+
+    None of the variational bound, which has no weights, and of a weighting that is not registered in this process.
+    """
+    if objective.weighting == "variational" or objective.weighting not in WEIGHTINGS:
         return None
     sampler = make_timestep_sampler(objective, schedule)
     return weight_table(objective, schedule, prediction_type) * sampler.probabilities * sampler.corrections

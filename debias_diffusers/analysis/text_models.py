@@ -152,7 +152,7 @@ def _captioned(source: Source, column: str | None) -> Source:
 
 def _side(models: Sequence[Model]) -> int:
     """The size of the images in pixels: what runs were trained with; without a run, what the models draw."""
-    trained = {model.name: model.values["resolution"] for model in models if model.values}
+    trained = {model.name: side for model in models if (side := model.values.get("resolution"))}
     sides: dict[str, Any] = trained or {model.name: _drawn_side(model) for model in models}
     (first, side), *others = sides.items()
     for name, other in others:

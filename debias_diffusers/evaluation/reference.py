@@ -170,7 +170,7 @@ def _values_of_run(target: str) -> dict[str, Any] | None:
         run = Path(target)
         if not (run / CHECKPOINTS).is_dir() or not (run / CONFIG).is_file():
             return None
-        return _with_data(target, read_config(str(run / CONFIG)), checkpoints.newest_state(run / CHECKPOINTS))
+        return _with_data(target, {**stored(TrainConfig()), **read_config(str(run / CONFIG))}, checkpoints.newest_state(run / CHECKPOINTS))
     path = client.download_files(target, [CONFIG]) / CONFIG
     try:
         values = read_config(str(path)) if path.is_file() else {}
@@ -179,10 +179,15 @@ def _values_of_run(target: str) -> dict[str, Any] | None:
     return _with_data(target, {**stored(TrainConfig()), **values}, {}) if "dataset" in values else None
 
 
-def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Sets the path of local data: the path in the configuration if it has the same files, else the absolute path at training time."""
+def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Sets the path of local data: the path in the configuration if it has the same files, else the absolute path at training time.
+
+    None where the configuration names no data.
+    """
     paths = state.get("paths")
     typed, lay = values["dataset"], paths.get("dataset") if isinstance(paths, dict) else None
+    if typed is None:
+        return None
     if typed in EMBEDDED or is_pinned(typed) or shard_names.is_remote(typed):  # for the Hub, a run saves the commit
         return values
     if shard_names.exists(typed):

@@ -61,12 +61,12 @@ def load_text_model(model: str, variant: str | None = None, base_model: str | No
     base_folder = folder_of_model(base)
     vae_folder = _vae_folder(vae) if vae else base_folder / "vae"
     record = base_record(folder)
-    if not (is_model_id(base) and base == record["base_model"]):  # whose commit says what it is
+    if not (is_model_id(base) and base == record.get("base_model")):  # whose commit says what it is
         require_base(record, model, base, base_folder, vae_folder)
     pipeline = load_text_pipeline(base)
     if vae:
         pipeline.vae = load_part(AutoencoderKL, vae_folder, vae).requires_grad_(False).eval()
-    if record:
+    if "scheduler" in record:
         _set_scheduler(pipeline, record, model)
     add_lora(pipeline, folder / name, model, ADAPTER)
     return pipeline
@@ -82,7 +82,7 @@ def _set_scheduler(pipeline: Any, record: Mapping[str, Any], model: str) -> None
     values = record["scheduler"]
     with explained_errors(f"model {model}"):
         pipeline.scheduler = getattr(diffusers, values["_class_name"]).from_config(values)
-    if "force_zeros_for_empty_prompt" in pipeline.config:
+    if "force_zeros_for_empty_prompt" in pipeline.config and "force_zeros_for_empty_prompt" in record:
         pipeline.register_to_config(force_zeros_for_empty_prompt=record["force_zeros_for_empty_prompt"])
 
 

@@ -137,7 +137,10 @@ def fetch(wanted: FileRange, part: IO[bytes], insist: bool = True) -> None:
     _insist(attempt, wanted.file.name, received) if insist else _once(attempt, wanted.file.name)
 
 
-def _no_ranges(file: RemoteFile) -> FetchError:
+def _no_ranges(file: RemoteFile) -> Exception:
+    """Of a server that sent a whole file in place of a range: one that has answered ranges before may do so again."""
+    if file.ranges:
+        return _TemporaryError("its server sent the whole file in place of a range")
     return FetchError(f"{file.name} cannot be read in parts: its server does not answer ranges; download it")
 
 

@@ -122,6 +122,11 @@ def require_text_model(folder: Path, model: str) -> None:
             raise InputError(f"model {model} has no {name}; take a whole {index['_class_name']}")
         if kind not in classes:
             raise InputError(f"model {model} has a {name} of class {kind}, but must have a {classes[0]}")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    if isinstance(scheduler, dict) and str(scheduler.get("_class_name")).startswith("FlowMatch"):
+        raise InputError(
+            f"model {model} is a rectified flow (its scheduler is {scheduler['_class_name']}), which {index['_class_name']} is not"
+        )
     unet, vae = part_config(folder, "unet"), part_config(folder, "vae")
     if unet.get("in_channels") != vae.get("latent_channels"):
         raise InputError(

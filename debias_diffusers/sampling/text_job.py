@@ -160,6 +160,8 @@ def make_text_job(config: SampleConfig, device: Any, step: int | None = None, lo
         raise InputError(f"caption_chunks of {config.model} is {chunks!r}, but must be a whole number")
     loaded = loaded or load_text_to_image(config, device, step)
     pipeline = loaded.pipeline
+    if pipeline.unet.config.sample_size is None and not (config.width and config.height):
+        raise InputError(f"{config.model} does not say how large its images are; name --width and --height")
     config = _completed(config, pipeline, folder)
     solver = make_solver(config, loaded.scheduler, "off")  # latents are not in [-1, 1]
     pipeline.scheduler = solver.scheduler
@@ -190,8 +192,6 @@ def _completed(config: SampleConfig, pipeline: Any, folder: Path) -> SampleConfi
     if run_setting(folder, "caption_dropout") == 0:
         usual = 1.0
     size = pipeline.unet.config.sample_size
-    if size is None and not (config.width and config.height):
-        raise InputError(f"{config.model} does not say how large its images are; name --width and --height")
     height, width = (side * pipeline.vae_scale_factor for side in (size if isinstance(size, Sequence) else (size or 1, size or 1)))
     return replace(
         config,

@@ -37,8 +37,10 @@ def row_groups(file: IO[bytes], where: str) -> list[tuple[int, int]]:
 
 def _place(group: Any) -> tuple[int, int]:
     columns = [group.column(number) for number in range(group.num_columns)]
-    firsts = [column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset for column in columns]
-    return min(firsts), max(first + column.total_compressed_size for first, column in zip(firsts, columns))
+    # Some writers set the offset of a dictionary page that is not there to 0, which is where the file begins.
+    firsts = [min(column.dictionary_page_offset or column.data_page_offset, column.data_page_offset) for column in columns]
+    stops = [first + column.total_compressed_size for first, column in zip(firsts, columns)]
+    return max(0, min(firsts, default=0)), max(stops, default=0)
 
 
 def read_rows(file: IO[bytes], name: str, where: str, columns: Columns) -> Part:
@@ -67,6 +69,8 @@ def read_rows(file: IO[bytes], name: str, where: str, columns: Columns) -> Part:
                     raise InputError(f"shard {where} has paths of images in place of images; leave shuffle_window out")
                 label, caption = (table[column][row].as_py() if column else None for column in columns[1:])
                 texts = caption if isinstance(caption, list) else [caption]
+                if not all(text is None or isinstance(text, str) for text in texts):
+                    raise InputError(f"shard {where} has {table[columns.caption].type} in place of captions in column {columns.caption}")
                 rows.add(str(len(rows)), row, content or b"", None if label is None else str(label), texts)
             units.append(Unit(name, group, len(rows) - first))
     if not len(rows):
@@ -97,7 +101,7 @@ def _told(where: str) -> Iterator[None]:
     """Errors of pyarrow as an InputError that names the shard."""
     try:
         yield
-    except (pyarrow.ArrowException, OSError, EOFError) as error:
+    except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"shard {where} is no whole parquet file ({reason(error)}); write or fetch it anew") from error
 
 

@@ -152,7 +152,8 @@ class ShardedSource:
             from .parquet import RowGroupReader, memory_warning
 
             self._reader = RowGroupReader(files, str(key.columns.image), (window or 1) + 1)
-            self.warnings = memory_warning(np.add.reduceat(self.index.size, self.index.starts[:-1]), window or 1)
+            ends = np.concatenate([[0], np.cumsum(self.index.size, dtype=np.int64)])[self.index.starts]
+            self.warnings = memory_warning(np.diff(ends), window or 1)
 
     def _read_labels(self, order: ClassOrder) -> None:
         where = f"label_column of {self.shard_files.where('')}"
@@ -161,7 +162,7 @@ class ShardedSource:
             raise InputError(f"class_conditional is on, but no image of {where.partition(' of ')[2]} has a label; name their column")
         values: list[Any] = texts
         if self.key.whole_numbers is not False:
-            values = [int(text) for text in texts] if self.key.whole_numbers else [*as_labels(dict(zip(texts, texts)), where).values()]
+            values = _whole_numbers(texts, where) if self.key.whole_numbers else [*as_labels(dict(zip(texts, texts)), where).values()]
         if self.key.class_names is not None and any(isinstance(value, str) for value in values):
             raise InputError(f"{self.shard_files.where(CLASSES)} names classes by numbers, but labels are text, such as {texts[0]!r}")
         if self.key.class_names is not None:
@@ -233,6 +234,14 @@ class ShardedSource:
 
         key = dataclasses.replace(self.key, columns=columns._replace(caption=column))
         return IndexedCaptions(open_index(self.shard_files, key))
+
+
+def _whole_numbers(texts: Sequence[str], where: str) -> list[int]:
+    """Labels as numbers. Raises InputError where a later shard has others than the first one, which decides what labels are."""
+    try:
+        return [int(text) for text in texts]
+    except ValueError as error:
+        raise InputError(f"{where} holds whole numbers in the first shard, but not in all ({reason(error)}); write them anew") from error
 
 
 class LazyCaptions(Sequence[tuple[str, ...]], ABC):
