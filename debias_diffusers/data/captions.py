@@ -13,7 +13,6 @@ import numpy as np
 from ..config.prompts import MAX_CHARACTERS, broken_text
 from ..config.schema.data import DIGITS
 from ..errors import InputError
-from ..utils import seeding
 from ..utils.files import read_file
 from . import image_folders
 from .shards.source import IndexedCaptions, LazyCaptions, ShardedSource
@@ -241,6 +240,8 @@ def counted_captions(different: Sequence[str]) -> Sequence[str]:
     """Those whose tokens are counted before a training: all, or of many a sample."""
     if len(different) <= MANY:
         return different
+    from ..utils import seeding  # which needs torch
+
     return [different[k] for k in seeding.subset(0, len(different), SAMPLE)]
 
 
