@@ -11,7 +11,7 @@ import random
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.constants
@@ -42,11 +42,27 @@ def put(server, files):
     repository.add("main", Commit("files", "", "alice", repository.branches["main"], tree))
 
 
+@contextmanager
+def hub_with(folder, files, private=False):
+    """A Hub with one data set, of these files."""
+    with HubServer(folder) as server:
+        server.store.repositories["dataset", "alice/set"] = Repository("dataset", "alice/set", private, Commit("", "", "alice", None, {}))
+        put(server, files)
+        yield server
+
+
+def cleared(hub, home, monkeypatch):
+    """For a fixture: a Hub without faults, waits that are short, and an empty cache in the home directory."""
+    hub.clear()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(http, "FIRST_WAIT", 0.001)
+    yield hub
+    hub.clear()
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub")) as server:
-        server.store.repositories["dataset", "alice/set"] = Repository("dataset", "alice/set", True, Commit("", "", "alice", None, {}))
-        put(server, SHARDS)
+    with hub_with(tmp_path_factory.mktemp("hub"), SHARDS, private=True) as server:
         yield server
 
 

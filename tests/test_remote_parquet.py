@@ -12,9 +12,7 @@ import pytest
 import torch
 from conftest import Forked, same, train_args, wait_for
 from here import tiny, trained_here
-from hub.server import HubServer
-from hub.store import Commit, Repository
-from test_remote_files import CDN, put, ranges
+from test_remote_files import CDN, cleared, hub_with, ranges
 from test_remote_shards import FLAGS, STEPS, _at_home, only_cached
 from test_shards import contents, encoded
 
@@ -47,20 +45,14 @@ def local(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, local):
-    with HubServer(tmp_path_factory.mktemp("hub")) as server:
-        server.store.repositories["dataset", "alice/set"] = Repository("dataset", "alice/set", False, Commit("", "", "alice", None, {}))
-        put(server, {path.name: path.read_bytes() for path in local.glob("*.parquet")})
+    with hub_with(tmp_path_factory.mktemp("hub"), {path.name: path.read_bytes() for path in local.glob("*.parquet")}) as server:
         yield server
 
 
 @pytest.fixture
 def server(hub, tmp_path, monkeypatch):
     """The same files on a server, and an empty cache."""
-    hub.clear()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(http, "FIRST_WAIT", 0.001)
-    yield hub
-    hub.clear()
+    yield from cleared(hub, tmp_path / "home", monkeypatch)
 
 
 def address(server, name="{0..1}.parquet"):

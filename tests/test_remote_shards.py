@@ -12,9 +12,7 @@ import huggingface_hub.constants
 import pytest
 from conftest import Forked, newest_step, same, train_args, wait_for
 from here import tiny, trained_here
-from hub.server import HubServer
-from hub.store import Commit, Repository
-from test_remote_files import CDN, put
+from test_remote_files import CDN, cleared, hub_with, put
 from test_shards import samples_of, write_tar
 
 from debias_diffusers import cli
@@ -53,20 +51,14 @@ def local(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, local):
-    with HubServer(tmp_path_factory.mktemp("hub")) as server:
-        server.store.repositories["dataset", "alice/set"] = Repository("dataset", "alice/set", False, Commit("", "", "alice", None, {}))
-        put(server, {f"data/{path.name}": path.read_bytes() for path in local.iterdir()})
+    with hub_with(tmp_path_factory.mktemp("hub"), {f"data/{path.name}": path.read_bytes() for path in local.iterdir()}) as server:
         yield server
 
 
 @pytest.fixture
 def server(hub, tmp_path, monkeypatch):
     """The same shards on a server, and an empty cache."""
-    hub.clear()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(http, "FIRST_WAIT", 0.001)
-    yield hub
-    hub.clear()
+    yield from cleared(hub, tmp_path / "home", monkeypatch)
 
 
 def address(server):
