@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..config.loading import to_json
 from ..config.schema.training import OptimizationConfig, TrainConfig
@@ -104,31 +103,16 @@ def _first_images(task: Task, optim: OptimizationConfig) -> Any:
 # ---- memory and time -------------------------------------------------------------------------------------------------
 
 
-class FlopCounter(TorchDispatchMode):
-    """Counts floating-point operations as torch's FlopCounterMode does, in a third of its time, as it does not tell them by module."""
-
-    total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Computes an operation, and adds what it takes."""
-        result = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(func._overloadpacket):
-            self.total += count(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
 def on_meta(task: Task) -> tuple[nn.Module, int]:
     """The network without memory, and the floating-point operations of its forward and backward for one sample."""
     with torch.device("meta"):
         network = task.build()
     batch = task.dummy_batch(1)
-    counter = FlopCounter()
-    with sdpa_kernel(SDPBackend.MATH), counter:  # the table does not have all kernels of attention; as plain products it does
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:  # it does not know all kernels of attention; as plain products it does
         t = torch.zeros(1, dtype=torch.long, device="meta")
         task.conditioned(network, batch, "meta")(task.x_0(batch, "meta"), t).sum().backward()
-    return network, counter.total
+    return network, counter.get_total_flops()
 
 
 def _cost(plan: Plan, network: nn.Module, flops: int, accelerator: Accelerator) -> Iterator[str]:
