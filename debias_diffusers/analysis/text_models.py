@@ -96,7 +96,7 @@ class TextImages:
 
         An image without a caption is given what "no caption" is in training; sampled images have prompts of `prompts_of_data`.
         """
-        prompts = tuple(prompts_of_data(self.data.captions)[: self.config.num_samples])
+        prompts = tuple(prompts_of_data(self.data.captions, self.config.num_samples))
         loaded = LoadedModel(model.pipeline, model.scheduler, model.step, "")
         job = make_text_job(self._command(model, prompts), device, loaded=loaded)
         known = {text: job.encode(text) for text in dict.fromkeys([*prompts, *examples.captions]) if text is not None}
