@@ -388,7 +388,7 @@ def test_frozen_weights_are_neither_trained_nor_averaged_and_are_exported(tmp_pa
     def partly_frozen(task):
         network = build(task)
         network.time_embedding.requires_grad_(False)
-        network.conv_in.requires_grad_(False)  # which lies channels last
+        network.conv_out.requires_grad_(False)  # which lies channels last (without conv_in's gradient torch 2.9 to 2.11 crash in a GroupNorm)
         return network
 
     monkeypatch.setattr(PixelTask, "build", partly_frozen)
