@@ -171,6 +171,14 @@ def test_what_a_folder_does_not_have_is_refused(folder, name, value):
         open_source(DataConfig(dataset=str(folder), class_conditional=True, **{name: value}))
 
 
+def test_a_caption_column_of_a_folder_without_metadata_is_refused(folder):
+    (folder / "cat" / "a.txt").write_text("a cat")
+    source = open_source(DataConfig(dataset=str(folder)))
+    assert ("a cat",) in read_captions(source, None)
+    with pytest.raises(InputError, match=r"caption_column is title, but dataset .* is a folder of images without a metadata file"):
+        read_captions(source, "title")
+
+
 def test_a_single_class_is_refused(folder):
     with pytest.raises(InputError, match="a single class, pets"):
         open_source(DataConfig(dataset=str(folder.parent), class_conditional=True))

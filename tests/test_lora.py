@@ -323,6 +323,11 @@ def test_a_lora_is_drawn_with_its_base_model(runs, bases, tmp_path):
     (run / "base_model.json").unlink()
     with pytest.raises(InputError, match="does not say its base model"):
         job_of(run)
+    for name, value in (("base_model", 7), ("vae", []), ("files", ["unet/config.json"]), ("scheduler", "ddim"), ("pipeline", None)):
+        (run / "base_model.json").write_text(json.dumps(record | {name: value}))
+        with pytest.raises(InputError, match=f"base_model.json is damaged: {name} is {re.escape(json.dumps(value))}"):
+            job_of(run)
+    (run / "base_model.json").unlink()
     assert torch.equal(job_of(run, base_model=str(bases["xl"])).draw(range(2)), job.draw(range(2)))
 
 

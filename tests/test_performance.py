@@ -388,7 +388,8 @@ def test_frozen_weights_are_neither_trained_nor_averaged_and_are_exported(tmp_pa
     def partly_frozen(task):
         network = build(task)
         network.time_embedding.requires_grad_(False)
-        network.conv_out.requires_grad_(False)  # which lies channels last (without conv_in's gradient torch 2.9 to 2.11 crash in a GroupNorm)
+        # It lies channels last. (Behind conv_in without a gradient, GroupNorm's backward pass crashes in torch before 2.14 on a CPU.)
+        network.conv_out.requires_grad_(False)
         return network
 
     monkeypatch.setattr(PixelTask, "build", partly_frozen)

@@ -59,7 +59,7 @@ def convert(lora: str, out: str, format: LoraFormat) -> None:
             raise InputError(f"out is {out}, which is no place for a LoRA; name a new file that ends in .safetensors")
         require_new_file(out, "lora.safetensors")
         record = base_record(path.parent) if path.name == LORA_WEIGHTS else {}
-        xl = record["pipeline"] == "StableDiffusionXLPipeline" if record else is_xl(tensors, lora)
+        xl = record["pipeline"] == "StableDiffusionXLPipeline" if "pipeline" in record else is_xl(tensors, lora)
         found = to_kohya(tensors, about, xl, record.get("layers_per_block", LAYERS))
         require_writable(place)
         write_file(place, safetensors.torch.save(found, _kohya_metadata(found, xl)))

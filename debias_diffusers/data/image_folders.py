@@ -174,10 +174,10 @@ def read_metadata(
         field: the flag that names the column, for messages.
 
     Returns:
-        The metadata file and its values; None if there is no metadata file with them.
+        The metadata file and its values; None if there is no metadata file with one of the usual columns.
 
     Raises:
-        InputError: it cannot be read, lacks the column, or has two values for one image.
+        InputError: it cannot be read, lacks the column, or has two values for one image; or there is no metadata file with the column.
     """
     for place, path in _metadata_files(root, split):
         rows = _rows(path)
@@ -186,6 +186,8 @@ def read_metadata(
             raise InputError(f"{field} is {column}, but {path} has only: {', '.join(columns)}")
         if found := column or next((name for name in usual if name in columns), None):
             return path, _by_name(path, place, [(row["file_name"], row.get(found)) for row in rows], field.split("_")[0])
+    if column:
+        raise InputError(f"{field} is {column}, but dataset {root} is a folder of images without a metadata file; leave {field} out")
     return None
 
 

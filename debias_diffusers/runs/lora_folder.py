@@ -58,10 +58,30 @@ def strength_problems(loras: tuple[str, ...]) -> list[str]:
 # ---- the base model --------------------------------------------------------------------------------------------------
 
 
+_RECORD_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "base_model": str,
+    "vae": (str, type(None)),
+    "pipeline": str,
+    "layers_per_block": (int, list),
+    "force_zeros_for_empty_prompt": bool,
+    "scheduler": dict,
+    "files": dict,
+}
+
+
 def base_record(folder: Path) -> Mapping[str, Any]:
-    """What a LoRA says of its base model; nothing where it says nothing."""
+    """What a LoRA says of its base model; nothing where it says nothing.
+
+    Raises:
+        InputError: a value has another type than a training writes.
+    """
     found = read_json(folder / BASE_RECORD)
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    for name, types in _RECORD_TYPES.items():
+        if name in found and not isinstance(found[name], types):
+            raise InputError(f"{folder / BASE_RECORD} is damaged: {name} is {json.dumps(found[name])}; put the original back")
+    return found
 
 
 def base_of_lora(folder: Path, model: str, given: str | None) -> str:
