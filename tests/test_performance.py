@@ -388,7 +388,7 @@ def test_frozen_weights_are_neither_trained_nor_averaged_and_are_exported(tmp_pa
     def partly_frozen(task):
         network = build(task)
         network.time_embedding.requires_grad_(False)
-        # It lies channels last. (Behind conv_in without a gradient, GroupNorm's backward pass crashes in torch before 2.14 on a CPU.)
+        # It lies channels last. (Behind conv_in without a gradient, GroupNorm's backward pass crashes in torch 2.9 to 2.11 on a CPU.)
         network.conv_out.requires_grad_(False)
         return network
 
