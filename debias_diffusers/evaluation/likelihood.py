@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +81,22 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     if accelerator.is_main_process:
         if config.output:
             write_file(Path(config.output), as_json(result))
-        over = f"{len(chosen)} of {len(data.source)} images"
-        if bound:
-            what = "bits per dimension by the variational bound" if ode else "bits per dimension"
-            say(f"{result['total']:.4f} {what} (standard error {result['standard_error']:.2g}) over {over}")
-            say(f"of which {result['terms'][0]:.4f} are for the last step and {result['prior']:.2g} for the prior")
-        if ode:
-            found = result["ode"]
-            say(
-                f"{found['total']:.4f} bits per dimension by the probability-flow ODE (standard error {found['standard_error']:.2g}) over "
-                f"{over}, {found['network_evaluations']} evaluations of the network"
-            )
+        _print(result)
     return result
+
+
+def _print(result: Mapping[str, Any]) -> None:
+    """The bound and the likelihood by the ODE, whichever there are."""
+    over = f"{result['images']} of {result['total_images']} images"
+    if result["total"] is not None:
+        what = "bits per dimension by the variational bound" if "ode" in result else "bits per dimension"
+        say(f"{result['total']:.4f} {what} (standard error {result['standard_error']:.2g}) over {over}")
+        say(f"of which {result['terms'][0]:.4f} are for the last step and {result['prior']:.2g} for the prior")
+    if ode := result.get("ode"):
+        say(
+            f"{ode['total']:.4f} bits per dimension by the probability-flow ODE (standard error {ode['standard_error']:.2g}) over "
+            f"{over}, {ode['network_evaluations']} evaluations of the network"
+        )
 
 
 def _result(terms: Tensor, prior: Tensor) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import builtins
 import itertools
 import os
+import pathlib
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,14 @@ OPERATIONS = [
 ]
 
 
+def replace_function(patch, module, name, function):
+    """Also among the functions of `os` that pathlib of Python 3.10 took when it was imported."""
+    patch.setattr(module, name, function)
+    accessor = getattr(pathlib, "_NormalAccessor", None)
+    if module is os and name != "open" and hasattr(accessor, name):
+        patch.setattr(accessor, name, staticmethod(function))
+
+
 def kill_at(patch, k):
     """Ends the process, so to say, at its k-th operation on files, and at all after it."""
     count = itertools.count(1)
@@ -34,7 +43,7 @@ def kill_at(patch, k):
                 raise Killed
             return original(*args, **kwargs)
 
-        patch.setattr(module, name, counted)
+        replace_function(patch, module, name, counted)
 
 
 class Recorder:
@@ -64,12 +73,12 @@ class Recorder:
             mkdir(path, *args, **options)
             self._note("mkdir", path)
 
-        patch.setattr(os, "fsync", synced)
-        patch.setattr(os, "rename", lambda a, b, **o: renamed(a, b, rename, **o))
-        patch.setattr(os, "replace", lambda a, b, **o: renamed(a, b, replace, **o))
-        patch.setattr(os, "mkdir", made)
-        patch.setattr(os, "unlink", lambda p, **o: removed(p, unlink, **o))
-        patch.setattr(os, "rmdir", lambda p, **o: removed(p, rmdir, **o))
+        replace_function(patch, os, "fsync", synced)
+        replace_function(patch, os, "rename", lambda a, b, **o: renamed(a, b, rename, **o))
+        replace_function(patch, os, "replace", lambda a, b, **o: renamed(a, b, replace, **o))
+        replace_function(patch, os, "mkdir", made)
+        replace_function(patch, os, "unlink", lambda p, **o: removed(p, unlink, **o))
+        replace_function(patch, os, "rmdir", lambda p, **o: removed(p, rmdir, **o))
 
     def _note(self, kind, path, what=None):
         path = Path(path).absolute()
