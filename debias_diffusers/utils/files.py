@@ -244,8 +244,8 @@ def new_folder(out: str) -> Path:
     try:
         folder = Path(out).resolve()
         # Temporary files of a killed conversion do not count.
-        free = not folder.exists() or (folder.is_dir() and not user_files(folder))
-    except (OSError, RuntimeError, ValueError) as error:  # for a loop of links, among others
+        free = not os.path.lexists(folder) or (folder.is_dir() and not user_files(folder))
+    except (OSError, RuntimeError, ValueError) as error:  # for a loop of links before Python 3.13, among others
         raise InputError(f"{out!r:.80} cannot be a folder ({reason(error)}); name a new or empty one") from error
     if not (out and free):
         raise InputError(f"{out} already exists; name a new or empty folder" if out else "the name of the folder is empty; name a new one")
