@@ -93,8 +93,8 @@ def test_it_draws_and_compares_and_the_shown_command_repeats_the_picture(browser
         draw(page)
         for number, weights in ((1, "ema"), (2, "raw")):
             words = shlex.split(page.locator(f"#command-{number} .cm-content").inner_text().replace("\n", " "))
-            assert words[:2] == ["python", "sample.py"] and "--seed" in words and ("raw" in words) == (weights == "raw")
-            assert cli.sample(words[2:]) == 0
+            assert words[0] == "debias-sample" and "--seed" in words and ("raw" in words) == (weights == "raw")
+            assert cli.sample(words[1:]) == 0
             (folder,) = [path for path in (run / "samples").iterdir() if ("raw" in path.name) == (weights == "raw") and path.is_dir()]
             archive = downloaded(page, f"#download-{number}", tmp_path / f"{number}.zip")
             shutil.unpack_archive(archive, tmp_path / str(number))

@@ -143,7 +143,7 @@ def command_line(config: SampleConfig, name: str) -> str:
     images = config.num_images
     same_batch = min(config.batch_size, images) == min(neutral.batch_size, images)
     left_out = {"model", "batch_size"} if same_batch else {"model"}
-    words = ["python", "sample.py", config.model]
+    words = ["debias-sample", config.model]
     for field in dataclasses.fields(SampleConfig):
         value = getattr(config, field.name)
         if field.name not in left_out and value != getattr(neutral, field.name):

@@ -143,7 +143,7 @@ def _checked(config: TrainConfig, chosen: Collection[str], num_processes: int, t
 def _require_packages(config: TrainConfig) -> None:
     """Raises InputError where an extra is not installed that the configuration needs. Imports none of them."""
     if config.optimization.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError('optimizer is adamw8bit, but bitsandbytes is not installed; run pip install -e ".[bitsandbytes]"')
+        raise InputError("optimizer is adamw8bit, but bitsandbytes is not installed; run pip install bitsandbytes")
     for name in config.run.report_to:
         modules, package = TRACKERS[name]
         found = (importlib.util.find_spec(module) for module in modules)
