@@ -321,6 +321,7 @@ def against_constant(found: Records) -> str:
 def picture(found: Records, path: Path) -> None:
     """Distance and bias over training steps and over DDIM steps, a row for each group."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     groups = list(dict.fromkeys(group for group, _ in found))
     colours = {variant: f"C{k}" for k, variant in enumerate(dict.fromkeys(variant for _, variant in found))}
@@ -336,7 +337,13 @@ def picture(found: Records, path: Path) -> None:
                 panel.plot(places, list(map(statistics.mean, values)), marker="o", markersize=3, color=colours[variant], label=variant)
                 panel.fill_between(places, list(map(min, values)), list(map(max, values)), color=colours[variant], alpha=0.15)
             title = {"distance": "Frechet distance", "bias": "bias of the mean colour"}[what]
-            panel.set(title=f"{group}: {title}", xlabel="training step" if over == "training" else "DDIM steps", yscale="log")
+            panel.set(title=f"{group}\n{title}", xlabel="training step" if over == "training" else "DDIM steps")
+            if what == "distance":
+                panel.set_yscale("log")
+                panel.yaxis.set_major_formatter(LogFormatter())
+                panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # 5 in place of 5 x 10^0
+            else:
+                panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
     panels[0][0].legend()
     figure.savefig(path, dpi=80)

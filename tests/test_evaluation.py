@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import math
+import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -697,6 +698,14 @@ def test_units_of_the_claim_are_merged_by_their_files(claim, tmp_path):
     assert said.startswith("9 of 46 units, on A, torch 2; 3 seconds") and "emoji-shift16-debiased-seed4" in said.splitlines()[0]
     assert "| shift 16 | debiased | distance | -2.00 (-2.00 to -2.00), 4 seeds |" in said
     assert "| shift 16 | constant | 5 | 12.0 (10.0 to 14.0), bias 2.0 |" in said
+
+
+@pytest.mark.parametrize("data", ["digits", "digits_text"])
+def test_the_tables_of_the_claim_are_those_of_its_units(claim, data, tmp_path):
+    shutil.copytree(ROOT / "benchmarks" / "units", tmp_path / "units")
+    page = (ROOT / "docs" / "claim.md").read_text()
+    tables = [part for part in claim.report(data, tmp_path, False).split("\n\n") if part.startswith("|")]
+    assert len(tables) == 4 and all(table.strip() in page for table in tables)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
