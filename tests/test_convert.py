@@ -438,7 +438,7 @@ def test_the_names_of_a_wrapper_are_said(tmp_path):
 def test_a_name_that_cannot_be_written_to_is_one_sentence(tmp_path):
     model, flags, _ = golden("unet_paper_32")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for out, named in ((str(tmp_path / "loop"), r"cannot be a folder|already exists"), ("nul\0", "cannot be a folder"), ("", "is empty")):
+    for out, named in ((str(tmp_path / "loop"), "cannot be a folder"), ("nul\0", "cannot be a folder"), ("", "is empty")):
         with pytest.raises(InputError, match=named):
             guided(str(model), str(flags), out)
     for out, named in ((str(tmp_path / "loop"), "already exists"), ("nul\0", "zero byte"), ("", "is empty")):

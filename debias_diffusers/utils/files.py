@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -243,9 +244,11 @@ def new_folder(out: str) -> Path:
     """The absolute path of a folder that is to be made. Raises InputError if there is something that is not an empty folder."""
     try:
         folder = Path(out).resolve()
+        if folder.is_symlink():  # a loop of links, which Python before 3.13 refuses to resolve
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         # Temporary files of a killed conversion do not count.
-        free = not os.path.lexists(folder) or (folder.is_dir() and not user_files(folder))
-    except (OSError, RuntimeError, ValueError) as error:  # for a loop of links before Python 3.13, among others
+        free = not folder.exists() or (folder.is_dir() and not user_files(folder))
+    except (OSError, RuntimeError, ValueError) as error:  # for a loop of links, among others
         raise InputError(f"{out!r:.80} cannot be a folder ({reason(error)}); name a new or empty one") from error
     if not (out and free):
         raise InputError(f"{out} already exists; name a new or empty folder" if out else "the name of the folder is empty; name a new one")

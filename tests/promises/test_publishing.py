@@ -36,10 +36,10 @@ def both(request, tmp_path_factory):
 
 # What does not depend on how files are sent.
 OVER_LFS = pytest.mark.parametrize("both", ["lfs"], indirect=True)
+OVER_XET = pytest.mark.parametrize("both", ["xet"], indirect=True)
 KNOWN_LICENSE = pytest.mark.skipif(
     huggingface_hub.__version__.startswith("1."), reason="huggingface_hub 1 asks huggingface.co for licences, whatever HF_ENDPOINT says"
 )
-OVER_XET = pytest.mark.parametrize("both", ["xet"], indirect=True)
 
 
 @pytest.fixture
