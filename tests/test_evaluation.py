@@ -669,13 +669,15 @@ def test_a_failure_of_the_claim_ends_it_without_the_runs_that_wait(claim, tmp_pa
 
 
 def test_units_of_the_claim_are_merged_by_their_files(claim, tmp_path):
-    """Planted figures: debiased is 2 nearer than constant in each seed, and a seed is missing."""
+    """Planted figures: debiased is 2 nearer than constant in each seed, and a seed is missing; min_snr is in four seeds, in one 0.1 farther."""
     plan = claim.PLANS["emoji"]
     assert len({unit.name for unit in plan.units}) == len(plan.units) == 46
     (tmp_path / "units").mkdir()
-    chosen = [unit for unit in plan.units if unit.group == "shift 16" and unit.variant in ("constant", "debiased")]
-    for unit in chosen[:-1]:  # debiased with seed 4 is missing
-        distance = 10 + unit.seed - 2 * (unit.variant == "debiased")
+    apart = {"constant": [0.0] * 5, "debiased": [-2.0] * 4, "min_snr": [-2.0, -2.0, 0.1, -2.0, -2.0]}
+    for unit in plan.units:
+        if unit.group != "shift 16" or unit.seed >= len(apart.get(unit.variant, ())):
+            continue
+        distance = 10 + unit.seed + apart[unit.variant][unit.seed]
         figures = {"fid": distance, "swd": 1, "brightness_bias": -2, "red_bias": -3, "green_bias": 2, "blue_bias": -1}
         rows = [
             {"kind": scores.kind, "checkpoint": step, "steps": steps} | figures
@@ -691,12 +693,17 @@ def test_units_of_the_claim_are_merged_by_their_files(claim, tmp_path):
             "torch": "2",
             "training_seconds": 1,
             "evaluation_seconds": 2,
+            "halves_of_the_reference": {"fid": 2.06},
         }
         claim.figures_of(unit, tmp_path).write_text(json.dumps(about | {"rows": rows}))
     said = claim.report("emoji", tmp_path, False)
     assert said == (tmp_path / "claim-emoji.md").read_text() and (tmp_path / "claim-emoji.png").exists()
-    assert said.startswith("9 of 46 units, on A, torch 2; 3 seconds") and "emoji-shift16-debiased-seed4" in said.splitlines()[0]
+    assert said.startswith("14 of 46 units, on A, torch 2; 3 seconds") and "emoji-shift16-debiased-seed4" in said.splitlines()[0]
+    assert "Two halves of the data are at a distance of 2.1." in said.splitlines()[0]
+    # The plan decides at the end, and calls nothing a result that has not one sign in all seeds, whatever its interval.
     assert "| shift 16 | debiased | distance | -2.00 (-2.00 to -2.00), 4 seeds |" in said
+    assert said.count("**-2.00 (-2.00 to -2.00), 4 seeds** |\n") == said.count("**") / 2 == 1
+    assert "-1.58 (-2.75 to -0.41), 5 seeds |\n" in said
     assert "| shift 16 | constant | 5 | 12.0 (10.0 to 14.0), bias 2.0 |" in said
 
 
