@@ -296,7 +296,7 @@ def end_table(found: Records) -> str:
 def difference(found: Records, group: str, variant: str, place: int, figure: str) -> tuple[str, bool]:
     """The mean difference to the constant weight of the same seeds with its 95% interval, and whether the plan lets it be a result.
 
-    That is: at least three seeds, an interval without 0, and one sign in all seeds, which of five or more does not follow from the interval.
+    That is: at least three seeds, an interval without 0, and one sign in all seeds, which with five or more does not follow from it.
     """
     base = {record["seed"]: record for record in found.get((group, "constant"), [])}
     apart = [
@@ -371,9 +371,10 @@ def report(data: str, out: Path, trial: bool) -> str:
     every = [record for records in found.values() for record in records]
     made = sorted({f"{record['device']}, torch {record['torch']}" for record in every})
     seconds = statistics.median(record["training_seconds"] + record["evaluation_seconds"] for record in every)
+    halves = every[0]["halves_of_the_reference"]["fid"]
     parts = [
         f"{len(there)} of {len(units)} units, on {'; '.join(made)}; {seconds:.0f} seconds for one (median). "
-        f"Missing: {', '.join(missing) or 'none'}. Two halves of the data are at a distance of {every[0]['halves_of_the_reference']['fid']:.1f}.",
+        f"Missing: {', '.join(missing) or 'none'}. Two halves of the data are at a distance of {halves:.1f}.",
         f"Frechet distance (lowest to highest seed) and bias of the mean colour over training steps, DDIM-50:\n\n"
         f"{table(found, 'training', 'steps')}",
         f"The same over DDIM steps, at the end of the training:\n\n{table(found, 'sampling', 'steps')}",

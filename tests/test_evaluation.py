@@ -19,10 +19,14 @@ from PIL import Image
 from safetensors.torch import load, save, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from debias_diffusers import cli
+from debias_diffusers.cli import train_config
 from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.config.schema.evaluation import BitsConfig, MeasureConfig, ScoreConfig, StatsConfig
 from debias_diffusers.config.schema.training import RunConfig, TrainConfig
+from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data.sources.opening import open_source
+from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import feature_extractors, measure, metrics, monitor, reference, results, score, statistics
 from debias_diffusers.evaluation.feature_extractors import Extractor
@@ -668,8 +672,52 @@ def test_a_failure_of_the_claim_ends_it_without_the_runs_that_wait(claim, tmp_pa
     assert len(began) <= 3
 
 
+def test_a_unit_of_the_claim_that_was_killed_goes_on_where_it_was(claim, tmp_path, monkeypatch):
+    """The training resumes by its output directory; scores that are there are not computed again, and figures are written at the end."""
+    plan, trained, asked = claim.PLANS["emoji"], [], []
+    unit = plan.units[0]
+
+    def train(words):
+        trained.append(train_config(words, None))
+        return 0
+
+    def evaluate(words):
+        asked.append(words[words.index("--weights") + 1])
+        if len(asked) == 2:
+            raise SystemExit("killed")
+        row = {"target": words[1], "images": 1000, "steps": int(words[words.index("--steps") + 1].split(",")[0]), "fid": len(asked)}
+        scores = {"targets": [row], "halves_of_the_reference": {"fid": 2.0}}
+        (tmp_path / words[words.index("--output") + 1]).write_text(json.dumps(scores))
+        return 0
+
+    monkeypatch.setattr(cli, "train", train)
+    monkeypatch.setattr(cli, "evaluate", evaluate)
+    (tmp_path / "runs" / unit.name).mkdir(parents=True)
+    with pytest.raises(SystemExit, match="killed"):
+        claim.compute(unit, plan, "emoji", tmp_path, {"mixed_precision": "no"}, False)
+    assert not claim.figures_of(unit, tmp_path).exists()
+    claim.compute(unit, plan, "emoji", tmp_path, {"mixed_precision": "no"}, False)
+    assert trained[0] == trained[1] and asked == ["ema", "raw", "raw", "ema"]
+    optim = trained[0].optimization
+    assert (optim.max_steps, optim.seed, trained[0].run.output_dir) == (2000, 0, str(tmp_path / "runs" / unit.name))
+    found = json.loads(claim.figures_of(unit, tmp_path).read_text())
+    assert [(row["kind"], row["fid"]) for row in found["rows"]] == [("training", 1), ("raw", 3), ("sampling", 4)]
+
+
+@pytest.mark.parametrize("data", ["emoji", "digits", "digits_text"])
+def test_the_trainings_of_the_claim_are_those_that_a_command_can_begin(claim, data):
+    plan = claim.PLANS[data]
+    for unit in (unit for unit in plan.units if unit.seed == 0):
+        config = train_config(["--config", data, *claim.words_of(plan.flags | unit.flags)], None)
+        assert train_problems(config) == [] and make_objective(config.objective).weights is not None
+        checkpoints = range(config.run.checkpoint_every, config.optimization.max_steps + 1, config.run.checkpoint_every)
+        assert {step for scores in unit.scores for step in scores.checkpoints} <= set(checkpoints[-config.run.keep_checkpoints :])
+        rates = {scores.weights for scores in unit.scores} - {"ema", "raw"}
+        assert rates <= set(map(str, config.optimization.ema_decay))
+
+
 def test_units_of_the_claim_are_merged_by_their_files(claim, tmp_path):
-    """Planted figures: debiased is 2 nearer than constant in each seed, and a seed is missing; min_snr is in four seeds, in one 0.1 farther."""
+    """Planted figures: debiased is 2 nearer than constant, and a seed is missing; min_snr is in four seeds, and in one 0.1 farther."""
     plan = claim.PLANS["emoji"]
     assert len({unit.name for unit in plan.units}) == len(plan.units) == 46
     (tmp_path / "units").mkdir()
