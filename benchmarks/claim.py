@@ -297,8 +297,11 @@ def end_table(found: Records) -> str:
     return "\n".join(lines)
 
 
-def difference(found: Records, group: str, variant: str, place: int, figure: str) -> str:
-    """The mean difference to the constant weight of the same seeds, with its 95% interval."""
+def difference(found: Records, group: str, variant: str, place: int, figure: str) -> tuple[str, bool]:
+    """The mean difference to the constant weight of the same seeds with its 95% interval, and whether the plan lets it be a result.
+
+    That is: at least three seeds, an interval without 0, and one sign in all seeds, which with five or more does not follow from it.
+    """
     base = {record["seed"]: record for record in found.get((group, "constant"), [])}
     apart = [
         FIGURES[figure](rows_at(record, "training")[place]) - FIGURES[figure](rows_at(base[record["seed"]], "training")[place])
@@ -306,19 +309,22 @@ def difference(found: Records, group: str, variant: str, place: int, figure: str
         if record["seed"] in base
     ]
     if len(apart) < 2:
-        return f"{apart[0]:+.2f}" if apart else "-"
+        return f"{apart[0]:+.2f}" if apart else "-", False
     mean, width = statistics.mean(apart), STUDENT[len(apart)] * statistics.stdev(apart) / math.sqrt(len(apart))
-    return f"{mean:+.2f} ({mean - width:+.2f} to {mean + width:+.2f}), {len(apart)} seeds"
+    one_sign = min(apart) > 0 or max(apart) < 0
+    said = f"{mean:+.2f} ({mean - width:+.2f} to {mean + width:+.2f}), {len(apart)} seeds"
+    return said, len(apart) >= 3 and abs(mean) > width and one_sign
 
 
 def against_constant(found: Records) -> str:
-    """Differences at each training step."""
+    """Differences at each training step; results at the end, where the plan decides, are bold."""
     places = sorted(rows_at(next(iter(found.values()))[0], "training"))
     lines = [f"| | weighting | of | {' | '.join(f'{place} steps' for place in places)} |", f"|---|---|---|{'---|' * len(places)}"]
     for group, variant in found:
         for figure in FIGURES if variant != "constant" else ():
-            cells = " | ".join(difference(found, group, variant, place, figure) for place in places)
-            lines.append(f"| {group} | {variant} | {figure} | {cells} |")
+            cells = [difference(found, group, variant, place, figure) for place in places]
+            said = [f"**{cell}**" if result and place == places[-1] else cell for place, (cell, result) in zip(places, cells)]
+            lines.append(f"| {group} | {variant} | {figure} | {' | '.join(said)} |")
     return "\n".join(lines)
 
 
@@ -369,13 +375,15 @@ def report(data: str, out: Path, trial: bool) -> str:
     every = [record for records in found.values() for record in records]
     made = sorted({f"{record['device']}, torch {record['torch']}" for record in every})
     seconds = statistics.median(record["training_seconds"] + record["evaluation_seconds"] for record in every)
+    halves = every[0]["halves_of_the_reference"]["fid"]
     parts = [
         f"{len(there)} of {len(units)} units, on {'; '.join(made)}; {seconds:.0f} seconds for one (median). "
-        f"Missing: {', '.join(missing) or 'none'}.",
+        f"Missing: {', '.join(missing) or 'none'}. Two halves of the data are at a distance of {halves:.1f}.",
         f"Frechet distance (lowest to highest seed) and bias of the mean colour over training steps, DDIM-50:\n\n"
         f"{table(found, 'training', 'steps')}",
         f"The same over DDIM steps, at the end of the training:\n\n{table(found, 'sampling', 'steps')}",
-        f"Differences to the constant weight, seed by seed, with 95% intervals:\n\n{against_constant(found)}",
+        f"Differences to the constant weight, seed by seed, with 95% intervals; results by the plan's rule are bold:\n\n"
+        f"{against_constant(found)}",
         f"All figures at the end of the training, DDIM-50, means over seeds:\n\n{end_table(found)}",
     ]
     text = "\n\n".join(parts) + "\n"

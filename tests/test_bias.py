@@ -3,19 +3,23 @@
 import csv
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import as_ranks
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from debias_diffusers import cli
 from debias_diffusers.analysis import bias_report, denoising, figures
 from debias_diffusers.analysis.bias import held_out
 from debias_diffusers.analysis.denoising import Denoiser, fixed_noise, measure_errors, shares, spread_timesteps, weights_of_timesteps
+from debias_diffusers.analysis.models import STEPS, open_models, scheduler_of, steps_of
 from debias_diffusers.analysis.report_page import ReportPage, is_our_page
+from debias_diffusers.analysis.sampled import job_of, swapped_jobs
 from debias_diffusers.analysis.swap import SwappedUNet, require_swappable
 from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.config.schema.evaluation import BiasConfig
@@ -25,6 +29,7 @@ from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.validation_split import split_source
 from debias_diffusers.diffusion.noise_schedule import make_schedule, prediction_of_x_0
 from debias_diffusers.errors import InputError
+from debias_diffusers.pipelines.solvers import exported_scheduler
 
 MEAN, STD, T = 0.1, 0.2, 100
 KINDS = ("epsilon", "sample", "v_prediction", "flow")
@@ -45,6 +50,9 @@ class Planted(nn.Module):
         x_0 = MEAN + a * STD**2 / (a**2 * STD**2 + s**2) * (x_t.double() - a * MEAN)
         prediction = prediction_of_x_0(self.kind, x_0, x_t.double(), a, s).float()
         return (prediction + self.bias.view(1, -1, 1, 1),)
+
+
+STRAIGHT_X_0 = {"prediction_type": "sample", "noise_schedule": "rectified_flow"}  # JiT's
 
 
 def denoiser_of(kind, bias=(0.0, 0.0, 0.0)):
@@ -102,6 +110,15 @@ def test_one_step_estimates_are_x_0_plus_the_error():
         torch.testing.assert_close(away.mean((2, 3)).double(), found.x_0_bias[k], rtol=1e-3, atol=1e-5)
 
 
+def test_x_0_that_is_predicted_on_the_straight_path_is_not_taken_for_a_velocity():
+    objective = ObjectiveConfig(num_train_timesteps=T, **STRAIGHT_X_0)
+    pipeline = SimpleNamespace(unet=Planted(make_schedule(objective), "sample"), scheduler=exported_scheduler(objective))
+    denoiser = Denoiser.of(pipeline)
+    assert denoiser.prediction_type == "sample" and denoiser.schedule.straight
+    torch.testing.assert_close(errors_of(denoiser).x_0_mse, errors_of(denoiser_of("flow")).x_0_mse, rtol=1e-3, atol=1e-6)
+    assert scheduler_of(BiasConfig(runs=()), SimpleNamespace(scheduler=pipeline.scheduler)) == "flow_euler"
+
+
 def test_noise_and_timesteps_do_not_depend_on_the_subset():
     assert torch.equal(fixed_noise((1, 4, 4), 3, [7, 9])[1], fixed_noise((1, 4, 4), 3, [9])[0])
     assert spread_timesteps(1000, 20)[::19] == [0, 999] and spread_timesteps(4, 20) == [0, 1, 2, 3]
@@ -117,7 +134,15 @@ def test_shares_are_those_of_the_sum_over_all_timesteps():
     terms = weights * (2 - torch.arange(T) / T)
     expected = terms.view(5, 20).sum(1) / terms.sum()
     torch.testing.assert_close(shares(places, 2 - torch.tensor(places) / T, weights), expected)
-    assert weights_of_timesteps(ObjectiveConfig(weighting="variational", learn_sigma=True), schedule, "epsilon") is None
+    for unknown in (ObjectiveConfig(weighting="variational", learn_sigma=True), ObjectiveConfig(learned_uncertainty=True)):
+        assert weights_of_timesteps(unknown, schedule, "epsilon") is None
+
+
+def test_the_shares_of_a_run_in_phases_are_those_of_the_last_one():
+    schedule, later = make_schedule(ObjectiveConfig(num_train_timesteps=T)), {"timestep_sampler": "logit_normal", "num_train_timesteps": T}
+    phases = ObjectiveConfig(**later | {"timestep_sampler": "mode"}, timestep_sampler_after="logit_normal", timestep_sampler_switch=5)
+    weights = [weights_of_timesteps(each, schedule, "epsilon") for each in (phases, ObjectiveConfig(**later))]
+    assert torch.equal(*weights)
 
 
 def test_the_interval_of_a_mean_has_nearly_two_standard_errors():
@@ -153,6 +178,10 @@ def test_the_first_network_predicts_from_the_threshold_on_and_the_second_below()
         swapped = SwappedUNet(constant(1.0), constant(2.0), threshold)
         said = [swapped(x_t, torch.tensor(t))[0].mean().item() for t in range(T)]
         assert said == [2.0] * (T - of_the_first) + [1.0] * of_the_first
+        velocities = (constant(value, "flow", prediction_type="flow") for value in (1.0, 2.0))
+        swapped = SwappedUNet(*velocities, threshold)
+        said = [swapped(x_t, t)[0].mean().item() for t in swapped.above.schedule.timesteps]
+        assert said == [2.0] * (T - of_the_first) + [1.0] * of_the_first
 
 
 def test_a_prediction_of_another_type_is_converted():
@@ -162,6 +191,29 @@ def test_a_prediction_of_another_type_is_converted():
     torch.testing.assert_close(swapped(x_t, torch.tensor(t))[0], ((x_t - a * x_0) / s).float())
     with pytest.raises(InputError, match="between those of the schedule; take ddim"):
         swapped(x_t, torch.tensor(30.5))
+
+
+def test_x_0_and_the_velocity_of_the_straight_path_are_converted_between_the_timesteps_of_the_schedule():
+    path = {"schedule_shift": 4.0}
+    velocity, x_0 = constant(1.0, "flow", prediction_type="flow", **path), constant(0.5, "sample", **STRAIGHT_X_0, **path)
+    require_swappable(velocity, x_0, "flow_euler")
+    x_t, level = torch.full((1, 1, 2, 2), 0.3), 30.5
+    torch.testing.assert_close(SwappedUNet(velocity, x_0, 60)(x_t, torch.tensor(level))[0], (x_t - 0.5) / (level / T))
+    torch.testing.assert_close(SwappedUNet(x_0, velocity, 60)(x_t, torch.tensor(level))[0], x_t - level / T)
+
+
+def test_images_at_the_thresholds_0_and_t_are_those_of_the_first_and_of_the_second_run(trained, tmp_path):
+    other = shutil.copytree(trained, tmp_path / "other")
+    weights = load_file(other / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file({name: -tensor for name, tensor in weights.items()}, other / "unet" / "diffusion_pytorch_model.safetensors")
+    config = BiasConfig(runs=(str(trained), str(other)), swap=True, swap_steps=3, num_samples=2)
+    models = open_models(config, SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1))
+    assert steps_of(config, models)[models[0].label] == list(STEPS) == [2, 3, 4, 5, 10, 20, 50, 100, 250, 1000]
+    first, second = (job_of(model, config, 3, "cpu").draw(range(2)) for model in models)
+    swapped = swapped_jobs(config, models, "cpu")
+    at = {threshold: swapped(threshold).draw(range(2)) for threshold in (0, 500, 1000)}
+    assert torch.equal(at[0], first) and torch.equal(at[1000], second)
+    assert not torch.equal(at[500], first) and not torch.equal(at[500], second)
 
 
 def test_networks_that_do_not_fit_together_are_not_swapped():
@@ -258,6 +310,8 @@ def drawn_once(monkeypatch):
 
 def test_the_command_writes_tables_figures_and_a_page(trained, tmp_path, capsys, monkeypatch):
     drawn_once(monkeypatch)
+    mosaics, mosaic = [], bias_report.mosaic
+    monkeypatch.setattr(bias_report, "mosaic", lambda rows, *labels: mosaics.append((rows, *labels)) or mosaic(rows, *labels))
     other = tmp_path / "other"
     other.symlink_to(trained)
     small = ["--num_images", 6, "--num_timesteps", 3, "--num_samples", 4, "--steps", 2, 3, "--metrics", "colour", "--num_threads", 1]
@@ -275,6 +329,10 @@ def test_the_command_writes_tables_figures_and_a_page(trained, tmp_path, capsys,
     assert bias["channel"] == "grey" and float(bias["low"]) < float(bias["value"]) < float(bias["high"])
     amplification = {row["t"]: row for row in by_run[0] if row["quantity"] == "amplification"}
     assert all(float(row["value"]) == pytest.approx(float(row["snr"]) ** -0.5) for row in amplification.values())
+    (rows, timesteps, _), (samples, counts, _) = mosaics
+    assert [label for label, _ in rows] == [label for k in (1, 2, 3) for label in (f"x_t of picture {k}", trained.name, "other")]
+    assert timesteps == ["x_0", *map(str, spread_timesteps(1000, 10))] and all(len(images) == 11 for _, images in rows)
+    assert [label for label, _ in samples] == [trained.name, "", "", "", "other", "", "", ""] and counts == ["2", "3"]
     steps, swap = table_of(out / "steps.csv"), table_of(out / "swap.csv")
     assert {row["steps"] for row in steps} == {"2", "3"}
     assert {row["quantity"] for row in steps} == {"brightness_bias", "colour_distance", "colour_bias"}

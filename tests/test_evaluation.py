@@ -19,10 +19,14 @@ from PIL import Image
 from safetensors.torch import load, save, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from debias_diffusers import cli
+from debias_diffusers.cli import train_config
 from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.config.schema.evaluation import BitsConfig, MeasureConfig, ScoreConfig, StatsConfig
 from debias_diffusers.config.schema.training import RunConfig, TrainConfig
+from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data.sources.opening import open_source
+from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import feature_extractors, measure, metrics, monitor, reference, results, score, statistics
 from debias_diffusers.evaluation.feature_extractors import Extractor
@@ -668,14 +672,60 @@ def test_a_failure_of_the_claim_ends_it_without_the_runs_that_wait(claim, tmp_pa
     assert len(began) <= 3
 
 
+def test_a_unit_of_the_claim_that_was_killed_goes_on_where_it_was(claim, tmp_path, monkeypatch):
+    """The training resumes by its output directory; scores that are there are not computed again, and figures are written at the end."""
+    plan, trained, asked = claim.PLANS["emoji"], [], []
+    unit = plan.units[0]
+
+    def train(words):
+        trained.append(train_config(words, None))
+        return 0
+
+    def evaluate(words):
+        asked.append(words[words.index("--weights") + 1])
+        if len(asked) == 2:
+            raise SystemExit("killed")
+        row = {"target": words[1], "images": 1000, "steps": int(words[words.index("--steps") + 1].split(",")[0]), "fid": len(asked)}
+        scores = {"targets": [row], "halves_of_the_reference": {"fid": 2.0}}
+        (tmp_path / words[words.index("--output") + 1]).write_text(json.dumps(scores))
+        return 0
+
+    monkeypatch.setattr(cli, "train", train)
+    monkeypatch.setattr(cli, "evaluate", evaluate)
+    (tmp_path / "runs" / unit.name).mkdir(parents=True)
+    with pytest.raises(SystemExit, match="killed"):
+        claim.compute(unit, plan, "emoji", tmp_path, {"mixed_precision": "no"}, False)
+    assert not claim.figures_of(unit, tmp_path).exists()
+    claim.compute(unit, plan, "emoji", tmp_path, {"mixed_precision": "no"}, False)
+    assert trained[0] == trained[1] and asked == ["ema", "raw", "raw", "ema"]
+    optim = trained[0].optimization
+    assert (optim.max_steps, optim.seed, trained[0].run.output_dir) == (2000, 0, str(tmp_path / "runs" / unit.name))
+    found = json.loads(claim.figures_of(unit, tmp_path).read_text())
+    assert [(row["kind"], row["fid"]) for row in found["rows"]] == [("training", 1), ("raw", 3), ("sampling", 4)]
+
+
+@pytest.mark.parametrize("data", ["emoji", "digits", "digits_text"])
+def test_the_trainings_of_the_claim_are_those_that_a_command_can_begin(claim, data):
+    plan = claim.PLANS[data]
+    for unit in (unit for unit in plan.units if unit.seed == 0):
+        config = train_config(["--config", data, *claim.words_of(plan.flags | unit.flags)], None)
+        assert train_problems(config) == [] and make_objective(config.objective).weights is not None
+        checkpoints = range(config.run.checkpoint_every, config.optimization.max_steps + 1, config.run.checkpoint_every)
+        assert {step for scores in unit.scores for step in scores.checkpoints} <= set(checkpoints[-config.run.keep_checkpoints :])
+        rates = {scores.weights for scores in unit.scores} - {"ema", "raw"}
+        assert rates <= set(map(str, config.optimization.ema_decay))
+
+
 def test_units_of_the_claim_are_merged_by_their_files(claim, tmp_path):
-    """Planted figures: debiased is 2 nearer than constant in each seed, and a seed is missing."""
+    """Planted figures: debiased is 2 nearer than constant, and a seed is missing; min_snr is in four seeds, and in one 0.1 farther."""
     plan = claim.PLANS["emoji"]
     assert len({unit.name for unit in plan.units}) == len(plan.units) == 46
     (tmp_path / "units").mkdir()
-    chosen = [unit for unit in plan.units if unit.group == "shift 16" and unit.variant in ("constant", "debiased")]
-    for unit in chosen[:-1]:  # debiased with seed 4 is missing
-        distance = 10 + unit.seed - 2 * (unit.variant == "debiased")
+    apart = {"constant": [0.0] * 5, "debiased": [-2.0] * 4, "min_snr": [-2.0, -2.0, 0.1, -2.0, -2.0]}
+    for unit in plan.units:
+        if unit.group != "shift 16" or unit.seed >= len(apart.get(unit.variant, ())):
+            continue
+        distance = 10 + unit.seed + apart[unit.variant][unit.seed]
         figures = {"fid": distance, "swd": 1, "brightness_bias": -2, "red_bias": -3, "green_bias": 2, "blue_bias": -1}
         rows = [
             {"kind": scores.kind, "checkpoint": step, "steps": steps} | figures
@@ -691,12 +741,17 @@ def test_units_of_the_claim_are_merged_by_their_files(claim, tmp_path):
             "torch": "2",
             "training_seconds": 1,
             "evaluation_seconds": 2,
+            "halves_of_the_reference": {"fid": 2.06},
         }
         claim.figures_of(unit, tmp_path).write_text(json.dumps(about | {"rows": rows}))
     said = claim.report("emoji", tmp_path, False)
     assert said == (tmp_path / "claim-emoji.md").read_text() and (tmp_path / "claim-emoji.png").exists()
-    assert said.startswith("9 of 46 units, on A, torch 2; 3 seconds") and "emoji-shift16-debiased-seed4" in said.splitlines()[0]
+    assert said.startswith("14 of 46 units, on A, torch 2; 3 seconds") and "emoji-shift16-debiased-seed4" in said.splitlines()[0]
+    assert "Two halves of the data are at a distance of 2.1." in said.splitlines()[0]
+    # The plan decides at the end, and calls nothing a result that has not one sign in all seeds, whatever its interval.
     assert "| shift 16 | debiased | distance | -2.00 (-2.00 to -2.00), 4 seeds |" in said
+    assert said.count("**-2.00 (-2.00 to -2.00), 4 seeds** |\n") == said.count("**") / 2 == 1
+    assert "-1.58 (-2.75 to -0.41), 5 seeds |\n" in said
     assert "| shift 16 | constant | 5 | 12.0 (10.0 to 14.0), bias 2.0 |" in said
 
 

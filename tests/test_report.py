@@ -115,6 +115,14 @@ def test_a_run_that_trains_has_just_begun_or_logs_nothing(runs, tmp_path):
     assert "<script" in page and list(charts(page)) == ["Weight of the error of epsilon"]
 
 
+def test_weights_that_were_learned_are_not_drawn_as_those_of_the_weighting(runs, tmp_path):
+    (tmp_path / "learned").mkdir()
+    config = json.loads((runs[0] / "config.json").read_text())
+    (tmp_path / "learned" / "config.json").write_text(json.dumps(config | {"learned_uncertainty": True}))
+    page = make_page(read_runs([str(tmp_path / "learned")]), []).html().decode()
+    assert "The weights of learned were learned with it" in page and "Weight of the error of epsilon" not in charts(page)
+
+
 def test_scores_that_are_named_or_moved_with_the_run(runs, tmp_path, capsys):
     first, _ = runs
     page = make_page(read_runs([str(first)]), []).html().decode()

@@ -232,6 +232,10 @@ def test_a_phase_that_learns_knows_the_losses_of_the_phase_before():
             {"timestep_sampler_after": "mode", "timestep_sampler_switch": 5, "schedule_free_weights": True},
             "timestep_sampler mode multiplies",
         ),
+        (
+            {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 2.0, "schedule_free_weights": True},
+            "timestep_bias_strategy later multiplies the objective",
+        ),
     ],
 )
 def test_phases_that_change_nothing_or_cannot_be_are_refused(options, said):

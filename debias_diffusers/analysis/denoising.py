@@ -15,8 +15,8 @@ from ..config.registry import WEIGHTINGS
 from ..config.schema.objective import ObjectiveConfig
 from ..config.schema.types import PredictionType
 from ..diffusion.loss import weight_table
-from ..diffusion.noise_schedule import Schedule, is_flow, predicted_x_0, schedule_of_scheduler
-from ..diffusion.timestep_samplers import make_timestep_sampler
+from ..diffusion.noise_schedule import Schedule, predicted_x_0, prediction_type_of, schedule_of_scheduler
+from ..diffusion.timestep_samplers import final_timestep_sampler
 from ..utils import seeding
 
 NORMAL_95 = 1.96  # standard errors on either side of a mean that an interval of 95% has
@@ -34,7 +34,7 @@ class Denoiser:
     def of(cls, pipeline: Any) -> Denoiser:
         """The network of a pixel pipeline. Raises InputError if its scheduler has no schedule that is known here."""
         own = pipeline.scheduler
-        return cls(pipeline.unet, schedule_of_scheduler(own), "flow" if is_flow(own) else own.config.prediction_type)
+        return cls(pipeline.unet, schedule_of_scheduler(own), prediction_type_of(own))
 
     def noised(self, x_0: Tensor, noise: Tensor, t: int) -> Tensor:
         """x_t of images and noise (B, C, H, W)."""
@@ -152,13 +152,14 @@ def _gradient_norm(parameters: Sequence[Tensor]) -> float:
 
 
 def weights_of_timesteps(objective: ObjectiveConfig, schedule: Schedule, prediction_type: PredictionType) -> Tensor | None:
-    """(T,) loss weight of each timestep times its density in the objective.
+    """(T,) loss weight of each timestep times its density in the objective, of a run in phases in the last one.
 
-    None of the variational bound, which has no weights, and of a weighting that is not registered in this process.
+    None of the variational bound, which has no weights, of a learned uncertainty, which a model is saved without, and of a weighting that
+    is not registered in this process.
     """
-    if objective.weighting == "variational" or objective.weighting not in WEIGHTINGS:
+    if objective.weighting == "variational" or objective.weighting not in WEIGHTINGS or objective.learned_uncertainty:
         return None
-    sampler = make_timestep_sampler(objective, schedule)
+    sampler = final_timestep_sampler(objective, schedule)
     return weight_table(objective, schedule, prediction_type) * sampler.probabilities * sampler.corrections
 
 

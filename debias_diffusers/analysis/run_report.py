@@ -373,6 +373,9 @@ def _add_weights(page: ReportPage, runs: Sequence[RunFiles]) -> None:
         if objective.weighting not in WEIGHTINGS:
             page.paragraph(f"The weighting {objective.weighting} of {run.label} is not registered in this process.")
             continue
+        if objective.learned_uncertainty:
+            page.paragraph(f"The weights of {run.label} were learned with it (learned_uncertainty), and are in its checkpoints only.")
+            continue
         if kind not in (WEIGHTINGS[objective.weighting].repeats or (kind,)):
             page.paragraph(f"The weighting {objective.weighting} of {run.label} has no weights on {kind}.")
             continue

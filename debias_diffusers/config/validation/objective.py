@@ -127,6 +127,11 @@ def _weighting_problems(objective: ObjectiveConfig) -> list[str]:
             f"schedule_free_weights is on, but timestep_sampler {changing[0]} multiplies the objective by its density; take "
             f"--timestep_sampler stratified, or {changing[0]}_corrected where there is one"
         )
+    if objective.schedule_free_weights and objective.timestep_bias_strategy != "none":
+        found.append(
+            f"schedule_free_weights is on, but timestep_bias_strategy {objective.timestep_bias_strategy} multiplies the objective at "
+            f"timesteps of this schedule; leave one of the two out"
+        )
     if objective.learned_uncertainty and "loss_second_moment" in samplers:
         found.append(
             "learned_uncertainty is on, but timestep_sampler loss_second_moment draws by the size of the losses, to which the uncertainty "
