@@ -15,7 +15,9 @@ from debias_diffusers import cli
 from debias_diffusers.analysis import bias_report, denoising, figures
 from debias_diffusers.analysis.bias import held_out
 from debias_diffusers.analysis.denoising import Denoiser, fixed_noise, measure_errors, shares, spread_timesteps, weights_of_timesteps
+from debias_diffusers.analysis.models import scheduler_of
 from debias_diffusers.analysis.report_page import ReportPage, is_our_page
+from debias_diffusers.analysis.sampled import thresholds
 from debias_diffusers.analysis.swap import SwappedUNet, require_swappable
 from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.config.schema.evaluation import BiasConfig
@@ -25,6 +27,7 @@ from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.validation_split import split_source
 from debias_diffusers.diffusion.noise_schedule import make_schedule, prediction_of_x_0
 from debias_diffusers.errors import InputError
+from debias_diffusers.pipelines.solvers import exported_scheduler, make_scheduler
 
 MEAN, STD, T = 0.1, 0.2, 100
 KINDS = ("epsilon", "sample", "v_prediction", "flow")
@@ -83,6 +86,13 @@ def test_a_planted_bias_of_the_prediction_is_the_signed_error_of_x_0(kind):
     moved = (planted.x_0_bias - plain.x_0_bias).mean(1)
     finite = expected.isfinite()
     torch.testing.assert_close(moved[finite], (expected[:, None] * b.double())[finite], rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_of_x_0_on_the_straight_path_is_none_of_u():
+    own = exported_scheduler(ObjectiveConfig(prediction_type="sample", noise_schedule="rectified_flow"))
+    denoiser = Denoiser.of(SimpleNamespace(unet=None, scheduler=own))
+    assert denoiser.prediction_type == "sample"
+    assert scheduler_of(BiasConfig(runs=()), SimpleNamespace(scheduler=own, denoiser=denoiser)) == "flow_euler"
 
 
 def test_the_gradient_is_that_of_the_mean_over_the_images_whatever_the_batches():
@@ -162,6 +172,25 @@ def test_a_prediction_of_another_type_is_converted():
     torch.testing.assert_close(swapped(x_t, torch.tensor(t))[0], ((x_t - a * x_0) / s).float())
     with pytest.raises(InputError, match="between those of the schedule; take ddim"):
         swapped(x_t, torch.tensor(30.5))
+
+
+def test_on_the_straight_path_u_and_x_0_are_converted_at_any_timestep():
+    x_t, x_0 = torch.full((1, 1, 2, 2), 0.3), 0.5
+    of_u = constant(1.0, "flow", prediction_type="flow")
+    of_x_0 = constant(x_0, "sample", prediction_type="sample", noise_schedule="rectified_flow")
+    for level in (1.0, 30.5, 100.0):
+        swapped = SwappedUNet(of_u, of_x_0, 101)
+        torch.testing.assert_close(swapped(x_t, torch.tensor(level))[0], (x_t - x_0) / (level / T))
+        swapped = SwappedUNet(of_x_0, of_u, 101)
+        torch.testing.assert_close(swapped(x_t, torch.tensor(level))[0], x_t - level / T)
+
+
+@pytest.mark.parametrize("solver, objective", [("ddim", {}), ("flow_euler", {"prediction_type": "flow", "schedule_shift": 0.2})])
+def test_the_thresholds_go_from_before_the_first_timestep_to_after_the_last(solver, objective):
+    objective = ObjectiveConfig(num_train_timesteps=T, **objective)
+    scheduler = make_scheduler(solver, exported_scheduler(objective), "linspace", 20)
+    first, *_, last = thresholds(SimpleNamespace(denoiser=SimpleNamespace(schedule=make_schedule(objective))))
+    assert first == 0 and last == scheduler.timesteps.max() + 1
 
 
 def test_networks_that_do_not_fit_together_are_not_swapped():

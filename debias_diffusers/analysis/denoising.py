@@ -15,7 +15,7 @@ from ..config.registry import WEIGHTINGS
 from ..config.schema.objective import ObjectiveConfig
 from ..config.schema.types import PredictionType
 from ..diffusion.loss import weight_table
-from ..diffusion.noise_schedule import Schedule, is_flow, predicted_x_0, schedule_of_scheduler
+from ..diffusion.noise_schedule import Schedule, predicted_x_0, prediction_type_of, schedule_of_scheduler
 from ..diffusion.timestep_samplers import make_timestep_sampler
 from ..utils import seeding
 
@@ -34,7 +34,7 @@ class Denoiser:
     def of(cls, pipeline: Any) -> Denoiser:
         """The network of a pixel pipeline. Raises InputError if its scheduler has no schedule that is known here."""
         own = pipeline.scheduler
-        return cls(pipeline.unet, schedule_of_scheduler(own), "flow" if is_flow(own) else own.config.prediction_type)
+        return cls(pipeline.unet, schedule_of_scheduler(own), prediction_type_of(own))
 
     def noised(self, x_0: Tensor, noise: Tensor, t: int) -> Tensor:
         """x_t of images and noise (B, C, H, W)."""

@@ -14,6 +14,7 @@ from ..config.schema.evaluation import BiasConfig
 from ..config.schema.objective import ObjectiveConfig
 from ..config.schema.sampling import SampleConfig
 from ..config.schema.types import SchedulerName, Task
+from ..diffusion.noise_schedule import is_flow
 from ..errors import InputError, raise_all
 from ..hub import client
 from ..hub.model_card import step_of_card
@@ -115,4 +116,4 @@ def steps_of(config: BiasConfig, models: Sequence[Model]) -> dict[str, list[int]
 
 def scheduler_of(config: BiasConfig, model: Model) -> SchedulerName:
     """The solver of a model: the same kind for all, Euler's method, which is the one of the paper (ddim) where there are betas."""
-    return config.scheduler or ("flow_euler" if model.denoiser.prediction_type == "flow" else "ddim")
+    return config.scheduler or ("flow_euler" if is_flow(model.scheduler) else "ddim")

@@ -102,8 +102,9 @@ def job_of(model: Model, config: BiasConfig, steps: int, device: Any) -> Job:
 
 
 def thresholds(model: Model) -> list[int]:
-    """The timesteps from which on the network of the first model predicts, in turn: from 0 (all) to T (none)."""
-    return [round(k * len(model.denoiser.schedule) / (THRESHOLDS - 1)) for k in range(THRESHOLDS)]
+    """The timesteps from which on the network of the first model predicts, in turn: from 0 (all) to one after the last (none)."""
+    end = model.denoiser.schedule.timesteps[-1].item() + 1  # the last is T - 1, or T of a flow
+    return [round(k * end / (THRESHOLDS - 1)) for k in range(THRESHOLDS)]
 
 
 def swapped_jobs(config: BiasConfig, models: Sequence[Model], device: Any) -> Callable[[int], Job]:

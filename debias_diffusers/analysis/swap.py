@@ -27,7 +27,7 @@ class SwappedUNet(nn.Module):
     """
 
     def __init__(self, above: Denoiser, below: Denoiser, threshold: int) -> None:
-        """`threshold`: a timestep as the network is given it, from 0 (the first network alone) to T (the other alone)."""
+        """`threshold`: a timestep as the network is given it, from 0 (the first network alone) to after the last (the other alone)."""
         super().__init__()
         self.above, self.below, self.threshold = above, below, threshold
         self.unet, self.other = above.network, below.network
@@ -57,10 +57,18 @@ class SwappedUNet(nn.Module):
         prediction = self.other(x_t, timestep, *conditions, **named)[0][:, :C]
         if self.below.prediction_type == self.above.prediction_type:
             return (prediction,)
-        if not level.is_integer():
-            kinds = f"{self.above.prediction_type} and {self.below.prediction_type}"
-            raise InputError(f"the runs predict {kinds}, and this scheduler has timesteps between those of the schedule; take ddim")
-        t = torch.tensor([int(level)])
-        a, s = (at(table, t, x_t) for table in (self.above.schedule.a, self.above.schedule.s))
+        a, s = self._factors(level, x_t)
         x_0 = predicted_x_0(self.below.prediction_type, prediction, x_t, a, s)
         return (prediction_of_x_0(self.above.prediction_type, x_0, x_t, a, s),)
+
+    def _factors(self, level: float, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of image and noise at a timestep."""
+        schedule, kinds = self.above.schedule, (self.above.prediction_type, self.below.prediction_type)
+        if "flow" in kinds:  # both are on the straight path, where a timestep is T times s
+            s = x_t.new_tensor(level / len(schedule))
+            return 1 - s, s
+        if not level.is_integer():
+            said = " and ".join(kinds)
+            raise InputError(f"the runs predict {said}, and this scheduler has timesteps between those of the schedule; take ddim")
+        t = torch.tensor([int(level)])
+        return at(schedule.a, t, x_t), at(schedule.s, t, x_t)
