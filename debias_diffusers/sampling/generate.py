@@ -47,6 +47,8 @@ def sample(config: SampleConfig) -> Path:
     """
     raise_all(sampling_problems(config.model, config.output_dir))
     accelerator = inference_accelerator(config.num_threads)
+    if accelerator.is_main_process and config.output_dir:  # before the model is loaded
+        require_sample_folder(Path(config.output_dir))
     loras = tuple(f"{pinned_model(name, accelerator)}:{strength}" for name, strength in map(with_strength, config.lora))
     config = replace(config, model=pinned_model(config.model, accelerator), lora=loras)
     job = make_job(config, accelerator.device)
