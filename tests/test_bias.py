@@ -9,24 +9,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import as_ranks
+from PIL import Image
 from torch import nn
 
 from debias_diffusers import cli
-from debias_diffusers.analysis import bias_report, denoising, figures
+from debias_diffusers.analysis import bias, bias_report, denoising, figures
 from debias_diffusers.analysis.bias import held_out
 from debias_diffusers.analysis.denoising import Denoiser, fixed_noise, measure_errors, shares, spread_timesteps, weights_of_timesteps
 from debias_diffusers.analysis.models import scheduler_of
 from debias_diffusers.analysis.report_page import ReportPage, is_our_page
-from debias_diffusers.analysis.sampled import thresholds
+from debias_diffusers.analysis.run_files import labels_of
+from debias_diffusers.analysis.sampled import Drawn, thresholds
 from debias_diffusers.analysis.swap import SwappedUNet, require_swappable
 from debias_diffusers.config.schema.data import DataConfig
-from debias_diffusers.config.schema.evaluation import BiasConfig
+from debias_diffusers.config.schema.evaluation import BiasConfig, MeasureConfig
 from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.config.validation.evaluation import bias_problems
 from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.validation_split import split_source
 from debias_diffusers.diffusion.noise_schedule import make_schedule, prediction_of_x_0
 from debias_diffusers.errors import InputError
+from debias_diffusers.evaluation.measure import Measure
+from debias_diffusers.evaluation.metrics import Sample
 from debias_diffusers.pipelines.solvers import exported_scheduler, make_scheduler
 
 MEAN, STD, T = 0.1, 0.2, 100
@@ -257,6 +261,45 @@ def test_what_is_wrong_with_a_command_is_said_at_once():
     ):
         (problem,) = bias_problems(BiasConfig(**given))
         assert said in problem
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--num_samples", 10], "num_samples is 10, but metrics fid,colour need 65; take more, or --metrics colour"),
+        (
+            ["--reference", "few", "--metrics", "fid", "--feature_extractor", "digits"],
+            "reference few has 5 images, but metrics fid need 65",
+        ),
+        (["--feature_extractor", "none"], "feature_extractor is none, which is not known"),
+    ],
+)
+def test_what_the_metrics_need_is_said_before_a_model_is_loaded(trained, tmp_path, monkeypatch, capsys, flags, said):
+    (tmp_path / "few").mkdir()
+    for k in range(5):
+        Image.new("L", (8, 8), 50 * k).save(tmp_path / "few" / f"{k}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bias, "open_models", lambda *_: pytest.fail("loaded"))
+    assert cli.evaluate(["bias", str(trained), "--num_threads", "1", *map(str, flags)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_four_samples_are_shown_whatever_the_batches():
+    class Drawing:
+        config, name = SimpleNamespace(num_images=7, batch_size=3, seed=0), "job"
+
+        def draw(self, indices):
+            return torch.tensor(list(indices), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+
+    measure = Measure(MeasureConfig(metrics="colour", cache_dir=""), "digits", "cpu")
+    reference = Sample.of({"colour": torch.rand(9, 3)})
+    assert Drawn.of(Drawing(), measure, reference, 1).first[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_a_run_is_named_by_its_folder_wherever_the_command_runs(tmp_path, monkeypatch):
+    (tmp_path / "constant").mkdir()
+    monkeypatch.chdir(tmp_path / "constant")
+    assert labels_of([".", "../debiased/"]) == ["constant", "debiased"] and labels_of(["a/x", "b/x"]) == ["a/x", "b/x"]
 
 
 def test_images_that_all_runs_held_out_are_preferred():

@@ -106,14 +106,14 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None, loaded:
     return make(config, device, step, loaded)
 
 
-def load_model(config: SampleConfig, device: Any) -> LoadedModel:
-    """Loads the model of a command, of which `make_job` can make several jobs.
+def load_model(config: SampleConfig, device: Any, step: int | None = None) -> LoadedModel:
+    """Loads the model of a command, of which `make_job` can make several jobs; `step` as there.
 
     Raises:
         InputError: there is no such model, or it does not have these weights.
     """
     load = load_text_to_image if task_of(client.configurations(config.model)) == "text_to_image" else load_pixel_model
-    return load(config, device)
+    return load(config, device, step)
 
 
 def _draw_into(samples: SampleFolder, job: Job, accelerator: Accelerator) -> None:
