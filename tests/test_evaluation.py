@@ -457,6 +457,15 @@ def test_curves_over_checkpoints_solvers_and_steps(trained, tmp_path):
     assert Image.open(tmp_path / "curves.png").size[0] > 500
 
 
+def test_a_curve_is_of_one_sampling_seed(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(results, "plot_curves", lambda lines, along: drawn.update(lines) or b"")
+    drawn_by = {"target": "a", "scheduler": "ddim"}
+    rows = [{**drawn_by, "steps": steps, "sampling_seed": seed, "fid": 1.0 * seed} for seed in (0, 1) for steps in (2, 4)]
+    results.draw_curves(rows, tmp_path / "curves.png")
+    assert drawn["fid"] == {f"a ddim seed {seed}": [(2, seed), (4, seed)] for seed in (0, 1)}
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
