@@ -193,9 +193,13 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(text_model
         load_text_pipeline(str(text_models["xl"]))
 
 
-def test_a_text_model_is_no_pixel_model(text_models):
-    with pytest.raises(InputError, match="is a text-to-image model, but this is for pixel models"):
-        load_pipeline(str(text_models["sd"]))
+def test_a_text_model_is_no_pixel_model(text_models, monkeypatch):
+    """One of the Hub neither, which is known before its weights are downloaded."""
+    for model in (str(text_models["sd"]), "user/model"):
+        with pytest.raises(InputError, match="is a text-to-image model, but this is for pixel models"):
+            load_pipeline(model)
+        monkeypatch.setattr(client, "download_files", lambda name, patterns: text_models["sd"])
+        monkeypatch.setattr(client, "download_model", lambda *_: pytest.fail("downloaded"))
 
 
 STABLE_DIFFUSION_XL = [  # files of its repository

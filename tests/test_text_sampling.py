@@ -202,7 +202,7 @@ def test_flags_of_text_models_are_refused_for_pixel_models(trained, capsys):
 
 def test_pixel_commands_refuse_text_models(text_models, capsys):
     assert cli.evaluate(["bpd", str(text_models["sd"]), "--reference", "digits"]) == 2
-    assert "is a text-to-image model, but bpd is for pixel models" in capsys.readouterr().err
+    assert "is a text-to-image model, but bpd is for pixel models; eval.py score and eval.py bias measure it" in capsys.readouterr().err
 
 
 def test_texts_are_wrapped_and_cut():

@@ -76,7 +76,7 @@ def pixel_problems(model: str, what: str) -> list[str]:
     """A text-to-image model on this disk where `what` is for pixel models only; other names are looked at when they are loaded."""
     if task_of(Path(model)) == "pixels":
         return []
-    return [f"{model} is a text-to-image model, but {what} is for pixel models"]
+    return [f"{model} is a text-to-image model, but {what} is for pixel models; eval.py score and eval.py bias measure it"]
 
 
 def bias_model_problems(config: BiasConfig, folders: Mapping[str, Path]) -> list[str]:
