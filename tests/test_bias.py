@@ -10,26 +10,30 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import as_ranks
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from debias_diffusers import cli
-from debias_diffusers.analysis import bias_report, denoising, figures
+from debias_diffusers.analysis import bias, bias_report, denoising, figures
 from debias_diffusers.analysis.bias import held_out
 from debias_diffusers.analysis.denoising import Denoiser, fixed_noise, measure_errors, shares, spread_timesteps, weights_of_timesteps
-from debias_diffusers.analysis.models import STEPS, open_models, scheduler_of, steps_of
+from debias_diffusers.analysis.models import STEPS, folders_of, open_models, scheduler_of, steps_of
 from debias_diffusers.analysis.report_page import ReportPage, is_our_page
-from debias_diffusers.analysis.sampled import job_of, swapped_jobs
+from debias_diffusers.analysis.run_files import labels_of
+from debias_diffusers.analysis.sampled import Drawn, job_of, swapped_jobs, thresholds
 from debias_diffusers.analysis.swap import SwappedUNet, require_swappable
 from debias_diffusers.config.schema.data import DataConfig
-from debias_diffusers.config.schema.evaluation import BiasConfig
+from debias_diffusers.config.schema.evaluation import BiasConfig, MeasureConfig
 from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.config.validation.evaluation import bias_problems
 from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.validation_split import split_source
 from debias_diffusers.diffusion.noise_schedule import make_schedule, prediction_of_x_0
 from debias_diffusers.errors import InputError
-from debias_diffusers.pipelines.solvers import exported_scheduler
+from debias_diffusers.evaluation.measure import Measure
+from debias_diffusers.evaluation.metrics import Sample
+from debias_diffusers.pipelines.solvers import exported_scheduler, make_scheduler
 
 MEAN, STD, T = 0.1, 0.2, 100
 KINDS = ("epsilon", "sample", "v_prediction", "flow")
@@ -114,7 +118,7 @@ def test_x_0_that_is_predicted_on_the_straight_path_is_not_taken_for_a_velocity(
     objective = ObjectiveConfig(num_train_timesteps=T, **STRAIGHT_X_0)
     pipeline = SimpleNamespace(unet=Planted(make_schedule(objective), "sample"), scheduler=exported_scheduler(objective))
     denoiser = Denoiser.of(pipeline)
-    assert denoiser.prediction_type == "sample" and denoiser.schedule.straight
+    assert denoiser.prediction_type == "sample"
     torch.testing.assert_close(errors_of(denoiser).x_0_mse, errors_of(denoiser_of("flow")).x_0_mse, rtol=1e-3, atol=1e-6)
     assert scheduler_of(BiasConfig(runs=()), SimpleNamespace(scheduler=pipeline.scheduler)) == "flow_euler"
 
@@ -178,10 +182,6 @@ def test_the_first_network_predicts_from_the_threshold_on_and_the_second_below()
         swapped = SwappedUNet(constant(1.0), constant(2.0), threshold)
         said = [swapped(x_t, torch.tensor(t))[0].mean().item() for t in range(T)]
         assert said == [2.0] * (T - of_the_first) + [1.0] * of_the_first
-        velocities = (constant(value, "flow", prediction_type="flow") for value in (1.0, 2.0))
-        swapped = SwappedUNet(*velocities, threshold)
-        said = [swapped(x_t, t)[0].mean().item() for t in swapped.above.schedule.timesteps]
-        assert said == [2.0] * (T - of_the_first) + [1.0] * of_the_first
 
 
 def test_a_prediction_of_another_type_is_converted():
@@ -193,27 +193,37 @@ def test_a_prediction_of_another_type_is_converted():
         swapped(x_t, torch.tensor(30.5))
 
 
-def test_x_0_and_the_velocity_of_the_straight_path_are_converted_between_the_timesteps_of_the_schedule():
-    path = {"schedule_shift": 4.0}
-    velocity, x_0 = constant(1.0, "flow", prediction_type="flow", **path), constant(0.5, "sample", **STRAIGHT_X_0, **path)
-    require_swappable(velocity, x_0, "flow_euler")
-    x_t, level = torch.full((1, 1, 2, 2), 0.3), 30.5
-    torch.testing.assert_close(SwappedUNet(velocity, x_0, 60)(x_t, torch.tensor(level))[0], (x_t - 0.5) / (level / T))
-    torch.testing.assert_close(SwappedUNet(x_0, velocity, 60)(x_t, torch.tensor(level))[0], x_t - level / T)
-
-
 def test_images_at_the_thresholds_0_and_t_are_those_of_the_first_and_of_the_second_run(trained, tmp_path):
     other = shutil.copytree(trained, tmp_path / "other")
     weights = load_file(other / "unet" / "diffusion_pytorch_model.safetensors")
     save_file({name: -tensor for name, tensor in weights.items()}, other / "unet" / "diffusion_pytorch_model.safetensors")
     config = BiasConfig(runs=(str(trained), str(other)), swap=True, swap_steps=3, num_samples=2)
-    models = open_models(config, SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1))
+    models = open_models(config, folders_of(config, SimpleNamespace(process_index=0, num_processes=1)), torch.device("cpu"))
     assert steps_of(config, models)[models[0].label] == list(STEPS) == [2, 3, 4, 5, 10, 20, 50, 100, 250, 1000]
     first, second = (job_of(model, config, 3, "cpu").draw(range(2)) for model in models)
     swapped = swapped_jobs(config, models, "cpu")
     at = {threshold: swapped(threshold).draw(range(2)) for threshold in (0, 500, 1000)}
     assert torch.equal(at[0], first) and torch.equal(at[1000], second)
     assert not torch.equal(at[500], first) and not torch.equal(at[500], second)
+
+
+def test_on_the_straight_path_u_and_x_0_are_converted_at_any_timestep():
+    x_t, x_0 = torch.full((1, 1, 2, 2), 0.3), 0.5
+    of_u = constant(1.0, "flow", prediction_type="flow")
+    of_x_0 = constant(x_0, "sample", **STRAIGHT_X_0)
+    for level in (1.0, 30.5, 100.0):
+        swapped = SwappedUNet(of_u, of_x_0, 101)
+        torch.testing.assert_close(swapped(x_t, torch.tensor(level))[0], (x_t - x_0) / (level / T))
+        swapped = SwappedUNet(of_x_0, of_u, 101)
+        torch.testing.assert_close(swapped(x_t, torch.tensor(level))[0], x_t - level / T)
+
+
+@pytest.mark.parametrize("solver, objective", [("ddim", {}), ("flow_euler", {"prediction_type": "flow", "schedule_shift": 0.2})])
+def test_the_thresholds_go_from_before_the_first_timestep_to_after_the_last(solver, objective):
+    objective = ObjectiveConfig(num_train_timesteps=T, **objective)
+    scheduler = make_scheduler(solver, exported_scheduler(objective), "linspace", 20)
+    first, *_, last = thresholds(SimpleNamespace(denoiser=SimpleNamespace(schedule=make_schedule(objective))))
+    assert first == 0 and last == scheduler.timesteps.max() + 1
 
 
 def test_networks_that_do_not_fit_together_are_not_swapped():
@@ -280,6 +290,45 @@ def test_what_is_wrong_with_a_command_is_said_at_once():
     ):
         (problem,) = bias_problems(BiasConfig(**given))
         assert said in problem
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--num_samples", 10], "num_samples is 10, but metrics fid,colour need 65; take more, or --metrics colour"),
+        (
+            ["--reference", "few", "--metrics", "fid", "--feature_extractor", "digits"],
+            "reference few has 5 images, but metrics fid need 65",
+        ),
+        (["--feature_extractor", "none"], "feature_extractor is none, which is not known"),
+    ],
+)
+def test_what_the_metrics_need_is_said_before_a_model_is_loaded(trained, tmp_path, monkeypatch, capsys, flags, said):
+    (tmp_path / "few").mkdir()
+    for k in range(5):
+        Image.new("L", (8, 8), 50 * k).save(tmp_path / "few" / f"{k}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bias, "open_models", lambda *_: pytest.fail("loaded"))
+    assert cli.evaluate(["bias", str(trained), "--num_threads", "1", *map(str, flags)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_four_samples_are_shown_whatever_the_batches():
+    class Drawing:
+        config, name = SimpleNamespace(num_images=7, batch_size=3, seed=0), "job"
+
+        def draw(self, indices):
+            return torch.tensor(list(indices), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+
+    measure = Measure(MeasureConfig(metrics="colour", cache_dir=""), "digits", "cpu")
+    reference = Sample.of({"colour": torch.rand(9, 3)})
+    assert Drawn.of(Drawing(), measure, reference, 1).first[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_a_run_is_named_by_its_folder_wherever_the_command_runs(tmp_path, monkeypatch):
+    (tmp_path / "constant").mkdir()
+    monkeypatch.chdir(tmp_path / "constant")
+    assert labels_of([".", "../debiased/"]) == ["constant", "debiased"] and labels_of(["a/x", "b/x"]) == ["a/x", "b/x"]
 
 
 def test_images_that_all_runs_held_out_are_preferred():

@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -460,6 +461,39 @@ def test_curves_over_checkpoints_solvers_and_steps(trained, tmp_path):
     assert Image.open(tmp_path / "curves.png").size[0] > 500
 
 
+def test_a_curve_is_of_one_sampling_seed(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(results, "plot_curves", lambda lines, along: drawn.update(lines) or b"")
+    drawn_by = {"target": "a", "scheduler": "ddim"}
+    rows = [{**drawn_by, "steps": steps, "sampling_seed": seed, "fid": 1.0 * seed} for seed in (0, 1) for steps in (2, 4)]
+    results.draw_curves(rows, tmp_path / "curves.png")
+    assert drawn["fid"] == {f"a ddim seed {seed}": [(2, seed), (4, seed)] for seed in (0, 1)}
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"steps": "2,3000"}, "steps is 3000, but the model has 1000 timesteps"),
+        ({"schedulers": "ddim,flow_euler"}, "scheduler is flow_euler, but the model is no rectified flow"),
+        ({"checkpoints": "24,25"}, "has no checkpoint at step 25; take some of 18, 24"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_before_anything_is(trained, tmp_path, monkeypatch, options, said):
+    monkeypatch.setattr(score, "generated_images", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(InputError, match=said):
+        scored(tmp_path, trained, reference="digits", metrics="colour", num_images=8, **options)
+
+
+def test_a_model_of_which_several_curves_are_drawn_is_loaded_once_for_each_checkpoint(trained, tmp_path, monkeypatch):
+    load, loaded = score.load_model, []
+    monkeypatch.setattr(score, "load_model", lambda config, device, step: loaded.append(step) or load(config, device, step))
+    options = {"reference": "digits", "metrics": "colour", "num_images": 4}
+    found = scored(tmp_path, trained, checkpoints="all", steps="2,3", sampling_seeds="0,1", **options)["targets"]
+    assert loaded == [18, 24] and len(found) == 8
+    (one,) = scored(tmp_path, trained, checkpoints="24", steps="3", seed=1, **options)["targets"]
+    assert one["brightness_bias"] == found[7]["brightness_bias"] and (found[7]["steps"], found[7]["sampling_seed"]) == (3, 1)
+
+
 def test_features_are_computed_once_and_a_damaged_cache_is_made_anew(tmp_path, monkeypatch):
     one, other = folder_of(tmp_path / "one", 70, 0), folder_of(tmp_path / "other", 70, 1)
     first = scored(tmp_path, one, reference=other, measure={"feature_extractor": "digits"})
@@ -628,6 +662,16 @@ def test_a_training_that_draws_too_few_images_is_refused_at_its_start(tmp_path, 
     for metric, least in (("prc", 4), ("is", 10), ("kid", 2), ("colour", 4)):
         run_config = RunConfig(eval_every=1, eval_metrics=metric, eval_images=least - 1, feature_extractor="digits")
         with pytest.raises(InputError, match=f"eval_metrics {metric} need {least} images, but there are {least - 1}"):
+            monitor.Monitor(TrainConfig(data=data, run=run_config), open_source(data), "cpu")
+
+
+def test_images_that_are_held_out_do_not_count_for_what_metrics_need(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # of the cache
+    folder = str(folder_of(tmp_path / "data", 66, 0))
+    run_config = RunConfig(eval_every=1, eval_metrics="fid", feature_extractor="digits")
+    for share, trained in ((0.0, 66), (0.1, 59)):
+        data = DataConfig(dataset=folder, resolution=8, validation_split=share)
+        with pytest.raises(InputError, match=f"need 65 images, but there are {trained}") if share else nullcontext():
             monitor.Monitor(TrainConfig(data=data, run=run_config), open_source(data), "cpu")
 
 
@@ -849,7 +893,7 @@ def test_a_damaged_npz_is_named(tmp_path):
         (["--steps", "5,x"], "steps is 5,x"),
         (["--schedulers", "ddim,foo"], "schedulers has foo"),
         (["--checkpoints", "last"], "checkpoints is last"),
-        (["--checkpoints", "7"], "no usable checkpoint at step 7"),
+        (["--checkpoints", "7"], "has no checkpoint at step 7; take some of 18, 24"),
         (["--feature_extractor", "foo"], "take one of digits, emoji, clip-rn101"),
         (["--metrics", "sfid"], "sfid is of inception-v3-compat, but feature_extractor is digits"),
         (["--reference", "nowhere"], "reference nowhere"),

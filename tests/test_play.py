@@ -111,6 +111,7 @@ def test_a_request_is_cancelled_after_a_call_of_the_network_and_the_next_is_draw
         (TEXT, {"prompt": " \n"}, "prompt is empty; write what to draw"),
         (TEXT, {"prompt": "x" * 5000}, "prompt has 5000 characters"),
         (TEXT, {"prompt": "a cat\n--seed"}, "prompt '--seed' begins with a dash"),
+        (TEXT, {"prompt": "a cat", "negative_prompt": " -blurry"}, "negative_prompt '-blurry' begins with a dash"),
         (TEXT, {"prompt": "\ud800"}, "is not Unicode"),
     ],
 )
@@ -169,8 +170,9 @@ def test_a_space_is_a_folder_with_the_package_and_what_it_needs(run, tmp_path, m
     assert {"torch", "diffusers", "tyro", "transformers", "peft"} <= needed and not {"gradio", "pytest"} & needed
     assert (folder / "debias_diffusers" / "play" / "page.py").is_file() and not [*folder.rglob("__pycache__")]
     assert "warning" not in capsys.readouterr().err
-    assert cli.play([str(run), "--space", str(tmp_path / "local")]) == 0
-    assert "a Space has no files of this disk" in capsys.readouterr().err
+    for local in ([str(run)], ["user/lora", "--base_model", str(run)]):
+        assert cli.play([*local, "--space", str(tmp_path / f"local {len(local)}")]) == 0
+        assert "a Space has no files of this disk" in capsys.readouterr().err
 
 
 def listed(name):

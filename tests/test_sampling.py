@@ -32,7 +32,7 @@ from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.errors import CannotWriteError, InputError, NotFiniteError
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
 from debias_diffusers.pipelines.solvers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
-from debias_diffusers.sampling import image_writer
+from debias_diffusers.sampling import generate, image_writer
 from debias_diffusers.sampling.generate import draw, sample
 from debias_diffusers.sampling.image_writer import ImageWriter, SampleFolder
 from debias_diffusers.tasks.unet import build_unet
@@ -417,11 +417,17 @@ def test_without_an_output_dir_every_setting_has_a_folder_of_its_own(run_of_24_s
     assert sorted(path.name for path in (trained / "samples" / "unipc-2").glob("*.png")) == ["000000.png", "000001.png"]
 
 
+def test_a_folder_of_other_files_is_refused_before_the_model_is_loaded(trained, tmp_path, monkeypatch):
+    (tmp_path / "letter.txt").write_text("dear")
+    monkeypatch.setattr(generate, "make_job", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=r"holds other files, such as letter\.txt"):
+        sample(sample_config(trained, tmp_path))
+
+
 def test_a_folder_with_other_settings_is_refused_in_words_and_replaced_with_overwrite(run_of_24_steps, tmp_path):
     trained = run_of_24_steps
     folder = sample(sample_config(trained, tmp_path / "out", format="npz", trajectory=True))
     (folder / "letter.txt").write_text("dear")
-    (folder / "mine.webp").write_text("mine")
     whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(InputError) as refused:
         sample(sample_config(trained, folder, scheduler="ddim", steps=3, eta=0.5, weights="raw", num_images=3))
@@ -434,15 +440,18 @@ def test_a_folder_with_other_settings_is_refused_in_words_and_replaced_with_over
     (trained / "README.md").unlink()
     with pytest.raises(InputError, match="the model was another, or at another step"):
         sample(sample_config(trained, folder, format="npz"))
-    with pytest.raises(InputError, match=r"holds other files, such as mine\.webp"):
-        sample(sample_config(trained, folder, format="webp", overwrite=True))
+    for name, kind in (("mine.webp", "webp"), ("mine.JPG", "png")):
+        (folder / name).write_text("mine")
+        with pytest.raises(InputError, match=f"holds other pictures, such as {name}"):
+            sample(sample_config(trained, folder, format=kind, overwrite=True))
+        (folder / name).unlink()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"} == {
         path: data for path, data in whole.items() if path.name != ".lock"
     }
     sample(sample_config(trained, folder, num_images=3, overwrite=True))
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     images = {f"00000{k}.png" for k in range(3)}
-    assert left == {".lock", ".sampling.json", "letter.txt", "mine.webp", "metadata.jsonl", "preview/grid.png"} | images
+    assert left == {".lock", ".sampling.json", "letter.txt", "metadata.jsonl", "preview/grid.png"} | images
     kept = (folder / "000000.png").stat().st_mtime_ns
     sample(sample_config(trained, folder, num_images=1, overwrite=True))  # the same settings: nothing is drawn
     assert (folder / "000000.png").stat().st_mtime_ns == kept and not (folder / "000002.png").exists()

@@ -12,7 +12,7 @@ from debias_diffusers import cli
 from debias_diffusers.config.schema.evaluation import ScoreConfig
 from debias_diffusers.config.validation.evaluation import score_problems
 from debias_diffusers.evaluation import metrics
-from debias_diffusers.evaluation.measure import _extractor_of_metrics
+from debias_diffusers.evaluation.measure import extractor_of_metrics, usual_extractor
 from debias_diffusers.evaluation.metrics import Sample
 from debias_diffusers.evaluation.results import STUDENT, over_training_seeds, table_of_groups
 
@@ -70,8 +70,9 @@ def test_density_and_coverage_are_1_of_the_same_distribution_and_fall_where_mode
 
 
 def test_metrics_that_are_named_after_their_network_choose_it():
-    assert _extractor_of_metrics("colour,fd_dinov2") == "dinov2-vit-l-14" and _extractor_of_metrics("cmmd") == "clip-vit-l-14-336px"
-    assert _extractor_of_metrics("fid,sfid,kid") is None
+    assert extractor_of_metrics("colour,fd_dinov2") == "dinov2-vit-l-14" and extractor_of_metrics("cmmd") == "clip-vit-l-14-336px"
+    assert extractor_of_metrics("fid,sfid,kid") is None
+    assert usual_extractor("digits", "cmmd,colour") == "clip-vit-l-14-336px" and usual_extractor("digits", "fid") == "digits"
 
 
 # ---- seeds -------------------------------------------------------------------------------------------------------------

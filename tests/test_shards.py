@@ -652,7 +652,7 @@ def test_shards_of_a_data_set_have_its_images_labels_and_captions(parquet, tmp_p
     assert cli.shards(["make", str(tmp_path / "made"), str(tmp_path / "again")]) == 0  # of shards, too
     assert files_of(tmp_path / "again")["000000.tar"] == files_of(tmp_path / "made")["000000.tar"]
     assert cli.shards(["make", str(parquet), str(tmp_path / "made"), "--shard_mb", "3"]) == 2
-    assert "has shards of other data, or of another size" in capsys.readouterr().err
+    assert "has shards of other images, labels or captions, or of another size" in capsys.readouterr().err
     assert cli.shards(["make", str(parquet), str(parquet)]) == cli.shards(["make", str(parquet), str(tmp_path)]) == 2
 
 
@@ -681,6 +681,32 @@ def test_making_shards_goes_on_after_a_kill_with_the_same_bytes(tmp_path, home, 
     read.clear()
     assert cli.shards([*command, str(tmp_path / "killed")]) == 0
     assert files_of(tmp_path / "killed") == whole and read[0] == 9
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_shards_are_not_taken_for_those_of_captions_or_labels_that_were_corrected(column, tmp_path, home, capsys):
+    (tmp_path / "data").mkdir()
+    values = {"text": ("a cat", "a dog", "a cow"), "label": ("cat", "dog", "dog")}[column]
+    rows = [{"file_name": f"{k}.png", column: value} for k, value in enumerate(values)]
+    for k, row in enumerate(rows):
+        (tmp_path / "data" / row["file_name"]).write_bytes(encoded(k))
+    metadata = tmp_path / "data" / "metadata.jsonl"
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make = ["make", str(tmp_path / "data"), str(tmp_path / "made")]
+    assert cli.shards(make) == cli.shards(make) == 0
+    before = files_of(tmp_path / "made")
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]) + json.dumps({**rows[2], column: values[0]}) + "\n")
+    assert cli.shards(make) == 2
+    assert "has shards of other images, labels or captions" in capsys.readouterr().err and files_of(tmp_path / "made") == before
+
+
+def test_shards_in_a_folder_named_as_embedded_data_are_what_was_made(tmp_path, home, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "0.png").write_bytes(encoded(0))
+    monkeypatch.chdir(tmp_path)
+    assert cli.shards(["make", "data", "digits"]) == 0
+    assert "1 images are in 1 shard in digits; train with --dataset ./digits" in capsys.readouterr().err
+    assert len(opened("./digits")) == 1
 
 
 @pytest.mark.nightly

@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 from debias_diffusers import cli
 from debias_diffusers.analysis import bias_report, sampled
 from debias_diffusers.analysis.denoising import fixed_noise, measure_errors, weights_of_timesteps
-from debias_diffusers.analysis.models import open_models
+from debias_diffusers.analysis.models import folders_of, open_models
 from debias_diffusers.analysis.text_models import TextImages, _side, require_same_conditions
 from debias_diffusers.config.schema.evaluation import BiasConfig
 from debias_diffusers.errors import InputError
@@ -28,6 +28,7 @@ from debias_diffusers.pipelines.lora import load_text_model
 from debias_diffusers.runs.lora_folder import BASE_RECORD, LORA_WEIGHTS
 from debias_diffusers.runs.model_folder import require_text_model
 
+ALONE = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
 INDICES = [0, 1, 3]  # of the fixture `pictures`
 CAPTIONS = ["a handwritten one", "the digit two", None]
 
@@ -52,7 +53,7 @@ def pictures(tmp_path_factory):
 def opened(runs, pictures, **options):
     """The reference, the examples of `INDICES`, and the models with their conditions, of a command."""
     config = BiasConfig(runs=tuple(map(str, runs)), reference=str(pictures), num_samples=3, **options)
-    models = open_models(config, SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1))
+    models = open_models(config, folders_of(config, ALONE), ALONE.device)
     images = TextImages(config, reference_data(config, config.reference), models)
     examples = images.examples(INDICES)
     return images, examples, [images.conditioned(model, examples, "cpu") for model in models]
@@ -204,7 +205,7 @@ def trained(bases, tmp_path_factory):
 
 def models_of(*runs, **options):
     config = BiasConfig(runs=tuple(map(str, runs)), num_samples=3, **options)
-    models = open_models(config, SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1))
+    models = open_models(config, folders_of(config, ALONE), ALONE.device)
     return config, models, TextImages(config, reference_data(config, None, config.runs), models)
 
 

@@ -193,9 +193,13 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(text_model
         load_text_pipeline(str(text_models["xl"]))
 
 
-def test_a_text_model_is_no_pixel_model(text_models):
-    with pytest.raises(InputError, match="is a text-to-image model, but this is for pixel models"):
-        load_pipeline(str(text_models["sd"]))
+def test_a_text_model_is_no_pixel_model(text_models, monkeypatch):
+    """One of the Hub neither, which is known before its weights are downloaded."""
+    for model in (str(text_models["sd"]), "user/model"):
+        with pytest.raises(InputError, match="is a text-to-image model, but this is for pixel models"):
+            load_pipeline(model)
+        monkeypatch.setattr(client, "download_files", lambda name, patterns: text_models["sd"])
+        monkeypatch.setattr(client, "download_model", lambda *_: pytest.fail("downloaded"))
 
 
 STABLE_DIFFUSION_XL = [  # files of its repository
@@ -332,3 +336,18 @@ def test_images_that_are_not_finite_are_an_error(text_models):
     with pytest.raises(NotFiniteError, match="not finite"):
         encoded = text_pipeline.encode_prompts(pipeline, ["a"])
         text_pipeline.draw(pipeline, encoded, encoded, generators(1), num_inference_steps=2)
+
+
+@pytest.mark.parametrize("mean, std", [(None, None), ([0.5, -1.0, 2.0], [2.0, 0.5, 3.0]), ([0.5, -1.0, 2.0], None)])
+def test_latents_are_decoded_with_the_scale_with_which_they_were_encoded(mean, std):
+    """That of stock pipelines, which take mean and standard deviation where there are both."""
+    images = torch.randn(2, 3, 4, 4)
+    vae = SimpleNamespace(
+        config=SimpleNamespace(scaling_factor=0.25, latents_mean=mean, latents_std=std),
+        encode=lambda pixels: SimpleNamespace(latent_dist=SimpleNamespace(mean=pixels)),
+        decode=lambda latents, return_dict: (latents,),
+    )
+    latents = text_pipeline.encode(vae, images)
+    torch.testing.assert_close(text_pipeline.decode(vae, latents), images)
+    shift, width = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std)) if std else (0, 1)
+    torch.testing.assert_close(latents, (images - shift) / width * 0.25)

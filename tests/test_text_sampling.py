@@ -131,10 +131,13 @@ def test_a_trajectory_ends_with_the_images_themselves(text_models):
 def test_guidance_is_that_of_the_stock_pipelines_where_nothing_is_said(text_models, tmp_path):
     assert [make_job(config_of(text_models[name]), "cpu").options["guidance_scale"] for name in ("xl", "sd")] == [5.0, 7.5]
     run = shutil.copytree(text_models["xl"], tmp_path / "run")
-    (run / "config.json").write_text(json.dumps({"dataset": "digits", "caption_dropout": 0.0, "caption_chunks": 2}))
+    values = {"dataset": "digits", "caption_dropout": 0.0, "caption_chunks": 2}
+    (run / "config.json").write_text(json.dumps({**values, "base_model": "digits"}))
     assert make_job(config_of(run), "cpu").options["guidance_scale"] == 1.0
     with pytest.raises(InputError, match="caption_dropout 0"):
         make_job(config_of(run, guidance_scale=2.0), "cpu")
+    (run / "config.json").write_text(json.dumps({**values, "base_model": "user/sdxl"}))  # which knows images without a prompt
+    assert [make_job(config_of(run, guidance_scale=scale), "cpu").options["guidance_scale"] for scale in (None, 2.0)] == [5.0, 2.0]
 
 
 def test_long_prompts_are_counted_once_unless_the_model_reads_them_in_chunks(text_models, tmp_path):
@@ -199,7 +202,7 @@ def test_flags_of_text_models_are_refused_for_pixel_models(trained, capsys):
 
 def test_pixel_commands_refuse_text_models(text_models, capsys):
     assert cli.evaluate(["bpd", str(text_models["sd"]), "--reference", "digits"]) == 2
-    assert "is a text-to-image model, but bpd is for pixel models" in capsys.readouterr().err
+    assert "is a text-to-image model, but bpd is for pixel models; eval.py score and eval.py bias measure it" in capsys.readouterr().err
 
 
 def test_texts_are_wrapped_and_cut():

@@ -16,6 +16,7 @@ from text_models import BASE, make_base, text_args
 
 from debias_diffusers import cli
 from debias_diffusers.config.loading import resolved
+from debias_diffusers.diffusion.noise_schedule import schedule_of_scheduler
 from debias_diffusers.errors import InputError
 from debias_diffusers.training.setup.plan import prepare
 from debias_diffusers.utils import seeding
@@ -435,6 +436,9 @@ def test_parameterization_is_that_of_the_base_model(bases, tmp_path, capsys):
     assert "base_model was trained with epsilon" in capsys.readouterr().err
     values = plan.task.scheduler_config()
     assert values["_class_name"] == "EulerDiscreteScheduler" and values["prediction_type"] == "v_prediction"
+    plan = plan_of(bases["xl, v, zero snr"], tmp_path / "run", "--no_rescale_betas_zero_snr")
+    exported = schedule_of_scheduler(plan.task._scheduler())
+    torch.testing.assert_close(exported.snr, plan.objective.schedule.snr)
 
 
 def test_a_base_model_may_move_but_not_change(bases, few, whole, tmp_path):

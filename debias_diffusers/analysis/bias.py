@@ -16,6 +16,7 @@ from ..data.sources.base import Source
 from ..data.sources.subset import SourceSubset
 from ..data.validation_split import split_source
 from ..evaluation.reference import data_of_model, reference_data
+from ..runs.run_directory import run_values
 from ..sampling.job import Job
 from ..utils import seeding
 from ..utils.console import say
@@ -23,8 +24,8 @@ from ..utils.distributed import inference_accelerator, shared_out
 from ..utils.torch_errors import explain_error
 from .bias_report import PAGE, BiasReport, require_output
 from .denoising import Errors, MeanColours, fixed_noise, measure_errors, spread_timesteps
-from .models import Examples, Model, open_models, require_same_images, scheduler_of, steps_of
-from .sampled import Drawn, job_of, make_bias_measure, swapped_jobs, thresholds
+from .models import Examples, Model, folders_of, open_models, require_same_images, scheduler_of, steps_of
+from .sampled import Drawn, features_of_reference, job_of, make_bias_measure, swapped_jobs, thresholds
 from .swap import require_swappable
 from .text_models import TextImages, require_same_conditions
 
@@ -41,24 +42,27 @@ def measure_bias(config: BiasConfig) -> Path:
     require_output(Path(config.output_dir))
     accelerator = inference_accelerator(config.num_threads)
     try:
-        return _measured(config, open_models(config, accelerator), accelerator)
+        return _measured(config, accelerator)
     except RuntimeError as error:
         if sentence := explain_error(error, "--batch_size", config.batch_size):
             raise sentence from error
         raise
 
 
-def _measured(config: BiasConfig, models: list[Model], accelerator: Any) -> Path:
+def _measured(config: BiasConfig, accelerator: Any) -> Path:
     folder, device = Path(config.output_dir), accelerator.device
+    folders = folders_of(config, accelerator)
+    chosen = reference_data(config, config.reference, config.runs)
+    measure = make_bias_measure(config, chosen, run_values(next(iter(folders.values()))) or {}, device)  # before the models are loaded
+    models = open_models(config, folders, device)
     steps = steps_of(config, models)
     if config.swap:
         require_swappable(models[0].denoiser, models[1].denoiser, scheduler_of(config, models[0]))
-    chosen = reference_data(config, config.reference, config.runs)
     images = (TextImages if models[0].task == "text_to_image" else PixelImages)(config, chosen, models)
     runs = [model.values for model in models if model.values]  # a base model beside its LoRA is none
     candidates = held_out(images.source, runs) if config.reference is None else range(len(images.source))
     indices = [candidates[k] for k in seeding.subset(config.seed, len(candidates), config.num_images)]
-    measure, reference = make_bias_measure(config, chosen, models[0], images.side, images.channels, device)
+    reference = features_of_reference(measure, chosen, images.side, images.channels)
     examples = images.examples(indices)
     models = [images.conditioned(model, examples, device) for model in models]
     if config.swap:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..runs.run_directory import run_values
 from ..sampling.generate import open_model, pinned_model
 from ..sampling.text_job import TextJob, load_text_to_image
 from .denoising import Denoiser
+from .run_files import labels_of
 
 STEPS = (2, 3, 4, 5, 10, 20, 50, 100, 250, 1000)
 
@@ -60,18 +61,27 @@ class Examples:
     captions: Sequence[str | None] = ()  # for text-to-image models, N; None of an image that has none
 
 
-def open_models(config: BiasConfig, accelerator: Any) -> list[Model]:
-    """Loads the runs of a command.
+def folders_of(config: BiasConfig, accelerator: Any) -> dict[str, Path]:
+    """Folders with the configuration files of the runs of a command, by their names, with the commit of a Hub id.
 
     Raises:
-        InputError: one of them cannot be loaded, or they are of two kinds, or the command has flags for the other kind.
+        InputError: they are of two kinds, or the command has flags for the other kind, or two are the same.
     """
-    names = [pinned_model(run, accelerator) for run in config.runs]
-    folders = {name: client.configurations(name) for name in names}
+    folders = {name: client.configurations(name) for name in (pinned_model(run, accelerator) for run in config.runs)}
+    if len(folders) < len(config.runs):
+        raise InputError(f"runs is {' '.join(config.runs)}, but each can be named once")
     raise_all(bias_model_problems(config, folders))
-    parts = [Path(run).name for run in config.runs]
-    labels = parts if len({*parts}) == len(parts) else config.runs
-    return [_open(name, folders[name], label, config, accelerator.device) for name, label in zip(names, labels)]
+    return folders
+
+
+def open_models(config: BiasConfig, folders: Mapping[str, Path], device: Any) -> list[Model]:
+    """Loads the runs of a command, of which `folders_of` has the configuration files.
+
+    Raises:
+        InputError: one of them cannot be loaded.
+    """
+    named = zip(folders.items(), labels_of(config.runs))
+    return [_open(name, folder, label, config, device) for (name, folder), label in named]
 
 
 def _open(name: str, folder: Path, label: str, config: BiasConfig, device: Any) -> Model:

@@ -86,10 +86,14 @@ def run_problems(runs: Sequence[str]) -> list[str]:
 
 
 def read_runs(runs: Sequence[str]) -> list[RunFiles]:
-    """Reads run directories; labels are their names, or their paths where two have the same name. Raises InputError as `run_values`."""
+    """Reads run directories. Raises InputError as `run_values`."""
+    return [_read(Path(run), label) for run, label in zip(runs, labels_of(runs))]
+
+
+def labels_of(runs: Sequence[str]) -> Sequence[str]:
+    """The last parts of the names of runs, for figures and tables; the whole names where two have the same."""
     names = [Path(os.path.abspath(run)).name for run in runs]
-    labels = names if len(set(names)) == len(names) else runs
-    return [_read(Path(run), label) for run, label in zip(runs, labels)]
+    return names if len(set(names)) == len(names) else runs
 
 
 def _read(folder: Path, label: str) -> RunFiles:

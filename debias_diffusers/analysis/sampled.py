@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config.registry import METRICS
 from ..config.schema.data import EMBEDDED, DataConfig
 from ..config.schema.evaluation import BiasConfig, MeasureConfig
 from ..config.schema.sampling import SampleConfig
+from ..data.sources.opening import open_source
 from ..errors import InputError
 from ..evaluation import metrics
 from ..evaluation.image_sets import process_batches, to_rgb
-from ..evaluation.measure import Measure, usual_extractor
+from ..evaluation.measure import Measure, extractor_of_metrics, usual_extractor
 from ..evaluation.metrics import COLOUR, Sample
 from ..evaluation.reference import open_reference
 from ..sampling.generate import make_job
@@ -30,15 +32,18 @@ SHOWN_SAMPLES = 4  # of each number of steps
 THRESHOLDS = 11
 
 
-def make_bias_measure(
-    config: BiasConfig, chosen: DataConfig, model: Model, side: int, channels: int, device: Any
-) -> tuple[Measure, Sample]:
-    """How sampled images of `side` pixels and some channels are compared with the reference, and the features of the reference.
+def make_bias_measure(config: BiasConfig, chosen: DataConfig, values: Mapping[str, Any], device: Any) -> Measure:
+    """How sampled images are compared with the reference; `values` are the configuration of the first run, if it is one.
 
     Without `metrics` and a named extractor only the data sets of the package are compared by features: other extractors are downloaded.
+
+    Raises:
+        InputError: too few images are sampled for the metrics, or the reference has too few.
     """
-    extractor = config.feature_extractor or model.values.get("feature_extractor")
-    file = config.feature_extractor_weights or model.values.get("feature_extractor_weights")
+    extractor = config.feature_extractor or extractor_of_metrics(config.metrics or "colour")
+    file = config.feature_extractor_weights
+    if extractor is None:
+        extractor, file = values.get("feature_extractor"), file or values.get("feature_extractor_weights")
     default = "fid,colour" if chosen.dataset in EMBEDDED or extractor or file else "colour"
     asked = MeasureConfig(
         metrics=config.metrics or default,
@@ -46,15 +51,23 @@ def make_bias_measure(
         split=chosen.split,
         image_column=chosen.image_column,
         skip_bad=chosen.skip_bad,
-        channels=1 if channels == 1 else None,
         batch_size=config.batch_size,
         cache_dir=config.cache_dir,
     )
-    measure = Measure(asked, extractor or usual_extractor(str(chosen.dataset)), device)
-    least = max(metrics.least_images(measure.layers, measure.probe()).values())
-    if config.num_samples < least:
-        raise InputError(f"num_samples is {config.num_samples}, but metrics {asked.metrics} need {least}; take more, or --metrics colour")
-    return measure, measure.sample(open_reference(str(chosen.dataset), asked, side))
+    measure = Measure(asked, extractor or usual_extractor(str(chosen.dataset), asked.metrics), device)
+    least = metrics.least_images(measure.layers, measure.probe())
+    if config.num_samples < (most := max(least.values())):
+        raise InputError(f"num_samples is {config.num_samples}, but metrics {asked.metrics} need {most}; take more, or --metrics colour")
+    compared = [count for metric, count in least.items() if METRICS[metric].reference != "nothing"]
+    if (there := len(open_source(chosen))) < (most := max(compared, default=0)):
+        raise InputError(f"reference {chosen.dataset} has {there} images, but metrics {asked.metrics} need {most}; take others")
+    return measure
+
+
+def features_of_reference(measure: Measure, chosen: DataConfig, side: int, channels: int) -> Sample:
+    """Of the images of the reference as the models draw them, with `side` pixels and so many channels."""
+    like = replace(measure.config, channels=1 if channels == 1 else None)
+    return measure.sample(open_reference(str(chosen.dataset), like, side))
 
 
 @dataclass(frozen=True)
@@ -73,14 +86,15 @@ class Drawn:
         def batches() -> Iterator[tuple[int, Tensor, None]]:
             for number, indices in process_batches(range(job.config.num_images), job.config.batch_size, 0, 1):
                 batch = to_rgb(job.draw(indices)).cpu()
-                first.append(shrunk(batch[:SHOWN_SAMPLES]))
+                if len(first) < SHOWN_SAMPLES:
+                    first.extend(shrunk(batch[: SHOWN_SAMPLES - len(first)]))
                 yield number, batch, None
 
         with tqdm(total=job.config.num_images, desc=job.name, unit="image", leave=False) as progress:
             sample = measure.joined(batches(), progress)
         away = sample.features[COLOUR].double() - torch.from_numpy(reference.moments(COLOUR)["mu"])
         bias = [mean_and_interval(away[:, c]) for c in range(channels)]
-        return Drawn(first[0], metrics.figures(sample, reference, measure.layers, job.config.seed), bias)
+        return Drawn(torch.stack(first), metrics.figures(sample, reference, measure.layers, job.config.seed), bias)
 
 
 def job_of(model: Model, config: BiasConfig, steps: int, device: Any) -> Job:
@@ -102,8 +116,9 @@ def job_of(model: Model, config: BiasConfig, steps: int, device: Any) -> Job:
 
 
 def thresholds(model: Model) -> list[int]:
-    """The timesteps from which on the network of the first model predicts, in turn: from 0 (all) to T (none)."""
-    return [round(k * len(model.denoiser.schedule) / (THRESHOLDS - 1)) for k in range(THRESHOLDS)]
+    """The timesteps from which on the network of the first model predicts, in turn: from 0 (all) to one after the last (none)."""
+    end = model.denoiser.schedule.timesteps[-1].item() + 1  # the last is T - 1, or T of a flow
+    return [round(k * end / (THRESHOLDS - 1)) for k in range(THRESHOLDS)]
 
 
 def swapped_jobs(config: BiasConfig, models: Sequence[Model], device: Any) -> Callable[[int], Job]:

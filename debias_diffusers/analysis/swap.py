@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.noise_schedule import predicted_x_0, prediction_of_x_0
+from ..diffusion.noise_schedule import at, predicted_x_0, prediction_of_x_0
 from ..errors import InputError
 from .denoising import Denoiser
 
@@ -27,7 +27,7 @@ class SwappedUNet(nn.Module):
     """
 
     def __init__(self, above: Denoiser, below: Denoiser, threshold: int) -> None:
-        """`threshold`: a timestep as the network is given it, from 0 (the first network alone) to T (the other alone)."""
+        """`threshold`: a timestep as the network is given it, from 0 (the first network alone) to after the last (the other alone)."""
         super().__init__()
         self.above, self.below, self.threshold = above, below, threshold
         self.unet, self.other = above.network, below.network
@@ -52,27 +52,23 @@ class SwappedUNet(nn.Module):
     def forward(self, x_t: Tensor, timestep: Any, *conditions: Any, **named: Any) -> tuple[Tensor]:
         """As of a UNet2DModel or UNet2DConditionModel without `return_dict`: (prediction (B, C, H, W),)."""
         C, level = x_t.shape[1], float(timestep)
-        # On the straight path timestep k of T is given as k + 1, before any shift.
-        if level > self.threshold or (level == self.threshold and not self.above.schedule.straight):
+        if level >= self.threshold:
             return (self.unet(x_t, timestep, *conditions, **named)[0][:, :C],)
         prediction = self.other(x_t, timestep, *conditions, **named)[0][:, :C]
         if self.below.prediction_type == self.above.prediction_type:
             return (prediction,)
-        a, s = (factor.to(x_t) for factor in self._a_s(level))
+        a, s = self._factors(level, x_t)
         x_0 = predicted_x_0(self.below.prediction_type, prediction, x_t, a, s)
         return (prediction_of_x_0(self.above.prediction_type, x_0, x_t, a, s),)
 
-    def _a_s(self, level: float) -> tuple[Tensor, Tensor]:
-        """Factors of image and noise at a timestep, which on the straight path is T times the noise's.
-
-        Raises:
-            InputError: it is between those of a schedule that is not straight.
-        """
-        schedule = self.above.schedule
-        if schedule.straight:
-            s = torch.tensor(level / len(schedule), dtype=torch.float64)
+    def _factors(self, level: float, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of image and noise at a timestep."""
+        schedule, kinds = self.above.schedule, (self.above.prediction_type, self.below.prediction_type)
+        if "flow" in kinds:  # both are on the straight path, where a timestep is T times s
+            s = x_t.new_tensor(level / len(schedule))
             return 1 - s, s
         if not level.is_integer():
-            kinds = f"{self.above.prediction_type} and {self.below.prediction_type}"
-            raise InputError(f"the runs predict {kinds}, and this scheduler has timesteps between those of the schedule; take ddim")
-        return schedule.a[int(level)], schedule.s[int(level)]
+            said = " and ".join(kinds)
+            raise InputError(f"the runs predict {said}, and this scheduler has timesteps between those of the schedule; take ddim")
+        t = torch.tensor([int(level)])
+        return at(schedule.a, t, x_t), at(schedule.s, t, x_t)

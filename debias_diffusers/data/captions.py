@@ -50,11 +50,7 @@ class CaptionedSource:
         return None
 
     def fingerprint(self) -> dict[str, Any]:
-        if isinstance(self.captions, IndexedCaptions):
-            digest = self.captions.rows.captions_sha256
-        else:
-            digest = hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()
-        return self.source.fingerprint() | {"captions": digest}
+        return self.source.fingerprint() | {"captions": captions_digest(self.captions)}
 
     def shards(self) -> np.ndarray | None:
         return self.source.shards()
@@ -64,6 +60,13 @@ class CaptionedSource:
 
     def files(self) -> list[str] | None:
         return None  # where the captions are is not known, and what is derived from them must not be taken for unchanged
+
+
+def captions_digest(captions: Captions) -> str:
+    """A hash of what `read_captions` returns."""
+    if isinstance(captions, IndexedCaptions):
+        return captions.rows.captions_sha256
+    return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
 
 
 def captions_of(source: Source) -> Captions:

@@ -28,7 +28,7 @@ def split_source(source: Source, share: float, seed: int) -> tuple[Source, Sourc
     """
     if not share:
         return source, None
-    count = round(share * len(source))
+    count = held_out_images(share, len(source))
     if not 0 < count < len(source):
         raise InputError(
             f"validation_split is {share}, which holds out {count} of {len(source)} images; some must be held out, and some trained"
@@ -36,6 +36,11 @@ def split_source(source: Source, share: float, seed: int) -> tuple[Source, Sourc
     held = seeding.subset(validation_seed(seed), len(source), count)
     chosen = set(held)
     return TrainingImages(source, held), SourceSubset(source, [index for index in range(len(source)) if index not in chosen])
+
+
+def held_out_images(share: float, images: int) -> int:
+    """How many of so many images are held out."""
+    return round(share * images)
 
 
 def validation_seed(seed: int) -> int:

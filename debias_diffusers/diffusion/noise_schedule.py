@@ -55,19 +55,15 @@ class Schedule:
         return betas_of_snr(self.snr)
 
     @cached_property
-    def straight(self) -> bool:
-        """Whether x_t is on the straight path from image to noise, a + s = 1."""
-        return torch.allclose(self.a + self.s, torch.ones_like(self.a))
-
-    @cached_property
     def log_snr_speed(self) -> Tensor:
         """(T,) -d log(SNR) / dt, where t goes from 0 to 1: what turns a weight on d log(SNR) into one on dt (arXiv 2303.00848).
 
         log(SNR) = 2 log a - 2 log s. Where a^2 + s^2 = 1 that is -2 a' / (a s^2), on the straight path -2 a' / (a s): a' is finite up to
         zero terminal SNR, where log(SNR) is not. A tiny a in place of 0 then gives the limit of products with the SNR.
         """
+        straight = torch.allclose(self.a + self.s, torch.ones_like(self.a))
         (slope,) = torch.gradient(torch.cat([self.a.new_ones(1), self.a]))  # before the first timestep there is no noise
-        return -2 * len(self) * slope[1:] / (self.a.clamp(min=TINY_SNR**0.5) * (self.s if self.straight else self.s.square()))
+        return -2 * len(self) * slope[1:] / (self.a.clamp(min=TINY_SNR**0.5) * (self.s if straight else self.s.square()))
 
     @property
     def ends_in_noise(self) -> bool:

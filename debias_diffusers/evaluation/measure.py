@@ -122,8 +122,10 @@ def _are_sound(found: Mapping[str, Tensor], layers: set[str], count: int) -> boo
     return found.keys() == layers and all(v.ndim == 2 and len(v) == count and bool(v.isfinite().all()) for v in found.values())
 
 
-def usual_extractor(reference: str) -> str:
-    """What images are compared by where nothing is said: what statistics were made with, else by the data."""
+def usual_extractor(reference: str, metrics: str) -> str:
+    """What images are compared by where nothing is said: as a metric says, or what statistics were made with, else by the data."""
+    if extractor := extractor_of_metrics(metrics):
+        return extractor
     if Path(reference).suffix == ".safetensors" and (made_with := statistics_metadata(Path(reference)).get("extractor")):
         return made_with
     return reference if reference in EMBEDDED else INCEPTION
@@ -142,12 +144,12 @@ def statistics_metadata(path: Path) -> dict[str, str]:
         raise InputError(f"reference {path} cannot be read as a file of eval.py stats: {reason(error)}") from error
 
 
-def _extractor_of_metrics(metrics: str) -> str | None:
+def extractor_of_metrics(metrics: str) -> str | None:
     """That of a metric which is named after it; None where there is none."""
     own = (METRICS[metric].extractor for metric in metrics.split(","))
     return next((extractor for extractor in own if extractor not in (None, INCEPTION)), None)
 
 
 def make_measure(config: MeasureConfig, reference: str, accelerator: Accelerator, clip_model: str | None = None) -> Measure:
-    extractor = config.feature_extractor or _extractor_of_metrics(config.metrics) or usual_extractor(reference)
+    extractor = config.feature_extractor or usual_extractor(reference, config.metrics)
     return Measure(config, extractor, accelerator.device, accelerator.process_index, accelerator.num_processes, clip_model)

@@ -11,6 +11,7 @@ from ..config.loading import is_text
 from ..config.schema.evaluation import MeasureConfig
 from ..config.schema.training import TrainConfig
 from ..data.sources.base import Source, file_state_hash
+from ..data.validation_split import held_out_images
 from ..errors import InputError
 from ..utils.distributed import gather_from_all
 from . import metrics
@@ -39,12 +40,13 @@ class Monitor:
         measure = MeasureConfig(
             metrics=chosen.eval_metrics, feature_extractor_weights=chosen.feature_extractor_weights, cache_dir=chosen.cache_dir
         )
-        extractor = chosen.feature_extractor or usual_extractor(self.name)
+        extractor = chosen.feature_extractor or usual_extractor(self.name, chosen.eval_metrics)
         self.measure = Measure(measure, extractor, device, process, processes, config.text.clip_model)
         least = max(metrics.least_images(self.measure.layers, self.measure.probe()).values())
         self.count = wanted or max(DEFAULT_EVAL_IMAGES, least)
-        if (fewest := min(self.count, len(source))) < least:
-            more = "take more --eval_images" if fewest < len(source) else "the data set has no more: take other --eval_metrics"
+        trained = len(source) - held_out_images(data.validation_split, len(source))  # which are what samples are compared with
+        if (fewest := min(self.count, trained)) < least:
+            more = "take more --eval_images" if fewest < trained else "no more are trained: take other --eval_metrics"
             raise InputError(f"eval_metrics {chosen.eval_metrics} need {least} images, but there are {fewest}; {more}")
         labels = {"class_labels": "data"} if source.class_names else {}
         # Only figures with equal values of these are comparable.

@@ -184,7 +184,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     for row in rows:
         if (place := row.get(along)) is None:
             continue
-        parts = (row["target"], row["scheduler"], row.get("checkpoint" if along == "steps" else "steps"))
+        parts = [row["target"], row["scheduler"], row.get("checkpoint" if along == "steps" else "steps")]
+        parts += [f"seed {row['sampling_seed']}"] if "sampling_seed" in row else []
         label = " ".join(str(part) for part in parts if part is not None)
         for name, better in FIGURES.items():
             if name in row and better != "neither":

@@ -29,8 +29,8 @@ from ..hub import client
 from ..runs import checkpoints
 from ..runs.model_folder import MODEL_INDEX, is_lora, task_of
 from ..runs.run_directory import CHECKPOINTS
-from ..sampling.generate import make_job, pinned_model
-from ..sampling.job import Job
+from ..sampling.generate import load_model, make_job, pinned_model
+from ..sampling.job import Job, make_solver
 from ..sampling.pixel_job import PixelJob
 from ..utils.console import say
 from ..utils.distributed import inference_accelerator
@@ -114,6 +114,7 @@ def _scored(config: ScoreConfig, accelerator: Accelerator) -> dict[str, Any]:
     measure = make_measure(config.measure, reference or "", accelerator, config.clip_model)
     compared = _References(reference, measure, config.allow_few_images) if reference is not None else _NoReference()
     prompts = _prompts_of_all(config, measure)
+    _require_drawable(config, prompts)
     _require_enough_of_all(config, measure, compared, prompts)
     rows = [_row(config, measure, compared, images, how) for images, how in _targets(config, compared, prompts, accelerator)]
     return _result(config, measure, compared, rows)
@@ -243,13 +244,21 @@ def _targets(
         if path.suffix == ".npz":
             yield images_of_npz(path, config.num_images, config.seed), {}
         elif _is_folder_of_images(path):
-            folder = open_source(DataConfig(dataset=target))
-            if not isinstance(folder, ImageFolder):
-                raise InputError(f"target {target} is a saved data set; name it as --reference, or give its images as a folder")
+            folder = _folder(target)
             print_summary(folder, target, accelerator)
             yield images_of_folder(folder, target, config.num_images, seed=config.seed, prompts=prompts.get(target)), {}
         else:
             yield from _drawn(config, target, compared, prompts.get(target), accelerator)
+
+
+def _require_drawable(config: ScoreConfig, prompts: _Prompts) -> None:
+    """Raises InputError for a model that lacks a checkpoint or knows no labels, before another one is drawn."""
+    for target in config.targets:
+        path = Path(target)
+        if path.suffix != ".npz" and not _is_folder_of_images(path):
+            _steps_of(path, config.checkpoints)
+        if config.class_labels != "data" and target in prompts and not _is_folder_of_images(path):
+            raise InputError(f"class_labels is {config.class_labels}, but {target} is a text-to-image model; leave it out")
 
 
 def _require_enough_of_all(config: ScoreConfig, measure: Measure, compared: _Compared, prompts: _Prompts) -> None:
@@ -268,7 +277,7 @@ def _count(config: ScoreConfig, target: str, compared: _Compared, prompts: Seque
     if path.suffix == ".npz":
         there = npz_shape(path)[0]
     elif _is_folder_of_images(path):
-        there = len(open_source(DataConfig(dataset=target)))
+        there = len(_folder(target))
     else:
         return _num_drawn(config, compared, prompts)
     return min(config.num_images or there, there)
@@ -277,6 +286,14 @@ def _count(config: ScoreConfig, target: str, compared: _Compared, prompts: Seque
 def _num_drawn(config: ScoreConfig, compared: _Compared, prompts: Sequence[str] | None) -> int:
     """The number of images that are sampled of a model: as many as the reference has, or, without one, of each prompt one."""
     return config.num_images or min(compared.count() or len(prompts or ()) or MAX_GENERATED, MAX_GENERATED)
+
+
+def _folder(target: str) -> ImageFolder:
+    """A target that is a folder of images. Raises InputError for another data set."""
+    found = open_source(DataConfig(dataset=target))
+    if not isinstance(found, ImageFolder):
+        raise InputError(f"target {target} is a saved data set; name it as --reference, or give its images as a folder")
+    return found
 
 
 def _is_folder_of_images(path: Path) -> bool:
@@ -292,33 +309,38 @@ def _drawn(
         if prompts
         else {"class_labels": config.class_labels, "allow_pickle_import": config.allow_pickle_import}
     )
-    if prompts and config.class_labels != "data":
-        raise InputError(f"class_labels is {config.class_labels}, but {target} is a text-to-image model; leave it out")
     said = not accelerator.is_main_process
     seeds = [int(seed) for seed in config.sampling_seeds.split(",")] if config.sampling_seeds else [None]
-    for step, width, seed in product(_steps_of(Path(target), config.checkpoints), SWEEP if config.ema else (None,), seeds):
-        for scheduler in config.schedulers.split(","):
-            for steps in map(int, config.steps.split(",")):
-                command = SampleConfig(
-                    model=target,
-                    scheduler=scheduler or None,
-                    steps=steps,
-                    num_images=count,
-                    batch_size=config.measure.batch_size,
-                    seed=config.seed if seed is None else seed,
-                    weights=f"sigma_rel={width}" if width else config.weights,
-                    guidance_scale=config.guidance_scale,
-                    **own,
-                )
-                job = make_job(command, accelerator.device, step)
-                if isinstance(job, PixelJob) and config.class_labels == "balanced" and not job.pipeline.num_classes:
-                    raise InputError(f"class_labels is balanced, but {target} is unconditional; leave it out")
-                for note in () if said else _notes(job, config, target):
-                    say(note)
-                said = said or bool(prompts)  # they are the same for all
-                how = {"scheduler": job.settings["scheduler"], "steps": steps, "network_evaluations": job.network_evaluations}
-                how |= {"guidance_scale": job.options["guidance_scale"]} if prompts else {}
-                yield generated_images(job, count, target), {**how, "checkpoint": step, "sigma_rel": width, "sampling_seed": seed}
+    numbers = list(map(int, config.steps.split(",")))
+    for step, width in product(_steps_of(Path(target), config.checkpoints), SWEEP if config.ema else (None,)):
+        commands = [
+            SampleConfig(
+                model=target,
+                scheduler=scheduler or None,
+                steps=steps,
+                num_images=count,
+                batch_size=config.measure.batch_size,
+                seed=config.seed if seed is None else seed,
+                weights=f"sigma_rel={width}" if width else config.weights,
+                guidance_scale=config.guidance_scale,
+                **own,
+            )
+            for seed, scheduler, steps in product(seeds, config.schedulers.split(","), numbers)
+        ]
+        loaded = load_model(commands[0], accelerator.device, step)
+        for command in commands:  # what a solver cannot do is an error before the first images are drawn
+            make_solver(command, loaded.scheduler, command.clipping)
+        for command in commands:
+            job = make_job(command, accelerator.device, step, loaded)
+            if isinstance(job, PixelJob) and config.class_labels == "balanced" and not job.pipeline.num_classes:
+                raise InputError(f"class_labels is balanced, but {target} is unconditional; leave it out")
+            for note in () if said else _notes(job, config, target):
+                say(note)
+            said = said or bool(prompts)  # they are the same for all
+            how = {"scheduler": job.settings["scheduler"], "steps": command.steps, "network_evaluations": job.network_evaluations}
+            how |= {"guidance_scale": job.options["guidance_scale"]} if prompts else {}
+            how |= {"checkpoint": step, "sigma_rel": width, "sampling_seed": command.seed if config.sampling_seeds else None}
+            yield generated_images(job, count, target), how
 
 
 def _notes(job: Job, config: ScoreConfig, target: str) -> list[str]:
@@ -336,7 +358,10 @@ def _steps_of(run: Path, wanted: str) -> Sequence[int | None]:
     there = [checkpoints.step_of_folder(path) for path in checkpoints.list_checkpoints(run / CHECKPOINTS)]
     if not there:
         raise InputError(f"checkpoints is {wanted}, but {run} has none; leave it out")
-    return there if wanted == "all" else [int(step) for step in wanted.split(",")]
+    steps = there if wanted == "all" else [int(step) for step in wanted.split(",")]
+    if absent := [step for step in steps if step not in there]:
+        raise InputError(f"{run} has no checkpoint at step {absent[0]}; take some of {', '.join(map(str, there))}")
+    return steps
 
 
 def _row(config: ScoreConfig, measure: Measure, compared: _Compared, images: ImageSet, how: Mapping[str, Any]) -> Row:

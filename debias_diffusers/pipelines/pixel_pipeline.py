@@ -323,9 +323,9 @@ def load_pipeline(model: str, allow_pickle: bool = False, variant: str | None = 
         InputError: there is no model, or a file is damaged; names it.
         HubError: the Hub cannot be reached or rejects the request.
     """
-    folder = folder_of_model(model, variant, allow_pickle)
-    if task_of(folder) == "text_to_image":
+    if task_of(client.configurations(model)) == "text_to_image":  # before its weights are downloaded
         raise InputError(f"model {model} is a text-to-image model, but this is for pixel models")
+    folder = folder_of_model(model, variant, allow_pickle)
     logging.disable_progress_bar()  # of loading two components
     with explained_errors(f"model {model}"):
         parts = {name for name, value in PixelPipeline.load_config(folder).items() if isinstance(value, list | tuple) and value[0]}

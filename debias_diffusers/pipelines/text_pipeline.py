@@ -133,16 +133,11 @@ def cast_unet_inputs(pipeline: Any) -> None:
     pipeline.unet.register_forward_hook(cast_back)
 
 
+@torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1], as at the end of the stock pipelines' call."""
-    latents = latents / vae.config.scaling_factor
-    if vae.config.latents_mean is not None and vae.config.latents_std is not None:
-        mean, std = (
-            torch.tensor(values, device=latents.device).view(1, -1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        latents = latents * std + mean
-    with torch.no_grad():
-        images: Tensor = vae.decode(latents, return_dict=False)[0]
+    shift, scale = latent_scale(vae.config)
+    images: Tensor = vae.decode(latents / scale.to(latents) + shift.to(latents), return_dict=False)[0]
     return images
 
 
@@ -155,10 +150,14 @@ def encode(vae: Any, images: Tensor) -> Tensor:
 
 
 def latent_scale(config: Any) -> tuple[Tensor, Tensor]:
-    """What is subtracted from a VAE's latents, and by what they are then multiplied: scalars, or (1, C, 1, 1)."""
-    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
-    shift = torch.tensor(mean).view(1, -1, 1, 1) if mean else torch.zeros(1)
-    return shift, config.scaling_factor / (torch.tensor(std).view(1, -1, 1, 1) if std else torch.ones(1))
+    """What is subtracted from a VAE's latents, and by what they are then multiplied: (1,), or (1, C, 1, 1).
+
+    Stock pipelines take mean and standard deviation where the configuration has both.
+    """
+    if config.latents_mean is None or config.latents_std is None:
+        return torch.zeros(1), torch.tensor([config.scaling_factor])
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    return mean, config.scaling_factor / std
 
 
 # ---- text embeddings -------------------------------------------------------------------------------------------------

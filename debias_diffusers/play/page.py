@@ -294,7 +294,7 @@ class _Panel:
 
 def _short_name(model: PlayedModel) -> str:
     """The last part of a path; user/name of a Hub id, without its commit."""
-    return Path(model.name).name if Path(model.name).exists() else model.name.partition("@")[0]
+    return Path(os.path.abspath(model.name)).name if Path(model.name).exists() else model.name.partition("@")[0]
 
 
 def _message(text: str, wrong: bool = False) -> str:

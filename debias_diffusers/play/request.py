@@ -114,7 +114,7 @@ def commands(request: Request, models: Sequence[PlayedModel], config: PlayConfig
                 guidance_scale=_guidance_scale(request.guidance_scale, model),
                 class_labels=_labels(request.class_labels, model),
                 prompt=_prompts(request.prompt) if text else (),
-                negative_prompt=(str(request.negative_prompt or "").strip() or None) if text else None,
+                negative_prompt=_negative_prompt(request.negative_prompt) if text else None,
                 base_model=config.base_model if model.is_lora else None,
                 weights=str(weights or "ema"),
                 dtype=config.dtype,
@@ -194,6 +194,17 @@ def _prompts(text: Any) -> tuple[str, ...]:
         raise InputError("prompt is empty; write what to draw, such as: a photo of a red fox")
     if (length := sum(map(len, prompts))) > LONGEST_PROMPT:
         raise InputError(f"prompt has {length} characters, but text encoders read a few hundred; take at most {LONGEST_PROMPT}")
-    if dashed := next((prompt for prompt in prompts if prompt.startswith("-")), None):
-        raise InputError(f"prompt {dashed[:40]!r} begins with a dash, which the command line takes for a flag; begin with a word")
+    for prompt in prompts:
+        _require_no_flag("prompt", prompt)
     return prompts
+
+
+def _negative_prompt(text: Any) -> str | None:
+    prompt = str(text or "").strip()
+    _require_no_flag("negative_prompt", prompt)
+    return prompt or None
+
+
+def _require_no_flag(name: str, prompt: str) -> None:
+    if prompt.startswith("-"):
+        raise InputError(f"{name} {prompt[:40]!r} begins with a dash, which the command line takes for a flag; begin with a word")

@@ -70,7 +70,7 @@ def write(config: PlayConfig) -> None:
         write_file(temporary / "README.md", readme.encode())
         package = Path(__file__).parent.parent
         shutil.copytree(package, temporary / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
-    if len(ids) < len(config.models):
+    if any(not hub_names.is_model_id(name) for name in (*config.models, config.base_model) if name):
         say("warning: a Space has no files of this disk: push the model, and name its Hub id (python -m debias_diffusers.hub push RUN)")
     say(f"the Space is in {folder}; try it with python {folder / 'app.py'}, then upload it: hf upload user/name {folder} --repo-type space")
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..config.hub_names import is_model_id
 from ..config.loading import CONFIG
 from ..config.prompts import read_prompts
+from ..config.schema.data import DIGITS
 from ..config.schema.evaluation import BiasConfig
 from ..config.schema.sampling import SampleConfig
 from ..config.schema.types import Task
@@ -75,7 +76,7 @@ def pixel_problems(model: str, what: str) -> list[str]:
     """A text-to-image model on this disk where `what` is for pixel models only; other names are looked at when they are loaded."""
     if task_of(Path(model)) == "pixels":
         return []
-    return [f"{model} is a text-to-image model, but {what} is for pixel models"]
+    return [f"{model} is a text-to-image model, but {what} is for pixel models; eval.py score and eval.py bias measure it"]
 
 
 def bias_model_problems(config: BiasConfig, folders: Mapping[str, Path]) -> list[str]:
@@ -163,10 +164,10 @@ def check_sampling(config: SampleConfig, folder: Path, base: Path | None = None)
         found.append(f"base_model is {config.base_model}, but {config.model} is no LoRA: it is drawn with as it is; leave base_model out")
     if task == "text_to_image":
         found += size_problems(pipeline, width=config.width, height=config.height)
-        if (config.guidance_scale or 1) > 1 and run_setting(folder, "caption_dropout") == 0:
+        if (config.guidance_scale or 1) > 1 and knows_prompts_only(folder):
             found.append(
-                f"guidance_scale is {config.guidance_scale}, but {config.model} was trained with caption_dropout 0, so that it knows no "
-                f"image without a prompt; take --guidance_scale 1"
+                f"guidance_scale is {config.guidance_scale}, but {config.model} was trained with caption_dropout 0 from a base model "
+                f"without weights, so that it knows no image without a prompt; take --guidance_scale 1"
             )
     raise_all(found)
     if task == "text_to_image":
@@ -193,6 +194,11 @@ def size_problems(folder: Path, **sizes: int | None) -> list[str]:
         for name, size in sizes.items()
         if size is not None and size % factor
     ]
+
+
+def knows_prompts_only(folder: Path) -> bool:
+    """Whether the run in a folder never learned images without a prompt, as its base model had not, either: it has no guidance."""
+    return bool(run_setting(folder, "caption_dropout") == 0 and run_setting(folder, "base_model") == DIGITS)
 
 
 def run_setting(folder: Path, name: str) -> Any:

@@ -47,6 +47,8 @@ def sample(config: SampleConfig) -> Path:
     """
     raise_all(sampling_problems(config.model, config.output_dir))
     accelerator = inference_accelerator(config.num_threads)
+    if accelerator.is_main_process and config.output_dir:  # before the model is loaded
+        require_sample_folder(Path(config.output_dir))
     loras = tuple(f"{pinned_model(name, accelerator)}:{strength}" for name, strength in map(with_strength, config.lora))
     config = replace(config, model=pinned_model(config.model, accelerator), lora=loras)
     job = make_job(config, accelerator.device)
@@ -104,14 +106,14 @@ def make_job(config: SampleConfig, device: Any, step: int | None = None, loaded:
     return make(config, device, step, loaded)
 
 
-def load_model(config: SampleConfig, device: Any) -> LoadedModel:
-    """Loads the model of a command, of which `make_job` can make several jobs.
+def load_model(config: SampleConfig, device: Any, step: int | None = None) -> LoadedModel:
+    """Loads the model of a command, of which `make_job` can make several jobs; `step` as there.
 
     Raises:
         InputError: there is no such model, or it does not have these weights.
     """
     load = load_text_to_image if task_of(client.configurations(config.model)) == "text_to_image" else load_pixel_model
-    return load(config, device)
+    return load(config, device, step)
 
 
 def _draw_into(samples: SampleFolder, job: Job, accelerator: Accelerator) -> None:

@@ -62,12 +62,12 @@ class SampleFolder:
         With `overwrite`, images with other settings are removed first, and those beyond `num_images`.
 
         Raises:
-            InputError: the folder has other files; or, without `overwrite`, images with other settings, or more images.
+            InputError: the folder has other pictures; or, without `overwrite`, images with other settings, or more images.
         """
         remove_temporary_files(self.folder)
         remove_temporary_files(self.files)
-        if others := sorted(p.name for p in self.files.glob(f"*{self.suffix}") if not OWN_NAME.fullmatch(p.name)):
-            raise InputError(f"output_dir {self.folder} holds other files, such as {others[0]}; name another --output_dir")
+        if others := self._other_pictures():
+            raise InputError(f"output_dir {self.folder} holds other pictures, such as {others[0]}; name another --output_dir")
         other = self.other_content(settings)
         if other and not overwrite:
             raise InputError(f"output_dir {self.folder} holds {other}; {ELSEWHERE}")
@@ -85,6 +85,11 @@ class SampleFolder:
                 remove(path)
         found = {p.name: p for p in self.files.glob(f"*{self.suffix}")}
         return [k for k in range(self.num_images) if (name := self.name(k)) not in found or not is_complete(found[name])]
+
+    def _other_pictures(self) -> list[str]:
+        """Pictures of any format that `sample.py` did not name: who reads the folder as a data set would take them for samples."""
+        there = {path.name for folder in (self.folder, self.files) for path in folder.glob("*") if path.suffix.lower() in images.EXTENSIONS}
+        return sorted(name for name in there if not OWN_NAME.fullmatch(name))
 
     def beyond(self) -> list[Path]:
         """The images with numbers from `num_images` on."""

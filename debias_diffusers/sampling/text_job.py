@@ -26,7 +26,7 @@ from ..pipelines.lora import add_loras, load_text_model
 from ..pipelines.solvers import without_last_zero
 from ..pipelines.text_pipeline import Embeddings
 from ..runs.lora_folder import base_of_lora, with_strength
-from ..runs.model_folder import check_sampling, is_lora, run_setting
+from ..runs.model_folder import check_sampling, is_lora, knows_prompts_only, run_setting
 from .job import (
     Conditions,
     Job,
@@ -189,7 +189,7 @@ def make_text_job(config: SampleConfig, device: Any, step: int | None = None, lo
 def _completed(config: SampleConfig, pipeline: Any, folder: Path) -> SampleConfig:
     """The command with what was left out as the stock pipeline has it."""
     usual = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
-    if run_setting(folder, "caption_dropout") == 0:
+    if knows_prompts_only(folder):
         usual = 1.0
     size = pipeline.unet.config.sample_size
     height, width = (side * pipeline.vae_scale_factor for side in (size if isinstance(size, Sequence) else (size or 1, size or 1)))

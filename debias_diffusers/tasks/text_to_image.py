@@ -303,6 +303,8 @@ class TextToImageTask:
         """The scheduler of the base model, of the same class, with the objective of the run."""
         objective = self.config.objective
         trained = {"prediction_type": objective.prediction_type, **make_schedule(objective).diffusers}
+        if self.base.scheduler.get("rescale_betas_zero_snr"):  # of which a schedule says only that it is on
+            trained["rescale_betas_zero_snr"] = objective.rescale_betas_zero_snr
         same = all(getattr(objective, name) == value for name, value in self.base.objective().items())
         return dict(self.base.scheduler) if same else {**self.base.scheduler, **trained}
 

@@ -654,7 +654,7 @@ def test_what_a_measurement_needs_is_said_before_an_image_is_read(tmp_path, read
     trials()
     folder = pictures(tmp_path / "pictures", 12)
     run_config = RunConfig(eval_every=1, eval_metrics="fid", feature_extractor="digits")
-    with pytest.raises(InputError, match="eval_metrics fid need 65 images, but there are 12; the data set has no more"):
+    with pytest.raises(InputError, match="eval_metrics fid need 65 images, but there are 12; no more are trained"):
         trained_here(
             tiny(tmp_path / "run", "--dataset", folder, "--eval_every", 1, "--eval_metrics", "fid", "--feature_extractor", "digits")
         )

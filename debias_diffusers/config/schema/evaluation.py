@@ -136,7 +136,7 @@ class BiasConfig:
     feature_extractor_weights: str | None = None  # weight file of the feature extractor; packaged or downloaded if left out
     cache_dir: str | None = None  # cache directory for features; as in eval.py score if left out, "" is off
     batch_size: BatchSize = 64  # batch size
-    weights: str = "ema"  # network weights: ema, raw, or an EMA decay rate of the run
+    weights: str = "ema"  # network weights: ema, raw, an EMA decay rate of the run, or sigma_rel=0.08 as in sample.py
     seed: ImageSeed = 0  # random seed of the subset, of the noise and of sampling
     num_threads: Threads = None  # CPU threads
     base_model: str | None = None  # base model of runs that are LoRAs; as they say if left out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import tarfile
@@ -12,12 +13,12 @@ from typing import IO
 
 from tqdm import tqdm
 
-from ...config.schema.data import DataConfig, ShardsConfig, ShardsMakeConfig
+from ...config.schema.data import EMBEDDED, DataConfig, ShardsConfig, ShardsMakeConfig
 from ...errors import InputError, raise_all
 from ...utils.console import say
 from ...utils.files import LOCK, acquire_lock, atomic_write, new_folder, read_json, remove, remove_temporary_files, write_file
 from .. import images
-from ..captions import Captions, read_captions
+from ..captions import Captions, captions_digest, read_captions
 from ..sources.base import Source
 from ..sources.checks import unreadable_images
 from ..sources.opening import open_source
@@ -41,23 +42,34 @@ def make(config: ShardsMakeConfig) -> None:
     """
     source, captions = _with_labels_and_captions(config)
     out = Path(config.out)
-    record = {"format": FORMAT, "shard_mb": config.shard_mb, "data": source.fingerprint(), "captions": captions is not None}
+    record = {"format": FORMAT, "shard_mb": config.shard_mb, **_made_from(source, captions)}
     before = read_json(out / RECORD)
     if before is None:
         new_folder(config.out)
     elif before != json.loads(json.dumps(record)):
-        raise InputError(f"{out} has shards of other data, or of another size; name another folder")
+        raise InputError(f"{out} has shards of other images, labels or captions, or of another size; name another folder")
     with acquire_lock(out):
         remove_temporary_files(out)
         write_file(out / RECORD, json.dumps(record).encode())
         if source.class_names:
             write_file(out / CLASSES, json.dumps(source.class_names).encode())
         shards = _write_shards(out, source, captions, config.shard_mb * 10**6)
-        made = open_source(DataConfig(dataset=str(out)))
+        name = f"./{out}" if str(out) in EMBEDDED else str(out)
+        made = open_source(DataConfig(dataset=name))
         remove(out / LOCK)
     labels = f", labels of {len(source.class_names)} classes" if source.class_names else ""
     what = f"{len(made)} images{labels}{', captions' if captions else ''}"
-    say(f"{what} are in {shards} {'shards' if shards > 1 else 'shard'} in {out}; train with --dataset {out}")
+    say(f"{what} are in {shards} {'shards' if shards > 1 else 'shard'} in {out}; train with --dataset {name}")
+
+
+def _made_from(source: Source, captions: Captions | None) -> dict[str, object]:
+    """Identifies all that shards have of their data: the fingerprint of a folder says nothing of what its metadata and text files hold."""
+    labels = json.dumps([source.class_names, list(source.labels())]) if source.class_names else ""
+    return {
+        "data": source.fingerprint(),
+        "labels": hashlib.sha256(labels.encode()).hexdigest(),
+        "captions": None if captions is None else captions_digest(captions),
+    }
 
 
 def _with_labels_and_captions(config: ShardsMakeConfig) -> tuple[Source, Captions | None]:
