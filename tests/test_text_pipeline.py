@@ -351,3 +351,14 @@ def test_latents_are_decoded_with_the_scale_with_which_they_were_encoded(mean, s
     torch.testing.assert_close(text_pipeline.decode(vae, latents), images)
     shift, width = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std)) if std else (0, 1)
     torch.testing.assert_close(latents, (images - shift) / width * 0.25)
+
+
+def test_half_precision_does_not_round_the_scale_of_latents():
+    vae = SimpleNamespace(
+        config=SimpleNamespace(scaling_factor=0.13025, latents_mean=None, latents_std=None),
+        encode=lambda pixels: SimpleNamespace(latent_dist=SimpleNamespace(mean=pixels)),
+        decode=lambda latents, return_dict: (latents,),
+    )
+    values = torch.randn(2, 3, 4, 4, dtype=torch.bfloat16)
+    assert torch.equal(text_pipeline.encode(vae, values), values * 0.13025)  # as stock pipelines
+    assert torch.equal(text_pipeline.decode(vae, values), values / 0.13025)
