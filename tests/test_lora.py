@@ -105,8 +105,8 @@ def test_adapters_are_drawn_from_the_seed_and_change_nothing_at_first(bases, few
     plain = UNet2DConditionModel.from_pretrained(bases["xl"] / "unet")
     given = (torch.randn(2, 4, 4, 4), torch.tensor([10, 900]), torch.randn(2, 16, 64))
     added = {"text_embeds": torch.randn(2, 32), "time_ids": torch.rand(2, 6)}
-    with torch.no_grad():
-        assert torch.equal(network(*given, added_cond_kwargs=added).sample, plain(*given, added_cond_kwargs=added).sample)
+    with torch.no_grad():  # on AVX-512 their matrix products differ in the last bits
+        torch.testing.assert_close(network(*given, added_cond_kwargs=added).sample, plain(*given, added_cond_kwargs=added).sample)
     torch.manual_seed(seeding.derive_seed(3, "weights", 0))
     inject_adapter_in_model(PeftConfig(r=RANK, lora_alpha=ALPHA, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), plain)
     expected = dict(plain.named_parameters())

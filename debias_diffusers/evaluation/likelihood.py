@@ -55,13 +55,15 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     chosen = seeding.subset(config.seed, len(data.source), config.num_images)
     dealt = list(process_batches(chosen, config.batch_size, accelerator.process_index, accelerator.num_processes))
     mine = []
-    with tqdm(total=len(dealt) * len(bound.schedule) if bound else 0, unit="timestep", disable=not accelerator.is_main_process) as progress:
+    unit, each = ("timestep", len(bound.schedule)) if bound else ("batch", 1)
+    with tqdm(total=len(dealt) * each, unit=unit, disable=not accelerator.is_main_process) as progress:
         for number, indices in dealt:
             images, labels = zip(*(data.decoded(k) for k in indices))
             x_0 = torch.stack(images).float() / 127.5 - 1
             given = torch.tensor(labels) if data.num_classes else None
             of_bound = (bound.terms(x_0, given, config.seed, indices, progress), bound.prior(x_0)) if bound else None
             mine.append((number, of_bound, ode.bits(x_0, given, config.seed, indices) if ode else None))
+            progress.update(not bound)
     parts = sorted(gather_object(mine) if accelerator.num_processes > 1 else mine, key=lambda part: part[0])
     terms, priors = zip(*(of_bound or (None, None) for _, of_bound, _ in parts))
     result: dict[str, Any] = (
