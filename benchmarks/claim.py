@@ -255,7 +255,12 @@ def bias_of(row: dict[str, float]) -> float:
     return statistics.mean(channels or [abs(row["brightness_bias"])])
 
 
-FIGURES = {"distance": lambda row: row["fid"], "bias": bias_of, "sliced Wasserstein": lambda row: row["swd"]}
+FIGURES = {
+    "distance": lambda row: row["fid"],
+    "bias": bias_of,
+    "colour distance": lambda row: row["colour_distance"],
+    "sliced Wasserstein": lambda row: row["swd"],
+}
 Records = dict[tuple[str, str], list[dict]]  # by group and variant, one for each seed that is there
 
 
@@ -329,7 +334,7 @@ def against_constant(found: Records) -> str:
 
 
 def picture(found: Records, path: Path) -> None:
-    """Distance and bias over training steps and over DDIM steps, a row for each group."""
+    """Distance, bias and colour distance over training steps, and the distance over DDIM steps; a row for each group."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
@@ -338,7 +343,7 @@ def picture(found: Records, path: Path) -> None:
     figure = Figure(figsize=(16, 4 * len(groups)), layout="constrained")
     panels = figure.subplots(len(groups), 4, squeeze=False)
     for line, group in zip(panels, groups):
-        columns = [(over, what) for over in ("training", "sampling") for what in ("distance", "bias")]
+        columns = [*(("training", what) for what in ("distance", "bias", "colour distance")), ("sampling", "distance")]
         for panel, (over, what) in zip(line, columns):
             for variant in (variant for each, variant in found if each == group):
                 rows = [rows_at(record, over) for record in found[group, variant]]
@@ -346,9 +351,9 @@ def picture(found: Records, path: Path) -> None:
                 values = [[FIGURES[what](row[place]) for row in rows] for place in places]
                 panel.plot(places, list(map(statistics.mean, values)), marker="o", markersize=3, color=colours[variant], label=variant)
                 panel.fill_between(places, list(map(min, values)), list(map(max, values)), color=colours[variant], alpha=0.15)
-            title = {"distance": "Frechet distance", "bias": "bias of the mean colour"}[what]
+            title = {"distance": "Frechet distance", "bias": "bias of the mean colour", "colour distance": "colour distance"}[what]
             panel.set(title=f"{group}\n{title}", xlabel="training step" if over == "training" else "DDIM steps")
-            if what == "distance":
+            if what != "bias":
                 panel.set_yscale("log")
                 panel.yaxis.set_major_formatter(LogFormatter())
                 panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # 5 in place of 5 x 10^0

@@ -770,7 +770,7 @@ def test_units_of_the_claim_are_merged_by_their_files(claim, tmp_path):
         if unit.group != "shift 16" or unit.seed >= len(apart.get(unit.variant, ())):
             continue
         distance = 10 + unit.seed + apart[unit.variant][unit.seed]
-        figures = {"fid": distance, "swd": 1, "brightness_bias": -2, "red_bias": -3, "green_bias": 2, "blue_bias": -1}
+        figures = {"fid": distance, "swd": 1, "colour_distance": 3, "brightness_bias": -2, "red_bias": -3, "green_bias": 2, "blue_bias": -1}
         rows = [
             {"kind": scores.kind, "checkpoint": step, "steps": steps} | figures
             for scores in unit.scores

@@ -292,9 +292,7 @@ def test_the_stock_pipeline_draws_the_same_images(text_models, name, solver, opt
     guidance = {"guidance_scale": 5.0 if name == "xl" else 7.5, **options}
     drawn = text_pipeline.draw(ours, text_pipeline.encode_prompts(ours, prompts), null, generators(2), num_inference_steps=4, **guidance)
     away = (drawn.permute(0, 2, 3, 1).int() - torch.from_numpy((expected * 255).round()).int()).abs()
-    assert (
-        away.max() <= 1 and away.float().mean() < 0.01
-    )  # on AVX-512 a value that lies between two grey levels may be rounded to the other
+    assert away.max() <= 1 and away.float().mean() < 0.01  # on AVX-512 a value between two grey levels may be rounded to the other
     assert len({image.numpy().tobytes() for image in drawn}) == 2
 
 
