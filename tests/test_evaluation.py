@@ -799,7 +799,7 @@ def test_units_of_the_claim_are_merged_by_their_files(claim, tmp_path):
     assert "| shift 16 | constant | 5 | 12.0 (10.0 to 14.0), bias 2.0 |" in said
 
 
-@pytest.mark.parametrize("data", ["digits", "digits_text"])
+@pytest.mark.parametrize("data", ["digits", "digits_text", "emoji"])
 def test_the_tables_of_the_claim_are_those_of_its_units(claim, data, tmp_path):
     shutil.copytree(ROOT / "benchmarks" / "units", tmp_path / "units")
     page = (ROOT / "docs" / "claim.md").read_text()
