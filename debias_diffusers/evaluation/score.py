@@ -196,7 +196,7 @@ def _prompts_of_all(config: ScoreConfig, measure: Measure) -> _Prompts:
     found, wanted = dict[str, Sequence[str]](), ", ".join(measure.of_prompts)
     for target in config.targets:
         path = Path(target)
-        if path.suffix != ".npz" and not _is_folder_of_images(path) and task_of(client.configurations(target)) == "text_to_image":
+        if _is_model(path) and task_of(client.configurations(target)) == "text_to_image":
             found[target] = _prompts_of_model(config, target)
         elif wanted and path.suffix != ".npz" and _is_folder_of_images(path):
             found[target] = _one_each(open_source(DataConfig(dataset=target)), config.caption_column, target)
@@ -255,9 +255,10 @@ def _require_drawable(config: ScoreConfig, prompts: _Prompts) -> None:
     """Raises InputError for a model that lacks a checkpoint or knows no labels, before another one is drawn."""
     for target in config.targets:
         path = Path(target)
-        if path.suffix != ".npz" and not _is_folder_of_images(path):
-            _steps_of(path, config.checkpoints)
-        if config.class_labels != "data" and target in prompts and not _is_folder_of_images(path):
+        if not _is_model(path):
+            continue
+        _steps_of(path, config.checkpoints)
+        if config.class_labels != "data" and target in prompts:
             raise InputError(f"class_labels is {config.class_labels}, but {target} is a text-to-image model; leave it out")
 
 
@@ -294,6 +295,11 @@ def _folder(target: str) -> ImageFolder:
     if not isinstance(found, ImageFolder):
         raise InputError(f"target {target} is a saved data set; name it as --reference, or give its images as a folder")
     return found
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a target is drawn: a model on this disk or of the Hub."""
+    return path.suffix != ".npz" and not _is_folder_of_images(path)
 
 
 def _is_folder_of_images(path: Path) -> bool:
