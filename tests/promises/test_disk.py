@@ -246,7 +246,7 @@ def test_a_read_only_directory_is_refused_before_anything_is_read(steady, mounts
     with cpu_of_children() as cpu:
         process = command("-c", WITHOUT_TORCH, *train_args(folder, *flags)[1:])
         _, err = process.communicate(timeout=HANG)
-        assert cpu() < 2
+        assert cpu() < 4  # 1 on a busy processor
     assert process.returncode == 4, err
     assert re.fullmatch(rf"error: {folder} cannot be written: Read-only file system \(\d+\.\d MB free\)", err.strip().splitlines()[-1])
     assert contents(tmp_path / "disk") == before
