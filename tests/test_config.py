@@ -212,27 +212,31 @@ def test_the_floor_makes_debiased_on_the_cosine_schedule_usable():
     assert train_problems(update(GOOD, {"noise_schedule": "cosine", "prediction_type": "v_prediction"})) == []
 
 
-AT_ONCE = 600_000  # calls of Python functions, about a second: a count is the same on every machine, however busy
 WITHOUT_TORCH = """
-import atexit, sys
+import sys
 class NoTorch:
     def find_spec(name, *_):
         assert name.split(".")[0] not in ("torch", "diffusers", "accelerate", "datasets"), name
+sys.meta_path.insert(0, NoTorch)
+from debias_diffusers import cli
+"""
+
+# A process that counts its calls of Python functions, and prints the number last.
+COUNTED = """
+import atexit, sys
 def count(frame, event, argument):
     global calls
     calls += event == "call"
 calls = 0
-sys.meta_path.insert(0, NoTorch)
 sys.setprofile(count)
 atexit.register(lambda: print(calls, file=sys.stderr))
-from debias_diffusers import cli
 """
 
 
 def at_once(call, *flags):
-    """Calls the command line where torch cannot be imported."""
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH + call, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert int(done.stderr.split()[-1]) < AT_ONCE
+    """Calls the command line where torch cannot be imported. Its limit is about a second, and the same on every machine, however busy."""
+    done = subprocess.run([sys.executable, "-c", COUNTED + WITHOUT_TORCH + call, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stderr.split()[-1]) < 600_000
     return done
 
 

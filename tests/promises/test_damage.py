@@ -183,7 +183,7 @@ def test_another_configuration_is_refused_field_by_field(trained):
 @pytest.mark.row(16, "a checkpoint is verified in a second per GB, and always before it is used")
 def test_verifying_costs_a_second_of_one_core_per_gigabyte(tmp_path):
     """By the time of the processor, which others that are at work do not change much; where it hashes slowly, by that."""
-    content = os.urandom(1 << 24) * 16
+    content = os.urandom(1 << 24) * 4
     path = checkpoints.write(tmp_path, 10, writers({"model.safetensors": content}), {"step": 10}, keep=2)
 
     def median(work):
