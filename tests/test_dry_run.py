@@ -44,6 +44,14 @@ def test_a_dry_run_shows_what_matters_and_leaves_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_weights_of_each_phase_are_shown(uncounted, tmp_path, capsys):
+    phases = ["--timestep_sampler", "uniform", "--timestep_sampler_after", "speed", "--timestep_sampler_switch", 12]
+    train(tiny(tmp_path / "run", "--dry_run", *phases))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weights as t is drawn")]
+    assert [line.split(":")[0] for line in lines] == ["weights as t is drawn", "weights as t is drawn from step 12 on"]
+    assert lines[0].split(":")[1] != lines[1].split(":")[1]
+
+
 def test_with_verbose_it_also_shows_the_configuration_and_the_first_batch(uncounted, tmp_path, capsys):
     train(tiny(tmp_path / "run", "--dry_run", "--verbose", "--eval_every", 5, "--eval_metrics", "colour"))
     assert '"weighting": "debiased"' in capsys.readouterr().out

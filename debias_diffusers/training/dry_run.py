@@ -91,9 +91,11 @@ def _print_weights(config: TrainConfig, objective: Objective) -> None:
     if objective.weights is None:
         return
     sampler = make_timestep_sampler(config.objective, objective.schedule)
-    weights, p = sampler.corrections * objective.weights, sampler.probabilities
-    size = effective_sample_size(weights, p)
-    print(f"weights as t is drawn: mean {(p * weights).sum():.4g}, largest {weights.max():.4g}, effective sample size {size:.2g}")
+    for step in sorted({0, config.objective.timestep_sampler_switch}):
+        sampler.begin_step(step)
+        weights, p = sampler.corrections * objective.weights, sampler.probabilities
+        when, size = f" from step {step} on" if step else "", effective_sample_size(weights, p)
+        print(f"weights as t is drawn{when}: mean {(p * weights).sum():.4g}, largest {weights.max():.4g}, effective sample size {size:.2g}")
 
 
 def _first_images(task: Task, optim: OptimizationConfig) -> Any:
