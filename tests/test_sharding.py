@@ -19,7 +19,8 @@ from text_models import make_base, text_args
 from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.config.schema.training import OptimizationConfig
 from debias_diffusers.config.validation.optimization import sharding_problems
-from debias_diffusers.errors import CannotWriteError
+from debias_diffusers.errors import CannotWriteError, InputError
+from debias_diffusers.hub import publish
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.sampling import job
@@ -156,6 +157,8 @@ def test_a_checkpoint_of_files_of_the_processes_has_the_same_tensors_and_is_resu
         job._load_weights(pipeline, tmp_path / "shards", weights)
         state = pipeline.unet.state_dict()
         assert all(torch.equal(state[name], value) for name, value in expected[part].items())
+    with pytest.raises(InputError, match="of step 4, is in the parts of --sharded_checkpoints; continue the training with --no_"):
+        publish._stage_newest(tmp_path / "shards")
 
 
 def test_files_that_a_process_cannot_write_are_said_and_written_at_the_next_checkpoint(tmp_path, monkeypatch, capfd):

@@ -278,6 +278,11 @@ def _stage_newest(run: Path) -> None:
             say(f"{sentence}; an older checkpoint is pushed")
         if found is None:
             raise InputError(f"{run} has no checkpoint; train it first")
+        if found.shards:
+            raise InputError(
+                f"{run} cannot be pushed: its newest checkpoint, of step {found.step}, is in the parts of --sharded_checkpoints; "
+                f"continue the training with --no_sharded_checkpoints, and push the next one"
+            )
         stage(run, found.step)
 
 
