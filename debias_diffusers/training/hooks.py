@@ -258,7 +258,7 @@ class Checkpointer:
             if self.run:
                 say(f"step {step} was not saved: {error}; training goes on")
             return
-        statistics = self.state.statistics.state(self.accelerator.gather, self.accelerator.is_main_process)
+        statistics = self.state.statistics.state(self.accelerator.gather)
         self.saving_step = step
         # All wait until it has begun, or is done where there is no memory for a copy beside the training.
         broadcast_from_first(lambda: self._begin(step, tensors, shards, statistics, final), self.accelerator)

@@ -182,7 +182,7 @@ def _restore(found: Checkpoint, state: TrainingState, constants: dict[str, Any],
     found = dataclasses.replace(found, state={**found.state, CHANGES: constants.get(CHANGES, [])})
     if accelerator.is_main_process:
         require_same_training(found, constants, config)
-    state_dicts.restore(found, state, accelerator.is_main_process)
+    state_dicts.restore(found, state, accelerator.process_index, accelerator.num_processes)
     state.skipped_images = found.state.get(SKIPPED, 0)
     if accelerator.scaler is not None and found.state["scaler"]:  # none where the run has just been changed to fp16
         accelerator.scaler.load_state_dict(found.state["scaler"])
