@@ -33,6 +33,7 @@ from ..utils.files import temporary_path, translate_write_errors, write_file
 from ..utils.sharding import write_shards
 from . import state_dicts
 from .logger import Logger
+from .optimizer_step import SKIPPED_IN_A_ROW
 from .saver import Saver, Tensors
 from .state_dicts import MetricHistory, TrainingState
 
@@ -307,6 +308,7 @@ class Checkpointer:
             "step": step,
             "position": self.positions.first(step),
             "scaler": scaler.state_dict() if scaler is not None else None,
+            **({SKIPPED_IN_A_ROW: int(self.state.optimizer_step.skips)} if scaler is not None else {}),
             "best": self.state.measured.best,
             "measured": self.state.measured.last,
             **({SKIPPED: self.state.skipped_images} if self.state.skipped_images else {}),

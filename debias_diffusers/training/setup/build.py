@@ -30,7 +30,7 @@ from ...utils.torch_errors import explain_error
 from .. import device, state_dicts
 from ..hooks import Checkpointer, EmaImages, Evaluation, Hook, SampleGrid, ValidationLoss
 from ..loss_statistics import LossStatistics
-from ..optimizer_step import OptimizerStep, state_bytes
+from ..optimizer_step import SKIPPED_IN_A_ROW, OptimizerStep, state_bytes
 from ..saver import Saver
 from ..state_dicts import TrainingState
 from ..trainer import Callback, Trainer
@@ -186,6 +186,7 @@ def _restore(found: Checkpoint, state: TrainingState, constants: dict[str, Any],
     state.skipped_images = found.state.get(SKIPPED, 0)
     if accelerator.scaler is not None and found.state["scaler"]:  # none where the run has just been changed to fp16
         accelerator.scaler.load_state_dict(found.state["scaler"])
+        state.optimizer_step.skips.fill_(found.state.get(SKIPPED_IN_A_ROW, 0))
 
 
 def _checkpoint_bytes(step: OptimizerStep, optim: OptimizationConfig) -> int:
