@@ -56,7 +56,8 @@ class Checkpoint:
     def ema_rates(self) -> list[float]:
         """The decay rates whose averaged weights it has."""
         if self.shards:
-            return sorted(rate for rate in self.state["config"]["ema_decay"] if rate)
+            saved = json.loads((self.path / STATE).read_bytes())  # `state` has what --allow_change makes of it
+            return sorted(rate for rate in saved["config"]["ema_decay"] if rate)
         return sorted(float(path.stem.removeprefix("ema_")) for path in self.path.glob("ema_*.safetensors"))
 
     @property
