@@ -1,11 +1,13 @@
 """A checkpoint is whole or absent, at any moment and whatever happens to its files."""
 
 import errno
+import shutil
 import tracemalloc
 from pathlib import Path
 
 import torch
 from conftest import writers
+from here import tiny, trained_here
 
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.training import state_dicts
@@ -45,6 +47,13 @@ def test_damaged_newer_checkpoints_do_not_push_out_sound_ones(tmp_path):
     for step in (20, 30):  # trained again, the damaged are replaced
         write(tmp_path, step, keep=2)
     assert checkpoints.latest_valid(tmp_path)[0].step == 30 and len(checkpoints.list_checkpoints(tmp_path)) == 2
+
+
+def test_a_damaged_checkpoint_that_a_resume_passed_is_none_of_those_that_are_kept(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run") / "checkpoints"
+    (folder / "step-00000024" / "model.safetensors").write_bytes(b"")
+    trained_here(tiny(folder.parent, "--max_steps", 25, "--checkpoint_every", 5))  # from step 18 on
+    assert [checkpoints.verify(path).step for path in checkpoints.list_checkpoints(folder)] == [20, 25]
 
 
 def test_a_checkpoint_is_written_and_verified_without_its_files_in_memory(tmp_path):

@@ -161,6 +161,17 @@ def test_a_checkpoint_of_files_of_the_processes_has_the_same_tensors_and_is_resu
         publish._stage_newest(tmp_path / "shards")
 
 
+def test_a_new_ema_rate_starts_from_the_nearest_average_in_files_of_the_processes(tmp_path, monkeypatch):
+    trained_here(tiny(tmp_path / "run", *FLAGS, "--max_steps", 2, "--sharded_checkpoints"))
+    found = saved(tmp_path / "run", 2)
+    monkeypatch.setattr(Trainer, "train", lambda *_: 0)
+    flags = ["--max_steps", 4, "--ema_decay", 0.5, 0.99, "--allow_change", "ema_decay"]
+    trainer = trained_here(tiny(tmp_path / "run", *FLAGS, *flags))
+    for rate, part in ((0.5, "ema_0.9"), (0.99, "ema_0.99")):
+        average = trainer.state.optimizer_step.ema.averages[rate]
+        assert average and all(torch.equal(average[name], found[part][name]) for name in average)
+
+
 def test_files_that_a_process_cannot_write_are_said_and_written_at_the_next_checkpoint(tmp_path, monkeypatch, capfd):
     write, failed = hooks.write_shards, []
 

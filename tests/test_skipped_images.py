@@ -10,6 +10,7 @@ from here import tiny, trained_here
 from PIL import Image
 
 from debias_diffusers.config.schema.data import DataConfig
+from debias_diffusers.data import dataset
 from debias_diffusers.data.dataset import PositionBatchSampler, TrainingData, micro_batches
 from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.errors import FetchError, InputError
@@ -106,6 +107,15 @@ def test_what_was_skipped_is_counted(positions, skipping):
     assert state["skipped_images"] == len(positions) >= 2 and "skipped" not in state["data"]
     for line in metrics(skipping):
         assert line.get("skipped_images", 0) == sum(position < BATCH * line["step"] for position in positions)
+
+
+def test_where_too_many_are_skipped_the_step_that_is_saved_has_its_line(folder, positions, tmp_path, monkeypatch):
+    """It was launched before the one with the damaged image was read."""
+    monkeypatch.setattr(dataset, "MAX_SKIPPED_SHARE", 0)
+    saved = positions[0] // BATCH + 2
+    with pytest.raises(InputError, match=f"the images of 1 of .*; step {saved} is saved"):
+        trained_here(tiny(tmp_path / "run", "--dataset", folder, *FLAGS, "--skip_bad", "--log_every", saved))
+    assert newest_step(tmp_path / "run") == saved and [line["step"] for line in metrics(tmp_path / "run")] == [saved]
 
 
 def test_the_check_is_of_all_images_of_a_sample_or_of_none(folder, tmp_path, monkeypatch, capsys):

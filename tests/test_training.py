@@ -50,7 +50,7 @@ from debias_diffusers.config.schema.sampling import SampleConfig
 from debias_diffusers.config.schema.training import OptimizationConfig, TrainConfig
 from debias_diffusers.config.validation.sampling import sample_problems
 from debias_diffusers.data import images
-from debias_diffusers.diffusion.loss import make_objective
+from debias_diffusers.diffusion.loss import Terms, make_objective
 from debias_diffusers.diffusion.timestep_samplers import make_timestep_sampler
 from debias_diffusers.diffusion.weighting import effective_sample_size
 from debias_diffusers.errors import InputError
@@ -61,6 +61,7 @@ from debias_diffusers.runs.run_directory import open_run
 from debias_diffusers.tasks import pixels
 from debias_diffusers.training.ema import EMA
 from debias_diffusers.training.logger import Logger
+from debias_diffusers.training.loss_statistics import LossStatistics
 from debias_diffusers.training.setup.build import run_training
 from debias_diffusers.training.trainer import Trainer, learning_rate
 from debias_diffusers.utils import distributed, seeding
@@ -303,6 +304,34 @@ def test_the_mean_over_the_levels_is_the_loss(tmp_path):
     for line in metrics(tmp_path / "run"):
         seen = [value for value in line["loss_by_t"] if value is not None]
         assert min(seen) <= line["loss"] <= max(seen)
+
+
+def test_a_line_over_several_processes_has_the_same_bits_after_a_save_and_a_resume():
+    """What each process has is added up at the line: added up at the save, 1 would be lost in 2^24 + 1 + 1."""
+
+    def statistics(*sums):
+        found = [LossStatistics(10, "cpu") for _ in sums]
+        for process, value in zip(found, sums):
+            add(process, value)
+        return found, lambda _: torch.stack([process.sums for process in found])
+
+    def add(process, value):
+        process.add(torch.zeros(1, dtype=torch.long), Terms(torch.tensor([value]), torch.ones(1)), torch.ones(10, dtype=torch.float64))
+
+    (whole, gather), (resumed, gather_resumed), ((one,), _) = statistics(2.0**24, 1.0), statistics(0.0, 0.0), statistics(0.0)
+    state = json.loads(json.dumps(whole[0].state(gather)))
+    for process, each in enumerate(resumed):
+        each.load(state, process, 2)
+    for each in (whole, resumed):
+        add(each[1], 1.0)
+    mean = (2**24 + 2) / 3
+    assert whole[0].values(gather)["loss_by_t"][0] == resumed[0].values(gather_resumed)["loss_by_t"][0] == mean
+    one.load(state, 0, 1)
+    older = {**state, "sums": torch.tensor(state["sums"]).sum(0).tolist()}  # as the first versions saved them
+    assert one.sums.tolist() == older["sums"]
+    for process, each in enumerate(resumed):
+        each.load(older, process, 2)
+    assert gather_resumed(None).sum(0).tolist() == older["sums"]
 
 
 def test_the_tracker_gets_a_number_for_each_part_of_the_levels(tmp_path):

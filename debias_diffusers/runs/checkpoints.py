@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ class Checkpoint:
     def ema_rates(self) -> list[float]:
         """The decay rates whose averaged weights it has."""
         if self.shards:
-            return sorted(rate for rate in self.state["config"]["ema_decay"] if rate)
+            saved = json.loads((self.path / STATE).read_bytes())  # `state` has what --allow_change makes of it
+            return sorted(rate for rate in saved["config"]["ema_decay"] if rate)
         return sorted(float(path.stem.removeprefix("ema_")) for path in self.path.glob("ema_*.safetensors"))
 
     @property
@@ -91,7 +92,15 @@ def weights_file(rate: float) -> str:
     return ema_file(rate) if rate else MODEL
 
 
-def write(folder: Path, step: int, files: Iterable[tuple[str, Writer]], state: dict[str, Any], keep: int, best: int | None = None) -> Path:
+def write(
+    folder: Path,
+    step: int,
+    files: Iterable[tuple[str, Writer]],
+    state: dict[str, Any],
+    keep: int,
+    best: int | None = None,
+    damaged: Collection[int] = (),
+) -> Path:
     """Writes the checkpoint of a step and then removes the oldest beyond `keep`.
 
     Args:
@@ -100,6 +109,7 @@ def write(folder: Path, step: int, files: Iterable[tuple[str, Writer]], state: d
         state: goes into state.json.
         keep: how many checkpoints stay.
         best: the step of one that stays beyond them.
+        damaged: steps of others that are damaged and do not count.
 
     Raises:
         CannotWriteError: the temporary folder is removed, older checkpoints stay.
@@ -111,7 +121,7 @@ def write(folder: Path, step: int, files: Iterable[tuple[str, Writer]], state: d
             shutil.rmtree(final)
         os.rename(temporary, final)
         fsync_folder(folder)
-    prune(folder, step, keep, best)
+    prune(folder, step, keep, best, {*damaged} - {step})
     return final
 
 
@@ -141,13 +151,15 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def prune(folder: Path, step: int, keep: int, best: int | None = None) -> None:
-    """Removes all checkpoints up to `step` but the newest `keep` and that of the step `best`.
+def prune(folder: Path, step: int, keep: int, best: int | None = None, damaged: Collection[int] = ()) -> None:
+    """Removes all checkpoints up to `step` but the newest `keep` that are not `damaged`, and that of the step `best`.
 
-    Checkpoints after `step` are damaged, or the run would have resumed from them. They do not count towards `keep`.
+    Checkpoints after `step` are damaged, or the run would have resumed from them. They do not count towards `keep`, and stay until
+    `step` is past them.
     """
-    older = [p for p in list_checkpoints(folder) if step_of_folder(p) <= step][:-keep]
-    for path in (p for p in older if step_of_folder(p) != best):
+    older = [p for p in list_checkpoints(folder) if step_of_folder(p) <= step]
+    stay = [step_of_folder(p) for p in older if step_of_folder(p) not in damaged][-keep:]
+    for path in (p for p in older if step_of_folder(p) not in (*stay, best)):
         with translate_write_errors(path):
             shutil.rmtree(path)
 

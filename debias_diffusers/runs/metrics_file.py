@@ -39,11 +39,12 @@ class MetricsFile:
             self._write()
 
     def _write(self) -> None:
-        with translate_write_errors(self.path), open(self.path, "ab") as file:
-            end = file.tell()
+        # Without a buffer: on a full disk, `truncate` would first try to write what is left in it.
+        with translate_write_errors(self.path), open(self.path, "ab", buffering=0) as file:
+            end, left = file.tell(), self._unwritten
             try:
-                file.write(self._unwritten)
-                file.flush()
+                while left:
+                    left = left[file.write(left) :]
                 self._unwritten = b""
             except OSError:
                 file.truncate(end)  # removes half a line

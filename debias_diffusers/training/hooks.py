@@ -33,6 +33,7 @@ from ..utils.files import temporary_path, translate_write_errors, write_file
 from ..utils.sharding import write_shards
 from . import state_dicts
 from .logger import Logger
+from .optimizer_step import SKIPPED_IN_A_ROW
 from .saver import Saver, Tensors
 from .state_dicts import MetricHistory, TrainingState
 
@@ -258,7 +259,7 @@ class Checkpointer:
             if self.run:
                 say(f"step {step} was not saved: {error}; training goes on")
             return
-        statistics = self.state.statistics.state(self.accelerator.gather, self.accelerator.is_main_process)
+        statistics = self.state.statistics.state(self.accelerator.gather)
         self.saving_step = step
         # All wait until it has begun, or is done where there is no memory for a copy beside the training.
         broadcast_from_first(lambda: self._begin(step, tensors, shards, statistics, final), self.accelerator)
@@ -307,6 +308,7 @@ class Checkpointer:
             "step": step,
             "position": self.positions.first(step),
             "scaler": scaler.state_dict() if scaler is not None else None,
+            **({SKIPPED_IN_A_ROW: int(self.state.optimizer_step.skips)} if scaler is not None else {}),
             "best": self.state.measured.best,
             "measured": self.state.measured.last,
             **({SKIPPED: self.state.skipped_images} if self.state.skipped_images else {}),

@@ -78,18 +78,20 @@ class LossStatistics:
             "clip_rate": self.clipped.item() / max(1, self.steps),
         }
 
-    def state(self, gather: Gather, first: bool) -> dict[str, Any]:
+    def state(self, gather: Gather) -> dict[str, Any]:
         """What a checkpoint must hold, over all processes, which all must call it.
 
-        From here on the first process holds the sums of all, as it will after a resume: the same numbers in the same order.
+        The sums of each, and not their total: a resume goes on adding in the same order, and its next line has the same bits.
         """
-        total = gather(self.sums[None]).sum(0)
-        self.sums = total if first else torch.zeros_like(total)
-        return {"sums": total.tolist(), "steps": self.steps, "clipped": int(self.clipped.item())}
+        return {"sums": gather(self.sums[None]).tolist(), "steps": self.steps, "clipped": int(self.clipped.item())}
 
-    def load(self, state: dict[str, Any], first: bool) -> None:
-        """Puts back a `state`."""
-        if first:
-            self.sums.copy_(torch.tensor(state["sums"]))
+    def load(self, state: dict[str, Any], process: int, processes: int) -> None:
+        """Puts back a `state`; the first process has the sums of all where they were others."""
+        sums = torch.tensor(state["sums"])
+        if sums.ndim == 2:  # of older versions, which saved the total
+            sums = sums[None]
+        if len(sums) != processes:
+            sums = torch.stack([sums.sum(0), *[torch.zeros_like(sums[0])] * (processes - 1)])
+        self.sums.copy_(sums[process])
         self.steps = state["steps"]
         self.clipped.fill_(state["clipped"])

@@ -28,6 +28,8 @@ ADAFACTOR_EPS = (1e-15, 1.0)
 
 VALUES_AT_ONCE = 1 << 24  # of weights in bf16 that are in float32 at the same time, as far as whole tensors allow
 
+SKIPPED_IN_A_ROW = "skipped_in_a_row"  # in state.json: steps of fp16 before it that were not made
+
 _8BIT_BLOCK, _8BIT_LEAST = 256, 4096  # of bitsandbytes: values that share a scale, and of the smallest tensor with 8-bit moments
 
 

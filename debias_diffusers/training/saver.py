@@ -42,6 +42,8 @@ class Saver(BackgroundTask[str | None]):
         super().__init__()
         self.run, self.config, self.task, self.network, self.device, self.publisher = run, config, task, network, device, publisher
         self._has_frozen_files = False  # in the run directory, as they are compared once
+        begin = run.resume.step if run.resume else 0
+        self._damaged = {step for step in map(checkpoints.step_of_folder, checkpoints.list_checkpoints(run.checkpoints)) if step > begin}
 
     def save(self, tensors: Tensors, state: dict[str, Any], final: bool, shards: Path | None = None) -> None:
         """Begins; the final save is done when this returns.
@@ -81,7 +83,9 @@ class Saver(BackgroundTask[str | None]):
             self._export(self.run.folder, tensors, state)
             keep = self.config.run.keep_checkpoints
             best = int(state["best"]["step"]) if state["best"] and self.config.run.keep_best else None
-            written = checkpoints.write(self.run.checkpoints, state["step"], _writers(tensors, shards), state, keep, best)
+            files = _writers(tensors, shards)
+            written = checkpoints.write(self.run.checkpoints, state["step"], files, state, keep, best, self._damaged)
+            self._damaged.discard(state["step"])
             if self.config.optimization.post_hoc_ema:
                 ema_snapshots.add(self.run.folder, written, self.config.optimization.post_hoc_ema)
         except CannotWriteError as error:

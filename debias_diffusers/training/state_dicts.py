@@ -230,8 +230,10 @@ def size(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
 
 
 @torch.no_grad()
-def restore(found: Checkpoint, state: TrainingState, is_main_process: bool) -> None:
-    """Puts everything back as it was after the checkpoint's step. Names and shapes are those of the same configuration.
+def restore(found: Checkpoint, state: TrainingState, process: int, processes: int) -> None:
+    """Puts everything back in this process of so many, as it was after the checkpoint's step.
+
+    Names and shapes are those of the same configuration.
 
     Where --allow_change changes something at this step: an EMA rate that the checkpoint does not have starts from the average whose
     rate is nearest; losses under another objective, by which `loss_second_moment` draws and of which a line of metrics has the means,
@@ -252,7 +254,7 @@ def restore(found: Checkpoint, state: TrainingState, is_main_process: bool) -> N
     if not found.changing & OBJECTIVE:
         if state.timestep_sampler.learns:
             state.timestep_sampler.load(safetensors.torch.load_file(found.verified(SAMPLER)))
-        state.statistics.load(found.state["window"], is_main_process)
+        state.statistics.load(found.state["window"], process, processes)
     best = None if found.changing & {"dataset", DATA} else found.state.get("best")
     state.measured.best, state.measured.last = best, found.state.get("measured")
 

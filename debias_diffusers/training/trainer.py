@@ -90,6 +90,7 @@ class Trainer:
                 while self.step < optim.max_steps and not signum and not out_of_time:
                     self.checkpointer.check()
                     try:
+                        self.task.data.require_few_skipped(self.state.skipped_images, self.positions.first(self.step - len(pending)))
                         newest = self._launch(batches, stop.signum, time.monotonic() > deadline)
                     except DATA_ERRORS:
                         self._read_all(pending, logger)
@@ -255,7 +256,7 @@ class Trainer:
 
         Raises:
             NotFiniteError: its update was not made, nor that of any step that was launched after it.
-            DebiasError: neither was it because the data of a process cannot be read, or too many images cannot.
+            DebiasError: neither was it because the data of a process cannot be read.
         """
         loss, grad_norm, aborted, signum, out_of_time, unread, skipped = pending.numbers.read()
         if unread:
@@ -270,7 +271,6 @@ class Trainer:
         logger.log_step(pending.step, loss, pending.learning_rate, grad_norm, self.state.statistics, self.state.skipped_images)
         if self.callback:
             self.callback(pending.step, {"loss": loss, "learning_rate": pending.learning_rate, "grad_norm": grad_norm})
-        self.task.data.require_few_skipped(self.state.skipped_images, self.positions.first(pending.step))
         return int(signum), int(out_of_time)
 
     def _read_all(self, pending: deque[PendingStep], logger: Logger) -> None:

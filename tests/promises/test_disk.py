@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -194,6 +195,21 @@ def test_metrics_that_cannot_be_written_wait_and_hold_up_the_checkpoint(tmp_path
     log.append({"step": 3})
     log.sync()
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.row(18, "metrics.jsonl has every step exactly once; truncated lines and later steps are dropped")
+def test_of_a_line_of_metrics_that_the_disk_has_no_room_for_nothing_stays(tmp_path):
+    """The system writes as much of it as there is room for."""
+    log = MetricsFile(tmp_path / "metrics.jsonl")
+    log.append({"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 5, limits[1]))
+    try:
+        log.append({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.append({"step": 3})
+    assert log.path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
 # ---- 20: little space ------------------------------------------------------------------------------------------------

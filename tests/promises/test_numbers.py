@@ -227,6 +227,15 @@ def test_the_twentieth_step_in_a_row_that_overflows_ends_the_run(tmp_path):
 
 
 @pytest.mark.row(32, "fp16 may skip steps while its loss scale settles, but not 20 in a row")
+def test_steps_in_a_row_are_counted_over_a_resume(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        Overflowing(patch, range(5, 60))
+        trained_here(tiny(tmp_path / "run", "--max_steps", 10), scaler=scaler_of_fp16())
+        with pytest.raises(NotFiniteError, match="in step 25 "):
+            trained_here(tiny(tmp_path / "run", "--max_steps", 60), scaler=scaler_of_fp16())
+
+
+@pytest.mark.row(32, "fp16 may skip steps while its loss scale settles, but not 20 in a row")
 def test_a_loss_that_is_not_finite_is_no_search_for_a_scale(tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(NotFiniteError, match=f"in step {SPOILT + 1} "):
         Spoiler(patch, "loss", torch.nan)

@@ -30,7 +30,7 @@ from ...utils.torch_errors import explain_error
 from .. import device, state_dicts
 from ..hooks import Checkpointer, EmaImages, Evaluation, Hook, SampleGrid, ValidationLoss
 from ..loss_statistics import LossStatistics
-from ..optimizer_step import OptimizerStep, state_bytes
+from ..optimizer_step import SKIPPED_IN_A_ROW, OptimizerStep, state_bytes
 from ..saver import Saver
 from ..state_dicts import TrainingState
 from ..trainer import Callback, Trainer
@@ -182,10 +182,11 @@ def _restore(found: Checkpoint, state: TrainingState, constants: dict[str, Any],
     found = dataclasses.replace(found, state={**found.state, CHANGES: constants.get(CHANGES, [])})
     if accelerator.is_main_process:
         require_same_training(found, constants, config)
-    state_dicts.restore(found, state, accelerator.is_main_process)
+    state_dicts.restore(found, state, accelerator.process_index, accelerator.num_processes)
     state.skipped_images = found.state.get(SKIPPED, 0)
     if accelerator.scaler is not None and found.state["scaler"]:  # none where the run has just been changed to fp16
         accelerator.scaler.load_state_dict(found.state["scaler"])
+        state.optimizer_step.skips.fill_(found.state.get(SKIPPED_IN_A_ROW, 0))
 
 
 def _checkpoint_bytes(step: OptimizerStep, optim: OptimizationConfig) -> int:
