@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..config.schema.types import LoraFormat
 from ..errors import InputError
-from ..pipelines.lora import METADATA, lora_file, read_lora
+from ..pipelines.lora import METADATA, alpha_of, lora_file, read_lora
 from ..runs.lora_folder import BASE_RECORD, LORA_WEIGHTS, base_record
 from ..utils.console import say
 from ..utils.files import filled_folder, new_folder, require_new_file, require_writable, write_file
@@ -113,16 +112,8 @@ def to_kohya(tensors: Mapping[str, Tensor], about: Mapping[str, Any], xl: bool, 
         stem = f"{prefixes[part]}_{theirs.replace('.', '_')}"
         found[f"{stem}.{_DIRECTIONS[kind]}.weight"] = tensor.contiguous()
         if kind == "A":
-            found[f"{stem}.alpha"] = torch.tensor(_alpha(module, len(tensor), part, about))
+            found[f"{stem}.alpha"] = torch.tensor(alpha_of(name, len(tensor), about))
     return found
-
-
-def _alpha(module: str, rank: int, part: str, about: Mapping[str, Any]) -> float:
-    """The alpha of a module, as peft finds it: of the first pattern that its name ends with, else that of all."""
-    patterns = about.get(f"{part}.alpha_pattern") or {}
-    own = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), None)
-    alpha = float(about.get(f"{part}.lora_alpha", rank) if own is None else own)
-    return alpha * math.sqrt(rank) if about.get(f"{part}.use_rslora") else alpha
 
 
 def original_name(module: str, layers: int = LAYERS) -> str:
