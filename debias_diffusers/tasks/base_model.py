@@ -76,29 +76,19 @@ class BaseModel:
         return int(self.vae["latent_channels"]), side, side
 
     def frozen_files(self) -> dict[str, Path]:
-        """The files of the frozen parts by their path in the exported folder: all that the parts have."""
-        folders = {name: self.vae_folder if name == "vae" else self.folder / name for name in self.parts}
-        return {
-            f"{name}/{path.name}": path
-            for name, folder in folders.items()
-            for path in sorted(folder.iterdir())  # parts have no sub-folders; a VAE's may hold others, such as .git or a run
-            if path.is_file() and not path.name.startswith(".")
-        }
+        """The files of the frozen parts by their path in the exported folder, as they are loaded."""
+        return _read({name: self.vae_folder if name == "vae" else self.folder / name for name in self.parts})
 
     def read_files(self) -> dict[str, Path]:
         """The files that decide what is drawn, but for the scheduler's: UNet, text encoders, tokenizers and VAE as they are loaded."""
-        folders = {"unet": self.folder / "unet", **{name: self.folder / name for name in self.parts if name != "scheduler"}}
-        folders["vae"] = self.vae_folder
-        return {
-            f"{name}/{path.name}": path
-            for name, folder in folders.items()
-            for path in sorted(folder.iterdir())
-            if READ.fullmatch(path.name) and path.is_file()
-        }
+        unet = _read({"unet": self.folder / "unet"})
+        return unet | {name: path for name, path in self.frozen_files().items() if not name.startswith("scheduler/")}
 
-    def exported_index(self, zeros: bool) -> str:
-        """model_index.json of the exported pipeline, whose "no caption" is zeros or the encoding of ""."""
+    def exported_index(self, zeros: bool, scheduler: Mapping[str, Any]) -> str:
+        """model_index.json of the exported pipeline, whose "no caption" is zeros or the encoding of "", with this scheduler."""
         kept = {name: value for name, value in self.index.items() if name not in UNUSED and name != "_name_or_path"}
+        if scheduler["_class_name"] != self.scheduler["_class_name"]:  # else a base model's own index may say another class, which counts
+            kept["scheduler"] = ["diffusers", scheduler["_class_name"]]
         if self.is_xl:
             kept["force_zeros_for_empty_prompt"] = zeros
         else:
@@ -151,6 +141,16 @@ class BaseModel:
             "rescale_betas_zero_snr": bool(values.get("rescale_betas_zero_snr", False)),
             "schedule_shift": 1.0,
         }
+
+
+def _read(folders: Mapping[str, Path]) -> dict[str, Path]:
+    """The files of some parts that are loaded. Beside them others may come and go, such as variants in the cache of the Hub."""
+    return {
+        f"{name}/{path.name}": path
+        for name, folder in folders.items()
+        for path in sorted(folder.iterdir())  # parts have no sub-folders; a VAE's may hold others, such as .git or a run
+        if READ.fullmatch(path.name) and path.is_file()
+    }
 
 
 def open_base(text: TextConfig) -> BaseModel:
