@@ -666,7 +666,9 @@ def test_ranks_and_alphas_of_each_module_come_back_from_kohyas_names(bases, tmp_
     ],
 )
 def test_names_of_the_original_unet(name, original):
-    assert kohya.original_name(name) == original
+    assert kohya.original_name(name) == kohya.original_name(name, [2, 2, 2]) == original
+    with pytest.raises(InputError, match="one number for all"):
+        kohya.original_name(name, [2, 2, 1])
     assert kohya.diffusers_name(f"lora_unet_{original.replace('.', '_')}") == ("unet", name)
 
 

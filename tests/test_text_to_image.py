@@ -463,6 +463,19 @@ def test_zero_terminal_snr_is_that_of_the_exported_pipeline(tmp_path):
         assert scheduler.timesteps[0] == 999 and scheduler.alphas_cumprod[-1] < 1e-7
 
 
+def test_a_vae_of_another_kind_is_warned_of(bases, tmp_path, capsys):
+    """As that of Stable Diffusion XL, which --config sdxl names, for a base model of Stable Diffusion 1.x: both have four channels."""
+    vae = shutil.copytree(bases["sd"] / "vae", tmp_path / "vae")
+    plan_of(bases["sd"], tmp_path / "run", "--vae", vae)
+    assert "has latents of scale" not in capsys.readouterr().err
+    values = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(values | {"scaling_factor": 0.13025}))
+    plan_of(bases["sd"], tmp_path / "run", "--vae", vae)
+    assert f"latents of scale 0.13025, but base_model was trained with {values['scaling_factor']}" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"vae .*safetensors is a file; name a folder with config\.json"):
+        plan_of(bases["sd"], tmp_path / "run", "--vae", vae / "diffusion_pytorch_model.safetensors")
+
+
 def test_a_base_model_may_move_but_not_change(bases, few, whole, tmp_path):
     folder, base = shutil.copytree(whole, tmp_path / "run"), shutil.copytree(bases["xl"], tmp_path / "base")
     flags = (*few, "--max_steps", 13)

@@ -194,7 +194,8 @@ def _folder(field: str, name: str) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.is_file():
-            raise InputError(f"{field} {name} is a file; {convert_advice(name)}")
+            advice = "name a folder with config.json and diffusion_pytorch_model.safetensors, or a Hub id such as user/name"
+            raise InputError(f"{field} {name} is a file; {convert_advice(name) if field == 'base_model' else advice}")
         raise InputError(f"{field} {name} does not exist; name a pipeline folder, a run directory or a Hub id such as user/name")
     return folder
 
@@ -256,10 +257,24 @@ def resolution_problems(base: BaseModel, config: TrainConfig) -> list[str]:
 
 
 def contradictions(base: BaseModel, config: TrainConfig) -> list[str]:
-    """Where the objective is not that of the base model, a sentence each."""
+    """Where objective or latents are not those of the base model, a sentence each."""
+    if not base.is_trained:
+        return []
     ours = config.objective
-    return [
+    found = [
         f"{name} is {getattr(ours, name)}, but base_model was trained with {value}: its UNet has to learn the other one"
         for name, value in base.objective().items()
-        if getattr(ours, name) != value and base.is_trained
+        if getattr(ours, name) != value
     ]
+    scale, own = _scale(base.vae), _scale(part_config(base.folder, "vae"))
+    if scale != own:  # as of the VAE that --config sdxl names, for a base model of Stable Diffusion 1.x
+        found.append(
+            f"vae {config.text.vae} has latents of scale {scale}, but base_model was trained with {own}: its UNet has to learn others"
+        )
+    return found
+
+
+def _scale(vae: Mapping[str, Any]) -> Any:
+    """How a VAE's latents are scaled: VAEs of one kind have the same."""
+    found = [vae.get("scaling_factor", 0.18215), *(each for name in ("latents_mean", "latents_std") if (each := vae.get(name)))]
+    return found if found[1:] else found[0]
