@@ -475,6 +475,14 @@ def test_a_lora_starts_from_another(runs, bases, few, tmp_path):
     ):
         with pytest.raises(InputError, match=said):
             lora.load(network, str(runs[model]), dataclasses.replace(config, **changes))
+    tensors, about = read_lora(runs["xl"] / LORA_WEIGHTS, "")
+    for changes, said in (
+        ({"unet.alpha_pattern": {"attn1.to_q": 2}}, "has modules of alpha 2 to 8, but lora_alpha is 8 for all"),
+        ({"unet.use_rslora": True}, "has alpha 16, but lora_alpha is 8; take --lora_alpha 16"),
+    ):
+        save_file(tensors, tmp_path / "other.safetensors", {"lora_adapter_metadata": json.dumps({**about, **changes})})
+        with pytest.raises(InputError, match=said):
+            lora.load(network, str(tmp_path / "other.safetensors"), config)
     with torch.device("meta"):
         other = UNet2DConditionModel.from_config(bases["xl"] / "unet")
         lora.add_adapters({"unet": other}, dataclasses.replace(config, lora_targets=("to_q",)))
@@ -658,7 +666,9 @@ def test_ranks_and_alphas_of_each_module_come_back_from_kohyas_names(bases, tmp_
     ],
 )
 def test_names_of_the_original_unet(name, original):
-    assert kohya.original_name(name) == original
+    assert kohya.original_name(name) == kohya.original_name(name, [2, 2, 2]) == original
+    with pytest.raises(InputError, match="one number for all"):
+        kohya.original_name(name, [2, 2, 1])
     assert kohya.diffusers_name(f"lora_unet_{original.replace('.', '_')}") == ("unet", name)
 
 

@@ -97,6 +97,21 @@ def test_a_file_says_what_it_predicts(folders, tmp_path):
     assert load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
 
 
+def test_zero_terminal_snr_of_a_file_needs_a_scheduler_that_knows_it(folders, tmp_path):
+    file, config = tmp_path / "v.safetensors", shutil.copytree(folders["xl v"], tmp_path / "config")
+    single_file.pack(str(folders["xl v"]), str(file))
+    for path, change in (
+        (config / "model_index.json", {"scheduler": ["diffusers", "DEISMultistepScheduler"]}),
+        (config / "scheduler" / "scheduler_config.json", {"_class_name": "DEISMultistepScheduler"}),
+    ):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    single_file.unpack(str(file), str(tmp_path / "out"), str(config))
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    values = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"] and values["_class_name"] == "DDIMScheduler"
+    assert values["rescale_betas_zero_snr"] and values["timestep_spacing"] == "trailing" and not values["clip_sample"]
+
+
 def test_a_folder_of_a_file_is_trained(folders, tmp_path, capsys):
     file = tmp_path / "model.safetensors"
     single_file.pack(str(folders["v1"]), str(file))

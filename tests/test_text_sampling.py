@@ -140,6 +140,15 @@ def test_guidance_is_that_of_the_stock_pipelines_where_nothing_is_said(text_mode
     assert [make_job(config_of(run, guidance_scale=scale), "cpu").options["guidance_scale"] for scale in (None, 2.0)] == [5.0, 2.0]
 
 
+def test_a_run_draws_the_size_that_it_was_trained_with(text_models, tmp_path):
+    """Whatever its UNet says, which is the size of the base model."""
+    run = shutil.copytree(text_models["xl"], tmp_path / "run")
+    (run / "config.json").write_text(json.dumps({"dataset": "digits", "resolution": 16}))
+    assert make_job(config_of(text_models["xl"]), "cpu").size == (8, 8) and make_job(config_of(run), "cpu").size == (16, 16)
+    assert make_job(config_of(run, width=24), "cpu").size == (16, 24)
+    assert make_job(config_of(run), "cpu").name == make_job(config_of(text_models["xl"]), "cpu").name
+
+
 def test_long_prompts_are_counted_once_unless_the_model_reads_them_in_chunks(text_models, tmp_path):
     (note,) = make_job(config_of(text_models["xl"], prompt=(LONG, "a seven", LONG)), "cpu").notes()
     cut = text_pipeline.count_tokens(make_job(config_of(text_models["xl"]), "cpu").pipeline, [LONG])[0] - 14

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -441,6 +442,40 @@ def test_parameterization_is_that_of_the_base_model(bases, tmp_path, capsys):
     torch.testing.assert_close(exported.snr, plan.objective.schedule.snr)
 
 
+def test_zero_terminal_snr_is_that_of_the_exported_pipeline(tmp_path):
+    """PNDM, which Stable Diffusion 1.x has, takes no notice of it, and steps with other spacings do not begin at the last timestep."""
+    for name, xl, kind, expected in (
+        ("sd", False, "PNDMScheduler", "DDIMScheduler"),
+        ("xl", True, "EulerDiscreteScheduler", "EulerDiscreteScheduler"),
+    ):
+        base = make_base(tmp_path / name, xl, _class_name=kind, timestep_spacing="leading", clip_sample=True)
+        index = json.loads((base / "model_index.json").read_text())
+        (base / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", kind]}))
+        flags = ("--prediction_type", "v_prediction", "--rescale_betas_zero_snr")
+        task = plan_of(base, tmp_path / "run", *flags).task
+        exported = tmp_path / f"{name} exported"
+        exported.mkdir()
+        task.export(task.build(), exported)
+        assert json.loads((exported / "model_index.json").read_text())["scheduler"] == ["diffusers", expected]
+        scheduler = getattr(diffusers, expected).from_pretrained(exported / "scheduler")
+        assert type(task._scheduler()) is type(scheduler) and not scheduler.config.clip_sample * (name == "sd")
+        scheduler.set_timesteps(4)
+        assert scheduler.timesteps[0] == 999 and scheduler.alphas_cumprod[-1] < 1e-7
+
+
+def test_a_vae_of_another_kind_is_warned_of(bases, tmp_path, capsys):
+    """As that of Stable Diffusion XL, which --config sdxl names, for a base model of Stable Diffusion 1.x: both have four channels."""
+    vae = shutil.copytree(bases["sd"] / "vae", tmp_path / "vae")
+    plan_of(bases["sd"], tmp_path / "run", "--vae", vae)
+    assert "has latents of scale" not in capsys.readouterr().err
+    values = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(values | {"scaling_factor": 0.13025}))
+    plan_of(bases["sd"], tmp_path / "run", "--vae", vae)
+    assert f"latents of scale 0.13025, but base_model was trained with {values['scaling_factor']}" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"vae .*safetensors is a file; name a folder with config\.json"):
+        plan_of(bases["sd"], tmp_path / "run", "--vae", vae / "diffusion_pytorch_model.safetensors")
+
+
 def test_a_base_model_may_move_but_not_change(bases, few, whole, tmp_path):
     folder, base = shutil.copytree(whole, tmp_path / "run"), shutil.copytree(bases["xl"], tmp_path / "base")
     flags = (*few, "--max_steps", 13)
@@ -467,8 +502,8 @@ def test_frozen_files_of_another_base_model_are_replaced(bases, few, tmp_path):
     assert (tmp_path / "run" / "vae" / "config.json").read_bytes() == (base / "vae" / "config.json").read_bytes()
 
 
-def test_files_beside_a_vae_are_no_part_of_it(bases, tmp_path):
-    """As of a clone, or of a run in its folder."""
+def test_files_beside_those_that_are_loaded_are_no_part_of_a_model(bases, tmp_path):
+    """As of a clone, of a run in its folder, or other variants, which any program may fetch into the cache of the Hub meanwhile."""
     from debias_diffusers.config.schema.data import TextConfig
     from debias_diffusers.tasks.base_model import open_base
 
@@ -476,8 +511,15 @@ def test_files_beside_a_vae_are_no_part_of_it(bases, tmp_path):
     for name in (".git/config", ".cache/huggingface/x", "run/config.json"):
         (vae / name).parent.mkdir(parents=True)
         (vae / name).touch()
-    files = open_base(TextConfig(base_model=str(bases["xl"]), vae=str(vae))).frozen_files()
+    base = shutil.copytree(bases["xl"], tmp_path / "base")
+    before = open_base(TextConfig(base_model=str(base), vae=str(vae)))
+    files = before.frozen_files()
     assert {name for name in files if name.startswith("vae/")} == {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+    for name in ("text_encoder/model.fp16.safetensors", "text_encoder_2/flax_model.msgpack", "text_encoder/pytorch_model.bin"):
+        (base / name).write_bytes(b"other")
+    (vae / "README.md").write_text("other")
+    after = open_base(TextConfig(base_model=str(base), vae=str(vae)))
+    assert after.frozen_files() == files and after.read_files() == before.read_files()
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from ..config.schema.types import LoraFormat
 from ..errors import InputError
-from ..pipelines.lora import METADATA, lora_file, read_lora
+from ..pipelines.lora import METADATA, alpha_of, lora_file, read_lora
 from ..runs.lora_folder import BASE_RECORD, LORA_WEIGHTS, base_record
 from ..utils.console import say
 from ..utils.files import filled_folder, new_folder, require_new_file, require_writable, write_file
-from .single_file_names import renamed, text_encoder_name, unet_modules
+from .single_file_names import blocks_per_level, renamed, text_encoder_name, unet_modules
 
 XL_WIDTH = 2048  # of the text embeddings of Stable Diffusion XL
 LAYERS = 2  # residual blocks per level of the UNets of Stable Diffusion
@@ -91,14 +90,14 @@ def is_xl(tensors: Mapping[str, Tensor], lora: str) -> bool:
 # ---- to kohya's names ------------------------------------------------------------------------------------------------
 
 
-def to_kohya(tensors: Mapping[str, Tensor], about: Mapping[str, Any], xl: bool, layers: int = LAYERS) -> dict[str, Tensor]:
+def to_kohya(tensors: Mapping[str, Tensor], about: Mapping[str, Any], xl: bool, layers: int | Sequence[int] = LAYERS) -> dict[str, Tensor]:
     """A LoRA in the names of kohya's scripts, with the alpha of each module.
 
     Args:
         tensors: in the names of diffusers: PART.MODULE.lora_A.weight, of which A comes first.
         about: of `read_lora`; without it alpha is the rank.
         xl: whether it is one of Stable Diffusion XL.
-        layers: residual blocks per level of its UNet.
+        layers: residual blocks per level of its UNet; or a list, of each level.
 
     Raises:
         InputError: a name is another one.
@@ -113,25 +112,17 @@ def to_kohya(tensors: Mapping[str, Tensor], about: Mapping[str, Any], xl: bool, 
         stem = f"{prefixes[part]}_{theirs.replace('.', '_')}"
         found[f"{stem}.{_DIRECTIONS[kind]}.weight"] = tensor.contiguous()
         if kind == "A":
-            found[f"{stem}.alpha"] = torch.tensor(_alpha(module, len(tensor), part, about))
+            found[f"{stem}.alpha"] = torch.tensor(alpha_of(name, len(tensor), about))
     return found
 
 
-def _alpha(module: str, rank: int, part: str, about: Mapping[str, Any]) -> float:
-    """The alpha of a module, as peft finds it: of the first pattern that its name ends with, else that of all."""
-    patterns = about.get(f"{part}.alpha_pattern") or {}
-    own = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), None)
-    alpha = float(about.get(f"{part}.lora_alpha", rank) if own is None else own)
-    return alpha * math.sqrt(rank) if about.get(f"{part}.use_rslora") else alpha
-
-
-def original_name(module: str, layers: int = LAYERS) -> str:
+def original_name(module: str, layers: int | Sequence[int] = LAYERS) -> str:
     """The name in the original code of a module of diffusers' UNet of Stable Diffusion XL.
 
     Raises:
         InputError: it is not known.
     """
-    modules = unet_modules(layers, _XL_ATTENDS)
+    modules = unet_modules(blocks_per_level(layers), _XL_ATTENDS)
     if (name := renamed(module, modules)) == module:
         raise InputError(f"the UNet of Stable Diffusion XL has no module {module}")
     return name

@@ -20,7 +20,7 @@ from ..config.schema.data import TextConfig
 from ..errors import InputError, reason
 from ..hub import client
 from ..pipelines.loading import folder_of_model, load_part, require_finite
-from ..pipelines.text_pipeline import quiet
+from ..pipelines.text_pipeline import quiet, zero_snr_scheduler
 from ..runs.model_folder import MODEL_INDEX, part_config, require_text_model, text_parts
 from ..tasks.base_model import UNUSED, open_base
 from ..utils import text_libraries
@@ -95,8 +95,7 @@ def unpack(file: str, out: str, config: str | None = None) -> None:
             for name, kind in text_parts(source).items():
                 _copy_settings(source / name, temporary / name, whole=not kind[0].endswith("Model") and name.startswith("tokenizer"))
             shutil.copytree(source / "scheduler", temporary / "scheduler")
-            _write_index(source, temporary)
-            _write_scheduler(temporary, opened.metadata() or {}, names)
+            _write_index(source, temporary, _write_scheduler(temporary, opened.metadata() or {}, names))
             used = {_V, _ZERO_SNR}
             for name, namer in _namers(source, layout).items():
                 stem = "model" if name.startswith("text_encoder") else client.WEIGHTS
@@ -145,24 +144,29 @@ def _copy_settings(source: Path, destination: Path, whole: bool) -> None:
             shutil.copyfile(path, destination / path.name)
 
 
-def _write_index(source: Path, folder: Path) -> None:
+def _write_index(source: Path, folder: Path, scheduler: str | None) -> None:
+    """model_index.json with another class of scheduler, if one is given."""
     index = read_json_object("config", source / MODEL_INDEX)
     kept = {name: [None, None] if name in UNUSED else value for name, value in index.items() if name != "_name_or_path"}
     if "requires_safety_checker" in kept:
         kept["requires_safety_checker"] = False
+    if scheduler:
+        kept["scheduler"] = ["diffusers", scheduler]
     (folder / MODEL_INDEX).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_scheduler(folder: Path, metadata: Mapping[str, str], names: set[str]) -> None:
-    """The scheduler with the parameterization that the file says, where it says one."""
+def _write_scheduler(folder: Path, metadata: Mapping[str, str], names: set[str]) -> str | None:
+    """The scheduler with the parameterization that the file says, where it says one. Returns its class, if that is another one then."""
     path = folder / "scheduler" / "scheduler_config.json"
     values = read_json_object("config", path)
+    own = values.get("_class_name")
     said = {"epsilon": "epsilon", "v": "v_prediction"}.get(metadata.get(_PREDICTS, ""))
     if predicts := "v_prediction" if _V in names else said:
         values["prediction_type"] = predicts
     if _ZERO_SNR in names:
-        values |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        values = zero_snr_scheduler(values)
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return None if values.get("_class_name") == own else str(values["_class_name"])
 
 
 def _namers(folder: Path, layout: Layout) -> dict[str, Namer]:

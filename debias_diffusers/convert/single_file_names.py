@@ -6,11 +6,12 @@ Facts about the layouts: the parts of a file begin with `model.diffusion_model.`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from ..errors import InputError
 from .unet_names import Shape, module_names
 
 UNET, VAE = "model.diffusion_model", "first_stage_model"
@@ -44,7 +45,7 @@ def unet_name(key: str, config: Mapping[str, Any]) -> Stored:
         config: of the UNet.
     """
     attends = tuple("CrossAttn" in kind for kind in config["down_block_types"])
-    return Stored(f"{UNET}.{renamed(key, unet_modules(config['layers_per_block'], attends))}")
+    return Stored(f"{UNET}.{renamed(key, unet_modules(blocks_per_level(config['layers_per_block']), attends))}")
 
 
 def vae_name(key: str, config: Mapping[str, Any]) -> Stored:
@@ -99,6 +100,19 @@ def renamed(key: str, modules: Mapping[str, str], inner: Mapping[str, Mapping[st
             rest = theirs + rest[len(ours) :]
             break
     return ".".join(filter(None, (modules[".".join(parts[:cut])], rest)))
+
+
+def blocks_per_level(layers: int | Sequence[int]) -> int:
+    """`layers_per_block` of a configuration, which may be a list with a number for each level.
+
+    Raises:
+        InputError: the numbers differ, for which there are no names.
+    """
+    if isinstance(layers, int):
+        return layers
+    if len(set(layers)) != 1:
+        raise InputError(f"the UNet has {list(layers)} residual blocks in its levels, but the original code has one number for all")
+    return layers[0]
 
 
 @cache

@@ -143,6 +143,21 @@ def _require_numbers(about: Mapping[str, Any], name: str) -> None:
             raise InputError(f"the header of {name} has {key} {wrong[0]!r:.40}, which must be a number above 0")
 
 
+def alpha_of(name: str, rank: int, about: Mapping[str, Any]) -> float:
+    """The alpha of a module, as peft finds it: of the first pattern that its name ends with, else that of all, else its rank.
+
+    Args:
+        name: of its A in diffusers: PART.MODULE.lora_A.weight.
+        rank: of its adapter.
+        about: of `read_lora`.
+    """
+    part, _, module = name.removesuffix(".lora_A.weight").partition(".")
+    patterns = about.get(f"{part}.alpha_pattern") or {}
+    own = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), None)
+    alpha = float(about.get(f"{part}.lora_alpha", rank) if own is None else own)
+    return alpha * math.sqrt(rank) if about.get(f"{part}.use_rslora") else alpha
+
+
 def add_loras(pipeline: Any, loras: Sequence[str]) -> None:
     """Adds LoRAs, NAME or NAME:STRENGTH, to a pipeline, which may be that of a LoRA.
 

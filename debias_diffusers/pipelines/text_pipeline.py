@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,18 @@ def _require_safetensors(folder: Path, model: str) -> None:
         others = sorted((folder / part).glob(f"{stem}*.bin"))
         if others and not any((folder / part).glob("*.safetensors")):
             raise client.text_bin_refused(model, str(others[0].relative_to(folder)))
+
+
+def zero_snr_scheduler(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a scheduler with zero terminal SNR, whose steps begin at the last timestep (arXiv 2305.08891).
+
+    Of a class that knows no zero terminal SNR, such as PNDM, and would step along other betas without a word, it becomes that of DDIM.
+    """
+    found = {**values, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    kind = getattr(diffusers, str(values.get("_class_name")), None)
+    if kind and "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
+        found |= {"_class_name": "DDIMScheduler", "clip_sample": False}
+    return found
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def make_text_job(config: SampleConfig, device: Any, step: int | None = None, lo
         raise InputError(f"caption_chunks of {config.model} is {chunks!r}, but must be a whole number")
     loaded = loaded or load_text_to_image(config, device, step)
     pipeline = loaded.pipeline
-    if pipeline.unet.config.sample_size is None and not (config.width and config.height):
+    if _own_size(pipeline, folder) is None and not (config.width and config.height):
         raise InputError(f"{config.model} does not say how large its images are; name --width and --height")
     config = _completed(config, pipeline, folder)
     solver = make_solver(config, loaded.scheduler, "off")  # latents are not in [-1, 1]
@@ -187,18 +187,26 @@ def make_text_job(config: SampleConfig, device: Any, step: int | None = None, lo
 
 
 def _completed(config: SampleConfig, pipeline: Any, folder: Path) -> SampleConfig:
-    """The command with what was left out as the stock pipeline has it."""
+    """The command with what was left out: the guidance as the stock pipeline has it, the size as the model was trained."""
     usual = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
     if knows_prompts_only(folder):
         usual = 1.0
-    size = pipeline.unet.config.sample_size
-    height, width = (side * pipeline.vae_scale_factor for side in (size if isinstance(size, Sequence) else (size or 1, size or 1)))
+    height, width = _own_size(pipeline, folder) or (None, None)
     return replace(
         config,
         guidance_scale=usual if config.guidance_scale is None else config.guidance_scale,
         height=config.height or height,
         width=config.width or width,
     )
+
+
+def _own_size(pipeline: Any, folder: Path) -> tuple[int, int] | None:
+    """Height and width of the images that a run has learned, or that another model says to draw; None where it says nothing."""
+    if isinstance(side := run_setting(folder, "resolution"), int):  # the UNet still says the size of its base model
+        return side, side
+    size = pipeline.unet.config.sample_size
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    return (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor) if size else None
 
 
 def _null(pipeline: Any, negative_prompt: str | None, chunks: int) -> Embeddings:

@@ -76,29 +76,19 @@ class BaseModel:
         return int(self.vae["latent_channels"]), side, side
 
     def frozen_files(self) -> dict[str, Path]:
-        """The files of the frozen parts by their path in the exported folder: all that the parts have."""
-        folders = {name: self.vae_folder if name == "vae" else self.folder / name for name in self.parts}
-        return {
-            f"{name}/{path.name}": path
-            for name, folder in folders.items()
-            for path in sorted(folder.iterdir())  # parts have no sub-folders; a VAE's may hold others, such as .git or a run
-            if path.is_file() and not path.name.startswith(".")
-        }
+        """The files of the frozen parts by their path in the exported folder, as they are loaded."""
+        return _read({name: self.vae_folder if name == "vae" else self.folder / name for name in self.parts})
 
     def read_files(self) -> dict[str, Path]:
         """The files that decide what is drawn, but for the scheduler's: UNet, text encoders, tokenizers and VAE as they are loaded."""
-        folders = {"unet": self.folder / "unet", **{name: self.folder / name for name in self.parts if name != "scheduler"}}
-        folders["vae"] = self.vae_folder
-        return {
-            f"{name}/{path.name}": path
-            for name, folder in folders.items()
-            for path in sorted(folder.iterdir())
-            if READ.fullmatch(path.name) and path.is_file()
-        }
+        unet = _read({"unet": self.folder / "unet"})
+        return unet | {name: path for name, path in self.frozen_files().items() if not name.startswith("scheduler/")}
 
-    def exported_index(self, zeros: bool) -> str:
-        """model_index.json of the exported pipeline, whose "no caption" is zeros or the encoding of ""."""
+    def exported_index(self, zeros: bool, scheduler: Mapping[str, Any]) -> str:
+        """model_index.json of the exported pipeline, whose "no caption" is zeros or the encoding of "", with this scheduler."""
         kept = {name: value for name, value in self.index.items() if name not in UNUSED and name != "_name_or_path"}
+        if scheduler["_class_name"] != self.scheduler["_class_name"]:  # else a base model's own index may say another class, which counts
+            kept["scheduler"] = ["diffusers", scheduler["_class_name"]]
         if self.is_xl:
             kept["force_zeros_for_empty_prompt"] = zeros
         else:
@@ -153,6 +143,16 @@ class BaseModel:
         }
 
 
+def _read(folders: Mapping[str, Path]) -> dict[str, Path]:
+    """The files of some parts that are loaded. Beside them others may come and go, such as variants in the cache of the Hub."""
+    return {
+        f"{name}/{path.name}": path
+        for name, folder in folders.items()
+        for path in sorted(folder.iterdir())  # parts have no sub-folders; a VAE's may hold others, such as .git or a run
+        if READ.fullmatch(path.name) and path.is_file()
+    }
+
+
 def open_base(text: TextConfig) -> BaseModel:
     """The base model of a configuration, from this disk or the Hub; `vae` takes the place of its own.
 
@@ -194,7 +194,8 @@ def _folder(field: str, name: str) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.is_file():
-            raise InputError(f"{field} {name} is a file; {convert_advice(name)}")
+            advice = "name a folder with config.json and diffusion_pytorch_model.safetensors, or a Hub id such as user/name"
+            raise InputError(f"{field} {name} is a file; {convert_advice(name) if field == 'base_model' else advice}")
         raise InputError(f"{field} {name} does not exist; name a pipeline folder, a run directory or a Hub id such as user/name")
     return folder
 
@@ -256,10 +257,24 @@ def resolution_problems(base: BaseModel, config: TrainConfig) -> list[str]:
 
 
 def contradictions(base: BaseModel, config: TrainConfig) -> list[str]:
-    """Where the objective is not that of the base model, a sentence each."""
+    """Where objective or latents are not those of the base model, a sentence each."""
+    if not base.is_trained:
+        return []
     ours = config.objective
-    return [
+    found = [
         f"{name} is {getattr(ours, name)}, but base_model was trained with {value}: its UNet has to learn the other one"
         for name, value in base.objective().items()
-        if getattr(ours, name) != value and base.is_trained
+        if getattr(ours, name) != value
     ]
+    scale, own = _scale(base.vae), _scale(part_config(base.folder, "vae"))
+    if scale != own:  # as of the VAE that --config sdxl names, for a base model of Stable Diffusion 1.x
+        found.append(
+            f"vae {config.text.vae} has latents of scale {scale}, but base_model was trained with {own}: its UNet has to learn others"
+        )
+    return found
+
+
+def _scale(vae: Mapping[str, Any]) -> Any:
+    """How a VAE's latents are scaled: VAEs of one kind have the same."""
+    found = [vae.get("scaling_factor", 0.18215), *(each for name in ("latents_mean", "latents_std") if (each := vae.get(name)))]
+    return found if found[1:] else found[0]

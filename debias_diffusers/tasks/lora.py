@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config.schema.network import LoraConfig
 from ..errors import InputError, reason
-from ..pipelines.lora import lora_file, read_lora
+from ..pipelines.lora import alpha_of, lora_file, read_lora
 from ..pipelines.text_pipeline import encoded, joined_outputs
 from ..runs.lora_folder import ADAPTER, LORA_WEIGHTS, exported_name
 
@@ -135,16 +135,23 @@ def load(network: Any, model: str, config: LoraConfig) -> None:
         targets = about.get("unet.target_modules")
         advice = f"take --lora_targets {' '.join(targets)}" if targets else "name its modules with --lora_targets"
         raise InputError(f"init {model} has adapters of other modules than this run, such as {other[0].split('.lora_')[0]}; {advice}")
-    rank = next(len(tensor) for name, tensor in tensors.items() if ".lora_A." in name)
-    if rank != config.lora_rank:
-        raise InputError(f"init {model} has rank {rank}, but lora_rank is {config.lora_rank}; take --lora_rank {rank}")
-    alpha, wanted = about.get("unet.lora_alpha", rank), config.lora_alpha or config.lora_rank
-    if alpha != wanted:
-        raise InputError(f"init {model} has alpha {alpha:g}, but lora_alpha is {wanted:g}; take --lora_alpha {alpha:g}")
+    ranks = {name: len(tensor) for name, tensor in tensors.items() if ".lora_A." in name}
+    _require_one(model, "rank", ranks.values(), "lora_rank", config.lora_rank or 0)
+    alphas = [alpha_of(name, rank, about) for name, rank in ranks.items()]
+    _require_one(model, "alpha", alphas, "lora_alpha", config.lora_alpha or config.lora_rank or 0)
     if other := [name for name, parameter in ours.items() if parameter.shape != tensors[name].shape]:
         raise InputError(f"init {model} was trained on another base model: its {other[0]} has another shape")
     for name, parameter in ours.items():
         parameter.data.copy_(tensors[name])
+
+
+def _require_one(model: str, what: str, values: Iterable[float], field: str, wanted: float) -> None:
+    """Raises InputError unless all modules of a LoRA have the rank or alpha of the run."""
+    first, *others = sorted(set(values))
+    if others:
+        raise InputError(f"init {model} has modules of {what} {first:g} to {others[-1]:g}, but {field} is {wanted:g} for all; take another")
+    if first != wanted:
+        raise InputError(f"init {model} has {what} {first:g}, but {field} is {wanted:g}; take --{field} {first:g}")
 
 
 def save(network: Any, is_xl: bool, folder: Path) -> None:

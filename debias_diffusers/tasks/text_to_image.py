@@ -30,7 +30,7 @@ from ..diffusion.loss import Network
 from ..diffusion.noise_schedule import make_schedule
 from ..hub.model_card import model_card
 from ..pipelines.loading import explained_errors, load_part, require_finite
-from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, count_tokens, draw, token_ids, tokens_read
+from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, count_tokens, draw, token_ids, tokens_read, zero_snr_scheduler
 from ..runs.lora_folder import BASE_RECORD
 from ..sampling.job import image_seeds
 from ..utils.console import say
@@ -300,13 +300,14 @@ class TextToImageTask:
     # ---- what is exported and drawn ----------------------------------------------------------------------------------
 
     def scheduler_config(self) -> dict[str, Any]:
-        """The scheduler of the base model, of the same class, with the objective of the run."""
-        objective = self.config.objective
-        trained = {"prediction_type": objective.prediction_type, **make_schedule(objective).diffusers}
-        if self.base.scheduler.get("rescale_betas_zero_snr"):  # of which a schedule says only that it is on
-            trained["rescale_betas_zero_snr"] = objective.rescale_betas_zero_snr
-        same = all(getattr(objective, name) == value for name, value in self.base.objective().items())
-        return dict(self.base.scheduler) if same else {**self.base.scheduler, **trained}
+        """The scheduler of the base model, of the same class if it can be, with the objective of the run."""
+        objective, own = self.config.objective, self.base.objective()
+        if all(getattr(objective, name) == value for name, value in own.items()):
+            return dict(self.base.scheduler)
+        found = {**self.base.scheduler, "prediction_type": objective.prediction_type, **make_schedule(objective).diffusers}
+        if objective.rescale_betas_zero_snr == own["rescale_betas_zero_snr"]:
+            return found
+        return zero_snr_scheduler(found) if objective.rescale_betas_zero_snr else {**found, "rescale_betas_zero_snr": False}
 
     def frozen_files(self) -> Mapping[str, Path]:
         """The files of the base model that the exported pipeline has, too, but for those that `export` writes; none beside a LoRA."""
@@ -323,9 +324,10 @@ class TextToImageTask:
             return
         unet: Any = network
         unet.save_pretrained(folder / "unet", safe_serialization=True)
+        scheduler = self.scheduler_config()
         (folder / "scheduler").mkdir()
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(self.scheduler_config(), indent=2) + "\n", encoding="utf-8")
-        (folder / "model_index.json").write_text(self.base.exported_index(self.zeros), encoding="utf-8")
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n", encoding="utf-8")
+        (folder / "model_index.json").write_text(self.base.exported_index(self.zeros, scheduler), encoding="utf-8")
 
     def model_card(self, config: TrainConfig, step: int, measured: Mapping[str, Any] | None) -> str:
         """README.md of a run at a step."""
