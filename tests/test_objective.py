@@ -621,6 +621,9 @@ def test_loss_weight_refuses_what_has_no_finite_weight():
     with pytest.raises(InputError, match=r"not finite at timesteps \[999\]"):
         loss_weight(scheduler, 999)
     assert loss_weight(scheduler, torch.tensor([10, 999]), prediction_type="v_prediction")[1] == 0
+    for name, target in (("sigma_sqrt", "flow"), ("flow", "sample"), ("constant", "sample")):  # t^-2, and an SNR without bound
+        with pytest.raises(InputError, match=r"not finite at timesteps \[0\.0\], where the SNR is 0 or infinite"):
+            loss_weight(FlowMatchEulerDiscreteScheduler(), torch.tensor([0.0, 1.0]), name, target)
     with pytest.raises(InputError, match="weighting 'debias' is not known"):
         loss_weight(scheduler, torch.tensor([10]), weighting="debias")
     with pytest.raises(InputError, match="weighting 'variational' is not known"):
