@@ -349,6 +349,16 @@ def test_parameters_that_overflow_are_refused():
         make_objective(ObjectiveConfig(weighting="p2", p2_k=0.1, p2_gamma=400.0))
 
 
+def test_too_few_timesteps_for_betas_below_1_are_refused_whether_or_not_the_schedule_is_named():
+    """At T = 20 the last beta of the linear schedule is 1, and at T = 10 there is no schedule at all."""
+    for T in (10, 20):
+        config = ObjectiveConfig(weighting="constant", num_train_timesteps=T)
+        for refuses in (make_schedule, make_objective):
+            with pytest.raises(InputError, match=f"num_train_timesteps is {T}, but the betas of noise_schedule linear"):
+                refuses(config)
+        assert "take at least 21" in objective_problems(config)[0]
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_shift_that_solvers_cannot_hold_is_refused_with_one_they_can(schedule):
     """diffusers keeps alphas_cumprod in float32: 1 - alphas_cumprod must not be 0."""
