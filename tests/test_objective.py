@@ -577,6 +577,8 @@ def test_loss_weight_of_a_flow_is_a_function_of_its_timesteps():
     for scheduler in (FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)):
         torch.testing.assert_close(loss_weight(scheduler, t), t / 1000 * (1 - t / 1000))
     assert loss_weight(type("Mine", (FlowMatchEulerDiscreteScheduler,), {})(), t)[1] == 0.1875
+    inverted = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)  # its timestep 0 is pure noise
+    torch.testing.assert_close(loss_weight(inverted, 1000 - t, "constant"), (1 - t / 1000) ** 2)
     with pytest.raises(InputError, match="from 0 to 1000"):
         loss_weight(FlowMatchEulerDiscreteScheduler(), torch.tensor([1000.5]))
     for scheduler, space in ((FlowMatchEulerDiscreteScheduler(), "epsilon"), (DDPMScheduler(), "flow")):

@@ -348,6 +348,8 @@ def _snr_of_flow(scheduler: Any, timesteps: Tensor) -> Tensor:
     known = (t >= 0) & (t <= 1)
     if t.device.type == "cpu" and not known.all():
         raise InputError(f"timesteps must be from 0 to {T}, but are {timesteps.tolist()}")
+    if scheduler.config.get("invert_sigmas"):  # as Mochi's, whose timesteps go from the noise at 0 to the image at T
+        t = 1 - t
     return torch.where(known, ((1 - t) / t).square(), math.nan)
 
 
