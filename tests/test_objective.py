@@ -349,6 +349,16 @@ def test_parameters_that_overflow_are_refused():
         make_objective(ObjectiveConfig(weighting="p2", p2_k=0.1, p2_gamma=400.0))
 
 
+def test_too_few_timesteps_for_betas_below_1_are_refused_whether_or_not_the_schedule_is_named():
+    """At T = 20 the last beta of the linear schedule is 1, and at T = 10 there is no schedule at all."""
+    for T in (10, 20):
+        config = ObjectiveConfig(weighting="constant", num_train_timesteps=T)
+        for refuses in (make_schedule, make_objective):
+            with pytest.raises(InputError, match=f"num_train_timesteps is {T}, but the betas of noise_schedule linear"):
+                refuses(config)
+        assert "take at least 21" in objective_problems(config)[0]
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_shift_that_solvers_cannot_hold_is_refused_with_one_they_can(schedule):
     """diffusers keeps alphas_cumprod in float32: 1 - alphas_cumprod must not be 0."""
@@ -567,6 +577,8 @@ def test_loss_weight_of_a_flow_is_a_function_of_its_timesteps():
     for scheduler in (FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)):
         torch.testing.assert_close(loss_weight(scheduler, t), t / 1000 * (1 - t / 1000))
     assert loss_weight(type("Mine", (FlowMatchEulerDiscreteScheduler,), {})(), t)[1] == 0.1875
+    inverted = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)  # its timestep 0 is pure noise
+    torch.testing.assert_close(loss_weight(inverted, 1000 - t, "constant"), (1 - t / 1000) ** 2)
     with pytest.raises(InputError, match="from 0 to 1000"):
         loss_weight(FlowMatchEulerDiscreteScheduler(), torch.tensor([1000.5]))
     for scheduler, space in ((FlowMatchEulerDiscreteScheduler(), "epsilon"), (DDPMScheduler(), "flow")):
@@ -621,6 +633,9 @@ def test_loss_weight_refuses_what_has_no_finite_weight():
     with pytest.raises(InputError, match=r"not finite at timesteps \[999\]"):
         loss_weight(scheduler, 999)
     assert loss_weight(scheduler, torch.tensor([10, 999]), prediction_type="v_prediction")[1] == 0
+    for name, target in (("sigma_sqrt", "flow"), ("flow", "sample"), ("constant", "sample")):  # t^-2, and an SNR without bound
+        with pytest.raises(InputError, match=r"not finite at timesteps \[0\.0\], where the SNR is 0 or infinite"):
+            loss_weight(FlowMatchEulerDiscreteScheduler(), torch.tensor([0.0, 1.0]), name, target)
     with pytest.raises(InputError, match="weighting 'debias' is not known"):
         loss_weight(scheduler, torch.tensor([10]), weighting="debias")
     with pytest.raises(InputError, match="weighting 'variational' is not known"):

@@ -280,12 +280,14 @@ def test_strided_timesteps_are_those_of_ddim_n():
 
 def test_sections_are_equal_parts_of_the_noise_levels():
     assert section_timesteps(10, (2, 3, 1)) == [7, 6, 5, 4, 3, 0]  # levels 0 to 3, 4 to 6, 7 to 9
+    # As guided-diffusion, which sums up strides of 99/14: 49.5 is then just below it, and 149 is taken, not 150.
     assert section_timesteps(300, (10, 15, 20))[::-1] == [
-        *(round(k * 11) for k in range(10)),
-        *(100 + round(k * 99 / 14) for k in range(15)),
+        *range(0, 100, 11),
+        *(100 + k for k in (0, 7, 14, 21, 28, 35, 42, 49, 57, 64, 71, 78, 85, 92, 99)),
         *(200 + round(k * 99 / 19) for k in range(20)),
     ]
     assert section_timesteps(1000, (50,)) == np.linspace(0, 999, 50).round().astype(int)[::-1].tolist()
+    assert 500 in section_timesteps(1000, (31,)) and 499 not in section_timesteps(1000, (31,))  # a sum just above 499.5
     with pytest.raises(InputError, match="sections has 4, but each of 3 sections has 3 of the 10 timesteps"):
         section_timesteps(10, (1, 1, 4))
 

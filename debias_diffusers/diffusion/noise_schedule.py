@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..config.schema.objective import BETA_ENDS, ObjectiveConfig, is_straight, noise_schedule
 from ..config.schema.types import PredictionType
-from ..errors import InputError
+from ..config.validation.objective import beta_problems
+from ..errors import InputError, raise_all
 
 # SNR of the first timestep: less holds hardly an image; more has an alphas_cumprod that is 1 in float32, as solvers keep it.
 MIN_FIRST_SNR, MAX_FIRST_SNR = 0.01, 2.0**23
@@ -189,8 +190,10 @@ def make_schedule(config: ObjectiveConfig) -> Schedule:
     """The schedule of a configuration: a named one, its SNR multiplied by `schedule_shift`, perhaps rescaled to zero terminal SNR.
 
     Raises:
-        InputError: the shift leaves no noise that float32 can hold at the first timestep, or nothing but noise.
+        InputError: the shift leaves no noise that float32 can hold at the first timestep, or nothing but noise; or there are too few
+            timesteps for betas below 1.
     """
+    raise_all(beta_problems(config))
     straight = is_straight(config)
     make = _flow if straight else _with_betas
     schedule = make(config)

@@ -281,12 +281,14 @@ def loss_weight(
         weights = _weights(_snr_of_flow(scheduler, timesteps), weighting, prediction_type, parameters)
     else:
         weights = _at(_table(scheduler, weighting, prediction_type, parameters, timesteps.device), timesteps)
+    weights = weights.to(timesteps.device, torch.float32)  # in which a finite number may be none
     if timesteps.device.type == "cpu" and not weights.isfinite().all():
+        wrong = timesteps[~weights.isfinite()].tolist()
         raise InputError(
-            f"weighting {weighting} on {prediction_type} is not finite at timesteps {timesteps[~weights.isfinite()].tolist()}, "
-            f"where the SNR is 0; add snr_floor=1e-3, or take weighting debiased and predict v"
+            f"weighting {weighting} on {prediction_type} is not finite at timesteps {wrong}, where the SNR is 0 or infinite; "
+            f"add snr_floor=1e-3, or take weighting debiased and predict v; draw timesteps of a flow above 0"
         )
-    return weights.to(timesteps.device, torch.float32)
+    return weights
 
 
 def _as_tensor(timesteps: Tensor | Sequence[float] | float) -> Tensor:
@@ -346,6 +348,8 @@ def _snr_of_flow(scheduler: Any, timesteps: Tensor) -> Tensor:
     known = (t >= 0) & (t <= 1)
     if t.device.type == "cpu" and not known.all():
         raise InputError(f"timesteps must be from 0 to {T}, but are {timesteps.tolist()}")
+    if scheduler.config.get("invert_sigmas"):  # as Mochi's, whose timesteps go from the noise at 0 to the image at T
+        t = 1 - t
     return torch.where(known, ((1 - t) / t).square(), math.nan)
 
 

@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import accumulate, repeat
 from typing import Any
 
 import numpy as np
@@ -342,8 +343,9 @@ def section_timesteps(T: int, counts: Sequence[int]) -> list[int]:
         size = T // len(counts) + (k < T % len(counts))
         if count > size:
             raise InputError(f"sections has {count}, but each of {len(counts)} sections has {size} of the {T} timesteps; take at most that")
-        stride = (size - 1) / (count - 1) if count > 1 else 1
-        chosen += [start + round(place * stride) for place in range(count)]
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        # Summed up as guided-diffusion does it: half-way between two timesteps a product is rounded to the other one.
+        chosen += [start + round(place) for place in accumulate(repeat(stride, count - 1), initial=0.0)]
         start += size
     return chosen[::-1]
 

@@ -44,7 +44,6 @@ def weights_problems(config: WeightsConfig) -> list[str]:
     found += bound_problems(dataclasses.asdict(objective))
     # Whatever the prediction type, all are plotted: it decides only between the path of rectified flow and the others.
     path = objective if is_straight(objective) else dataclasses.replace(objective, prediction_type="v_prediction")
-    path = dataclasses.replace(path, noise_schedule=noise_schedule(path))
     return found + _schedule_problems(path)
 
 
@@ -54,6 +53,18 @@ def bound_problems(values: Mapping[str, Any]) -> list[str]:
     if 0 < ceiling < floor:
         return [f"snr_ceiling is {ceiling}, but snr_floor is {floor}; take a ceiling above the floor"]
     return []
+
+
+def beta_problems(objective: ObjectiveConfig) -> list[str]:
+    """So few timesteps that a beta is 1 or more."""
+    name, T = noise_schedule(objective), objective.num_train_timesteps
+    _, beta_end = BETA_ENDS.get(name or "", (0.0, 0.0))
+    if T < 2 or beta_end * 1000 / T < 1:
+        return []
+    return [
+        f"num_train_timesteps is {T}, but the betas of noise_schedule {name} scale by 1000/T and must stay below 1; "
+        f"take at least {int(beta_end * 1000) + 1}"
+    ]
 
 
 def _unknown_weighting(name: str) -> str | None:
@@ -150,13 +161,7 @@ def _weighting_problems(objective: ObjectiveConfig) -> list[str]:
 
 
 def _schedule_problems(objective: ObjectiveConfig) -> list[str]:
-    predicted, T, found = objective.prediction_type, objective.num_train_timesteps, []
-    _, beta_end = BETA_ENDS.get(objective.noise_schedule or "", (0.0, 0.0))
-    if T >= 2 and beta_end * 1000 / T >= 1:
-        found.append(
-            f"num_train_timesteps is {T}, but the betas of noise_schedule {objective.noise_schedule} "
-            f"scale by 1000/T and must stay below 1; take at least {int(beta_end * 1000) + 1}"
-        )
+    predicted, found = objective.prediction_type, beta_problems(objective)
     if predicted == "flow" and objective.noise_schedule is not None:
         found.append(
             f"noise_schedule is {objective.noise_schedule}, but prediction_type flow has its own, a = 1 - t and s = t; leave it out"
