@@ -33,6 +33,7 @@ from debias_diffusers.evaluation import feature_extractors, measure, metrics, mo
 from debias_diffusers.evaluation.feature_extractors import Extractor
 from debias_diffusers.evaluation.measure import Measure
 from debias_diffusers.evaluation.metrics import Sample
+from debias_diffusers.sampling.pixel_job import PixelJob
 from debias_diffusers.training.hooks import Evaluation
 from debias_diffusers.training.state_dicts import MetricHistory
 
@@ -482,6 +483,24 @@ def test_what_cannot_be_drawn_is_said_before_anything_is(trained, tmp_path, monk
     monkeypatch.setattr(score, "generated_images", lambda *_: pytest.fail("drawn"))
     with pytest.raises(InputError, match=said):
         scored(tmp_path, trained, reference="digits", metrics="colour", num_images=8, **options)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"class_labels": "balanced"}, "class_labels is balanced, but .*exported is unconditional"),
+        ({"weights": "raw"}, "weights is raw, but .*exported has no checkpoints"),
+        ({"guidance_scale": 2.0}, "exported: guidance_scale is 2.0, but the model was not trained with dropped labels"),
+    ],
+)
+def test_a_flag_that_fits_the_first_model_alone_is_an_error_before_that_is_drawn(
+    trained, trained_by_class, tmp_path, monkeypatch, options, said
+):
+    shutil.copytree(trained, tmp_path / "exported", ignore=shutil.ignore_patterns("checkpoints"))
+    monkeypatch.setattr(PixelJob, "draw", lambda *_: pytest.fail("drawn"))
+    photos = folder_of(tmp_path / "photos", 8, 0)
+    with pytest.raises(InputError, match=said):
+        scored(tmp_path, trained_by_class, photos, tmp_path / "exported", reference="digits", metrics="colour", num_images=8, **options)
 
 
 def test_a_model_of_which_several_curves_are_drawn_is_loaded_once_for_each_checkpoint(trained, tmp_path, monkeypatch):

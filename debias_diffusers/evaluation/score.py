@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,8 +115,8 @@ def _scored(config: ScoreConfig, accelerator: Accelerator) -> dict[str, Any]:
     measure = make_measure(config.measure, reference or "", accelerator, config.clip_model)
     compared = _References(reference, measure, config.allow_few_images) if reference is not None else _NoReference()
     prompts = _prompts_of_all(config, measure)
-    _require_drawable(config, prompts)
     _require_enough_of_all(config, measure, compared, prompts)
+    _require_drawable(config, compared, prompts, accelerator)
     rows = [_row(config, measure, compared, images, how) for images, how in _targets(config, compared, prompts, accelerator)]
     return _result(config, measure, compared, rows)
 
@@ -251,15 +252,17 @@ def _targets(
             yield from _drawn(config, target, compared, prompts.get(target), accelerator)
 
 
-def _require_drawable(config: ScoreConfig, prompts: _Prompts) -> None:
-    """Raises InputError for a model that lacks a checkpoint or knows no labels, before another one is drawn."""
+def _require_drawable(config: ScoreConfig, compared: _Compared, prompts: _Prompts, accelerator: Accelerator) -> None:
+    """Raises InputError for a model that a flag does not fit, or that lacks what it names, before another one is drawn."""
     for target in config.targets:
-        path = Path(target)
-        if not _is_model(path):
+        if not _is_model(Path(target)):
             continue
-        _steps_of(path, config.checkpoints)
+        _steps_of(Path(target), config.checkpoints)
         if config.class_labels != "data" and target in prompts:
             raise InputError(f"class_labels is {config.class_labels}, but {target} is a text-to-image model; leave it out")
+    for target in config.targets[1:]:  # whatever the first one lacks is found before it is drawn
+        if _is_model(Path(target)):
+            next(_drawn(config, target, compared, prompts.get(target), accelerator, quiet=True))
 
 
 def _require_enough_of_all(config: ScoreConfig, measure: Measure, compared: _Compared, prompts: _Prompts) -> None:
@@ -307,15 +310,21 @@ def _is_folder_of_images(path: Path) -> bool:
 
 
 def _drawn(
-    config: ScoreConfig, target: str, compared: _Compared, prompts: Sequence[str] | None, accelerator: Accelerator
+    config: ScoreConfig,
+    target: str,
+    compared: _Compared,
+    prompts: Sequence[str] | None,
+    accelerator: Accelerator,
+    quiet: bool = False,
 ) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
+    """The images of a model, each set drawn when it is read. With `quiet`, notes are not printed."""
     count = _num_drawn(config, compared, prompts)
     own: dict[str, Any] = (
         {"prompt": tuple(prompts[:count]), "base_model": config.base_model if is_lora(client.configurations(target)) else None}
         if prompts
         else {"class_labels": config.class_labels, "allow_pickle_import": config.allow_pickle_import}
     )
-    said = not accelerator.is_main_process
+    said = quiet or not accelerator.is_main_process
     seeds = [int(seed) for seed in config.sampling_seeds.split(",")] if config.sampling_seeds else [None]
     numbers = list(map(int, config.steps.split(",")))
     for step, width in product(_steps_of(Path(target), config.checkpoints), SWEEP if config.ema else (None,)):
@@ -333,11 +342,13 @@ def _drawn(
             )
             for seed, scheduler, steps in product(seeds, config.schedulers.split(","), numbers)
         ]
-        loaded = load_model(commands[0], accelerator.device, step)
-        for command in commands:  # what a solver cannot do is an error before the first images are drawn
-            make_solver(command, loaded.scheduler, command.clipping)
+        with _naming(target, config):
+            loaded = load_model(commands[0], accelerator.device, step)
+            for command in commands:  # what a solver cannot do is an error before the first images are drawn
+                make_solver(command, loaded.scheduler, command.clipping)
         for command in commands:
-            job = make_job(command, accelerator.device, step, loaded)
+            with _naming(target, config):
+                job = make_job(command, accelerator.device, step, loaded)
             if isinstance(job, PixelJob) and config.class_labels == "balanced" and not job.pipeline.num_classes:
                 raise InputError(f"class_labels is balanced, but {target} is unconditional; leave it out")
             for note in () if said else _notes(job, config, target):
@@ -347,6 +358,17 @@ def _drawn(
             how |= {"guidance_scale": job.options["guidance_scale"]} if prompts else {}
             how |= {"checkpoint": step, "sigma_rel": width, "sampling_seed": command.seed if config.sampling_seeds else None}
             yield generated_images(job, count, target), how
+
+
+@contextlib.contextmanager
+def _naming(target: str, config: ScoreConfig) -> Iterator[None]:
+    """Of several targets, errors say which one they are about."""
+    try:
+        yield
+    except InputError as error:
+        if len(config.targets) == 1 or target in str(error):
+            raise
+        raise InputError(f"{target}: {error}") from error
 
 
 def _notes(job: Job, config: ScoreConfig, target: str) -> list[str]:
