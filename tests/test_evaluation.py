@@ -25,11 +25,13 @@ from debias_diffusers.cli import train_config
 from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.config.schema.evaluation import BitsConfig, MeasureConfig, ScoreConfig, StatsConfig
 from debias_diffusers.config.schema.training import RunConfig, TrainConfig
+from debias_diffusers.config.validation.evaluation import score_problems, stats_problems
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data.sources.opening import open_source
+from debias_diffusers.data.sources.subset import RepeatedSource, folder_repeats
 from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.errors import InputError
-from debias_diffusers.evaluation import feature_extractors, measure, metrics, monitor, reference, results, score, statistics
+from debias_diffusers.evaluation import feature_extractors, measure, metrics, monitor, plots, reference, results, score, statistics
 from debias_diffusers.evaluation.feature_extractors import Extractor
 from debias_diffusers.evaluation.measure import Measure
 from debias_diffusers.evaluation.metrics import Sample
@@ -367,10 +369,11 @@ def test_a_model_its_folder_and_its_npz_have_the_same_figures(trained, tmp_path)
     assert result["halves_of_the_reference"]["fid"] < rows[0]["fid"]
 
 
+DRAWN = {"resolution": 8, "images": 100, "steps": 20}
 ROWS = [
-    {"target": "runs/a", "images": 100, "scheduler": "unipc", "steps": 20, "network_evaluations": 20, "fid": 1.25},
-    {"target": "runs/flow", "images": 100, "scheduler": "flow_heun", "steps": 20, "network_evaluations": 39, "fid": 10.5},
-    {"target": "photos", "images": 90, "fid": 0.5, "intervals": {"fid": (0.25, 0.75)}},
+    {**DRAWN, "target": "runs/a", "training_step": 400, "scheduler": "unipc", "network_evaluations": 20, "fid": 1.25},
+    {**DRAWN, "target": "runs/flow", "training_step": 200, "scheduler": "flow_heun", "network_evaluations": 39, "fid": 10.5},
+    {"target": "photos", "resolution": 16, "images": 90, "fid": 0.5, "intervals": {"fid": (0.25, 0.75)}},
 ]
 
 
@@ -385,6 +388,8 @@ def test_a_table_is_aligned_and_valid_markdown():
 
 def test_what_differs_between_targets_beside_the_model_is_said():
     assert results.unequal(ROWS) == [
+        "the targets differ in training step: runs/a 400, runs/flow 200",
+        "the targets differ in resolution: runs/a 8, runs/flow 8, photos 16",
         "the targets differ in scheduler: runs/a unipc, runs/flow flow_heun",
         "the targets differ in network evaluations: runs/a 20, runs/flow 39",
         "the targets differ in images: runs/a 100, runs/flow 100, photos 90; --num_images 90 takes as many of each",
@@ -469,6 +474,34 @@ def test_a_curve_is_of_one_sampling_seed(tmp_path, monkeypatch):
     rows = [{**drawn_by, "steps": steps, "sampling_seed": seed, "fid": 1.0 * seed} for seed in (0, 1) for steps in (2, 4)]
     results.draw_curves(rows, tmp_path / "curves.png")
     assert drawn["fid"] == {f"a ddim seed {seed}": [(2, seed), (4, seed)] for seed in (0, 1)}
+
+
+def test_steps_are_along_the_curves_of_a_run_of_one_checkpoint_beside_images(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(results, "plot_curves", lambda lines, along: drawn.append((along, lines["fid"])) or b"")
+    rows = [{"target": "a", "scheduler": "ddim", "checkpoint": 24, "steps": steps, "fid": 1.0} for steps in (2, 4)]
+    results.draw_curves([*rows, {"target": "photos", "fid": 2.0}], tmp_path / "curves.png")
+    assert drawn == [("steps of the solver", {"a ddim 24": [(2, 1.0), (4, 1.0)]})]
+
+
+def test_names_are_shown_as_they_are_in_figures(monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "png_of", lambda figure: shown.extend(figure.axes[0].get_legend().get_texts()) or b"")
+    plots.plot_curves({"fid": {name: [(1, 1.0), (2, 2.0)] for name in ("_first", "a$b", r"$\x$")}}, "step")
+    assert [text.get_text() for text in shown] == [" _first", r"a\$b", r"\$\x\$"]
+    figure = shown[0].figure
+    figure.canvas.draw()  # which fails of what is no formula
+
+
+@pytest.mark.parametrize("flags", [{"channels": 1}, {"split": "test"}, {"image_column": "photo"}, {"skip_bad": True}])
+@pytest.mark.parametrize("file", ["theirs.npz", "stats.safetensors"])
+def test_flags_of_a_data_set_are_refused_for_a_reference_in_one_file(flags, file):
+    (name,), config = flags, MeasureConfig(metrics="colour", **flags)
+    (problem,) = score_problems(ScoreConfig(targets=("drawn",), reference=file, measure=config))
+    assert problem.startswith(f"{name} is ") and f"reference {file} is a file" in problem
+    assert stats_problems(StatsConfig(reference=file, out="s.safetensors", measure=config)) == [problem]
+    for other in ("photos/", None):
+        assert score_problems(ScoreConfig(targets=("drawn",), reference=other, measure=config)) == []
 
 
 @pytest.mark.parametrize(
@@ -692,6 +725,23 @@ def test_images_that_are_held_out_do_not_count_for_what_metrics_need(tmp_path, m
         data = DataConfig(dataset=folder, resolution=8, validation_split=share)
         with pytest.raises(InputError, match=f"need 65 images, but there are {trained}") if share else nullcontext():
             monitor.Monitor(TrainConfig(data=data, run=run_config), open_source(data), "cpu")
+
+
+def test_repeats_of_folders_are_part_of_what_names_the_features_of_the_training_images(tmp_path):
+    """As many images with and without: two that do not count, and two that count twice."""
+    for name, brightness in (("0_dark", 10), ("2_light", 200)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for k in range(2):
+            Image.new("RGB", (8, 8), (brightness + k,) * 3).save(tmp_path / "data" / name / f"{k}.png")
+    data = DataConfig(dataset=str(tmp_path / "data"), resolution=8)
+    run_config = RunConfig(eval_every=1, eval_metrics="colour", eval_images=4, cache_dir=str(tmp_path / "cache"))
+    plain = open_source(data)
+    means = []
+    for source in (plain, RepeatedSource(plain, folder_repeats(plain))):
+        measured = monitor.Monitor(TrainConfig(data=data, run=run_config), plain, "cpu")
+        measured.read(source)
+        means.append(measured.reference.features["colour"].mean().item())
+    assert means == [105.5, 200.5]
 
 
 # ---- the claim -------------------------------------------------------------------------------------------------------

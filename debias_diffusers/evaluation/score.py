@@ -356,6 +356,7 @@ def _drawn(
             said = said or bool(prompts)  # they are the same for all
             how = {"scheduler": job.settings["scheduler"], "steps": command.steps, "network_evaluations": job.network_evaluations}
             how |= {"guidance_scale": job.options["guidance_scale"]} if prompts else {}
+            how |= {"weights": command.weights, "training_step": job.settings["model_step"]}
             how |= {"checkpoint": step, "sigma_rel": width, "sampling_seed": command.seed if config.sampling_seeds else None}
             yield generated_images(job, count, target), how
 
@@ -398,7 +399,7 @@ def _row(config: ScoreConfig, measure: Measure, compared: _Compared, images: Ima
     target = measure.sample(images)
     figures = metrics.figures(target, reference, measure.layers, config.seed)
     intervals = metrics.intervals(figures, _bootstrap(config, measure, target, reference, images.name)) if config.bootstrap else None
-    return Row(images.name, images.count, figures, images.total, intervals=intervals, **how)
+    return Row(images.name, images.count, figures, images.total, images.side, intervals=intervals, **how)
 
 
 def _bootstrap(config: ScoreConfig, measure: Measure, target: Sample, reference: Sample, name: str) -> list[dict[str, float]]:
