@@ -866,14 +866,20 @@ def test_units_of_the_claim_are_merged_by_their_files(claim, tmp_path):
     assert said.count("**-2.00 (-2.00 to -2.00), 4 seeds** |\n") == said.count("**") / 2 == 1
     assert "-1.58 (-2.75 to -0.41), 5 seeds |\n" in said
     assert "| shift 16 | constant | 5 | 12.0 (10.0 to 14.0), bias 2.0 |" in said
+    assert "At the end, 1 of 8 comparisons are results by the plan's rule; if no weight made a difference, 0.4 would be." in said
 
 
 @pytest.mark.parametrize("data", ["digits", "digits_text", "emoji"])
 def test_the_tables_of_the_claim_are_those_of_its_units(claim, data, tmp_path):
     shutil.copytree(ROOT / "benchmarks" / "units", tmp_path / "units")
     page = (ROOT / "docs" / "claim.md").read_text()
-    tables = [part for part in claim.report(data, tmp_path, False).split("\n\n") if part.startswith("|")]
+    parts = claim.report(data, tmp_path, False).split("\n\n")
+    tables = [part for part in parts if part.startswith("|")]
     assert len(tables) == 4 and all(table.strip() in page for table in tables)
+    if data != "emoji":
+        (decided,) = [part for part in parts if part.startswith("At the end, ")]
+        assert decided in " ".join(page.split())
+    assert ("Of fewer than three seeds the plan decides nothing." in parts) == (data == "emoji")
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
