@@ -593,6 +593,20 @@ def test_an_npz_reference_keeps_its_size_and_is_read_once(trained, tmp_path, mon
     assert result["targets"][0]["images"] == 9 and result["reference"]["resolution"] == 8
 
 
+def test_targets_of_another_resolution_than_a_reference_in_one_file_are_refused_before_any_is_measured(tmp_path, monkeypatch):
+    small, big = folder_of(tmp_path / "small", 9, 0), folder_of(tmp_path / "big", 9, 1, size=16)
+    np.savez(tmp_path / "eight.npz", np.zeros((9, 8, 8, 3), dtype=np.uint8))
+    np.savez(tmp_path / "sixteen.npz", np.zeros((9, 16, 16, 3), dtype=np.uint8))
+    made = MeasureConfig(metrics="colour", resolution=8, cache_dir="", num_threads=1)
+    statistics.stats(StatsConfig(reference="digits", out=str(tmp_path / "stats.safetensors"), measure=made))
+    monkeypatch.setattr(Measure, "sample", lambda *_: pytest.fail("measured"))
+    for target in (big, tmp_path / "sixteen.npz"):
+        with pytest.raises(InputError, match=r"eight\.npz has images of 8 pixels"):
+            scored(tmp_path, small, target, reference=tmp_path / "eight.npz", metrics="colour")
+        with pytest.raises(InputError, match="made with resolution 8, not 16"):
+            scored(tmp_path, small, target, reference=tmp_path / "stats.safetensors", metrics="colour")
+
+
 @pytest.mark.nightly
 def test_two_processes_measure_what_one_measures(tmp_path):
     one = folder_of(tmp_path / "one", 75, 0)

@@ -38,11 +38,20 @@ from ..utils.distributed import inference_accelerator
 from ..utils.files import require_replaceable, write_file
 from . import metrics
 from .feature_extractors import INCEPTION
-from .image_sets import ImageSet, generated_images, holds_images, images_of_folder, images_of_npz, npz_shape
+from .image_sets import ImageSet, generated_images, holds_images, images_of_folder, images_of_npz, npz_shape, side_of_folder
 from .measure import Measure, make_measure
 from .metrics import Sample
 from .plots import is_our_picture
-from .reference import any_run, caption_column, open_reference, pinned_data, print_summary, reference_data, training_of_run
+from .reference import (
+    any_run,
+    caption_column,
+    open_reference,
+    pinned_data,
+    print_summary,
+    reference_data,
+    require_npz_side,
+    training_of_run,
+)
 from .results import Row, as_json, as_row, best_width, draw_curves, has_fields, over_training_seeds, table, table_of_groups, unequal
 from .statistics import npz_statistics, read_statistics
 
@@ -133,6 +142,9 @@ class _NoReference:
         """Nothing."""
         return Sample({}, {}, None)
 
+    def require(self, side: int | None) -> None:
+        """Anything goes."""
+
     def count(self) -> int | None:
         """Unknown."""
         return None
@@ -167,6 +179,14 @@ class _References:
             _require_enough(self.name, found.count, own, found, self.allow_few_images)
             self.known[side] = found
         return self.known[side]
+
+    def require(self, side: int | None) -> None:
+        """Raises InputError where a reference in one file is not of the resolution of targets of `side` pixels; computes no features."""
+        side = self.measure.config.resolution or side or self.side
+        if self.statistics:
+            self._statistics(side)
+        elif self.npz:
+            require_npz_side(self.name, side)
 
     def _images(self, side: int | None) -> Sample:
         sample = self.measure.sample(open_reference(self.name, self.measure.config, side))
@@ -253,7 +273,10 @@ def _targets(
 
 
 def _require_drawable(config: ScoreConfig, compared: _Compared, prompts: _Prompts, accelerator: Accelerator) -> None:
-    """Raises InputError for a model that a flag does not fit, or that lacks what it names, before another one is drawn."""
+    """Raises InputError for a model that a flag does not fit, or that lacks what it names, before another one is drawn.
+
+    Likewise for targets whose resolution is not that of a reference in one file.
+    """
     for target in config.targets:
         if not _is_model(Path(target)):
             continue
@@ -262,7 +285,10 @@ def _require_drawable(config: ScoreConfig, compared: _Compared, prompts: _Prompt
             raise InputError(f"class_labels is {config.class_labels}, but {target} is a text-to-image model; leave it out")
     for target in config.targets[1:]:  # whatever the first one lacks is found before it is drawn
         if _is_model(Path(target)):
-            next(_drawn(config, target, compared, prompts.get(target), accelerator, quiet=True))
+            images, _ = next(_drawn(config, target, compared, prompts.get(target), accelerator, quiet=True))
+            compared.require(images.side)
+        else:
+            compared.require(npz_shape(Path(target))[1] if Path(target).suffix == ".npz" else side_of_folder(_folder(target)))
 
 
 def _require_enough_of_all(config: ScoreConfig, measure: Measure, compared: _Compared, prompts: _Prompts) -> None:
