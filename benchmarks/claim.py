@@ -291,8 +291,8 @@ def table(found: Records, over: str, head: str) -> str:
 def end_table(found: Records) -> str:
     """Every figure at the end of the training with the most DDIM steps, for each kind of weights."""
     kinds = list(dict.fromkeys(row["kind"] for records in found.values() for row in records[0]["rows"] if row["kind"] != "sampling"))
-    about = {"kind", "images", "scheduler", "steps", "network_evaluations", "checkpoint", "guidance_scale", "total_images"}
-    names = [name for name in next(iter(found.values()))[0]["rows"][0] if name not in about]
+    known = ("fid", "swd", "brightness_bias", "colour_distance", "red_bias", "green_bias", "blue_bias", "prompt_accuracy")
+    names = [name for name in known if name in next(iter(found.values()))[0]["rows"][0]]
     lines = [f"| | weighting | weights | {' | '.join(name.replace('_', ' ') for name in names)} |", f"|---|---|---|{'---|' * len(names)}"]
     for (group, variant), records in found.items():
         for kind in kinds:
@@ -331,6 +331,20 @@ def against_constant(found: Records) -> str:
             said = [f"**{cell}**" if result and place == places[-1] else cell for place, (cell, result) in zip(places, cells)]
             lines.append(f"| {group} | {variant} | {figure} | {' | '.join(said)} |")
     return "\n".join(lines)
+
+
+def chance(found: Records) -> str:
+    """How many of the comparisons that the plan decides are results, and how many would be if no weight made a difference."""
+    place = max(rows_at(next(iter(found.values()))[0], "training"))
+    several = [(group, variant) for (group, variant), records in found.items() if variant != "constant" and len(records) >= 3]
+    decided = [difference(found, group, variant, place, figure)[1] for group, variant in several for figure in FIGURES]
+    if not decided:
+        return "Of fewer than three seeds the plan decides nothing."
+    return (
+        f"At the end, {sum(decided)} of {len(decided)} comparisons are results by the plan's rule; if no weight made a difference, "
+        f"{0.05 * len(decided):.1f} would be. With three or four seeds an interval without 0 implies one sign in all of them: "
+        f"that part of the rule then keeps nothing out."
+    )
 
 
 def picture(found: Records, path: Path) -> None:
@@ -389,6 +403,7 @@ def report(data: str, out: Path, trial: bool) -> str:
         f"The same over DDIM steps, at the end of the training:\n\n{table(found, 'sampling', 'steps')}",
         f"Differences to the constant weight, seed by seed, with 95% intervals; results by the plan's rule are bold:\n\n"
         f"{against_constant(found)}",
+        chance(found),
         f"All figures at the end of the training, DDIM-50, means over seeds:\n\n{end_table(found)}",
     ]
     text = "\n\n".join(parts) + "\n"

@@ -25,14 +25,17 @@ from debias_diffusers.cli import train_config
 from debias_diffusers.config.schema.data import DataConfig
 from debias_diffusers.config.schema.evaluation import BitsConfig, MeasureConfig, ScoreConfig, StatsConfig
 from debias_diffusers.config.schema.training import RunConfig, TrainConfig
+from debias_diffusers.config.validation.evaluation import score_problems, stats_problems
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data.sources.opening import open_source
+from debias_diffusers.data.sources.subset import RepeatedSource, folder_repeats
 from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.errors import InputError
-from debias_diffusers.evaluation import feature_extractors, measure, metrics, monitor, reference, results, score, statistics
+from debias_diffusers.evaluation import feature_extractors, measure, metrics, monitor, plots, reference, results, score, statistics
 from debias_diffusers.evaluation.feature_extractors import Extractor
 from debias_diffusers.evaluation.measure import Measure
 from debias_diffusers.evaluation.metrics import Sample
+from debias_diffusers.sampling.pixel_job import PixelJob
 from debias_diffusers.training.hooks import Evaluation
 from debias_diffusers.training.state_dicts import MetricHistory
 
@@ -366,10 +369,11 @@ def test_a_model_its_folder_and_its_npz_have_the_same_figures(trained, tmp_path)
     assert result["halves_of_the_reference"]["fid"] < rows[0]["fid"]
 
 
+DRAWN = {"resolution": 8, "images": 100, "steps": 20}
 ROWS = [
-    {"target": "runs/a", "images": 100, "scheduler": "unipc", "steps": 20, "network_evaluations": 20, "fid": 1.25},
-    {"target": "runs/flow", "images": 100, "scheduler": "flow_heun", "steps": 20, "network_evaluations": 39, "fid": 10.5},
-    {"target": "photos", "images": 90, "fid": 0.5, "intervals": {"fid": (0.25, 0.75)}},
+    {**DRAWN, "target": "runs/a", "training_step": 400, "scheduler": "unipc", "network_evaluations": 20, "fid": 1.25},
+    {**DRAWN, "target": "runs/flow", "training_step": 200, "scheduler": "flow_heun", "network_evaluations": 39, "fid": 10.5},
+    {"target": "photos", "resolution": 16, "images": 90, "fid": 0.5, "intervals": {"fid": (0.25, 0.75)}},
 ]
 
 
@@ -384,6 +388,8 @@ def test_a_table_is_aligned_and_valid_markdown():
 
 def test_what_differs_between_targets_beside_the_model_is_said():
     assert results.unequal(ROWS) == [
+        "the targets differ in training step: runs/a 400, runs/flow 200",
+        "the targets differ in resolution: runs/a 8, runs/flow 8, photos 16",
         "the targets differ in scheduler: runs/a unipc, runs/flow flow_heun",
         "the targets differ in network evaluations: runs/a 20, runs/flow 39",
         "the targets differ in images: runs/a 100, runs/flow 100, photos 90; --num_images 90 takes as many of each",
@@ -470,6 +476,34 @@ def test_a_curve_is_of_one_sampling_seed(tmp_path, monkeypatch):
     assert drawn["fid"] == {f"a ddim seed {seed}": [(2, seed), (4, seed)] for seed in (0, 1)}
 
 
+def test_steps_are_along_the_curves_of_a_run_of_one_checkpoint_beside_images(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(results, "plot_curves", lambda lines, along: drawn.append((along, lines["fid"])) or b"")
+    rows = [{"target": "a", "scheduler": "ddim", "checkpoint": 24, "steps": steps, "fid": 1.0} for steps in (2, 4)]
+    results.draw_curves([*rows, {"target": "photos", "fid": 2.0}], tmp_path / "curves.png")
+    assert drawn == [("steps of the solver", {"a ddim 24": [(2, 1.0), (4, 1.0)]})]
+
+
+def test_names_are_shown_as_they_are_in_figures(monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "png_of", lambda figure: shown.extend(figure.axes[0].get_legend().get_texts()) or b"")
+    plots.plot_curves({"fid": {name: [(1, 1.0), (2, 2.0)] for name in ("_first", "a$b", r"$\x$")}}, "step")
+    assert [text.get_text() for text in shown] == [" _first", r"a\$b", r"\$\x\$"]
+    figure = shown[0].figure
+    figure.canvas.draw()  # which fails of what is no formula
+
+
+@pytest.mark.parametrize("flags", [{"channels": 1}, {"split": "test"}, {"image_column": "photo"}, {"skip_bad": True}])
+@pytest.mark.parametrize("file", ["theirs.npz", "stats.safetensors"])
+def test_flags_of_a_data_set_are_refused_for_a_reference_in_one_file(flags, file):
+    (name,), config = flags, MeasureConfig(metrics="colour", **flags)
+    (problem,) = score_problems(ScoreConfig(targets=("drawn",), reference=file, measure=config))
+    assert problem.startswith(f"{name} is ") and f"reference {file} is a file" in problem
+    assert stats_problems(StatsConfig(reference=file, out="s.safetensors", measure=config)) == [problem]
+    for other in ("photos/", None):
+        assert score_problems(ScoreConfig(targets=("drawn",), reference=other, measure=config)) == []
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
@@ -482,6 +516,24 @@ def test_what_cannot_be_drawn_is_said_before_anything_is(trained, tmp_path, monk
     monkeypatch.setattr(score, "generated_images", lambda *_: pytest.fail("drawn"))
     with pytest.raises(InputError, match=said):
         scored(tmp_path, trained, reference="digits", metrics="colour", num_images=8, **options)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"class_labels": "balanced"}, "class_labels is balanced, but .*exported is unconditional"),
+        ({"weights": "raw"}, "weights is raw, but .*exported has no checkpoints"),
+        ({"guidance_scale": 2.0}, "exported: guidance_scale is 2.0, but the model was not trained with dropped labels"),
+    ],
+)
+def test_a_flag_that_fits_the_first_model_alone_is_an_error_before_that_is_drawn(
+    trained, trained_by_class, tmp_path, monkeypatch, options, said
+):
+    shutil.copytree(trained, tmp_path / "exported", ignore=shutil.ignore_patterns("checkpoints"))
+    monkeypatch.setattr(PixelJob, "draw", lambda *_: pytest.fail("drawn"))
+    photos = folder_of(tmp_path / "photos", 8, 0)
+    with pytest.raises(InputError, match=said):
+        scored(tmp_path, trained_by_class, photos, tmp_path / "exported", reference="digits", metrics="colour", num_images=8, **options)
 
 
 def test_a_model_of_which_several_curves_are_drawn_is_loaded_once_for_each_checkpoint(trained, tmp_path, monkeypatch):
@@ -539,6 +591,20 @@ def test_an_npz_reference_keeps_its_size_and_is_read_once(trained, tmp_path, mon
     result = scored(tmp_path, trained, reference=tmp_path / "eight.npz", metrics="colour", steps="1")
     assert sorted(seen) == sorted([str(tmp_path / "eight.npz"), str(trained)])
     assert result["targets"][0]["images"] == 9 and result["reference"]["resolution"] == 8
+
+
+def test_targets_of_another_resolution_than_a_reference_in_one_file_are_refused_before_any_is_measured(tmp_path, monkeypatch):
+    small, big = folder_of(tmp_path / "small", 9, 0), folder_of(tmp_path / "big", 9, 1, size=16)
+    np.savez(tmp_path / "eight.npz", np.zeros((9, 8, 8, 3), dtype=np.uint8))
+    np.savez(tmp_path / "sixteen.npz", np.zeros((9, 16, 16, 3), dtype=np.uint8))
+    made = MeasureConfig(metrics="colour", resolution=8, cache_dir="", num_threads=1)
+    statistics.stats(StatsConfig(reference="digits", out=str(tmp_path / "stats.safetensors"), measure=made))
+    monkeypatch.setattr(Measure, "sample", lambda *_: pytest.fail("measured"))
+    for target in (big, tmp_path / "sixteen.npz"):
+        with pytest.raises(InputError, match=r"eight\.npz has images of 8 pixels"):
+            scored(tmp_path, small, target, reference=tmp_path / "eight.npz", metrics="colour")
+        with pytest.raises(InputError, match="made with resolution 8, not 16"):
+            scored(tmp_path, small, target, reference=tmp_path / "stats.safetensors", metrics="colour")
 
 
 @pytest.mark.nightly
@@ -675,6 +741,23 @@ def test_images_that_are_held_out_do_not_count_for_what_metrics_need(tmp_path, m
             monitor.Monitor(TrainConfig(data=data, run=run_config), open_source(data), "cpu")
 
 
+def test_repeats_of_folders_are_part_of_what_names_the_features_of_the_training_images(tmp_path):
+    """As many images with and without: two that do not count, and two that count twice."""
+    for name, brightness in (("0_dark", 10), ("2_light", 200)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for k in range(2):
+            Image.new("RGB", (8, 8), (brightness + k,) * 3).save(tmp_path / "data" / name / f"{k}.png")
+    data = DataConfig(dataset=str(tmp_path / "data"), resolution=8)
+    run_config = RunConfig(eval_every=1, eval_metrics="colour", eval_images=4, cache_dir=str(tmp_path / "cache"))
+    plain = open_source(data)
+    means = []
+    for source in (plain, RepeatedSource(plain, folder_repeats(plain))):
+        measured = monitor.Monitor(TrainConfig(data=data, run=run_config), plain, "cpu")
+        measured.read(source)
+        means.append(measured.reference.features["colour"].mean().item())
+    assert means == [105.5, 200.5]
+
+
 # ---- the claim -------------------------------------------------------------------------------------------------------
 
 
@@ -797,14 +880,20 @@ def test_units_of_the_claim_are_merged_by_their_files(claim, tmp_path):
     assert said.count("**-2.00 (-2.00 to -2.00), 4 seeds** |\n") == said.count("**") / 2 == 1
     assert "-1.58 (-2.75 to -0.41), 5 seeds |\n" in said
     assert "| shift 16 | constant | 5 | 12.0 (10.0 to 14.0), bias 2.0 |" in said
+    assert "At the end, 1 of 8 comparisons are results by the plan's rule; if no weight made a difference, 0.4 would be." in said
 
 
 @pytest.mark.parametrize("data", ["digits", "digits_text", "emoji"])
 def test_the_tables_of_the_claim_are_those_of_its_units(claim, data, tmp_path):
     shutil.copytree(ROOT / "benchmarks" / "units", tmp_path / "units")
     page = (ROOT / "docs" / "claim.md").read_text()
-    tables = [part for part in claim.report(data, tmp_path, False).split("\n\n") if part.startswith("|")]
+    parts = claim.report(data, tmp_path, False).split("\n\n")
+    tables = [part for part in parts if part.startswith("|")]
     assert len(tables) == 4 and all(table.strip() in page for table in tables)
+    if data != "emoji":
+        (decided,) = [part for part in parts if part.startswith("At the end, ")]
+        assert decided in " ".join(page.split())
+    assert ("Of fewer than three seeds the plan decides nothing." in parts) == (data == "emoji")
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

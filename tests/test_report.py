@@ -11,7 +11,7 @@ from conftest import metrics
 from PIL import Image
 
 from debias_diffusers import cli
-from debias_diffusers.analysis.charts import chart
+from debias_diffusers.analysis.charts import chart, scale_of
 from debias_diffusers.analysis.figures import Curve
 from debias_diffusers.analysis.run_files import read_runs
 from debias_diffusers.analysis.run_report import POINTS, differing, grouped, make_page, spread
@@ -171,6 +171,27 @@ def test_a_chart_of_one_point_of_equal_and_of_hostile_values():
     made = chart("A <b>", {"</script>": Curve([5], [0.0]), "b": Curve([5, 6], [0.0, 0.0])}, {"</script>": 0, "b": 9}, "step", "linear")
     assert made.count("</script>") == 1 and "<b>" not in made and "nan" not in made and "dash1" in made
     assert re.findall(r'<circle class="dot run0 dash0" cx="([\d.]+)"', made)
+
+
+def test_a_long_curve_whose_range_reaches_to_0_has_a_linear_scale():
+    lines = {"a": grouped([(k, float(k - 1)) for k in range(1, 251)])}
+    assert lines["a"].low[0] == 0 < min(lines["a"].y) and scale_of(lines) == "linear"
+    assert '"log":false' in chart("Loss", lines, {"a": 0}, "step", scale_of(lines))
+    assert scale_of({"a": grouped([(k, float(k)) for k in range(1, 251)])}) == "log"
+
+
+def test_groups_of_scores_say_how_they_were_drawn(runs):
+    """The same two runs with 5 and with 20 steps, and a figure that was not finite."""
+    first, second = runs
+    scores = json.loads(scores_of(first, second))
+    drawn = {"targets": [str(first), str(second)], "training_seeds": [0, 1], "scheduler": "ddim"}
+    scores["groups"] = [
+        {**drawn, "steps": 5, "figures": {"fid": {"mean": 8.0, "low": 7.0, "high": 9.0}}},
+        {**drawn, "steps": 20, "figures": {"fid": {"mean": None, "low": None, "high": None}}},
+    ]
+    (first.parent / "groups.json").write_text(json.dumps(scores))
+    page = page_of(first, second, scores=[first.parent / "groups.json"])
+    assert "<td>first, second</td><td>5</td><td>8 (7 to 9)</td>" in page and "<td>first, second</td><td>20</td><td></td>" in page
 
 
 # ---- in Chromium -----------------------------------------------------------------------------------------------------

@@ -93,6 +93,8 @@ def test_means_and_intervals_over_training_seeds_are_those_of_students_t():
     assert "| weighting b " in table_of_groups(groups) and "| 6 (3.516 to 8.484) " in table_of_groups(groups)
     more = [{**row, "steps": 50} for row in rows]
     assert [group["steps"] for group in over_training_seeds(rows + more, runs)] == [20, 20, 50, 50]
+    stopped = [{**row, "training_step": 10 if row["target"] == "a2" else 30} for row in rows]
+    assert [group["training_seeds"] for group in over_training_seeds(stopped, runs)] == [[0, 1], [0, 1, 2]]
 
 
 def test_the_quantiles_are_those_of_the_distribution():

@@ -113,6 +113,15 @@ def test_the_clip_score_is_that_of_the_model_s_own_logits(digits, clip):
         prompt_scorer("clip_score", "no/such", "cpu")
 
 
+def test_figures_of_clip_are_kept_for_one_preparation_of_its_images(clip, tmp_path):
+    other = shutil.copytree(clip, tmp_path / "other")
+    prepared = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps(prepared | {"image_mean": [0.5, 0.5, 0.5]}))
+    one, two = (prompt_scorer("clip_score", str(folder), "cpu") for folder in (clip, other))
+    assert one.weights_sha256 == two.weights_sha256 and one.key != two.key
+    assert one.key == prompt_scorer("clip_score", str(clip), "cpu").key
+
+
 def test_a_text_model_is_scored_on_images_of_the_captions_of_the_reference(text_models, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(scoring, "make_job", lambda *args: drawn.append(make_job(*args)) or drawn[-1])

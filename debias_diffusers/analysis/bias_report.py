@@ -41,7 +41,8 @@ BY_TIMESTEP: dict[str, tuple[str, str, str, Scale, str]] = {
     ),
     "colour_bias": (
         "x_0_bias", "Signed error of the estimate of x_0", "mean error", "linear",
-        "Existence: estimates that are too dark (below 0) or too light (above 0) on average. A band without 0 is a bias.",
+        "Existence: estimates that are too dark (below 0) or too light (above 0) on average. "
+        "Of twenty bands without a bias, one leaves out 0 by chance.",
     ),
     "latent_bias": (
         "latent_bias", "Signed error of the estimate of x_0", "mean error", "linear",

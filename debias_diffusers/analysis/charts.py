@@ -22,9 +22,10 @@ Palette = Literal["run", "part"]  # a colour for each run, or a sequence of colo
 
 
 def scale_of(lines: Mapping[str, Curve]) -> Scale:
-    """Logarithmic where all values are above 0 and differ by more than `LOG_FROM`."""
+    """Logarithmic where all values are above 0, as their bands are, and differ by more than `LOG_FROM`."""
     values = [value for line in lines.values() for value in line.y]
-    return "log" if values and min(values) > 0 and max(values) / min(values) > LOG_FROM else "linear"
+    bands = [value for line in lines.values() for value in line.low]
+    return "log" if values and min(values + bands) > 0 and max(values) / min(values) > LOG_FROM else "linear"
 
 
 def colour_class(place: int, palette: Palette = "run") -> str:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import Tensor
 
-from ..evaluation.plots import png_of
+from ..evaluation.plots import as_shown, png_of
 
 Scale = Literal["linear", "log"]
 CELL = 0.62  # inches of a picture in a mosaic
@@ -36,7 +36,7 @@ def curves(
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for panel, (title, labelled) in zip(axes, panels.items()):
         for k, (label, curve) in enumerate(labelled.items()):
-            panel.plot(curve.x, curve.y, marker="o", markersize=3, linewidth=1.4, color=f"C{k}", label=label)
+            panel.plot(curve.x, curve.y, marker="o", markersize=3, linewidth=1.4, color=f"C{k}", label=as_shown(label))
             if curve.low:
                 panel.fill_between(curve.x, curve.low, curve.high, color=f"C{k}", alpha=0.2, linewidth=0)
         panel.set(title=title, ylabel=y_label, xscale=x_scale, yscale=y_scale)
@@ -81,10 +81,10 @@ def mosaic(rows: Sequence[tuple[str, Sequence[Tensor]]], columns: Sequence[str],
     axes = figure.subplots()
     axes.imshow(sheet, interpolation="nearest")
     axes.set_xticks([(k + 0.5) * width - 0.5 for k in range(len(columns))], columns, fontsize=8)
-    axes.set_yticks([(k + 0.5) * height - 0.5 for k in range(len(rows))], [label for label, _ in rows], fontsize=8)
+    axes.set_yticks([(k + 0.5) * height - 0.5 for k in range(len(rows))], [as_shown(label) for label, _ in rows], fontsize=8)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.xaxis.set_label_position("top")
-    axes.set_xlabel(x_label, fontsize=8)
+    axes.set_xlabel(as_shown(x_label), fontsize=8)
     for side in axes.spines.values():
         side.set_visible(False)
     return png_of(figure)

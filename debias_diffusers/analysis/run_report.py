@@ -46,7 +46,10 @@ BY_TIMESTEP = {
     "bound_by_t": ("Term of the variational bound by timestep", "Of the learned variance."),
 }
 X_PARTS = "t / T (0: nearly clean, 1: noise)"
-HOW = ("checkpoint", "sigma_rel", "sampling_seed", "scheduler", "steps", "network_evaluations", "guidance_scale", "images")  # of a score
+HOW = (  # of a score
+    "weights", "training_step", "checkpoint", "sigma_rel", "sampling_seed", "scheduler", "steps", "network_evaluations",
+    "guidance_scale", "resolution", "images",
+)  # fmt: skip
 
 
 def write_report(config: ReportConfig) -> Path:
@@ -341,11 +344,20 @@ def _add_scores(page: ReportPage, scores: Scores) -> None:
     groups = [group for group in scores.found.get("groups", ()) if labels.keys() >= set(group["targets"])]
     if groups:
         columns = [name for name in FIGURES if any(name in group["figures"] for group in groups)]
+        drawn = [name for name in HOW if len({group.get(name) for group in groups}) > 1]
         lines = [
-            [", ".join(labels[target] for target in group["targets"]), *(_of_group(group["figures"].get(name)) for name in columns)]
+            [
+                ", ".join(labels[target] for target in group["targets"]),
+                *(group.get(name) for name in drawn),
+                *(_of_group(group["figures"].get(name)) for name in columns),
+            ]
             for group in groups
         ]
-        page.table(["runs", *columns], lines, f"{scores.path.name}: means over training seeds, in brackets 95% intervals over these")
+        page.table(
+            ["runs", *(name.replace("_", " ") for name in drawn), *columns],
+            lines,
+            f"{scores.path.name}: means over training seeds, in brackets 95% intervals over these",
+        )
 
 
 def _with_interval(row: Mapping[str, Any], name: str) -> str | None:
@@ -356,7 +368,7 @@ def _with_interval(row: Mapping[str, Any], name: str) -> str | None:
 
 
 def _of_group(figure: Mapping[str, float] | None) -> str | None:
-    return None if figure is None else "{mean:.4g} ({low:.4g} to {high:.4g})".format(**figure)
+    return None if figure is None or not all(map(is_number, figure.values())) else "{mean:.4g} ({low:.4g} to {high:.4g})".format(**figure)
 
 
 # ---- objective, configuration, versions ------------------------------------------------------------------------------

@@ -214,6 +214,7 @@ class PromptScorer(Protocol):
     """How well images fit their prompts."""
 
     weights_sha256: str
+    key: str  # of all that its figures depend on
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raises InputError for prompts that it cannot judge."""
@@ -235,7 +236,7 @@ class PromptAccuracy:
 
     def __init__(self, device: Any) -> None:
         self.network = FeatureExtractorDigits(DIGITS, ["logits"]).to(device)
-        self.weights_sha256 = _fingerprint(self.network)
+        self.weights_sha256 = self.key = _fingerprint(self.network)
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raises InputError for prompts that name no digit, or several."""
@@ -285,6 +286,8 @@ class ClipScore:
                 f"tokenizer and its preprocessor_config.json, or a repository that is in the cache (hf download NAME)"
             ) from error
         self.weights_sha256 = _fingerprint(self.network)
+        files = (self.network.config.to_json_string(), self.processor.to_json_string(), repr(sorted(self.tokenizer.get_vocab().items())))
+        self.key = hashlib.sha256("\n".join((self.weights_sha256, *files)).encode()).hexdigest()
 
     def check(self, prompts: Sequence[str]) -> None:
         """Any prompt will do; of a long one the beginning is read."""

@@ -136,17 +136,26 @@ def images_of_folder(
     Raises:
         InputError: an image cannot be read, or has another size; names it.
     """
+    side = side_of_folder(source)
+
+    def require_same_size(image: Image, where: str) -> None:
+        if image.size != (side, side):
+            raise InputError(f"image {where} has {image.width}x{image.height} pixels, the first {side}x{side}; remove one kind")
+
+    return images_of_source(source, name, side, count, require_same_size, channels, seed=seed, prompts=prompts)
+
+
+def side_of_folder(source: ImageFolder) -> int:
+    """The side in pixels of the first image of a folder.
+
+    Raises:
+        InputError: it cannot be read, or is no square.
+    """
     data, _, where = source.read(0)
     first = images.decode(data, where)
     if first.width != first.height:
         raise InputError(f"image {where} has {first.width}x{first.height} pixels; the images to be scored must be squares")
-
-    def require_same_size(image: Image, where: str) -> None:
-        if image.size != first.size:
-            size = f"{image.width}x{image.height}"
-            raise InputError(f"image {where} has {size} pixels, the first {first.width}x{first.height}; remove one kind")
-
-    return images_of_source(source, name, first.width, count, require_same_size, channels, seed=seed, prompts=prompts)
+    return first.width
 
 
 def images_of_npz(path: Path, count: int | None = None, seed: int = 0) -> ImageSet:

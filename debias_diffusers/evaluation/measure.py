@@ -105,7 +105,7 @@ class Measure:
         if self.extractor:
             parts += [self.extractor.name, self.extractor.weights_sha256, *sorted(self.extractor.layers.values())]
         if prompts is not None:
-            parts += [prompts_hash(prompts), *(f"{layer} {scorer.weights_sha256}" for layer, scorer in sorted(self.of_prompts.items()))]
+            parts += [prompts_hash(prompts), *(f"{layer} {scorer.key}" for layer, scorer in sorted(self.of_prompts.items()))]
         return cache_key(*parts)
 
     def _kept(self, key: str, count: int, of_prompts: bool) -> dict[str, Tensor] | None:

@@ -11,6 +11,7 @@ from ..config.loading import is_text
 from ..config.schema.evaluation import MeasureConfig
 from ..config.schema.training import TrainConfig
 from ..data.sources.base import Source, file_state_hash
+from ..data.sources.subset import RepeatedSource
 from ..data.validation_split import held_out_images
 from ..errors import InputError
 from ..utils.distributed import gather_from_all
@@ -67,7 +68,8 @@ class Monitor:
         processes, cache = self.measure.processes, self.measure.cache
         state = file_state_hash(source) if self.measure.process == 0 and cache.folder else None
         how = transform_name(self.side, self.channels)
-        entry = cache_key("content", state, how) if state else None
+        repeated = map(str, source.indices) if isinstance(source, RepeatedSource) else ()  # of which files and fingerprint say nothing
+        entry = cache_key("content", state, how, *repeated) if state else None
         known = gather_from_all(lambda: [cache.get_json(entry) if entry else None], processes)[0]
         if isinstance(known, str):
             return known

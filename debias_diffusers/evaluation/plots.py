@@ -121,7 +121,7 @@ def _draw(axes: Axes, x: Tensor, lines: dict[str, Tensor], label: str) -> None:
     for k, (name, weights) in enumerate(lines.items()):
         seen = x.isfinite() & (weights <= largest) & (weights > 0)
         # Decreasing widths, so that coinciding lines are all visible.
-        axes.plot(x[seen].numpy(), weights[seen].numpy(), label=name, linewidth=1.2 + 0.5 * (len(lines) - 1 - k))
+        axes.plot(x[seen].numpy(), weights[seen].numpy(), label=as_shown(name), linewidth=1.2 + 0.5 * (len(lines) - 1 - k))
         top = max([top, *weights[seen].tolist()])
     axes.set_yscale("log")
     axes.set_xlabel(label)
@@ -131,13 +131,18 @@ def _draw(axes: Axes, x: Tensor, lines: dict[str, Tensor], label: str) -> None:
         axes.set_ylim(max(bottom, top / 10**DECADES), top * 2)
 
 
+def as_shown(label: str) -> str:
+    """A name for matplotlib, in which two `$` enclose a formula, and a `_` at the beginning keeps a line out of the legend."""
+    return f"{' ' * label.startswith('_')}{label}".replace("$", r"\$")
+
+
 def plot_curves(lines: dict[str, dict[str, list[tuple[float, float]]]], along: str) -> bytes:
     """A PNG with a panel for each metric. `lines` has the points (x, value) by metric and label; `along` is the label of the x axis."""
     figure = Figure(figsize=(5 * len(lines), 4), layout="constrained")
     panels = figure.subplots(1, len(lines), squeeze=False)[0]
     for panel, (name, labelled) in zip(panels, lines.items()):
         for label, points in labelled.items():
-            panel.plot(*zip(*sorted(points)), marker="o", markersize=3, label=label)
+            panel.plot(*zip(*sorted(points)), marker="o", markersize=3, label=as_shown(label))
         panel.set(title=name, xlabel=along)
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8)

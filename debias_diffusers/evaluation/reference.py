@@ -33,6 +33,7 @@ from .image_sets import (
     images_of_folder,
     images_of_npz,
     images_of_source,
+    npz_shape,
 )
 
 
@@ -45,19 +46,24 @@ def print_summary(source: Source, name: str | None, accelerator: Accelerator) ->
 def open_reference(name: str, config: MeasureConfig, side: int | None) -> ImageSet:
     """The images of a reference: a data set resized to `side` pixels as in training, a folder, or an `.npz`."""
     if Path(name).suffix == ".npz":
-        images = images_of_npz(Path(name))
-        if side not in (None, images.side):
-            raise InputError(
-                f"reference {name} has images of {images.side} pixels, which are not resized, but the targets have {side}; "
-                f"take targets of that size, or add --resolution {images.side} to compare all the same"
-            )
-        return images
+        require_npz_side(name, side)
+        return images_of_npz(Path(name))
     source = open_readable(reference_data(config, name))
     if side is None and isinstance(source, ImageFolder):
         return images_of_folder(source, name, channels=config.channels)
     if side is None:
         raise InputError(f"resolution is missing, and reference {name} must be resized; add --resolution, such as 64")
     return images_of_source(source, name, side, channels=config.channels)
+
+
+def require_npz_side(name: str, side: int | None) -> None:
+    """Raises InputError where the images of a reference `.npz` have not `side` pixels."""
+    own = npz_shape(Path(name))[1]
+    if side not in (None, own):
+        raise InputError(
+            f"reference {name} has images of {own} pixels, which are not resized, but the targets have {side}; "
+            f"take targets of that size, or add --resolution {own} to compare all the same"
+        )
 
 
 def reference_data(config: MeasureConfig | BitsConfig | BiasConfig, reference: str | None, targets: Sequence[str] = ()) -> DataConfig:

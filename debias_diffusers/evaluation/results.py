@@ -37,6 +37,9 @@ class Row:
     images: int
     figures: dict[str, float]
     total_images: int | None = None  # of a folder or an .npz, of which `images` were taken
+    resolution: int | None = None  # of square images, in pixels
+    weights: str | None = None  # of models, as of --weights
+    training_step: int | None = None  # of these weights, where it is known
     scheduler: str | None = None
     steps: int | None = None
     network_evaluations: int | None = None  # of one image; with guidance each is of two inputs
@@ -82,7 +85,7 @@ def _aligned(rows: list[list[str]]) -> str:
 def unequal(targets: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sentence for each way in which the targets were sampled differently, which their figures depend on."""
     found = []
-    for name in ("scheduler", "network_evaluations", "guidance_scale", "images"):
+    for name in ("training_step", "resolution", "scheduler", "network_evaluations", "guidance_scale", "images"):
         values: dict[str, dict[Any, None]] = {}  # each a set in the order of the rows
         for row in targets:
             if name in row:
@@ -107,7 +110,7 @@ STUDENT = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
     2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-_SAME = ("checkpoint", "sigma_rel", "scheduler", "steps", "network_evaluations", "guidance_scale", "images")
+_SAME = ("training_step", "checkpoint", "sigma_rel", "scheduler", "steps", "network_evaluations", "guidance_scale", "images")
 
 
 def over_training_seeds(rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -179,7 +182,7 @@ def best_width(rows: Sequence[Mapping[str, Any]], figure: str) -> list[dict[str,
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """A picture of each figure over steps, over checkpoints, or over the widths of averages, where there are several."""
-    along = next((name for name in ("checkpoint", "sigma_rel") if len({row.get(name) for row in rows}) > 1), "steps")
+    along = next((name for name in ("checkpoint", "sigma_rel") if len({row[name] for row in rows if name in row}) > 1), "steps")
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         if (place := row.get(along)) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,11 +38,20 @@ from ..utils.distributed import inference_accelerator
 from ..utils.files import require_replaceable, write_file
 from . import metrics
 from .feature_extractors import INCEPTION
-from .image_sets import ImageSet, generated_images, holds_images, images_of_folder, images_of_npz, npz_shape
+from .image_sets import ImageSet, generated_images, holds_images, images_of_folder, images_of_npz, npz_shape, side_of_folder
 from .measure import Measure, make_measure
 from .metrics import Sample
 from .plots import is_our_picture
-from .reference import any_run, caption_column, open_reference, pinned_data, print_summary, reference_data, training_of_run
+from .reference import (
+    any_run,
+    caption_column,
+    open_reference,
+    pinned_data,
+    print_summary,
+    reference_data,
+    require_npz_side,
+    training_of_run,
+)
 from .results import Row, as_json, as_row, best_width, draw_curves, has_fields, over_training_seeds, table, table_of_groups, unequal
 from .statistics import npz_statistics, read_statistics
 
@@ -114,8 +124,8 @@ def _scored(config: ScoreConfig, accelerator: Accelerator) -> dict[str, Any]:
     measure = make_measure(config.measure, reference or "", accelerator, config.clip_model)
     compared = _References(reference, measure, config.allow_few_images) if reference is not None else _NoReference()
     prompts = _prompts_of_all(config, measure)
-    _require_drawable(config, prompts)
     _require_enough_of_all(config, measure, compared, prompts)
+    _require_drawable(config, compared, prompts, accelerator)
     rows = [_row(config, measure, compared, images, how) for images, how in _targets(config, compared, prompts, accelerator)]
     return _result(config, measure, compared, rows)
 
@@ -131,6 +141,9 @@ class _NoReference:
     def sample(self, side: int | None) -> Sample:
         """Nothing."""
         return Sample({}, {}, None)
+
+    def require(self, side: int | None) -> None:
+        """Anything goes."""
 
     def count(self) -> int | None:
         """Unknown."""
@@ -166,6 +179,14 @@ class _References:
             _require_enough(self.name, found.count, own, found, self.allow_few_images)
             self.known[side] = found
         return self.known[side]
+
+    def require(self, side: int | None) -> None:
+        """Raises InputError where a reference in one file is not of the resolution of targets of `side` pixels; computes no features."""
+        side = self.measure.config.resolution or side or self.side
+        if self.statistics:
+            self._statistics(side)
+        elif self.npz:
+            require_npz_side(self.name, side)
 
     def _images(self, side: int | None) -> Sample:
         sample = self.measure.sample(open_reference(self.name, self.measure.config, side))
@@ -251,15 +272,23 @@ def _targets(
             yield from _drawn(config, target, compared, prompts.get(target), accelerator)
 
 
-def _require_drawable(config: ScoreConfig, prompts: _Prompts) -> None:
-    """Raises InputError for a model that lacks a checkpoint or knows no labels, before another one is drawn."""
+def _require_drawable(config: ScoreConfig, compared: _Compared, prompts: _Prompts, accelerator: Accelerator) -> None:
+    """Raises InputError for a model that a flag does not fit, or that lacks what it names, before another one is drawn.
+
+    Likewise for targets whose resolution is not that of a reference in one file.
+    """
     for target in config.targets:
-        path = Path(target)
-        if not _is_model(path):
+        if not _is_model(Path(target)):
             continue
-        _steps_of(path, config.checkpoints)
+        _steps_of(Path(target), config.checkpoints)
         if config.class_labels != "data" and target in prompts:
             raise InputError(f"class_labels is {config.class_labels}, but {target} is a text-to-image model; leave it out")
+    for target in config.targets[1:]:  # whatever the first one lacks is found before it is drawn
+        if _is_model(Path(target)):
+            images, _ = next(_drawn(config, target, compared, prompts.get(target), accelerator, quiet=True))
+            compared.require(images.side)
+        else:
+            compared.require(npz_shape(Path(target))[1] if Path(target).suffix == ".npz" else side_of_folder(_folder(target)))
 
 
 def _require_enough_of_all(config: ScoreConfig, measure: Measure, compared: _Compared, prompts: _Prompts) -> None:
@@ -307,15 +336,21 @@ def _is_folder_of_images(path: Path) -> bool:
 
 
 def _drawn(
-    config: ScoreConfig, target: str, compared: _Compared, prompts: Sequence[str] | None, accelerator: Accelerator
+    config: ScoreConfig,
+    target: str,
+    compared: _Compared,
+    prompts: Sequence[str] | None,
+    accelerator: Accelerator,
+    quiet: bool = False,
 ) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
+    """The images of a model, each set drawn when it is read. With `quiet`, notes are not printed."""
     count = _num_drawn(config, compared, prompts)
     own: dict[str, Any] = (
         {"prompt": tuple(prompts[:count]), "base_model": config.base_model if is_lora(client.configurations(target)) else None}
         if prompts
         else {"class_labels": config.class_labels, "allow_pickle_import": config.allow_pickle_import}
     )
-    said = not accelerator.is_main_process
+    said = quiet or not accelerator.is_main_process
     seeds = [int(seed) for seed in config.sampling_seeds.split(",")] if config.sampling_seeds else [None]
     numbers = list(map(int, config.steps.split(",")))
     for step, width in product(_steps_of(Path(target), config.checkpoints), SWEEP if config.ema else (None,)):
@@ -333,11 +368,13 @@ def _drawn(
             )
             for seed, scheduler, steps in product(seeds, config.schedulers.split(","), numbers)
         ]
-        loaded = load_model(commands[0], accelerator.device, step)
-        for command in commands:  # what a solver cannot do is an error before the first images are drawn
-            make_solver(command, loaded.scheduler, command.clipping)
+        with _naming(target, config):
+            loaded = load_model(commands[0], accelerator.device, step)
+            for command in commands:  # what a solver cannot do is an error before the first images are drawn
+                make_solver(command, loaded.scheduler, command.clipping)
         for command in commands:
-            job = make_job(command, accelerator.device, step, loaded)
+            with _naming(target, config):
+                job = make_job(command, accelerator.device, step, loaded)
             if isinstance(job, PixelJob) and config.class_labels == "balanced" and not job.pipeline.num_classes:
                 raise InputError(f"class_labels is balanced, but {target} is unconditional; leave it out")
             for note in () if said else _notes(job, config, target):
@@ -345,8 +382,20 @@ def _drawn(
             said = said or bool(prompts)  # they are the same for all
             how = {"scheduler": job.settings["scheduler"], "steps": command.steps, "network_evaluations": job.network_evaluations}
             how |= {"guidance_scale": job.options["guidance_scale"]} if prompts else {}
+            how |= {"weights": command.weights, "training_step": job.settings["model_step"]}
             how |= {"checkpoint": step, "sigma_rel": width, "sampling_seed": command.seed if config.sampling_seeds else None}
             yield generated_images(job, count, target), how
+
+
+@contextlib.contextmanager
+def _naming(target: str, config: ScoreConfig) -> Iterator[None]:
+    """Of several targets, errors say which one they are about."""
+    try:
+        yield
+    except InputError as error:
+        if len(config.targets) == 1 or target in str(error):
+            raise
+        raise InputError(f"{target}: {error}") from error
 
 
 def _notes(job: Job, config: ScoreConfig, target: str) -> list[str]:
@@ -376,7 +425,7 @@ def _row(config: ScoreConfig, measure: Measure, compared: _Compared, images: Ima
     target = measure.sample(images)
     figures = metrics.figures(target, reference, measure.layers, config.seed)
     intervals = metrics.intervals(figures, _bootstrap(config, measure, target, reference, images.name)) if config.bootstrap else None
-    return Row(images.name, images.count, figures, images.total, intervals=intervals, **how)
+    return Row(images.name, images.count, figures, images.total, images.side, intervals=intervals, **how)
 
 
 def _bootstrap(config: ScoreConfig, measure: Measure, target: Sample, reference: Sample, name: str) -> list[dict[str, float]]:

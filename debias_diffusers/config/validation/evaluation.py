@@ -16,7 +16,7 @@ from .network_weights import network_weights_problems
 def score_problems(config: ScoreConfig) -> list[str]:
     """Everything that is wrong with a scoring command, before anything is looked at."""
     found = range_problems(ScoreConfig, dataclasses.asdict(config))
-    found += measure_problems(config.measure) + _file_problems("output", config.output)
+    found += measure_problems(config.measure, config.reference) + _file_problems("output", config.output)
     if config.prompts is not None and not Path(config.prompts).is_file():
         found.append(f"prompts {config.prompts} is no file; name one with a prompt a line")
     found += _base_model_problems(config.base_model)
@@ -49,7 +49,9 @@ def score_problems(config: ScoreConfig) -> list[str]:
 
 def stats_problems(config: StatsConfig) -> list[str]:
     """Everything that is wrong with a command that writes statistics, before anything is looked at."""
-    found = measure_problems(config.measure) + prompt_metrics_problems("metrics", config.measure.metrics, "take it in eval.py score")
+    found = measure_problems(config.measure, config.reference) + prompt_metrics_problems(
+        "metrics", config.measure.metrics, "take it in eval.py score"
+    )
     return found + _file_problems("out", config.out)
 
 
@@ -94,10 +96,17 @@ def report_problems(config: ReportConfig) -> list[str]:
     return found
 
 
-def measure_problems(config: MeasureConfig) -> list[str]:
+def measure_problems(config: MeasureConfig, reference: str | None) -> list[str]:
     """Everything that is wrong with how images are compared."""
-    found = range_problems(MeasureConfig, dataclasses.asdict(config))
-    return found + metrics_problems("metrics", config.metrics)
+    found = range_problems(MeasureConfig, dataclasses.asdict(config)) + metrics_problems("metrics", config.metrics)
+    if reference is None or PurePath(reference).suffix not in (".npz", ".safetensors"):
+        return found
+    of_data_sets = {name: getattr(config, name) for name in ("split", "image_column", "skip_bad", "channels")}
+    return found + [
+        f"{name} is {value}, but reference {reference} is a file whose images are taken as they are; leave it out"
+        for name, value in of_data_sets.items()
+        if value
+    ]
 
 
 def metrics_problems(field: str, metrics: str) -> list[str]:
