@@ -35,6 +35,7 @@ from debias_diffusers.evaluation import feature_extractors, measure, metrics, mo
 from debias_diffusers.evaluation.feature_extractors import Extractor
 from debias_diffusers.evaluation.measure import Measure
 from debias_diffusers.evaluation.metrics import Sample
+from debias_diffusers.evaluation.reference_features import ReferenceFeatures
 from debias_diffusers.sampling.pixel_job import PixelJob
 from debias_diffusers.training.hooks import Evaluation
 from debias_diffusers.training.state_dicts import MetricHistory
@@ -165,7 +166,7 @@ class NotDrawn:
 def test_too_few_images_are_refused_before_any_is_drawn(tmp_path):
     config = ScoreConfig(targets=("target",), measure=MeasureConfig(metrics="is,colour", feature_extractor="digits", cache_dir=""))
     measure = Measure(config.measure, "digits", "cpu")
-    reference = score._References(str(folder_of(tmp_path / "reference", 5, 0)), measure, False)
+    reference = ReferenceFeatures(str(folder_of(tmp_path / "reference", 5, 0)), measure, False)
     with pytest.raises(InputError, match="target has 5 images, but metrics is of these features need 10"):
         score._row(config, measure, reference, NotDrawn, {})
 
@@ -174,7 +175,7 @@ def test_statistics_are_refused_for_metrics_of_images_before_any_is_drawn(tmp_pa
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
     measure = Measure(MeasureConfig(metrics="kid", cache_dir=""), "digits", "cpu")
     with pytest.raises(InputError, match="metric kid compares images"):
-        score._References(str(tmp_path / "statistics.npz"), measure, False).sample(8)
+        ReferenceFeatures(str(tmp_path / "statistics.npz"), measure, False).sample(8)
 
 
 def test_halves_of_the_reference_are_measured_only_where_they_are_enough(tmp_path):

@@ -37,23 +37,13 @@ from ..utils.console import say
 from ..utils.distributed import inference_accelerator
 from ..utils.files import require_replaceable, write_file
 from . import metrics
-from .feature_extractors import INCEPTION
-from .image_sets import ImageSet, generated_images, holds_images, images_of_folder, images_of_npz, npz_shape, side_of_folder
+from .image_sets import ImageSet, generated_images, images_of_folder, images_of_npz, npz_shape, side_of_folder
 from .measure import Measure, make_measure
 from .metrics import Sample
 from .plots import is_our_picture
-from .reference import (
-    any_run,
-    caption_column,
-    open_reference,
-    pinned_data,
-    print_summary,
-    reference_data,
-    require_npz_side,
-    training_of_run,
-)
+from .reference import any_run, caption_column, pinned_data, print_summary, reference_data, training_of_run
+from .reference_features import NoReference, ReferenceFeatures, require_enough
 from .results import Row, as_json, as_row, best_width, draw_curves, has_fields, over_training_seeds, table, table_of_groups, unequal
-from .statistics import npz_statistics, read_statistics
 
 MAX_GENERATED = 50_000
 SWEEP = (0.03, 0.05, 0.07, 0.085, 0.1, 0.125, 0.15, 0.2)  # sigma_rel of `--ema sweep`
@@ -122,7 +112,7 @@ def _scored(config: ScoreConfig, accelerator: Accelerator) -> dict[str, Any]:
             open_source(reference_data(config.measure, reference)), reference, accelerator
         )  # before an extractor is fetched for nothing
     measure = make_measure(config.measure, reference or "", accelerator, config.clip_model)
-    compared = _References(reference, measure, config.allow_few_images) if reference is not None else _NoReference()
+    compared = ReferenceFeatures(reference, measure, config.allow_few_images) if reference is not None else NoReference()
     prompts = _prompts_of_all(config, measure)
     _require_enough_of_all(config, measure, compared, prompts)
     _require_drawable(config, compared, prompts, accelerator)
@@ -130,81 +120,7 @@ def _scored(config: ScoreConfig, accelerator: Accelerator) -> dict[str, Any]:
     return _result(config, measure, compared, rows)
 
 
-class _NoReference:
-    """What stands for the reference where no metric compares with one."""
-
-    known: Mapping[int | None, Sample]
-
-    def __init__(self) -> None:
-        self.known = {}
-
-    def sample(self, side: int | None) -> Sample:
-        """Nothing."""
-        return Sample({}, {}, None)
-
-    def require(self, side: int | None) -> None:
-        """Anything goes."""
-
-    def count(self) -> int | None:
-        """Unknown."""
-        return None
-
-
-class _References:
-    """The reference, at each resolution of the targets."""
-
-    def __init__(self, name: str, measure: Measure, allow_few_images: bool) -> None:
-        self.name, self.measure, self.allow_few_images = name, measure, allow_few_images
-        self.known: dict[int | None, Sample] = {}
-        self.path, self.npz = Path(name), Path(name).suffix == ".npz"
-        self.statistics = self.path.suffix == ".safetensors" or (self.npz and not holds_images(self.path))
-        self.side = npz_shape(self.path)[1] if self.npz and not self.statistics else None  # None: of its targets
-        # ADM's files have statistics of a whole data set and 10,000 of its images; its evaluator uses the statistics.
-        of_inception = measure.extractor is not None and measure.extractor.name == INCEPTION
-        self.has_statistics = self.statistics or (self.npz and of_inception)
-
-    def sample(self, side: int | None) -> Sample:
-        """Features or statistics of the reference for targets of `side` pixels; None for its own resolution."""
-        side = self.measure.config.resolution or side or self.side
-        if side not in self.known:
-            found = self._statistics(side) if self.statistics else self._images(side)
-            metrics.require_images(found, self.measure.layers)
-            # The Inception score needs no reference, and the statistics in a file may be of more images than the file has.
-            given = found.statistics if found.features else {}
-            own = {
-                m: layer
-                for m, layer in self.measure.layers.items()
-                if METRICS[m].reference != "nothing" and not (METRICS[m].reference == "statistics" and layer in given)
-            }
-            _require_enough(self.name, found.count, own, found, self.allow_few_images)
-            self.known[side] = found
-        return self.known[side]
-
-    def require(self, side: int | None) -> None:
-        """Raises InputError where a reference in one file is not of the resolution of targets of `side` pixels; computes no features."""
-        side = self.measure.config.resolution or side or self.side
-        if self.statistics:
-            self._statistics(side)
-        elif self.npz:
-            require_npz_side(self.name, side)
-
-    def _images(self, side: int | None) -> Sample:
-        sample = self.measure.sample(open_reference(self.name, self.measure.config, side))
-        if self.has_statistics:
-            sample.statistics.update(npz_statistics(self.path))
-        return sample
-
-    def count(self) -> int | None:
-        """The number of reference images, if known; computes no features."""
-        if self.statistics:
-            return self._statistics(None).count
-        return npz_shape(self.path)[0] if self.npz else len(open_source(reference_data(self.measure.config, self.name)))
-
-    def _statistics(self, side: int | None) -> Sample:
-        return Sample({}, npz_statistics(self.path), None) if self.npz else read_statistics(self.path, self.measure, side)
-
-
-_Compared = _References | _NoReference
+_Compared = ReferenceFeatures | NoReference
 _Prompts = Mapping[str, Sequence[str]]  # by target
 
 
@@ -284,21 +200,25 @@ def _require_drawable(config: ScoreConfig, compared: _Compared, prompts: _Prompt
         if config.class_labels != "data" and target in prompts:
             raise InputError(f"class_labels is {config.class_labels}, but {target} is a text-to-image model; leave it out")
     for target in config.targets[1:]:  # whatever the first one lacks is found before it is drawn
-        if _is_model(Path(target)):
-            images, _ = next(_drawn(config, target, compared, prompts.get(target), accelerator, quiet=True))
-            compared.require(images.side)
-        else:
-            compared.require(npz_shape(Path(target))[1] if Path(target).suffix == ".npz" else side_of_folder(_folder(target)))
+        compared.require(_side(config, target, compared, prompts, accelerator))
+
+
+def _side(config: ScoreConfig, target: str, compared: _Compared, prompts: _Prompts, accelerator: Accelerator) -> int | None:
+    """The side in pixels of the images of a target. A model is loaded for it, and gone when this returns."""
+    path = Path(target)
+    if _is_model(path):
+        return next(_drawn(config, target, compared, prompts.get(target), accelerator, quiet=True))[0].side
+    return npz_shape(path)[1] if path.suffix == ".npz" else side_of_folder(_folder(target))
 
 
 def _require_enough_of_all(config: ScoreConfig, measure: Measure, compared: _Compared, prompts: _Prompts) -> None:
     """Raises InputError if a target or the reference has too few images, before features are computed."""
     like = measure.probe()
     for target in config.targets:
-        _require_enough(target, _count(config, target, compared, prompts.get(target)), measure.layers, like, config.allow_few_images)
-    if isinstance(compared, _References) and not compared.has_statistics:
+        require_enough(target, _count(config, target, compared, prompts.get(target)), measure.layers, like, config.allow_few_images)
+    if isinstance(compared, ReferenceFeatures) and not compared.has_statistics:
         needed = {metric: layer for metric, layer in measure.layers.items() if METRICS[metric].reference != "nothing"}
-        _require_enough(compared.name, compared.count(), needed, like, config.allow_few_images)
+        require_enough(compared.name, compared.count(), needed, like, config.allow_few_images)
 
 
 def _count(config: ScoreConfig, target: str, compared: _Compared, prompts: Sequence[str] | None) -> int:
@@ -421,7 +341,7 @@ def _steps_of(run: Path, wanted: str) -> Sequence[int | None]:
 
 def _row(config: ScoreConfig, measure: Measure, compared: _Compared, images: ImageSet, how: Mapping[str, Any]) -> Row:
     reference = compared.sample(images.side)
-    _require_enough(images.name, images.count, measure.layers, reference, config.allow_few_images)  # of the reference's statistics, too
+    require_enough(images.name, images.count, measure.layers, reference, config.allow_few_images)  # of the reference's statistics, too
     target = measure.sample(images)
     figures = metrics.figures(target, reference, measure.layers, config.seed)
     intervals = metrics.intervals(figures, _bootstrap(config, measure, target, reference, images.name)) if config.bootstrap else None
@@ -434,17 +354,6 @@ def _bootstrap(config: ScoreConfig, measure: Measure, target: Sample, reference:
     shown = tqdm(draws, desc=f"{name} redrawn", unit="set", leave=False, disable=measure.process > 0)
     mine = [metrics.redrawn(target, reference, measure.layers, config.seed, draw) for draw in shown]
     return gather_object(mine) if measure.processes > 1 else mine
-
-
-def _require_enough(name: str, count: int | None, layers: Mapping[str, str], like: Sample, few: bool) -> None:
-    """Raises InputError for too few images, before any is sampled or read. An unknown count (None) passes."""
-    lacking = {metric: least for metric, least in metrics.least_images(layers, like, few).items() if count is not None and count < least}
-    if lacking:
-        would_do = count is not None and count >= max(METRICS[metric].min_images for metric in lacking)
-        raise InputError(
-            f"{name} has {count} images, but metrics {','.join(lacking)} of these features need {max(lacking.values())}; take more, or "
-            + ("add --allow_few_images" if would_do else "other metrics")
-        )
 
 
 def _result(config: ScoreConfig, measure: Measure, compared: _Compared, rows: list[Row]) -> dict[str, Any]:
