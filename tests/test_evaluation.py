@@ -35,7 +35,7 @@ from debias_diffusers.evaluation import feature_extractors, measure, metrics, mo
 from debias_diffusers.evaluation.feature_extractors import Extractor
 from debias_diffusers.evaluation.measure import Measure
 from debias_diffusers.evaluation.metrics import Sample
-from debias_diffusers.evaluation.reference_features import ReferenceFeatures
+from debias_diffusers.evaluation.statistics import ReferenceFeatures
 from debias_diffusers.sampling.pixel_job import PixelJob
 from debias_diffusers.training.hooks import Evaluation
 from debias_diffusers.training.state_dicts import MetricHistory

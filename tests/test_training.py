@@ -74,7 +74,7 @@ LEARNING = ["--timestep_sampler", "loss_second_moment", "--num_train_timesteps",
     [
         (LEARNING, (9, 12), {"sampler.safetensors"}),  # at step 10 it has seen each t as often as it must
         (["--timestep_sampler", "stratified", "--learn_sigma", "--micro_batch_size", 3], (3, 6), set()),
-        (["--prediction_type", "flow", "--timestep_sampler", "logit_normal"], (3, 6), set()),
+        pytest.param(["--prediction_type", "flow", "--timestep_sampler", "logit_normal"], (3, 6), set(), marks=pytest.mark.nightly),
     ],
 )
 def test_every_way_to_draw_t_resumes_with_the_same_bits(tmp_path, flags, stops, more):

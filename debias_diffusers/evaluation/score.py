@@ -42,8 +42,8 @@ from .measure import Measure, make_measure
 from .metrics import Sample
 from .plots import is_our_picture
 from .reference import any_run, caption_column, pinned_data, print_summary, reference_data, training_of_run
-from .reference_features import NoReference, ReferenceFeatures, require_enough
 from .results import Row, as_json, as_row, best_width, draw_curves, has_fields, over_training_seeds, table, table_of_groups, unequal
+from .statistics import NoReference, ReferenceFeatures, require_enough
 
 MAX_GENERATED = 50_000
 SWEEP = (0.03, 0.05, 0.07, 0.085, 0.1, 0.125, 0.15, 0.2)  # sigma_rel of `--ema sweep`

@@ -520,7 +520,7 @@ def test_a_process_that_waits_longer_than_the_limit_says_so(tmp_path, trials):
     "patch, code, said",
     [
         (_not_finite, 0, "no figures at step 2: image 5 is not finite"),
-        (_out_of_memory, 2, "out of memory with 4 images per forward; add --micro_batch_size 2"),
+        pytest.param(_out_of_memory, 2, "out of memory with 4 images per forward; add --micro_batch_size 2", marks=pytest.mark.nightly),
         pytest.param(_of_our_own_making, 1, "ZeroDivisionError: a mistake", marks=pytest.mark.nightly),
     ],
 )

@@ -285,19 +285,18 @@ def test_figures_are_written_whatever_becomes_of_the_table(state, tmp_path, tria
 
 
 @pytest.mark.row(54, PRINTED)
+@pytest.mark.parametrize("broken", ["stderr", pytest.param("stdout", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("state", STATES)
-def test_training_and_sampling_go_on_whatever_becomes_of_the_progress(state, trained, tmp_path, trials):
-    for broken in ("stdout", "stderr"):
-        trials()
-        out = tmp_path / broken
-        flags = ["--config", TINY, "--max_steps", 1, "--warmup_steps", 0, "--output_dir", out / "run"]
-        assert with_streams(broken, state, "train", *flags) == (0, 0)
-        assert [line["step"] for line in metrics(out / "run")] == [1]
-        flags = ["--num_images", 2, "--steps", 2, "--num_threads", 1, "--output_dir", out / "images"]
-        assert with_streams(broken, state, "sample", trained, *flags) == (0, 0)
-        assert len(list((out / "images").glob("0*.png"))) == 2
-        assert with_streams(broken, state, "train", "--help") == (0, 0)
-        assert with_streams(broken, state, "train", "--max_stepz", 3) == (2, 2)
+def test_training_and_sampling_go_on_whatever_becomes_of_the_progress(state, broken, trained, tmp_path, trials):
+    trials()
+    flags = ["--config", TINY, "--max_steps", 1, "--warmup_steps", 0, "--output_dir", tmp_path / "run"]
+    assert with_streams(broken, state, "train", *flags) == (0, 0)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
+    flags = ["--num_images", 2, "--steps", 2, "--num_threads", 1, "--output_dir", tmp_path / "images"]
+    assert with_streams(broken, state, "sample", trained, *flags) == (0, 0)
+    assert len(list((tmp_path / "images").glob("0*.png"))) == 2
+    assert with_streams(broken, state, "train", "--help") == (0, 0)
+    assert with_streams(broken, state, "train", "--max_stepz", 3) == (2, 2)
 
 
 # ---- places that cannot be written ------------------------------------------------------------------------------------
