@@ -81,6 +81,11 @@ def model_problems(field: str, name: str) -> list[str]:
     return [f"{field} {name} does not exist; name a run directory, a pipeline folder or a Hub id such as user/name"]
 
 
+def is_reference_file(name: str) -> bool:
+    """Whether a reference is named as a file of images or statistics, `.npz` or `.safetensors`, and not as a data set."""
+    return Path(name).suffix in (".npz", ".safetensors")
+
+
 def data_problems(field: str, name: str | None) -> list[str]:
     """Data, or a file of their statistics, that are neither on this disk nor the name of a data set on the Hub."""
     if not name or name in EMBEDDED or Path(name).expanduser().exists():
@@ -93,7 +98,7 @@ def data_problems(field: str, name: str | None) -> list[str]:
         missing = shard_names.missing_shards(name)
         also = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
         return [f"{field} {name}: {missing[0]}{also} not exist"] if missing else []
-    if is_dataset_id(name) and Path(name).suffix not in (".npz", ".safetensors"):
+    if is_dataset_id(name) and not is_reference_file(name):
         return []
     advice = f"; {name}@main asks the Hub for it" if is_dataset_id(f"{name}@main") else ""
     if Path(name).suffix in (".tar", ".parquet") and any(letter in name for letter in "*?["):

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..config import hub_names, shard_names
-from ..config.hub_names import absolute_path, is_dataset_id, is_pinned
+from ..config.hub_names import absolute_path, is_dataset_id, is_pinned, is_reference_file
 from ..config.loading import CHANGEABLE, read_config, stored
 from ..config.schema.data import EMBEDDED, DataConfig
 from ..config.schema.evaluation import BiasConfig, BitsConfig, MeasureConfig
@@ -209,5 +209,5 @@ def pinned_data(reference: Any, accelerator: Accelerator) -> Any:
     """Adds the commit to the Hub id of a data set, the same in all processes; returns the `.npz` of packed samples; else unchanged."""
     if isinstance(reference, str) and (file := image_folders.packed_samples(Path(reference))):
         return str(file)
-    named = isinstance(reference, str) and Path(reference).suffix not in (".npz", ".safetensors") and is_dataset_id(reference)
+    named = isinstance(reference, str) and not is_reference_file(reference) and is_dataset_id(reference)
     return broadcast_from_first(lambda: client.pinned(reference, "dataset"), accelerator) if named else reference

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from ..config.hub_names import is_reference_file
 from ..config.prompts import read_prompts
 from ..config.registry import METRICS
 from ..config.schema.data import DataConfig
@@ -107,7 +108,7 @@ def _require_output(config: ScoreConfig, output: str) -> None:
 
 def _scored(config: ScoreConfig, accelerator: Accelerator) -> dict[str, Any]:
     reference = config.reference
-    if reference is not None and Path(reference).suffix not in (".npz", ".safetensors"):
+    if reference is not None and not is_reference_file(reference):
         print_summary(
             open_source(reference_data(config.measure, reference)), reference, accelerator
         )  # before an extractor is fetched for nothing
@@ -155,7 +156,7 @@ def _prompts_of_model(config: ScoreConfig, target: str) -> Sequence[str]:
     """Of --prompts, or `prompts_of_data` of the reference: image k has number k mod n of them."""
     if config.prompts is not None:
         return read_prompts(SampleConfig(model=target, prompts=config.prompts))
-    if config.reference is None or Path(config.reference).suffix in (".npz", ".safetensors"):
+    if config.reference is None or is_reference_file(config.reference):
         raise InputError(
             f"{target} is a text-to-image model, whose images are drawn of the captions of the reference, and there are none; name a "
             f"data set with captions as --reference, or prompts with --prompts FILE"

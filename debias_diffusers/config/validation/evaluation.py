@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path, PurePath
 
 from ..aliases import value_suggestion
-from ..hub_names import is_model_id
+from ..hub_names import is_model_id, is_reference_file
 from ..ranges import range_problems
 from ..registry import METRICS, SOLVERS
 from ..schema.evaluation import BiasConfig, BitsConfig, MeasureConfig, ReportConfig, ScoreConfig, StatsConfig
@@ -99,7 +99,7 @@ def report_problems(config: ReportConfig) -> list[str]:
 def measure_problems(config: MeasureConfig, reference: str | None) -> list[str]:
     """Everything that is wrong with how images are compared."""
     found = range_problems(MeasureConfig, dataclasses.asdict(config)) + metrics_problems("metrics", config.metrics)
-    if reference is None or PurePath(reference).suffix not in (".npz", ".safetensors"):
+    if reference is None or not is_reference_file(reference):
         return found
     of_data_sets = {name: getattr(config, name) for name in ("split", "image_column", "skip_bad", "channels")}
     return found + [
