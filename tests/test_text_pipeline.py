@@ -140,6 +140,16 @@ def as_bin(folder):
     path.unlink()
 
 
+def with_tokenizer_length(length):
+    def change(folder):
+        path = folder / "tokenizer_2" / "tokenizer_config.json"
+        settings = json.loads(path.read_text())
+        settings = {name: value for name, value in (settings | {"model_max_length": length}).items() if value is not None}
+        path.write_text(json.dumps(settings))
+
+    return change
+
+
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -158,6 +168,8 @@ UNET_FILE = "diffusion_pytorch_model.safetensors"
         (without_tensor("vae", UNET_FILE, "decoder.conv_in.bias"), "lacks decoder.conv_in.bias"),
         (with_unet(in_channels=9), "takes 9 channels, but its vae has 4"),
         (with_unet(cross_attention_dim=48), "embeddings of width 48, but its text encoders have 64"),
+        (with_tokenizer_length(None), 'tokenizer_2 of model .* has no model_max_length, .* reads 16 tokens; write "model_max_length": 16'),
+        (with_tokenizer_length(17), "tokenizer_2 of model .* has model_max_length 17, but its text encoder reads 16 tokens"),
         (as_bin, "no safetensors but text_encoder/pytorch_model.bin"),
     ],
 )

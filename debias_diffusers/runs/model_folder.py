@@ -21,7 +21,8 @@ from ..utils.files import read_json
 from .lora_folder import BASE_RECORD, LORA_WEIGHTS, base_of_lora, strength_problems
 
 MODEL_INDEX = "model_index.json"
-CLIP_WIDTH = 512  # of a text encoder's configuration without hidden_size: transformers leaves out what is its default
+# Of a text encoder's configuration that leaves them out: transformers does not write what is its default.
+CLIP_WIDTH, CLIP_POSITIONS = 512, 77
 STOCK_FACTOR = 8  # stock pipelines draw sides that are multiples of it
 
 _CLIP = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -140,6 +141,24 @@ def require_text_model(folder: Path, model: str) -> None:
         raise InputError(
             f"the unet of model {model} takes embeddings of width {unet.get('cross_attention_dim')}, but its text encoders have {width}"
         )
+    _require_tokenizer_lengths(folder, model)
+
+
+def _require_tokenizer_lengths(folder: Path, model: str) -> None:
+    """Raises InputError for a tokenizer without a length, to which stock pipelines pad prompts, or with more than its encoder reads."""
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        encoder = part_config(folder, tokenizer.replace("tokenizer", "text_encoder"))
+        if not encoder:
+            continue
+        settings = read_json(folder / tokenizer / "tokenizer_config.json")
+        length = settings.get("model_max_length") if isinstance(settings, dict) else None
+        most = encoder.get("max_position_embeddings", CLIP_POSITIONS)
+        if not isinstance(length, int) or not 2 < length <= most:
+            has = "no model_max_length" if length is None else f"model_max_length {length}"
+            raise InputError(
+                f"the {tokenizer} of model {model} has {has}, but its text encoder reads {most} tokens; write "
+                f'"model_max_length": {most} into {tokenizer}/tokenizer_config.json'
+            )
 
 
 def check_sampling(config: SampleConfig, folder: Path, base: Path | None = None) -> None:
