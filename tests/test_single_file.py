@@ -1,6 +1,7 @@
 """Single-file checkpoints: read by stock diffusers as the folder they were made of, turned back into it, and refused in a sentence."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -19,6 +20,7 @@ from debias_diffusers import cli
 from debias_diffusers.convert import single_file
 from debias_diffusers.convert.single_file_names import unet_name, vae_name
 from debias_diffusers.errors import InputError
+from debias_diffusers.utils.files import temporary_path
 
 
 def with_attention(folder):
@@ -72,6 +74,16 @@ def test_stock_diffusers_reads_what_is_packed_and_it_is_unpacked_again(folders, 
     ours, theirs = (json.loads((each / "scheduler" / "scheduler_config.json").read_text()) for each in (tmp_path / "back", folder))
     assert ours["prediction_type"] == theirs["prediction_type"]
     assert kind.from_pretrained(tmp_path / "back").unet.config.cross_attention_dim == stock.unet.config.cross_attention_dim
+
+
+def test_a_packed_file_is_for_all_whom_its_folder_is_for_and_what_a_kill_left_is_removed(folders, tmp_path):
+    left = temporary_path(tmp_path / "model.safetensors")
+    left.write_text("half")
+    os.utime(left, (0, 0))
+    (tmp_path / "usual").touch()
+    single_file.pack(str(folders["v1"]), str(tmp_path / "model.safetensors"))
+    assert {path.name for path in tmp_path.iterdir()} == {"usual", "model.safetensors"}
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_a_file_says_what_it_predicts(folders, tmp_path):

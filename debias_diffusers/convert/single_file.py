@@ -25,7 +25,16 @@ from ..runs.model_folder import MODEL_INDEX, part_config, require_text_model, te
 from ..tasks.base_model import UNUSED, open_base
 from ..utils import text_libraries
 from ..utils.console import say
-from ..utils.files import atomic_write, filled_folder, new_folder, read_json_object, require_new_file
+from ..utils.files import (
+    filled_folder,
+    move_file,
+    new_folder,
+    read_json_object,
+    remove_old_temporary_files,
+    require_new_file,
+    temporary_folder,
+    translate_write_errors,
+)
 from .single_file_names import Stored, clip_name, open_clip_name, text_encoder_name, unet_name, vae_name
 
 Namer = Callable[[str], Stored]  # by the key of a tensor in diffusers or transformers
@@ -245,8 +254,12 @@ def pack(model: str, out: str, dtype: str = "float32") -> None:
         tensors |= _placed(_weights(folder, name), namer, getattr(torch, dtype), name)
     require_finite(tensors, f"{model} as {dtype}")
     metadata, marks = _parameterization(folder, layout)
-    with atomic_write(Path(out)) as file:
-        safetensors.torch.save_file({**tensors, **marks}, file.name, metadata)
+    place = Path(out)
+    remove_old_temporary_files(place.parent)
+    # Not into an open file: safetensors makes a new one of its own in place of it, for its owner only.
+    with translate_write_errors(place), temporary_folder(place) as temporary:
+        safetensors.torch.save_file({**tensors, **marks}, temporary / place.name, metadata)
+        move_file(temporary / place.name, place)
     say(f"{out} has the weights of {model} in {dtype}")
 
 
