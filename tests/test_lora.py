@@ -673,6 +673,29 @@ def test_names_of_the_original_unet(name, original):
 
 
 @pytest.mark.parametrize(
+    "stem",
+    [
+        "lora_unet_double_blocks_0_img_attn_proj",  # of Flux
+        "lora_unet_joint_blocks_0_x_block_attn_qkv",  # of Stable Diffusion 3
+        "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q",  # of 1.x in the names of the original code, and no module of XL
+        "lora_te_model_transformer_resblocks_0_mlp_c_fc",  # of OpenCLIP
+    ],
+)
+def test_modules_of_other_networks_are_not_converted(stem):
+    tensors = {f"{stem}.lora_down.weight": torch.ones(1, 2), f"{stem}.lora_up.weight": torch.ones(2, 1)}
+    with pytest.raises(InputError, match="is no module of Stable Diffusion"):
+        kohya.to_diffusers(tensors)
+
+
+@pytest.mark.parametrize(
+    "module", ["unet.base_model.model.mid_block.attentions.0.proj_in", "text_encoder.base_model.model.text_projection"]
+)
+def test_names_with_the_prefix_of_peft_are_not_converted(module):
+    with pytest.raises(InputError, match="of no module of Stable Diffusion"):
+        kohya.to_kohya({f"{module}.lora_A.weight": torch.ones(1, 2), f"{module}.lora_B.weight": torch.ones(2, 1)}, {}, xl=False)
+
+
+@pytest.mark.parametrize(
     "words, said",
     [
         (["{run}", "{out}/x.pt", "--format", "kohya"], "ends in .safetensors"),

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..pipelines.lora import METADATA, alpha_of, lora_file, read_lora
 from ..runs.lora_folder import BASE_RECORD, LORA_WEIGHTS, base_record
 from ..utils.console import say
-from ..utils.files import filled_folder, new_folder, require_new_file, require_writable, write_file
+from ..utils.files import filled_folder, new_folder, remove_old_temporary_files, require_new_file, write_file
 from .single_file_names import blocks_per_level, renamed, text_encoder_name, unet_modules
 
 XL_WIDTH = 2048  # of the text embeddings of Stable Diffusion XL
@@ -35,6 +35,10 @@ _WORDS = re.compile(
     "down_blocks|mid_block|up_blocks|transformer_blocks|to_(?:q|k|v|out)|proj_(?:in|out)|conv_(?:in|out|shortcut)|time_emb_proj|"
     "(?:time|add)_embedding|linear_[12]|text_model|self_attn|(?:q|k|v|out)_proj|text_projection|[^_]+"
 )
+
+# The modules of Stable Diffusion that can have adapters. Any other name would be converted to one that no model has.
+_UNET_MODULE = re.compile(r"(?:down|up)_blocks\.\d+\..+|mid_block\..+|conv_(?:in|out)|(?:time|add)_embedding\.linear_[12]")
+_TEXT_MODULE = re.compile(r"text_model\.encoder\.layers\.\d+\..+|text_projection")
 
 
 def convert(lora: str, out: str, format: LoraFormat) -> None:
@@ -60,7 +64,7 @@ def convert(lora: str, out: str, format: LoraFormat) -> None:
         record = base_record(path.parent) if path.name == LORA_WEIGHTS else {}
         xl = record["pipeline"] == "StableDiffusionXLPipeline" if "pipeline" in record else is_xl(tensors, lora)
         found = to_kohya(tensors, about, xl, record.get("layers_per_block", LAYERS))
-        require_writable(place)
+        remove_old_temporary_files(place.parent)
         write_file(place, safetensors.torch.save(found, _kohya_metadata(found, xl)))
     else:
         place = new_folder(out)
@@ -108,12 +112,20 @@ def to_kohya(tensors: Mapping[str, Tensor], about: Mapping[str, Any], xl: bool, 
         if not match or match[1] not in prefixes:
             raise InputError(f"the LoRA has {name}, which has no name in kohya's scripts")
         part, module, kind = match.groups()
-        theirs = text_encoder_name(module) if part != "unet" else original_name(module, layers) if xl else module
+        module = module if part == "unet" else text_encoder_name(module)
+        if not _is_module(part, module):
+            raise InputError(f"the LoRA has {name}, which is of no module of Stable Diffusion")
+        theirs = original_name(module, layers) if xl and part == "unet" else module
         stem = f"{prefixes[part]}_{theirs.replace('.', '_')}"
         found[f"{stem}.{_DIRECTIONS[kind]}.weight"] = tensor.contiguous()
         if kind == "A":
             found[f"{stem}.alpha"] = torch.tensor(alpha_of(name, len(tensor), about))
     return found
+
+
+def _is_module(part: str, module: str) -> bool:
+    """Whether it can be a module of Stable Diffusion, by its name in diffusers."""
+    return bool((_UNET_MODULE if part == "unet" else _TEXT_MODULE).fullmatch(module))
 
 
 def original_name(module: str, layers: int | Sequence[int] = LAYERS) -> str:
@@ -184,8 +196,11 @@ def diffusers_name(stem: str, layers: int = LAYERS) -> tuple[str, str]:
     prefix = next((prefix for prefix in prefixes if stem.startswith(f"{prefix}_")), None)
     if prefix is None:
         raise InputError(f"the LoRA has {stem}, which does not begin with {', '.join(prefixes)}")
-    name = stem.removeprefix(f"{prefix}_")
-    return prefixes[prefix], _of_original(name, layers) if prefix == "lora_unet" else _dotted(name)
+    part, name = prefixes[prefix], stem.removeprefix(f"{prefix}_")
+    module = _of_original(name, layers) if part == "unet" else _dotted(name)
+    if not _is_module(part, module):
+        raise InputError(f"the LoRA has {stem}, which is no module of Stable Diffusion XL, 2.x or 1.x")
+    return part, module
 
 
 def _dotted(name: str) -> str:
