@@ -1,5 +1,6 @@
 """The promises of a run, with real processes: resume, stop, lock, several processes, export."""
 
+import errno
 import json
 import os
 import re
@@ -54,17 +55,19 @@ from debias_diffusers.diffusion.loss import Terms, make_objective
 from debias_diffusers.diffusion.timestep_samplers import make_timestep_sampler
 from debias_diffusers.diffusion.weighting import effective_sample_size
 from debias_diffusers.errors import InputError
+from debias_diffusers.evaluation.monitor import Monitor
 from debias_diffusers.hub.model_card import model_card, published
 from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.runs.run_directory import open_run
 from debias_diffusers.tasks import pixels
+from debias_diffusers.training import saver
 from debias_diffusers.training.ema import EMA
 from debias_diffusers.training.logger import Logger
 from debias_diffusers.training.loss_statistics import LossStatistics
 from debias_diffusers.training.setup.build import run_training
 from debias_diffusers.training.trainer import Trainer, learning_rate
-from debias_diffusers.utils import distributed, seeding
+from debias_diffusers.utils import distributed, files, seeding
 
 LEARNING = ["--timestep_sampler", "loss_second_moment", "--num_train_timesteps", 8, "--noise_schedule", "cosine", "--snr_floor", 1e-3]
 
@@ -588,6 +591,37 @@ def test_the_averaged_weights_are_measured_while_training_and_the_best_checkpoin
     )  # fmt: skip
     assert code == 0, err
     assert json.loads((tmp_path / "score.json").read_text())["targets"][0]["fid"] == pytest.approx(lines[-1]["eval_fid"], rel=1e-3)
+
+
+def kept_after(folder, figures, monkeypatch, *flags):
+    """The steps whose checkpoints are kept by a training that measures these figures, one after each step."""
+    values = iter(figures)
+    monkeypatch.setattr(Monitor, "figures", lambda *_: {"fid": next(values)})
+    every = ["--eval_every", 1, "--eval_images", 66, "--checkpoint_every", 1, "--keep_checkpoints", 1]
+    trained_here(tiny(folder, *every, "--lr_schedule", "constant", "--warmup_steps", 0, *flags))
+    return [checkpoints.step_of_folder(path) for path in checkpoints.list_checkpoints(folder / "checkpoints")]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_best_checkpoint_stays_where_that_of_a_better_step_cannot_be_saved(beside, tmp_path, monkeypatch):
+    def write(folder, step, *others):
+        with files.translate_write_errors(folder):
+            if step == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(folder, step, *others)
+
+    whole = checkpoints.write
+    monkeypatch.setattr(checkpoints, "write", write)
+    if not beside:
+        monkeypatch.setattr(saver.memory, "free_memory", lambda: 0)
+    assert kept_after(tmp_path / "run", [3.0, 1.0, 4.0, 5.0], monkeypatch, "--keep_best", "--max_steps", 4) == [1, 4]
+    assert checkpoints.newest_state(tmp_path / "run" / "checkpoints")["best"]["step"] == 1
+
+
+def test_a_best_checkpoint_that_was_not_kept_is_forgotten(tmp_path, monkeypatch):
+    """As --keep_best was not there yet. Else none after it would be kept."""
+    assert kept_after(tmp_path / "run", [1.0, 2.0], monkeypatch, "--max_steps", 2) == [2]
+    assert kept_after(tmp_path / "run", [3.0, 4.0], monkeypatch, "--keep_best", "--max_steps", 4) == [3, 4]
 
 
 @pytest.mark.parametrize(

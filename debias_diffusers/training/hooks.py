@@ -220,6 +220,7 @@ class Checkpointer:
         self.state, self.constants = state, constants
         self.every = config.run.checkpoint_every
         self.saved_step = self.saving_step = step  # the second is that of the save under way, where there is one
+        self._saved_best = self._saving_best = state.measured.best  # as of these steps
         self._checksums = (step, state.optimizer_step.ema.checksums())  # of the averages, as of the start or the last save
         self._warned = False
 
@@ -258,9 +259,10 @@ class Checkpointer:
                 raise
             if self.run:
                 say(f"step {step} was not saved: {error}; training goes on")
+            self.state.measured.best = self._saved_best
             return
         statistics = self.state.statistics.state(self.accelerator.gather)
-        self.saving_step = step
+        self.saving_step, self._saving_best = step, self.state.measured.best
         # All wait until it has begun, or is done where there is no memory for a copy beside the training.
         broadcast_from_first(lambda: self._begin(step, tensors, shards, statistics, final), self.accelerator)
         if final:
@@ -322,9 +324,11 @@ class Checkpointer:
         # All must know whether to gather again.
         problem = broadcast_from_first(lambda: self.saver.result() if self.saver else None, self.accelerator)
         if problem is None:
-            self.saved_step = self.saving_step
+            self.saved_step, self._saved_best = self.saving_step, self._saving_best
         elif final:
             raise CannotWriteError(problem)
+        elif self.state.measured.best is self._saving_best:  # of a checkpoint that is not there: the one of before stays the best
+            self.state.measured.best = self._saved_best
         self.saving_step = self.saved_step
 
     def _warn_if_averages_stand_still(self, step: int) -> None:

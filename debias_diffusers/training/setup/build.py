@@ -20,7 +20,7 @@ from ...diffusion.timestep_samplers import final_timestep_sampler, make_timestep
 from ...diffusion.uncertainty import Uncertainty
 from ...errors import StoppedError
 from ...hub.publish import Publisher
-from ...runs.checkpoints import Checkpoint
+from ...runs.checkpoints import Checkpoint, folder_name
 from ...runs.run_directory import SKIPPED, Run
 from ...tasks.base import Task
 from ...utils.console import say
@@ -183,6 +183,9 @@ def _restore(found: Checkpoint, state: TrainingState, constants: dict[str, Any],
     if accelerator.is_main_process:
         require_same_training(found, constants, config)
     state_dicts.restore(found, state, accelerator.process_index, accelerator.num_processes)
+    best = state.measured.best
+    if config.run.keep_best and best and not (found.path.parent / folder_name(best["step"])).is_dir():
+        state.measured.best = None  # it was not kept, as before a start with --keep_best
     state.skipped_images = found.state.get(SKIPPED, 0)
     if accelerator.scaler is not None and found.state["scaler"]:  # none where the run has just been changed to fp16
         accelerator.scaler.load_state_dict(found.state["scaler"])
