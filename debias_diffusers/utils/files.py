@@ -27,7 +27,7 @@ BLOCK = 1 << 20  # bytes that are hashed at once
 TEMPORARY_PREFIX = ".draft-"  # of the names of temporary files; no reader looks at them
 # Temporary files that the first versions left in a new folder.
 _FIRST_TEMPORARY_NAMES = {TEMPORARY_PREFIX + name for name in ("config.json", ".sampling.json", "pipeline")}
-_TEMPORARY_NAME = re.compile(re.escape(TEMPORARY_PREFIX) + r"[0-9]+-[0-9a-f]{8}-.*", re.DOTALL)
+_TEMPORARY_NAME = re.compile(re.escape(TEMPORARY_PREFIX) + r"([0-9]+)-[0-9a-f]{8}-.*", re.DOTALL)  # with the process that writes it
 _HOLDER = re.compile(r"process (\d+) on (.+)")  # the text of a lock file
 MAX_TEMPORARY_AGE = 86400.0  # seconds; the process that wrote an older temporary file has ended
 
@@ -321,30 +321,42 @@ def is_held_here(folder: Path) -> bool:
 
 def _may_live(name: str) -> bool:
     found = _HOLDER.fullmatch(name)
-    if found is None:
-        return False
+    return found is not None and (found[2] != socket.gethostname() or _lives(int(found[1])))
+
+
+def _lives(process: int) -> bool:
+    """Whether there is a process with this number on this machine."""
     try:
-        if found[2] == socket.gethostname():
-            os.kill(int(found[1]), 0)  # sends no signal, only checks
-    except ProcessLookupError:
+        os.kill(process, 0)  # sends no signal, only checks
+    except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # alive, and owned by another user
+    except OSError:  # owned by another user
         pass
     return True
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Removes the temporary files of interrupted writes. Call it only while holding the folder's lock."""
+    """Removes the temporary files of interrupted writes. Call it only while holding the folder's lock.
+
+    Those of another process of this machine stay while it lives: samples and reconstructed averages are written without a run's lock.
+    """
     for path in folder.glob(TEMPORARY_PREFIX + "*"):
-        with translate_write_errors(path):
+        with translate_write_errors(path), contextlib.suppress(FileNotFoundError):
+            found = _TEMPORARY_NAME.fullmatch(path.name)
+            if found and int(found[1]) != os.getpid() and _lives(int(found[1])) and not _is_old(path):
+                continue
             remove(path)
+
+
+def _is_old(temporary: Path) -> bool:
+    return time.time() - temporary.lstat().st_mtime > MAX_TEMPORARY_AGE
 
 
 def remove_old_temporary_files(folder: Path) -> None:
     """Removes temporary files older than a day from a folder that other processes may write to. Ignores OS errors."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
-            if _TEMPORARY_NAME.fullmatch(path.name) and time.time() - path.lstat().st_mtime > MAX_TEMPORARY_AGE:
+            if _TEMPORARY_NAME.fullmatch(path.name) and _is_old(path):
                 remove(path)
 
 

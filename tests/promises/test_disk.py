@@ -21,6 +21,7 @@ from recorder import Killed, kill_at
 from debias_diffusers.errors import CannotWriteError, RunInUseError
 from debias_diffusers.runs import checkpoints
 from debias_diffusers.runs.metrics_file import MetricsFile
+from debias_diffusers.runs.run_directory import open_run
 from debias_diffusers.training import device, saver
 from debias_diffusers.utils import files
 
@@ -305,6 +306,8 @@ def test_the_process_that_comes_second_leaves_soon_and_writes_nothing(steady, tm
 @pytest.mark.row(22, "of two processes on a run directory exactly one runs; the other exits and names it")
 @pytest.mark.parametrize("left", ["", "process {ended} on {host}"])
 def test_the_one_that_took_the_lock_is_named_also_before_it_wrote_its_name(tmp_path, monkeypatch, left):
+    config = tiny(tmp_path)
+    open_run(config).close()
     ended = subprocess.Popen(["true"])
     ended.wait()
     with files.acquire_lock(tmp_path):
@@ -416,6 +419,23 @@ def test_killed_again_and_again_while_saving_one_checkpoint_is_always_whole(tmp_
             assert valid(tmp_path)[-1] == step and len(checkpoints.list_checkpoints(tmp_path)) == min(keep, len(valid(tmp_path)))
             return
     raise AssertionError("the save never came to its end")
+
+
+def test_a_start_removes_what_a_killed_process_left_but_not_what_another_one_is_writing(tmp_path):
+    """As `ema reconstruct` and `sample.py` write into a run directory without its lock."""
+    config = tiny(tmp_path)
+    open_run(config).close()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    writing, left = [f".draft-{process}-0123abcd-sigma_rel-0.08" for process in (os.getppid(), ended.pid)]
+    of_days_ago, of_no_process = f".draft-{os.getppid()}-01234567-export", f".draft-{10**20}-01234567-export"
+    for folder in (tmp_path, tmp_path / "samples"):
+        for name in (writing, left, of_days_ago, of_no_process, files.temporary_path(folder / "own").name):
+            (folder / name).mkdir(parents=True)
+        os.utime(folder / of_days_ago, (0, 0))
+    with open_run(config) as run:
+        run.begin(config)
+    assert set(tmp_path.rglob(".draft-*")) == {tmp_path / writing, tmp_path / "samples" / writing}
 
 
 # ---- 24: moved and renamed -------------------------------------------------------------------------------------------
