@@ -107,6 +107,11 @@ def step_of_card(card: Path) -> int | None:
     return int(found[1]) if found else None
 
 
+def of_step(card: str, step: int) -> str:
+    """The card of a run with this step in place of its own."""
+    return STEP.sub(lambda found: found[0].replace(found[1], str(step), 1), card, count=1)
+
+
 def changes_section(changes: Sequence[Mapping[str, Any]]) -> str:
     """The end of a card: what --allow_change changed in the middle of the run, as state.json has it; "" where nothing was."""
     lines = [f"- step {change['step']}: {_changed(change)}" for change in changes]

@@ -34,12 +34,14 @@ from ..runs.run_directory import CHECKPOINTS, CONFIG, SAMPLES
 from ..utils.console import say
 from ..utils.files import (
     acquire_lock,
+    fsync_file,
     read_json,
     remove,
     remove_temporary_files,
     temporary_folder,
     temporary_path,
     translate_write_errors,
+    write_and_fsync,
     write_file,
 )
 from ..utils.signals import SignalHandler
@@ -105,20 +107,23 @@ def _files(run: Path, step: int) -> dict[str, Path]:
 def _link(run: Path, path: Path, place: Path, step: int) -> None:
     """Puts a file of a run in its place.
 
-    metrics.jsonl is appended to, so its lines up to `step` are copied; adapters of a checkpoint get the names of diffusers; all other
-    files are replaced by renames, so a link is enough.
+    metrics.jsonl is appended to, so its lines up to `step` are copied; the card gets this step, as the export is of another one after
+    a kill between the two; adapters of a checkpoint get the names of diffusers; all other files are replaced by renames, so a link is
+    enough. What is copied is synced, or a push after a power cut would send what is left of it.
     """
     if path.suffix == ".safetensors" and is_lora(run):
-        place.write_bytes(exported_weights(path, run / LORA_WEIGHTS))
-        return
-    if path.name == METRICS_FILE:
+        write_and_fsync(place, exported_weights(path, run / LORA_WEIGHTS))
+    elif path.name == METRICS_FILE:
         lines = path.read_bytes().splitlines(keepends=True)
-        place.write_bytes(b"".join(line for line in lines if step_of_line(line) <= step))
-        return
-    try:
-        os.link(path, place)
-    except OSError:  # file systems without hard links
-        shutil.copyfile(path, place)
+        write_and_fsync(place, b"".join(line for line in lines if step_of_line(line) <= step))
+    elif path.name == CARD:
+        write_and_fsync(place, model_card.of_step(path.read_text(encoding="utf-8"), step).encode())
+    else:
+        try:
+            os.link(path, place)
+        except OSError:  # file systems without hard links
+            shutil.copyfile(path, place)
+            fsync_file(place)
 
 
 def _contents(folder: Path, repo: str, license: str | None) -> dict[str, Path | bytes]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -302,6 +303,7 @@ def test_a_damaged_or_incomplete_run_is_not_pushed(hub, worker, run, repo):
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     code, said = worker.push(run, "--hub_model_id", repo)
     assert code == 0 and "an older checkpoint is pushed" in said and hub.commits(repo)[0]["title"] == "Step 18"
+    assert "\nStep 18 of 24; the weights are averaged" in hub.files(repo)["README.md"].decode()
     (run / "unet" / "config.json").unlink()
     code, said = worker.push(run, "--hub_model_id", repo)
     assert code == 2 and "unet/config.json is missing" in said
@@ -563,6 +565,24 @@ def test_a_staged_folder_has_the_metrics_and_the_grid_of_its_step_though_the_tra
     folder = publish.stage(run, 18)
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, 19))
     assert (folder / "samples.png").read_bytes() == b"18"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_copied_for_a_push_is_on_the_disk_before_it_counts(links, run, monkeypatch):
+    fsync, synced = os.fsync, {path.stat().st_ino for path in run.rglob("*") if links}
+
+    def recorded(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def refused(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    staged = [path for path in publish.stage(run, 24).rglob("*") if path.is_file()]
+    assert len(staged) > 6 and {path.stat().st_ino for path in staged} <= synced
 
 
 def test_a_push_over_its_time_limit_is_stopped(run, monkeypatch, capsys):
