@@ -109,6 +109,23 @@ def test_a_file_says_what_it_predicts(folders, tmp_path):
     assert load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
 
 
+@pytest.mark.parametrize(
+    "scheduler, said",
+    [
+        ({}, None),
+        ({"beta_schedule": "linear", "beta_start": 0.0001}, "says beta_schedule linear, beta_start 0.0001: set"),
+        ({"rescale_betas_zero_snr": True}, "says rescale_betas_zero_snr True: set"),
+    ],
+)
+def test_a_noise_schedule_that_no_file_says_is_warned_of(scheduler, said, folders, tmp_path, capsys):
+    folder = shutil.copytree(folders["v1"], tmp_path / "folder")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | scheduler))
+    single_file.pack(str(folder), str(tmp_path / "model.safetensors"))
+    found = capsys.readouterr().err
+    assert said in found if said else "warning" not in found
+
+
 def test_zero_terminal_snr_of_a_file_needs_a_scheduler_that_knows_it(folders, tmp_path):
     file, config = tmp_path / "v.safetensors", shutil.copytree(folders["xl v"], tmp_path / "config")
     single_file.pack(str(folders["xl v"]), str(file))

@@ -41,6 +41,8 @@ Namer = Callable[[str], Stored]  # by the key of a tensor in diffusers or transf
 
 _V, _ZERO_SNR = "v_pred", "ztsnr"  # empty tensors by which files of Stable Diffusion XL say that they predict v, with zero terminal SNR
 _PREDICTS = "modelspec.prediction_type"  # of the metadata, epsilon or v
+# Of a scheduler; no file says them, and programs take them for granted.
+_USUAL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "trained_betas": None}
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,8 @@ def pack(model: str, out: str, dtype: str = "float32") -> None:
     for name, namer in _namers(folder, layout).items():
         tensors |= _placed(_weights(folder, name), namer, getattr(torch, dtype), name)
     require_finite(tensors, f"{model} as {dtype}")
-    metadata, marks = _parameterization(folder, layout)
+    scheduler = read_json_object("model", folder / "scheduler" / "scheduler_config.json")
+    metadata, marks = _parameterization(scheduler, layout)
     place = Path(out)
     remove_old_temporary_files(place.parent)
     # Not into an open file: safetensors makes a new one of its own in place of it, for its owner only.
@@ -261,6 +264,8 @@ def pack(model: str, out: str, dtype: str = "float32") -> None:
         safetensors.torch.save_file({**tensors, **marks}, temporary / place.name, metadata)
         move_file(temporary / place.name, place)
     say(f"{out} has the weights of {model} in {dtype}")
+    if unsaid := _unsaid(scheduler, layout):
+        say(f"warning: no single file says {', '.join(unsaid)}: set this in other programs, and name {model} with --config to turn it back")
 
 
 def _layout_of(folder: Path) -> Layout:
@@ -294,11 +299,16 @@ def _placed(weights: Mapping[str, Tensor], namer: Namer, dtype: torch.dtype, par
     return found | {name: torch.cat([parts[k] for k in range(3)]) for name, parts in thirds.items()}
 
 
-def _parameterization(folder: Path, layout: Layout) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata, and the empty tensors by which programs know what a model of Stable Diffusion XL predicts."""
-    values = read_json_object("model", folder / "scheduler" / "scheduler_config.json")
+def _parameterization(values: Mapping[str, Any], layout: Layout) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata, and the empty tensors by which programs know what a model of Stable Diffusion XL predicts; `values` of its scheduler."""
     is_v, zero = values.get("prediction_type") == "v_prediction", bool(values.get("rescale_betas_zero_snr"))
     metadata = {"format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": layout.architecture}
     metadata[_PREDICTS] = "v" if is_v else "epsilon"
     marks = {name: torch.zeros(0) for name, there in ((_V, is_v), (_ZERO_SNR, zero)) if there and layout is LAYOUTS[0]}
     return metadata, marks
+
+
+def _unsaid(values: Mapping[str, Any], layout: Layout) -> list[str]:
+    """What a file of a layout cannot say of a scheduler with these values."""
+    usual = _USUAL if layout is LAYOUTS[0] else {**_USUAL, "rescale_betas_zero_snr": False}
+    return [f"{name} {values[name]!s:.40}" for name, value in usual.items() if values.get(name, value) != value]
