@@ -74,3 +74,13 @@ def test_a_disk_that_refuses_modes_does_not_refuse_checkpoints(tmp_path, monkeyp
     monkeypatch.setattr(Path, "chmod", refuse)
     checkpoints.write(tmp_path, 10, state_dicts.writers(tensors), {"step": 10}, keep=2)
     assert checkpoints.latest_valid(tmp_path)[0].step == 10
+
+
+def test_a_file_that_is_linked_from_elsewhere_keeps_its_mode(tmp_path):
+    """As the VAE of a base model that a reconstructed pipeline links to."""
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(bytes(files.LINKED_FROM))
+    theirs.chmod(0o444)
+    with files.filled_folder(tmp_path / "out", "model_index.json") as folder:
+        files.link_or_copy(theirs, folder / "vae.safetensors")
+    assert (tmp_path / "out" / "vae.safetensors").samefile(theirs) and theirs.stat().st_mode & 0o777 == 0o444

@@ -139,9 +139,12 @@ def link_or_copy(path: Path, destination: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Syncs a file and gives it the mode that the umask allows, as its folder has it: safetensors writes files for their owner only."""
-    mode = path.parent.stat().st_mode & 0o666
-    if stat.S_IMODE(path.stat().st_mode) != mode:
+    """Syncs a file and gives it the mode that the umask allows, as its folder has it: safetensors writes files for their owner only.
+
+    A hard link keeps its mode, which is also that of a file of others.
+    """
+    mode, found = path.parent.stat().st_mode & 0o666, path.stat()
+    if found.st_nlink == 1 and stat.S_IMODE(found.st_mode) != mode:
         with contextlib.suppress(OSError):  # of a disk without modes, such as one of Windows
             path.chmod(mode)
     with open(path, "rb") as file:
