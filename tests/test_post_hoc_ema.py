@@ -17,8 +17,10 @@ from debias_diffusers.config.schema.training import TrainConfig
 from debias_diffusers.config.validation.evaluation import score_problems
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.diffusion.power_ema import KEPT, combination, exponent, weights_of_steps
-from debias_diffusers.errors import InputError
+from debias_diffusers.errors import CannotWriteError, InputError
 from debias_diffusers.evaluation import score
+from debias_diffusers.runs import ema_snapshots
+from debias_diffusers.runs.checkpoints import latest_valid
 from debias_diffusers.runs.ema_snapshots import FOLDER, steps, thinned
 from debias_diffusers.sampling.generate import make_job
 from debias_diffusers.sampling.post_hoc_ema import reconstructed
@@ -142,6 +144,16 @@ def test_a_run_with_snapshots_resumes_with_the_same_bits(averaged, tmp_path):
         for name in POWERS:
             places = [each / FOLDER / f"step-{step:08d}" / name for each in (folder, tmp_path / "whole")]
             assert places[0].read_bytes() == places[1].read_bytes()
+
+
+def test_a_step_whose_snapshot_has_no_room_is_saved(tmp_path, monkeypatch, capsys):
+    def add(*_):
+        raise CannotWriteError("no room")
+
+    monkeypatch.setattr(ema_snapshots, "add", add)
+    trained_here(tiny(tmp_path, *FLAGS, "--max_steps", 2))
+    assert "no EMA snapshot at step 2: no room" in capsys.readouterr().err
+    assert latest_valid(tmp_path / "checkpoints")[0].step == 2
 
 
 def test_the_command_writes_a_pipeline_and_refuses_in_a_sentence(averaged, capsys):

@@ -602,20 +602,24 @@ def kept_after(folder, figures, monkeypatch, *flags):
     return [checkpoints.step_of_folder(path) for path in checkpoints.list_checkpoints(folder / "checkpoints")]
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_the_best_checkpoint_stays_where_that_of_a_better_step_cannot_be_saved(beside, tmp_path, monkeypatch):
+@pytest.mark.parametrize("beside, written, best", [(True, False, 1), (False, False, 1), (True, True, 2)])
+def test_the_best_checkpoint_stays_where_that_of_a_better_step_cannot_be_saved(beside, written, best, tmp_path, monkeypatch):
+    """Or where it can, and what comes after it fails."""
+
     def write(folder, step, *others):
         with files.translate_write_errors(folder):
+            if step != 2 or written:
+                found = whole(folder, step, *others)
             if step == 2:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return whole(folder, step, *others)
+        return found
 
     whole = checkpoints.write
     monkeypatch.setattr(checkpoints, "write", write)
     if not beside:
         monkeypatch.setattr(saver.memory, "free_memory", lambda: 0)
-    assert kept_after(tmp_path / "run", [3.0, 1.0, 4.0, 5.0], monkeypatch, "--keep_best", "--max_steps", 4) == [1, 4]
-    assert checkpoints.newest_state(tmp_path / "run" / "checkpoints")["best"]["step"] == 1
+    assert kept_after(tmp_path / "run", [3.0, 1.0, 4.0, 5.0], monkeypatch, "--keep_best", "--max_steps", 4) == [best, 4]
+    assert checkpoints.newest_state(tmp_path / "run" / "checkpoints")["best"]["step"] == best
 
 
 def test_a_best_checkpoint_that_was_not_kept_is_forgotten(tmp_path, monkeypatch):

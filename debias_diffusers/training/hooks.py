@@ -327,9 +327,13 @@ class Checkpointer:
             self.saved_step, self._saved_best = self.saving_step, self._saving_best
         elif final:
             raise CannotWriteError(problem)
-        elif self.state.measured.best is self._saving_best:  # of a checkpoint that is not there: the one of before stays the best
+        elif self.state.measured.best is self._saving_best and not self._is_there(self.saving_step):
             self.state.measured.best = self._saved_best
         self.saving_step = self.saved_step
+
+    def _is_there(self, step: int) -> bool:
+        """Whether the first process sees the checkpoint of a step, after which a save can still fail, as at the removal of an older one."""
+        return self.run is not None and (self.run.checkpoints / checkpoints.folder_name(step)).is_dir()
 
     def _warn_if_averages_stand_still(self, step: int) -> None:
         """Says once which averages have not changed since the last save, though they should at every step."""

@@ -86,14 +86,21 @@ class Saver(BackgroundTask[str | None]):
             files = _writers(tensors, shards)
             written = checkpoints.write(self.run.checkpoints, state["step"], files, state, keep, best, self._damaged)
             self._damaged.discard(state["step"])
-            if self.config.optimization.post_hoc_ema:
-                ema_snapshots.add(self.run.folder, written, self.config.optimization.post_hoc_ema)
         except CannotWriteError as error:
             return f"{error}; a save needs about {state_dicts.size(tensors) / 1e6:.1f} MB"
         finally:
             if shards:
                 shutil.rmtree(shards, ignore_errors=True)
+        if self.config.optimization.post_hoc_ema:
+            self._add_snapshot(written)
         return None
+
+    def _add_snapshot(self, checkpoint: Path) -> None:
+        """Where the disk has no room for it, the step is saved nevertheless: averages are made of the other snapshots."""
+        try:
+            ema_snapshots.add(self.run.folder, checkpoint, self.config.optimization.post_hoc_ema)
+        except CannotWriteError as error:
+            say(f"no EMA snapshot at step {checkpoints.step_of_folder(checkpoint)}: {error}")
 
     def _export(self, folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         """Makes the run directory a pipeline folder, with the averaged weights of the first rate."""
