@@ -172,7 +172,7 @@ def publish(repo: str, contents: Mapping[str, Path | bytes], message: str) -> st
     No commit is made where the branch holds them already, as after an answer that was lost.
 
     Raises:
-        HubError: the Hub refuses, or cannot be reached for as long as `client.retried` tries.
+        HubError: the Hub refuses, or cannot be reached for as long as `client.retried` tries; or a LoRA would go to a pipeline.
     """
     return retried(partial(_commit, repo, contents, message), f"committing to {repo}")
 
@@ -183,6 +183,8 @@ def _commit(repo: str, contents: Mapping[str, Path | bytes], message: str) -> st
 
     head = retried(lambda: api().model_info(repo), f"reading {repo}")
     names = [file.rfilename for file in head.siblings or []]
+    if BASE_RECORD in contents and client.MODEL_INDEX in names:  # as where a base model is named by mistake, which would lose its UNet
+        raise HubError(f"{repo} holds a pipeline, in place of which no LoRA would be loaded; name another repository")
     # Other weights in unet/, or of a LoRA, would be loaded in place of these: .bin, variants, shards.
     kinds = (f"unet/{WEIGHTS}", Path(LORA_WEIGHTS).stem)
     foreign = [name for name in names if name.startswith(kinds) and name not in contents]

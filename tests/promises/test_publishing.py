@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -21,6 +22,7 @@ from pushing import Worker, copy_of, environment, repository, served, settle
 from safetensors.numpy import load, save
 
 from debias_diffusers.config.schema.hub import HubConfig
+from debias_diffusers.errors import HubError
 from debias_diffusers.hub import publish
 from debias_diffusers.hub.client import PREFLIGHT
 from debias_diffusers.runs import checkpoints
@@ -197,6 +199,16 @@ for name in ("notes.txt", "vae/diffusion_pytorch_model.safetensors", *(f"unet/{n
     (run / "metrics.jsonl").write_text("")
     assert worker.push(run, "--hub_model_id", repo)[0] == 0
     assert set(hub.files(repo)) == {*pushed(run), *REPOSITORY, "notes.txt", "vae/diffusion_pytorch_model.safetensors"}
+
+
+def test_a_lora_is_not_pushed_over_a_pipeline(monkeypatch):
+    """Whose UNet it would delete."""
+    there = [SimpleNamespace(rfilename=name) for name in ("model_index.json", "unet/diffusion_pytorch_model.safetensors")]
+    head = SimpleNamespace(sha="0" * 40, siblings=there)
+    fake = SimpleNamespace(model_info=lambda _: head, create_commit=lambda *_, **__: pytest.fail("it was committed"))
+    monkeypatch.setattr(publish, "api", lambda: fake)
+    with pytest.raises(HubError, match="user/base holds a pipeline"):
+        publish.publish("user/base", {"base_model.json": b"{}", "pytorch_lora_weights.safetensors": b""}, "Step 1")
 
 
 # ---- kills and company -----------------------------------------------------------------------------------------------
