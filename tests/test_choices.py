@@ -45,6 +45,7 @@ def chosen(*args, images=400, gpu=False):
         "--weighting min_snr --rescale_betas_zero_snr",
         "--size large --batch_size 3",
         "--model_channels 96 --attention_head_dim 32",
+        "--model_channels 48",
         "--channel_mult 1 2 2",
         "--noise_schedule cosine --snr_floor 1e-3",
         "--noise_schedule scaled_linear",
