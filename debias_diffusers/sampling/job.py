@@ -45,6 +45,11 @@ def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
     return [torch.Generator().manual_seed(own) for own in image_seeds(seed, indices)]
 
 
+def batches(count: int, batch_size: int) -> list[range]:
+    """The images 0 .. count - 1 in batches of consecutive indices."""
+    return [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What images show, by index: a label each, or a prompt each; nothing of an unconditional model."""
