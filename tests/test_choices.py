@@ -45,6 +45,7 @@ def chosen(*args, images=400, gpu=False):
         "--weighting min_snr --rescale_betas_zero_snr",
         "--size large --batch_size 3",
         "--model_channels 96 --attention_head_dim 32",
+        "--model_channels 48",
         "--channel_mult 1 2 2",
         "--noise_schedule cosine --snr_floor 1e-3",
         "--noise_schedule scaled_linear",
@@ -127,6 +128,8 @@ def test_it_is_chosen_once_said_and_kept(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert f"as in {run}: --" in said and "--schedule_shift 64" in said and "resuming" in said and "chosen for" not in said
     assert json.loads((run / "config.json").read_text()) == values | {"max_steps": 3}
+    hyphens = ["--output-dir" if word == "--output_dir" else str(word) for word in command]
+    assert cli.train_command(hyphens, None) == cli.train_command([*map(str, command)], None)
     # What is typed now, and was not then, is refused as ever.
     assert cli.train([*map(str, command), "--max_steps", "3", "--batch_size", "2", "--schedule_shift", "1"]) == 2
     assert "schedule_shift: the run has 64.0, this command says 1.0" in capsys.readouterr().err

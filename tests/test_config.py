@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY, run
 
-from debias_diffusers.cli import train_config
+from debias_diffusers.cli import train_command, train_config
 from debias_diffusers.commands import evaluate
 from debias_diffusers.config import loading
 from debias_diffusers.config.loading import flatten, layered, read_config, resolved, update
@@ -275,6 +275,12 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert config.optimization.ema_decay == (0.9,)
     assert config.optimization.mixed_precision == "no"
     assert config.objective.schedule_shift == 1  # not the digits'
+
+
+def test_hyphens_and_underscores_in_flags_are_the_same():
+    command = ["--base_model", "user/model", "--dataset", "faces", "--resolution", "64", "--output_dir", "run"]
+    hyphens = [word.replace("_", "-") for word in command]
+    assert train_command(hyphens, None) == train_command(command, None)
 
 
 def test_the_digits_configuration_is_taken_for_the_digits(tmp_path):

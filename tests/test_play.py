@@ -4,11 +4,13 @@ import re
 import shlex
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, Forked, forbid_torch
+from PIL import Image
 
 from debias_diffusers import cli
 from debias_diffusers.config.schema.sampling import PlayConfig
@@ -66,6 +68,9 @@ def test_the_shown_command_draws_the_same_images_of_a_run(engine, run, tmp_path)
         (found,) = [path for path in (run / "samples").iterdir() if path.name.startswith(folder)]
         require_same(drawn.archive, found)
     assert images_of(raw.archive) != images_of(averaged.archive)
+    # Of a request nothing stays but what the page shows, which it removes.
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["1.png", "1.zip", "2.png", "2.zip"]
+    assert Image.open(raw.grid).width > 4 * 8
     assert [stage.name for stage in raw.stages] == [f"t = {t}, evaluation {k + 1} of 4" for k, t in enumerate((999, 666, 333, 0))]
 
 
@@ -144,6 +149,14 @@ def test_a_wrong_command_is_answered_in_one_sentence(arguments, sentence, run, t
     monkeypatch.setattr(requests.importlib.util, "find_spec", lambda name: None)
     assert cli.play([argument.format(run=run, text=text_models["xl"]) for argument in arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_models_without_a_scheduler_in_common_are_refused_before_the_page_opens(monkeypatch):
+    models = {"a": PIXELS, "b": replace(PIXELS, name="b", schedulers=("flow_euler", "flow_heun"))}
+    monkeypatch.setattr(Engine, "_describe", lambda self, name: models[name])
+    with pytest.raises(InputError, match="no scheduler is for both"):
+        Engine(PlayConfig(models=("a", "b"), num_threads=1))
+    assert Engine(PlayConfig(models=("b", "b"), num_threads=1)).models == [models["b"]] * 2
 
 
 def test_help_and_mistakes_need_no_torch():

@@ -161,6 +161,7 @@ def test_the_command_writes_a_pipeline_and_refuses_in_a_sentence(averaged, capsy
     assert cli.ema(["reconstruct", str(folder), "--sigma_rel", "0.08"]) == 0
     out = folder / "sigma_rel-0.08"
     assert f"step 12 of {folder} averaged with sigma_rel 0.08 is in {out}" in capsys.readouterr().err
+    assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()  # by which sample.py knows size and chunks
     made = DDPMPipeline.from_pretrained(out)
     expected, _ = reconstructed(folder, 0.08)
     assert all(torch.equal(expected[name], tensor) for name, tensor in made.unet.state_dict().items())

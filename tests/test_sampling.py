@@ -595,6 +595,19 @@ def test_a_trajectory_is_a_picture_of_x_t_and_x_0_over_the_steps(trained, tmp_pa
     assert not np.array_equal(picture[6:54, 6:54], picture[60:108, 6:54])
 
 
+def test_a_trajectory_is_drawn_in_the_batches_of_the_command(trained, tmp_path, monkeypatch):
+    sizes, call = [], PixelPipeline.__call__
+
+    def counted(pipeline, **options):
+        sizes.append(options["batch_size"])
+        return call(pipeline, **options)
+
+    monkeypatch.setattr(PixelPipeline, "__call__", counted)
+    folder = sample(sample_config(trained, tmp_path / "out", trajectory=True, num_images=5, batch_size=2))
+    assert sizes == [2, 2, 1] * 2  # the images, and then what led to them
+    assert Image.open(folder / "preview" / "trajectory.png").size == (6 + 5 * 54, 6 + 10 * 54)
+
+
 def test_a_damaged_packed_file_is_drawn_again(trained, tmp_path):
     folder = sample(sample_config(trained, tmp_path / "out", format="npz"))
     whole = np.load(folder / "samples.npz")["arr_0"]

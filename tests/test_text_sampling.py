@@ -136,6 +136,8 @@ def test_guidance_is_that_of_the_stock_pipelines_where_nothing_is_said(text_mode
     assert make_job(config_of(run), "cpu").options["guidance_scale"] == 1.0
     with pytest.raises(InputError, match="caption_dropout 0"):
         make_job(config_of(run, guidance_scale=2.0), "cpu")
+    with pytest.raises(InputError, match="negative_prompt is blurry, but"):  # from which nothing would lead away
+        make_job(config_of(run, negative_prompt="blurry"), "cpu")
     (run / "config.json").write_text(json.dumps({**values, "base_model": "user/sdxl"}))  # which knows images without a prompt
     assert [make_job(config_of(run, guidance_scale=scale), "cpu").options["guidance_scale"] for scale in (None, 2.0)] == [5.0, 2.0]
 

@@ -143,7 +143,7 @@ def _values_of_run(run: str, typed: set[str]) -> dict[str, Any]:
 def _take_flag(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
     """The value of one flag, or None, and the other arguments. --config and --dataset decide the defaults of all other flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(f"--{name}")
+    parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")  # as for all other flags, either will do
     try:
         found, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:

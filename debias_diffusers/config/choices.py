@@ -119,7 +119,10 @@ def _network(config: TrainConfig, images: int, gpu: bool) -> Group:
         return Group("network", {}, "")  # a problem that the validation names
     size: Size = "tiny" if not gpu else "small" if images < FEW_IMAGES else "base" if images < MANY_IMAGES else "large"
     reason = f"size {size}: {'no GPU' if not gpu else f'{images} images'}; another with --size {'|'.join(SIZES)}"
-    return Group("network", network_of_size(size, config.data.resolution, config.model.channel_mult), reason)
+    values = network_of_size(size, config.data.resolution, config.model.channel_mult)
+    # It divides the channels of every level, also where model_channels was typed.
+    values["attention_head_dim"] = math.gcd(values["attention_head_dim"], config.model.model_channels)
+    return Group("network", values, reason)
 
 
 def _objective(config: TrainConfig, images: int, gpu: bool) -> Group:

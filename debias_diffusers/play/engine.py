@@ -26,7 +26,7 @@ from ..pipelines.solvers import default_scheduler
 from ..runs.model_folder import is_lora, task_of
 from ..sampling.generate import load_model, make_job
 from ..sampling.image_writer import SampleFolder
-from ..sampling.job import Job, LoadedModel, image_seeds
+from ..sampling.job import Job, LoadedModel, batches, image_seeds
 from ..utils.distributed import inference_accelerator
 from ..utils.torch_errors import explain_error
 from .request import OTHER_TASKS, PlayedModel, Request, command_line, commands, weights_of
@@ -77,9 +77,11 @@ class Engine:
         self.models = [self._describe(model) for model in config.models]
         if len({model.task for model in self.models}) > 1:
             raise InputError(OTHER_TASKS)
+        if not set.intersection(*({*model.schedulers} for model in self.models)):
+            raise InputError("only one of the models is a rectified flow, so that no scheduler is for both; start two playgrounds")
 
     def draw(self, request: Request, session: str, folder: Path, progress: Progress) -> list[Drawn]:
-        """Draws a request with each model, into folders `1` and `2`; waits while another request is drawn.
+        """Draws a request with each model, into `1.png` and `1.zip`, and 2; waits while another request is drawn.
 
         Raises:
             InputError: the request does not fit the models, or is beyond the limits.
@@ -124,7 +126,9 @@ class Engine:
                 raise sentence from error
             raise
         archive = shutil.make_archive(str(folder), "zip", folder)
-        return Drawn(folder / GRID, Path(archive), command_line(config, job.name), tuple(job.notes()), tuple(kept))
+        grid = (folder / GRID).replace(folder.with_suffix(".png"))
+        shutil.rmtree(folder)  # the page shows the picture and offers the archive, and removes these two when they are old
+        return Drawn(grid, Path(archive), command_line(config, job.name), tuple(job.notes()), tuple(kept))
 
     def _job(self, config: SampleConfig) -> Job:
         """The job of a command, of the model that is loaded already, or else loaded in the place of the one that waited longest."""
@@ -177,12 +181,12 @@ def _draw_into(samples: SampleFolder, job: Job, stages: bool, report: Progress) 
     config, calls = job.config, job.network_evaluations
     timesteps = [float(t) for t in job.pipeline.scheduler.timesteps]
     chosen = sorted({round(k * (calls - 1) / max(1, min(calls, STAGES) - 1)) for k in range(min(calls, STAGES))})
-    batches = [range(first, min(first + config.batch_size, config.num_images)) for first in range(0, config.num_images, config.batch_size)]
+    parts = batches(config.num_images, config.batch_size)
     kept: list[Stage] = []
-    for number, indices in enumerate(batches):
+    for number, indices in enumerate(parts):
 
         def on_call(call: int, number: int = number) -> None:
-            report((number * calls + call + 1) / (len(batches) * calls), f"{call + 1} of {calls} evaluations of the network")
+            report((number * calls + call + 1) / (len(parts) * calls), f"{call + 1} of {calls} evaluations of the network")
 
         drawn, seen = job.watch(indices, chosen if stages and not number else [], on_call, STAGE_IMAGES)
         for k, array in zip(indices, drawn.cpu().numpy()):

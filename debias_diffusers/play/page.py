@@ -200,7 +200,7 @@ def _drawer(engine: Engine, names: Sequence[str], count: int) -> Callable[..., l
                 traceback.print_exc()
                 return [_message(f"this cannot be drawn: {reason(error)}", wrong=True), *_Panel.unchanged(count)]
             notes = dict.fromkeys(note for each in drawn for note in each.notes)
-            # Gradio copies the files into its own folder after this returns, so that they must outlive the temporary one.
+            # Gradio serves the files from its own folder, and removes them there after KEPT_SECONDS.
             kept = tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR"))
             shutil.copytree(folder, kept, dirs_exist_ok=True)
         return [

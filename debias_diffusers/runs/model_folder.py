@@ -183,10 +183,11 @@ def check_sampling(config: SampleConfig, folder: Path, base: Path | None = None)
         found.append(f"base_model is {config.base_model}, but {config.model} is no LoRA: it is drawn with as it is; leave base_model out")
     if task == "text_to_image":
         found += size_problems(pipeline, width=config.width, height=config.height)
-        if (config.guidance_scale or 1) > 1 and knows_prompts_only(folder):
+        asked = "guidance_scale" if (config.guidance_scale or 1) > 1 else "negative_prompt" if config.negative_prompt is not None else None
+        if asked and knows_prompts_only(folder):
             found.append(
-                f"guidance_scale is {config.guidance_scale}, but {config.model} was trained with caption_dropout 0 from a base model "
-                f"without weights, so that it knows no image without a prompt; take --guidance_scale 1"
+                f"{asked} is {getattr(config, asked)}, but {config.model} was trained with caption_dropout 0 from a base model without "
+                f"weights, so that it knows no image without a prompt; leave {asked} out"
             )
     raise_all(found)
     if task == "text_to_image":

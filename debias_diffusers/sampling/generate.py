@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from ..utils.distributed import broadcast_from_first, inference_accelerator
 from ..utils.files import acquire_lock, write_file
 from ..utils.torch_errors import explain_error
 from .image_writer import ImageWriter, SampleFolder, require_sample_folder
-from .job import Job, LoadedModel, image_seeds
+from .job import Job, LoadedModel, batches, image_seeds
 from .pixel_job import draw as draw
 from .pixel_job import load_pixel_model, make_pixel_job
 from .pixel_job import open_model as open_model
@@ -120,8 +119,10 @@ def _draw_into(samples: SampleFolder, job: Job, accelerator: Accelerator) -> Non
     """Samples the missing images; process r of n takes every n-th batch."""
     with acquire_lock(samples.folder) if accelerator.is_main_process else contextlib.nullcontext():
         # Only the first process lists the folder: files may appear while others list it.
-        missing = broadcast_from_first(lambda: samples.begin(_with_count(job.settings, samples), job.config.overwrite), accelerator)
-        mine = list(_batches(missing, job.config))[accelerator.process_index :: accelerator.num_processes]
+        missing = {*broadcast_from_first(lambda: samples.begin(_with_count(job.settings, samples), job.config.overwrite), accelerator)}
+        # The bounds of a batch do not depend on what is missing.
+        unfinished = [indices for indices in batches(job.config.num_images, job.config.batch_size) if not missing.isdisjoint(indices)]
+        mine = unfinished[accelerator.process_index :: accelerator.num_processes]
         with (
             ImageWriter(samples) as writer,
             tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as progress,
@@ -140,15 +141,6 @@ def _with_count(settings: dict[str, Any], samples: SampleFolder) -> dict[str, An
     return settings | ({"num_images": samples.num_images} if samples.kind == "npz" else {})
 
 
-def _batches(missing: list[int], config: SampleConfig) -> Iterator[range]:
-    """The batches of consecutive indices with a missing image. Their bounds do not depend on what is missing."""
-    wanted = set(missing)
-    for first in range(0, config.num_images, config.batch_size):
-        indices = range(first, min(first + config.batch_size, config.num_images))
-        if not wanted.isdisjoint(indices):
-            yield indices
-
-
 def _finish(samples: SampleFolder, job: Job) -> None:
     every = range(samples.num_images)
     shown = job.conditions(every)
@@ -164,8 +156,9 @@ def _trajectory(job: Job) -> Any:
     """A grid with two rows for each of the first images: x_t, and the predicted x_0, at up to ten timesteps."""
     calls = job.network_evaluations
     chosen = torch.linspace(0, calls - 1, min(calls, TRAJECTORY_STEPS)).round().int().tolist()
-    indices = range(min(job.config.num_images, TRAJECTORY_IMAGES))
-    seen = job.stages(indices, chosen)
-    rows = [stage[kind][k] for k in indices for kind in (0, 1) for stage in seen]
+    rows = []
+    for indices in batches(min(job.config.num_images, TRAJECTORY_IMAGES), job.config.batch_size):
+        seen = job.stages(indices, chosen)
+        rows += [stage[kind][k] for k in range(len(indices)) for kind in (0, 1) for stage in seen]
     pixels = [((row / 2 + 0.5).clamp(0, 1) * 255).round().byte().numpy() for row in rows]
     return images.grid([images.from_array(array) for array in pixels], columns=len(chosen))

@@ -45,6 +45,11 @@ def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
     return [torch.Generator().manual_seed(own) for own in image_seeds(seed, indices)]
 
 
+def batches(count: int, batch_size: int) -> list[range]:
+    """The images 0 .. count - 1 in batches of consecutive indices."""
+    return [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What images show, by index: a label each, or a prompt each; nothing of an unconditional model."""
@@ -124,7 +129,6 @@ class Job(ABC):
 class Solver:
     """A model's solver, and how many steps it makes."""
 
-    own: Any  # the scheduler that the model was saved with
     name: str
     scheduler: Any
     steps: int
@@ -142,7 +146,7 @@ def make_solver(config: SampleConfig, own: Any, clipping: Any) -> Solver:
     timesteps = _timesteps(config, own.config.num_train_timesteps)
     steps = len(timesteps) if timesteps else config.steps or DEFAULT_STEPS
     spacing = "linspace" if config.spacing == "stride" else config.spacing
-    return Solver(own, name, make_scheduler(name, own, spacing, steps, timesteps, clipping), steps, timesteps)
+    return Solver(name, make_scheduler(name, own, spacing, steps, timesteps, clipping), steps, timesteps)
 
 
 _warned = set[str]()  # models, because one command may make several jobs of a model

@@ -9,6 +9,7 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..config.loading import CONFIG
 from ..diffusion.power_ema import KEPT, combination
 from ..errors import InputError
 from ..hub.client import WEIGHTS
@@ -73,6 +74,8 @@ def reconstruct(run: str, sigma_rel: float, out: str | None, step: int | None) -
     weights, step = reconstructed(source, sigma_rel, step)
     with filled_folder(folder, MODEL_INDEX) as temporary:
         link_or_copy(source / MODEL_INDEX, temporary / MODEL_INDEX)
+        if (source / CONFIG).is_file():  # which says the size of the images, and how prompts are read
+            link_or_copy(source / CONFIG, temporary / CONFIG)
         for part in (name for name, value in model_index(source).items() if isinstance(value, list)):
             for path in sorted((source / part).glob("[!.]*")):
                 if part != "unet" or (path.suffix == ".json" and "index" not in path.name):
