@@ -467,6 +467,35 @@ def test_upper_case_names_and_empty_labels_of_parquet_are_read_as_by_datasets(tm
     assert table.class_names == groups.class_names == ["", "x", "y"] and table.labels() == groups.labels() == [1, 0, 2]
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_folder_has_all_its_shards_whatever_is_beside_them_and_however_it_is_named(kind, tmp_path, home, capsys):
+    folder, elsewhere = tmp_path / "photos[1]", tmp_path / "another disk"
+
+    def write(name, number):
+        if kind == "tar":
+            return write_tar(folder / name, samples_of(number, 1))
+        return pyarrow.parquet.write_table(pyarrow.table({"image": [encoded(number)]}), folder / name)
+
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "more").symlink_to(elsewhere)
+    (folder / "__old__").mkdir()
+    for number, name in enumerate((f"0.{kind}", f"more/1.{kind}", f"__old__/2.{kind}")):
+        write(name, number)
+    for name in ("train_stats.json", "test.txt", f"0.{kind}.sha256", f"._0.{kind}"):
+        (folder / name).write_text("of another kind")
+    images_of = {number: (samples_of(number, 1)[0][1]["png"] if kind == "tar" else encoded(number)) for number in range(2)}
+    for window in (None, 1):
+        source = opened(folder, shuffle_window=window)
+        assert [source.read(k)[0] for k in range(len(source))] == [images_of[0], images_of[1]]
+        assert {why for name, why in source.passed_over if name.endswith(f".{kind}")} == {"in no split", "hidden"}
+        assert [opened(folder / f"0.{kind}", shuffle_window=window).read(0)[0]] == [images_of[0]]
+    (folder / f"0.{kind}").unlink()
+    (folder / "more").unlink()
+    with pytest.raises(InputError, match=r"the names of the files of dataset .*photos\[1\] give no splits"):
+        opened(folder)
+
+
 def test_a_missing_file_of_a_pattern_is_named_before_torch_is_needed(shards, capsys):
     (shards / "0003.tar").unlink()
     flags = ["--resolution", "8", "--output_dir", str(shards / "run"), "--max_steps", "1"]
