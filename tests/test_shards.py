@@ -729,6 +729,15 @@ def test_shards_are_not_taken_for_those_of_captions_or_labels_that_were_correcte
     assert "has shards of other images, labels or captions" in capsys.readouterr().err and files_of(tmp_path / "made") == before
 
 
+def test_captions_that_cannot_be_read_are_not_left_out_of_shards(tmp_path, home, capsys):
+    (tmp_path / "data").mkdir()
+    for k, text in enumerate((b"a cat", "a café".encode("latin-1"))):
+        (tmp_path / "data" / f"{k}.png").write_bytes(encoded(k))
+        (tmp_path / "data" / f"{k}.txt").write_bytes(text)
+    assert cli.shards(["make", str(tmp_path / "data"), str(tmp_path / "made")]) == 2
+    assert "1.txt is not UTF-8" in capsys.readouterr().err and not (tmp_path / "made").exists()
+
+
 def test_shards_in_a_folder_named_as_embedded_data_are_what_was_made(tmp_path, home, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "0.png").write_bytes(encoded(0))

@@ -15,6 +15,10 @@ COLUMNS = ("text", "caption", "prompt")  # of captions, in this order, where no 
 Features = Mapping[str, Any]  # of the `datasets` library, by the names of the columns
 
 
+class NoCaptionsError(InputError):
+    """No captions were named, and none found; or several columns that may be captions."""
+
+
 @dataclass(frozen=True)
 class Found:
     """The columns of a table, and what its labels are."""
@@ -83,21 +87,23 @@ def caption_column(features: Features, column: str | None, where: str | None) ->
     """The column of captions: the one that is named, else the first of `COLUMNS`, else the only one of texts.
 
     Raises:
-        InputError: there is none, or it holds something else.
+        InputError: there is no such column, or it holds something else; a `NoCaptionsError` where none is named.
     """
     import datasets
 
+    wrong = InputError
     if column is None:
+        wrong = NoCaptionsError
         texts = [name for name, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
         usual = [name for name in COLUMNS if name in features]
         if not usual and len(texts) != 1:
             which = f"several columns of texts: {', '.join(texts)}" if texts else f"no column of texts among {', '.join(features)}"
-            raise InputError(f"dataset {where} has {which}; name that of the captions with --caption_column")
+            raise wrong(f"dataset {where} has {which}; name that of the captions with --caption_column")
         column = (usual or texts)[0]
     if column not in features:
         raise InputError(f"caption_column is {column}, but dataset {where} has only: {', '.join(features)}")
     feature = features[column]
     inner = getattr(feature, "feature", feature if not isinstance(feature, list) else feature[0])  # of a list of texts
     if not isinstance(inner, datasets.Value) or inner.dtype not in ("string", "large_string"):
-        raise InputError(f"caption_column {column} of dataset {where} holds {feature} and no texts; name another")
+        raise wrong(f"caption_column {column} of dataset {where} holds {feature} and no texts; name another")
     return column
