@@ -561,6 +561,31 @@ def test_shards_whose_columns_are_of_other_types_than_in_the_first_are_named(tmp
             path.unlink()
 
 
+def test_row_groups_of_more_than_2_gb_are_read_in_chunks():
+    """An array of bytes has 2 GB at most, and pyarrow reads more as several."""
+    empty = pyarrow.py_buffer(np.zeros(2**30, np.uint8))  # of pages that nobody touches
+    offsets = pyarrow.py_buffer(np.array([0, 2**30], np.int32))
+    large = pyarrow.Array.from_buffers(pyarrow.binary(), 1, [None, offsets, empty])
+    cells = parquet_module._cells(pyarrow.table({"image": pyarrow.chunked_array([large, large, [b"x"]])}), "image")
+    assert len(cells) == 3 and cells.nbytes > 2**31 and cells[2].as_py() == b"x"
+
+
+def test_columns_that_cannot_be_read_are_named_before_the_shards_are(tmp_path, home):
+    rows = {"image": [encoded(0)], "label": ["dog"], "number": [1]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+    source = opened(tmp_path / "a.parquet", shuffle_window=1)
+    for column, said in (
+        ("txt", r"a.parquet has only: image, label, number"),
+        ("number", r"a.parquet holds Value\('int64'\) and no texts"),
+    ):
+        with pytest.raises(InputError, match=f"caption_column (is )?{column}.*{said}"):
+            source.captions(column)
+    pairs = pyarrow.array([[("a", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    pyarrow.parquet.write_table(pyarrow.table({**rows, "pairs": pairs}), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"b.parquet has a column that cannot be read \(.*map<string, int64"):
+        opened(tmp_path / "b.parquet", shuffle_window=1)
+
+
 def test_footers_of_other_writers_and_damaged_ones(tmp_path):
     """A file without columns, one with names that are no UTF-8, and columns whose dictionary page is said to be at 0, and is not there."""
     with pyarrow.parquet.ParquetWriter(tmp_path / "none.parquet", pyarrow.schema([])) as writer:

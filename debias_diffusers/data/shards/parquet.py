@@ -78,11 +78,9 @@ def read_rows(file: IO[bytes], name: str, where: str, columns: Columns) -> Part:
     return rows.part(units)
 
 
-def _cells(table: pyarrow.Table, column: str | None) -> pyarrow.Array:
+def _cells(table: pyarrow.Table, column: str | None) -> pyarrow.ChunkedArray:
     """The bytes of the images: of a column of bytes, or of the struct of bytes and path that `datasets` writes."""
-    found = table[column].combine_chunks()
-    if isinstance(found, pyarrow.ChunkedArray):
-        found = found.chunk(0) if found.num_chunks else pyarrow.array([], found.type)
+    found = table[column]  # in several chunks where they have more than 2 GB
     if pyarrow.types.is_struct(found.type) and found.type.get_field_index("bytes") >= 0:
         return pyarrow.compute.struct_field(found, "bytes")  # null where the struct is
     if pyarrow.types.is_binary(found.type) or pyarrow.types.is_large_binary(found.type):
@@ -101,6 +99,8 @@ def _told(where: str) -> Iterator[None]:
     """Errors of pyarrow as an InputError that names the shard."""
     try:
         yield
+    except pyarrow.ArrowNotImplementedError as error:  # such as a struct of more than 2 GB
+        raise InputError(f"shard {where} cannot be read by pyarrow ({reason(error)}); write it anew, with smaller row groups") from error
     except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"shard {where} is no whole parquet file ({reason(error)}); write or fetch it anew") from error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...config.schema.data import DataConfig
-from ...errors import InputError
+from ...errors import InputError, reason
 
 COLUMNS = ("text", "caption", "prompt")  # of captions, in this order, where no column is named
 
@@ -30,29 +30,37 @@ class Found:
     whole_numbers: bool | None  # whether labels are numbers; None where there are none
 
 
-def find_columns(schema: Any, config: DataConfig, caption: str | None = None) -> Found:
-    """The columns of a parquet file by its Arrow schema, which must have labels where the configuration has classes.
+def features_of(schema: Any, where: str) -> Features:
+    """The columns of a parquet file by its Arrow schema. Raises InputError where `datasets` has no type for one of them."""
+    import datasets
+
+    try:
+        return datasets.Features.from_arrow_schema(schema)  # type: ignore[no-any-return]
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise InputError(f"{where} has a column that cannot be read ({reason(error)}); write it without that column") from error
+
+
+def find_columns(features: Features, config: DataConfig) -> Found:
+    """The columns of a parquet file, which must have labels where the configuration has classes.
 
     Raises:
         InputError: there is no column of images, or of the labels that are asked for.
     """
     import datasets
 
-    features = datasets.Features.from_arrow_schema(schema)
     image = config.image_column or only_column(features, datasets.Image, "image")
     check_column(features, image, "image_column")
-    found: dict[str, str | None] = {"label": config.label_column, "caption": caption}
+    label, caption = config.label_column, None
     with contextlib.suppress(InputError) if not config.class_conditional else contextlib.nullcontext():
-        found["label"] = config.label_column or only_column(features, datasets.ClassLabel, "label")
-    with contextlib.suppress(InputError) if caption is None else contextlib.nullcontext():
-        found["caption"] = caption_column(features, caption, config.dataset)
-    label = found["label"]
+        label = label or only_column(features, datasets.ClassLabel, "label")
+    with contextlib.suppress(NoCaptionsError):
+        caption = caption_column(features, None, config.dataset)
     if label is None:
-        return Found(image, None, found["caption"], None, None)
+        return Found(image, None, caption, None, None)
     check_column(features, label, "label_column")
     names = getattr(features[label], "names", None)
     whole = names is not None or holds_whole_numbers(features[label], label)
-    return Found(image, label, found["caption"], None if names is None else list(names), whole)
+    return Found(image, label, caption, None if names is None else list(names), whole)
 
 
 def holds_whole_numbers(feature: Any, column: str) -> bool:
