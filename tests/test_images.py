@@ -1,10 +1,11 @@
 """What becomes of an image file, by golden pixels."""
 
 import io
+import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from debias_diffusers.data import images
 from debias_diffusers.data.labels import row_names
@@ -94,3 +95,16 @@ def test_a_draft_of_a_jpeg_is_its_average_over_squares_and_of_no_other_file():
 
 EXIF_6 = Image.Exif()
 EXIF_6[274] = 6  # turned by a quarter
+
+
+def test_a_program_for_ghostscript_with_the_name_of_an_image_does_not_run(tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks for it once
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "EPS")
+    for read in (images.decode, images.size_of):
+        with pytest.raises(InputError, match=r"image x.png cannot be read: .*not.* image"):
+            read(file.getvalue(), "x.png")
+    assert not (tmp_path / "ran").exists()

@@ -26,6 +26,7 @@ MAX_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 268 MB as RGB in
 # Pillow's formats of raster images, without documents, vector graphics, films and formats that need other programs.
 FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 EXTENSIONS = tuple(extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS)
+_READ = [kind for kind in FORMATS if kind in Image.OPEN]  # Pillow would open any other, too, and start Ghostscript for an EPS file
 
 _GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I", "F"}
 
@@ -54,7 +55,7 @@ _STRIP = 64  # rows that are processed at once, to save memory
 def is_image(path: Path) -> bool:
     """Whether a file starts with the signature of one of the `FORMATS`, whatever its name. (TGA has no signature.)"""
     try:
-        with Image.open(path, formats=[kind for kind in FORMATS if kind != "TGA" and kind in Image.OPEN]):
+        with Image.open(path, formats=[kind for kind in _READ if kind != "TGA"]):
             return True
     except Image.DecompressionBombError:
         return True
@@ -75,7 +76,7 @@ def decode(data: bytes, where: str, least: tuple[int, int] | None = None) -> Ima
     """
     try:
         data, found = image_metadata.strip_metadata(data)
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_READ) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}; make it smaller")
             if least and image.format == "JPEG":
@@ -100,7 +101,7 @@ def extension_of(data: bytes, where: str) -> str:
         InputError: names `where`; it has none of the `FORMATS`.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
+        with Image.open(io.BytesIO(data), formats=_READ) as image:
             kind = str(image.format)
             return {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}.get(kind, kind.lower())
     except Exception as error:  # a damaged or hostile file may provoke any
@@ -115,7 +116,7 @@ def size_of(data: bytes, where: str) -> tuple[int, int]:
     """
     try:
         data, found = image_metadata.strip_metadata(data)
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_READ) as image:
             width, height = image.size
             turned = _method(image, found) in _SWAPPING
             return (width, height) if turned else (height, width)
@@ -131,7 +132,7 @@ def _rawmode(image: ImageFile.ImageFile) -> str:
 
 def _low_bytes(data: bytes, rawmode: str) -> np.ndarray:
     """The less significant bytes of a 16-bit colour image, (H, W, C) uint8."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=_READ) as image:
         swapped = _OTHER_BYTE[rawmode]
         for k, (codec, extents, offset, args) in enumerate(image.tile):
             image.tile[k] = ImageFile._Tile(codec, extents, offset, (swapped, *args[1:]) if isinstance(args, tuple) else swapped)
