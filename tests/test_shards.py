@@ -591,14 +591,14 @@ def test_footers_of_other_writers_and_damaged_ones(tmp_path):
     with pyarrow.parquet.ParquetWriter(tmp_path / "none.parquet", pyarrow.schema([])) as writer:
         writer.write_table(pyarrow.table({}))
     with open(tmp_path / "none.parquet", "rb") as file:
-        assert parquet_module.row_groups(file, "none") == [(0, 0)]
+        assert parquet_module.row_groups(file, "none") == [{}]
     content = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({"imagefield": [b"x"]}), content, store_schema=False)
     damaged = io.BytesIO(content.getvalue().replace(b"imagefield", b"\xb8magefield"))
     with pytest.raises(InputError, match="shard damaged is no whole parquet file"):
         parquet_module.read_rows(damaged, "damaged", "damaged", Columns("imagefield"))
-    column = SimpleNamespace(dictionary_page_offset=0, data_page_offset=500, total_compressed_size=100, has_dictionary_page=True)
-    assert parquet_module._place(SimpleNamespace(num_columns=1, column=lambda _: column)) == (500, 600)
+    column = SimpleNamespace(dictionary_page_offset=0, data_page_offset=500, total_compressed_size=100, path_in_schema="image.bytes")
+    assert parquet_module._places(SimpleNamespace(num_columns=1, column=lambda _: column)) == {"image": (500, 600)}
 
 
 def test_an_epoch_has_every_image_once_and_windows_are_whole_shards():

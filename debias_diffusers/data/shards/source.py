@@ -225,7 +225,7 @@ class ShardedSource:
         """Says which shards are read next, in this order."""
         units = [self.index.units[shard] for shard in shards]
         self._reader.prefetch(units)
-        self.shard_files.prefetch(units)
+        self.shard_files.prefetch(units, self.key.columns.image)
 
     def sizes(self) -> np.ndarray:
         """As of `Source`."""
