@@ -586,6 +586,16 @@ def test_columns_that_cannot_be_read_are_named_before_the_shards_are(tmp_path, h
         opened(tmp_path / "b.parquet", shuffle_window=1)
 
 
+def test_a_column_named_label_that_holds_no_classes_matters_only_to_who_trains_classes(tmp_path, home):
+    for number, labels in enumerate(([0.5, 0.25], [[1, 2], [3]], [True, False])):
+        path = tmp_path / f"{number}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"image": [encoded(0), encoded(1)], "label": labels}), path)
+        for window in (None, 1):
+            assert len(opened(path, shuffle_window=window)) == 2
+            with pytest.raises(InputError, match=r"label_column label holds .* and no whole numbers or text"):
+                opened(path, shuffle_window=window, class_conditional=True)
+
+
 def test_footers_of_other_writers_and_damaged_ones(tmp_path):
     """A file without columns, one with names that are no UTF-8, and columns whose dictionary page is said to be at 0, and is not there."""
     with pyarrow.parquet.ParquetWriter(tmp_path / "none.parquet", pyarrow.schema([])) as writer:

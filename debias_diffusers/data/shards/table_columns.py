@@ -50,17 +50,24 @@ def find_columns(features: Features, config: DataConfig) -> Found:
 
     image = config.image_column or only_column(features, datasets.Image, "image")
     check_column(features, image, "image_column")
-    label, caption = config.label_column, None
-    with contextlib.suppress(InputError) if not config.class_conditional else contextlib.nullcontext():
-        label = label or only_column(features, datasets.ClassLabel, "label")
+    label: tuple[str | None, list[str] | None, bool | None] = (None, None, None)
+    caption = None
+    asked = config.class_conditional or config.label_column is not None
+    with contextlib.nullcontext() if asked else contextlib.suppress(InputError):
+        label = _labels(features, config.label_column)
     with contextlib.suppress(NoCaptionsError):
         caption = caption_column(features, None, config.dataset)
-    if label is None:
-        return Found(image, None, caption, None, None)
-    check_column(features, label, "label_column")
-    names = getattr(features[label], "names", None)
-    whole = names is not None or holds_whole_numbers(features[label], label)
-    return Found(image, label, caption, None if names is None else list(names), whole)
+    return Found(image, label[0], caption, *label[1:])
+
+
+def _labels(features: Features, column: str | None) -> tuple[str, list[str] | None, bool]:
+    """The column of labels, and `class_names` and `whole_numbers` of `Found`. Raises InputError where there is none, or of another type."""
+    import datasets
+
+    column = column or only_column(features, datasets.ClassLabel, "label")
+    check_column(features, column, "label_column")
+    names = getattr(features[column], "names", None)
+    return column, None if names is None else list(names), names is not None or holds_whole_numbers(features[column], column)
 
 
 def holds_whole_numbers(feature: Any, column: str) -> bool:
