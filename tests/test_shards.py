@@ -586,6 +586,17 @@ def test_columns_that_cannot_be_read_are_named_before_the_shards_are(tmp_path, h
         opened(tmp_path / "b.parquet", shuffle_window=1)
 
 
+def test_a_field_named_label_that_holds_no_class_matters_only_to_who_trains_classes(tmp_path, home):
+    for number, label in enumerate((0.5, ["a", "b"], {"a": 1}, True)):
+        path = tmp_path / f"{number}.tar"
+        write_tar(path, [(f"{k}", {"png": encoded(k), "json": json.dumps({"label": label}).encode()}) for k in range(2)])
+        assert len(opened(path)) == 2 and opened(path).unused_labels() is None
+        with pytest.raises(InputError, match=r"no image of .* has a label, a whole number or text; name their column"):
+            opened(path, class_conditional=True)
+        with pytest.raises(InputError, match=r"0 has label .*, but labels must be whole numbers or text"):
+            opened(path, class_conditional=True, label_column="label")
+
+
 def test_a_column_named_label_that_holds_no_classes_matters_only_to_who_trains_classes(tmp_path, home):
     for number, labels in enumerate(([0.5, 0.25], [[1, 2], [3]], [True, False])):
         path = tmp_path / f"{number}.parquet"
@@ -771,6 +782,16 @@ def test_captions_that_cannot_be_read_are_not_left_out_of_shards(tmp_path, home,
         (tmp_path / "data" / f"{k}.txt").write_bytes(text)
     assert cli.shards(["make", str(tmp_path / "data"), str(tmp_path / "made")]) == 2
     assert "1.txt is not UTF-8" in capsys.readouterr().err and not (tmp_path / "made").exists()
+
+
+def test_labels_of_which_something_is_wrong_are_not_left_out_of_shards(tmp_path, home, capsys):
+    (tmp_path / "data").mkdir()
+    for k in range(2):
+        (tmp_path / "data" / f"{k}.png").write_bytes(encoded(k))
+    rows = [{"file_name": "0.png", "label": "cat"}, {"file_name": "1.png", "label": "dog"}, {"file_name": "1.png", "label": "cow"}]
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.shards(["make", str(tmp_path / "data"), str(tmp_path / "made")]) == 2
+    assert "two labels for 1.png" in capsys.readouterr().err and not (tmp_path / "made").exists()
 
 
 def test_shards_in_a_folder_named_as_embedded_data_are_what_was_made(tmp_path, home, monkeypatch, capsys):

@@ -165,7 +165,8 @@ class ShardedSource:
         where = f"label_column of {self.shard_files.where('')}"
         numbers, texts = self.index.labels()
         if not texts:
-            raise InputError(f"class_conditional is on, but no image of {where.partition(' of ')[2]} has a label; name their column")
+            folder = self.shard_files.where("")
+            raise InputError(f"class_conditional is on, but no image of {folder} has a label, a whole number or text; name their column")
         values: list[Any] = texts
         if self.key.whole_numbers is not False:
             values = _whole_numbers(texts, where) if self.key.whole_numbers else [*as_labels(dict(zip(texts, texts)), where).values()]
