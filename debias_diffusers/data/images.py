@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import math
@@ -74,7 +75,7 @@ def decode(data: bytes, where: str, least: tuple[int, int] | None = None) -> Ima
     Raises:
         InputError: names `where`; not an image, damaged, of 32-bit values without a known range, or of more than `MAX_PIXELS`.
     """
-    try:
+    with _told(where):
         data, found = image_metadata.strip_metadata(data)
         with Image.open(io.BytesIO(data), formats=_READ) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -88,10 +89,6 @@ def decode(data: bytes, where: str, least: tuple[int, int] | None = None) -> Ima
                 _round_to_8(image, low)
             flat = _flat(image, grey=image.mode in _GREY or rawmode == _GREY_ALPHA_16)
             return _turned(flat, image, found)
-    except UnidentifiedImageError:
-        raise InputError(f"image {where} cannot be read: it is not an image of a supported format") from None
-    except Exception as error:  # a damaged or hostile file may provoke any
-        raise InputError(f"image {where} cannot be read: {reason(error)}") from error
 
 
 def extension_of(data: bytes, where: str) -> str:
@@ -100,12 +97,9 @@ def extension_of(data: bytes, where: str) -> str:
     Raises:
         InputError: names `where`; it has none of the `FORMATS`.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=_READ) as image:
-            kind = str(image.format)
-            return {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}.get(kind, kind.lower())
-    except Exception as error:  # a damaged or hostile file may provoke any
-        raise InputError(f"image {where} cannot be read: {reason(error)}") from error
+    with _told(where), Image.open(io.BytesIO(data), formats=_READ) as image:
+        kind = str(image.format)
+        return {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}.get(kind, kind.lower())
 
 
 def size_of(data: bytes, where: str) -> tuple[int, int]:
@@ -114,12 +108,21 @@ def size_of(data: bytes, where: str) -> tuple[int, int]:
     Raises:
         InputError: names `where`; the file cannot be read.
     """
-    try:
+    with _told(where):
         data, found = image_metadata.strip_metadata(data)
         with Image.open(io.BytesIO(data), formats=_READ) as image:
             width, height = image.size
             turned = _method(image, found) in _SWAPPING
             return (width, height) if turned else (height, width)
+
+
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Errors of reading an image as an InputError that names it."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise InputError(f"image {where} cannot be read: it is not an image of a supported format") from None
     except Exception as error:  # a damaged or hostile file may provoke any
         raise InputError(f"image {where} cannot be read: {reason(error)}") from error
 
@@ -206,11 +209,21 @@ def fit(image: Image.Image, resolution: int) -> Image.Image:
     return ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
 
 
-def cover(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Resizes (bicubic, antialiased) so that one side has so many pixels, and the other at least so many, rounded."""
+def covering_size(image: Image.Image, height: int, width: int) -> tuple[int, int]:
+    """Width and height of an image when it is resized so that one side has so many pixels, and the other at least so many, rounded."""
     scale = max(height / image.height, width / image.width)
-    size = (max(width, round(scale * image.width)), max(height, round(scale * image.height)))
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+    return max(width, round(scale * image.width)), max(height, round(scale * image.height))
+
+
+def part_of_resized(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    """The part in a box (left, top, right, bottom) of an image that is resized (bicubic, antialiased) to a size (width, height)."""
+    if math.prod(size) <= MAX_PIXELS:
+        return (image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)).crop(box)
+    # Of a very long image, which would take gigabytes, the part alone, whose values may be rounded otherwise.
+    left, right = (edge * image.width / size[0] for edge in box[::2])
+    top, bottom = (edge * image.height / size[1] for edge in box[1::2])
+    region = left, top, min(right, image.width), min(bottom, image.height)
+    return image.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BICUBIC, region)
 
 
 def to_array(image: Image.Image) -> np.ndarray:
