@@ -1,10 +1,11 @@
 """What becomes of an image file, by golden pixels."""
 
 import io
+import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from debias_diffusers.data import images
 from debias_diffusers.data.labels import row_names
@@ -94,3 +95,30 @@ def test_a_draft_of_a_jpeg_is_its_average_over_squares_and_of_no_other_file():
 
 EXIF_6 = Image.Exif()
 EXIF_6[274] = 6  # turned by a quarter
+
+
+def test_a_program_for_ghostscript_with_the_name_of_an_image_does_not_run(tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks for it once
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "EPS")
+    for read in (images.decode, images.size_of, images.extension_of):
+        with pytest.raises(InputError, match=r"image x.png cannot be read: it is not an image of a supported format"):
+            read(file.getvalue(), "x.png")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_of_a_very_long_image_only_the_crop_is_resized(monkeypatch):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 200, 3), dtype=np.uint8))
+    size = images.covering_size(image, 64, 48)
+    assert size == (2560, 64)
+    boxes = [(left, 0, left + 48, 64) for left in (0, 1, 999, 2512)]
+    whole = [np.asarray(images.part_of_resized(image, size, box), np.int64) for box in boxes]
+    monkeypatch.setattr(images, "MAX_PIXELS", 10_000)
+    for box, expected in zip(boxes, whole):
+        assert abs(np.asarray(images.part_of_resized(image, size, box), np.int64) - expected).max() <= 1
+    monkeypatch.undo()
+    spacer = Image.new("RGB", (2, 10_000))
+    assert images.part_of_resized(spacer, images.covering_size(spacer, 1024, 1024), (0, 10**6, 1024, 10**6 + 1024)).size == (1024, 1024)

@@ -130,6 +130,15 @@ def test_a_range_goes_on_after_a_lost_connection(server):
     assert http.read_range(file, 100, 2_500_000) == content(1)[100:2_500_000]
 
 
+def test_a_connection_that_is_lost_again_and_again_brings_the_file_bit_by_bit(server, tmp_path, monkeypatch):
+    file = found(0)
+    monkeypatch.setattr(http, "PATIENCE", 1)
+    server.fault(path=CDN, action="truncate", after_bytes=300_000, fin=True, times=20)
+    assert read(ShardCache(tmp_path, 10**9), file) == content(0)
+    starts = [int(asked.split("=")[1].split("-")[0]) for asked in ranges(server)]
+    assert starts == sorted(set(starts)) and len(starts) >= SIZE // 300_000
+
+
 def test_what_stays_lost_is_given_up_with_a_sentence_and_continued_by_who_comes_next(server, tmp_path, monkeypatch):
     file, cache = found(0), ShardCache(tmp_path, 10**9)
     monkeypatch.setattr(http, "PATIENCE", 0.05)

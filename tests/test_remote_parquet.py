@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import random
 import re
 from functools import partial
 from math import inf
@@ -39,6 +40,12 @@ def local(tmp_path_factory):
     # Of one image a row group, so that the footer is longer than what is fetched of it at first.
     many = pyarrow.table({"image": [b"x"] * 400, "label": range(400)})
     pyarrow.parquet.write_table(many, folder / "many.parquet", row_group_size=1)
+    content = {
+        "image": [{"bytes": encoded(k, 40, 40), "path": f"{k}.png"} for k in range(6)],
+        "depth": [encoded(k, 200, 200) for k in range(6)],
+    }
+    content |= {"label": [0, 1] * 3, "embedding": [random.Random(k).randbytes(100_000) for k in range(6)], "caption": list("abcdef")}
+    pyarrow.parquet.write_table(pyarrow.table(content), folder / "columns.parquet", row_group_size=3)
     (folder / "none.parquet").write_bytes(b"no parquet file" * 10_000)
     return folder
 
@@ -87,16 +94,16 @@ def window_of(source, units):
 
 def test_a_window_takes_its_row_groups_from_the_server_and_no_more(server, local, tmp_path, monkeypatch):
     sizes = [(local / name).stat().st_size for name in NAMES]
-    source = opened(address(server))  # indexes them, row group by row group
+    source = opened(address(server))  # indexes them, row group by row group, of which it reads both columns
     assert source.shards().tolist() == list(range(0, 25, ROWS)) and count(server) == sum(sizes)  # each byte once
-    assert len(asked(server)) == FILES * (GROUPS + 1)
+    assert len(asked(server)) == FILES * 2 * GROUPS  # the last labels are fetched with the footer
     assert contents(source) == contents(opened(local / "{0..1}.parquet")) and count(server) == sum(sizes)
 
     forget(tmp_path / "home")
     server.log.clear()
     found = window_of(pickle.loads(pickle.dumps(source)), [1, 6])
     by_groups, largest = count(server), max(last - first for first, last in asked(server))
-    assert len(asked(server)) == 4 and largest < 1.1e5 and by_groups < 3.5e5  # two row groups and two footers
+    assert len(asked(server)) == 4 and largest < 1.1e5 and by_groups < 3.5e5  # the images of two row groups, and two footers
 
     monkeypatch.setattr(http, "find", lambda name, find=http.find: dataclasses.replace(find(name), ranges=False))
     forget(tmp_path / "home")
@@ -104,6 +111,25 @@ def test_a_window_takes_its_row_groups_from_the_server_and_no_more(server, local
     whole = opened(address(server))
     assert window_of(whole, [1, 6]) == found  # of a server that does not answer ranges, files are fetched whole
     assert count(server) == sum(sizes) and len(asked(server)) == FILES and by_groups < 0.45 * sum(sizes)
+
+
+def test_columns_that_nobody_reads_are_not_fetched(server, local, tmp_path):
+    found = opened(address(server, "columns.parquet"))
+    metadata = pyarrow.parquet.ParquetFile(local / "columns.parquet").metadata
+    groups = [metadata.row_group(number).to_dict()["columns"] for number in range(2)]
+    size = {
+        name: sum(column["total_compressed_size"] for group in groups for column in group if column["path_in_schema"].startswith(name))
+        for name in ("image", "depth", "label", "caption", "embedding")
+    }
+    rest = (1 << 16) + 4  # the end of the file, with the footer, and its first bytes
+    assert count(server) <= size["image"] + size["label"] + size["caption"] + rest < 0.5 * (size["depth"] + size["embedding"])
+    assert len(asked(server)) == 2 * 3  # the last captions are fetched with the footer
+
+    forget(tmp_path / "home")
+    server.log.clear()
+    images = [found.read(k)[0] for k in range(6)]
+    window_of(found, [0, 1])
+    assert images == [encoded(k, 40, 40) for k in range(6)] and count(server) <= size["image"] + rest
 
 
 def test_samples_are_those_of_local_files_whatever_the_connection_does(server, local, tmp_path, monkeypatch, capsys):
@@ -143,9 +169,9 @@ def test_a_long_footer_is_fetched_once_and_what_is_no_parquet_file_is_told(serve
     with remote.open("many.parquet") as file, LocalFiles([local / "many.parquet"]).open("many.parquet") as whole:
         assert pyarrow.parquet.ParquetFile(file).read_row_group(300) == pyarrow.parquet.ParquetFile(whole).read_row_group(300)
         assert file.seek(-9, 2) == whole.seek(-9, 2) and file.read(20) == whole.read(20) and file.read(1) == b""
-    assert len(asked(server)) == 3 and all(len(remote._ranges(Unit("many.parquet", group, 1))) == 1 for group in range(400))
+    assert len(asked(server)) == 4 and all(len(remote._ranges(Unit("many.parquet", group, 1))) == 2 for group in range(400))
     server.log.clear()
-    remote.prefetch([Unit("many.parquet", 300, 1)])
+    remote.prefetch([Unit("many.parquet", 300, 1)], "image")
     RemoteFiles([address(server, "many.parquet")], tmp_path / "cache", 10**9, 1)
     assert not asked(server)
     with pytest.raises(InputError, match=r"none.parquet is no whole parquet file"):

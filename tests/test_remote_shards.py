@@ -154,6 +154,17 @@ def test_the_index_beside_the_shards_of_a_server_is_taken(server, local, tmp_pat
     index.unlink()
 
 
+def test_what_a_server_does_not_permit_beside_the_shards_is_not_there(server):
+    """Storage that does not let its files be listed answers 403 for one that is not there."""
+    server.fault(path=r"classes.json|index-", action="status", status=403, times=inf)
+    source = open_source(DataConfig(dataset=address(server), resolution=8, shuffle_window=WINDOW))
+    assert len(source) == 7 * SHARDS and source.key.class_names is None
+    server.clear()
+    server.fault(path=r"0003.tar", action="status", status=403, times=inf)
+    with pytest.raises(FetchError, match=r"0003.tar cannot be fetched: its server does not permit it \(403\)"):
+        open_source(DataConfig(dataset=address(server), resolution=8, shuffle_window=WINDOW))
+
+
 def test_files_of_the_hub_are_named_by_a_commit(server, tmp_path, monkeypatch, whole, local):
     name = f"hf://datasets/alice/set/data/{PATTERN}"
     commit = server.store.repositories["dataset", "alice/set"].branches["main"]

@@ -467,6 +467,35 @@ def test_upper_case_names_and_empty_labels_of_parquet_are_read_as_by_datasets(tm
     assert table.class_names == groups.class_names == ["", "x", "y"] and table.labels() == groups.labels() == [1, 0, 2]
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_folder_has_all_its_shards_whatever_is_beside_them_and_however_it_is_named(kind, tmp_path, home, capsys):
+    folder, elsewhere = tmp_path / "photos[1]", tmp_path / "another disk"
+
+    def write(name, number):
+        if kind == "tar":
+            return write_tar(folder / name, samples_of(number, 1))
+        return pyarrow.parquet.write_table(pyarrow.table({"image": [encoded(number)]}), folder / name)
+
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "more").symlink_to(elsewhere)
+    (folder / "__old__").mkdir()
+    for number, name in enumerate((f"0.{kind}", f"more/1.{kind}", f"__old__/2.{kind}")):
+        write(name, number)
+    for name in ("train_stats.json", "test.txt", f"0.{kind}.sha256", f"._0.{kind}"):
+        (folder / name).write_text("of another kind")
+    images_of = {number: (samples_of(number, 1)[0][1]["png"] if kind == "tar" else encoded(number)) for number in range(2)}
+    for window in (None, 1):
+        source = opened(folder, shuffle_window=window)
+        assert [source.read(k)[0] for k in range(len(source))] == [images_of[0], images_of[1]]
+        assert {why for name, why in source.passed_over if name.endswith(f".{kind}")} == {"in no split", "hidden"}
+        assert [opened(folder / f"0.{kind}", shuffle_window=window).read(0)[0]] == [images_of[0]]
+    (folder / f"0.{kind}").unlink()
+    (folder / "more").unlink()
+    with pytest.raises(InputError, match=r"the names of the files of dataset .*photos\[1\] give no splits"):
+        opened(folder)
+
+
 def test_a_missing_file_of_a_pattern_is_named_before_torch_is_needed(shards, capsys):
     (shards / "0003.tar").unlink()
     flags = ["--resolution", "8", "--output_dir", str(shards / "run"), "--max_steps", "1"]
@@ -532,19 +561,65 @@ def test_shards_whose_columns_are_of_other_types_than_in_the_first_are_named(tmp
             path.unlink()
 
 
+def test_row_groups_of_more_than_2_gb_are_read_in_chunks():
+    """An array of bytes has 2 GB at most, and pyarrow reads more as several."""
+    empty = pyarrow.py_buffer(np.zeros(2**30, np.uint8))  # of pages that nobody touches
+    offsets = pyarrow.py_buffer(np.array([0, 2**30], np.int32))
+    large = pyarrow.Array.from_buffers(pyarrow.binary(), 1, [None, offsets, empty])
+    cells = parquet_module._cells(pyarrow.table({"image": pyarrow.chunked_array([large, large, [b"x"]])}), "image")
+    assert len(cells) == 3 and cells.nbytes > 2**31 and cells[2].as_py() == b"x"
+
+
+def test_columns_that_cannot_be_read_are_named_before_the_shards_are(tmp_path, home):
+    rows = {"image": [encoded(0)], "label": ["dog"], "number": [1]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+    source = opened(tmp_path / "a.parquet", shuffle_window=1)
+    for column, said in (
+        ("txt", r"a.parquet has only: image, label, number"),
+        ("number", r"a.parquet holds Value\('int64'\) and no texts"),
+    ):
+        with pytest.raises(InputError, match=f"caption_column (is )?{column}.*{said}"):
+            source.captions(column)
+    pairs = pyarrow.array([[("a", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    pyarrow.parquet.write_table(pyarrow.table({**rows, "pairs": pairs}), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"b.parquet has a column that cannot be read \(.*map<string, int64"):
+        opened(tmp_path / "b.parquet", shuffle_window=1)
+
+
+def test_a_field_named_label_that_holds_no_class_matters_only_to_who_trains_classes(tmp_path, home):
+    for number, label in enumerate((0.5, ["a", "b"], {"a": 1}, True)):
+        path = tmp_path / f"{number}.tar"
+        write_tar(path, [(f"{k}", {"png": encoded(k), "json": json.dumps({"label": label}).encode()}) for k in range(2)])
+        assert len(opened(path)) == 2 and opened(path).unused_labels() is None
+        with pytest.raises(InputError, match=r"no image of .* has a label, a whole number or text; name their column"):
+            opened(path, class_conditional=True)
+        with pytest.raises(InputError, match=r"0 has label .*, but labels must be whole numbers or text"):
+            opened(path, class_conditional=True, label_column="label")
+
+
+def test_a_column_named_label_that_holds_no_classes_matters_only_to_who_trains_classes(tmp_path, home):
+    for number, labels in enumerate(([0.5, 0.25], [[1, 2], [3]], [True, False])):
+        path = tmp_path / f"{number}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"image": [encoded(0), encoded(1)], "label": labels}), path)
+        for window in (None, 1):
+            assert len(opened(path, shuffle_window=window)) == 2
+            with pytest.raises(InputError, match=r"label_column label holds .* and no whole numbers or text"):
+                opened(path, shuffle_window=window, class_conditional=True)
+
+
 def test_footers_of_other_writers_and_damaged_ones(tmp_path):
     """A file without columns, one with names that are no UTF-8, and columns whose dictionary page is said to be at 0, and is not there."""
     with pyarrow.parquet.ParquetWriter(tmp_path / "none.parquet", pyarrow.schema([])) as writer:
         writer.write_table(pyarrow.table({}))
     with open(tmp_path / "none.parquet", "rb") as file:
-        assert parquet_module.row_groups(file, "none") == [(0, 0)]
+        assert parquet_module.row_groups(file, "none") == [{}]
     content = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({"imagefield": [b"x"]}), content, store_schema=False)
     damaged = io.BytesIO(content.getvalue().replace(b"imagefield", b"\xb8magefield"))
     with pytest.raises(InputError, match="shard damaged is no whole parquet file"):
         parquet_module.read_rows(damaged, "damaged", "damaged", Columns("imagefield"))
-    column = SimpleNamespace(dictionary_page_offset=0, data_page_offset=500, total_compressed_size=100, has_dictionary_page=True)
-    assert parquet_module._place(SimpleNamespace(num_columns=1, column=lambda _: column)) == (500, 600)
+    column = SimpleNamespace(dictionary_page_offset=0, data_page_offset=500, total_compressed_size=100, path_in_schema="image.bytes")
+    assert parquet_module._places(SimpleNamespace(num_columns=1, column=lambda _: column)) == {"image": (500, 600)}
 
 
 def test_an_epoch_has_every_image_once_and_windows_are_whole_shards():
@@ -698,6 +773,25 @@ def test_shards_are_not_taken_for_those_of_captions_or_labels_that_were_correcte
     metadata.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]) + json.dumps({**rows[2], column: values[0]}) + "\n")
     assert cli.shards(make) == 2
     assert "has shards of other images, labels or captions" in capsys.readouterr().err and files_of(tmp_path / "made") == before
+
+
+def test_captions_that_cannot_be_read_are_not_left_out_of_shards(tmp_path, home, capsys):
+    (tmp_path / "data").mkdir()
+    for k, text in enumerate((b"a cat", "a café".encode("latin-1"))):
+        (tmp_path / "data" / f"{k}.png").write_bytes(encoded(k))
+        (tmp_path / "data" / f"{k}.txt").write_bytes(text)
+    assert cli.shards(["make", str(tmp_path / "data"), str(tmp_path / "made")]) == 2
+    assert "1.txt is not UTF-8" in capsys.readouterr().err and not (tmp_path / "made").exists()
+
+
+def test_labels_of_which_something_is_wrong_are_not_left_out_of_shards(tmp_path, home, capsys):
+    (tmp_path / "data").mkdir()
+    for k in range(2):
+        (tmp_path / "data" / f"{k}.png").write_bytes(encoded(k))
+    rows = [{"file_name": "0.png", "label": "cat"}, {"file_name": "1.png", "label": "dog"}, {"file_name": "1.png", "label": "cow"}]
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.shards(["make", str(tmp_path / "data"), str(tmp_path / "made")]) == 2
+    assert "two labels for 1.png" in capsys.readouterr().err and not (tmp_path / "made").exists()
 
 
 def test_shards_in_a_folder_named_as_embedded_data_are_what_was_made(tmp_path, home, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..utils.files import read_file
 from . import image_folders
 from .shards.source import IndexedCaptions, LazyCaptions, ShardedSource
-from .shards.table_columns import COLUMNS, caption_column
+from .shards.table_columns import COLUMNS, NoCaptionsError, caption_column
 from .sources.base import Source
 from .sources.folder import ImageFolder
 from .sources.subset import SourceSubset
@@ -89,7 +89,8 @@ def read_captions(source: Source, column: str | None) -> Captions:
             file has none of `COLUMNS`, the lines of `NAME.txt` beside `NAME.png` come before another column of texts.
 
     Raises:
-        InputError: there are no captions, or the column holds something else.
+        NoCaptionsError: there are none.
+        InputError: the column holds something else, or a file of captions cannot be read.
     """
     if isinstance(source, ShardedSource):
         return _of_shards(source, column)
@@ -98,7 +99,7 @@ def read_captions(source: Source, column: str | None) -> Captions:
         where = "put NAME.txt beside NAME.png, or metadata.jsonl with file_name and text into the folder, or " * isinstance(
             source, ImageFolder
         )
-        raise InputError(f"none of {len(found)} images has a caption; {where}name their column with --caption_column")
+        raise NoCaptionsError(f"none of {len(found)} images has a caption; {where}name their column with --caption_column")
     if (longest := max((text for each in found for text in each), key=len, default="")) and len(longest) > MAX_CHARACTERS:
         raise InputError(f"a caption has {len(longest)} characters, {longest[:40]!r}..., but at most {MAX_CHARACTERS} are read; shorten it")
     if (broken := broken_text(text for each in found for text in each)) is not None:
@@ -126,7 +127,7 @@ def _of_shards(source: ShardedSource, column: str | None) -> Captions:
     """The captions of an index, which were looked at when it was built."""
     captions = source.captions(column)
     if not len(captions.array().flatten()):
-        raise InputError(f"none of {len(captions)} images has a caption; name their member, field or column with --caption_column")
+        raise NoCaptionsError(f"none of {len(captions)} images has a caption; name their member, field or column with --caption_column")
     return captions
 
 

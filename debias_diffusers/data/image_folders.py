@@ -24,6 +24,7 @@ PREVIEW = "preview"
 GRID = f"{PREVIEW}/grid.png"
 TRAJECTORY = f"{PREVIEW}/trajectory.png"
 METADATA = "metadata.jsonl"
+HIDDEN = "hidden"  # why files whose names begin with a dot are ignored
 LABELS = ("label", "class")  # columns of metadata files that are labels
 PACKED = "samples.npz"
 PARTS = "parts"  # images that are not yet in PACKED
@@ -87,7 +88,7 @@ def scan_folder(root: Path) -> Listing:
 def _hidden(parent: Path, name: str, beside: Sequence[str]) -> str | None:
     """Why a folder is ignored; None if it is not. Folders that `sample.py` wrote have grids of their images in preview/."""
     if name.startswith(".") or name == "__MACOSX":
-        return "hidden"
+        return HIDDEN
     if name == PARTS and SETTINGS in beside:
         return "part of samples"
     if name != PREVIEW:
@@ -101,7 +102,7 @@ def _hidden(parent: Path, name: str, beside: Sequence[str]) -> str | None:
 def _no_image(path: Path) -> str | None:
     """Why a file is not an image; None if it is one. The extension of an image suffices: a damaged image is reported when it is read."""
     if path.name.startswith("."):
-        return "hidden"
+        return HIDDEN
     if path.suffix.lower() in images.EXTENSIONS or (path.is_file() and images.is_image(path)):
         return None
     return f"{path.suffix.lower() or 'without extension'} (no image)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import math
@@ -26,6 +27,7 @@ MAX_PIXELS = 2**26  # of an image file: 8192 x 8192, which take 268 MB as RGB in
 # Pillow's formats of raster images, without documents, vector graphics, films and formats that need other programs.
 FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 EXTENSIONS = tuple(extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS)
+_READ = [kind for kind in FORMATS if kind in Image.OPEN]  # Pillow would open any other, too, and start Ghostscript for an EPS file
 
 _GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I", "F"}
 
@@ -54,7 +56,7 @@ _STRIP = 64  # rows that are processed at once, to save memory
 def is_image(path: Path) -> bool:
     """Whether a file starts with the signature of one of the `FORMATS`, whatever its name. (TGA has no signature.)"""
     try:
-        with Image.open(path, formats=[kind for kind in FORMATS if kind != "TGA" and kind in Image.OPEN]):
+        with Image.open(path, formats=[kind for kind in _READ if kind != "TGA"]):
             return True
     except Image.DecompressionBombError:
         return True
@@ -73,9 +75,9 @@ def decode(data: bytes, where: str, least: tuple[int, int] | None = None) -> Ima
     Raises:
         InputError: names `where`; not an image, damaged, of 32-bit values without a known range, or of more than `MAX_PIXELS`.
     """
-    try:
+    with _told(where):
         data, found = image_metadata.strip_metadata(data)
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_READ) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}; make it smaller")
             if least and image.format == "JPEG":
@@ -87,10 +89,6 @@ def decode(data: bytes, where: str, least: tuple[int, int] | None = None) -> Ima
                 _round_to_8(image, low)
             flat = _flat(image, grey=image.mode in _GREY or rawmode == _GREY_ALPHA_16)
             return _turned(flat, image, found)
-    except UnidentifiedImageError:
-        raise InputError(f"image {where} cannot be read: it is not an image of a supported format") from None
-    except Exception as error:  # a damaged or hostile file may provoke any
-        raise InputError(f"image {where} cannot be read: {reason(error)}") from error
 
 
 def extension_of(data: bytes, where: str) -> str:
@@ -99,12 +97,9 @@ def extension_of(data: bytes, where: str) -> str:
     Raises:
         InputError: names `where`; it has none of the `FORMATS`.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
-            kind = str(image.format)
-            return {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}.get(kind, kind.lower())
-    except Exception as error:  # a damaged or hostile file may provoke any
-        raise InputError(f"image {where} cannot be read: {reason(error)}") from error
+    with _told(where), Image.open(io.BytesIO(data), formats=_READ) as image:
+        kind = str(image.format)
+        return {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}.get(kind, kind.lower())
 
 
 def size_of(data: bytes, where: str) -> tuple[int, int]:
@@ -113,12 +108,21 @@ def size_of(data: bytes, where: str) -> tuple[int, int]:
     Raises:
         InputError: names `where`; the file cannot be read.
     """
-    try:
+    with _told(where):
         data, found = image_metadata.strip_metadata(data)
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_READ) as image:
             width, height = image.size
             turned = _method(image, found) in _SWAPPING
             return (width, height) if turned else (height, width)
+
+
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Errors of reading an image as an InputError that names it."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise InputError(f"image {where} cannot be read: it is not an image of a supported format") from None
     except Exception as error:  # a damaged or hostile file may provoke any
         raise InputError(f"image {where} cannot be read: {reason(error)}") from error
 
@@ -131,7 +135,7 @@ def _rawmode(image: ImageFile.ImageFile) -> str:
 
 def _low_bytes(data: bytes, rawmode: str) -> np.ndarray:
     """The less significant bytes of a 16-bit colour image, (H, W, C) uint8."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=_READ) as image:
         swapped = _OTHER_BYTE[rawmode]
         for k, (codec, extents, offset, args) in enumerate(image.tile):
             image.tile[k] = ImageFile._Tile(codec, extents, offset, (swapped, *args[1:]) if isinstance(args, tuple) else swapped)
@@ -205,11 +209,21 @@ def fit(image: Image.Image, resolution: int) -> Image.Image:
     return ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
 
 
-def cover(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Resizes (bicubic, antialiased) so that one side has so many pixels, and the other at least so many, rounded."""
+def covering_size(image: Image.Image, height: int, width: int) -> tuple[int, int]:
+    """Width and height of an image when it is resized so that one side has so many pixels, and the other at least so many, rounded."""
     scale = max(height / image.height, width / image.width)
-    size = (max(width, round(scale * image.width)), max(height, round(scale * image.height)))
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+    return max(width, round(scale * image.width)), max(height, round(scale * image.height))
+
+
+def part_of_resized(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    """The part in a box (left, top, right, bottom) of an image that is resized (bicubic, antialiased) to a size (width, height)."""
+    if math.prod(size) <= MAX_PIXELS:
+        return (image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)).crop(box)
+    # Of a very long image, which would take gigabytes, the part alone, whose values may be rounded otherwise.
+    left, right = (edge * image.width / size[0] for edge in box[::2])
+    top, bottom = (edge * image.height / size[1] for edge in box[1::2])
+    region = left, top, min(right, image.width), min(bottom, image.height)
+    return image.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BICUBIC, region)
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -189,10 +189,10 @@ class TextData(PositionedData):
         height, width = self.size(index)
         image = images.decode(content, where, (height, width) if self.config.jpeg_draft else None).convert("RGB")
         original = images.size_of(content, where) if self.config.jpeg_draft else (image.height, image.width)
-        resized = images.cover(image, height, width)
-        down, right = resized.height - height, resized.width - width
+        size = images.covering_size(image, height, width)
+        down, right = size[1] - height, size[0] - width
         top, left = self._corner(down, right, index, position)
-        pixels = images.to_array(resized.crop((left, top, left + width, top + height)))
+        pixels = images.to_array(images.part_of_resized(image, size, (left, top, left + width, top + height)))
         corner = (top, right - left if flipped else left)
         time_ids = torch.tensor([*original, *corner, height, width], dtype=torch.float32)
         return torch.from_numpy(pixels).flip(-1) if flipped else torch.from_numpy(pixels), time_ids

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import re
 import time
@@ -25,7 +26,6 @@ T = TypeVar("T")
 PATIENCE = 300.0  # seconds without a byte after which a file is given up
 FIRST_WAIT, MAX_WAIT = 1.0, 60.0  # seconds before the first and the last attempts; each wait is twice the one before
 TIMEOUT = 30.0  # seconds for each phase of a request: connect, send, receive
-PIECE = 1 << 20  # bytes that are received at once
 RETRIED = {408, 425, 429}  # of the 4xx: the server is busy
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -64,7 +64,7 @@ class FileRange:
 
 
 class AbsentError(FetchError):
-    """The server has no such file."""
+    """The server has no such file. One whose files must not be listed, such as S3, may answer 403 then, as where it permits nothing."""
 
 
 class _TemporaryError(Exception):
@@ -96,18 +96,9 @@ def read_range(file: RemoteFile, start: int, stop: int) -> bytes:
     Raises:
         FetchError: as of `find`; the file has changed, or the server does not answer ranges.
     """
-    found = bytearray()
-
-    def attempt() -> bytes:
-        with _opened(file, start + len(found), stop) as (response, whole):
-            if whole:
-                raise _no_ranges(file)
-            for piece in response.iter_raw(PIECE):
-                found.extend(piece)
-        _require_all(len(found), stop - start)
-        return bytes(found)
-
-    return _insist(attempt, file.name, lambda: len(found)) if stop > start else b""
+    part = io.BytesIO()
+    fetch(FileRange(file, start, stop), part)
+    return part.getvalue()
 
 
 def fetch(wanted: FileRange, part: IO[bytes], insist: bool = True) -> None:
@@ -129,7 +120,7 @@ def fetch(wanted: FileRange, part: IO[bytes], insist: bool = True) -> None:
                     raise _no_ranges(wanted.file)
                 if whole:
                     part.truncate(part.seek(0))
-                for piece in response.iter_raw(PIECE):
+                for piece in response.iter_raw():  # as they come: of larger pieces a lost connection would take the beginning
                     part.write(piece)
         _require_all(received(), len(wanted))
 
@@ -204,7 +195,7 @@ def _require_success(name: str, response: Any) -> None:
         raise _TemporaryError(f"its server answers {status}", float(after) if after.isdecimal() else 0.0)
     advice = "; set HF_TOKEN, or ask for access on its page" if status in (401, 403) and name.startswith("hf://") else ""
     what = {401: "its server asks who you are", 403: "its server does not permit it", 404: "there is no such file"}
-    kind = AbsentError if status == 404 else FetchError
+    kind = AbsentError if status in (403, 404, 410) else FetchError
     raise kind(f"{name} cannot be fetched: {what.get(status, 'its server refuses')} ({status}){advice}")
 
 

@@ -26,6 +26,7 @@ from ..sources.summary import summary
 from . import tar
 from .files import LocalFiles
 from .source import CLASSES, ShardedSource
+from .table_columns import NoCaptionsError
 
 RECORD = "made_from.json"  # beside the shards: what they were made of
 FORMAT = 1  # to be raised with every change of the bytes that `make` writes
@@ -79,7 +80,7 @@ def _with_labels_and_captions(config: ShardsMakeConfig) -> tuple[Source, Caption
     captions = None
     try:
         captions = read_captions(source, config.caption_column)
-    except InputError:
+    except NoCaptionsError:
         if config.caption_column is not None:
             raise
     if config.label_column is not None or source.unused_labels():

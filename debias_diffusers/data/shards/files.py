@@ -74,8 +74,8 @@ class ShardFiles(Protocol):
     def open(self, name: str) -> IO[bytes]:
         """A file opened for reading. Raises DebiasError, and so may reading from it."""
 
-    def prefetch(self, units: Sequence[Unit]) -> None:
-        """Says which units are read next, in this order."""
+    def prefetch(self, units: Sequence[Unit], column: str | None) -> None:
+        """Says of which units images are read next, in this order, and from which column."""
 
     def beside(self, name: str) -> bytes | None:
         """A small file in the folder of the shards; None where there is none. Raises DebiasError where it cannot be read."""
@@ -123,7 +123,7 @@ class LocalFiles:
         except OSError as error:
             raise InputError(f"shard {self.where(name)} cannot be read: {reason(error)}") from error
 
-    def prefetch(self, units: Sequence[Unit]) -> None:
+    def prefetch(self, units: Sequence[Unit], column: str | None) -> None:
         """Nothing: the files are here."""
 
     def beside(self, name: str) -> bytes | None:

@@ -28,19 +28,28 @@ def read_schema(file: IO[bytes], where: str) -> pyarrow.Schema:
         return pyarrow.parquet.ParquetFile(file).schema_arrow
 
 
-def row_groups(file: IO[bytes], where: str) -> list[tuple[int, int]]:
-    """The first byte of each row group, and that after its last, by the footer. Raises InputError where it is no parquet file."""
+def row_groups(file: IO[bytes], where: str) -> list[dict[str, tuple[int, int]]]:
+    """Of each row group the first byte of each column, and that after its last, by the footer.
+
+    Columns are by their names up to the first dot: those of a struct, such as bytes and path of an image, are one.
+
+    Raises:
+        InputError: it is no parquet file.
+    """
     with _told(where):
         metadata = pyarrow.parquet.ParquetFile(file).metadata
-        return [_place(metadata.row_group(group)) for group in range(metadata.num_row_groups)]
+        return [_places(metadata.row_group(group)) for group in range(metadata.num_row_groups)]
 
 
-def _place(group: Any) -> tuple[int, int]:
-    columns = [group.column(number) for number in range(group.num_columns)]
-    # Some writers set the offset of a dictionary page that is not there to 0, which is where the file begins.
-    firsts = [min(column.dictionary_page_offset or column.data_page_offset, column.data_page_offset) for column in columns]
-    stops = [first + column.total_compressed_size for first, column in zip(firsts, columns)]
-    return max(0, min(firsts, default=0)), max(stops, default=0)
+def _places(group: Any) -> dict[str, tuple[int, int]]:
+    found = dict[str, tuple[int, int]]()
+    for column in map(group.column, range(group.num_columns)):
+        # Some writers set the offset of a dictionary page that is not there to 0, which is where the file begins.
+        first = max(0, min(column.dictionary_page_offset or column.data_page_offset, column.data_page_offset))
+        stop, name = first + column.total_compressed_size, column.path_in_schema.partition(".")[0]
+        before = found.get(name, (first, stop))
+        found[name] = min(first, before[0]), max(stop, before[1])
+    return found
 
 
 def read_rows(file: IO[bytes], name: str, where: str, columns: Columns) -> Part:
@@ -78,11 +87,9 @@ def read_rows(file: IO[bytes], name: str, where: str, columns: Columns) -> Part:
     return rows.part(units)
 
 
-def _cells(table: pyarrow.Table, column: str | None) -> pyarrow.Array:
+def _cells(table: pyarrow.Table, column: str | None) -> pyarrow.ChunkedArray:
     """The bytes of the images: of a column of bytes, or of the struct of bytes and path that `datasets` writes."""
-    found = table[column].combine_chunks()
-    if isinstance(found, pyarrow.ChunkedArray):
-        found = found.chunk(0) if found.num_chunks else pyarrow.array([], found.type)
+    found = table[column]  # in several chunks where they have more than 2 GB
     if pyarrow.types.is_struct(found.type) and found.type.get_field_index("bytes") >= 0:
         return pyarrow.compute.struct_field(found, "bytes")  # null where the struct is
     if pyarrow.types.is_binary(found.type) or pyarrow.types.is_large_binary(found.type):
@@ -101,6 +108,8 @@ def _told(where: str) -> Iterator[None]:
     """Errors of pyarrow as an InputError that names the shard."""
     try:
         yield
+    except pyarrow.ArrowNotImplementedError as error:  # such as a struct of more than 2 GB
+        raise InputError(f"shard {where} cannot be read by pyarrow ({reason(error)}); write it anew, with smaller row groups") from error
     except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"shard {where} is no whole parquet file ({reason(error)}); write or fetch it anew") from error
 

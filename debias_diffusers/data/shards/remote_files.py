@@ -1,6 +1,6 @@
 """Shards on a server or on the Hub: fetched into the cache on the disk, the next window while one is read. No torch.
 
-Tar files are fetched whole, parquet files by their row groups where the server answers ranges.
+Tar files are fetched whole, of parquet files those columns of row groups that are read, where the server answers ranges.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ TAIL = 1 << 16  # bytes at the end of a parquet file that are fetched together, 
 class RowGroups(NamedTuple):
     """How a parquet file is fetched."""
 
-    edges: list[int]  # of its ranges, as of `ranged_file.ranges`: one for each row group, and the footer in one or two
-    places: list[tuple[int, int]]  # of each row group, as of `parquet.row_groups`
+    edges: list[int]  # of its ranges, as of `ranged_file.ranges`: one for each column of a row group, and the footer in one or two
+    places: list[dict[str, tuple[int, int]]]  # as of `parquet.row_groups`
 
 
 class RemoteFiles:
@@ -71,21 +71,23 @@ class RemoteFiles:
             length = int.from_bytes(opened.read()[-8:-4], "little")
         footer = min(max(0, file.size - 8 - length), tail)
         places = row_groups(cast(IO[bytes], RangedFile(self.cache, file, sorted({0, footer, tail, file.size}))), file.name)
-        firsts = sorted(first for first, _ in places if first < footer)[1:]  # the first range begins with the file
+        firsts = sorted(first for group in places for first, _ in group.values() if first < footer)
+        del firsts[:1]  # the first range begins with the file
         return RowGroups(sorted({0, *firsts, footer, tail, file.size}), places)
 
     def _sizes(self, name: str) -> list[int]:
-        """Of the shards of a file, in bytes of the cache."""
+        """Of the shards of a file, in bytes of the cache; of row groups with all columns, before it is known which are read."""
         if name not in self._groups:
             return [self._found[name].size]
         footer = min(TAIL, self._found[name].size)
         units = [Unit(name, group, 0) for group in range(len(self._groups[name].places))]
         return [footer + sum(map(len, self._ranges(unit))) for unit in units]
 
-    def _ranges(self, unit: Unit) -> list[FileRange]:
-        """What is fetched for a row group."""
+    def _ranges(self, unit: Unit, column: str | None = None) -> list[FileRange]:
+        """What is fetched for a column of a row group, or for all of them."""
         edges, places = self._groups[unit.name]
-        return ranges(self._found[unit.name], edges, *places[unit.group])
+        wanted = [place for name, place in places[unit.group].items() if column is None or name == column.partition(".")[0]]
+        return list(dict.fromkeys(part for place in wanted for part in ranges(self._found[unit.name], edges, *place)))
 
     def state(self, name: str) -> FileState:
         """Size and version."""
@@ -101,11 +103,11 @@ class RemoteFiles:
             return cast(IO[bytes], RangedFile(self.cache, file, self._groups[name].edges))
         return self.cache.open(file)
 
-    def prefetch(self, units: Sequence[Unit]) -> None:
+    def prefetch(self, units: Sequence[Unit], column: str | None) -> None:
         """Fetches in the background, in this order."""
         wanted: list[Entry] = []
         for unit in units:
-            wanted += self._ranges(unit) if unit.name in self._groups else [self._found[unit.name]]
+            wanted += self._ranges(unit, column) if unit.name in self._groups else [self._found[unit.name]]
         self.cache.prefetch(list(dict.fromkeys(wanted)))
 
     def beside(self, name: str) -> bytes | None:

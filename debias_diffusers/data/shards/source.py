@@ -19,7 +19,7 @@ from ...errors import InputError, reason
 from ..image_folders import as_labels
 from ..labels import ClassOrder, label_numbers, renumbered
 from .files import Columns, IndexKey, ShardFiles, Unit
-from .table_columns import find_columns
+from .table_columns import Features, caption_column, features_of, find_columns
 
 if TYPE_CHECKING:
     from .index import Index
@@ -58,11 +58,17 @@ def _key(files: ShardFiles, config: DataConfig, which: list[str]) -> IndexKey:
         raise InputError(f"dataset {config.dataset} has both .tar and .parquet files; name files of one kind")
     if kinds == {".tar"}:
         return IndexKey(Columns(config.image_column, config.label_column), "tar", which, _class_names(files))
+    found = find_columns(_features(files), config)
+    return IndexKey(Columns(found.image, found.label, found.caption), "parquet", which, found.class_names, found.whole_numbers)
+
+
+def _features(files: ShardFiles) -> Features:
+    """The columns of parquet files, by the first one."""
     from .parquet import read_schema
 
+    where = files.where(files.names[0])
     with files.open(files.names[0]) as file:
-        found = find_columns(read_schema(file, files.where(files.names[0])), config)
-    return IndexKey(Columns(found.image, found.label, found.caption), "parquet", which, found.class_names, found.whole_numbers)
+        return features_of(read_schema(file, where), where)
 
 
 def _class_names(files: ShardFiles) -> list[str] | None:
@@ -159,7 +165,8 @@ class ShardedSource:
         where = f"label_column of {self.shard_files.where('')}"
         numbers, texts = self.index.labels()
         if not texts:
-            raise InputError(f"class_conditional is on, but no image of {where.partition(' of ')[2]} has a label; name their column")
+            folder = self.shard_files.where("")
+            raise InputError(f"class_conditional is on, but no image of {folder} has a label, a whole number or text; name their column")
         values: list[Any] = texts
         if self.key.whole_numbers is not False:
             values = _whole_numbers(texts, where) if self.key.whole_numbers else [*as_labels(dict(zip(texts, texts)), where).values()]
@@ -219,7 +226,7 @@ class ShardedSource:
         """Says which shards are read next, in this order."""
         units = [self.index.units[shard] for shard in shards]
         self._reader.prefetch(units)
-        self.shard_files.prefetch(units)
+        self.shard_files.prefetch(units, self.key.columns.image)
 
     def sizes(self) -> np.ndarray:
         """As of `Source`."""
@@ -230,6 +237,8 @@ class ShardedSource:
         columns = self.key.columns
         if column in (None, columns.caption):
             return IndexedCaptions(self.index)
+        if self.key.kind == "parquet":
+            caption_column(_features(self.shard_files), column, self.shard_files.where(self.shard_files.names[0]))
         from .index import open_index
 
         key = dataclasses.replace(self.key, columns=columns._replace(caption=column))

@@ -45,7 +45,7 @@ def read_rows(file: IO[bytes], name: str, where: str, columns: Columns) -> Part:
         if image is None:
             continue
         fields = _fields(file, members, f"{where}:{key}.json")
-        label = _label(_value(file, members, fields, LABELS, columns.label)[0], f"{where}:{key}")
+        label = _label(_value(file, members, fields, LABELS, columns.label)[0], columns.label is not None, f"{where}:{key}")
         captions = _captions(*_value(file, members, fields, CAPTIONS, columns.caption), f"{where}:{key}")
         rows.add(key, image.offset_data, _read(file, image), label, captions)
     _require_columns(rows, columns, where, sorted({rest for members in found.values() for rest in members}))
@@ -129,8 +129,10 @@ def _value(file: IO[bytes], members: Sample, fields: Mapping[str, Any], usual: t
     return None, False
 
 
-def _label(label: Any, where: str) -> str | None:
+def _label(label: Any, named: bool, where: str) -> str | None:
     if isinstance(label, bool) or not isinstance(label, int | str | None):
+        if not named:  # what a field has that happens to be called label must not refuse the image to who trains without classes
+            return None
         raise InputError(f"image {where} has label {label!r:.80}, but labels must be whole numbers or text")
     return None if label is None else str(label).strip() or None
 

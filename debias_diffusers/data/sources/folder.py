@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -96,9 +95,12 @@ class ImageFolder:
             return None
         inner = [name.removeprefix(f"{self.split_folder}/" if self.split_folder else "") for name in self.names]
         found: set[Any] = {name.split("/")[0] for name in inner if "/" in name}
-        with contextlib.suppress(InputError):
-            if given := image_folders.read_metadata(self.root, self.split_folder, None):
-                found = {str(label) for label in given[1].values() if label is not None}
+        try:
+            given = image_folders.read_metadata(self.root, self.split_folder, None)
+        except InputError:
+            return "labels"  # with which something is wrong, as who uses them is told
+        if given:
+            found = {str(label) for label in given[1].values() if label is not None}
         return f"{len(found)} classes" if len(found) > 1 else None
 
     def read(self, index: int) -> tuple[bytes, int, str]:

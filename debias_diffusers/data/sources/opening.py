@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -116,23 +118,32 @@ def _open_folder(path: Path, config: DataConfig, order: ClassOrder, renew: bool)
         return ImageTable(load_saved_table(path, config), config, order)
     found = image_folders.scan_folder(path)
     for suffix in (".tar", ".parquet"):
-        shards = {name for name, _ in found.passed_over if name.lower().endswith(suffix)}
+        shards = {name for name, why in found.passed_over if name.lower().endswith(suffix) and why != image_folders.HIDDEN}
         if len(shards) > len(found.images):  # a few pictures beside parquet files are not data, nor a parquet file beside images
-            source = _open_folder_of_shards(path, suffix, config, order, renew)
+            splits = files_by_split(path, shards)
+            in_splits = {name for names in splits.values() for name in names}
+            source = _open_folder_of_shards(path, suffix, splits, config, order, renew)
             beside = [(name, f"beside the {suffix[1:]} files") for name in found.images]
-            others = [(name, why) for name, why in found.passed_over if name not in shards and not BESIDE_SHARDS.search(name)]
+            others = [
+                (name, "in no split" if name in shards else why)
+                for name, why in found.passed_over
+                if name not in in_splits and not BESIDE_SHARDS.search(name)
+            ]
             source.passed_over = beside + others + source.passed_over
             return source
     return ImageFolder(found, config, order)
 
 
-def _open_folder_of_shards(path: Path, suffix: str, config: DataConfig, order: ClassOrder, renew: bool) -> Source:
-    splits = files_by_split(path, suffix)
+def _open_folder_of_shards(
+    path: Path, suffix: str, splits: Mapping[str, list[str]], config: DataConfig, order: ClassOrder, renew: bool
+) -> Source:
+    files = {split: [str(path.resolve() / name) for name in names] for split, names in splits.items()}
     if suffix == ".parquet" and config.shuffle_window is None:
-        return ImageTable(load_table("parquet", config, data_files=splits), config, order)
+        patterns = {split: _patterns(paths) for split, paths in files.items()}
+        return ImageTable(load_table("parquet", config, data_files=patterns), config, order)
     if config.split not in splits:
         raise InputError(f"split is {config.split}, but dataset {path} has only: {', '.join(splits)}")
-    source = open_shards(LocalFiles(splits[config.split]), config, order, [config.split], renew)
+    source = open_shards(LocalFiles(files[config.split]), config, order, [config.split], renew)
     source.split = f"split {config.split} of {', '.join(splits)}" if len(splits) > 1 else ""
     return source
 
@@ -140,11 +151,16 @@ def _open_folder_of_shards(path: Path, suffix: str, config: DataConfig, order: C
 def _open_files(paths: list[str], config: DataConfig, order: ClassOrder, renew: bool) -> Source:
     """The files of a name or pattern. Parquet files are read by row groups where the order is made for it."""
     if paths[0].lower().endswith(".parquet") and config.shuffle_window is None and not shard_names.is_remote(paths[0]):
-        data_files = [str(Path(path).expanduser()) for path in paths]
-        return ImageTable(load_table("parquet", config, data_files=data_files), config, order)
+        return ImageTable(load_table("parquet", config, data_files=_patterns(paths)), config, order)
     if config.split != DataConfig().split:
         raise InputError(f"split is {config.split}, but dataset {config.dataset} names files; leave split out, and name those of the split")
     return open_shards(_shard_files(paths, config), config, order, renew=renew)
+
+
+def _patterns(paths: Sequence[str]) -> list[str]:
+    """Paths as `datasets` takes them: for it they are patterns, which follow no links to folders."""
+    places = [os.path.split(os.path.expanduser(path)) for path in paths]
+    return [glob.escape(os.path.join(os.path.realpath(folder), name)) for folder, name in places]
 
 
 def _shard_files(paths: list[str], config: DataConfig) -> ShardFiles:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,24 @@ def load_saved_table(path: Path, config: DataConfig) -> Any:
     return saved[config.split]
 
 
-def files_by_split(path: Path, suffix: str) -> dict[str, list[str]]:
-    """The files of a folder with a suffix, by split; `datasets` finds the split in their names."""
+def files_by_split(root: Path, names: Collection[str]) -> dict[str, list[str]]:
+    """Some files of a folder by split, which `datasets` finds in their names, as paths relative to the folder.
+
+    It is shown a folder of empty files of these names. In the real one, files of other kinds would decide what the splits are, links to
+    folders would not be followed, and brackets in the path would be a pattern.
+
+    Raises:
+        InputError: it finds no split.
+    """
     from datasets.data_files import DataFilesDict, get_data_patterns
 
-    base = str(path.resolve())
-    files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base, allowed_extensions=[suffix, suffix.upper()])
-    return {str(split): list(names) for split, names in files.items() if names}
+    with tempfile.TemporaryDirectory() as shown:
+        for name in names:
+            file = Path(shown, name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        try:
+            found = DataFilesDict.from_patterns(get_data_patterns(shown), base_path=shown)
+        except (FileNotFoundError, ValueError) as error:
+            raise InputError(f"the names of the files of dataset {root} give no splits; rename them or their folders") from error
+        return {str(split): [str(Path(file).relative_to(shown)) for file in files] for split, files in found.items() if files}
