@@ -8,6 +8,7 @@ import sys
 import diffusers
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from conftest import HANG, Forked, command, metrics, newest_step, run, tensors, train_args, wait_for
@@ -405,6 +406,28 @@ def test_the_ema_can_be_off(bases, few, tmp_path):
     trained, exported = load(found["model.safetensors"]), load_file(tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, exported[name]) for name, value in trained.items())
     assert "not averaged" in (tmp_path / "run" / "README.md").read_text()
+
+
+def write_small_shards():
+    """In the training: diffusers' own limit of a file, of 10 GB, is 50 kB."""
+    save = diffusers.ModelMixin.save_pretrained
+
+    def saved(self, folder, max_shard_size="50KB", **options):
+        save(self, folder, max_shard_size=max_shard_size, **options)
+
+    diffusers.ModelMixin.save_pretrained = saved
+
+
+def test_a_unet_of_any_size_is_exported_as_one_file_in_place_of_shards(bases, few, tmp_path):
+    folder, unet = tmp_path / "run", tmp_path / "run" / "unet"
+    args = text_args(bases["xl"], folder, *few, "--ema_decay", 0)
+    assert Forked(*args, "--max_steps", 4, before=write_small_shards).result()[0] == 0
+    assert {path.name for path in unet.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    UNet2DConditionModel.from_pretrained(unet).save_pretrained(unet, max_shard_size="50KB")  # as an older version has exported it
+    assert len([*unet.glob("*.safetensors")]) > 2
+    assert Forked(*args, "--max_steps", 8).result()[0] == 0
+    trained, exported = safetensors.torch.load(tensors(folder, 8)["model.safetensors"]), stock(folder).unet.state_dict()
+    assert all(torch.equal(value, exported[name]) for name, value in trained.items())
 
 
 @pytest.mark.nightly
