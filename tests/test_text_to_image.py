@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+import weakref
 
 import diffusers
 import numpy as np
@@ -213,6 +214,25 @@ def test_embeddings_are_the_same_kept_or_computed_in_each_step(bases, few, tmp_p
     task.prepare()
     kept = task.texts.of(captions, dropped, "cpu")
     assert torch.allclose(fresh.text, kept.text, atol=1e-6) and torch.allclose(fresh.pooled, kept.pooled, atol=1e-6)
+
+
+def test_what_is_kept_takes_its_memory_once(bases, few, tmp_path, monkeypatch):
+    """`fits` permits half of the free memory."""
+    from debias_diffusers.tasks import frozen_parts
+
+    encoded, parts, alive = frozen_parts.encoded, [], []
+
+    def watched(*args):
+        for entries, found in encoded(*args):
+            parts.append([weakref.ref(tensor) for tensor in found.values()])
+            alive.append(sum(any(ref() is not None for ref in part) for part in parts))
+            yield entries, found
+
+    monkeypatch.setattr(frozen_parts, "encoded", watched)
+    monkeypatch.setattr(frozen_parts, "ENCODED_AT_ONCE", 3)
+    monkeypatch.setattr(frozen_parts, "MOST_IMAGES", 3)
+    plan_of(bases["xl"], tmp_path / "run", *few).task.prepare()
+    assert len(parts) > 8 and max(alive) <= 2  # the last one and the one before, which has just been copied
 
 
 def test_latents_are_kept_for_both_flips(bases, few, tmp_path):
