@@ -319,7 +319,7 @@ def test_processes_share_the_work(base, data, tmp_path, calls):
     folder = tmp_path / "computed"
     words = ("cache", data, "--base_model", base, "--resolution", 8, "--precompute_dir", folder, "--num_threads", 1, "--random_flip")
     code, err = as_ranks(2, *words)
-    assert code == 0 and err.count("computing") == 1, err
+    assert code == 0 and err.count(": computing") == 1, err
     prepared(base, data, folder, random_flip=True)
     assert calls == {"images": 0, "texts": 0}
 
