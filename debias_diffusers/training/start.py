@@ -15,6 +15,7 @@ from ..config.hub_names import is_model_id
 from ..config.loading import checked_values, flatten, is_text, layered, read_config, resolved, update
 from ..config.registry import TRACKERS
 from ..config.schema.training import TrainConfig
+from ..config.validation.objective import named_problems
 from ..config.validation.optimization import sharding_problems
 from ..config.validation.training import train_problems
 from ..errors import InputError, raise_all
@@ -58,6 +59,7 @@ def train(config: TrainConfig | str | Path | None = None, callback: Callback | N
         chosen = of_base(named.keys()) if named.get("base_model") else ()
         config = layered(found, kept_values(named.get("output_dir"), chosen))
     config = layered(flatten(config), given)
+    raise_all(named_problems(config.objective, given))
     train_run(config, chosen, callback)
     if config.run.dry_run or not launcher.is_first_process():
         return None
