@@ -108,9 +108,10 @@ def precompute(config: TrainConfig, chosen: Collection[str] = ()) -> None:
         missing.append("dry_run is on, but this command does nothing else than to compute; leave it out")
     raise_all(missing)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    # Neither the directory of the run nor the samples of a step change anything here, where any number of processes may share the work.
+    # Neither the directory of the run nor its steps change anything here, where any number of processes may share the work.
     output_dir = config.run.output_dir or text.precompute_dir
-    config = update(config, {"output_dir": output_dir, "batch_size": num_processes, "micro_batch_size": 1})
+    others = {"batch_size": num_processes, "micro_batch_size": 1, "num_epochs": None}
+    config = update(config, {"output_dir": output_dir, **others})
     config = _checked(config, chosen, num_processes, training=False)
 
     from ..utils.signals import stop_with_launcher
