@@ -266,6 +266,6 @@ def test_two_processes_train_the_same_and_share_what_is_precomputed(base, data, 
     flags = [word for name, value in HELD_OUT.items() for word in (f"--{name}", value)]
     words = text_args(base, tmp_path / "run", "--dataset", data, "--precompute_dir", tmp_path / "computed", *FLAGS, *flags)
     code, err = as_ranks(2, *words)
-    assert code == 0 and err.count("computing") == 1, err
+    assert code == 0 and err.count(": computing") == 1, err
     losses = [[line["loss"] for line in metrics(folder) if "loss" in line] for folder in (whole, tmp_path / "run")]
     assert len(losses[0]) == 5 and losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -162,6 +162,8 @@ MEANT = {  # by eye; "" where no flag is the same
     **dict.fromkeys(("num_samples", "patch_size", "momentum", "beta_start", "adam_beta1", "eval_batch_size", "gpu"), ""),
     **dict.fromkeys(("network_dim", "rank"), "--lora_rank"),
     "validation_prompt": "--sample_prompts",
+    "scale_v_pred_loss_like_noise_pred": "--weighting constant",
+    **dict.fromkeys(("lora_dropout", "huber_schedule", "save_precision"), ""),
     **dict.fromkeys(("proportion_empty_prompts", "caption_dropout_rate"), "--caption_dropout"),
     **dict.fromkeys(("resume_from_checkpoint", "num_images", "size", "rate", "name", "val_data", "temperature"), ""),
 }

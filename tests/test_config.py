@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY, run
 
+from debias_diffusers import train
 from debias_diffusers.cli import train_command, train_config
 from debias_diffusers.commands import evaluate
 from debias_diffusers.config import loading
@@ -246,6 +247,16 @@ def test_three_mistakes_are_answered_together_at_once_without_torch():
     assert done.returncode == 2
     assert "3 problems" in done.stderr and "Traceback" not in done.stderr
     assert all(name in done.stderr for name in ("batch_size is 0", "learning_rate is -1", "snr_gamma is 3"))
+
+
+def test_a_parameter_that_nothing_uses_is_refused_also_where_its_default_is_typed():
+    """In diffusers' scripts `--snr_gamma 5` is all that Min-SNR needs."""
+    said = r"snr_gamma is 5\.0, but weighting is debiased, which does not have it; take --weighting min_snr or soft_min_snr or leave"
+    with pytest.raises(InputError, match=said):
+        train_command(["--snr_gamma", "5"], None)
+    with pytest.raises(InputError, match=said):
+        train("digits", output_dir="never", snr_gamma=5.0)
+    assert train_command(["--weighting", "min_snr", "--snr_gamma", "5"], None)[0].objective.weighting == "min_snr"
 
 
 @pytest.mark.parametrize("entry", ["train", "sample", "evaluate"])

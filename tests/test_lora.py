@@ -11,12 +11,14 @@ from functools import cache
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import Forked, as_ranks, metrics, newest_step, run, sample_config, tensors, wait_for
 from pushing import served
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from test_text_to_image import pictures, plan_of, plan_of_flags
 from text_models import BASE, make_base, text_args
+from torch import nn
 
 pytest.importorskip("peft")
 
@@ -35,6 +37,7 @@ from debias_diffusers.runs.lora_folder import LORA_WEIGHTS
 from debias_diffusers.sampling.generate import make_job, sample
 from debias_diffusers.tasks import lora, text_to_image
 from debias_diffusers.training import dry_run, state_dicts
+from debias_diffusers.training.setup.build import build
 from debias_diffusers.utils import seeding
 
 RANK, ALPHA, STEPS = 4, 8, 3
@@ -126,6 +129,34 @@ def test_an_adapter_adds_alpha_over_rank_times_its_product(bases, few, tmp_path)
                 plain.get_parameter(name.split(".lora_")[0] + ".weight").add_(ALPHA / RANK * parameter @ A)
         given = (torch.randn(2, 4, 4, 4), torch.tensor([10, 900]), torch.randn(2, 16, 32))
         assert torch.allclose(network(*given).sample, plain(*given).sample, atol=1e-4)
+
+
+def test_previews_copy_no_linear_layer_that_is_frozen_in_bf16(bases, few, tmp_path):
+    """They draw as a network in float32 does, for which a GPU that is large enough for adapters in bf16 may have no room."""
+    flags = ("--ema_decay", 0, "--mixed_precision", "bf16", "--param_dtype", "bf16")
+    plan = plan_of(bases["xl"], tmp_path / "run", *few, *LORA, *flags)
+    trainer = build(plan, None, Accelerator())[0]
+    weights, plain = dict(trainer.state.model.named_parameters()), plan.task.build()
+    for name, weight in weights.items():
+        if ".lora_B." in name:
+            weight.data.normal_()
+    plain.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    images, prompts = trainer.hooks[0].images, ["a handwritten one"]
+    with images.present():
+        there = dict(images.network.named_parameters())
+        linear = [f"{name}.weight" for name, layer in plain.named_modules() if isinstance(layer, nn.Linear) and ".lora_" not in name]
+        assert len(linear) > MODULES and all(there[name].data_ptr() == weights[name].data_ptr() for name in linear)
+        assert torch.equal(plan.task.draw(images.network, range(2), prompts), plan.task.draw(plain.eval(), range(2), prompts))
+    assert all(weight.is_meta for weight in images.network.parameters())
+
+
+def test_memory_that_a_preview_does_not_find_ends_no_training(bases, few, tmp_path, monkeypatch, capsys):
+    def draw(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.8 GiB")
+
+    monkeypatch.setattr(text_to_image.TextToImageTask, "draw", draw)
+    trained(bases["xl"], tmp_path / "run", *few, *LORA, "--max_steps", 2, "--sample_every", 1)
+    assert capsys.readouterr().err.count("no sample grid at step 2: CUDA out of memory.") == 1
 
 
 def test_a_resumed_run_ends_with_the_same_bits(runs, bases, few, tmp_path):

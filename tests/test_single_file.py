@@ -195,6 +195,10 @@ def test_what_cannot_be_converted_is_one_sentence(folders, tmp_path):
         single_file.pack(config, str(file))
     with pytest.raises(InputError, match="is no pipeline of Stable Diffusion"):
         single_file.pack(str(pixel_model(tmp_path)), str(tmp_path / "none.safetensors"))
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(InputError, match=r"is a LoRA, not a whole model; .*convert lora"):
+        single_file.pack(str(tmp_path / "lora"), str(tmp_path / "none.safetensors"))
 
 
 def pixel_model(folder):

@@ -4,10 +4,12 @@ import io
 import json
 import shutil
 import sys
+import weakref
 
 import diffusers
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from conftest import HANG, Forked, command, metrics, newest_step, run, tensors, train_args, wait_for
@@ -214,6 +216,25 @@ def test_embeddings_are_the_same_kept_or_computed_in_each_step(bases, few, tmp_p
     assert torch.allclose(fresh.text, kept.text, atol=1e-6) and torch.allclose(fresh.pooled, kept.pooled, atol=1e-6)
 
 
+def test_what_is_kept_takes_its_memory_once(bases, few, tmp_path, monkeypatch):
+    """`fits` permits half of the free memory."""
+    from debias_diffusers.tasks import frozen_parts
+
+    encoded, parts, alive = frozen_parts.encoded, [], []
+
+    def watched(*args):
+        for entries, found in encoded(*args):
+            parts.append([weakref.ref(tensor) for tensor in found.values()])
+            alive.append(sum(any(ref() is not None for ref in part) for part in parts))
+            yield entries, found
+
+    monkeypatch.setattr(frozen_parts, "encoded", watched)
+    monkeypatch.setattr(frozen_parts, "ENCODED_AT_ONCE", 3)
+    monkeypatch.setattr(frozen_parts, "MOST_IMAGES", 3)
+    plan_of(bases["xl"], tmp_path / "run", *few).task.prepare()
+    assert len(parts) > 8 and max(alive) <= 2  # the last one and the one before, which has just been copied
+
+
 def test_latents_are_kept_for_both_flips(bases, few, tmp_path):
     """A mirrored image has other latents than mirrored latents."""
     task = plan_of(bases["xl"], tmp_path / "run", *few).task
@@ -405,6 +426,28 @@ def test_the_ema_can_be_off(bases, few, tmp_path):
     trained, exported = load(found["model.safetensors"]), load_file(tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, exported[name]) for name, value in trained.items())
     assert "not averaged" in (tmp_path / "run" / "README.md").read_text()
+
+
+def write_small_shards():
+    """In the training: diffusers' own limit of a file, of 10 GB, is 50 kB."""
+    save = diffusers.ModelMixin.save_pretrained
+
+    def saved(self, folder, max_shard_size="50KB", **options):
+        save(self, folder, max_shard_size=max_shard_size, **options)
+
+    diffusers.ModelMixin.save_pretrained = saved
+
+
+def test_a_unet_of_any_size_is_exported_as_one_file_in_place_of_shards(bases, few, tmp_path):
+    folder, unet = tmp_path / "run", tmp_path / "run" / "unet"
+    args = text_args(bases["xl"], folder, *few, "--ema_decay", 0)
+    assert Forked(*args, "--max_steps", 4, before=write_small_shards).result()[0] == 0
+    assert {path.name for path in unet.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    UNet2DConditionModel.from_pretrained(unet).save_pretrained(unet, max_shard_size="50KB")  # as an older version has exported it
+    assert len([*unet.glob("*.safetensors")]) > 2
+    assert Forked(*args, "--max_steps", 8).result()[0] == 0
+    trained, exported = safetensors.torch.load(tensors(folder, 8)["model.safetensors"]), stock(folder).unet.state_dict()
+    assert all(torch.equal(value, exported[name]) for name, value in trained.items())
 
 
 @pytest.mark.nightly

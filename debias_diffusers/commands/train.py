@@ -13,8 +13,9 @@ from ..config import loading as configuration
 from ..config.ranges import field_types
 from ..config.schema.data import DIGITS, DIGITS_TEXT, EMBEDDED
 from ..config.schema.training import TrainConfig
+from ..config.validation.objective import named_problems
 from ..config.validation.yielding import yielded
-from ..errors import InputError
+from ..errors import InputError, raise_all
 from ..runs.run_directory import kept_values, run_values, shown_values
 from ..utils import launcher
 from ..utils.console import say
@@ -98,6 +99,7 @@ def train_command(argv: list[str], launcher_precision: str | None, program: str 
         chosen = frozenset() if kept else chosen
     defaults = _replaced(defaults, typed)
     config = parsing.parse(TrainConfig, flags, defaults, program, _train_help(file) if asks_help else "")
+    raise_all(named_problems(config.objective, typed))
     config, notes = yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
     _say_first(notes)
     return configuration.resolved(config, launcher_precision), chosen

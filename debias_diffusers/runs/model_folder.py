@@ -62,6 +62,8 @@ def require_model(folder: Path, model: str) -> None:
     """Raises InputError where a folder is none, or holds no pipeline; `model` is its name for messages."""
     if folder.is_file():
         raise InputError(f"{model} is a file; {convert_advice(model)} (of a LoRA, name the base model, and the file with --lora)")
+    if model and is_lora(folder):
+        raise InputError(f"{model} is a LoRA, not a whole model; python -m debias_diffusers.convert lora makes a file of it")
     if not model or (folder.exists() and not (folder / MODEL_INDEX).is_file()):
         raise InputError(f"{model or 'an empty name'} holds no model (no {MODEL_INDEX}); train one, or name another folder")
     if not folder.exists():

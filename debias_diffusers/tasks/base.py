@@ -14,6 +14,10 @@ from ..diffusion.loss import Network
 
 Batch = Mapping[str, Tensor]
 
+# Weights of any size are exported as one file, which replaces that of the step before at once. From 10 GB on, as the UNet of Stable
+# Diffusion XL has them, diffusers would write shards, which a kill mixes with those of another step.
+ONE_FILE = "1TB"
+
 
 class Task(Protocol):
     """Data, network and pipeline of one kind of training. B is the size of a batch.

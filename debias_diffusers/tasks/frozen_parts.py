@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..utils import memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
 from .base_model import BaseModel
-from .precompute import Group, encoded
+from .precompute import E, Group, encoded
 
 KEPT_SHARE = 0.5  # of the free main memory, which embeddings and latents of all processes of a machine may take
 MOST_IMAGES, MOST_PIXELS = 64, 1 << 22  # that the VAE encodes at once: four of 1024 pixels
@@ -76,8 +76,8 @@ class TextConditions:
         """Loads the tokenizers; the text encoders are loaded when they are needed. `zeros` and `chunks` as of `null_embeddings`."""
         self.base, self.device, self.zeros, self.chunks = base, device, zeros, chunks
         self.pipeline = load_tokenizers(base)
-        self._kept: Embeddings | None = None  # of "no caption" and of the texts in `_rows`
-        self._rows = dict[str, int]()
+        self._kept: Embeddings | None = None  # of the texts in `_rows`
+        self._rows = dict[str | None, int]()  # None is "no caption"
         self._stored: Mapping[str | None, Mapping[str, Tensor]] = {}  # None is "no caption"
 
     def load(self) -> Any:
@@ -108,9 +108,9 @@ class TextConditions:
 
     def keep(self, texts: Sequence[str], accelerator: Accelerator) -> None:
         """Encodes texts and keeps their embeddings on the CPU; the processes share the work."""
-        parts = [part for _, part in encoded([(texts, ENCODED_AT_ONCE)], self.encode, "text embeddings", accelerator)]
-        self._kept = joined([self.null, *(Embeddings(part["text"], part.get("pooled")) for part in parts)])
-        self._rows = {text: number for number, text in enumerate(texts, start=1)}
+        self._rows = {text: number for number, text in enumerate([None, *texts])}
+        table = _table(encoded([([None], 1), (texts, ENCODED_AT_ONCE)], self.encode, "text embeddings", accelerator), self._rows)
+        self._kept = Embeddings(table["text"], table.get("pooled"))
         self.unload()
 
     def read_from(self, stored: Mapping[str | None, Mapping[str, Tensor]]) -> None:
@@ -131,15 +131,15 @@ class TextConditions:
         else:
             known = self._kept if wanted.keys() <= self._rows.keys() else None
             table, rows = (known, self._rows) if known else self._encoded(list(wanted))
-            places = [0 if left_out else rows[caption] for caption, left_out in zip(captions, dropped)]
+            places = [rows[None if left_out else caption] for caption, left_out in zip(captions, dropped)]
             found = Embeddings(table.text[places], None if table.pooled is None else table.pooled[places])
         pooled = None if found.pooled is None else found.pooled.to(device, non_blocking=True)
         return Embeddings(found.text.to(device, non_blocking=True), pooled)
 
-    def _encoded(self, texts: Sequence[str]) -> tuple[Embeddings, dict[str, int]]:
-        """The embeddings of "no caption" and of texts, and the row of each text."""
+    def _encoded(self, texts: Sequence[str]) -> tuple[Embeddings, dict[str | None, int]]:
+        """The embeddings of "no caption" and of texts, and the row of each."""
         parts = [self.null, encode_prompts(self.load(), texts, self.chunks)] if texts else [self.null]
-        return joined(parts), {text: number for number, text in enumerate(texts, start=1)}
+        return joined(parts), {text: number for number, text in enumerate([None, *texts])}
 
 
 def _embeddings(rows: Sequence[Mapping[str, Tensor]]) -> Embeddings:
@@ -253,15 +253,27 @@ def keep_latents(data: TextData, latents: Latents, accelerator: Accelerator) -> 
         InputError: an image cannot be read.
     """
     encoder = ImageEncoder(data, latents)
-    found = list(encoded(encoder.groups(), encoder, "latents", accelerator))
+    parts = encoded(encoder.groups(), encoder, "latents", accelerator)
     if data.buckets:
-        rows = ((entry, tensors, row) for entries, tensors in found for row, entry in enumerate(entries))
+        rows = ((entry, tensors, row) for entries, tensors in parts for row, entry in enumerate(entries))
         data.stored = {entry: {name: tensor[row] for name, tensor in tensors.items()} for entry, tensors, row in rows}
         return
-    parts = [tensors for _, tensors in found]
-    flips = len(data.possible_flips)
-    mean, std, time_ids = (torch.cat([part[name] for part in parts]).unflatten(0, (flips, -1)) for name in ("mean", "std", "time_ids"))
+    images, flips = range(len(data.images)), data.possible_flips
+    table = _table(parts, {entry: row for row, entry in enumerate((index, flipped) for flipped in flips for index in images)})
+    mean, std, time_ids = (table[name].unflatten(0, (len(flips), -1)) for name in ("mean", "std", "time_ids"))
     data.latents = mean, std, time_ids
+
+
+def _table(parts: Iterable[tuple[Sequence[E], Mapping[str, Tensor]]], rows: Mapping[E, int]) -> dict[str, Tensor]:
+    """The tensors of all entries by name, each in its row. Parts that were joined at the end would take the memory twice."""
+    found = dict[str, Tensor]()
+    for entries, tensors in parts:
+        places = [rows[entry] for entry in entries]
+        for name, value in tensors.items():
+            if name not in found:
+                found[name] = value.new_empty(len(rows), *value.shape[1:])
+            found[name][places] = value
+    return found
 
 
 def fits(count: int, bytes_each: int, what: str, accelerator: Accelerator) -> bool:

@@ -27,7 +27,7 @@ from ..pipelines.loading import require_finite
 from ..pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from ..pipelines.solvers import default_scheduler, exported_scheduler, make_scheduler
 from ..sampling import generate
-from .base import Batch
+from .base import ONE_FILE, Batch
 from .unet import build_unet, differing_fields, unet_config
 
 PREVIEW_STEPS = 20  # of the solver
@@ -173,7 +173,7 @@ class PixelTask:
 
     def export(self, network: nn.Module, folder: Path) -> None:
         """Writes a pipeline. Where diffusers has one, it is theirs, so that nobody needs this package to use it."""
-        self.pipeline(network).save_pretrained(folder, safe_serialization=True)
+        self.pipeline(network).save_pretrained(folder, safe_serialization=True, max_shard_size=ONE_FILE)
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         """The pipeline that is exported."""

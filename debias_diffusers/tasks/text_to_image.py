@@ -37,7 +37,7 @@ from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
 from ..utils.files import hash_of
 from . import frozen_parts, lora, precompute
-from .base import Batch
+from .base import ONE_FILE, Batch
 from .base_model import SIZE_IDS, BaseModel
 
 PREVIEW_PROMPTS = 4  # of the data, where none are named
@@ -323,7 +323,7 @@ class TextToImageTask:
             (folder / BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             return
         unet: Any = network
-        unet.save_pretrained(folder / "unet", safe_serialization=True)
+        unet.save_pretrained(folder / "unet", safe_serialization=True, max_shard_size=ONE_FILE)
         scheduler = self.scheduler_config()
         (folder / "scheduler").mkdir()
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n", encoding="utf-8")

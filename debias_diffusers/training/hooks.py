@@ -22,7 +22,7 @@ from ..diffusion.loss import Objective
 from ..diffusion.noise_schedule import at
 from ..diffusion.timestep_samplers import make_timestep_sampler
 from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
-from ..errors import CannotWriteError, InputError, NotFiniteError
+from ..errors import CannotWriteError, InputError, NotFiniteError, reason
 from ..evaluation.image_sets import process_batches
 from ..runs import checkpoints
 from ..runs.run_directory import SAMPLES, SKIPPED, Run
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 GRID_IMAGES = 16
 
 # What may go wrong with images of weights that are still trained, without an end of the training.
-_DRAWING_ERRORS = (InputError, NotFiniteError, torch.linalg.LinAlgError)
+_DRAWING_ERRORS = (InputError, NotFiniteError, torch.linalg.LinAlgError, torch.OutOfMemoryError)
 
 Present = Callable[[], contextlib.AbstractContextManager[None]]  # within which a network has its weights, as of `state_dicts.evaluated`
 
@@ -104,7 +104,7 @@ class SampleGrid:
                 logger.log_picture(step, path, picture)
         except (CannotWriteError, *_DRAWING_ERRORS) as error:
             if self.run:
-                say(f"no sample grid at step {step}: {error}")
+                say(f"no sample grid at step {step}: {reason(error)}")
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Evaluation:
             figures = self.monitor.figures(self.images.batches(self.monitor.count, conditions))
         except _DRAWING_ERRORS as error:
             if self.run:
-                say(f"no figures at step {step}: {error}")
+                say(f"no figures at step {step}: {reason(error)}")
             return {}
         if not self.run:
             return {}

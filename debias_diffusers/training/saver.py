@@ -17,6 +17,7 @@ from ..config.loading import CHANGES
 from ..config.schema.training import TrainConfig
 from ..diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
 from ..errors import CannotWriteError
+from ..hub.client import WEIGHTS
 from ..hub.model_card import changes_section
 from ..hub.publish import Publisher
 from ..runs import checkpoints, ema_snapshots
@@ -116,6 +117,10 @@ class Saver(BackgroundTask[str | None]):
             # File by file, each atomically; only the weights differ from one export to the next.
             for path in sorted(p for p in export.rglob("*") if p.is_file()):
                 move_file(path, folder / path.relative_to(export))
+        # Of an older version, which wrote shards from 10 GB on: they would be loaded in place of the file; first by their index.
+        for shards in (f"{WEIGHTS}.safetensors.index.json", f"{WEIGHTS}-*-of-*.safetensors"):
+            for path in (folder / "unet").glob(shards):
+                path.unlink()
         card = self.task.model_card(self.config, state["step"], state["measured"]) + changes_section(state.get(CHANGES, ()))
         write_file(folder / "README.md", card.encode())
 

@@ -15,6 +15,7 @@ from ..config.hub_names import is_model_id
 from ..config.loading import checked_values, flatten, is_text, layered, read_config, resolved, update
 from ..config.registry import TRACKERS
 from ..config.schema.training import TrainConfig
+from ..config.validation.objective import named_problems
 from ..config.validation.optimization import sharding_problems
 from ..config.validation.training import train_problems
 from ..errors import InputError, raise_all
@@ -58,6 +59,7 @@ def train(config: TrainConfig | str | Path | None = None, callback: Callback | N
         chosen = of_base(named.keys()) if named.get("base_model") else ()
         config = layered(found, kept_values(named.get("output_dir"), chosen))
     config = layered(flatten(config), given)
+    raise_all(named_problems(config.objective, given))
     train_run(config, chosen, callback)
     if config.run.dry_run or not launcher.is_first_process():
         return None
@@ -106,9 +108,10 @@ def precompute(config: TrainConfig, chosen: Collection[str] = ()) -> None:
         missing.append("dry_run is on, but this command does nothing else than to compute; leave it out")
     raise_all(missing)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    # Neither the directory of the run nor the samples of a step change anything here, where any number of processes may share the work.
+    # Neither the directory of the run nor its steps change anything here, where any number of processes may share the work.
     output_dir = config.run.output_dir or text.precompute_dir
-    config = update(config, {"output_dir": output_dir, "batch_size": num_processes, "micro_batch_size": 1})
+    others = {"batch_size": num_processes, "micro_batch_size": 1, "num_epochs": None}
+    config = update(config, {"output_dir": output_dir, **others})
     config = _checked(config, chosen, num_processes, training=False)
 
     from ..utils.signals import stop_with_launcher

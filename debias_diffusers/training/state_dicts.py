@@ -195,7 +195,8 @@ def evaluated(
     """The network with the averaged weights of a rate, in float32 on the device, and a context within which it has them.
 
     Where they are like that anyway they are shared, which takes neither memory nor time. Else (weights in bf16 that have no average,
-    averages in main memory, shards) the context makes copies and drops them at its end; all processes must enter it.
+    averages in main memory, shards) the context makes copies and drops them at its end; all processes must enter it. Linear layers that
+    are not trained, in bf16, are shared, too, and copied when they are called: they are most of the network beside adapters.
 
     Args:
         bare: the modules of `network` as of `with_weights`, without what wraps its `forward`.
@@ -211,10 +212,23 @@ def evaluated(
         return with_weights(bare, ema.of(rate)), contextlib.nullcontext
     empty = without_memory(network)
     module = with_weights(bare, empty)
+    frozen = {
+        name
+        for name, weight in network.named_parameters()
+        if not weight.requires_grad and weight.device.type == device.type and local(weight) is weight
+    }
+    shared = set[str]()
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and f"{name}.weight" in frozen:
+            layer.forward = partial(_in_float32, layer)  # type: ignore[method-assign]
+            shared |= {f"{name}.weight", f"{name}.bias"}
 
     @contextlib.contextmanager
     def present() -> Iterator[None]:
-        copies = {name: whole(weight.detach()).to(device, torch.float32) for name, weight in weights().items()}
+        copies = {
+            name: weight.detach() if name in shared else whole(weight.detach()).to(device, torch.float32)
+            for name, weight in weights().items()
+        }
         module.load_state_dict(copies, strict=False, assign=True)
         try:
             yield
@@ -222,6 +236,11 @@ def evaluated(
             module.load_state_dict(empty, strict=False, assign=True)
 
     return module, present
+
+
+def _in_float32(layer: nn.Linear, values: Tensor) -> Tensor:
+    """What a linear layer whose weights are in half precision would give if they were in float32."""
+    return nn.functional.linear(values, layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
 
 def size(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from ..aliases import value_suggestion
@@ -77,11 +77,7 @@ def _unknown_weighting(name: str) -> str | None:
 
 def _unused(objective: ObjectiveConfig) -> dict[str, str]:
     """Fields that the rest of the objective leaves no use for, and a sentence for each."""
-    weighting = objective.weighting
-    found = _parameters_of_others("weighting", WEIGHTINGS, weighting)
-    samplers = timestep_samplers(objective)
-    found |= _parameters_of_others("timestep_sampler", TIMESTEP_SAMPLERS, *samplers)
-    found |= _parameters_of_others("timestep_bias_strategy", TIMESTEP_BIASES, objective.timestep_bias_strategy)
+    weighting, samplers, found = objective.weighting, timestep_samplers(objective), _unused_parameters(objective)
     spec, bound = WEIGHTINGS[weighting], weighting == "variational"
     constant_below = getattr(objective, spec.constant_below) if isinstance(spec.constant_below, str) else spec.constant_below
     without_use = {
@@ -101,6 +97,27 @@ def _unused(objective: ObjectiveConfig) -> dict[str, str]:
             f"--timestep_sampler log_normal_corrected or leave it out"
         )
     return {name: f"{name} is {getattr(objective, name)}, but {reason}" for name, reason in found.items() if _changed(objective, name)}
+
+
+def _unused_parameters(objective: ObjectiveConfig) -> dict[str, str]:
+    """Parameters of other weightings, samplers and biases than the chosen ones, and what to do about each."""
+    found = _parameters_of_others("weighting", WEIGHTINGS, objective.weighting)
+    found |= _parameters_of_others("timestep_sampler", TIMESTEP_SAMPLERS, *timestep_samplers(objective))
+    return found | _parameters_of_others("timestep_bias_strategy", TIMESTEP_BIASES, objective.timestep_bias_strategy)
+
+
+def named_problems(objective: ObjectiveConfig, named: Container[str]) -> list[str]:
+    """Parameters that a command names, with the value that they have anyway, and that nothing uses.
+
+    In diffusers' scripts `--snr_gamma 5` chooses the weighting, too.
+    """
+    if objective.weighting not in WEIGHTINGS:
+        return []  # said elsewhere
+    return [
+        f"{name} is {getattr(objective, name)}, but {reason}"
+        for name, reason in _unused_parameters(objective).items()
+        if name in named and not _changed(objective, name)
+    ]
 
 
 def _parameters_of_others(kind: str, table: Mapping[str, Parametrized], *chosen: str) -> dict[str, str]:
