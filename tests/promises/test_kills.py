@@ -394,7 +394,10 @@ def test_interrupted_while_it_starts_it_says_so(tmp_path, seconds):
     wait_for(lambda: computed(process.pid) >= seconds)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=HANG)
-    assert process.returncode in (130, -signal.SIGINT)  # the latter before Python has read our first line
+    if process.returncode == 1:  # on a slow machine, before Python has started
+        assert "Failed to import the site module" in err
+        return
+    assert process.returncode in (130, -signal.SIGINT)  # the latter while the modules of the command line are imported
     if process.returncode == 130:
         assert "Traceback" not in err and err.strip().splitlines()[-1].startswith("error: ")
 
