@@ -162,10 +162,10 @@ class ShardedSource:
             self.warnings = memory_warning(np.diff(ends), window or 1)
 
     def _read_labels(self, order: ClassOrder) -> None:
-        where = f"label_column of {self.shard_files.where('')}"
+        folder = self.shard_files.where("")
+        where = f"label_column of {folder}"
         numbers, texts = self.index.labels()
         if not texts:
-            folder = self.shard_files.where("")
             raise InputError(f"class_conditional is on, but no image of {folder} has a label, a whole number or text; name their column")
         values: list[Any] = texts
         if self.key.whole_numbers is not False:

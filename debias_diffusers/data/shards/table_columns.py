@@ -106,9 +106,8 @@ def caption_column(features: Features, column: str | None, where: str | None) ->
     """
     import datasets
 
-    wrong = InputError
+    wrong = NoCaptionsError if column is None else InputError
     if column is None:
-        wrong = NoCaptionsError
         texts = [name for name, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
         usual = [name for name in COLUMNS if name in features]
         if not usual and len(texts) != 1:
