@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from ..runs.run_directory import CHECKPOINTS, CONFIG, SAMPLES
 from ..utils.console import say
 from ..utils.files import (
     acquire_lock,
-    fsync_file,
+    link_or_copy,
     read_json,
     remove,
     remove_temporary_files,
@@ -119,11 +118,7 @@ def _link(run: Path, path: Path, place: Path, step: int) -> None:
     elif path.name == CARD:
         write_and_fsync(place, model_card.of_step(path.read_text(encoding="utf-8"), step).encode())
     else:
-        try:
-            os.link(path, place)
-        except OSError:  # file systems without hard links
-            shutil.copyfile(path, place)
-            fsync_file(place)
+        link_or_copy(path, place)
 
 
 def _contents(folder: Path, repo: str, license: str | None) -> dict[str, Path | bytes]:
