@@ -125,21 +125,21 @@ def digits_text_units() -> tuple[Unit, ...]:
 
 PLANS = {
     "emoji": Plan(  # half the channels and the batch of the packaged configuration: a CPU thread trains that in minutes
-        {"model_channels": 32, "batch_size": 64, "max_steps": 2000, "checkpoint_every": 500, "keep_checkpoints": 4},
+        {"model_channels": 32, "batch_size": 64, "max_steps": 2000, "checkpoint_every": 500},
         "fid,swd,colour,channel_bias",
         500,
         {},
         emoji_units(),
     ),
     "digits": Plan(
-        {"max_steps": 4000, "checkpoint_every": 500, "keep_checkpoints": 8, "ema_decay": (0.995, 0.999)},
+        {"max_steps": 4000, "checkpoint_every": 500, "ema_decay": (0.995, 0.999)},
         "fid,swd,colour",
         1000,
         {},
         digits_units(),
     ),
     "digits_text": Plan(
-        {"max_steps": 1000, "checkpoint_every": 500, "keep_checkpoints": 2},
+        {"max_steps": 1000, "checkpoint_every": 500},
         "fid,swd,colour,prompt_accuracy",
         500,
         {"guidance_scale": 2},
@@ -184,7 +184,8 @@ def compute(unit: Unit, plan: Plan, data: str, out: Path, of_device: dict[str, o
     flags = plan.flags | unit.flags | of_device | {"seed": unit.seed}
     flags |= {name: int(flags[name]) // shorter for name in ("max_steps", "checkpoint_every")}  # type: ignore[call-overload]
     folder = out / "runs" / unit.name
-    usual = {"sample_every": 0, "num_threads": 1, "output_dir": folder}
+    # All checkpoints: what an interruption saves would push out one that is to be scored.
+    usual = {"sample_every": 0, "num_threads": 1, "keep_checkpoints": 100, "output_dir": folder}
     command(cli.train, "--config", data, *words_of(usual | flags))
     trained = time.perf_counter() - started
     rows, images = [], 100 if trial else plan.images

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from text_models import LONG, random_unet
+from text_models import LONG, in_fp16_alone, random_unet
 
 pytest.importorskip("transformers")
 
@@ -214,6 +215,18 @@ def test_a_text_model_is_no_pixel_model(text_models, monkeypatch):
         monkeypatch.setattr(client, "download_model", lambda *_: pytest.fail("downloaded"))
 
 
+@pytest.mark.parametrize("name", ["xl", "sd"])
+def test_a_model_in_fp16_alone_is_loaded_as_by_the_stock_pipeline_that_is_told_its_variant(text_models, tmp_path, name):
+    from diffusers import DiffusionPipeline
+
+    folder = in_fp16_alone(text_models[name], tmp_path / "model")
+    theirs, ours = DiffusionPipeline.from_pretrained(folder, variant="fp16"), load_text_pipeline(str(folder))
+    for part in [part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if part in ours.components]:
+        expected, found = getattr(theirs, part).state_dict(), getattr(ours, part).state_dict()
+        assert expected.keys() == found.keys() and all(torch.equal(expected[key].float(), found[key].float()) for key in expected)
+        assert getattr(ours, part).dtype == torch.float32
+
+
 STABLE_DIFFUSION_XL = [  # files of its repository
     ".gitattributes",
     "README.md",
@@ -265,6 +278,39 @@ def test_of_a_repository_only_what_is_loaded_is_downloaded(variant, tmp_path, mo
     }
     others = {name for name in STABLE_DIFFUSION_XL if name.endswith((".json", "merges.txt"))}
     assert {name for name in found if not name.endswith(".safetensors")} == others
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("repository", "asked"),
+    [
+        ([UNET, "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors"], ["text_encoder", "vae"]),
+        ([f"{UNET}.index.json", UNET.replace(".", "-00001-of-00001."), "vae/diffusion_pytorch_model.safetensors"], []),
+        (["diffusion_pytorch_model.fp16.safetensors"], ["."]),  # a VAE of its own
+    ],
+)
+def test_weights_in_fp16_are_downloaded_of_parts_that_have_no_others(repository, asked, tmp_path, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    parts = {str(Path(name).parent) for name in repository}
+    files = [*repository, "safety_checker/model.fp16.safetensors"]
+    files += [str(Path(part, "config.json")) for part in (*parts, "safety_checker")]
+    requests = []
+
+    def download(_, patterns):
+        requests.append(found := list(filter_repo_objects(files, allow_patterns=patterns)))
+        for name in found:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        return tmp_path
+
+    monkeypatch.setattr(client, "pinned", lambda name: name)
+    monkeypatch.setattr(client, "download_files", download)
+    client.download_model("user/model")
+    assert sorted({str(Path(name).parent) for names in requests[1:] for name in names}) == asked
+    assert all(model_folder.has_weights(tmp_path / part) or model_folder.variant_of(tmp_path / part) for part in parts)
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from conftest import HANG, Forked, command, metrics, newest_step, run, tensors, train_args, wait_for
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
-from text_models import BASE, make_base, text_args
+from text_models import BASE, in_fp16_alone, make_base, text_args
 
 from debias_diffusers import cli
 from debias_diffusers.config.loading import resolved
@@ -621,11 +621,24 @@ def test_a_scheduler_whose_noise_is_not_that_of_ddpm_is_refused(bases, tmp_path)
 
 @pytest.mark.parametrize("part, name", [("unet", "diffusion_pytorch_model"), ("text_encoder_2", "model")])
 def test_a_base_model_without_weights_is_refused(bases, part, name, tmp_path):
-    """A UNet without weights, or with those in half precision alone, would be trained from random ones."""
+    """A UNet without weights would be trained from random ones."""
     base = shutil.copytree(bases["xl"], tmp_path / "base")
-    (base / part / f"{name}.safetensors").rename(base / part / f"{name}.fp16.safetensors")
-    with pytest.raises(InputError, match=f"its {part} has no {name}.safetensors"):
+    (base / part / f"{name}.safetensors").rename(base / part / f"{name}.bin")
+    with pytest.raises(InputError, match=f"its {part} has no safetensors weights"):
         plan_of(base, tmp_path / "run")
+
+
+def test_a_base_model_in_fp16_alone_is_trained_and_exported_as_one_that_every_program_loads(bases, few, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    base = in_fp16_alone(bases["xl"], tmp_path / "base")
+    code, _, err = run(*text_args(base, tmp_path / "run", *few, "--max_steps", 1, "--learning_rate", 1e-12))
+    assert code == 0, err
+    exported, stored = DiffusionPipeline.from_pretrained(tmp_path / "run"), DiffusionPipeline.from_pretrained(base, variant="fp16")
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        found, expected = getattr(exported, part).state_dict(), getattr(stored, part).state_dict()
+        assert all(torch.allclose(found[key].float(), expected[key].float(), atol=1e-9) for key in expected)
+    assert not any("fp16" in path.name for path in (tmp_path / "run").rglob("*"))
 
 
 def test_flags_are_checked_with_the_parameterization_of_the_base_model(bases, tmp_path):

@@ -73,6 +73,18 @@ def save_sd(folder, prediction_type="epsilon", rescale_betas_zero_snr=False):
     return folder
 
 
+def in_fp16_alone(model, folder):
+    """A copy of a model as its authors save it with `variant="fp16"`: no part has other weights."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    for path in folder.glob("*/*model.safetensors"):
+        halves = {name: value.half() if value.is_floating_point() else value for name, value in load_file(path).items()}
+        save_file(halves, path.with_suffix(".fp16.safetensors"), {"format": "pt"})
+        path.unlink()
+    return folder
+
+
 # ---- trainings -------------------------------------------------------------------------------------------------------
 
 

@@ -150,6 +150,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("pretrained_vae_model_name_or_path vae_path", "--vae", ""),
     ("save_model_as save_precision", "", "a run has .safetensors of its weights as they are; debias_diffusers.convert writes other files"),
     ("revision non_ema_revision", "", "a revision is a part of a name of the Hub, as in user/name@revision"),
+    ("variant", "", "files of the variant fp16 are taken of models that have no others"),
     ("center_crop", "--crop center", "of a text-to-image model; pixel models are always cropped at the center"),
     # network
     (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config.schema.data import TextConfig
 from ..errors import InputError, reason
 from ..hub import client
-from ..pipelines.loading import folder_of_model, load_part, require_finite
+from ..pipelines.loading import class_of_part, folder_of_model, load_part, require_finite
 from ..pipelines.text_pipeline import quiet, zero_snr_scheduler
 from ..runs.model_folder import MODEL_INDEX, part_config, require_text_model, text_parts
 from ..tasks.base_model import UNUSED, open_base
@@ -276,13 +276,8 @@ def _layout_of(folder: Path) -> Layout:
 
 
 def _weights(folder: Path, name: str) -> dict[str, Tensor]:
-    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    if name not in kinds:
-        import transformers
-
-        kinds[name] = getattr(transformers, text_parts(folder)[name][0])
     with quiet():
-        loaded = load_part(kinds[name], folder / name, str(folder))
+        loaded = load_part(class_of_part(folder, name), folder / name, str(folder))
     return {_with_prefix(key, name): value for key, value in loaded.state_dict().items()}
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..config.hub_names import COMMIT, hub_file, is_model_id, split_revision
 from ..config.schema.hub import HubConfig
 from ..errors import HubError, InputError, shortened
-from ..runs.model_folder import MODEL_INDEX, task_of
+from ..runs.model_folder import HALF, MODEL_INDEX, task_of
 from ..utils.console import say
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def download_model(name: str, variant: str | None = None, allow_pickle: bool = F
 
     Args:
         name: user/name or user/name@revision.
-        variant: of the weights, such as ema_0_999; the default weights if left out.
+        variant: of the weights, such as ema_0_999; if left out the default weights, or those in fp16 where there are no others.
         allow_pickle: download .bin weights, too.
 
     Raises:
@@ -276,6 +276,8 @@ def download_model(name: str, variant: str | None = None, allow_pickle: bool = F
     stems = [*(f"{folder}{WEIGHTS}{f'.{variant}' if variant else ''}" for folder in ("", "unet/")), f"vae/{WEIGHTS}", "text_encoder*/model"]
     weights = [f"{stem}{part}.{kind}" for stem in stems for part in ("", "-*-of-*") for kind in kinds]
     folder = download_files(name, ["*.json", "tokenizer*/*.txt", *weights])
+    if not allow_pickle and (halves := [f"{stem}.{HALF}.safetensors" for stem in _without_weights(folder)]):
+        folder = download_files(name, halves)
     if not allow_pickle and not any(folder.rglob(f"{WEIGHTS}*")):
         repo, commit = split_revision(name)
         there = retried(lambda: api().list_repo_files(repo, revision=commit), f"reading {name}")
@@ -283,6 +285,13 @@ def download_model(name: str, variant: str | None = None, allow_pickle: bool = F
         if weights and not any(file.endswith(".safetensors") for file in weights):
             raise text_bin_refused(name, weights[0]) if task_of(folder) == "text_to_image" else bin_refused(name, weights[0])
     return folder
+
+
+def _without_weights(folder: Path) -> list[str]:
+    """The names, without endings, that the weights of parts would have which have none in the folder of a model."""
+    parts = {"": WEIGHTS, "unet/": WEIGHTS, "vae/": WEIGHTS, "text_encoder/": "model", "text_encoder_2/": "model"}
+    lacking = [part for part in parts if (folder / part / "config.json").is_file() and not any((folder / part).glob("*.safetensors"))]
+    return [part + parts[part] for part in lacking]
 
 
 def download_lora(name: str, file: str) -> Path:

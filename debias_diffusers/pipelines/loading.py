@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from ..config import hub_names
 from ..errors import InputError, reason
 from ..hub import client
-from ..runs.model_folder import require_model
+from ..runs.model_folder import model_index, require_model, variant_of
 
 
 def folder_of_model(model: str, variant: str | None = None, allow_pickle: bool = False) -> Path:
@@ -49,14 +50,31 @@ def require_variant(folder: Path, model: str, variant: str | None) -> None:
         raise InputError(f"model {model} has no weights {variant}, as averages at other rates are named; take --weights ema")
 
 
-def load_part(kind: Any, folder: Path, model: str) -> Any:
+def class_of_part(folder: Path, name: str) -> Any:
+    """The class of a UNet, a VAE or a text encoder of a text-to-image model, whose classes `require_text_model` has checked."""
+    if name in (found := {"unet": UNet2DConditionModel, "vae": AutoencoderKL}):
+        return found[name]
+    import transformers
+
+    return getattr(transformers, model_index(folder)[name][1])
+
+
+def load_part(kind: Any, folder: Path, model: str, variant: str | None = None) -> Any:
     """A part of a model, of a class of diffusers or transformers, from its folder, in float32.
+
+    Args:
+        kind: its class.
+        folder: with its configuration and weights.
+        model: its name for messages.
+        variant: of the weights, such as ema_0_999; None for the default weights, or those in fp16 where there are no others.
 
     Raises:
         InputError: a file is missing or damaged, or lacks a weight, which the libraries would draw at random, with a warning only.
     """
     with explained_errors(f"model {model}"):
-        part, found = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, output_loading_info=True)
+        part, found = kind.from_pretrained(
+            folder, variant=variant or variant_of(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
         if missing := sorted(found["missing_keys"]) or sorted(str(each) for each in found["mismatched_keys"]):
             raise InputError(f"model {model} cannot be loaded: the weight file of its {folder.name} lacks {missing[0]}")
         return part.float()

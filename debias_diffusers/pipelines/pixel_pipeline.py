@@ -22,7 +22,7 @@ from ..data.labels import from_config_mapping, label_indices
 from ..diffusion.noise_schedule import is_flow, predicted_x_0, prediction_of_x_0, prediction_type_of
 from ..errors import InputError, NotFiniteError
 from ..hub import client
-from ..runs.model_folder import task_of
+from ..runs.model_folder import task_of, variant_of
 from .loading import explained_errors, folder_of_model, require_all_weights, require_variant
 from .solvers import set_timesteps
 
@@ -333,6 +333,7 @@ def load_pipeline(model: str, allow_pickle: bool = False, variant: str | None = 
             raise ValueError(f"it has a {other[0]}, but this is for pixel models, of a unet and a scheduler only")
         safe = _has_safetensors(folder, model, allow_pickle)
         require_variant(folder, model, variant)
+        variant = variant or variant_of(folder / "unet")
         pipeline: PixelPipeline = PixelPipeline.from_pretrained(folder, use_safetensors=safe, variant=variant)
     if not isinstance(pipeline.unet, UNet2DModel):
         raise InputError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import NotFiniteError
 from ..hub import client
 from ..runs.model_folder import TEXT_PIPELINES, model_index, require_text_model
-from .loading import explained_errors, folder_of_model, load_part, require_all_weights, require_variant
+from .loading import class_of_part, explained_errors, folder_of_model, load_part, require_variant
 
 ENCODED_AT_ONCE = 64  # prompts
 
@@ -44,29 +44,18 @@ def load_text_pipeline(model: str, variant: str | None = None) -> Any:
     xl = name == "StableDiffusionXLPipeline"
     left_out = {"add_watermarker": False} if xl else {"safety_checker": None, "requires_safety_checker": False}
     with explained_errors(f"model {model}"), quiet():
-        encoders = {part: _text_encoder(folder, part, model) for part in TEXT_PIPELINES[name] if part.startswith("text_encoder")}
+        parts = {
+            part: load_part(class_of_part(folder, part), folder / part, model, variant if part == "unet" else None)
+            for part in TEXT_PIPELINES[name]
+            if not part.startswith("tokenizer")
+        }
         pipeline = getattr(diffusers, name).from_pretrained(
-            folder,
-            use_safetensors=True,
-            variant=variant,
-            local_files_only=True,
-            feature_extractor=None,
-            image_encoder=None,
-            **encoders,
-            **left_out,
+            folder, local_files_only=True, feature_extractor=None, image_encoder=None, **parts, **left_out
         )
-    for part in (pipeline.unet, pipeline.vae):
-        require_all_weights(part, model)
-        part.float().requires_grad_(False).eval()  # the argument for it has another name in each version
+    for each in parts.values():
+        each.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def _text_encoder(folder: Path, part: str, model: str) -> nn.Module:
-    import transformers
-
-    encoder: nn.Module = load_part(getattr(transformers, model_index(folder)[part][1]), folder / part, model)
-    return encoder.requires_grad_(False).eval()
 
 
 @contextmanager

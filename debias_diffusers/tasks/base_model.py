@@ -18,7 +18,18 @@ from ..config.schema.training import TrainConfig
 from ..config.validation.training import train_problems
 from ..errors import InputError, raise_all, reason
 from ..hub import client
-from ..runs.model_folder import MODEL_INDEX, TEXT_PIPELINES, convert_advice, is_lora, part_config, require_text_model, text_parts
+from ..runs.model_folder import (
+    HALF,
+    MODEL_INDEX,
+    TEXT_PIPELINES,
+    convert_advice,
+    has_weights,
+    is_lora,
+    part_config,
+    require_text_model,
+    text_parts,
+    variant_of,
+)
 from ..utils.files import read_json_object
 
 PACKAGED = Path(str(resources.files("debias_diffusers.data").joinpath("text_base")))
@@ -144,12 +155,15 @@ class BaseModel:
 
 
 def _read(folders: Mapping[str, Path]) -> dict[str, Path]:
-    """The files of some parts that are loaded. Beside them others may come and go, such as variants in the cache of the Hub."""
+    """The files of some parts that are loaded. Beside them others may come and go, such as variants in the cache of the Hub.
+
+    Weights that are there in fp16 alone are named as if they were no variant: in an exported folder every program finds them.
+    """
     return {
-        f"{name}/{path.name}": path
+        f"{name}/{named}": path
         for name, folder in folders.items()
         for path in sorted(folder.iterdir())  # parts have no sub-folders; a VAE's may hold others, such as .git or a run
-        if READ.fullmatch(path.name) and path.is_file()
+        if READ.fullmatch(named := path.name.replace(f".{HALF}.", ".") if variant_of(folder) else path.name) and path.is_file()
     }
 
 
@@ -225,13 +239,12 @@ def _problems(base: BaseModel, text: TextConfig) -> list[str]:
 
 def _weight_problems(base: BaseModel) -> list[str]:
     """Parts without weights; those of the UNet would be drawn at random."""
-    stems = {"unet": client.WEIGHTS, "vae": client.WEIGHTS, "text_encoder": "model", "text_encoder_2": "model"}
-    folders = {name: base.vae_folder if name == "vae" else base.folder / name for name in ("unet", *base.parts) if name in stems}
+    parts = [name for name in base.parts if name.startswith(("vae", "text_encoder"))] + ["unet"] * base.is_trained
+    folders = {name: base.vae_folder if name == "vae" else base.folder / name for name in parts}
     return [
-        f"its {name} has no {stems[name]}.safetensors; take a model with such weights, neither .bin nor fp16 alone"
+        f"its {name} has no safetensors weights; take a model with such weights, not .bin alone"
         for name, folder in folders.items()
-        if (name != "unet" or base.is_trained)
-        and not any((folder / f"{stems[name]}.safetensors{index}").is_file() for index in ("", ".index.json"))
+        if not (has_weights(folder) or variant_of(folder))
     ]
 
 
