@@ -66,9 +66,8 @@ def latin(*axes):
     """All cases; ordinary are those in which each value of an axis meets each value of another, and the others are nightly."""
     cases = itertools.product(*(enumerate(axis) for axis in axes))
     fewest = min(map(len, axes))
-    for case in cases:
-        places, values = zip(*case)
-        yield pytest.param(*values, marks=() if sum(places) % fewest == 0 else pytest.mark.nightly)
+    placed = [tuple(zip(*case)) for case in cases]
+    return [pytest.param(*values, marks=() if sum(places) % fewest == 0 else pytest.mark.nightly) for places, values in placed]
 
 
 @pytest.mark.parametrize(

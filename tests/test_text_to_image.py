@@ -248,6 +248,35 @@ def test_latents_are_kept_for_both_flips(bases, few, tmp_path):
     assert any(flipped) and not all(flipped)
 
 
+def test_a_dry_run_encodes_what_its_step_reads_and_no_more(bases, few, tmp_path, monkeypatch, capsys):
+    """All latents of a large data set take hours."""
+    from debias_diffusers.tasks import frozen_parts
+    from debias_diffusers.training.start import train
+
+    encoded, entries, modes = frozen_parts.encoded, set(), []
+
+    def watched(*args):
+        for found, parts in encoded(*args):
+            entries.update(found)
+            yield found, parts
+
+    monkeypatch.setattr(frozen_parts, "encoded", watched)
+    monkeypatch.setattr(frozen_parts.Latents, "leave", lambda _: modes.append("kept"))
+    for folder in ((), ("--precompute_dir", tmp_path / "kept")):
+        config, chosen = cli.train_command(
+            [str(word) for word in text_args(bases["xl"], tmp_path / "run", *few, *folder, "--batch_size", 4, "--dry_run")[1:]], None
+        )
+        train(config, chosen)
+    images = {entry for entry in entries if isinstance(entry, tuple)}
+    assert 1 <= len(images) <= 4 and len(entries - images - {None}) <= 4
+    assert modes == ["kept", "kept"] and "encoding the data" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    task, whole = (plan_of(bases["xl"], tmp_path / "run", *few).task for _ in range(2))
+    task.prepare(range(8, 12))
+    whole.prepare()
+    some, all_of = (batch_of(each.data, range(8, 12)) for each in (task, whole))
+    assert torch.equal(task.x_0(some, "cpu"), whole.x_0(all_of, "cpu"))
+
+
 # ---- captions --------------------------------------------------------------------------------------------------------
 
 CAPTIONS = ["naïve “quotes”, 日本語 🎨", 'a "b"\nof two lines', "plain"]
@@ -664,6 +693,7 @@ def test_flags_are_checked_with_the_parameterization_of_the_base_model(bases, tm
         (["--keep_tokens", 2], "shuffle_caption is off"),
         (["--crop_per_image"], "crop is center"),
         (["--sample_prompts", "caf\udce9"], "is not Unicode"),
+        (["--base_model", "digits", "--caption_dropout", 0], "take --sample_guidance_scale 1"),
         (["--schedule_shift", 64], "ends at timestep 999"),
         (["--caption_column", "nothing"], "caption_column is nothing"),
     ],

@@ -230,6 +230,10 @@ class PositionBatchSampler(Sampler[list[int]]):
         """The first position of a step, over all processes."""
         return step * self.batch_size + self.origin
 
+    def of_step(self, step: int) -> range:
+        """The positions of a step, over all processes."""
+        return range(self.first(step), self.first(step + 1))
+
     def micro_batches(self, step: int) -> list[range]:
         """The positions of one step in this process, one range for each forward."""
         start = self.first(step) + self.offset

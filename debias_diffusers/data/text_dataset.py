@@ -166,6 +166,15 @@ class TextData(PositionedData):
         """All different captions, sorted."""
         return different_captions(self.captions)
 
+    def texts_of(self, positions: Sequence[int]) -> list[str]:
+        """The different captions of some positions, but for dropped ones."""
+        found = (self._caption(self._image_of[self.index(position)], position) for position in positions)
+        return list(dict.fromkeys(caption for caption, dropped in found if not dropped))
+
+    def images_of(self, positions: Sequence[int]) -> list[tuple[int, bool]]:
+        """The different images of some positions, and whether each is mirrored."""
+        return list(dict.fromkeys((self._image_of[self.index(position)], self.flips(position)) for position in positions))
+
     # ---- images ------------------------------------------------------------------------------------------------------
 
     def size(self, index: int) -> tuple[int, int]:

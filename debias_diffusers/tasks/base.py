@@ -37,8 +37,8 @@ class Task(Protocol):
     def shape(self) -> tuple[int, ...]:
         """The shape of one x_0, such as (C, H, W)."""
 
-    def prepare(self) -> None:
-        """Computes what is known before the first step, such as the latents of images."""
+    def prepare(self, positions: Sequence[int] | None = None) -> None:
+        """Computes what is known before the first step, such as the latents of images; of some positions only, for a dry run."""
 
     def build(self) -> nn.Module:
         """The network with fresh weights, from torch's global generator."""

@@ -216,16 +216,13 @@ class ImageEncoder:
     def __init__(self, data: TextData, latents: Latents) -> None:
         self.data, self.latents = data, latents
 
-    def groups(self) -> list[Group[Flipped]]:
-        """All images, those of one size together, and how many are encoded at once."""
-        by_size = dict[tuple[int, int], list[int]]()
-        for index in range(len(self.data.images)):
-            by_size.setdefault(self.data.size(index), []).append(index)
-        return [
-            ([(index, flipped) for index in indices], max(1, min(MOST_IMAGES, MOST_PIXELS // (height * width))))
-            for flipped in self.data.possible_flips
-            for (height, width), indices in by_size.items()
-        ]
+    def groups(self, wanted: Iterable[Flipped] | None = None) -> list[Group[Flipped]]:
+        """Images, all if left out, those of one size together, and how many are encoded at once."""
+        alike = dict[tuple[bool, tuple[int, int]], list[Flipped]]()
+        images, flips = range(len(self.data.images)), self.data.possible_flips
+        for index, flipped in wanted or ((index, flipped) for flipped in flips for index in images):
+            alike.setdefault((flipped, self.data.size(index)), []).append((index, flipped))
+        return [(entries, max(1, min(MOST_IMAGES, MOST_PIXELS // (height * width)))) for (_, (height, width)), entries in alike.items()]
 
     def __call__(self, entries: Sequence[Flipped]) -> dict[str, Tensor]:
         """Mean and standard deviation (B, C, h, w) of the posteriors, and time_ids (B, 6), on the device.
@@ -246,15 +243,15 @@ class ImageEncoder:
             raise InputError(f"the VAE gives latents of image {where} that are not finite; take --mixed_precision no, or another --vae")
 
 
-def keep_latents(data: TextData, latents: Latents, accelerator: Accelerator) -> None:
-    """Encodes all images and keeps the posteriors on the CPU; the processes share the work.
+def keep_latents(data: TextData, latents: Latents, accelerator: Accelerator, wanted: Sequence[Flipped] | None = None) -> None:
+    """Encodes images, all if left out, and keeps the posteriors on the CPU; the processes share the work.
 
     Raises:
         InputError: an image cannot be read.
     """
     encoder = ImageEncoder(data, latents)
-    parts = encoded(encoder.groups(), encoder, "latents", accelerator)
-    if data.buckets:
+    parts = encoded(encoder.groups(wanted), encoder, "latents", accelerator)
+    if data.buckets or wanted:
         rows = ((entry, tensors, row) for entries, tensors in parts for row, entry in enumerate(entries))
         data.stored = {entry: {name: tensor[row] for name, tensor in tensors.items()} for entry, tensors, row in rows}
         return

@@ -69,7 +69,7 @@ class PixelTask:
         """(C, H, W)."""
         return self.data.shape
 
-    def prepare(self) -> None:
+    def prepare(self, positions: Sequence[int] | None = None) -> None:
         """Nothing: images are decoded as they are needed."""
 
     # ---- network -----------------------------------------------------------------------------------------------------

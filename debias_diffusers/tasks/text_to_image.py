@@ -103,8 +103,11 @@ class TextToImageTask:
         if sizes := self.data.describe_sizes():
             say(sizes)
 
-    def prepare(self) -> None:
+    def prepare(self, positions: Sequence[int] | None = None) -> None:
         """Computes embeddings and latents where nothing random precedes them and they fit into the memory, or are kept in a folder.
+
+        Args:
+            positions: whose captions and images are encoded, by a dry run; all if left out, which may take hours.
 
         Raises:
             InputError: an image cannot be read.
@@ -113,18 +116,23 @@ class TextToImageTask:
         if self.folder:
             self._precompute(self.folder, self._prompts())
             return
-        # Of millions of captions no list is made unless they fit.
-        if self._embeddings_are_fixed and self._embeddings_fit(self.data.texts()) and self._embeddings_fit(prompts := self._prompts()):
-            self.texts.keep(prompts, self.accelerator)
+        in_folder = self.config.text.precompute_dir is not None  # which a dry run leaves as it is
+        if self._embeddings_are_fixed and (in_folder or self._all_embeddings_fit()):
+            self.texts.keep(self._prompts() if positions is None else self.data.texts_of(positions), self.accelerator)
         count = len(self.data.images) * len(self.data.possible_flips)
-        if self.data.crops_are_fixed and frozen_parts.fits(count, self._latent_bytes, "latents", self.accelerator):
-            frozen_parts.keep_latents(self.data, self.latents, self.accelerator)
+        if self.data.crops_are_fixed and (in_folder or frozen_parts.fits(count, self._latent_bytes, "latents", self.accelerator)):
+            entries = None if positions is None else self.data.images_of(positions)
+            frozen_parts.keep_latents(self.data, self.latents, self.accelerator, entries)
             self.latents.leave()
 
     def _prompts(self) -> list[str]:
         """All texts that the run encodes: captions and prompts of previews."""
         held_out = self.held_out.texts() if self.held_out else ()
         return list(dict.fromkeys([*self.data.texts(), *held_out, *self.config.text.sample_prompts]))
+
+    def _all_embeddings_fit(self) -> bool:
+        """Whether those of all texts may be kept in memory. Of millions of captions no list is made unless they fit."""
+        return self._embeddings_fit(self.data.texts()) and self._embeddings_fit(self._prompts())
 
     def _embeddings_fit(self, texts: Sequence[str]) -> bool:
         return frozen_parts.fits(len(texts), self.texts.bytes_each, "text embeddings", self.accelerator)

@@ -138,8 +138,8 @@ def _cost(plan: Plan, network: nn.Module, flops: int, accelerator: Accelerator) 
     of = "" if device.type == "cuda" else " of the whole process"
     yield f"{counted}; measured peak{of} {_in_units(peak)}B; {_in_units(free)}B were free on this {device.type}"
     yield (
-        f"time: {seconds:.3g} s per step ({1 / seconds:.3g} steps/s), {_duration(seconds * left)} for {left} steps, without loading, "
-        f"sample grids, evaluations and saves; {work}"
+        f"time: {seconds:.3g} s per step ({1 / seconds:.3g} steps/s), {_duration(seconds * left)} for {left} steps, without loading and "
+        f"encoding the data, sample grids, evaluations and saves; {work}"
     )
 
 

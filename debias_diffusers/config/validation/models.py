@@ -89,6 +89,11 @@ def text_problems(config: TrainConfig) -> list[str]:
         found.append(f"keep_tokens is {text.keep_tokens}, but shuffle_caption is off; add --shuffle_caption or leave keep_tokens out")
     if text.crop_per_image and text.crop != "random":
         found.append("crop_per_image is on, but crop is center, which is the same for every image; add --crop random or leave it out")
+    if text.base_model == DIGITS and not text.caption_dropout and text.sample_guidance_scale > 1:
+        found.append(
+            f"sample_guidance_scale is {text.sample_guidance_scale:g}, but with caption_dropout 0 the UNet of base_model digits, which has "
+            f"no weights, learns no image without a caption; take --sample_guidance_scale 1"
+        )
     if text.aspect_ratio_buckets and "batch_size" in config.run.allow_change:
         found.append("allow_change names batch_size, but with aspect_ratio_buckets it decides which images a step has; leave it out")
     if text.precompute_dir == "":

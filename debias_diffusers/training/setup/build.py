@@ -129,7 +129,9 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
         InputError: the network is not that of the checkpoint, or of `init`.
     """
     config, found, objective, task, monitor = plan.config, plan.found, plan.objective, plan.task, plan.monitor
-    task.prepare()
+    positions = _positions(config.optimization, accelerator, found)
+    step = found.step if found else 0
+    task.prepare(positions.of_step(step) if config.run.dry_run else None)
     uncertainty = Uncertainty(len(objective.schedule)) if config.objective.learned_uncertainty else None
     network = make_network(task, config.optimization, found, accelerator, uncertainty)
     # For exporting and drawing: the same modules and tensors, without what `accelerator.prepare` does to `forward`; without tensors where
@@ -146,7 +148,6 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
     constants = constants_of(config, found, accelerator, objective, task) | {"num_threads": plan.num_threads}
     if found:
         _restore(found, state, constants, config, accelerator)
-    step = found.step if found else 0
     if run:
         if found:
             say(f"resuming {run.folder} at step {step} of {config.optimization.max_steps}")
@@ -157,7 +158,6 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
             monitor.read(task.data.source)
     publisher = Publisher(run.folder, to, step) if run and to else None
     saver = Saver(run, config, task, unwrapped, accelerator.device, publisher) if run else None
-    positions = _positions(config.optimization, accelerator, found)
     checkpointer = Checkpointer(config, run, accelerator, saver, state, constants, positions, step)
     trainer = Trainer(
         config=config,
