@@ -10,20 +10,36 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .config.schema.objective import ObjectiveConfig
     from .config.schema.training import TrainConfig
-    from .diffusion.loss import make_objective
-    from .diffusion.noise_schedule import make_schedule
+    from .diffusion.loss import Objective, make_objective
+    from .diffusion.noise_schedule import Schedule, make_schedule
     from .diffusion.weighting import loss_weight, register_weighting
     from .pipelines.pixel_pipeline import PixelPipeline
     from .training.ema import EMA
     from .training.start import train
 
-__all__ = ["EMA", "PixelPipeline", "TrainConfig", "loss_weight", "make_objective", "make_schedule", "register_weighting", "train"]
+__all__ = [
+    "EMA",
+    "Objective",
+    "ObjectiveConfig",
+    "PixelPipeline",
+    "Schedule",
+    "TrainConfig",
+    "loss_weight",
+    "make_objective",
+    "make_schedule",
+    "register_weighting",
+    "train",
+]
 
 # Imported on first use: importing the package alone must not import torch (the command line answers at once).
 _MODULES = {
     "EMA": "training.ema",
+    "Objective": "diffusion.loss",
+    "ObjectiveConfig": "config.schema.objective",
     "PixelPipeline": "pipelines.pixel_pipeline",
+    "Schedule": "diffusion.noise_schedule",
     "TrainConfig": "config.schema.training",
     "loss_weight": "diffusion.weighting",
     "make_objective": "diffusion.loss",

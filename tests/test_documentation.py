@@ -20,9 +20,10 @@ import pytest
 from conftest import COMMANDS, GOLDEN, ROOT, Forked, launched
 from PIL import Image
 
+import debias_diffusers
 from debias_diffusers import cli, parsing
 from debias_diffusers.commands import train as train_command
-from debias_diffusers.config import loading
+from debias_diffusers.config import loading, registry
 from debias_diffusers.config.schema.conversion import SingleConfig
 from debias_diffusers.config.schema.data import ShardsMakeConfig
 from debias_diffusers.config.schema.evaluation import BiasConfig, BitsConfig, ScoreConfig, StatsConfig
@@ -45,6 +46,19 @@ def all_blocks():
 
 def test_every_page_is_on_the_site():
     assert {path.name for path in (ROOT / "docs").glob("*.md")} == {Path(page).name for page in PAGES if page.startswith("docs/")}
+
+
+def test_the_names_of_the_python_interface_are_those_of_the_package():
+    named = re.findall(r"^::: debias_diffusers\.([\w.]+)\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
+    assert {name: module for module, name in named} == debias_diffusers._MODULES
+    assert sorted(debias_diffusers._MODULES) == debias_diffusers.__all__
+
+
+def test_the_page_on_changes_of_a_run_names_every_field_that_may_be_changed_on_purpose():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = {name for row in re.findall(r"^\| (`\w+`.*?) \|", page, re.M) for name in re.findall(r"`(\w+)`", row)}
+    tables = (registry.WEIGHTINGS, registry.TIMESTEP_SAMPLERS, registry.TIMESTEP_BIASES)
+    assert named == loading.ON_PURPOSE.difference(*map(registry.parameters_of, tables))
 
 
 # How many blocks are run, and how many are not, and why: a new block is run, or has a mark that is counted here.
@@ -156,11 +170,11 @@ def test_every_command_of_every_block_parses(tmp_path, monkeypatch, trials):
 # ---- what the pages take for granted ---------------------------------------------------------------------------------------
 
 
-def photographs(folder, count=64, captions=False, classes=0):
-    """Pictures of noise, whose files are large; with captions beside them, or in folders that are classes."""
+def photographs(folder, count=64, captions=False):
+    """Pictures of noise, whose files are large; with captions beside them."""
     noise = random.Random(str(folder))
     for k in range(count):
-        path = folder / (str(k % classes) if classes else "") / f"{k:04}.png"
+        path = folder / f"{k:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.frombytes("RGB", (96, 96), noise.randbytes(3 * 96 * 96)).save(path)
         if captions:
@@ -210,7 +224,6 @@ RUNS = {
 }
 FILES = {
     **dict.fromkeys(("photos", "EMOJI"), photographs),
-    "user/set": partial(photographs, classes=8),
     **dict.fromkeys(("pictures", "more", "user/pictures"), partial(photographs, count=20, captions=True)),
     "prompts.txt": lambda path: path.write_text("a red fox\na blue fox\n"),
     **dict.fromkeys(("user/sdxl-model", "user/sdxl", "stabilityai/stable-diffusion-xl-base-1.0"), text_model),
@@ -227,7 +240,6 @@ FILES = {
 SDXL = ["pictures", "prompts.txt", "stabilityai/stable-diffusion-xl-base-1.0", "madebyollin/sdxl-vae-fp16-fix", "user/sdxl-model"]
 TAKEN_FOR_GRANTED = {
     "README.md": ["photos", *SDXL],
-    "docs/first_run.md": ["user/set"],
     "docs/getting_started.md": ["photos"],
     "docs/training.md": ["photos"],
     "docs/sampling.md": ["runs/digits", "runs/digits_text", "user/sdxl-model", "prompts.txt"],
