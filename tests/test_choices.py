@@ -77,6 +77,9 @@ def test_the_values_that_suit_some_data():
     config = flatten(chosen(*PLAIN, 256, images=10**6, gpu=True)[0])
     expected = {"schedule_shift": 1 / 16, "model_channels": 192, "max_steps": 100_000, "ema_decay": (0.9999,), "learning_rate": 1e-4}
     assert {name: config[name] for name in expected} == expected
+    # A shift is for every schedule that ends in noise.
+    schedules = {"linear": 4, "cosine": 4, "sigmoid": 4, "scaled_linear": 1}
+    assert {name: chosen(*PLAIN, 32, "--noise_schedule", name)[0].objective.schedule_shift for name in schedules} == schedules
     # A typed number of the network leaves the others to be chosen, and they go with it.
     model = chosen(*PLAIN, 48, "--channel_mult", 1, 2, gpu=True)[0].model
     assert (model.model_channels, model.channel_mult, model.attention_resolutions) == (64, (1, 2), ())

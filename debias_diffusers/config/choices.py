@@ -127,7 +127,7 @@ def _network(config: TrainConfig, images: int, gpu: bool) -> Group:
 
 def _objective(config: TrainConfig, images: int, gpu: bool) -> Group:
     resolution = config.data.resolution or 64
-    ends_in_noise = config.objective.noise_schedule in (None, "linear", "cosine", "rectified_flow")  # also where its SNR is multiplied
+    ends_in_noise = config.objective.noise_schedule != "scaled_linear"  # also where its SNR is multiplied
     values = {
         "prediction_type": "v_prediction",
         # At a lower resolution the same noise hides more of an image: the SNR that the schedule has at 64 pixels, per pixel of those
