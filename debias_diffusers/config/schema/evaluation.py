@@ -46,7 +46,8 @@ class ScoreConfig:
     # model of clip_score: a CLIPModel of transformers, as a folder, or as the name of a repository that is in the cache
     clip_model: str | None = None
     base_model: str | None = None  # base model of targets that are LoRAs; as they say if left out
-    # number of images of each target: of a folder or an .npz a random subset, all if left out; of a model as many as the reference has
+    # number of images of each target, of a folder or an .npz a random subset; if left out all, and of a model as many as the reference has,
+    # at most 50 000
     num_images: Annotated[int | None, NUM_IMAGES] = None
     schedulers: str = ""  # schedulers (solvers) for models, separated by commas; as in sample.py if left out
     steps: str = "20"  # numbers of inference steps for models, separated by commas

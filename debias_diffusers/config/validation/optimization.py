@@ -66,7 +66,7 @@ def sharding_problems(optimization: OptimizationConfig, objective: ObjectiveConf
     if optimization.optimizer == "adamw8bit":
         found.append("optimizer is adamw8bit, but bitsandbytes knows no sharded weights; take --optimizer adamw or adafactor")
     if optimization.mixed_precision == "fp16":
-        found.append("mixed_precision is fp16, but which is not tested with sharded weights; take --mixed_precision bf16")
+        found.append("mixed_precision is fp16, which is not tested with sharded weights; take --mixed_precision bf16")
     for name in ("compile", "ema_on_cpu"):
         if getattr(optimization, name):
             found.append(f"{name} is on, but the weights are sharded over processes (FSDP), which does not go with it; leave it out")
