@@ -22,7 +22,7 @@ class DataConfig:
     # data set: digits, emoji, a folder of images, of .tar or of .parquet files, such a file, a pattern of them such as
     # 'shards/{0000..0127}.tar' (also https://... and hf://datasets/user/set/...), a saved dataset, or a Hub id (user/set@revision)
     dataset: str | None = None
-    split: str = "train"  # split of a parquet, saved or Hub dataset
+    split: str = "train"  # split of a folder, parquet, saved or Hub dataset
     # column of the images, or in .tar files their extension, such as jpg; found by its type if left out
     image_column: str | None = None
     # column of the class labels, or in .tar files an extension or a field of .json; found by its type, or cls, label or class, if left out
@@ -89,7 +89,7 @@ class ShardsMakeConfig:
     data: str  # data set, as --dataset of train.py
     out: str  # output folder
     shard_mb: Annotated[int, at_least(1, 256)] = 256  # size of a shard at most, in MB, unless one image is larger
-    split: str = "train"  # split of a parquet, saved or Hub dataset
+    split: str = "train"  # split of a folder, parquet, saved or Hub dataset
     image_column: str | None = None  # column of the images; found by its type if left out
     label_column: str | None = None  # column of the class labels; found by its type if left out
     caption_column: str | None = None  # column of the captions; found by its name if left out
