@@ -344,6 +344,14 @@ def test_weights_that_cannot_be_trained_with_are_refused(registry, function, nam
         make_objective(ObjectiveConfig(weighting="halfway"))
 
 
+@pytest.mark.parametrize(
+    "options, said", [({"weighting": "debaised"}, "did you mean debiased"), ({"weighting": "variational"}, "--learn_sigma")]
+)
+def test_weightings_without_a_meaning_are_refused_in_python_too(options, said):
+    with pytest.raises(InputError, match=said):
+        make_objective(ObjectiveConfig(**options))
+
+
 def test_parameters_that_overflow_are_refused():
     with pytest.raises(InputError, match=r"weighting p2 on epsilon gives 1\.73e\+39 at t = 293"):
         make_objective(ObjectiveConfig(weighting="p2", p2_k=0.1, p2_gamma=400.0))

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..config.registry import WEIGHTINGS
 from ..config.schema.objective import ObjectiveConfig
 from ..config.schema.types import PredictionType
-from ..errors import InputError
+from ..config.validation.objective import unknown_weighting, variance_problems
+from ..errors import InputError, raise_all
 from .noise_schedule import Schedule, at, make_schedule
 from .timestep_samplers import final_timestep_sampler
 from .uncertainty import Uncertainty
@@ -106,8 +107,11 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     """The objective of a configuration.
 
     Raises:
-        InputError: a timestep has no usable loss weight, or the schedule no noise that float32 can hold.
+        InputError: the weighting is not registered, or needs a learned variance; a timestep has no usable loss weight; or the schedule
+            has no noise that float32 can hold.
     """
+    unknown = unknown_weighting(config.weighting)
+    raise_all([unknown] if unknown else variance_problems(config))
     schedule = make_schedule(config)
     weights = None if config.weighting == "variational" else weight_table(config, schedule, config.prediction_type)
     if weights is not None:

@@ -16,18 +16,18 @@ MIN_SNR_FLOOR = 1e-4  # to be a bound worth its name: the debiased weights of th
 
 def objective_problems(objective: ObjectiveConfig) -> list[str]:
     """Everything that is wrong with an objective: combinations without a meaning, and values that would be ignored."""
-    if unknown := _unknown_weighting(objective.weighting):
+    if unknown := unknown_weighting(objective.weighting):
         found = [unknown]
     else:
         found = [*_unused(objective).values(), *_weighting_problems(objective)]
     found += bound_problems(dataclasses.asdict(objective)) + _timestep_bias_problems(objective) + _phase_problems(objective)
-    return found + _schedule_problems(objective) + _variance_problems(objective)
+    return found + _schedule_problems(objective) + variance_problems(objective)
 
 
 def weights_problems(config: WeightsConfig) -> list[str]:
     """Everything that is wrong with a command that plots loss weights. Objectives that nobody should train are no problem here."""
     names, objective = (config.objective.weighting, *config.against), config.objective
-    if unknown := [problem for name in names if (problem := _unknown_weighting(name))]:
+    if unknown := [problem for name in names if (problem := unknown_weighting(name))]:
         return unknown
     found = range_problems(ObjectiveConfig, dataclasses.asdict(objective))
     if "variational" in names:
@@ -67,7 +67,8 @@ def beta_problems(objective: ObjectiveConfig) -> list[str]:
     ]
 
 
-def _unknown_weighting(name: str) -> str | None:
+def unknown_weighting(name: str) -> str | None:
+    """A sentence about a weighting that is not registered, with a name that is."""
     if name in WEIGHTINGS:
         return None
     near = value_suggestion("weighting", name, WEIGHTINGS)
@@ -247,7 +248,8 @@ def _timestep_bias_problems(objective: ObjectiveConfig) -> list[str]:
     return found
 
 
-def _variance_problems(objective: ObjectiveConfig) -> list[str]:
+def variance_problems(objective: ObjectiveConfig) -> list[str]:
+    """A variance that is learned, fixed or needed where it has no meaning."""
     found = []
     if objective.weighting == "variational" and not objective.learn_sigma:
         other = " --prediction_type v_prediction" if is_straight(objective) else ""
