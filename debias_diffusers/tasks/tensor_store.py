@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..utils.files import remove, remove_old_temporary_files, write_file
+from ..utils.files import hash_of, remove, remove_old_temporary_files, write_file
 
 SHARD_BYTES = 256 << 20  # of tensors, after which a shard is written
 WRITE_AFTER = 60.0  # seconds of computing that a killed process loses at most
@@ -26,7 +26,6 @@ KEYS = "keys"  # the tensor (N, 32) uint8 of a shard; row k of every other tenso
 OURS = {"debias_diffusers": "tensors"}  # metadata of a shard
 DAMAGED = "is damaged"  # a fault
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
-_BLOCK = 1 << 20  # bytes that are hashed at once
 
 Place = tuple[str, int]  # name of a shard, and row in it
 
@@ -47,14 +46,10 @@ class TensorStore:
 
     def fault(self, name: str) -> str | None:
         """What is wrong with a shard, whose bytes should be those of its name: `DAMAGED`, or why it cannot be read. Reads all of it."""
-        digest = hashlib.sha256()
         try:
-            with open(self.folder / name, "rb") as file:
-                while block := file.read(_BLOCK):
-                    digest.update(block)
+            return None if f"{hash_of(self.folder / name)}.safetensors" == name else DAMAGED
         except OSError as error:
             return f"cannot be read: {error.strerror}"
-        return None if f"{digest.hexdigest()}.safetensors" == name else DAMAGED
 
     def remove(self, name: str) -> None:
         """Removes a shard. Does nothing where it is gone already."""

@@ -375,11 +375,8 @@ class TextToImageTask:
     @cached_property
     def _file_hashes(self) -> dict[str, str]:
         """The sha256 of each file of the base model that stays as it is; beside adapters these are all."""
-        found = {}
-        for name, path in (self.base.read_files() if self.config.lora.lora_rank else self.frozen_files()).items():
-            with open(path, "rb") as file:
-                found[name] = hash_of(file)
-        return found
+        files = self.base.read_files() if self.config.lora.lora_rank else self.frozen_files()
+        return {name: hash_of(path) for name, path in files.items()}
 
     def _files_of(self, *parts: str) -> dict[str, str]:
         """The sha256 of the frozen files of some parts, and of those with the same name and a number. All processes must call it."""
