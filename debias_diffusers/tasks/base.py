@@ -19,6 +19,11 @@ Batch = Mapping[str, Tensor]
 ONE_FILE = "1TB"
 
 
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a network that are trained, averaged and saved, by name: all, or those of its adapters."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
 class Task(Protocol):
     """Data, network and pipeline of one kind of training. B is the size of a batch.
 
@@ -56,9 +61,6 @@ class Task(Protocol):
     @property
     def frozen_bytes(self) -> int:
         """Bytes of what is on the device beside the network, such as a VAE."""
-
-    def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, averaged and saved, by name."""
 
     def dummy_batch(self, size: int) -> Batch:
         """A batch of zeros that the network can be called with."""

@@ -242,10 +242,6 @@ class TextToImageTask:
         lora.load(network, model, self.config.lora)
         return []
 
-    def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
-        """All parameters of the UNet, or those of its adapters."""
-        return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
-
     @property
     def frozen_bytes(self) -> int:
         """Of the VAE and the text encoders; the latter leave the device where all embeddings are kept.

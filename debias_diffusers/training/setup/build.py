@@ -139,7 +139,7 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
     unwrapped = state_dicts.with_weights(network, state_dicts.without_memory(network) if device.sharded(accelerator) else {})
     state = TrainingState(
         wrapped(network, config.optimization, accelerator),
-        make_optimizer_step(task, network, config.optimization, accelerator),
+        make_optimizer_step(network, config.optimization, accelerator),
         make_timestep_sampler(config.objective, objective.schedule, config.optimization.batch_size),
         LossStatistics(len(objective.schedule), accelerator.device),
         trained_alone=config.lora.lora_rank is not None,
