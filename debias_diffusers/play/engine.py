@@ -28,7 +28,7 @@ from ..sampling.generate import load_model, make_job
 from ..sampling.image_writer import SampleFolder
 from ..sampling.job import Job, LoadedModel, batches, image_seeds
 from ..utils.distributed import inference_accelerator
-from ..utils.torch_errors import explain_error
+from ..utils.torch_errors import explained_torch_errors
 from .request import OTHER_TASKS, PlayedModel, Request, command_line, commands, weights_of
 
 STAGE_IMAGES, STAGES = 8, 25  # of how many images x_t and x_0 are kept, and after how many calls of the network
@@ -119,12 +119,8 @@ class Engine:
         job = self._job(config)
         samples = SampleFolder(folder, config.format, config.num_images)
         samples.begin(job.settings)
-        try:
+        with explained_torch_errors("--batch_size", min(config.batch_size, config.num_images)):
             kept = _draw_into(samples, job, stages, report)
-        except RuntimeError as error:
-            if sentence := explain_error(error, "--batch_size", min(config.batch_size, config.num_images)):
-                raise sentence from error
-            raise
         archive = shutil.make_archive(str(folder), "zip", folder)
         grid = (folder / GRID).replace(folder.with_suffix(".png"))
         shutil.rmtree(folder)  # the page shows the picture and offers the archive, and removes these two when they are old

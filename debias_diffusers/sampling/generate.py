@@ -24,7 +24,7 @@ from ..runs.run_directory import SAMPLES, sampling_problems
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, inference_accelerator
 from ..utils.files import acquire_lock, write_file
-from ..utils.torch_errors import explain_error
+from ..utils.torch_errors import explained_torch_errors
 from .image_writer import ImageWriter, SampleFolder, require_sample_folder
 from .job import Job, LoadedModel, batches, image_seeds
 from .pixel_job import draw as draw
@@ -60,12 +60,8 @@ def sample(config: SampleConfig) -> Path:
     folder = Path(config.output_dir) if config.output_dir else broadcast_from_first(lambda: default_folder(job), accelerator)
     if accelerator.is_main_process:
         require_sample_folder(folder)
-    try:
+    with explained_torch_errors("--batch_size", config.batch_size):
         _draw_into(SampleFolder(folder, config.format, config.num_images), job, accelerator)
-    except RuntimeError as error:
-        if sentence := explain_error(error, "--batch_size", config.batch_size):
-            raise sentence from error
-        raise
     return folder
 
 

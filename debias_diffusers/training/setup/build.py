@@ -26,7 +26,7 @@ from ...tasks.base import Task
 from ...utils.console import say
 from ...utils.distributed import told_by_the_first
 from ...utils.signals import SignalHandler
-from ...utils.torch_errors import explain_error
+from ...utils.torch_errors import explained_torch_errors
 from .. import device, state_dicts
 from ..hooks import Checkpointer, EmaImages, Evaluation, Hook, SampleGrid, ValidationLoss
 from ..loss_statistics import LossStatistics
@@ -74,13 +74,10 @@ def run_training(
 def accelerated(config: TrainConfig) -> Iterator[Accelerator]:
     """The `Accelerator` of a training, to its end. Errors of torch within become a DebiasError where their cause is known."""
     accelerator = device.start_accelerator(config)
+    size = micro_batch_size(config.optimization, accelerator.num_processes)
     try:
-        yield accelerator
-    except RuntimeError as error:
-        size = micro_batch_size(config.optimization, accelerator.num_processes)
-        if known := explain_error(error, "--micro_batch_size", size, config.run.ddp_timeout):
-            raise known from error
-        raise
+        with explained_torch_errors("--micro_batch_size", size, config.run.ddp_timeout):
+            yield accelerator
     finally:
         accelerator.end_training()
 
