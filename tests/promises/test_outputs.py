@@ -38,6 +38,7 @@ from debias_diffusers.evaluation.results import as_json
 from debias_diffusers.runs.run_directory import MARKER, open_run
 from debias_diffusers.training import dry_run
 from debias_diffusers.training.setup.build import run_training
+from debias_diffusers.training.start import train_run
 from debias_diffusers.utils import files
 from debias_diffusers.utils.signals import SignalHandler
 
@@ -330,7 +331,8 @@ def test_training_is_measured_without_a_home(tmp_path, monkeypatch, capsys):
     config = tiny(
         tmp_path / "run", "--max_steps", 4, "--eval_every", 4, "--eval_images", 80, "--eval_metrics", "colour", "--batch_size", 40
     )
-    run_training(config, open_run(config), SignalHandler())
+    with open_run(config) as held, SignalHandler() as stop:
+        run_training(config, held, stop)
     assert "eval_brightness_bias" in metrics(tmp_path / "run")[-1]
     assert "warning: features are not kept" in capsys.readouterr().err
 
@@ -354,10 +356,8 @@ def test_a_second_training_in_one_process_finds_its_run_and_signals_free(tmp_pat
         assert handlers() == before
         files.acquire_lock(folder).close()
     config = tiny(folder, "--checkpoint_every", 0, "--warmup_steps", 0, "--max_steps", 9)
-    stop = SignalHandler()
-    stop._on_signal(signal.SIGTERM, None)
     with pytest.raises(DebiasError, match="stopped by SIGTERM"):
-        run_training(config, open_run(config), stop)
+        train_run(config, callback=lambda *_: SignalHandler.newest._on_signal(signal.SIGTERM, None))
     trials()
     assert handlers() == before
     files.acquire_lock(folder).close()

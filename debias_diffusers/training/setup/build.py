@@ -54,8 +54,8 @@ def run_training(
 
     Args:
         config: checked and resolved.
-        run: the run directory, which is closed at the end; None in all processes but the first.
-        stop: remembers signals, already since before torch was imported; closed at the end.
+        run: the run directory; None in all processes but the first.
+        stop: remembers signals, already since before torch was imported.
         to: where the first process pushes to, as the Hub allowed it; None where nothing is pushed.
         chosen: fields whose values `config.choices` decides in a new run.
         callback: called in the first process after each step.
@@ -63,8 +63,7 @@ def run_training(
     Raises:
         DebiasError: of the kind that tells what stopped it; StoppedError after a signal, saved.
     """
-    signals = stop if isinstance(stop, SignalHandler) else contextlib.nullcontext()
-    with run or contextlib.nullcontext(), signals, accelerated(config) as accelerator:
+    with accelerated(config) as accelerator:
         trainer, publisher = make_trainer(config, run, accelerator, to, chosen)
         trainer.callback = callback if accelerator.is_main_process else None
         _train(trainer, publisher, stop)
