@@ -26,7 +26,7 @@ from ..pipelines.solvers import default_scheduler
 from ..runs.model_folder import is_lora, task_of
 from ..sampling.generate import load_model, make_job
 from ..sampling.image_writer import SampleFolder
-from ..sampling.job import Job, LoadedModel, batches, image_seeds
+from ..sampling.job import Job, LoadedModel, batches, image_seeds, to_bytes
 from ..utils.distributed import inference_accelerator
 from ..utils.torch_errors import explained_torch_errors
 from .request import OTHER_TASKS, PlayedModel, Request, command_line, commands, weights_of
@@ -195,5 +195,5 @@ def _draw_into(samples: SampleFolder, job: Job, stages: bool, report: Progress) 
 
 def _picture(x_t: Tensor, x_0: Tensor) -> Any:
     """A row of x_t and a row of the predicted x_0, which are (B, C, H, W) in about [-1, 1]."""
-    pixels = [((each / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy() for each in (*x_t.float(), *x_0.float())]
+    pixels = to_bytes(torch.cat([x_t.float(), x_0.float()])).numpy()
     return images.grid([images.from_array(array) for array in pixels], columns=len(x_t))

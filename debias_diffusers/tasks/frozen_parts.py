@@ -17,6 +17,7 @@ from ..data.text_dataset import TextData
 from ..errors import InputError, reason
 from ..pipelines.loading import load_part
 from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, decode, encode_prompts, joined, latent_scale, null_embeddings
+from ..sampling.job import to_bytes
 from ..utils import memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
@@ -203,8 +204,7 @@ class Latents:
     def decoded(self, x_0: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8 on the CPU of latents x_0."""
         with self.on_device() as vae:
-            pixels = decode(vae, x_0.to(self.device))
-        return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+            return to_bytes(decode(vae, x_0.to(self.device))).cpu()
 
 
 Flipped = tuple[int, bool]  # an image, as it is or mirrored
