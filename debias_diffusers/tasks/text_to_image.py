@@ -32,7 +32,7 @@ from ..hub.model_card import model_card
 from ..pipelines.loading import explained_errors, load_part, require_finite
 from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, count_tokens, draw, token_ids, tokens_read, zero_snr_scheduler
 from ..runs.lora_folder import BASE_RECORD
-from ..sampling.job import image_seeds
+from ..sampling.job import image_generators
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
 from ..utils.files import hash_of
@@ -75,7 +75,8 @@ class TextToImageTask:
         # A dry run writes nothing, and computes as a run without the folder.
         self.folder = None if config.run.dry_run else text.precompute_dir
         if not self.folder or config.lora.lora_text_encoders:
-            self._load()
+            self.texts.load()
+            _ = self.latents.vae  # which loads it
         if config.lora.lora_rank:
             with torch.device("meta"):
                 self.build()  # for the names of its modules
@@ -88,11 +89,6 @@ class TextToImageTask:
         assert self.config.data.resolution is not None
         sizes = precompute.image_sizes(once, self.accelerator, self.config.data.skip_bad)
         return Buckets(sizes, self.config.data.resolution, self.base.side_unit)
-
-    def _load(self) -> None:
-        """Loads text encoders and VAE now."""
-        self.texts.load()
-        _ = self.latents.vae
 
     def say_data(self) -> None:
         """Prints how many captions there are, how many are missing or too long, and the sizes of the images, if they have several."""
@@ -394,7 +390,7 @@ class TextToImageTask:
         side = self.data.resolution
         prompts = self._embeddings(network, [conditions[k % len(conditions)] for k in indices], [False] * len(indices))
         null = self._embeddings(network, [""], [True])
-        generators = [torch.Generator().manual_seed(seed) for seed in image_seeds(0, indices)]
+        generators = image_generators(0, indices)
         options = {"num_inference_steps": PREVIEW_STEPS, "guidance_scale": self.config.text.sample_guidance_scale}
         with self.latents.on_device() as vae:
             pipeline = self._pipeline(lora.networks(network)["unet"], vae)
