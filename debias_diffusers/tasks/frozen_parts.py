@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.text_dataset import TextData
 from ..errors import InputError, reason
-from ..pipelines.loading import load_part
+from ..pipelines.loading import class_of_part, load_part
 from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, decode, encode_prompts, joined, latent_scale, null_embeddings
 from ..sampling.job import to_bytes
 from ..utils import memory
@@ -57,11 +57,8 @@ def load_text_encoders(base: BaseModel, device: torch.device) -> dict[str, Any]:
     Raises:
         InputError: a file is missing or damaged.
     """
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    kinds = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
     names = [name for name in base.parts if name.startswith("text_encoder")]
-    return {name: _loaded(kinds[base.index[name][1]], base.folder / name, device) for name in names}
+    return {name: _loaded(class_of_part(base.folder, name), base.folder / name, device) for name in names}
 
 
 def _loaded(kind: Any, folder: Path, device: torch.device) -> Any:
