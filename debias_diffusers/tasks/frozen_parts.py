@@ -22,7 +22,8 @@ from ..utils import memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
 from .base_model import BaseModel
-from .precompute import E, Group, encoded
+from .precompute import Group, encoded
+from .tensor_store import E
 
 KEPT_SHARE = 0.5  # of the free main memory, which embeddings and latents of all processes of a machine may take
 MOST_IMAGES, MOST_PIXELS = 64, 1 << 22  # that the VAE encodes at once: four of 1024 pixels
