@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..config.schema.training import TrainConfig
@@ -13,6 +14,8 @@ from ..data.dataset import PositionedData
 from ..diffusion.loss import Network
 
 Batch = Mapping[str, Tensor]
+
+HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # by mixed_precision; "no" has none
 
 # Weights of any size are exported as one file, which replaces that of the step before at once. From 10 GB on, as the UNet of Stable
 # Diffusion XL has them, diffusers would write shards, which a kill mixes with those of another step.

@@ -21,6 +21,7 @@ from ..sampling.job import to_bytes
 from ..utils import memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
+from .base import HALF_DTYPES
 from .base_model import BaseModel
 from .precompute import Group, encoded
 from .tensor_store import E
@@ -188,7 +189,7 @@ class Latents:
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, C, h, w) float32 of images (B, 3, H, W) uint8, on the device."""
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
+        half = HALF_DTYPES.get(self.precision)
         with self.on_device() as vae, torch.autocast(self.device.type, half, enabled=half is not None):
             found = vae.encode(images.to(self.device).float() / 127.5 - 1).latent_dist
         return found.mean.float(), found.std.float()

@@ -25,7 +25,7 @@ from ..diffusion.power_ema import KEPT
 from ..diffusion.timestep_samplers import make_timestep_sampler
 from ..diffusion.weighting import effective_sample_size
 from ..runs.run_directory import inspect_run
-from ..tasks.base import Task, trained_parameters
+from ..tasks.base import HALF_DTYPES, Task, trained_parameters
 from ..utils import launcher, memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
@@ -173,7 +173,7 @@ def estimated_memory(
         processes: among which a batch is divided.
         shards: processes that share the weights (FSDP2).
     """
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(optim.mixed_precision or "no")
+    half = HALF_DTYPES.get(optim.mixed_precision or "no")
     sizes = tensor_bytes(task, network, optim)
     if optim.param_dtype == "bf16" or (half is not None and shards > 1):  # as shards are gathered
         network.bfloat16()
