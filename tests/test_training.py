@@ -491,7 +491,7 @@ def test_a_card_names_a_solver_and_a_class_of_the_model(prediction_type):
     steps = 50 if prediction_type == "flow" else 1000
     assert f'class_labels=["cat"], num_inference_steps={steps})' in card and "| 1 | `cat` | 3 |" in card
     (command,) = re.findall(r"`debias-sample (.*?)`", card)
-    flags = parsing.parse(SampleConfig, shlex.split(command), None, "sample.py", "")
+    flags = parsing.parse(SampleConfig, shlex.split(command), "sample.py")
     assert sample_problems(flags) == [] and SOLVERS[flags.scheduler].flow == (prediction_type == "flow")
     for name in ("a ``` b", "two\nlines", "PATH"):
         assert "class_labels=[0]," in model_card(config, 1, 1, classes={name: 1})

@@ -136,8 +136,8 @@ def results(data, out):
             StatsConfig(reference=str(data), out=str(out / "stats.safetensors"), measure=measure)
         ),
         "bits.json": lambda: likelihood.bits_per_dimension(BitsConfig(model=str(data), output=str(out / "bits.json"))),
-        "weights.csv": lambda: plots.plot_weights(parsing.parse(WeightsConfig, ["--output_dir", str(out)], None, "", "")),
-        "weights.png": lambda: plots.plot_weights(parsing.parse(WeightsConfig, ["--output_dir", str(out)], None, "", "")),
+        "weights.csv": lambda: plots.plot_weights(parsing.parse(WeightsConfig, ["--output_dir", str(out)], "")),
+        "weights.png": lambda: plots.plot_weights(parsing.parse(WeightsConfig, ["--output_dir", str(out)], "")),
         "run-first-batch.png": lambda: dry_run.dry_run(cli.train_config(dry, None)),
     }
 
@@ -221,7 +221,7 @@ def test_results_of_a_model_are_replaced_and_pictures_of_the_first_version_too(t
 def test_a_letter_that_is_named_like_a_temporary_file_stays(trained, tmp_path):
     (tmp_path / ".draft-letter").write_text("dear")
     with pytest.raises(InputError, match=r"holds other files, such as \.draft-letter"):
-        files_of = parsing.parse(SampleConfig, [str(trained), "--output_dir", str(tmp_path), "--num_images", "1"], None, "", "")
+        files_of = parsing.parse(SampleConfig, [str(trained), "--output_dir", str(tmp_path), "--num_images", "1"], "")
         cli_sample(files_of)
     with pytest.raises(InputError, match="already exists"):
         guided("model.pt", "--image_size 8 --num_heads 1", str(tmp_path))
@@ -401,9 +401,9 @@ def test_a_wrong_flag_is_told_whatever_the_encoding_and_the_width(encoding, monk
             cli.train_config(arguments, None)
         assert str(error.value).startswith(sentence)
     with pytest.raises(InputError, match=r"^model is missing: it stands without a flag, before the options; sample\.py --help"):
-        parsing.parse(SampleConfig, ["--model", "run"], None, "sample.py", "")
+        parsing.parse(SampleConfig, ["--model", "run"], "sample.py")
     with pytest.raises(InputError, match=r"^model is missing: a run directory, .*; sample\.py --help lists all flags$"):
-        parsing.parse(SampleConfig, [], None, "sample.py", "")
+        parsing.parse(SampleConfig, [], "sample.py")
 
 
 def test_a_module_that_is_no_command_says_what_to_run(capsys):
