@@ -23,8 +23,8 @@ from .errors import InputError, shortened
 T = TypeVar("T")
 
 
-def parse(kind: type[T], argv: list[str], default: T | None, program: str, description: str) -> T:
-    """Parses flags to a dataclass. An error of tyro becomes an InputError of one sentence.
+def parse(kind: type[T], argv: list[str], program: str, description: str | None = None, default: T | None = None) -> T:
+    """Parses flags to a dataclass, whose docstring is the default description. An error of tyro becomes an InputError of one sentence.
 
     Raises:
         InputError: an unknown flag (says what was meant) or an invalid value.
@@ -38,7 +38,7 @@ def parse(kind: type[T], argv: list[str], default: T | None, program: str, descr
     options: dict[str, Any] = {} if default is None else {"default": default}
     options |= {"config": (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs), "registry": _registry()}
     with tyro_errors.on_parse_error(refuse), _quick_sources():
-        parsed: T = tyro.cli(kind, args=argv, prog=program, description=description, use_underscores=True, **options)
+        parsed: T = tyro.cli(kind, args=argv, prog=program, description=description or kind.__doc__, use_underscores=True, **options)
     return parsed
 
 

@@ -41,7 +41,7 @@ MAX_MODULES = 12  # directly in the package, and in each folder
 USERS = {
     "datasets": {"data.sources.table", "data.shards.table_columns"},
     "pyarrow": {"data.sources.table", "data.shards.index", "data.shards.parquet", "data.shards.rows"},
-    "diffusers": {"pipelines", "tasks", "training.device", "convert.guided_diffusion", "convert.single_file"},
+    "diffusers": {"pipelines", "tasks", "training.device", "convert.guided_diffusion"},
     "accelerate": {"utils.distributed", "training", "sampling.generate", "evaluation", "tasks"},
     "torch_fidelity": {"evaluation.feature_extractors", "evaluation.metrics"},
     "tyro": {"parsing"},
@@ -51,7 +51,7 @@ USERS = {
     "PIL": {"data.images", "sampling.image_writer", "evaluation.image_sets"},
     "matplotlib": {"evaluation.plots", "analysis.figures", "analysis.charts"},
     "psutil": {"utils.memory"},
-    "transformers": {"pipelines.text_pipeline", "evaluation.feature_extractors", "tasks.frozen_parts", "convert.single_file"},
+    "transformers": {"pipelines.loading", "pipelines.text_pipeline", "evaluation.feature_extractors", "tasks.frozen_parts"},
     "peft": {"tasks.lora"},
     "bitsandbytes": {"training.optimizer_step"},
     "gradio": {"play.page"},

@@ -36,6 +36,7 @@ from debias_diffusers.pipelines.lora import load_text_model, read_lora
 from debias_diffusers.runs.lora_folder import LORA_WEIGHTS
 from debias_diffusers.sampling.generate import make_job, sample
 from debias_diffusers.tasks import lora, text_to_image
+from debias_diffusers.tasks.base import trained_parameters
 from debias_diffusers.training import dry_run, state_dicts
 from debias_diffusers.training.setup.build import build
 from debias_diffusers.utils import seeding
@@ -74,11 +75,11 @@ def runs(bases, few, tmp_path_factory):
     found = {"xl": trained(bases["xl"], folder / "xl", *few, *LORA), "sd": folder / "sd"}
     task = plan_of(bases["sd"], found["sd"], *few, *LORA).task
     network = task.build()
-    for parameter in task.trained(network).values():
+    for parameter in trained_parameters(network).values():
         parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
     averages = found["sd"] / "checkpoints" / "step-00000008"
     averages.mkdir(parents=True)
-    save_file({name: parameter.detach() for name, parameter in task.trained(network).items()}, averages / "ema_0.9.safetensors")
+    save_file({name: parameter.detach() for name, parameter in trained_parameters(network).items()}, averages / "ema_0.9.safetensors")
     task.export(network, found["sd"])
     return found
 
@@ -113,7 +114,7 @@ def test_adapters_are_drawn_from_the_seed_and_change_nothing_at_first(bases, few
     torch.manual_seed(seeding.derive_seed(3, "weights", 0))
     inject_adapter_in_model(PeftConfig(r=RANK, lora_alpha=ALPHA, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), plain)
     expected = dict(plain.named_parameters())
-    ours = task.trained(network)
+    ours = trained_parameters(network)
     assert len(ours) == 2 * MODULES and all(torch.equal(value, expected[name]) for name, value in ours.items())
 
 
@@ -234,7 +235,7 @@ def test_a_dry_run_counts_what_is_trained(bases, few, tmp_path, capsys):
     whole = sum(parameter.numel() for parameter in plain.parameters())
     assert len(linear) == MODULES and f"parameters: {whole + adapters}, of which {adapters} are trained" in said
     assert f"LoRA: rank {RANK}, alpha {ALPHA:.1f}, on to_q, to_k, to_v, to_out.0" in said
-    weights = dry_run.training_bytes(plan.task, network, plan.config.optimization) - plan.task.frozen_bytes
+    weights = sum(dry_run.tensor_bytes(plan.task, network, plan.config.optimization).values()) - plan.task.frozen_bytes
     assert weights == 4 * whole + 4 * adapters * 5  # weights, gradients, one average and two moments
 
 
@@ -498,7 +499,7 @@ def test_a_lora_starts_from_another(runs, bases, few, tmp_path):
     network, config = task.build(), task.config.lora
     task.load(network, str(runs["xl"]))
     averaged = load_file(runs["xl"] / "checkpoints" / "step-00000008" / "ema_0.9.safetensors")
-    assert all(torch.equal(parameter, averaged[name]) for name, parameter in task.trained(network).items())
+    assert all(torch.equal(parameter, averaged[name]) for name, parameter in trained_parameters(network).items())
     for changes, model, said in (
         ({"lora_rank": 8}, "xl", "has rank 4, but lora_rank is 8; take --lora_rank 4"),
         ({"lora_alpha": 2.0}, "xl", "has alpha 8, but lora_alpha is 2; take --lora_alpha 8"),
@@ -561,14 +562,14 @@ def test_text_encoders_with_new_adapters_give_the_usual_embeddings(name, flags, 
         assert (found.pooled is None) == (name == "sd") and (name == "sd" or torch.allclose(found.pooled, expected.pooled, atol=1e-6))
     batch = {**task.dummy_batch(2), "dropped": torch.tensor([True, True])}
     task.conditioned(network, batch, "cpu")(torch.randn(2, 4, 4, 4), torch.tensor([10, 900])).square().mean().backward()
-    assert all(parameter.grad is not None for parameter in task.trained(network).values())
+    assert all(parameter.grad is not None for parameter in trained_parameters(network).values())
 
 
 def test_adapters_of_text_encoders_are_exported_and_converted(bases, few, tmp_path, monkeypatch):
     """Random ones; stock diffusers draws the previews with either file."""
     task = plan_of(bases["xl"], tmp_path / "run", *few, *ENCODERS).task
     network, generator = task.build().eval(), torch.Generator().manual_seed(0)
-    for parameter in task.trained(network).values():
+    for parameter in trained_parameters(network).values():
         parameter.data.normal_(std=0.1, generator=generator)
     task.export(network, tmp_path / "run")
     exported = load_file(tmp_path / "run" / LORA_WEIGHTS)

@@ -801,7 +801,8 @@ def full_plan(tmp_path, monkeypatch, *flags):
 
 def test_the_sdxl_configuration_on_the_full_model(tmp_path, monkeypatch):
     """On torch's meta device: configuration, what is trained and frozen, the files of an export, and the estimate of memory."""
-    from debias_diffusers.training.dry_run import on_meta, training_bytes
+    from debias_diffusers.tasks.base import trained_parameters
+    from debias_diffusers.training.dry_run import on_meta, tensor_bytes
 
     plan = full_plan(tmp_path, monkeypatch, "--mixed_precision", "no")
     config, task = plan.config, plan.task
@@ -812,7 +813,7 @@ def test_the_sdxl_configuration_on_the_full_model(tmp_path, monkeypatch):
     assert (optim.batch_size, optim.micro_batch_size, optim.gradient_checkpointing, optim.ema_decay) == (4, 1, True, (0,))
     assert (config.data.resolution, config.text.crop, task.shape) == (1024, "random", (4, 128, 128))
     network, flops = on_meta(task)
-    trained = task.trained(network)
+    trained = trained_parameters(network)
     assert sum(parameter.numel() for parameter in trained.values()) == 2_567_463_684
     assert {id(parameter) for parameter in network.parameters()} == {id(parameter) for parameter in trained.values()}
     assert flops > 1e13
@@ -821,7 +822,7 @@ def test_the_sdxl_configuration_on_the_full_model(tmp_path, monkeypatch):
     encoders, vae = 123_060_480 + 694_659_840, 83_653_863
     assert task.frozen_bytes == 4 * (encoders + vae)
     # float32 weights and gradients; Adafactor's factors are less than a twentieth of the weights, but for convolutions
-    assert 8.0 < (training_bytes(task, network, optim) - task.frozen_bytes) / 2_567_463_684 < 9.5
+    assert 8.0 < (sum(tensor_bytes(task, network, optim).values()) - task.frozen_bytes) / 2_567_463_684 < 9.5
 
 
 @pytest.mark.parametrize("name", ["xl", pytest.param("sd", marks=pytest.mark.nightly)])

@@ -298,7 +298,8 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_training(tmp_path, monk
 
     config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path / "run"), "--max_steps", "4", "--sample_every", "2"], None)
     monkeypatch.setattr(pixels, "make_scheduler", refuse)
-    run_training(config, open_run(config), SimpleNamespace(signum=0))
+    with open_run(config) as held:
+        run_training(config, held, SimpleNamespace(signum=0))
     assert newest_step(tmp_path / "run") == 4
 
 
@@ -490,7 +491,7 @@ def test_a_card_names_a_solver_and_a_class_of_the_model(prediction_type):
     steps = 50 if prediction_type == "flow" else 1000
     assert f'class_labels=["cat"], num_inference_steps={steps})' in card and "| 1 | `cat` | 3 |" in card
     (command,) = re.findall(r"`debias-sample (.*?)`", card)
-    flags = parsing.parse(SampleConfig, shlex.split(command), None, "sample.py", "")
+    flags = parsing.parse(SampleConfig, shlex.split(command), "sample.py")
     assert sample_problems(flags) == [] and SOLVERS[flags.scheduler].flow == (prediction_type == "flow")
     for name in ("a ``` b", "two\nlines", "PATH"):
         assert "class_labels=[0]," in model_card(config, 1, 1, classes={name: 1})
@@ -566,8 +567,8 @@ def test_averages_follow_their_closed_form():
 def test_out_of_memory_proposes_a_smaller_micro_batch(tmp_path, monkeypatch):
     config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path / "run")], None)
     monkeypatch.setattr(Trainer, "_terms", lambda *_: torch.empty(2**60))
-    with pytest.raises(InputError, match="8 images per forward; add --micro_batch_size 4"):
-        run_training(config, open_run(config), SimpleNamespace(signum=0))
+    with open_run(config) as held, pytest.raises(InputError, match="8 images per forward; add --micro_batch_size 4"):
+        run_training(config, held, SimpleNamespace(signum=0))
 
 
 def test_the_averaged_weights_are_measured_while_training_and_the_best_checkpoint_is_kept(tmp_path):

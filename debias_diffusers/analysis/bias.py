@@ -21,7 +21,7 @@ from ..sampling.job import Job
 from ..utils import seeding
 from ..utils.console import say
 from ..utils.distributed import inference_accelerator, shared_out
-from ..utils.torch_errors import explain_error
+from ..utils.torch_errors import explained_torch_errors
 from .bias_report import PAGE, BiasReport, require_output
 from .denoising import Errors, MeanColours, fixed_noise, measure_errors, spread_timesteps
 from .models import Examples, Model, folders_of, open_models, require_same_images, scheduler_of, steps_of
@@ -41,12 +41,8 @@ def measure_bias(config: BiasConfig) -> Path:
     """
     require_output(Path(config.output_dir))
     accelerator = inference_accelerator(config.num_threads)
-    try:
+    with explained_torch_errors("--batch_size", config.batch_size):
         return _measured(config, accelerator)
-    except RuntimeError as error:
-        if sentence := explain_error(error, "--batch_size", config.batch_size):
-            raise sentence from error
-        raise
 
 
 def _measured(config: BiasConfig, accelerator: Any) -> Path:

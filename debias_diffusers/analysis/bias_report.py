@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..config.registry import FIGURES
 from ..config.schema.evaluation import BiasConfig
 from ..errors import shortened
 from ..evaluation.plots import is_our_picture
+from ..sampling.job import to_bytes
 from ..utils.files import read_file, require_replaceable, write_file
 from .denoising import Errors, mean_and_interval, shares, spread_timesteps, weights_of_timesteps
 from .figures import Curve, Scale, curves, mosaic
@@ -122,16 +123,17 @@ class BiasReport:
         for name, (quantity, title, y_label, scale, caption) in BY_TIMESTEP.items():
             self._curves(name, rows, "t", quantity, title, caption, "timestep t", y_label, y_scale=scale)
         for model in self.models:
-            self._table_of_timesteps(model, rows)
+            own = [row for row in rows if row["run"] == model.label]
+            self._table(own, {"t": "t", "snr": "SNR"}, f"All numbers of {model.label}, by timestep")
 
-    def _table_of_timesteps(self, model: Model, rows: Sequence[Row]) -> None:
-        own = [row for row in rows if row["run"] == model.label]
-        columns = list(dict.fromkeys((row["quantity"], row["channel"]) for row in own))
-        places = list(dict.fromkeys((row["t"], row["snr"]) for row in own))
-        cells = {(row["t"], row["quantity"], row["channel"]): row for row in own}
-        header = ["t", "SNR", *(" ".join(part for part in column if part).replace("_", " ") for column in columns)]
-        lines = [[t, snr, *(_with_interval(cells.get((t, *column))) for column in columns)] for t, snr in places]
-        self.page.table(header, lines, f"All numbers of {model.label}, by timestep", folded=True)
+    def _table(self, rows: Sequence[Row], place: Mapping[str, str], caption: str) -> None:
+        """Rows by their values of `place`, whose columns have these titles, with a column for each quantity and channel."""
+        columns = list(dict.fromkeys((row["quantity"], row["channel"]) for row in rows))
+        cells = {(*(row[name] for name in place), row["quantity"], row["channel"]): row for row in rows}
+        header = [*place.values(), *(" ".join(part for part in column if part).replace("_", " ") for column in columns)]
+        places = dict.fromkeys(key[:-2] for key in cells)
+        lines = [[*at, *(_with_interval(cells.get((*at, *column))) for column in columns)] for at in places]
+        self.page.table(header, lines, caption, folded=True)
 
     @torch.no_grad()
     def estimates(self, examples: Examples, noise: Tensor, pictures: Callable[[Tensor], Tensor]) -> None:
@@ -154,9 +156,9 @@ class BiasReport:
         x_0 = pictures(x_0)
         rows = []
         for k in range(len(x_0)):
-            rows.append((f"x_t of picture {k + 1}", [_pixels(each[k]) for each in (x_0, *noised)]))
+            rows.append((f"x_t of picture {k + 1}", [to_bytes(each[k]) for each in (x_0, *noised)]))
             for model, estimated in zip(self.models, by_model):
-                rows.append((model.label, [_pixels(each[k]) for each in (x_0, *estimated)]))
+                rows.append((model.label, [to_bytes(each[k]) for each in (x_0, *estimated)]))
         self.page.heading("Estimates of x_0 in one step")
         same = len({len(model.denoiser.schedule) for model in self.models}) == 1
         x_label = "timestep t" if same else f"timestep t of {self.models[0].label}; of others the same part of their timesteps"
@@ -220,13 +222,7 @@ class BiasReport:
             self._curves(f"{name}_{quantity}", rows, place, quantity, title, caption, x_label, "", x_scale)
         caption = "Mean colour of the images minus that of the reference, with 95% intervals over the images."
         self._curves(f"{name}_bias", rows, place, "colour_bias", "Colour bias", caption, x_label, "grey levels", x_scale)
-        columns = list(dict.fromkeys((row["quantity"], row["channel"]) for row in rows))
-        places = list(dict.fromkeys((row["run"], row[place]) for row in rows))
-        cells = {(row["run"], row[place], row["quantity"], row["channel"]): row for row in rows}
-        header = ["run", place, *(" ".join(part for part in column if part).replace("_", " ") for column in columns)]
-        self.page.table(
-            header, [[*at, *(_with_interval(cells.get((*at, *column))) for column in columns)] for at in places], "All numbers", folded=True
-        )
+        self._table(rows, {"run": "run", place: place}, "All numbers")
 
     def _rows(self, label: str, place: str, x: int, found: Drawn) -> Iterator[Row]:
         for name, value in found.figures.items():
@@ -288,11 +284,6 @@ def _with_interval(row: Row | None) -> str | None:
 
 def _listed(captions: Sequence[str | None]) -> str:
     return ", ".join("none" if caption is None else repr(shortened(caption)) for caption in captions)
-
-
-def _pixels(image: Tensor) -> Tensor:
-    """An image in [-1, 1] as uint8, clamped."""
-    return ((image / 2 + 0.5).clamp(0, 1) * 255).round().byte()
 
 
 def _biases(quantity: str, means: Tensor, channels: Sequence[str]) -> Iterator[Row]:

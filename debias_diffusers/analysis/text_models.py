@@ -20,6 +20,7 @@ from ..data.text_dataset import TextData, prompts_of_data
 from ..errors import InputError
 from ..evaluation.reference import caption_column
 from ..pipelines.text_pipeline import Embeddings, decode, encode, joined
+from ..runs.model_folder import vae_scale
 from ..sampling.job import LoadedModel
 from ..sampling.text_job import decoded_small, make_text_job
 from .denoising import MeanColours
@@ -174,7 +175,6 @@ def _require_same_vae(models: Sequence[Model]) -> None:
     weights = first.state_dict()
     for model in models[1:]:
         vae = model.pipeline.vae
-        same = all(vae.config.get(name) == first.config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std"))
-        own = vae.state_dict()
+        own, same = vae.state_dict(), vae_scale(vae.config) == vae_scale(first.config)
         if not same or own.keys() != weights.keys() or not all(torch.equal(own[name], weights[name]) for name in own):
             raise InputError(f"{models[0].name} and {model.name} have different VAEs, so that their latents cannot be compared")

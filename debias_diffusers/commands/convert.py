@@ -29,21 +29,21 @@ def _guided(argv: list[str], program: str) -> None:
     if "--flags" in argv[:-1]:  # its value starts with dashes, so the parser needs "--flags=VALUE"
         place = argv.index("--flags")
         argv = [*argv[:place], f"--flags={argv[place + 1]}", *argv[place + 2 :]]
-    config = parsing.parse(GuidedConfig, argv, None, program, GuidedConfig.__doc__ or "")
+    config = parsing.parse(GuidedConfig, argv, program)
     from ..convert import guided_diffusion
 
     guided_diffusion.guided(**dataclasses.asdict(config))
 
 
 def _export(argv: list[str], program: str) -> None:
-    config = parsing.parse(ExportConfig, argv, None, program, ExportConfig.__doc__ or "")
+    config = parsing.parse(ExportConfig, argv, program)
     from ..convert import guided_diffusion
 
     guided_diffusion.export(**dataclasses.asdict(config))
 
 
 def _single(argv: list[str], program: str) -> None:
-    config = parsing.parse(SingleConfig, argv, None, program, SingleConfig.__doc__ or "")
+    config = parsing.parse(SingleConfig, argv, program)
     raise_all(single_problems(config))
     from ..convert import single_file
 
@@ -54,7 +54,7 @@ def _single(argv: list[str], program: str) -> None:
 
 
 def _lora(argv: list[str], program: str) -> None:
-    config = parsing.parse(LoraFormatConfig, argv, None, program, LoraFormatConfig.__doc__ or "")
+    config = parsing.parse(LoraFormatConfig, argv, program)
     raise_all(lora_problems("lora", config.lora))
     from ..convert import lora
 

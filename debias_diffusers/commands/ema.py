@@ -22,7 +22,7 @@ def run_ema(argv: list[str], program: str) -> None:
 
 
 def _reconstruct(argv: list[str], program: str) -> None:
-    config = parsing.parse(ReconstructConfig, argv, None, program, ReconstructConfig.__doc__ or "")
+    config = parsing.parse(ReconstructConfig, argv, program)
     raise_all(range_problems(ReconstructConfig, dataclasses.asdict(config)))
     if config.sigma_rel is None:
         raise InputError("sigma_rel is missing; name the width of the average, such as --sigma_rel 0.08")

@@ -40,12 +40,12 @@ def run_evaluate(argv: list[str], program: str) -> None:
 
 
 def _score(argv: list[str], program: str) -> None:
-    _scored(parsing.parse(ScoreConfig, argv, None, program, ScoreConfig.__doc__ or ""))
+    _scored(parsing.parse(ScoreConfig, argv, program))
 
 
 def _compare(argv: list[str], program: str = "eval.py compare") -> None:
     summary = "Score runs side by side, with confidence intervals (--bootstrap 200 if left out)."
-    given = parsing.parse(ScoreConfig, argv, None, program, summary)
+    given = parsing.parse(ScoreConfig, argv, program, summary)
     _scored(dataclasses.replace(given, bootstrap=200 if given.bootstrap is None else given.bootstrap))
 
 
@@ -64,7 +64,7 @@ def _scored(config: ScoreConfig) -> None:
 
 
 def _stats(argv: list[str], program: str) -> None:
-    config = parsing.parse(StatsConfig, argv, None, program, StatsConfig.__doc__ or "")
+    config = parsing.parse(StatsConfig, argv, program)
     raise_problems(stats_problems(config) + hub_names.data_problems("reference", config.reference))
     from ..evaluation import statistics
 
@@ -72,7 +72,7 @@ def _stats(argv: list[str], program: str) -> None:
 
 
 def _bits(argv: list[str], program: str) -> None:
-    config = parsing.parse(BitsConfig, argv, None, program, BitsConfig.__doc__ or "")
+    config = parsing.parse(BitsConfig, argv, program)
     absent = hub_names.model_problems("model", config.model) + hub_names.data_problems("reference", config.reference)
     raise_problems(bits_problems(config) + absent + pixel_problems(config.model, "bpd"))
     from ..evaluation import likelihood
@@ -81,7 +81,7 @@ def _bits(argv: list[str], program: str) -> None:
 
 
 def _bias(argv: list[str], program: str) -> None:
-    config = parsing.parse(BiasConfig, argv, None, program, BiasConfig.__doc__ or "")
+    config = parsing.parse(BiasConfig, argv, program)
     absent = [problem for run in config.runs for problem in hub_names.model_problems("run", run)]
     local = {run: Path(run) for run in config.runs if Path(run).is_dir()}
     if len(local) == len(config.runs):
@@ -97,7 +97,7 @@ def _bias(argv: list[str], program: str) -> None:
 
 
 def _report(argv: list[str], program: str) -> None:
-    config = parsing.parse(ReportConfig, argv, None, program, ReportConfig.__doc__ or "")
+    config = parsing.parse(ReportConfig, argv, program)
     from ..analysis.report_page import is_our_page
     from ..analysis.run_files import run_problems
 
@@ -109,7 +109,7 @@ def _report(argv: list[str], program: str) -> None:
 
 
 def _weights(argv: list[str], program: str) -> None:
-    config = parsing.parse(WeightsConfig, argv, None, program, WEIGHTS_HELP)
+    config = parsing.parse(WeightsConfig, argv, program, WEIGHTS_HELP)
     raise_all(weights_problems(config))
     from ..evaluation import plots
 

@@ -16,7 +16,7 @@ def run_hub(argv: list[str], program: str) -> None:
 
 
 def _push(argv: list[str], program: str) -> None:
-    config = parsing.parse(PushConfig, argv, None, program, PushConfig.__doc__ or "")
+    config = parsing.parse(PushConfig, argv, program)
     from ..hub import publish
 
     publish.push(config)

@@ -15,7 +15,7 @@ from ..utils import text_libraries
 
 def run_play(argv: list[str], program: str) -> None:
     """Serves the page, or writes the folder of a Space."""
-    config = parsing.parse(PlayConfig, argv, None, program, PlayConfig.__doc__ or "")
+    config = parsing.parse(PlayConfig, argv, program)
     raise_all(request.play_problems(config))
     if config.space is not None:
         space.write(config)

@@ -16,7 +16,7 @@ from .base import raise_problems
 
 def run_sample(argv: list[str], program: str) -> None:
     """Draws images."""
-    config = parsing.parse(SampleConfig, argv, None, program, "Draw images with a trained model.")
+    config = parsing.parse(SampleConfig, argv, program, "Draw images with a trained model.")
     raise_problems(sample_problems(config) + sampling_problems(config.model, config.output_dir))
     if hub_names.is_model_id(config.model):
         text_libraries.show()  # which it may need

@@ -20,7 +20,7 @@ def run_shards(argv: list[str], program: str) -> None:
 
 
 def _make_shards(argv: list[str], program: str) -> None:
-    config = parsing.parse(ShardsMakeConfig, argv, None, program, ShardsMakeConfig.__doc__ or "")
+    config = parsing.parse(ShardsMakeConfig, argv, program)
     raise_all(shards_problems(config))
     from ..data.shards import commands
 
@@ -28,7 +28,7 @@ def _make_shards(argv: list[str], program: str) -> None:
 
 
 def _index_shards(argv: list[str], program: str) -> None:
-    config = parsing.parse(ShardsConfig, argv, None, program, "Index shards as they are; those that have not changed are not read again.")
+    config = parsing.parse(ShardsConfig, argv, program, "Index shards as they are; those that have not changed are not read again.")
     raise_all(shards_data_problems(config.data))
     from ..data.shards import commands
 
@@ -36,7 +36,7 @@ def _index_shards(argv: list[str], program: str) -> None:
 
 
 def _verify_shards(argv: list[str], program: str) -> None:
-    config = parsing.parse(ShardsConfig, argv, None, program, "Compare shards with their index, and decode every image.")
+    config = parsing.parse(ShardsConfig, argv, program, "Compare shards with their index, and decode every image.")
     raise_all(shards_data_problems(config.data))
     from ..data.shards import commands
 

@@ -98,7 +98,7 @@ def train_command(argv: list[str], launcher_precision: str | None, program: str 
         defaults = configuration.layered(kept or (shown_values(init, of_init) if init else {}))
         chosen = frozenset() if kept else chosen
     defaults = _replaced(defaults, typed)
-    config = parsing.parse(TrainConfig, flags, defaults, program, _train_help(file) if asks_help else "")
+    config = parsing.parse(TrainConfig, flags, program, _train_help(file) if asks_help else "", defaults)
     raise_all(named_problems(config.objective, typed))
     config, notes = yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
     _say_first(notes)

@@ -31,14 +31,7 @@ from ..pipelines.solvers import exported_scheduler
 from ..runs.model_folder import MODEL_INDEX
 from ..tasks.unet import build_unet, differing_fields
 from ..utils.console import say
-from ..utils.files import (
-    filled_folder,
-    new_folder,
-    read_json_object,
-    remove_old_temporary_files,
-    require_new_file,
-    write_file,
-)
+from ..utils.files import filled_folder, new_folder, read_json_object, remove_old_temporary_files, require_new_file, write_file
 from .state_dicts import (
     DEFAULT_FLAGS,
     WHOLE_NUMBER,

@@ -12,9 +12,8 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.schema.data import TextConfig
 from ..errors import InputError, reason
@@ -191,15 +190,9 @@ def _namers(folder: Path, layout: Layout) -> dict[str, Namer]:
 
 def _shapes(folder: Path, name: str) -> dict[str, torch.Size]:
     """Names and shapes of the tensors of a part, as its weight file has them."""
-    config = dict(part_config(folder, name))
-    with torch.device("meta"):
-        if name in ("unet", "vae"):
-            module: nn.Module = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[name].from_config(config)
-        else:
-            import transformers
-
-            kind = getattr(transformers, text_parts(folder)[name][0])
-            module = kind(transformers.CLIPTextConfig.from_dict(config))
+    kind, config = class_of_part(folder, name), dict(part_config(folder, name))
+    with torch.device("meta"):  # a text encoder is a model of transformers, whose configuration is an object
+        module = kind.from_config(config) if name in ("unet", "vae") else kind(kind.config_class.from_dict(config))
     return {_with_prefix(key, name): value.shape for key, value in module.state_dict().items()}
 
 

@@ -333,10 +333,8 @@ def _parts(scheduler: Any) -> tuple[list[Any], list[int]]:
 def _at(table: Tensor, timesteps: Tensor) -> Tensor:
     """Entries (B,) of a table. On an accelerator nothing waits for the timesteps: NaN where the scheduler does not have one."""
     T = len(table)
-    if timesteps.is_floating_point():
-        raise InputError(f"timesteps must be whole numbers from 0 to {T - 1}, but are {timesteps.tolist()}")
     known = (timesteps >= 0) & (timesteps < T)
-    if timesteps.device.type == "cpu" and not known.all():
+    if timesteps.is_floating_point() or (timesteps.device.type == "cpu" and not known.all()):
         raise InputError(f"timesteps must be whole numbers from 0 to {T - 1}, but are {timesteps.tolist()}")
     return torch.where(known, table[timesteps.long().clamp(0, T - 1)], math.nan)
 

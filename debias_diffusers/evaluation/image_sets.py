@@ -27,6 +27,7 @@ from ..data.sources.folder import ImageFolder
 from ..errors import InputError, reason
 from ..sampling.generate import Job
 from ..utils import seeding
+from ..utils.files import hash_of
 
 MAX_NPZ_BYTES = 2**40  # size of the array in an .npz
 CHUNK_BYTES = 2**24  # read from a file at once
@@ -183,7 +184,7 @@ def images_of_npz(path: Path, count: int | None = None, seed: int = 0) -> ImageS
             _skip(member, (total - place) * size, path)  # zipfile compares the checksum at the end of the array
 
     which = f"{len(chosen)} {seed} of {total}" if len(chosen) < total else f"{total}"
-    return ImageSet(str(path), len(chosen), shape[0], _hash(f"{which} {_file_hash(path)}".encode()), batches, total=total)
+    return ImageSet(str(path), len(chosen), shape[0], hashlib.sha256(f"{which} {hash_of(path)}".encode()).hexdigest(), batches, total=total)
 
 
 def npz_shape(path: Path) -> tuple[int, ...]:
@@ -285,15 +286,3 @@ def process_batches(chosen: Sequence[int], batch_size: int, part: int, parts: in
 def to_rgb(batch: Tensor) -> Tensor:
     """Images (B, 1 or 3, H, W) as (B, 3, H, W), grey as three equal channels."""
     return batch.expand(-1, 3, -1, -1) if batch.shape[1] == 1 else batch
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(CHUNK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

@@ -23,9 +23,7 @@ from ..errors import InputError, reason
 from ..utils.distributed import gather_from_all
 from .feature_cache import cache_key, open_cache
 from .feature_extractors import INCEPTION, Extractor, prompt_scorer
-from .image_sets import (
-    ImageSet,
-)
+from .image_sets import ImageSet
 from .metrics import COLOUR, PIXEL_LAYERS, Sample
 
 

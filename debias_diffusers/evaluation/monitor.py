@@ -23,9 +23,6 @@ from .measure import Measure, extractor_metadata, usual_extractor
 DEFAULT_EVAL_IMAGES = 1000  # of an evaluation during training
 
 
-# ---- while training --------------------------------------------------------------------------------------------------
-
-
 class Monitor:
     """Computes metrics of samples against the training images, distributed over all processes."""
 

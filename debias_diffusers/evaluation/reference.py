@@ -28,13 +28,7 @@ from ..runs import checkpoints
 from ..runs.run_directory import CHECKPOINTS, CONFIG
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
-from .image_sets import (
-    ImageSet,
-    images_of_folder,
-    images_of_npz,
-    images_of_source,
-    npz_shape,
-)
+from .image_sets import ImageSet, images_of_folder, images_of_npz, images_of_source, npz_shape
 
 
 def print_summary(source: Source, name: str | None, accelerator: Accelerator) -> None:

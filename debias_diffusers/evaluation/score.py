@@ -50,9 +50,6 @@ MAX_GENERATED = 50_000
 SWEEP = (0.03, 0.05, 0.07, 0.085, 0.1, 0.125, 0.15, 0.2)  # sigma_rel of `--ema sweep`
 
 
-# ---- score and compare -----------------------------------------------------------------------------------------------
-
-
 def score(config: ScoreConfig) -> dict[str, Any]:
     """Computes the metrics of all targets of a command, prints a table and writes files; returns the JSON object.
 
@@ -62,33 +59,44 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     accelerator = inference_accelerator(config.measure.num_threads)
     if accelerator.is_main_process and config.output:
         _require_output(config, config.output)
-    targets = (target if target.endswith(".npz") else pinned_model(target, accelerator) for target in config.targets)
-    targets = (str(image_folders.packed_samples(Path(target)) or target) for target in targets)
-    config = dataclasses.replace(config, targets=tuple(targets), reference=pinned_data(config.reference, accelerator))
-    needs_reference = any(METRICS[metric].reference != "nothing" for metric in config.measure.metrics.split(","))
-    if config.reference is None and (needs_reference or any_run(config.targets)):
-        data = reference_data(config.measure, None, config.targets)
-        channels = config.measure.channels or data.channels
-        measure = dataclasses.replace(
-            config.measure, split=data.split, image_column=data.image_column, skip_bad=data.skip_bad, channels=channels
-        )
-        column = config.caption_column or caption_column(config.targets)
-        config = dataclasses.replace(config, reference=data.dataset, measure=measure, caption_column=column)
+    config = _completed(config, accelerator)
     result = _scored(config, accelerator)
     if accelerator.is_main_process:
         if config.output:  # before printing, which may fail
             figures, picture = _files_of(config.output)
             write_file(figures, as_json(result))
             draw_curves(result["targets"], picture)
-        print(table(result))
-        if "groups" in result:
-            print(f"\nmeans over training seeds, with 95% intervals over these:\n\n{table_of_groups(result['groups'])}")
-        for sentence in unequal(result["targets"]):
-            say(f"note: {sentence}")
-        for best in result.get("best", ()):
-            (figure,) = best.keys() - {"target", "sigma_rel"}
-            say(f"best {figure} of {best['target']}: {best[figure]:.4g} at sigma_rel {best['sigma_rel']:g}")
+        _print(result)
     return result
+
+
+def _completed(config: ScoreConfig, accelerator: Accelerator) -> ScoreConfig:
+    """The command with commits for names on the Hub, the files of packed samples, and where no reference is named that of the runs."""
+    targets = (target if target.endswith(".npz") else pinned_model(target, accelerator) for target in config.targets)
+    targets = (str(image_folders.packed_samples(Path(target)) or target) for target in targets)
+    config = dataclasses.replace(config, targets=tuple(targets), reference=pinned_data(config.reference, accelerator))
+    needs_reference = any(METRICS[metric].reference != "nothing" for metric in config.measure.metrics.split(","))
+    if config.reference is not None or not (needs_reference or any_run(config.targets)):
+        return config
+    data = reference_data(config.measure, None, config.targets)
+    channels = config.measure.channels or data.channels
+    measure = dataclasses.replace(
+        config.measure, split=data.split, image_column=data.image_column, skip_bad=data.skip_bad, channels=channels
+    )
+    column = config.caption_column or caption_column(config.targets)
+    return dataclasses.replace(config, reference=data.dataset, measure=measure, caption_column=column)
+
+
+def _print(result: Mapping[str, Any]) -> None:
+    """The tables on stdout, and on stderr what to know of them."""
+    print(table(result))
+    if "groups" in result:
+        print(f"\nmeans over training seeds, with 95% intervals over these:\n\n{table_of_groups(result['groups'])}")
+    for sentence in unequal(result["targets"]):
+        say(f"note: {sentence}")
+    for best in result.get("best", ()):
+        (figure,) = best.keys() - {"target", "sigma_rel"}
+        say(f"best {figure} of {best['target']}: {best[figure]:.4g} at sigma_rel {best['sigma_rel']:g}")
 
 
 def _files_of(output: str) -> tuple[Path, Path]:
@@ -109,9 +117,8 @@ def _require_output(config: ScoreConfig, output: str) -> None:
 def _scored(config: ScoreConfig, accelerator: Accelerator) -> dict[str, Any]:
     reference = config.reference
     if reference is not None and not is_reference_file(reference):
-        print_summary(
-            open_source(reference_data(config.measure, reference)), reference, accelerator
-        )  # before an extractor is fetched for nothing
+        source = open_source(reference_data(config.measure, reference))
+        print_summary(source, reference, accelerator)  # before an extractor is fetched for nothing
     measure = make_measure(config.measure, reference or "", accelerator, config.clip_model)
     compared = ReferenceFeatures(reference, measure, config.allow_few_images) if reference is not None else NoReference()
     prompts = _prompts_of_all(config, measure)
@@ -265,30 +272,9 @@ def _drawn(
     quiet: bool = False,
 ) -> Iterator[tuple[ImageSet, dict[str, Any]]]:
     """The images of a model, each set drawn when it is read. With `quiet`, notes are not printed."""
-    count = _num_drawn(config, compared, prompts)
-    own: dict[str, Any] = (
-        {"prompt": tuple(prompts[:count]), "base_model": config.base_model if is_lora(client.configurations(target)) else None}
-        if prompts
-        else {"class_labels": config.class_labels, "allow_pickle_import": config.allow_pickle_import}
-    )
-    said = quiet or not accelerator.is_main_process
-    seeds = [int(seed) for seed in config.sampling_seeds.split(",")] if config.sampling_seeds else [None]
-    numbers = list(map(int, config.steps.split(",")))
+    count, said = _num_drawn(config, compared, prompts), quiet or not accelerator.is_main_process
     for step, width in product(_steps_of(Path(target), config.checkpoints), SWEEP if config.ema else (None,)):
-        commands = [
-            SampleConfig(
-                model=target,
-                scheduler=scheduler or None,
-                steps=steps,
-                num_images=count,
-                batch_size=config.measure.batch_size,
-                seed=config.seed if seed is None else seed,
-                weights=f"sigma_rel={width}" if width else config.weights,
-                guidance_scale=config.guidance_scale,
-                **own,
-            )
-            for seed, scheduler, steps in product(seeds, config.schedulers.split(","), numbers)
-        ]
+        commands = _commands(config, target, prompts, count, width)
         with _naming(target, config):
             loaded = load_model(commands[0], accelerator.device, step)
             for command in commands:  # what a solver cannot do is an error before the first images are drawn
@@ -306,6 +292,30 @@ def _drawn(
             how |= {"weights": command.weights, "training_step": job.settings["model_step"]}
             how |= {"checkpoint": step, "sigma_rel": width, "sampling_seed": command.seed if config.sampling_seeds else None}
             yield generated_images(job, count, target), how
+
+
+def _commands(config: ScoreConfig, target: str, prompts: Sequence[str] | None, count: int, width: float | None) -> list[SampleConfig]:
+    """The sampling commands of a model, for each seed, solver and number of steps; `width` is the sigma_rel of its weights, if given."""
+    own: dict[str, Any] = (
+        {"prompt": tuple(prompts[:count]), "base_model": config.base_model if is_lora(client.configurations(target)) else None}
+        if prompts
+        else {"class_labels": config.class_labels, "allow_pickle_import": config.allow_pickle_import}
+    )
+    seeds = (config.sampling_seeds or str(config.seed)).split(",")
+    return [
+        SampleConfig(
+            model=target,
+            scheduler=scheduler or None,
+            steps=int(steps),
+            num_images=count,
+            batch_size=config.measure.batch_size,
+            seed=int(seed),
+            weights=f"sigma_rel={width}" if width else config.weights,
+            guidance_scale=config.guidance_scale,
+            **own,
+        )
+        for seed, scheduler, steps in product(seeds, config.schedulers.split(","), config.steps.split(","))
+    ]
 
 
 @contextlib.contextmanager

@@ -26,9 +26,9 @@ from ..pipelines.solvers import default_scheduler
 from ..runs.model_folder import is_lora, task_of
 from ..sampling.generate import load_model, make_job
 from ..sampling.image_writer import SampleFolder
-from ..sampling.job import Job, LoadedModel, batches, image_seeds
+from ..sampling.job import Job, LoadedModel, batches, image_seeds, to_bytes
 from ..utils.distributed import inference_accelerator
-from ..utils.torch_errors import explain_error
+from ..utils.torch_errors import explained_torch_errors
 from .request import OTHER_TASKS, PlayedModel, Request, command_line, commands, weights_of
 
 STAGE_IMAGES, STAGES = 8, 25  # of how many images x_t and x_0 are kept, and after how many calls of the network
@@ -119,12 +119,8 @@ class Engine:
         job = self._job(config)
         samples = SampleFolder(folder, config.format, config.num_images)
         samples.begin(job.settings)
-        try:
+        with explained_torch_errors("--batch_size", min(config.batch_size, config.num_images)):
             kept = _draw_into(samples, job, stages, report)
-        except RuntimeError as error:
-            if sentence := explain_error(error, "--batch_size", min(config.batch_size, config.num_images)):
-                raise sentence from error
-            raise
         archive = shutil.make_archive(str(folder), "zip", folder)
         grid = (folder / GRID).replace(folder.with_suffix(".png"))
         shutil.rmtree(folder)  # the page shows the picture and offers the archive, and removes these two when they are old
@@ -199,5 +195,5 @@ def _draw_into(samples: SampleFolder, job: Job, stages: bool, report: Progress) 
 
 def _picture(x_t: Tensor, x_0: Tensor) -> Any:
     """A row of x_t and a row of the predicted x_0, which are (B, C, H, W) in about [-1, 1]."""
-    pixels = [((each / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy() for each in (*x_t.float(), *x_0.float())]
+    pixels = to_bytes(torch.cat([x_t.float(), x_0.float()])).numpy()
     return images.grid([images.from_array(array) for array in pixels], columns=len(x_t))

@@ -95,9 +95,8 @@ class ShardCache:
             http.fetch(wanted, part, insist)
             part.flush()
             os.fsync(part.fileno())
-            part.seek(0)
             sha256 = wanted.file.sha256 if wanted.whole else None
-            if sha256 and (found := hash_of(part)) != sha256:
+            if sha256 and (found := hash_of(Path(part.name))) != sha256:
                 remove(Path(part.name))
                 raise FetchError(f"{wanted.file.name} was fetched with the hash {found} in place of {sha256}; start again")
             os.replace(part.name, self._path(file))

@@ -138,9 +138,7 @@ def _write_files(folder: Path, step: int, files: Iterable[tuple[str, Writer]], s
 def _synced(path: Path) -> dict[str, Any]:
     """Size and hash of a file that is on the disk when this returns."""
     fsync_file(path)
-    with open(path, "rb") as file:
-        digest = hash_of(file)
-        return {"size": file.tell(), "sha256": digest}
+    return {"size": path.stat().st_size, "sha256": hash_of(path)}
 
 
 def _hash(content: bytes) -> str:
@@ -254,8 +252,7 @@ def _require_unchanged(path: Path, entry: dict[str, Any]) -> None:
     try:
         # The size first: a file that grew without bounds is not read.
         if (size := path.stat().st_size) == entry["size"]:
-            with open(path, "rb") as file:
-                digest = hash_of(file)
+            digest = hash_of(path)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise DamagedError(f"{path.name}: {getattr(error, 'strerror', None) or reason(error)}") from error
     if size != entry["size"]:

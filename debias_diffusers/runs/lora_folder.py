@@ -151,9 +151,8 @@ def require_base(record: Mapping[str, Any], model: str, base_model: str, base: P
         path = (vae if part == "vae" else base / part) / file
         if not path.is_file():
             raise InputError(f"base_model {base_model} is not the one that {model} was trained on: it has no {name}; {_ADVICE}")
-        with open(path, "rb") as content:
-            if hash_of(content) != digest:
-                raise InputError(f"base_model {base_model} is not the one that {model} was trained on: its {name} is another; {_ADVICE}")
+        if hash_of(path) != digest:
+            raise InputError(f"base_model {base_model} is not the one that {model} was trained on: its {name} is another; {_ADVICE}")
 
 
 _ADVICE = "name that one with --base_model, or draw with this one and --lora"

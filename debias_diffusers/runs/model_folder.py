@@ -218,6 +218,11 @@ def part_config(folder: Path, name: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def vae_scale(config: Mapping[str, Any]) -> list[Any]:
+    """What the configuration of a VAE says of the scale of its latents; VAEs of one kind say the same."""
+    return [config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std")]
+
+
 def size_problems(folder: Path, **sizes: int | None) -> list[str]:
     """Widths and heights of images (None is what was left out) that a text-to-image model cannot draw."""
     levels = part_config(folder, "vae").get("block_out_channels")

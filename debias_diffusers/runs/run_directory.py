@@ -48,7 +48,7 @@ Change = dict[str, Any]  # step, name, before, after
 
 
 class Run:
-    """A locked run directory. The lock is held until `close` or the end of the process; `training.train` calls `close`."""
+    """A locked run directory. The lock is held until `close` or the end of the process; `training.start` calls `close`."""
 
     def __init__(self, folder: Path, lock: IO[str], resume: Checkpoint | None) -> None:
         self.folder = folder

@@ -24,9 +24,9 @@ from ..runs.run_directory import SAMPLES, sampling_problems
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, inference_accelerator
 from ..utils.files import acquire_lock, write_file
-from ..utils.torch_errors import explain_error
+from ..utils.torch_errors import explained_torch_errors
 from .image_writer import ImageWriter, SampleFolder, require_sample_folder
-from .job import Job, LoadedModel, batches, image_seeds
+from .job import Job, LoadedModel, batches, image_seeds, to_bytes
 from .pixel_job import draw as draw
 from .pixel_job import load_pixel_model, make_pixel_job
 from .pixel_job import open_model as open_model
@@ -60,12 +60,8 @@ def sample(config: SampleConfig) -> Path:
     folder = Path(config.output_dir) if config.output_dir else broadcast_from_first(lambda: default_folder(job), accelerator)
     if accelerator.is_main_process:
         require_sample_folder(folder)
-    try:
+    with explained_torch_errors("--batch_size", config.batch_size):
         _draw_into(SampleFolder(folder, config.format, config.num_images), job, accelerator)
-    except RuntimeError as error:
-        if sentence := explain_error(error, "--batch_size", config.batch_size):
-            raise sentence from error
-        raise
     return folder
 
 
@@ -160,5 +156,4 @@ def _trajectory(job: Job) -> Any:
     for indices in batches(min(job.config.num_images, TRAJECTORY_IMAGES), job.config.batch_size):
         seen = job.stages(indices, chosen)
         rows += [stage[kind][k] for k in range(len(indices)) for kind in (0, 1) for stage in seen]
-    pixels = [((row / 2 + 0.5).clamp(0, 1) * 255).round().byte().numpy() for row in rows]
-    return images.grid([images.from_array(array) for array in pixels], columns=len(chosen))
+    return images.grid([images.from_array(to_bytes(row).numpy()) for row in rows], columns=len(chosen))

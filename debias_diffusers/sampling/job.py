@@ -45,6 +45,11 @@ def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
     return [torch.Generator().manual_seed(own) for own in image_seeds(seed, indices)]
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1], of any shape, as uint8; what is beyond is clamped."""
+    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def batches(count: int, batch_size: int) -> list[range]:
     """The images 0 .. count - 1 in batches of consecutive indices."""
     return [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]

@@ -26,7 +26,7 @@ from ..pipelines.lora import add_loras, load_text_model
 from ..pipelines.solvers import without_last_zero
 from ..pipelines.text_pipeline import Embeddings
 from ..runs.lora_folder import base_of_lora, with_strength
-from ..runs.model_folder import check_sampling, is_lora, knows_prompts_only, run_setting
+from ..runs.model_folder import check_sampling, is_lora, knows_prompts_only, run_setting, vae_scale
 from .job import (
     Conditions,
     Job,
@@ -142,7 +142,7 @@ def load_text_to_image(config: SampleConfig, device: Any, step: int | None = Non
         lambda variant: load_text_model(config.model, variant, config.base_model), config.model, config.weights, step
     )
     add_loras(pipeline, config.lora)
-    loaded = LoadedModel(pipeline, pipeline.scheduler, step, _fingerprint(pipeline, pipeline.scheduler))
+    loaded = LoadedModel(pipeline, pipeline.scheduler, step, _fingerprint(pipeline))
     if config.dtype != "float32":
         text_pipeline.cast_unet_inputs(pipeline)
     make_ready(pipeline, config, device)
@@ -233,11 +233,10 @@ def _lora_labels(config: SampleConfig) -> list[str]:
     return [f"{name if hub_names.is_model_id(name) else Path(name).name}:{strength}" for name, strength in named]
 
 
-def _fingerprint(pipeline: Any, own: Any) -> str:
+def _fingerprint(pipeline: Any) -> str:
     """A hash of all weights, of the tokenizers, of what "no prompt" is, and of the model's own scheduler."""
-    digest = hashlib.sha256(own.to_json_string().encode())
-    scale = [pipeline.vae.config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std")]
-    digest.update(repr((text_pipeline.null_is_zeros(pipeline), scale)).encode())
+    digest = hashlib.sha256(pipeline.scheduler.to_json_string().encode())
+    digest.update(repr((text_pipeline.null_is_zeros(pipeline), vae_scale(pipeline.vae.config))).encode())
     for name, part in sorted(pipeline.components.items()):
         if isinstance(part, nn.Module):
             for key, tensor in part.state_dict().items():

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..config.schema.training import TrainConfig
@@ -14,9 +15,16 @@ from ..diffusion.loss import Network
 
 Batch = Mapping[str, Tensor]
 
+HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # by mixed_precision; "no" has none
+
 # Weights of any size are exported as one file, which replaces that of the step before at once. From 10 GB on, as the UNet of Stable
 # Diffusion XL has them, diffusers would write shards, which a kill mixes with those of another step.
 ONE_FILE = "1TB"
+
+
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a network that are trained, averaged and saved, by name: all, or those of its adapters."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 class Task(Protocol):
@@ -56,9 +64,6 @@ class Task(Protocol):
     @property
     def frozen_bytes(self) -> int:
         """Bytes of what is on the device beside the network, such as a VAE."""
-
-    def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, averaged and saved, by name."""
 
     def dummy_batch(self, size: int) -> Batch:
         """A batch of zeros that the network can be called with."""

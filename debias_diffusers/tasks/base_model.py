@@ -28,6 +28,7 @@ from ..runs.model_folder import (
     part_config,
     require_text_model,
     text_parts,
+    vae_scale,
     variant_of,
 )
 from ..utils.files import read_json_object
@@ -288,6 +289,6 @@ def contradictions(base: BaseModel, config: TrainConfig) -> list[str]:
 
 
 def _scale(vae: Mapping[str, Any]) -> Any:
-    """How a VAE's latents are scaled: VAEs of one kind have the same."""
-    found = [vae.get("scaling_factor", 0.18215), *(each for name in ("latents_mean", "latents_std") if (each := vae.get(name)))]
-    return found if found[1:] else found[0]
+    """How a VAE's latents are scaled, for a message: one number where it has no mean and deviation."""
+    factor, *moments = vae_scale({"scaling_factor": 0.18215, **vae})  # which diffusers takes where it is left out
+    return [factor, *filter(None, moments)] if any(moments) else factor

@@ -15,13 +15,16 @@ from torch import Tensor
 
 from ..data.text_dataset import TextData
 from ..errors import InputError, reason
-from ..pipelines.loading import load_part
+from ..pipelines.loading import class_of_part, load_part
 from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, decode, encode_prompts, joined, latent_scale, null_embeddings
+from ..sampling.job import to_bytes
 from ..utils import memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
+from .base import HALF_DTYPES
 from .base_model import BaseModel
-from .precompute import E, Group, encoded
+from .precompute import Group, encoded
+from .tensor_store import E
 
 KEPT_SHARE = 0.5  # of the free main memory, which embeddings and latents of all processes of a machine may take
 MOST_IMAGES, MOST_PIXELS = 64, 1 << 22  # that the VAE encodes at once: four of 1024 pixels
@@ -56,11 +59,8 @@ def load_text_encoders(base: BaseModel, device: torch.device) -> dict[str, Any]:
     Raises:
         InputError: a file is missing or damaged.
     """
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    kinds = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
     names = [name for name in base.parts if name.startswith("text_encoder")]
-    return {name: _loaded(kinds[base.index[name][1]], base.folder / name, device) for name in names}
+    return {name: _loaded(class_of_part(base.folder, name), base.folder / name, device) for name in names}
 
 
 def _loaded(kind: Any, folder: Path, device: torch.device) -> Any:
@@ -189,7 +189,7 @@ class Latents:
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, C, h, w) float32 of images (B, 3, H, W) uint8, on the device."""
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
+        half = HALF_DTYPES.get(self.precision)
         with self.on_device() as vae, torch.autocast(self.device.type, half, enabled=half is not None):
             found = vae.encode(images.to(self.device).float() / 127.5 - 1).latent_dist
         return found.mean.float(), found.std.float()
@@ -203,8 +203,7 @@ class Latents:
     def decoded(self, x_0: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8 on the CPU of latents x_0."""
         with self.on_device() as vae:
-            pixels = decode(vae, x_0.to(self.device))
-        return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+            return to_bytes(decode(vae, x_0.to(self.device))).cpu()
 
 
 Flipped = tuple[int, bool]  # an image, as it is or mirrored

@@ -14,6 +14,7 @@ from ..errors import InputError, reason
 from ..pipelines.lora import alpha_of, lora_file, read_lora
 from ..pipelines.text_pipeline import encoded, joined_outputs
 from ..runs.lora_folder import ADAPTER, LORA_WEIGHTS, exported_name
+from .base import trained_parameters
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the attention of text encoders
 
@@ -130,7 +131,7 @@ def load(network: Any, model: str, config: LoraConfig) -> None:
     tensors, about = read_lora(lora_file("init", model), f"init {model}")
     if any(name.endswith(".lora_down.weight") for name in tensors):
         raise InputError(f"init {model} has the names of kohya's scripts; convert it with debias_diffusers.convert lora first")
-    ours = {exported_name(name): parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    ours = {exported_name(name): parameter for name, parameter in trained_parameters(network).items()}
     if other := sorted(ours.keys() ^ tensors.keys()):
         targets = about.get("unet.target_modules")
         advice = f"take --lora_targets {' '.join(targets)}" if targets else "name its modules with --lora_targets"

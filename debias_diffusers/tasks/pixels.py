@@ -88,8 +88,6 @@ class PixelTask:
             InputError: its network is another one (names what differs and how to take it as it is), or has weights that are not finite.
         """
         pipeline = load_pipeline(model, self.config.optimization.allow_pickle_import)
-        if not isinstance(pipeline.unet, UNet2DModel):
-            raise InputError(f"init {model} holds a {type(pipeline.unet).__name__}, but this run trains a UNet2DModel")
         ours: Any = network.config
         theirs = pipeline.unet.config
         names = differing_fields(ours, theirs, _FREE)
@@ -145,10 +143,6 @@ class PixelTask:
     def frozen_bytes(self) -> int:
         """None."""
         return 0
-
-    def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
-        """All parameters."""
-        return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
     # ---- batches -----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import signal
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -26,14 +26,13 @@ from ..data.sources.checks import map_in_threads
 from ..errors import CannotWriteError, InputError, StoppedError
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first, gather_from_all, told_by_the_first
-from ..utils.files import free_bytes, require_writable
+from ..utils.files import free_bytes, remove, require_writable
 from ..utils.signals import asked_to_stop
-from .tensor_store import DAMAGED, Place, ShardWriter, StoredTensors, TensorStore
+from .tensor_store import DAMAGED, E, Place, ShardWriter, StoredTensors, TensorStore
 
 FORMAT = 1  # to be raised with every change of how images are decoded and resized, and of how images and captions are encoded
 FILES_AT_ONCE, SHARDS_AT_ONCE = 1024, 4  # that a process reads before it tells the others
 
-E = TypeVar("E", bound=Hashable)  # an entry: an image as it is or mirrored, or a caption
 T = TypeVar("T")
 Encode = Callable[[Sequence[E]], Mapping[str, Tensor]]  # entries to tensors by name, on any device, a row for each
 Group = tuple[Sequence[E], int]  # entries whose tensors have one shape, and how many are encoded at once
@@ -136,22 +135,6 @@ def _gathered(tensors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[s
     return {name: accelerator.gather(tensor.to(accelerator.device)).cpu() for name, tensor in tensors.items()}
 
 
-class Precomputed(Mapping[E, Mapping[str, Tensor]]):
-    """Tensors of entries by name; views of files, which the system reads when they are used."""
-
-    def __init__(self, tensors: StoredTensors, places: Mapping[E, Place]) -> None:
-        self.tensors, self.places = tensors, places
-
-    def __getitem__(self, entry: E) -> Mapping[str, Tensor]:
-        return self.tensors[self.places[entry]]
-
-    def __iter__(self) -> Iterator[E]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-
 class Precomputation(Generic[E]):
     """What a folder has of some entries, and what is still to be computed. All processes must make and fill it together.
 
@@ -175,11 +158,11 @@ class Precomputation(Generic[E]):
             say(f"{self.store.folder / name} {fault}; what it held is computed anew")
             if fault == DAMAGED:
                 with contextlib.suppress(OSError):  # in a folder that cannot be written to
-                    self.store.remove(name)
+                    remove(self.store.folder / name)
         used = {name: shards[name] or [] for name in names if name not in faults}
         return {key: (name, row) for name, keys in used.items() for row, key in enumerate(keys) if key in wanted}
 
-    def filled(self, groups: Sequence[Group[E]], encode: Encode[E]) -> Precomputed[E]:
+    def filled(self, groups: Sequence[Group[E]], encode: Encode[E]) -> StoredTensors[E]:
         """All entries, after what is missing was encoded and written by the first process.
 
         Args:
@@ -201,8 +184,7 @@ class Precomputation(Generic[E]):
                 raise
             self._in_first(writer.flush)
             self._places |= broadcast_from_first(lambda: writer.places if first else {}, self.accelerator)
-        places = {entry: self._places[key] for entry, key in self.keys.items()}
-        return Precomputed(StoredTensors(self.store, {name for name, _ in places.values()}), places)
+        return StoredTensors(self.store, {entry: self._places[key] for entry, key in self.keys.items()})
 
     def _in_first(self, work: Callable[[], None]) -> None:
         """Does something in the first process; where it fails, all processes end."""

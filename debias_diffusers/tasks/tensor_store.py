@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..utils.files import remove, remove_old_temporary_files, write_file
+from ..utils.files import hash_of, remove_old_temporary_files, write_file
 
 SHARD_BYTES = 256 << 20  # of tensors, after which a shard is written
 WRITE_AFTER = 60.0  # seconds of computing that a killed process loses at most
@@ -26,8 +26,8 @@ KEYS = "keys"  # the tensor (N, 32) uint8 of a shard; row k of every other tenso
 OURS = {"debias_diffusers": "tensors"}  # metadata of a shard
 DAMAGED = "is damaged"  # a fault
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
-_BLOCK = 1 << 20  # bytes that are hashed at once
 
+E = TypeVar("E", bound=Hashable)  # an entry: an image as it is or mirrored, or a caption
 Place = tuple[str, int]  # name of a shard, and row in it
 
 
@@ -47,18 +47,10 @@ class TensorStore:
 
     def fault(self, name: str) -> str | None:
         """What is wrong with a shard, whose bytes should be those of its name: `DAMAGED`, or why it cannot be read. Reads all of it."""
-        digest = hashlib.sha256()
         try:
-            with open(self.folder / name, "rb") as file:
-                while block := file.read(_BLOCK):
-                    digest.update(block)
+            return None if f"{hash_of(self.folder / name)}.safetensors" == name else DAMAGED
         except OSError as error:
             return f"cannot be read: {error.strerror}"
-        return None if f"{digest.hexdigest()}.safetensors" == name else DAMAGED
-
-    def remove(self, name: str) -> None:
-        """Removes a shard. Does nothing where it is gone already."""
-        remove(self.folder / name)
 
 
 def _keys_of(path: Path) -> list[bytes] | None:
@@ -109,21 +101,29 @@ class ShardWriter:
         self._keys, self._parts, self._bytes, self._since = [], [], 0, time.monotonic()
 
 
-class StoredTensors:
-    """Tensors of a store, which the system reads from the disk when they are used (mmap), and keeps in memory as long as there is room."""
+class StoredTensors(Mapping[E, Mapping[str, Tensor]]):
+    """Tensors of entries by name: views of files, to be copied and never written.
 
-    def __init__(self, store: TensorStore, names: Collection[str]) -> None:
-        """`names` of the shards: those that are open stay readable if they are removed."""
-        self.store, self.names = store, sorted(names)
-        self._shards = {name: _mapped(store.folder / name) for name in self.names}
+    The system reads them from the disk when they are used (mmap), and keeps them in memory as long as there is room.
+    """
 
-    def __getitem__(self, place: Place) -> dict[str, Tensor]:
-        """The tensors of a place by name; views of the file, to be copied and never written."""
-        name, row = place
+    def __init__(self, store: TensorStore, places: Mapping[E, Place]) -> None:
+        """`places` of all entries. Shards are open from now on: they stay readable if they are removed."""
+        self.store, self.places = store, places
+        self._shards = {name: _mapped(store.folder / name) for name in sorted({name for name, _ in places.values()})}
+
+    def __getitem__(self, entry: E) -> dict[str, Tensor]:
+        name, row = self.places[entry]
         return {part: tensor[row] for part, tensor in self._shards[name].items() if part != KEYS}
 
+    def __iter__(self) -> Iterator[E]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
     def __reduce__(self) -> Any:  # to data loader workers that are not forked
-        return StoredTensors, (self.store, self.names)
+        return StoredTensors, (self.store, self.places)
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:

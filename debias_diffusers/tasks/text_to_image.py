@@ -32,7 +32,7 @@ from ..hub.model_card import model_card
 from ..pipelines.loading import explained_errors, load_part, require_finite
 from ..pipelines.text_pipeline import ENCODED_AT_ONCE, Embeddings, count_tokens, draw, token_ids, tokens_read, zero_snr_scheduler
 from ..runs.lora_folder import BASE_RECORD
-from ..sampling.job import image_seeds
+from ..sampling.job import image_generators
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
 from ..utils.files import hash_of
@@ -75,7 +75,8 @@ class TextToImageTask:
         # A dry run writes nothing, and computes as a run without the folder.
         self.folder = None if config.run.dry_run else text.precompute_dir
         if not self.folder or config.lora.lora_text_encoders:
-            self._load()
+            self.texts.load()
+            _ = self.latents.vae  # which loads it
         if config.lora.lora_rank:
             with torch.device("meta"):
                 self.build()  # for the names of its modules
@@ -88,11 +89,6 @@ class TextToImageTask:
         assert self.config.data.resolution is not None
         sizes = precompute.image_sizes(once, self.accelerator, self.config.data.skip_bad)
         return Buckets(sizes, self.config.data.resolution, self.base.side_unit)
-
-    def _load(self) -> None:
-        """Loads text encoders and VAE now."""
-        self.texts.load()
-        _ = self.latents.vae
 
     def say_data(self) -> None:
         """Prints how many captions there are, how many are missing or too long, and the sizes of the images, if they have several."""
@@ -242,10 +238,6 @@ class TextToImageTask:
         lora.load(network, model, self.config.lora)
         return []
 
-    def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
-        """All parameters of the UNet, or those of its adapters."""
-        return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
-
     @property
     def frozen_bytes(self) -> int:
         """Of the VAE and the text encoders; the latter leave the device where all embeddings are kept.
@@ -375,11 +367,8 @@ class TextToImageTask:
     @cached_property
     def _file_hashes(self) -> dict[str, str]:
         """The sha256 of each file of the base model that stays as it is; beside adapters these are all."""
-        found = {}
-        for name, path in (self.base.read_files() if self.config.lora.lora_rank else self.frozen_files()).items():
-            with open(path, "rb") as file:
-                found[name] = hash_of(file)
-        return found
+        files = self.base.read_files() if self.config.lora.lora_rank else self.frozen_files()
+        return {name: hash_of(path) for name, path in files.items()}
 
     def _files_of(self, *parts: str) -> dict[str, str]:
         """The sha256 of the frozen files of some parts, and of those with the same name and a number. All processes must call it."""
@@ -401,7 +390,7 @@ class TextToImageTask:
         side = self.data.resolution
         prompts = self._embeddings(network, [conditions[k % len(conditions)] for k in indices], [False] * len(indices))
         null = self._embeddings(network, [""], [True])
-        generators = [torch.Generator().manual_seed(seed) for seed in image_seeds(0, indices)]
+        generators = image_generators(0, indices)
         options = {"num_inference_steps": PREVIEW_STEPS, "guidance_scale": self.config.text.sample_guidance_scale}
         with self.latents.on_device() as vae:
             pipeline = self._pipeline(lora.networks(network)["unet"], vae)

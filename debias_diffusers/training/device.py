@@ -17,11 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    FullyShardedDataParallelPlugin,
-    InitProcessGroupKwargs,
-)
+from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
@@ -30,6 +26,7 @@ from ..config.registry import TRACKERS
 from ..config.schema.training import TrainConfig
 from ..config.schema.types import OptimizerName
 from ..errors import InputError
+from ..tasks.base import HALF_DTYPES
 from ..utils import launcher
 from ..utils.console import say
 from ..utils.distributed import make_accelerator
@@ -138,7 +135,7 @@ def to_shards(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     accelerate's plugin has the launcher's options. What it does to a network is torch's `fully_shard`, which is called here itself,
     because the plugin works on accelerators alone and wants the optimizer at the same time.
     """
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    half = HALF_DTYPES.get(accelerator.mixed_precision)
     model: nn.Module = accelerator.prepare_model(network, evaluation_mode=True)  # only autocast
     reshard = FullyShardedDataParallelPlugin().reshard_after_forward
     shard(model, accelerator.device.type, accelerator.num_processes, half, reshard)

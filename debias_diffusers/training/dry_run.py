@@ -25,7 +25,7 @@ from ..diffusion.power_ema import KEPT
 from ..diffusion.timestep_samplers import make_timestep_sampler
 from ..diffusion.weighting import effective_sample_size
 from ..runs.run_directory import inspect_run
-from ..tasks.base import Task
+from ..tasks.base import HALF_DTYPES, Task, trained_parameters
 from ..utils import launcher, memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
@@ -75,7 +75,7 @@ def _print_plan(plan: Plan, network: nn.Module) -> None:
     data, objective, optim = plan.task.data, plan.config.objective, plan.config.optimization
     print("\n".join(plan.task.describe()))
     print(f"steps per epoch: {len(data.source) / optim.batch_size:.1f}")
-    parameters, trained = (sum(p.numel() for p in found) for found in (network.parameters(), plan.task.trained(network).values()))
+    parameters, trained = (sum(p.numel() for p in found) for found in (network.parameters(), trained_parameters(network).values()))
     print(f"parameters: {parameters}" + (f", of which {trained} are trained" if trained < parameters else ""))
     schedule = f"noise_schedule {objective.noise_schedule or 'of rectified flow'} with schedule_shift {objective.schedule_shift:g}"
     names = f"weighting {objective.weighting}, {schedule}, timestep_sampler {objective.timestep_sampler}"
@@ -173,8 +173,8 @@ def estimated_memory(
         processes: among which a batch is divided.
         shards: processes that share the weights (FSDP2).
     """
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(optim.mixed_precision or "no")
-    sizes = _tensor_bytes(task, network, optim)
+    half = HALF_DTYPES.get(optim.mixed_precision or "no")
+    sizes = tensor_bytes(task, network, optim)
     if optim.param_dtype == "bf16" or (half is not None and shards > 1):  # as shards are gathered
         network.bfloat16()
     if optim.gradient_checkpointing:
@@ -189,21 +189,13 @@ def estimated_memory(
     if shards > 1:
         sizes = {name: bytes_ if name == "frozen parts" else -(-bytes_ // shards) for name, bytes_ in sizes.items()}
         step += sizes["gradients"] + gathered_bytes(network)
-    update = sizes.pop("gradients") + temporary_bytes(optim, list(task.trained(network).values()))
+    update = sizes.pop("gradients") + temporary_bytes(optim, list(trained_parameters(network).values()))
     return MemoryEstimate(sizes, max(step, update))
 
 
-def training_bytes(task: Task, network: nn.Module, optim: OptimizationConfig) -> int:
-    """Bytes of a training's tensors: weights, of those that are trained gradients and float32 averages, the optimizer's state, and what is
-    frozen beside the network.
-
-    What the layers keep for the backward pass comes on top.
-    """
-    return sum(_tensor_bytes(task, network, optim).values())
-
-
-def _tensor_bytes(task: Task, network: nn.Module, optim: OptimizationConfig) -> dict[str, int]:
-    trained = list(task.trained(network).values())
+def tensor_bytes(task: Task, network: nn.Module, optim: OptimizationConfig) -> dict[str, int]:
+    """Bytes of a training's tensors by what they are; what the layers keep for the backward pass comes on top."""
+    trained = list(trained_parameters(network).values())
     values, each = sum(p.numel() for p in trained), 2 if optim.param_dtype == "bf16" else 4
     return {
         "weights": each * sum(p.numel() for p in network.parameters()),

@@ -17,12 +17,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict
 from torch.optim import Optimizer
 
 from ..config.schema.objective import NoiseConfig, ObjectiveConfig

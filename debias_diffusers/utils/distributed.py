@@ -12,13 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedType,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from ..errors import DebiasError, InputError, reason
 from .console import say

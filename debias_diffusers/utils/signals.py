@@ -17,7 +17,7 @@ from .launcher import is_launched
 class SignalHandler:
     """Records SIGTERM or SIGINT in `signum`, so that the training loop stops after the current step and saves (a graceful stop).
 
-    A second SIGINT ends the process at once; the last checkpoint stays whole. `close`, which `training.train` calls, restores the
+    A second SIGINT ends the process at once; the last checkpoint stays whole. `close`, which `training.start` calls, restores the
     previous handlers. Outside the main thread no handler is installed, because Python delivers signals to the main thread only.
     """
 

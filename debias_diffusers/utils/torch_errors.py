@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from ..errors import DebiasError, InputError
+
+
+@contextlib.contextmanager
+def explained_torch_errors(flag: str, size: int, limit: int | None = None) -> Iterator[None]:
+    """Raises the error of `explain_error` in place of a RuntimeError whose cause is recognised; arguments as there."""
+    try:
+        yield
+    except RuntimeError as error:
+        if sentence := explain_error(error, flag, size, limit):
+            raise sentence from error
+        raise
 
 
 def explain_error(error: RuntimeError, flag: str, size: int, limit: int | None = None) -> DebiasError | None:

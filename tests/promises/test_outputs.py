@@ -38,6 +38,7 @@ from debias_diffusers.evaluation.results import as_json
 from debias_diffusers.runs.run_directory import MARKER, open_run
 from debias_diffusers.training import dry_run
 from debias_diffusers.training.setup.build import run_training
+from debias_diffusers.training.start import train_run
 from debias_diffusers.utils import files
 from debias_diffusers.utils.signals import SignalHandler
 
@@ -135,8 +136,8 @@ def results(data, out):
             StatsConfig(reference=str(data), out=str(out / "stats.safetensors"), measure=measure)
         ),
         "bits.json": lambda: likelihood.bits_per_dimension(BitsConfig(model=str(data), output=str(out / "bits.json"))),
-        "weights.csv": lambda: plots.plot_weights(parsing.parse(WeightsConfig, ["--output_dir", str(out)], None, "", "")),
-        "weights.png": lambda: plots.plot_weights(parsing.parse(WeightsConfig, ["--output_dir", str(out)], None, "", "")),
+        "weights.csv": lambda: plots.plot_weights(parsing.parse(WeightsConfig, ["--output_dir", str(out)], "")),
+        "weights.png": lambda: plots.plot_weights(parsing.parse(WeightsConfig, ["--output_dir", str(out)], "")),
         "run-first-batch.png": lambda: dry_run.dry_run(cli.train_config(dry, None)),
     }
 
@@ -220,7 +221,7 @@ def test_results_of_a_model_are_replaced_and_pictures_of_the_first_version_too(t
 def test_a_letter_that_is_named_like_a_temporary_file_stays(trained, tmp_path):
     (tmp_path / ".draft-letter").write_text("dear")
     with pytest.raises(InputError, match=r"holds other files, such as \.draft-letter"):
-        files_of = parsing.parse(SampleConfig, [str(trained), "--output_dir", str(tmp_path), "--num_images", "1"], None, "", "")
+        files_of = parsing.parse(SampleConfig, [str(trained), "--output_dir", str(tmp_path), "--num_images", "1"], "")
         cli_sample(files_of)
     with pytest.raises(InputError, match="already exists"):
         guided("model.pt", "--image_size 8 --num_heads 1", str(tmp_path))
@@ -330,7 +331,8 @@ def test_training_is_measured_without_a_home(tmp_path, monkeypatch, capsys):
     config = tiny(
         tmp_path / "run", "--max_steps", 4, "--eval_every", 4, "--eval_images", 80, "--eval_metrics", "colour", "--batch_size", 40
     )
-    run_training(config, open_run(config), SignalHandler())
+    with open_run(config) as held, SignalHandler() as stop:
+        run_training(config, held, stop)
     assert "eval_brightness_bias" in metrics(tmp_path / "run")[-1]
     assert "warning: features are not kept" in capsys.readouterr().err
 
@@ -354,10 +356,8 @@ def test_a_second_training_in_one_process_finds_its_run_and_signals_free(tmp_pat
         assert handlers() == before
         files.acquire_lock(folder).close()
     config = tiny(folder, "--checkpoint_every", 0, "--warmup_steps", 0, "--max_steps", 9)
-    stop = SignalHandler()
-    stop._on_signal(signal.SIGTERM, None)
     with pytest.raises(DebiasError, match="stopped by SIGTERM"):
-        run_training(config, open_run(config), stop)
+        train_run(config, callback=lambda *_: SignalHandler.newest._on_signal(signal.SIGTERM, None))
     trials()
     assert handlers() == before
     files.acquire_lock(folder).close()
@@ -401,9 +401,9 @@ def test_a_wrong_flag_is_told_whatever_the_encoding_and_the_width(encoding, monk
             cli.train_config(arguments, None)
         assert str(error.value).startswith(sentence)
     with pytest.raises(InputError, match=r"^model is missing: it stands without a flag, before the options; sample\.py --help"):
-        parsing.parse(SampleConfig, ["--model", "run"], None, "sample.py", "")
+        parsing.parse(SampleConfig, ["--model", "run"], "sample.py")
     with pytest.raises(InputError, match=r"^model is missing: a run directory, .*; sample\.py --help lists all flags$"):
-        parsing.parse(SampleConfig, [], None, "sample.py", "")
+        parsing.parse(SampleConfig, [], "sample.py")
 
 
 def test_a_module_that_is_no_command_says_what_to_run(capsys):

@@ -246,7 +246,7 @@ def test_a_misspelt_flag_suggests_the_right_one(chosen, trials):
     for kind, name, wrong in chosen:
         trials()
         with pytest.raises(InputError) as error:
-            train_config([f"--{wrong}", "3"], None) if kind is TrainConfig else parse(kind, ["x", f"--{wrong}", "3"], None, "p", "")
+            train_config([f"--{wrong}", "3"], None) if kind is TrainConfig else parse(kind, ["x", f"--{wrong}", "3"], "p")
         assert f"did you mean --{name}?" in str(error.value)
 
 

@@ -26,7 +26,7 @@ from ...tasks.base import Task
 from ...utils.console import say
 from ...utils.distributed import told_by_the_first
 from ...utils.signals import SignalHandler
-from ...utils.torch_errors import explain_error
+from ...utils.torch_errors import explained_torch_errors
 from .. import device, state_dicts
 from ..hooks import Checkpointer, EmaImages, Evaluation, Hook, SampleGrid, ValidationLoss
 from ..loss_statistics import LossStatistics
@@ -54,8 +54,8 @@ def run_training(
 
     Args:
         config: checked and resolved.
-        run: the run directory, which is closed at the end; None in all processes but the first.
-        stop: remembers signals, already since before torch was imported; closed at the end.
+        run: the run directory; None in all processes but the first.
+        stop: remembers signals, already since before torch was imported.
         to: where the first process pushes to, as the Hub allowed it; None where nothing is pushed.
         chosen: fields whose values `config.choices` decides in a new run.
         callback: called in the first process after each step.
@@ -63,8 +63,7 @@ def run_training(
     Raises:
         DebiasError: of the kind that tells what stopped it; StoppedError after a signal, saved.
     """
-    signals = stop if isinstance(stop, SignalHandler) else contextlib.nullcontext()
-    with run or contextlib.nullcontext(), signals, accelerated(config) as accelerator:
+    with accelerated(config) as accelerator:
         trainer, publisher = make_trainer(config, run, accelerator, to, chosen)
         trainer.callback = callback if accelerator.is_main_process else None
         _train(trainer, publisher, stop)
@@ -74,13 +73,10 @@ def run_training(
 def accelerated(config: TrainConfig) -> Iterator[Accelerator]:
     """The `Accelerator` of a training, to its end. Errors of torch within become a DebiasError where their cause is known."""
     accelerator = device.start_accelerator(config)
+    size = micro_batch_size(config.optimization, accelerator.num_processes)
     try:
-        yield accelerator
-    except RuntimeError as error:
-        size = micro_batch_size(config.optimization, accelerator.num_processes)
-        if known := explain_error(error, "--micro_batch_size", size, config.run.ddp_timeout):
-            raise known from error
-        raise
+        with explained_torch_errors("--micro_batch_size", size, config.run.ddp_timeout):
+            yield accelerator
     finally:
         accelerator.end_training()
 
@@ -139,7 +135,7 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
     unwrapped = state_dicts.with_weights(network, state_dicts.without_memory(network) if device.sharded(accelerator) else {})
     state = TrainingState(
         wrapped(network, config.optimization, accelerator),
-        make_optimizer_step(task, network, config.optimization, accelerator),
+        make_optimizer_step(network, config.optimization, accelerator),
         make_timestep_sampler(config.objective, objective.schedule, config.optimization.batch_size),
         LossStatistics(len(objective.schedule), accelerator.device),
         trained_alone=config.lora.lora_rank is not None,

@@ -12,7 +12,7 @@ from ...diffusion.uncertainty import NAME as UNCERTAINTY_MODULE
 from ...diffusion.uncertainty import Uncertainty
 from ...pipelines.compiled import compile_channels_last
 from ...runs.checkpoints import Checkpoint
-from ...tasks.base import Task
+from ...tasks.base import Task, trained_parameters
 from ...utils import seeding
 from ...utils.console import say
 from .. import device
@@ -59,9 +59,9 @@ def _compile(network: nn.Module, optim: OptimizationConfig, accelerator: Acceler
         network.compile(mode=optim.compile_mode)
 
 
-def make_optimizer_step(task: Task, network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> OptimizerStep:
+def make_optimizer_step(network: nn.Module, optim: OptimizationConfig, accelerator: Accelerator) -> OptimizerStep:
     """Optimizer and averages over the parameters as they are after the network was wrapped."""
-    trained = task.trained(network)
+    trained = trained_parameters(network)
     ema = EMA(trained, optim.ema_decay, optim.ema_warmup, optim.ema_on_cpu, KEPT if optim.post_hoc_ema else ())
     if optim.ema_on_cpu and accelerator.device.type == "cpu" and accelerator.is_main_process:
         say("ema_on_cpu changes nothing here: the averages of a training on a CPU are in main memory anyway")
