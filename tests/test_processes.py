@@ -1,17 +1,18 @@
-"""What several processes do where one of them meets an error: each ends, and the reason is said once."""
+"""What several processes do where one of them meets an error, or has loaded something else: each ends, and the reason is said once."""
 
 import os
 import socket
 
 import pytest
 import torch
-from conftest import HANG, SERVER
+from conftest import HANG, SERVER, sample_config
 
 from debias_diffusers.config.schema.evaluation import BitsConfig
 from debias_diffusers.config.schema.training import TrainConfig
 from debias_diffusers.data.dataset import TrainingData
 from debias_diffusers.errors import DebiasError, FetchError, InputError
 from debias_diffusers.evaluation import likelihood
+from debias_diffusers.sampling import generate, pixel_job
 from debias_diffusers.tasks import pixel_data, precompute
 from debias_diffusers.utils.distributed import broadcast_from_first, inference_accelerator
 
@@ -43,6 +44,18 @@ def bits_are_counted(rank, model, folder):
     likelihood.bits_per_dimension(BitsConfig(model=model, num_images=2, batch_size=1, num_threads=1))
 
 
+def a_run_is_saved_while_it_is_loaded(rank, model, folder):
+    load = pixel_job.load_pipeline
+
+    def newer(*args):
+        pipeline = load(*args)
+        next(pipeline.unet.parameters()).data += rank
+        return pipeline
+
+    pixel_job.load_pipeline = newer
+    generate.sample(sample_config(model, folder / "samples"))
+
+
 def _rank(rank, port, work, model, folder):
     """In a forked process: one of two."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -66,6 +79,7 @@ def _rank(rank, port, work, model, folder):
         (images_are_looked_at, "FetchError: it cannot be", "exit code 7"),
         (latents_are_computed, "InputError: it cannot be", "exit code 2"),
         (bits_are_counted, "InputError: it cannot be", "exit code 2"),
+        (a_run_is_saved_while_it_is_loaded, "InputError: {} was saved anew while the processes loaded it; start again", "exit code 2"),
     ],
 )
 def test_both_end_and_the_first_says_why(trained, tmp_path, work, first, second):
@@ -77,3 +91,4 @@ def test_both_end_and_the_first_says_why(trained, tmp_path, work, first, second)
     for rank in ranks:
         rank.join(HANG)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [first.format(trained), second]
+    assert not (tmp_path / "samples").exists()

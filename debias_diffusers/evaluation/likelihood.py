@@ -19,7 +19,7 @@ from ..diffusion.ode_likelihood import log_density, negative_log_likelihood
 from ..diffusion.variational_bound import BITS, VariationalBound
 from ..errors import InputError
 from ..pipelines.pixel_pipeline import PixelPipeline
-from ..sampling.generate import open_model, pinned_model
+from ..sampling.generate import fingerprint, open_model, pinned_model, require_same_weights
 from ..utils import seeding
 from ..utils.console import say
 from ..utils.distributed import gather_from_all, inference_accelerator, told_by_the_first
@@ -46,6 +46,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
         require_replaceable("output", Path(config.output), lambda path: has_fields(path, "total", "standard_error", "prior", "terms"))
     config = dataclasses.replace(config, model=pinned_model(config.model, accelerator))
     pipeline = open_model(config.model, config.weights, config.allow_pickle_import)
+    require_same_weights(fingerprint(pipeline, pipeline.scheduler), config.model, accelerator)
     pipeline.to(accelerator.device)
     ode = OdeLikelihood(pipeline, config.probes, config.tolerance) if config.method == "ode" else None
     bound = None if ode and not has_bound(pipeline.scheduler) else Bound(pipeline, config.clipping)
