@@ -121,8 +121,8 @@ def test_a_run_that_is_saved_before_adafactor_made_a_step_goes_on_the_same(tmp_p
     """As where fp16 looks for its scale: there is no state yet, of which saving and loading must make none."""
     gradients = Trainer._gradients
 
-    def overflowing(trainer, batches):
-        found = gradients(trainer, batches)
+    def overflowing(trainer, *args):
+        found = gradients(trainer, *args)
         if trainer.step < 3:
             trainer.state.optimizer_step.parameters[0].grad.fill_(torch.inf)
         return found

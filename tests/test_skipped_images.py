@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import FSDP, as_ranks, metrics, newest_step, same, train_args
-from here import tiny, trained_here
+from conftest import FSDP, as_ranks, metrics, newest_step, same, tensors, train_args
+from here import as_one_of_two, tiny, trained_here
 from PIL import Image
 
 from debias_diffusers.config.schema.data import DataConfig
@@ -129,6 +129,22 @@ def test_the_check_is_of_all_images_of_a_sample_or_of_none(folder, tmp_path, mon
     assert len(trainer.task.data.source) == COUNT - len(BAD) and capsys.readouterr().err.count("skipped: image") == len(BAD)
     trainer = trained_here(tiny(tmp_path / "none", *base, "--check_images", "none"))
     assert len(trainer.task.data.source) == COUNT and "checked" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
+)
+def test_no_step_without_its_images_is_averaged(folder, positions, tmp_path, monkeypatch, device):
+    """Several processes learn of it in time, on a GPU, too."""
+    last, flags = positions[0] // BATCH, ["--dataset", folder, *FLAGS]
+    if device == "cuda":
+        monkeypatch.delenv("ACCELERATE_USE_CPU")
+        flags.append("--deterministic")
+    trained_here(tiny(tmp_path / "whole", *flags, "--max_steps", last))
+    as_one_of_two(monkeypatch)
+    with pytest.raises(InputError, match=f"step {last} is saved"):
+        trained_here(tiny(tmp_path / "run", *flags))
+    assert tensors(tmp_path / "run", last) == tensors(tmp_path / "whole", last)
 
 
 @pytest.mark.nightly

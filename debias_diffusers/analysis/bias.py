@@ -17,6 +17,7 @@ from ..data.sources.subset import SourceSubset
 from ..data.validation_split import split_source
 from ..evaluation.reference import data_of_model, reference_data
 from ..runs.run_directory import run_values
+from ..sampling.generate import require_same_weights
 from ..sampling.job import Job
 from ..utils import seeding
 from ..utils.console import say
@@ -51,6 +52,8 @@ def _measured(config: BiasConfig, accelerator: Any) -> Path:
     chosen = reference_data(config, config.reference, config.runs)
     measure = make_bias_measure(config, chosen, run_values(next(iter(folders.values()))) or {}, device)  # before the models are loaded
     models = open_models(config, folders, device)
+    for model in models:
+        require_same_weights(model.fingerprint, model.name, accelerator)
     steps = steps_of(config, models)
     if config.swap:
         require_swappable(models[0].denoiser, models[1].denoiser, scheduler_of(config, models[0]))

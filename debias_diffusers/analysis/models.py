@@ -21,7 +21,8 @@ from ..hub.model_card import step_of_card
 from ..pipelines.solvers import make_scheduler
 from ..runs.model_folder import bias_model_problems, is_lora, task_of
 from ..runs.run_directory import run_values
-from ..sampling.generate import open_model, pinned_model
+from ..sampling.generate import fingerprint, open_model, pinned_model
+from ..sampling.job import LoadedModel
 from ..sampling.text_job import TextJob, load_text_to_image
 from .denoising import Denoiser
 from .run_files import labels_of
@@ -37,6 +38,7 @@ class Model:
     label: str  # in figures
     pipeline: Any  # a PixelPipeline, or the stock pipeline of a text-to-image model
     scheduler: Any  # that it was saved with
+    fingerprint: str  # hash of weights and scheduler
     denoiser: Denoiser
     values: dict[str, Any]  # its configuration by flat names; empty if it is no run
     step: int | None  # the training step of its weights, where it is known
@@ -87,21 +89,23 @@ def open_models(config: BiasConfig, folders: Mapping[str, Path], device: Any) ->
 def _open(name: str, folder: Path, label: str, config: BiasConfig, device: Any) -> Model:
     task, lora = task_of(folder), is_lora(folder)
     if task == "text_to_image":
-        pipeline = _open_text_to_image(name, lora, config, device)
+        loaded = _open_text_to_image(name, lora, config, device)
+        pipeline, own = loaded.pipeline, loaded.fingerprint
     else:
         pipeline = open_model(name, config.weights, config.allow_pickle_import).to(device)
+        own = fingerprint(pipeline, pipeline.scheduler)
     values, step = run_values(folder) or {}, step_of_card(folder / "README.md")
-    return Model(name, label, pipeline, pipeline.scheduler, Denoiser.of(pipeline), values, step, task, lora)
+    return Model(name, label, pipeline, pipeline.scheduler, own, Denoiser.of(pipeline), values, step, task, lora)
 
 
-def _open_text_to_image(name: str, lora: bool, config: BiasConfig, device: Any) -> Any:
-    """A pipeline whose UNet has gradients, of its adapters alone if it has some, and keeps few activations for them."""
+def _open_text_to_image(name: str, lora: bool, config: BiasConfig, device: Any) -> LoadedModel:
+    """A model whose UNet has gradients, of its adapters alone if it has some, and keeps few activations for them."""
     command = SampleConfig(model=name, weights=config.weights, base_model=config.base_model if lora else None)
-    pipeline = load_text_to_image(command, device).pipeline
-    pipeline.unet.enable_gradient_checkpointing()
-    for parameter_name, parameter in pipeline.unet.named_parameters():
+    loaded = load_text_to_image(command, device)
+    loaded.pipeline.unet.enable_gradient_checkpointing()
+    for parameter_name, parameter in loaded.pipeline.unet.named_parameters():
         parameter.requires_grad_(not lora or ".lora_" in parameter_name)
-    return pipeline
+    return loaded
 
 
 def require_same_images(models: Sequence[Model]) -> None:

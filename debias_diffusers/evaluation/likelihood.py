@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,10 +19,10 @@ from ..diffusion.ode_likelihood import log_density, negative_log_likelihood
 from ..diffusion.variational_bound import BITS, VariationalBound
 from ..errors import InputError
 from ..pipelines.pixel_pipeline import PixelPipeline
-from ..sampling.generate import open_model, pinned_model
+from ..sampling.generate import fingerprint, open_model, pinned_model, require_same_weights
 from ..utils import seeding
 from ..utils.console import say
-from ..utils.distributed import inference_accelerator
+from ..utils.distributed import gather_from_all, inference_accelerator, told_by_the_first
 from ..utils.files import require_replaceable, write_file
 from .image_sets import process_batches
 from .reference import data_of_model, print_summary, reference_data
@@ -47,6 +46,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
         require_replaceable("output", Path(config.output), lambda path: has_fields(path, "total", "standard_error", "prior", "terms"))
     config = dataclasses.replace(config, model=pinned_model(config.model, accelerator))
     pipeline = open_model(config.model, config.weights, config.allow_pickle_import)
+    require_same_weights(fingerprint(pipeline), config.model, accelerator)
     pipeline.to(accelerator.device)
     ode = OdeLikelihood(pipeline, config.probes, config.tolerance) if config.method == "ode" else None
     bound = None if ode and not has_bound(pipeline.scheduler) else Bound(pipeline, config.clipping)
@@ -54,17 +54,21 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     print_summary(data.source, data.config.dataset, accelerator)
     chosen = seeding.subset(config.seed, len(data.source), config.num_images)
     dealt = list(process_batches(chosen, config.batch_size, accelerator.process_index, accelerator.num_processes))
-    mine = []
     unit, each = ("timestep", len(bound.schedule)) if bound else ("batch", 1)
     with tqdm(total=len(dealt) * each, unit=unit, disable=not accelerator.is_main_process) as progress:
-        for number, indices in dealt:
+
+        def measured(number: int, indices: Sequence[int]) -> tuple[int, Any, Any]:
             images, labels = zip(*(data.decoded(k) for k in indices))
             x_0 = torch.stack(images).float() / 127.5 - 1
             given = torch.tensor(labels) if data.num_classes else None
             of_bound = (bound.terms(x_0, given, config.seed, indices, progress), bound.prior(x_0)) if bound else None
-            mine.append((number, of_bound, ode.bits(x_0, given, config.seed, indices) if ode else None))
+            of_ode = ode.bits(x_0, given, config.seed, indices) if ode else None
             progress.update(not bound)
-    parts = sorted(gather_object(mine) if accelerator.num_processes > 1 else mine, key=lambda part: part[0])
+            return number, of_bound, of_ode
+
+        with told_by_the_first(accelerator):
+            parts = gather_from_all(lambda: [measured(*batch) for batch in dealt], accelerator.num_processes)
+    parts = sorted(parts, key=lambda part: part[0])
     terms, priors = zip(*(of_bound or (None, None) for _, of_bound, _ in parts))
     result: dict[str, Any] = (
         _result(torch.cat(terms), torch.cat(priors)) if bound else dict.fromkeys(("total", "standard_error", "prior", "terms"))

@@ -31,7 +31,7 @@ from ..hub import client
 from ..runs import checkpoints
 from ..runs.model_folder import MODEL_INDEX, is_lora, task_of
 from ..runs.run_directory import CHECKPOINTS
-from ..sampling.generate import load_model, make_job, pinned_model
+from ..sampling.generate import load_model, make_job, pinned_model, require_same_weights
 from ..sampling.job import Job, make_solver
 from ..sampling.pixel_job import PixelJob
 from ..utils.console import say
@@ -277,6 +277,7 @@ def _drawn(
         commands = _commands(config, target, prompts, count, width)
         with _naming(target, config):
             loaded = load_model(commands[0], accelerator.device, step)
+            require_same_weights(loaded.fingerprint, target, accelerator)
             for command in commands:  # what a solver cannot do is an error before the first images are drawn
                 make_solver(command, loaded.scheduler, command.clipping)
         for command in commands:

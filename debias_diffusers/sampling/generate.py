@@ -22,12 +22,13 @@ from ..runs.lora_folder import with_strength
 from ..runs.model_folder import task_of
 from ..runs.run_directory import SAMPLES, sampling_problems
 from ..utils.console import say
-from ..utils.distributed import broadcast_from_first, inference_accelerator
+from ..utils.distributed import broadcast_from_first, gather_from_all, inference_accelerator, told_by_the_first
 from ..utils.files import acquire_lock, write_file
 from ..utils.torch_errors import explained_torch_errors
 from .image_writer import ImageWriter, SampleFolder, require_sample_folder
 from .job import Job, LoadedModel, batches, image_seeds, to_bytes
 from .pixel_job import draw as draw
+from .pixel_job import fingerprint as fingerprint
 from .pixel_job import load_pixel_model, make_pixel_job
 from .pixel_job import open_model as open_model
 from .text_job import load_text_to_image, make_text_job
@@ -51,6 +52,7 @@ def sample(config: SampleConfig) -> Path:
     loras = tuple(f"{pinned_model(name, accelerator)}:{strength}" for name, strength in map(with_strength, config.lora))
     config = replace(config, model=pinned_model(config.model, accelerator), lora=loras)
     job = make_job(config, accelerator.device)
+    require_same_weights(job.settings["model_sha256"], config.model, accelerator)
     if config.class_labels == "data" and job.config.class_labels != "data":
         raise InputError(
             "class_labels is data, but the model does not say how many images of which classes it was trained on; leave it out"
@@ -109,6 +111,16 @@ def load_model(config: SampleConfig, device: Any, step: int | None = None) -> Lo
     """
     load = load_text_to_image if task_of(client.configurations(config.model)) == "text_to_image" else load_pixel_model
     return load(config, device, step)
+
+
+def require_same_weights(own: str, model: str, accelerator: Accelerator) -> None:
+    """Raises InputError, in all processes, where they have loaded other weights of a model, as of a run that has saved meanwhile.
+
+    `own` is the fingerprint of those of this process.
+    """
+    with told_by_the_first(accelerator):
+        if len(set(gather_from_all(lambda: [own], accelerator.num_processes))) > 1:
+            raise InputError(f"{model} was saved anew while the processes loaded it; start again")
 
 
 def _draw_into(samples: SampleFolder, job: Job, accelerator: Accelerator) -> None:

@@ -116,7 +116,7 @@ def load_pixel_model(config: SampleConfig, device: Any, step: int | None = None)
     """As `generate.load_model`, for a pixel model."""
     require_dtype(config, device)
     pipeline, step = open_weights(_loader(config.model, config.allow_pickle_import), config.model, config.weights, step)
-    loaded = LoadedModel(pipeline, pipeline.scheduler, step, _fingerprint(pipeline))
+    loaded = LoadedModel(pipeline, pipeline.scheduler, step, fingerprint(pipeline))
     make_ready(pipeline, config, device)
     return loaded
 
@@ -176,7 +176,7 @@ def open_model(model: str, weights: str = "ema", allow_pickle: bool = False, ste
     return pipeline
 
 
-def _fingerprint(pipeline: PixelPipeline) -> str:
+def fingerprint(pipeline: PixelPipeline) -> str:
     """A hash of the weights and of the model's own scheduler."""
     digest = hashlib.sha256(safetensors.torch.save(pipeline.unet.state_dict()))
     digest.update(pipeline.scheduler.to_json_string().encode())

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from ..config.schema.data import EMBEDDED
 from ..config.schema.training import TrainConfig
@@ -22,7 +21,7 @@ from ..errors import InputError
 from ..runs.checkpoints import Checkpoint
 from ..utils import seeding
 from ..utils.console import say
-from ..utils.distributed import broadcast_from_first, told_by_the_first
+from ..utils.distributed import broadcast_from_first, gather_from_all, told_by_the_first
 
 MANY_IMAGES, SAMPLE = 100_000, 1000  # from how many images on only a sample is checked, and how many these are
 
@@ -95,10 +94,10 @@ def _require_same_data(config: TrainConfig, before: dict[str, Any], now: dict[st
 def _look(config: TrainConfig, source: Source, accelerator: Accelerator) -> tuple[list[int], int, int]:
     """The images that are skipped in every epoch, how many of the others that were looked at have colours, and how many these are."""
     looked_at = _looked_at(config, source)
-    mine = check_images(source, looked_at[accelerator.process_index :: accelerator.num_processes])
-    parts = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
-    bad = dict(sorted(item for part, _ in parts for item in part.items()))
+    mine = looked_at[accelerator.process_index :: accelerator.num_processes]
     with told_by_the_first(accelerator):
+        parts = gather_from_all(lambda: [check_images(source, mine)], accelerator.num_processes)
+        bad = dict(sorted(item for part, _ in parts for item in part.items()))
         require_skippable(bad, str(config.data.dataset), len(looked_at), config.data.skip_bad)
     all_of_them = len(looked_at) == len(source)
     if accelerator.is_main_process:

@@ -110,6 +110,9 @@ def encoded(
     In every round each process encodes a batch; a process that has none left repeats the last one, so that all go through the same
     rounds. A batch always has the full size (the last entry of a group is repeated), because how numbers are rounded depends on it: an
     entry has the same bits, whichever entries are encoded with it.
+
+    Raises:
+        DebiasError: in all processes, what `encode` raised in one.
     """
     rank, processes = accelerator.process_index, accelerator.num_processes
     total = sum(len(entries) for entries, _ in groups)
@@ -120,7 +123,7 @@ def encoded(
             for first in range(0, len(batches), processes):
                 _stop_if_asked(accelerator)
                 together = [min(k, len(batches) - 1) for k in range(first, first + processes)]
-                tensors = _gathered(encode(batches[together[rank]]), accelerator)
+                tensors = _gathered(partial(encode, batches[together[rank]]), accelerator)
                 flat = [entry for k in together for entry in batches[k]]
                 rows = {entry: row for row, entry in reversed(list(enumerate(flat)))}
                 done = list(dict.fromkeys(flat))
@@ -128,8 +131,16 @@ def encoded(
                 progress.update(len(done))
 
 
-def _gathered(tensors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
-    """The tensors of all processes, one after the other, on the CPU."""
+def _gathered(encode: Callable[[], Mapping[str, Tensor]], accelerator: Accelerator) -> dict[str, Tensor]:
+    """What all processes encode, one after the other, on the CPU."""
+    tensors = dict[str, Tensor]()
+
+    def done() -> list[None]:
+        tensors.update(encode())
+        return []
+
+    with told_by_the_first(accelerator):
+        gather_from_all(done, accelerator.num_processes)
     if accelerator.num_processes == 1:
         return {name: tensor.cpu() for name, tensor in tensors.items()}
     return {name: accelerator.gather(tensor.to(accelerator.device)).cpu() for name, tensor in tensors.items()}

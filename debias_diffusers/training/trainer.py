@@ -28,13 +28,25 @@ from . import device
 from .device import Fetched
 from .hooks import Checkpointer, Hook
 from .logger import Logger, due
-from .loss_statistics import LossStatistics
 from .state_dicts import TrainingState
 
 DATA_ERRORS = (InputError, FetchError)  # that a run ends with after it has saved
-UNREAD = 2  # the place of "data could not be read" in what the processes tell each other
 
 Callback = Callable[[int, dict[str, float]], None]  # with optimizer steps, and loss, learning rate and gradient norm of the last one
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the processes have told each other in a step, the same in all."""
+
+    signum: int  # the largest of all, or 0
+    out_of_time: bool  # of any
+    skipped: int  # images replaced, of all together
+
+    @property
+    def stop(self) -> bool:
+        """Whether the training ends with this step."""
+        return bool(self.signum) or self.out_of_time
 
 
 @dataclass(frozen=True)
@@ -45,8 +57,7 @@ class PendingStep:
     learning_rate: float
     losses: list[tuple[Tensor, Tensor]]  # timesteps and losses of its micro-batches
     numbers: Fetched  # as `_launch` stacks them
-    stop_requested: bool  # of this process
-    before: LossStatistics  # as they were before it
+    told: Told
 
 
 @dataclass(kw_only=True)
@@ -79,7 +90,7 @@ class Trainer:
             FetchError: a file of the data cannot be fetched.
             DebiasError: a data loader worker was lost.
         """
-        optim, signum, out_of_time = self.config.optimization, 0, 0
+        optim, signum, out_of_time = self.config.optimization, 0, False
         deadline = time.monotonic() + optim.max_hours * 3600 if optim.max_hours else math.inf
         self._settle_ddp()
         batches = micro_batches(self.task.data, self.positions, pin_memory=self.accelerator.device.type == "cuda")
@@ -124,41 +135,38 @@ class Trainer:
     def step_alone(self, batches: Iterator[Batch]) -> None:
         """One optimizer step, waited for, and nothing else of a training. Raises NotFiniteError."""
         pending = self._launch(batches, 0, out_of_time=False)
-        loss, grad_norm, aborted, *_, unread, _ = pending.numbers.read()
-        if unread:
-            raise self._data_error()
+        loss, grad_norm, aborted = pending.numbers.read()
         if aborted:
             raise self._not_finite(pending, loss, grad_norm)
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def _launch(self, batches: Iterator[Batch], signum: int, out_of_time: bool) -> PendingStep:
-        """Starts the next step, without waiting for the device."""
+        """Starts the next step, without waiting for the device to compute it.
+
+        Raises:
+            DebiasError: in all processes, if the data of one cannot be read; nothing has changed then.
+        """
         before = self.state.statistics.copy()
         try:
-            own_loss, losses, skipped = self._gradients(batches)
+            own_loss, losses, told = self._gradients(batches, signum, out_of_time)
         except DATA_ERRORS:
             self.state.statistics = before
             raise
-        loss, told = self._agree(own_loss, signum, out_of_time, self._unread is not None, skipped)
-        rate = learning_rate(self.config.optimization, self.step)
-        # Without an update where it is known by now that a process could not read its data; on a GPU its loss, which is no number,
-        # keeps the optimizer from it.
-        known = self.accelerator.num_processes > 1 and told.device.type == "cpu" and bool(told[UNREAD])
-        grad_norm = loss if known else self._update(loss, rate)
+        loss, rate = self._mean(own_loss), learning_rate(self.config.optimization, self.step)
+        grad_norm = self._update(loss, rate)
         self.step += 1
-        numbers = torch.stack([number.to(loss.dtype) for number in (loss, grad_norm, self.state.optimizer_step.aborted, *told)])
-        return PendingStep(self.step, rate, losses, Fetched(numbers), bool(signum or out_of_time), before)
+        numbers = torch.stack([number.to(loss.dtype) for number in (loss, grad_norm, self.state.optimizer_step.aborted)])
+        return PendingStep(self.step, rate, losses, Fetched(numbers), told)
 
-    def _gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, list[tuple[Tensor, Tensor]], int]:
+    def _gradients(self, batches: Iterator[Batch], signum: int, out_of_time: bool) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Told]:
         """Computes the gradients of one step, averaged over the processes.
 
         Returns:
-            The mean loss () of this process, the timesteps and losses (B,) of each of its micro-batches, and how many of its images were
-            replaced. The losses are no numbers where data could not be read.
+            The mean loss () of this process, the timesteps and losses (B,) of each of its micro-batches, and what all processes say.
 
         Raises:
-            DebiasError: the data cannot be read, and there is one process.
+            DebiasError: in all processes, if the data of one cannot be read.
         """
         total = torch.zeros((), device=self.accelerator.device)
         parts = self.positions.micro_batches(self.step)
@@ -169,6 +177,8 @@ class Trainer:
         for positions in parts:
             batch = self._next(batches, len(positions))
             skipped += self._say_skipped(batch)
+            if positions is parts[-1]:  # before it is computed with: so the answers are there while the device still computes
+                answers = self._tell(signum, out_of_time, skipped)
             # After the data loader, which takes from the global generator when it starts.
             seeding.seed_device(self.accelerator.device, seeding.derive_seed(self.config.optimization.seed, "dropout", positions.start))
             origin = self.positions.origin
@@ -181,10 +191,13 @@ class Trainer:
                 loss, terms = self._backward(batch, t, corrections)
             total += loss
             self.state.statistics.add(t, terms, weights)
-            losses.append((t, terms.loss if self._unread is None else torch.full_like(terms.loss, math.nan)))
+            losses.append((t, terms.loss))
+        largest, any_out_of_time, unread, all_skipped = answers()
+        if unread:
+            raise self._data_error()
         if self.state.timestep_sampler.learns:
             self._update_timestep_sampler(losses)
-        return total if self._unread is None else torch.full_like(total, math.nan), losses, skipped
+        return total, losses, Told(int(largest), bool(any_out_of_time), int(all_skipped))
 
     def _next(self, batches: Iterator[Batch], size: int) -> Batch:
         """The next micro-batch; zeros where the data of one of several processes cannot be read, so that none waits for it in vain."""
@@ -243,35 +256,28 @@ class Trainer:
             self.state.timestep_sampler.update(everyone[:, 0].long(), everyone[:, 1])
 
     def _max_pending(self, newest: PendingStep) -> int:
-        """How many steps need not be read yet: one, so that the device has work meanwhile, but none where something is logged or saved.
-
-        A single process obeys a signal at once. Several must all read the same step before they stop, and do so a step later.
-        """
+        """How many steps need not be read yet: one, so that the device has work meanwhile, but none where something is logged or saved."""
         due_now = any(due(self.step, every) for every in (self.config.run.log_every, *(hook.every for hook in self.hooks)))
         last = self.step == self.config.optimization.max_steps
-        return 0 if due_now or last or (newest.stop_requested and self.accelerator.num_processes == 1) else 1
+        return 0 if due_now or last or newest.told.stop else 1
 
-    def _read(self, pending: PendingStep, logger: Logger) -> tuple[int, int]:
+    def _read(self, pending: PendingStep, logger: Logger) -> tuple[int, bool]:
         """Waits for a step and logs it; returns (signal, whether the time is over), the same in all processes.
 
         Raises:
             NotFiniteError: its update was not made, nor that of any step that was launched after it.
-            DebiasError: neither was it because the data of a process cannot be read.
         """
-        loss, grad_norm, aborted, signum, out_of_time, unread, skipped = pending.numbers.read()
-        if unread:
-            self.step, self.state.statistics = pending.step - 1, pending.before
-            raise self._data_error()
+        loss, grad_norm, aborted = pending.numbers.read()
         if aborted:
             raise self._not_finite(pending, loss, grad_norm)
         if grad_norm == 0 and self.accelerator.is_main_process and not self._warned_of_zero:
             self._warned_of_zero = True
             say(f"warning: the gradient of step {pending.step} is exactly 0, so that nothing is learned from it; see weighting and data")
-        self.state.skipped_images += int(skipped)
+        self.state.skipped_images += pending.told.skipped
         logger.log_step(pending.step, loss, pending.learning_rate, grad_norm, self.state.statistics, self.state.skipped_images)
         if self.callback:
             self.callback(pending.step, {"loss": loss, "learning_rate": pending.learning_rate, "grad_norm": grad_norm})
-        return int(signum), int(out_of_time)
+        return pending.told.signum, pending.told.out_of_time
 
     def _read_all(self, pending: deque[PendingStep], logger: Logger) -> None:
         while pending:
@@ -279,14 +285,21 @@ class Trainer:
 
     # ---- processes ---------------------------------------------------------------------------------------------------
 
-    def _agree(self, loss: Tensor, signum: int, out_of_time: bool, unread: bool, skipped: int) -> tuple[Tensor, Tensor]:
-        """The mean loss () of all processes; their largest signal, "the time is over", "data could not be read"; images replaced (4,)."""
-        told = torch.tensor([float(signum), float(out_of_time), float(unread), float(skipped)])
-        told = told.to(self.accelerator.device, non_blocking=True)
+    def _mean(self, loss: Tensor) -> Tensor:
+        """The mean of a loss () over the processes."""
+        return loss if self.accelerator.num_processes == 1 else self.accelerator.gather(loss.double().view(1)).mean()
+
+    def _tell(self, signum: int, out_of_time: bool, skipped: int) -> Callable[[], list[float]]:
+        """Sends what this process says to all. What is returned waits for the others, and gives the same in all.
+
+        It is the largest signal, whether the time of any is over, whether the data of any could not be read, and how many images of all
+        were replaced.
+        """
+        told = [float(signum), float(out_of_time), float(self._unread is not None), float(skipped)]
         if self.accelerator.num_processes == 1:
-            return loss, told
-        everyone = self.accelerator.gather(torch.cat([loss.view(1), told]).double()[None])
-        return everyone[:, 0].mean(), torch.cat([everyone[:, 1:-1].amax(0), everyone[:, -1:].sum(0)])
+            return lambda: told
+        everyone = self.accelerator.gather(torch.tensor([told]).to(self.accelerator.device, non_blocking=True))
+        return Fetched(torch.cat([everyone[:, :-1].amax(0), everyone[:, -1:].sum(0)])).read
 
     def _settle_ddp(self) -> None:
         """One backward that is thrown away.

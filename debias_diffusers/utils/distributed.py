@@ -90,17 +90,27 @@ def broadcast_from_first(decide: Callable[[], T], accelerator: Accelerator) -> T
 
     `decide` communicates with no other process, and may take longer than the timeout of collective operations: the others are told again
     and again that it is not done yet.
+
+    Raises:
+        DebiasError: what `decide` raised, in the first process; the others exit with its exit code.
     """
     if accelerator.num_processes == 1:
         return decide()
-    message: list[Any] = [(False, None)]  # whether it is done, and the result
+    message: list[Any] = [(False, None, 0)]  # whether it is done, the result, and the exit code where there is none
     if not accelerator.is_main_process:
         while not message[0][0]:
             broadcast_object_list(message)
-        return message[0][1]  # type: ignore[no-any-return]
-    with _telling_that_it_goes_on(accelerator):
-        result = decide()
-    broadcast_object_list([(True, result)])
+        _, result, exit_code = message[0]
+        if exit_code:
+            raise SystemExit(exit_code)
+        return result  # type: ignore[no-any-return]
+    try:
+        with _telling_that_it_goes_on(accelerator):
+            result = decide()
+    except DebiasError as error:
+        broadcast_object_list([(True, None, error.exit_code)])
+        raise
+    broadcast_object_list([(True, result, 0)])
     return result
 
 
@@ -115,7 +125,7 @@ def _telling_that_it_goes_on(accelerator: Accelerator) -> Iterator[None]:
             torch.cuda.set_device(accelerator.device)  # each thread has its own
         with contextlib.suppress(RuntimeError):  # the next broadcast of the process meets it, too
             while not done.wait(min(seconds / 4, threading.TIMEOUT_MAX)):
-                broadcast_object_list([(False, None)])
+                broadcast_object_list([(False, None, 0)])
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()

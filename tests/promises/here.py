@@ -2,13 +2,18 @@
 
 from types import SimpleNamespace
 
+import pytest
+import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import TINY
 
 from debias_diffusers.cli import train_config
 from debias_diffusers.runs.run_directory import open_run
 from debias_diffusers.training import device
+from debias_diffusers.training import trainer as training_loop
 from debias_diffusers.training.setup.build import make_trainer
+from debias_diffusers.training.trainer import Trainer
 
 
 def tiny(folder, *flags):
@@ -32,3 +37,17 @@ def trained_here(config, scaler=None):
         run._lock.close()
         AcceleratorState._reset_state(True)
     return trainer
+
+
+def as_one_of_two(monkeypatch):
+    """The training loop takes its process for one of two, of which the other does and says the same."""
+    train = Trainer.train
+
+    def with_another(trainer, stop):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Accelerator, "num_processes", 2)
+            patch.setattr(Accelerator, "gather", lambda _, tensor: torch.cat([tensor, tensor]))
+            patch.setattr(training_loop, "gather_from_all", lambda work, _: work())
+            return train(trainer, stop)
+
+    monkeypatch.setattr(Trainer, "train", with_another)

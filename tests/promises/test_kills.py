@@ -35,7 +35,7 @@ from conftest import (
     trained_once,
     wait_for,
 )
-from here import tiny
+from here import as_one_of_two, tiny
 from PIL import Image
 
 from debias_diffusers.errors import StoppedError
@@ -494,6 +494,12 @@ def test_resumed_at_any_step_with_any_accumulation_and_dropout(images, tmp_path,
         train_here(folder, flags)
         same(tmp_path / "whole", folder, 9)
         trials()
+
+
+def test_of_several_processes_all_stop_with_the_step_in_which_one_is_asked_to(tmp_path, monkeypatch):
+    as_one_of_two(monkeypatch)
+    train_here(tmp_path / "run", [*SMALL, "--max_steps", 9, "--log_every", 9, "--checkpoint_every", 9], stop=3)
+    assert newest_step(tmp_path / "run") == 3
 
 
 @pytest.mark.row(8, "a finished run is not changed")

@@ -43,7 +43,7 @@ class Spoiler:
     def _now(self, place):
         return self.place == place and self.trainer.step == SPOILT
 
-    def _gradients(self, original, trainer, _):
+    def _gradients(self, original, trainer, *_):
         self.trainer = trainer
         parameter = trainer.state.optimizer_step.parameters[0]
         if self._now("weight"):
@@ -179,12 +179,12 @@ class Overflowing:
         self.seen = {}  # step: (the weights before it, how many were skipped in a row by then)
         original = Trainer._gradients
 
-        def gradients(trainer, micro_batches):
+        def gradients(trainer, *args):
             weights = torch.cat([parameter.detach().flatten() for parameter in trainer.state.optimizer_step.parameters])
             self.seen[trainer.step] = weights.clone(), int(trainer.state.optimizer_step.skips)
             spoilt = trainer.step in steps
             hook = trainer.state.optimizer_step.parameters[0].register_hook(lambda g: torch.full_like(g, torch.inf) if spoilt else g)
-            found = original(trainer, micro_batches)
+            found = original(trainer, *args)
             hook.remove()
             return found
 
