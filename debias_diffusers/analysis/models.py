@@ -93,7 +93,7 @@ def _open(name: str, folder: Path, label: str, config: BiasConfig, device: Any) 
         pipeline, own = loaded.pipeline, loaded.fingerprint
     else:
         pipeline = open_model(name, config.weights, config.allow_pickle_import).to(device)
-        own = fingerprint(pipeline, pipeline.scheduler)
+        own = fingerprint(pipeline)
     values, step = run_values(folder) or {}, step_of_card(folder / "README.md")
     return Model(name, label, pipeline, pipeline.scheduler, own, Denoiser.of(pipeline), values, step, task, lora)
 
