@@ -148,6 +148,10 @@ PLANS = {
 }
 
 
+# Flags that are no part of the plan. All checkpoints are kept: what an interruption saves would push out one that is to be scored.
+USUAL: dict[str, object] = {"sample_every": 0, "num_threads": 1, "keep_checkpoints": 100}
+
+
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
@@ -184,9 +188,7 @@ def compute(unit: Unit, plan: Plan, data: str, out: Path, of_device: dict[str, o
     flags = plan.flags | unit.flags | of_device | {"seed": unit.seed}
     flags |= {name: int(flags[name]) // shorter for name in ("max_steps", "checkpoint_every")}  # type: ignore[call-overload]
     folder = out / "runs" / unit.name
-    # All checkpoints: what an interruption saves would push out one that is to be scored.
-    usual = {"sample_every": 0, "num_threads": 1, "keep_checkpoints": 100, "output_dir": folder}
-    command(cli.train, "--config", data, *words_of(usual | flags))
+    command(cli.train, "--config", data, *words_of(USUAL | flags | {"output_dir": folder}))
     trained = time.perf_counter() - started
     rows, images = [], 100 if trial else plan.images
     for scores in unit.scores:
