@@ -17,7 +17,7 @@ from pushing import served
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from test_text_to_image import pictures, plan_of, plan_of_flags
-from text_models import BASE, make_base, text_args
+from text_models import BASE, in_fp16_alone, make_base, text_args
 from torch import nn
 
 pytest.importorskip("peft")
@@ -408,6 +408,17 @@ def test_what_cannot_be_drawn_with_is_one_sentence(runs, bases, flags, said, tmp
     words = [flag.format(base=bases["xl"], run=runs["xl"]) for flag in flags]
     assert cli.sample([str(bases["xl"]), "--prompt", "x", "--output_dir", str(tmp_path / "out"), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_lora_of_a_base_model_in_fp16_alone_is_drawn_with(bases, few, tmp_path):
+    """Its weights are compared with those it was trained on, whichever file has them."""
+    base = in_fp16_alone(bases["xl"], tmp_path / "base")
+    code, _, err = run(*text_args(base, tmp_path / "run", *few, *LORA, "--max_steps", 1))
+    assert code == 0, err
+    assert job_of(tmp_path / "run").pipeline.unet.peft_config
+    (base / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(InputError, match=r"it has no unet/diffusion_pytorch_model\.safetensors"):
+        job_of(tmp_path / "run", base_model=str(base))
 
 
 @pytest.mark.nightly

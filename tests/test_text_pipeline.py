@@ -18,7 +18,7 @@ from debias_diffusers.pipelines import text_pipeline
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
 from debias_diffusers.pipelines.solvers import make_scheduler
 from debias_diffusers.pipelines.text_pipeline import load_text_pipeline
-from debias_diffusers.runs import model_folder
+from debias_diffusers.runs import model_folder, part_files
 from debias_diffusers.utils import text_libraries
 
 PROMPTS = ["a handwritten seven", "", "the digit 3 — “nine”,\nzero", LONG]
@@ -310,7 +310,7 @@ def test_weights_in_fp16_are_downloaded_of_parts_that_have_no_others(repository,
     monkeypatch.setattr(client, "download_files", download)
     client.download_model("user/model")
     assert sorted({str(Path(name).parent) for names in requests[1:] for name in names}) == asked
-    assert all(model_folder.has_weights(tmp_path / part) or model_folder.variant_of(tmp_path / part) for part in parts)
+    assert all(part_files.has_weights(tmp_path / part) or part_files.variant_of(tmp_path / part) for part in parts)
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..config.hub_names import COMMIT, hub_file, is_model_id, split_revision
 from ..config.schema.hub import HubConfig
 from ..errors import HubError, InputError, shortened
-from ..runs.model_folder import HALF, MODEL_INDEX, task_of
+from ..runs.model_folder import MODEL_INDEX, task_of
+from ..runs.part_files import HALF
 from ..utils.console import say
 
 if TYPE_CHECKING:

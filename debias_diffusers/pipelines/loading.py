@@ -13,7 +13,8 @@ from torch import Tensor
 from ..config import hub_names
 from ..errors import InputError, reason
 from ..hub import client
-from ..runs.model_folder import model_index, require_model, variant_of
+from ..runs.model_folder import model_index, require_model
+from ..runs.part_files import variant_of
 
 
 def folder_of_model(model: str, variant: str | None = None, allow_pickle: bool = False) -> Path:

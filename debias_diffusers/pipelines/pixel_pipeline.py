@@ -22,7 +22,8 @@ from ..data.labels import from_config_mapping, label_indices
 from ..diffusion.noise_schedule import is_flow, predicted_x_0, prediction_of_x_0, prediction_type_of
 from ..errors import InputError, NotFiniteError
 from ..hub import client
-from ..runs.model_folder import task_of, variant_of
+from ..runs.model_folder import task_of
+from ..runs.part_files import variant_of
 from .loading import explained_errors, folder_of_model, require_all_weights, require_variant
 from .solvers import set_timesteps
 

@@ -13,6 +13,7 @@ from ..config.hub_names import is_model_id, is_pinned
 from ..errors import InputError
 from ..utils.files import hash_of, read_json
 from .checkpoints import newest_state
+from .part_files import loaded_files
 from .run_directory import CHECKPOINTS
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name by which diffusers finds them
@@ -148,8 +149,8 @@ def require_base(record: Mapping[str, Any], model: str, base_model: str, base: P
     """
     for name, digest in record.get("files", {}).items():
         part, _, file = name.partition("/")
-        path = (vae if part == "vae" else base / part) / file
-        if not path.is_file():
+        path = loaded_files(vae if part == "vae" else base / part).get(file)
+        if path is None:
             raise InputError(f"base_model {base_model} is not the one that {model} was trained on: it has no {name}; {_ADVICE}")
         if hash_of(path) != digest:
             raise InputError(f"base_model {base_model} is not the one that {model} was trained on: its {name} is another; {_ADVICE}")

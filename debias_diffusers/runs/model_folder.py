@@ -23,7 +23,6 @@ from .lora_folder import BASE_RECORD, LORA_WEIGHTS, base_of_lora, strength_probl
 MODEL_INDEX = "model_index.json"
 # Of a text encoder's configuration that leaves them out: transformers does not write what is its default.
 CLIP_WIDTH, CLIP_POSITIONS = 512, 77
-HALF = "fp16"  # variant that some models are published as alone
 STOCK_FACTOR = 8  # stock pipelines draw sides that are multiples of it
 
 _CLIP = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -47,16 +46,6 @@ def model_index(folder: Path) -> Mapping[str, Any]:
 def text_parts(folder: Path) -> Mapping[str, tuple[str, ...]]:
     """The parts of a text-to-image model, with the classes that they may have; {} of another one."""
     return TEXT_PIPELINES.get(str(model_index(folder).get("_class_name")), {})
-
-
-def variant_of(part: Path) -> str | None:
-    """The variant of the weights in the folder of a part that is loaded: None for its own, fp16 where it has no others."""
-    return HALF if not has_weights(part) and any(part.glob(f"*model.{HALF}.safetensors")) else None
-
-
-def has_weights(part: Path) -> bool:
-    """Whether the folder of a part has safetensors weights that are no variant: one file, or shards with their index."""
-    return any(part.glob("*model.safetensors*"))
 
 
 def is_lora(folder: Path) -> bool:

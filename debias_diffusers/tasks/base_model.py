@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -19,25 +18,21 @@ from ..config.validation.training import train_problems
 from ..errors import InputError, raise_all, reason
 from ..hub import client
 from ..runs.model_folder import (
-    HALF,
     MODEL_INDEX,
     TEXT_PIPELINES,
     convert_advice,
-    has_weights,
     is_lora,
     part_config,
     require_text_model,
     text_parts,
     vae_scale,
-    variant_of,
 )
+from ..runs.part_files import has_weights, loaded_files, variant_of
 from ..utils.files import read_json_object
 
 PACKAGED = Path(str(resources.files("debias_diffusers.data").joinpath("text_base")))
 FROZEN = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")  # what no training changes
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that are not taken over
-# Names of files of a part that are loaded: configurations, vocabularies and weights, but no variants of these.
-READ = re.compile(r"[\w-]+\.(json|txt)|(diffusion_pytorch_model|model)(-\d+-of-\d+\.safetensors|\.safetensors(\.index\.json)?)")
 SIZE_IDS = 6  # numbers of SDXL's size conditioning
 
 
@@ -156,16 +151,8 @@ class BaseModel:
 
 
 def _read(folders: Mapping[str, Path]) -> dict[str, Path]:
-    """The files of some parts that are loaded. Beside them others may come and go, such as variants in the cache of the Hub.
-
-    Weights that are there in fp16 alone are named as if they were no variant: in an exported folder every program finds them.
-    """
-    return {
-        f"{name}/{named}": path
-        for name, folder in folders.items()
-        for path in sorted(folder.iterdir())  # parts have no sub-folders; a VAE's may hold others, such as .git or a run
-        if READ.fullmatch(named := path.name.replace(f".{HALF}.", ".") if variant_of(folder) else path.name) and path.is_file()
-    }
+    """The files of some parts that are loaded, by their path in an exported folder."""
+    return {f"{name}/{file}": path for name, folder in folders.items() for file, path in loaded_files(folder).items()}
 
 
 def open_base(text: TextConfig) -> BaseModel:
