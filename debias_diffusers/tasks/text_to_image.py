@@ -113,22 +113,24 @@ class TextToImageTask:
             self._precompute(self.folder, self._prompts())
             return
         in_folder = self.config.text.precompute_dir is not None  # which a dry run leaves as it is
-        if self._embeddings_are_fixed and (in_folder or self._all_embeddings_fit()):
-            self.texts.keep(self._prompts() if positions is None else self.data.texts_of(positions), self.accelerator)
+        if self._embeddings_are_fixed and (prompts := self._prompts() if in_folder else self._prompts_that_fit()) is not None:
+            self.texts.keep(prompts if positions is None else self.data.texts_of(positions), self.accelerator)
         count = len(self.data.images) * len(self.data.possible_flips)
         if self.data.crops_are_fixed and (in_folder or frozen_parts.fits(count, self._latent_bytes, "latents", self.accelerator)):
             entries = None if positions is None else self.data.images_of(positions)
             frozen_parts.keep_latents(self.data, self.latents, self.accelerator, entries)
             self.latents.leave()
 
+    def _prompts_that_fit(self) -> list[str] | None:
+        """As `_prompts`, if their embeddings may be kept in memory. Of millions of captions no list is made unless they fit."""
+        if self._embeddings_fit(self.data.texts()) and self._embeddings_fit(prompts := self._prompts()):
+            return prompts
+        return None
+
     def _prompts(self) -> list[str]:
         """All texts that the run encodes: captions and prompts of previews."""
         held_out = self.held_out.texts() if self.held_out else ()
         return list(dict.fromkeys([*self.data.texts(), *held_out, *self.config.text.sample_prompts]))
-
-    def _all_embeddings_fit(self) -> bool:
-        """Whether those of all texts may be kept in memory. Of millions of captions no list is made unless they fit."""
-        return self._embeddings_fit(self.data.texts()) and self._embeddings_fit(self._prompts())
 
     def _embeddings_fit(self, texts: Sequence[str]) -> bool:
         return frozen_parts.fits(len(texts), self.texts.bytes_each, "text embeddings", self.accelerator)
