@@ -19,12 +19,13 @@ from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.diffusion.power_ema import KEPT, combination, exponent, weights_of_steps
 from debias_diffusers.errors import CannotWriteError, InputError
 from debias_diffusers.evaluation import score
-from debias_diffusers.runs import ema_snapshots
+from debias_diffusers.runs import checkpoints, ema_snapshots
 from debias_diffusers.runs.checkpoints import latest_valid
 from debias_diffusers.runs.ema_snapshots import FOLDER, steps, thinned
 from debias_diffusers.sampling.generate import make_job
 from debias_diffusers.sampling.post_hoc_ema import reconstructed
 from debias_diffusers.training.ema import EMA
+from debias_diffusers.utils.files import remove_folder
 
 POWERS = ["power_0.05.safetensors", "power_0.1.safetensors"]
 
@@ -186,6 +187,27 @@ def test_a_damaged_snapshot_is_named(averaged, tmp_path):
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"EMA snapshot .*step-00000012.* does not match its sha256"):
         reconstructed(copy, 0.08)
+
+
+def test_snapshots_that_the_training_removes_meanwhile_are_not_needed(averaged, tmp_path, monkeypatch):
+    copy = shutil.copytree(averaged[0], tmp_path / "copy")
+    there, verify, seen = steps(copy, 12), checkpoints.verify, []
+
+    def removing(path):  # as the training does at its next checkpoint: the first time just before, the second just after a snapshot is read
+        seen.append(path)
+        if len(seen) == 1:
+            remove_folder(copy / FOLDER / checkpoints.folder_name(there[0]))
+            return verify(path)
+        found = verify(path)
+        if len(seen) == 2:
+            remove_folder(path)
+        return found
+
+    monkeypatch.setattr(checkpoints, "verify", removing)
+    made, step = reconstructed(copy, 0.1)
+    assert step == 12 and steps(copy, 12) == there[2:]
+    monkeypatch.undo()
+    assert all(torch.equal(made[name], tensor) for name, tensor in reconstructed(copy, 0.1)[0].items())
 
 
 def test_a_sweep_names_the_best_width(averaged, tmp_path, capsys, monkeypatch):

@@ -35,10 +35,9 @@ from ..utils.files import (
     acquire_lock,
     link_or_copy,
     read_json,
-    remove,
+    remove_folder,
     remove_temporary_files,
     temporary_folder,
-    temporary_path,
     translate_write_errors,
     write_and_fsync,
     write_file,
@@ -77,7 +76,7 @@ def stage(run: Path, step: int) -> Path:
         for name, path in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _link(run, path, folder / name, step)
-        _drop(final)
+        remove_folder(final)
         os.rename(folder, final)
     return final
 
@@ -142,20 +141,12 @@ def _take(run: Path) -> Path | None:
     while ready := checkpoints.list_checkpoints(run / PENDING):
         with translate_write_errors(run / PENDING):
             for older in (*ready[:-1], run / PENDING / SENDING):
-                _drop(older)
+                remove_folder(older)
             (run / PENDING / SENDING).mkdir()
             with contextlib.suppress(FileNotFoundError):  # dropped for a newer one meanwhile
                 return ready[-1].rename(run / PENDING / SENDING / ready[-1].name)
     left = checkpoints.list_checkpoints(run / PENDING / SENDING)
     return left[-1] if left else None
-
-
-def _drop(folder: Path) -> None:
-    """Removes a staged folder; renamed first, so that no process takes a folder with files missing."""
-    renamed = temporary_path(folder)
-    with contextlib.suppress(FileNotFoundError):
-        folder.rename(renamed)
-        remove(renamed)
 
 
 # ---- upload ----------------------------------------------------------------------------------------------------------
@@ -218,7 +209,7 @@ def push(config: PushConfig) -> None:
         write_file(run / PENDING / TO, json.dumps(dataclasses.asdict(dataclasses.replace(to, hub_model_id=repo))).encode())
         while folder := _take(run):
             _push_folder(folder, repo, to)
-            _drop(folder)
+            remove_folder(folder)
 
 
 def _target(config: PushConfig) -> HubConfig:
@@ -313,7 +304,7 @@ class Publisher:
         self.deadline = 0.0  # of the process, as of time.monotonic
         for folder in waiting(run):
             if checkpoints.step_of_folder(folder) > step:  # will be trained again
-                _drop(folder)
+                remove_folder(folder)
 
     def offer(self, step: int) -> None:
         """Stages a checkpoint that was just written, and starts to push it. Errors are printed."""
@@ -321,7 +312,7 @@ class Publisher:
             folder = stage(self.run, step)
             for older in checkpoints.list_checkpoints(self.run / PENDING):
                 if older != folder:  # only the newest is kept, or the disk would fill while the Hub is down
-                    _drop(older)
+                    remove_folder(older)
             self.offered = step
         except (DebiasError, OSError) as error:
             say(f"step {step} is not pushed: {error}")

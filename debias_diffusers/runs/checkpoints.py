@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,16 @@ from typing import Any
 
 from ..config.loading import CHANGES
 from ..errors import InputError, NoUsableCheckpointError, reason
-from ..utils.files import fsync_file, fsync_folder, hash_of, read_json, temporary_folder, translate_write_errors, write_and_fsync
+from ..utils.files import (
+    fsync_file,
+    fsync_folder,
+    hash_of,
+    read_json,
+    remove_folder,
+    temporary_folder,
+    translate_write_errors,
+    write_and_fsync,
+)
 
 FORMAT = 1
 MODEL, OPTIMIZER, SAMPLER = "model.safetensors", "optimizer.safetensors", "sampler.safetensors"  # files of tensors
@@ -118,7 +126,7 @@ def write(
     with translate_write_errors(final), temporary_folder(final) as temporary:
         _write_files(temporary, step, files, state)
         if final.exists():  # it did not verify, or we would have resumed from it
-            shutil.rmtree(final)
+            remove_folder(final)
         os.rename(temporary, final)
         fsync_folder(folder)
     prune(folder, step, keep, best, {*damaged} - {step})
@@ -159,7 +167,7 @@ def prune(folder: Path, step: int, keep: int, best: int | None = None, damaged: 
     stay = [step_of_folder(p) for p in older if step_of_folder(p) not in damaged][-keep:]
     for path in (p for p in older if step_of_folder(p) not in (*stay, best)):
         with translate_write_errors(path):
-            shutil.rmtree(path)
+            remove_folder(path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -7,12 +7,11 @@ Each has the format of a checkpoint, from whose files it is made by hard links.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ..utils.files import link_or_copy, translate_write_errors
+from ..utils.files import link_or_copy, remove_folder, translate_write_errors
 from . import checkpoints
 
 FOLDER = "ema_snapshots"  # in a run directory
@@ -37,7 +36,7 @@ def add(run: Path, checkpoint: Path, keep: int) -> None:
     for other in steps(run, step):
         if other not in stay:
             with translate_write_errors(folder):
-                shutil.rmtree(folder / checkpoints.folder_name(other))
+                remove_folder(folder / checkpoints.folder_name(other))
 
 
 def steps(run: Path, last: int) -> list[int]:

@@ -31,17 +31,26 @@ def reconstructed(run: Path, sigma_rel: float, step: int | None = None) -> tuple
     if step is None:
         there = checkpoints.list_checkpoints(run / CHECKPOINTS)
         step = checkpoints.step_of_folder(there[-1]) if there else 0
-    steps = ema_snapshots.steps(run, step)
-    if not steps:
-        raise InputError(f"sigma_rel is {sigma_rel}, but {run} has no EMA snapshots up to step {step}; train with --post_hoc_ema 32")
-    coefficients, missing = combination(steps, sigma_rel, step)
+    while steps := ema_snapshots.steps(run, step):
+        try:
+            return _combined(run, steps, sigma_rel, step), step
+        except (InputError, OSError):
+            if ema_snapshots.steps(run, step) == steps:
+                raise
+            # A training that goes on removed one meanwhile.
+    raise InputError(f"sigma_rel is {sigma_rel}, but {run} has no EMA snapshots up to step {step}; train with --post_hoc_ema 32")
+
+
+def _combined(run: Path, steps: Sequence[int], sigma_rel: float, end: int) -> dict[str, Tensor]:
+    """The average of sigma_rel after step `end`, from the snapshots of `steps`."""
+    coefficients, missing = combination(steps, sigma_rel, end)
     if missing > FAR:
         say(f"warning: from {len(steps)} snapshots of {run} the average of sigma_rel {sigma_rel} can be made to {missing:.0%} only")
     total: dict[str, Tensor] = {}
     for snapshot, row in zip(steps, coefficients.tolist()):
         for name, tensor, factor in _tensors(run / ema_snapshots.FOLDER / checkpoints.folder_name(snapshot), row):
             total[name] = total[name].add_(tensor.double(), alpha=factor) if name in total else factor * tensor.double()
-    return {name: tensor.float() for name, tensor in total.items()}, step
+    return {name: tensor.float() for name, tensor in total.items()}
 
 
 def _tensors(folder: Path, factors: Sequence[float]) -> Iterator[tuple[str, Tensor, float]]:

@@ -371,6 +371,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder that others may read, or nothing: renamed first, so that no process finds it with files missing."""
+    renamed = temporary_path(folder)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(renamed)
+        remove(renamed)
+
+
 def hash_of(path: Path) -> str:
     """The sha256 of a file in blocks: they take half the time of new memory for gigabytes, and no memory."""
     digest = hashlib.sha256()
