@@ -315,7 +315,7 @@ def test_what_the_metrics_need_is_said_before_a_model_is_loaded(trained, tmp_pat
 
 def test_four_samples_are_shown_whatever_the_batches():
     class Drawing:
-        config, name = SimpleNamespace(num_images=7, batch_size=3, seed=0), "job"
+        config, name, batch_size = SimpleNamespace(num_images=7, seed=0), "job", 3
 
         def draw(self, indices):
             return torch.tensor(list(indices), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)

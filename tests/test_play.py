@@ -128,7 +128,7 @@ def test_bad_input_is_answered_in_words(model, changes, sentence):
 def test_a_command_has_what_is_not_left_out_and_is_quoted():
     config = PlayConfig(models=("user/b",), dtype="bfloat16")
     (command,) = commands(asked(prompt="it's $HOME\na cat", guidance_scale=5.0, num_images=6), [TEXT], config)
-    shown = "debias-sample user/b@1 --prompt 'it'\"'\"'s $HOME' 'a cat' --scheduler unipc --steps 4 --num_images 6 --batch_size 4"
+    shown = "debias-sample user/b@1 --prompt 'it'\"'\"'s $HOME' 'a cat' --scheduler unipc --steps 4 --num_images 6"
     assert command_line(command, "unipc-4") == f"{shown} --dtype bfloat16 --output_dir samples/unipc-4"
 
 

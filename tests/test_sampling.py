@@ -21,13 +21,14 @@ from diffusers import (
     LDMPipeline,
     PNDMScheduler,
     ScoreSdeVeScheduler,
+    UNet2DModel,
     UniPCMultistepScheduler,
     VQModel,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from debias_diffusers import PixelPipeline
+from debias_diffusers import PixelPipeline, cli
 from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.errors import CannotWriteError, InputError, NotFiniteError
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
@@ -35,6 +36,7 @@ from debias_diffusers.pipelines.solvers import FLOW, SCHEDULERS, exported_schedu
 from debias_diffusers.sampling import generate, image_writer
 from debias_diffusers.sampling.generate import draw, sample
 from debias_diffusers.sampling.image_writer import ImageWriter, SampleFolder
+from debias_diffusers.sampling.job import batch_size_of
 from debias_diffusers.tasks.unet import build_unet
 from debias_diffusers.utils.files import acquire_lock
 
@@ -478,8 +480,6 @@ def test_a_kill_while_images_are_replaced_leaves_none_of_other_settings(tmp_path
 
 @pytest.mark.parametrize("command", (("sample.py",), ("eval.py", "compare"), ("eval.py", "score"), ("eval.py", "bpd")))
 def test_a_path_that_does_not_exist_is_said_to_not_exist(command, tmp_path, capsys):
-    from debias_diffusers import cli
-
     programs = {"sample.py": cli.sample, "eval.py": cli.evaluate}
     assert programs[command[0]]([*command[1:], str(tmp_path / "nothing")]) == 2
     assert f"{tmp_path / 'nothing'} does not exist" in capsys.readouterr().err
@@ -606,6 +606,33 @@ def test_a_trajectory_is_drawn_in_the_batches_of_the_command(trained, tmp_path, 
     folder = sample(sample_config(trained, tmp_path / "out", trajectory=True, num_images=5, batch_size=2))
     assert sizes == [2, 2, 1] * 2  # the images, and then what led to them
     assert Image.open(folder / "preview" / "trajectory.png").size == (6 + 5 * 54, 6 + 10 * 54)
+
+
+def test_large_images_are_drawn_in_smaller_batches_if_the_command_does_not_say():
+    sizes = {(8, 8): 64, (256, 256): 64, (512, 512): 16, (1024, 1024): 4, (832, 1216): 4, (2048, 2048): 1, (8192, 8192): 1}
+    assert {size: batch_size_of(None, *size) for size in sizes} == sizes
+    assert batch_size_of(3, 1024, 1024) == 3
+
+
+@pytest.mark.parametrize(
+    "command, flags",
+    [
+        (cli.sample, []),
+        (cli.evaluate, ["score", "--reference", "digits", "--metrics", "colour", "--num_images", "9"]),
+        (cli.evaluate, ["bpd", "--num_images", "4"]),
+        (cli.evaluate, ["bias", "--num_images", "4", "--num_samples", "4", "--metrics", "colour", "--output_dir", "bias"]),
+    ],
+)
+def test_too_little_memory_is_a_sentence_with_the_flag(trained, tmp_path, monkeypatch, capsys, command, flags):
+    def too_large(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.8 GiB")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(UNet2DModel, "forward", too_large)
+    name, more = flags[:1], flags[1:]
+    more += ["--cache_dir", ""] if name and name != ["bpd"] else ["--output_dir", "drawn"] * (not name)
+    assert command([*name, str(trained), *more, "--num_threads", "1"]) == 2
+    assert "out of memory with 64 images per forward; add --batch_size 32" in capsys.readouterr().err
 
 
 def test_a_damaged_packed_file_is_drawn_again(trained, tmp_path):

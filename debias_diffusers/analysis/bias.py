@@ -15,10 +15,11 @@ from ..config.schema.evaluation import BiasConfig
 from ..data.sources.base import Source
 from ..data.sources.subset import SourceSubset
 from ..data.validation_split import split_source
+from ..evaluation.measure import Measure
 from ..evaluation.reference import data_of_model, reference_data
 from ..runs.run_directory import run_values
 from ..sampling.generate import require_same_weights
-from ..sampling.job import Job
+from ..sampling.job import Job, batch_size_of
 from ..utils import seeding
 from ..utils.console import say
 from ..utils.distributed import inference_accelerator, shared_out
@@ -42,12 +43,7 @@ def measure_bias(config: BiasConfig) -> Path:
     """
     require_output(Path(config.output_dir))
     accelerator = inference_accelerator(config.num_threads)
-    with explained_torch_errors("--batch_size", config.batch_size):
-        return _measured(config, accelerator)
-
-
-def _measured(config: BiasConfig, accelerator: Any) -> Path:
-    folder, device = Path(config.output_dir), accelerator.device
+    device = accelerator.device
     folders = folders_of(config, accelerator)
     chosen = reference_data(config, config.reference, config.runs)
     measure = make_bias_measure(config, chosen, run_values(next(iter(folders.values()))) or {}, device)  # before the models are loaded
@@ -58,6 +54,20 @@ def _measured(config: BiasConfig, accelerator: Any) -> Path:
     if config.swap:
         require_swappable(models[0].denoiser, models[1].denoiser, scheduler_of(config, models[0]))
     images = (TextImages if models[0].task == "text_to_image" else PixelImages)(config, chosen, models)
+    with explained_torch_errors("--batch_size", batch_size_of(config.batch_size, images.side, images.side)):
+        return _measured(config, chosen, models, images, steps, measure, accelerator)
+
+
+def _measured(
+    config: BiasConfig,
+    chosen: DataConfig,
+    models: Sequence[Model],
+    images: PixelImages | TextImages,
+    steps: Mapping[str, Sequence[int]],
+    measure: Measure,
+    accelerator: Any,
+) -> Path:
+    folder, device = Path(config.output_dir), accelerator.device
     runs = [model.values for model in models if model.values]  # a base model beside its LoRA is none
     candidates = held_out(images.source, runs) if config.reference is None else range(len(images.source))
     indices = [candidates[k] for k in seeding.subset(config.seed, len(candidates), config.num_images)]
@@ -72,7 +82,8 @@ def _measured(config: BiasConfig, accelerator: Any) -> Path:
         report.about(chosen.dataset, len(indices), len(candidates), len(images.source), extractor)
     noise = fixed_noise(examples.x_0.shape[1:], config.seed, indices)
     colours = images.colours(examples.x_0)
-    errors = {model.label: _errors(model, examples, noise, colours, config, accelerator) for model in models}
+    batch_size = batch_size_of(config.batch_size, images.side, images.side)
+    errors = {model.label: _errors(model, examples, noise, colours, config.num_timesteps, batch_size, accelerator) for model in models}
     if report:
         report.timesteps(errors)
         report.estimates(examples, noise, images.pictures)
@@ -138,14 +149,16 @@ def held_out(source: Source, runs: Sequence[Mapping[str, Any]]) -> Sequence[int]
     return sorted(common) or range(len(source))
 
 
-def _errors(model: Model, examples: Examples, noise: Tensor, colours: MeanColours | None, config: BiasConfig, accelerator: Any) -> Errors:
-    device, timesteps = model.pipeline.device, spread_timesteps(len(model.denoiser.schedule), config.num_timesteps)
+def _errors(
+    model: Model, examples: Examples, noise: Tensor, colours: MeanColours | None, num_timesteps: int, batch_size: int, accelerator: Any
+) -> Errors:
+    device, timesteps = model.pipeline.device, spread_timesteps(len(model.denoiser.schedule), num_timesteps)
     given = None if examples.conditions is None else examples.conditions.to(device)
     x_0, noise = examples.x_0.to(device), noise.to(device)
     total = -(-len(timesteps) // accelerator.num_processes)
     with tqdm(total=total, desc=model.label, unit="timestep", leave=False, disable=not accelerator.is_main_process) as progress:
 
         def measured(t: int) -> Errors:
-            return measure_errors(model.denoiser, x_0, noise, given, [t], config.batch_size, progress.update, colours)
+            return measure_errors(model.denoiser, x_0, noise, given, [t], batch_size, progress.update, colours)
 
         return Errors.joined(shared_out(measured, timesteps, accelerator))

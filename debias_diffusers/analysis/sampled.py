@@ -84,7 +84,7 @@ class Drawn:
         first: list[Tensor] = []
 
         def batches() -> Iterator[tuple[int, Tensor, None]]:
-            for number, indices in process_batches(range(job.config.num_images), job.config.batch_size, 0, 1):
+            for number, indices in process_batches(range(job.config.num_images), job.batch_size, 0, 1):
                 batch = to_rgb(job.draw(indices)).cpu()
                 if len(first) < SHOWN_SAMPLES:
                     first.extend(shrunk(batch[: SHOWN_SAMPLES - len(first)]))

@@ -25,7 +25,7 @@ from ..data.sources.base import Source
 from ..data.sources.checks import READER_THREADS, map_in_threads
 from ..data.sources.folder import ImageFolder
 from ..errors import InputError, reason
-from ..sampling.generate import Job
+from ..sampling.job import MAX_BATCH, Job
 from ..utils import seeding
 from ..utils.files import hash_of
 
@@ -50,6 +50,7 @@ class ImageSet:
     batches: Callable[[int, int, int], Iterator[tuple[int, Tensor]]]
     total: int | None = None  # the size of the set of which these are a random subset; None for samples of a model
     prompts: Sequence[str] | None = None  # of each image, where they are known and wanted
+    batch_size: int = MAX_BATCH  # where the command does not say
 
 
 def generated_images(job: Job, count: int, name: str) -> ImageSet:
@@ -60,7 +61,8 @@ def generated_images(job: Job, count: int, name: str) -> ImageSet:
         for number, indices in process_batches(range(count), batch_size, part, parts):
             yield number, to_rgb(job.draw(indices))
 
-    return ImageSet(name, count, height if height == width else None, None, batches, prompts=job.conditions(range(count)).prompts)
+    prompts = job.conditions(range(count)).prompts
+    return ImageSet(name, count, height if height == width else None, None, batches, prompts=prompts, batch_size=job.batch_size)
 
 
 def images_of_source(

@@ -20,10 +20,12 @@ from ..diffusion.variational_bound import BITS, VariationalBound
 from ..errors import InputError
 from ..pipelines.pixel_pipeline import PixelPipeline
 from ..sampling.generate import fingerprint, open_model, pinned_model, require_same_weights
+from ..sampling.job import batch_size_of
 from ..utils import seeding
 from ..utils.console import say
 from ..utils.distributed import gather_from_all, inference_accelerator, told_by_the_first
 from ..utils.files import require_replaceable, write_file
+from ..utils.torch_errors import explained_torch_errors
 from .image_sets import process_batches
 from .reference import data_of_model, print_summary, reference_data
 from .results import as_json, has_fields
@@ -53,7 +55,9 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     data = data_of_model(config, reference_data(config, config.reference, [config.model]), pipeline, "the model has")
     print_summary(data.source, data.config.dataset, accelerator)
     chosen = seeding.subset(config.seed, len(data.source), config.num_images)
-    dealt = list(process_batches(chosen, config.batch_size, accelerator.process_index, accelerator.num_processes))
+    side = pipeline.unet.config.sample_size
+    size = batch_size_of(config.batch_size, side, side)
+    dealt = list(process_batches(chosen, size, accelerator.process_index, accelerator.num_processes))
     unit, each = ("timestep", len(bound.schedule)) if bound else ("batch", 1)
     with tqdm(total=len(dealt) * each, unit=unit, disable=not accelerator.is_main_process) as progress:
 
@@ -66,7 +70,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
             progress.update(not bound)
             return number, of_bound, of_ode
 
-        with told_by_the_first(accelerator):
+        with told_by_the_first(accelerator), explained_torch_errors("--batch_size", size):
             parts = gather_from_all(lambda: [measured(*batch) for batch in dealt], accelerator.num_processes)
     parts = sorted(parts, key=lambda part: part[0])
     terms, priors = zip(*(of_bound or (None, None) for _, of_bound, _ in parts))

@@ -59,19 +59,16 @@ class Measure:
             return Sample.of(found)
         share = -(-images.count // self.processes)
         with tqdm(total=share, desc=images.name, unit="image", leave=False, disable=self.process > 0) as progress:
-            batches = images.batches(self.config.batch_size, self.process, self.processes)
-            sample = self.joined(self._with_prompts(batches, prompts), progress)
+            size = self.batch_size(images)
+            batches = images.batches(size, self.process, self.processes)
+            sample = self.joined(_with_prompts(batches, size, prompts), progress)
         if key and self.process == 0:
             self.cache.put(key, sample.features)
         return sample
 
-    def _with_prompts(
-        self, batches: Iterator[tuple[int, Tensor]], prompts: Sequence[str] | None
-    ) -> Iterator[tuple[int, Tensor, Sequence[str] | None]]:
-        """Batches of `config.batch_size` images with their prompts."""
-        for number, batch in batches:
-            first = number * self.config.batch_size
-            yield number, batch, prompts[first : first + len(batch)] if prompts else None
+    def batch_size(self, images: ImageSet) -> int:
+        """Images of a set whose features are computed at a time."""
+        return self.config.batch_size or images.batch_size
 
     def joined(self, batches: Iterator[tuple[int, Tensor, Sequence[str] | None]], progress: Any = None) -> Sample:
         """The features of all processes' batches, in the order of their numbers.
@@ -113,6 +110,14 @@ class Measure:
         there = found is not None and _are_sound(found, {COLOUR, *layers}, count)
         everywhere = all(gather_object([there])) if self.processes > 1 else there
         return found if everywhere else None
+
+
+def _with_prompts(
+    batches: Iterator[tuple[int, Tensor]], size: int, prompts: Sequence[str] | None
+) -> Iterator[tuple[int, Tensor, Sequence[str] | None]]:
+    """Batches of `size` images with their prompts."""
+    for number, batch in batches:
+        yield number, batch, prompts[number * size : number * size + len(batch)] if prompts else None
 
 
 def _are_sound(found: Mapping[str, Tensor], layers: set[str], count: int) -> bool:

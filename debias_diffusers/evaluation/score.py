@@ -37,6 +37,7 @@ from ..sampling.pixel_job import PixelJob
 from ..utils.console import say
 from ..utils.distributed import inference_accelerator
 from ..utils.files import require_replaceable, write_file
+from ..utils.torch_errors import explained_torch_errors
 from . import metrics
 from .image_sets import ImageSet, generated_images, images_of_folder, images_of_npz, npz_shape, side_of_folder
 from .measure import Measure, make_measure
@@ -354,7 +355,8 @@ def _steps_of(run: Path, wanted: str) -> Sequence[int | None]:
 def _row(config: ScoreConfig, measure: Measure, compared: _Compared, images: ImageSet, how: Mapping[str, Any]) -> Row:
     reference = compared.sample(images.side)
     require_enough(images.name, images.count, measure.layers, reference, config.allow_few_images)  # of the reference's statistics, too
-    target = measure.sample(images)
+    with explained_torch_errors("--batch_size", measure.batch_size(images)):
+        target = measure.sample(images)
     figures = metrics.figures(target, reference, measure.layers, config.seed)
     intervals = metrics.intervals(figures, _bootstrap(config, measure, target, reference, images.name)) if config.bootstrap else None
     return Row(images.name, images.count, figures, images.total, images.side, intervals=intervals, **how)

@@ -19,6 +19,7 @@ from ..errors import InputError, reason
 from ..utils.console import say
 from ..utils.distributed import inference_accelerator
 from ..utils.files import read_file, require_replaceable, write_file
+from ..utils.torch_errors import explained_torch_errors
 from . import metrics
 from .feature_extractors import INCEPTION, SPATIAL
 from .image_sets import holds_images, npz_shape, read_npz_statistics
@@ -43,7 +44,8 @@ def stats(config: StatsConfig) -> None:
     if Path(config.reference).suffix != ".npz":
         print_summary(open_source(reference_data(config.measure, config.reference)), config.reference, accelerator)
     images = open_reference(config.reference, config.measure, config.measure.resolution)
-    sample = measure.sample(images)
+    with explained_torch_errors("--batch_size", measure.batch_size(images)):
+        sample = measure.sample(images)
     if not accelerator.is_main_process:
         return
     tensors = {f"{layer}/{name}": torch.from_numpy(value) for layer in sample.features for name, value in sample.moments(layer).items()}

@@ -119,7 +119,7 @@ class Engine:
         job = self._job(config)
         samples = SampleFolder(folder, config.format, config.num_images)
         samples.begin(job.settings)
-        with explained_torch_errors("--batch_size", min(config.batch_size, config.num_images)):
+        with explained_torch_errors("--batch_size", min(job.batch_size, config.num_images)):
             kept = _draw_into(samples, job, stages, report)
         archive = shutil.make_archive(str(folder), "zip", folder)
         grid = (folder / GRID).replace(folder.with_suffix(".png"))
@@ -177,7 +177,7 @@ def _draw_into(samples: SampleFolder, job: Job, stages: bool, report: Progress) 
     config, calls = job.config, job.network_evaluations
     timesteps = [float(t) for t in job.pipeline.scheduler.timesteps]
     chosen = sorted({round(k * (calls - 1) / max(1, min(calls, STAGES) - 1)) for k in range(min(calls, STAGES))})
-    parts = batches(config.num_images, config.batch_size)
+    parts = batches(config.num_images, job.batch_size)
     kept: list[Stage] = []
     for number, indices in enumerate(parts):
 

@@ -22,7 +22,6 @@ from ..runs import checkpoints, ema_snapshots
 from ..runs.model_folder import is_lora, require_model, task_of
 from ..runs.run_directory import CHECKPOINTS
 
-BATCH_SIZE: dict[Task, int] = {"pixels": 64, "text_to_image": 4}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LONGEST_PROMPT = 4000  # characters, of all lines
 
@@ -110,7 +109,7 @@ def commands(request: Request, models: Sequence[PlayedModel], config: PlayConfig
                 steps=steps,
                 seed=seed,
                 num_images=num_images,
-                batch_size=config.batch_size or BATCH_SIZE[model.task],
+                batch_size=config.batch_size,
                 guidance_scale=_guidance_scale(request.guidance_scale, model),
                 class_labels=_labels(request.class_labels, model),
                 prompt=_prompts(request.prompt) if text else (),
@@ -140,13 +139,10 @@ def command_line(config: SampleConfig, name: str) -> str:
         name: of a folder for its images, where the model is no run directory, which has one.
     """
     neutral = SampleConfig(model="")
-    images = config.num_images
-    same_batch = min(config.batch_size, images) == min(neutral.batch_size, images)
-    left_out = {"model", "batch_size"} if same_batch else {"model"}
     words = ["debias-sample", config.model]
     for field in dataclasses.fields(SampleConfig):
         value = getattr(config, field.name)
-        if field.name not in left_out and value != getattr(neutral, field.name):
+        if field.name != "model" and value != getattr(neutral, field.name):
             words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else [value])]
     if not (Path(config.model) / CHECKPOINTS).is_dir():
         words += ["--output_dir", f"samples/{name}"]

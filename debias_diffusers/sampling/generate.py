@@ -62,7 +62,7 @@ def sample(config: SampleConfig) -> Path:
     folder = Path(config.output_dir) if config.output_dir else broadcast_from_first(lambda: default_folder(job), accelerator)
     if accelerator.is_main_process:
         require_sample_folder(folder)
-    with explained_torch_errors("--batch_size", config.batch_size):
+    with explained_torch_errors("--batch_size", job.batch_size):
         _draw_into(SampleFolder(folder, config.format, config.num_images), job, accelerator)
     return folder
 
@@ -129,7 +129,7 @@ def _draw_into(samples: SampleFolder, job: Job, accelerator: Accelerator) -> Non
         # Only the first process lists the folder: files may appear while others list it.
         missing = {*broadcast_from_first(lambda: samples.begin(_with_count(job.settings, samples), job.config.overwrite), accelerator)}
         # The bounds of a batch do not depend on what is missing.
-        unfinished = [indices for indices in batches(job.config.num_images, job.config.batch_size) if not missing.isdisjoint(indices)]
+        unfinished = [indices for indices in batches(job.config.num_images, job.batch_size) if not missing.isdisjoint(indices)]
         mine = unfinished[accelerator.process_index :: accelerator.num_processes]
         with (
             ImageWriter(samples) as writer,
@@ -165,7 +165,7 @@ def _trajectory(job: Job) -> Any:
     calls = job.network_evaluations
     chosen = torch.linspace(0, calls - 1, min(calls, TRAJECTORY_STEPS)).round().int().tolist()
     rows = []
-    for indices in batches(min(job.config.num_images, TRAJECTORY_IMAGES), job.config.batch_size):
+    for indices in batches(min(job.config.num_images, TRAJECTORY_IMAGES), job.batch_size):
         seen = job.stages(indices, chosen)
         rows += [stage[kind][k] for k in range(len(indices)) for kind in (0, 1) for stage in seen]
     return images.grid([images.from_array(to_bytes(row).numpy()) for row in rows], columns=len(chosen))

@@ -32,6 +32,7 @@ from .post_hoc_ema import reconstructed
 
 DEFAULT_STEPS = 20
 SEED_FACTOR = 2654435761  # 2^32 over the golden ratio: its multiples mod 2^32 lie far apart
+MAX_BATCH, MAX_BATCH_PIXELS = 64, 64 * 256 * 256
 LONGEST_NAME = 100  # characters of a folder's name; the system's limit is 255 bytes
 
 
@@ -48,6 +49,11 @@ def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
 def to_bytes(images: Tensor) -> Tensor:
     """Images in [-1, 1], of any shape, as uint8; what is beyond is clamped."""
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def batch_size_of(asked: int | None, height: int, width: int) -> int:
+    """Images that are drawn at a time: as many as the command asks for, or else at most 64, with the pixels of 64 of 256x256 at most."""
+    return asked or max(1, min(MAX_BATCH, MAX_BATCH_PIXELS // (height * width)))
 
 
 def batches(count: int, batch_size: int) -> list[range]:
@@ -121,6 +127,11 @@ class Job(ABC):
     @abstractmethod
     def size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images that are drawn at a time."""
+        return batch_size_of(self.config.batch_size, *self.size)
 
     @property
     def network_evaluations(self) -> int:

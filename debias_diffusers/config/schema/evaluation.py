@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from typing_extensions import Doc
 
 from ..ranges import Range, at_least
-from .types import BOOTSTRAP, METRICS_HELP, NUM_IMAGES, BatchSize, Channels, GuidanceScale, ImageSeed, SchedulerName, Threads
+from .types import BOOTSTRAP, METRICS_HELP, NUM_IMAGES, Channels, GuidanceScale, ImageSeed, InferenceBatchSize, SchedulerName, Threads
 
 _BIAS_SCHEDULER = "scheduler (solver), as in sample.py; ddim if left out, flow_euler for a model of rectified flow"
 
@@ -26,7 +26,7 @@ class MeasureConfig:
     skip_bad: bool = False  # skip images of a reference that cannot be read, up to 1% of them; as the run did if left out
     resolution: Annotated[int | None, at_least(1, 64)] = None  # image size of the reference in pixels; that of the targets if left out
     channels: Channels = None  # image channels: 1 converts the reference to grey; as the run learned if both are left out, else 3
-    batch_size: BatchSize = 64  # batch size per process
+    batch_size: InferenceBatchSize = None
     cache_dir: str | None = None  # cache directory for features; ~/.cache/debias_diffusers/features if left out, "" is off
     num_threads: Threads = None  # CPU threads per process; all cores, shared by the processes on them, if left out
 
@@ -88,7 +88,7 @@ class BitsConfig:
     label_column: str | None = None  # column of its labels, for class-conditional models; likewise
     skip_bad: bool = False  # skip images that cannot be read, up to 1% of them; as the run did if left out
     num_images: Annotated[int, NUM_IMAGES] = 64  # number of its images, a random subset
-    batch_size: BatchSize = 64  # batch size per process
+    batch_size: InferenceBatchSize = None
     # bound: the variational bound; ode: also the likelihood by the probability-flow ODE, of any model
     method: Literal["bound", "ode"] = "bound"
     # ode: random directions for each image that estimate the divergence (Hutchinson); more take longer, and lower the standard error
@@ -136,7 +136,7 @@ class BiasConfig:
     feature_extractor: str | None = None  # feature extractor: digits, emoji, or a name of torch-fidelity; as of the runs if left out
     feature_extractor_weights: str | None = None  # weight file of the feature extractor; packaged or downloaded if left out
     cache_dir: str | None = None  # cache directory for features; as in eval.py score if left out, "" is off
-    batch_size: BatchSize = 64  # batch size
+    batch_size: InferenceBatchSize = None
     weights: str = "ema"  # network weights: ema, raw, an EMA decay rate of the run, or sigma_rel=0.08 as in sample.py
     seed: ImageSeed = 0  # random seed of the subset, of the noise and of sampling
     num_threads: Threads = None  # CPU threads

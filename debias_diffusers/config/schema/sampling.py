@@ -13,11 +13,11 @@ from .types import (
     NUM_IMAGES,
     PORT,
     SIGMA_REL,
-    BatchSize,
     Clipping,
     GuidanceScale,
     ImageFormat,
     ImageSeed,
+    InferenceBatchSize,
     Quantile,
     SchedulerName,
     Side,
@@ -53,7 +53,7 @@ class SampleConfig:
     clipping: Clipping | None = None  # clipping of the predicted x_0; as the model says for ddpm and ddim, off for others, if left out
     clipping_quantile: Quantile = 0.995  # quantile of dynamic clipping (dynamic thresholding)
     num_images: Annotated[int, NUM_IMAGES] = 64  # number of images
-    batch_size: BatchSize = 64  # batch size per process
+    batch_size: InferenceBatchSize = None
     seed: ImageSeed = 0  # random seed: image k has a generator of (seed * 2654435761 + k) mod 2^32
     # class labels of a class-conditional model: names or numbers, repeated; balanced: all trained ones in turn; drawn: at random among
     # them; data: in proportion to the training images of each
@@ -89,8 +89,7 @@ class PlayConfig:
     # limit of one request: images x steps x models
     max_image_steps: Annotated[int, at_least(1, 4000)] = 4000
     max_queue: Annotated[int, at_least(1, 8)] = 8  # requests that may wait, as one is drawn at a time
-    # batch size; 64 for pixel models, 4 for text-to-image models, if left out
-    batch_size: Annotated[int | None, at_least(1, 64)] = None
+    batch_size: InferenceBatchSize = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the network; the solver is always float32
     num_threads: Threads = None  # CPU threads; all cores if left out
 

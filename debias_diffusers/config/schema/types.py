@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from typing_extensions import Doc
+
 from ..ranges import Range, at_least
 from ..registry import METRICS, SOLVERS, TIMESTEP_BIASES, TIMESTEP_SAMPLERS, TRACKERS, summaries
 
@@ -37,6 +39,9 @@ SIGMA_REL = Range("from 0.01 to 0.28, such as 0.08", lambda value: 0.01 <= value
 NUM_IMAGES = Range("from 1 to 10 million, such as 64", lambda value: 1 <= value <= 10_000_000)
 PORT = Range("from 1 to 65535, such as 7860", lambda value: 1 <= value <= 65535)
 BatchSize = Annotated[int, at_least(1, 64)]
+InferenceBatchSize = Annotated[
+    int | None, at_least(1, 64), Doc("batch size per process; if left out 64, of large images fewer: 16 of 512x512 pixels, 4 of 1024x1024")
+]
 Channels = Annotated[int | None, Range("1 (grey) or 3 (colour)", lambda value: value in (1, 3))]
 Quantile = Annotated[float, Range("above 0 and at most 1, such as 0.995", lambda value: 0 < value <= 1)]
 Timeout = Annotated[int, Range("at least 1 (and at most 3 years), such as 1800", lambda value: 1 <= value <= 10**8)]
