@@ -325,6 +325,25 @@ def test_four_samples_are_shown_whatever_the_batches():
     assert Drawn.of(Drawing(), measure, reference, 1).first[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
 
 
+def test_the_colour_bias_of_sampled_images_is_their_mean_less_that_of_the_reference():
+    """By channel, in grey levels, with an interval over the images; on two images that are 10 and 30 in red, 0 in green, 200 in blue."""
+
+    class Drawing:
+        config, name, batch_size = SimpleNamespace(num_images=2, seed=0), "job", 2
+
+        def draw(self, indices):
+            colours = torch.tensor([[10, 0, 200], [30, 0, 200]], dtype=torch.uint8)
+            return colours[list(indices)].view(-1, 3, 1, 1).expand(-1, 3, 8, 8)
+
+    measure = Measure(MeasureConfig(metrics="colour", cache_dir=""), "digits", "cpu")
+    found = Drawn.of(Drawing(), measure, Sample.of({"colour": torch.tensor([[40.0, 0.0, 90.0], [60.0, 20.0, 110.0]])}), 3)
+    half = 1.96 * 10  # standard error of 10 and 30
+    assert [value for channel in found.colour_bias for value in channel] == pytest.approx(
+        [-30, -30 - half, -30 + half, *[-10] * 3, *[100] * 3]
+    )
+    assert found.figures["brightness_bias"] == pytest.approx(20)
+
+
 def test_a_run_is_named_by_its_folder_wherever_the_command_runs(tmp_path, monkeypatch):
     (tmp_path / "constant").mkdir()
     monkeypatch.chdir(tmp_path / "constant")
