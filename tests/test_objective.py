@@ -237,11 +237,12 @@ def test_the_last_level_is_trained_where_its_weight_has_a_floor(space):
     assert torch.equal(plain[:-1], floored[:-1])
 
 
-def test_sigmoid_is_soft_min_snr_with_gamma_e_to_the_bias():
+def test_sigmoid_is_soft_min_snr_with_gamma_e_to_the_bias_and_p2_with_their_defaults():
     S = torch.logspace(-12, 12, 100, dtype=torch.float64)
     for bias in (-3.0, 0.0, math.log(5)):
         soft = weight(S, "soft_min_snr", "v_prediction", snr_gamma=math.exp(bias))
         torch.testing.assert_close(weight(S, "sigmoid", "v_prediction", sigmoid_bias=bias), soft, rtol=1e-12, atol=0)
+    torch.testing.assert_close(weight(S, "sigmoid", "v_prediction"), weight(S, "p2", "v_prediction"), rtol=1e-12, atol=0)
 
 
 def test_schedule_free_weights_make_one_objective_of_all_schedules():

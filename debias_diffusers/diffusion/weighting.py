@@ -101,7 +101,7 @@ def v(snr: Tensor) -> Tensor:
 
 
 def sigmoid(snr: Tensor, sigmoid_bias: float = 0.0) -> Tensor:
-    """sigmoid(b - log SNR) = e^b / (e^b + SNR): soft Min-SNR with gamma = e^b (arXiv 2303.00848; arXiv 2410.19324)."""
+    """sigmoid(b - log SNR) = e^b / (e^b + SNR): soft Min-SNR with gamma = e^b; at b = 0, P2 (arXiv 2303.00848; arXiv 2410.19324)."""
     return (sigmoid_bias - snr.log()).sigmoid()
 
 
