@@ -29,6 +29,7 @@ from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.evaluation.feature_extractors import INCEPTION
 from debias_diffusers.evaluation.image_sets import images_of_folder, images_of_npz
 from debias_diffusers.evaluation.measure import Measure
+from debias_diffusers.sampling.job import MAX_BATCH
 
 
 def measures(device: str) -> dict[str, Measure]:
@@ -92,7 +93,7 @@ def main() -> None:
             Image.fromarray(one).save(folder / f"{k:06d}.png")
         np.savez(packed, arr_0=array)
         for name, measure in measures(device).items():
-            batches = list(torch.from_numpy(array).permute(0, 3, 1, 2).contiguous().split(measure.config.batch_size))
+            batches = list(torch.from_numpy(array).permute(0, 3, 1, 2).contiguous().split(MAX_BATCH))
             works = (partial(alone, measure, batches), partial(from_folder, measure, folder), partial(from_npz, measure, packed))
             for work in works:
                 work()

@@ -60,7 +60,7 @@ def digits(folder: Path) -> Path:
 
 def round_of(job: Job, clock: Clock, batches: int) -> tuple[float, float]:
     """(images a second, share of the time in the network) of some batches, drawn and written."""
-    size = job.config.batch_size
+    size = job.batch_size
     with tempfile.TemporaryDirectory() as folder:
         samples = SampleFolder(Path(folder), "png", batches * size)
         clock.seconds = 0.0
