@@ -160,7 +160,7 @@ def test_json_has_null_for_what_is_not_finite():
 
 
 class NotDrawn:
-    name, count, side = "target", 5, 8
+    name, count, side, batch_size = "target", 5, 8, 64
 
 
 def test_too_few_images_are_refused_before_any_is_drawn(tmp_path):

@@ -47,14 +47,16 @@ def measure_bias(config: BiasConfig) -> Path:
     folders = folders_of(config, accelerator)
     chosen = reference_data(config, config.reference, config.runs)
     measure = make_bias_measure(config, chosen, run_values(next(iter(folders.values()))) or {}, device)  # before the models are loaded
-    models = open_models(config, folders, device)
+    with explained_torch_errors("--batch_size", 1):  # no batch is too large here: networks are
+        models = open_models(config, folders, device)
     for model in models:
         require_same_weights(model.fingerprint, model.name, accelerator)
     steps = steps_of(config, models)
     if config.swap:
         require_swappable(models[0].denoiser, models[1].denoiser, scheduler_of(config, models[0]))
     images = (TextImages if models[0].task == "text_to_image" else PixelImages)(config, chosen, models)
-    with explained_torch_errors("--batch_size", batch_size_of(config.batch_size, images.side, images.side)):
+    batch_size = batch_size_of(config.batch_size, images.side, images.side)
+    with explained_torch_errors("--batch_size", min(batch_size, max(config.num_images, config.num_samples))):
         return _measured(config, chosen, models, images, steps, measure, accelerator)
 
 

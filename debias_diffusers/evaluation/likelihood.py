@@ -70,7 +70,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
             progress.update(not bound)
             return number, of_bound, of_ode
 
-        with told_by_the_first(accelerator), explained_torch_errors("--batch_size", size):
+        with told_by_the_first(accelerator), explained_torch_errors("--batch_size", min(size, config.num_images)):
             parts = gather_from_all(lambda: [measured(*batch) for batch in dealt], accelerator.num_processes)
     parts = sorted(parts, key=lambda part: part[0])
     terms, priors = zip(*(of_bound or (None, None) for _, of_bound, _ in parts))

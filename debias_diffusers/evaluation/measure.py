@@ -68,7 +68,7 @@ class Measure:
 
     def batch_size(self, images: ImageSet) -> int:
         """Images of a set whose features are computed at a time."""
-        return self.config.batch_size or images.batch_size
+        return min(self.config.batch_size or images.batch_size, images.count)
 
     def joined(self, batches: Iterator[tuple[int, Tensor, Sequence[str] | None]], progress: Any = None) -> Sample:
         """The features of all processes' batches, in the order of their numbers.

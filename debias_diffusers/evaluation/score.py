@@ -353,9 +353,9 @@ def _steps_of(run: Path, wanted: str) -> Sequence[int | None]:
 
 
 def _row(config: ScoreConfig, measure: Measure, compared: _Compared, images: ImageSet, how: Mapping[str, Any]) -> Row:
-    reference = compared.sample(images.side)
-    require_enough(images.name, images.count, measure.layers, reference, config.allow_few_images)  # of the reference's statistics, too
     with explained_torch_errors("--batch_size", measure.batch_size(images)):
+        reference = compared.sample(images.side)
+        require_enough(images.name, images.count, measure.layers, reference, config.allow_few_images)  # of the reference's statistics, too
         target = measure.sample(images)
     figures = metrics.figures(target, reference, measure.layers, config.seed)
     intervals = metrics.intervals(figures, _bootstrap(config, measure, target, reference, images.name)) if config.bootstrap else None
