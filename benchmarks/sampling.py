@@ -90,9 +90,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or str(digits(Path(folder)))
         given = {"dtype": options.dtype, "compile": options.compile, "guidance_scale": options.guidance_scale}
+        given |= {"batch_size": options.batch_size, "num_images": options.batches * options.batch_size}
         jobs = []
         for name, steps in rows:
-            config = SampleConfig(model=model, scheduler=name, steps=steps, batch_size=options.batch_size, output_dir="", **given)
+            config = SampleConfig(model=model, scheduler=name, steps=steps, output_dir="", **given)
             jobs.append(make_job(config, device))
     clocks = [Clock(job.pipeline.unet) for job in jobs]
     for job, clock in zip(jobs, clocks):

@@ -610,17 +610,17 @@ def test_a_trajectory_is_drawn_in_the_batches_of_the_command(trained, tmp_path, 
 
 def test_large_images_are_drawn_in_smaller_batches_if_the_command_does_not_say():
     sizes = {(8, 8): 64, (256, 256): 64, (512, 512): 16, (1024, 1024): 4, (832, 1216): 4, (2048, 2048): 1, (8192, 8192): 1}
-    assert {size: batch_size_of(None, *size) for size in sizes} == sizes
-    assert batch_size_of(3, 1024, 1024) == 3
+    assert {size: batch_size_of(None, 100, *size) for size in sizes} == sizes
+    assert batch_size_of(3, 100, 1024, 1024) == 3 and batch_size_of(None, 2, 8, 8) == batch_size_of(64, 2, 8, 8) == 2
 
 
 @pytest.mark.parametrize(
     "command, flags, images",
     [
-        (cli.sample, [], 64),
-        (cli.evaluate, ["score", "--reference", "digits", "--metrics", "colour", "--num_images", "9"], 9),
-        (cli.evaluate, ["bpd", "--num_images", "4"], 4),
-        (cli.evaluate, ["bias", "--num_images", "4", "--num_samples", "4", "--metrics", "colour", "--output_dir", "bias"], 4),
+        (cli.sample, "{run} --output_dir drawn", 64),
+        (cli.evaluate, "score {run} --reference digits --metrics colour --num_images 9 --cache_dir=", 9),
+        (cli.evaluate, "bpd {run} --num_images 4", 4),
+        (cli.evaluate, "bias {run} --num_images 4 --num_samples 4 --metrics colour --output_dir bias --cache_dir=", 4),
     ],
 )
 def test_too_little_memory_is_a_sentence_with_the_flag(trained, tmp_path, monkeypatch, capsys, command, flags, images):
@@ -629,9 +629,7 @@ def test_too_little_memory_is_a_sentence_with_the_flag(trained, tmp_path, monkey
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(UNet2DModel, "forward", too_large)
-    name, more = flags[:1], flags[1:]
-    more += ["--cache_dir", ""] if name and name != ["bpd"] else ["--output_dir", "drawn"] * (not name)
-    assert command([*name, str(trained), *more, "--num_threads", "1"]) == 2
+    assert command([*flags.format(run=trained).split(), "--num_threads", "1"]) == 2
     assert f"out of memory with {images} images per forward; add --batch_size {images // 2}" in capsys.readouterr().err
 
 

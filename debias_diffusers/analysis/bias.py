@@ -55,9 +55,9 @@ def measure_bias(config: BiasConfig) -> Path:
     if config.swap:
         require_swappable(models[0].denoiser, models[1].denoiser, scheduler_of(config, models[0]))
     images = (TextImages if models[0].task == "text_to_image" else PixelImages)(config, chosen, models)
-    batch_size = batch_size_of(config.batch_size, images.side, images.side)
-    with explained_torch_errors("--batch_size", min(batch_size, max(config.num_images, config.num_samples))):
-        return _measured(config, chosen, models, images, steps, measure, accelerator)
+    batch_size = batch_size_of(config.batch_size, max(config.num_images, config.num_samples), images.side, images.side)
+    with explained_torch_errors("--batch_size", batch_size):
+        return _measured(config, chosen, models, images, steps, measure, batch_size, accelerator)
 
 
 def _measured(
@@ -67,6 +67,7 @@ def _measured(
     images: PixelImages | TextImages,
     steps: Mapping[str, Sequence[int]],
     measure: Measure,
+    batch_size: int,
     accelerator: Any,
 ) -> Path:
     folder, device = Path(config.output_dir), accelerator.device
@@ -84,7 +85,6 @@ def _measured(
         report.about(chosen.dataset, len(indices), len(candidates), len(images.source), extractor)
     noise = fixed_noise(examples.x_0.shape[1:], config.seed, indices)
     colours = images.colours(examples.x_0)
-    batch_size = batch_size_of(config.batch_size, images.side, images.side)
     errors = {model.label: _errors(model, examples, noise, colours, config.num_timesteps, batch_size, accelerator) for model in models}
     if report:
         report.timesteps(errors)

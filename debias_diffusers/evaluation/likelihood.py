@@ -56,7 +56,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     print_summary(data.source, data.config.dataset, accelerator)
     chosen = seeding.subset(config.seed, len(data.source), config.num_images)
     side = pipeline.unet.config.sample_size
-    size = batch_size_of(config.batch_size, side, side)
+    size = batch_size_of(config.batch_size, len(chosen), side, side)
     dealt = list(process_batches(chosen, size, accelerator.process_index, accelerator.num_processes))
     unit, each = ("timestep", len(bound.schedule)) if bound else ("batch", 1)
     with tqdm(total=len(dealt) * each, unit=unit, disable=not accelerator.is_main_process) as progress:
@@ -70,7 +70,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
             progress.update(not bound)
             return number, of_bound, of_ode
 
-        with told_by_the_first(accelerator), explained_torch_errors("--batch_size", min(size, config.num_images)):
+        with told_by_the_first(accelerator), explained_torch_errors("--batch_size", size):
             parts = gather_from_all(lambda: [measured(*batch) for batch in dealt], accelerator.num_processes)
     parts = sorted(parts, key=lambda part: part[0])
     terms, priors = zip(*(of_bound or (None, None) for _, of_bound, _ in parts))

@@ -119,7 +119,7 @@ class Engine:
         job = self._job(config)
         samples = SampleFolder(folder, config.format, config.num_images)
         samples.begin(job.settings)
-        with explained_torch_errors("--batch_size", min(job.batch_size, config.num_images)):
+        with explained_torch_errors("--batch_size", job.batch_size):
             kept = _draw_into(samples, job, stages, report)
         archive = shutil.make_archive(str(folder), "zip", folder)
         grid = (folder / GRID).replace(folder.with_suffix(".png"))

@@ -62,7 +62,7 @@ def sample(config: SampleConfig) -> Path:
     folder = Path(config.output_dir) if config.output_dir else broadcast_from_first(lambda: default_folder(job), accelerator)
     if accelerator.is_main_process:
         require_sample_folder(folder)
-    with explained_torch_errors("--batch_size", min(job.batch_size, config.num_images)):
+    with explained_torch_errors("--batch_size", job.batch_size):
         _draw_into(SampleFolder(folder, config.format, config.num_images), job, accelerator)
     return folder
 

@@ -51,9 +51,9 @@ def to_bytes(images: Tensor) -> Tensor:
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def batch_size_of(asked: int | None, height: int, width: int) -> int:
-    """Images that are drawn at a time: as many as the command asks for, or else at most 64, with the pixels of 64 of 256x256 at most."""
-    return asked or max(1, min(MAX_BATCH, MAX_BATCH_PIXELS // (height * width)))
+def batch_size_of(asked: int | None, count: int, height: int, width: int) -> int:
+    """Of `count` images those that are drawn at a time: as many as are asked for, or else 64, with the pixels of 64 of 256x256 at most."""
+    return min(asked or max(1, min(MAX_BATCH, MAX_BATCH_PIXELS // (height * width))), count)
 
 
 def batches(count: int, batch_size: int) -> list[range]:
@@ -131,7 +131,7 @@ class Job(ABC):
     @property
     def batch_size(self) -> int:
         """Images that are drawn at a time."""
-        return batch_size_of(self.config.batch_size, *self.size)
+        return batch_size_of(self.config.batch_size, self.config.num_images, *self.size)
 
     @property
     def network_evaluations(self) -> int:
