@@ -337,16 +337,29 @@ def against_constant(found: Records) -> str:
 
 
 def chance(found: Records) -> str:
-    """How many of the comparisons that the plan decides are results, and how many would be if no weight made a difference."""
+    """How many of the comparisons that the plan decides are results, and how many would be if no weight made a difference.
+
+    Two weights that are one by another name, as p2 and sigmoid are with their defaults, count once.
+    """
     place = max(rows_at(next(iter(found.values()))[0], "training"))
-    several = [(group, variant) for (group, variant), records in found.items() if variant != "constant" and len(records) >= 3]
-    decided = [difference(found, group, variant, place, figure)[1] for group, variant in several for figure in FIGURES]
+    ends: dict[tuple[str, str], set[tuple[float, ...]]] = {}  # by group and variant: seed and figures of each record
+    twice = ""
+    for (group, variant), records in found.items():
+        if variant == "constant" or len(records) < 3:
+            continue
+        figures = {(record["seed"], *(of(rows_at(record, "training")[place]) for of in FIGURES.values())) for record in records}
+        same = [other for (of_group, other), earlier in ends.items() if of_group == group and figures <= earlier]
+        if same:
+            twice += f" ({variant} has the figures of {same[0]} and is not counted)"
+        else:
+            ends[group, variant] = figures
+    decided = [difference(found, *compared, place, figure)[1] for compared in ends for figure in FIGURES]
     if not decided:
         return "Of fewer than three seeds the plan decides nothing."
     return (
-        f"At the end, {sum(decided)} of {len(decided)} comparisons are results by the plan's rule; if no weight made a difference, "
-        f"{0.05 * len(decided):.1f} would be. With three or four seeds an interval without 0 implies one sign in all of them: "
-        f"that part of the rule then keeps nothing out."
+        f"At the end, {sum(decided)} of {len(decided)} comparisons are results by the plan's rule{twice}; if no weight made a "
+        f"difference, {0.05 * len(decided):.1f} would be. Only with five or more seeds does one sign in all of them ask for more than "
+        "an interval without 0."
     )
 
 

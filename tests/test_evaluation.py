@@ -846,11 +846,11 @@ def test_the_trainings_of_the_claim_are_those_that_a_command_can_begin(claim, da
 
 
 def test_units_of_the_claim_are_merged_by_their_files(claim, tmp_path):
-    """Planted figures: debiased is 2 nearer than constant, and a seed is missing; min_snr is in four seeds, and in one 0.1 farther."""
+    """Planted figures: debiased is 2 nearer than constant, without a seed; min_snr is in four seeds, in one 0.1 farther; p2 is min_snr."""
     plan = claim.PLANS["emoji"]
     assert len({unit.name for unit in plan.units}) == len(plan.units) == 46
     (tmp_path / "units").mkdir()
-    apart = {"constant": [0.0] * 5, "debiased": [-2.0] * 4, "min_snr": [-2.0, -2.0, 0.1, -2.0, -2.0]}
+    apart = {"constant": [0.0] * 5, "debiased": [-2.0] * 4, "min_snr": [-2.0, -2.0, 0.1, -2.0, -2.0], "p2": [-2.0, -2.0, 0.1]}
     for unit in plan.units:
         if unit.group != "shift 16" or unit.seed >= len(apart.get(unit.variant, ())):
             continue
@@ -875,14 +875,17 @@ def test_units_of_the_claim_are_merged_by_their_files(claim, tmp_path):
         claim.figures_of(unit, tmp_path).write_text(json.dumps(about | {"rows": rows}))
     said = claim.report("emoji", tmp_path, False)
     assert said == (tmp_path / "claim-emoji.md").read_text() and (tmp_path / "claim-emoji.png").exists()
-    assert said.startswith("14 of 46 units, on A, torch 2; 3 seconds") and "emoji-shift16-debiased-seed4" in said.splitlines()[0]
+    assert said.startswith("17 of 46 units, on A, torch 2; 3 seconds") and "emoji-shift16-debiased-seed4" in said.splitlines()[0]
     assert "Two halves of the data are at a distance of 2.1." in said.splitlines()[0]
     # The plan decides at the end, and calls nothing a result that has not one sign in all seeds, whatever its interval.
     assert "| shift 16 | debiased | distance | -2.00 (-2.00 to -2.00), 4 seeds |" in said
     assert said.count("**-2.00 (-2.00 to -2.00), 4 seeds** |\n") == said.count("**") / 2 == 1
     assert "-1.58 (-2.75 to -0.41), 5 seeds |\n" in said
     assert "| shift 16 | constant | 5 | 12.0 (10.0 to 14.0), bias 2.0 |" in said
-    assert "At the end, 1 of 8 comparisons are results by the plan's rule; if no weight made a difference, 0.4 would be." in said
+    decided = (
+        "At the end, 1 of 8 comparisons are results by the plan's rule (p2 has the figures of min_snr and is not counted); if no weight "
+    )
+    assert decided + "made a difference, 0.4 would be." in said
     for path in (tmp_path / "units").glob("*-seed[234].json"):
         path.unlink()
     assert "Of fewer than three seeds the plan decides nothing." in claim.report("emoji", tmp_path, False)
