@@ -202,10 +202,10 @@ def clip_model(folder):
 
 
 def text_model(folder):
-    """A stand-in for Stable Diffusion XL: its classes, and hardly any weights."""
+    """A stand-in for Stable Diffusion XL: its classes, its layers per block, which kohya's names go by, and hardly any weights."""
     import text_models
 
-    text_models.make_base(folder)
+    text_models.make_base(folder, layers_per_block=2)
 
 
 RUN = ["--max_steps", "4", "--batch_size", "4", "--num_threads", "1"]

@@ -88,14 +88,14 @@ def in_fp16_alone(model, folder):
 # ---- trainings -------------------------------------------------------------------------------------------------------
 
 
-def make_base(folder, xl=True, seed=0, **scheduler):
+def make_base(folder, xl=True, seed=0, layers_per_block=1, **scheduler):
     """A base model whose smaller UNet has random weights; `scheduler` changes the configuration of its scheduler.
 
     Another seed than 0 is also another VAE.
     """
     from safetensors.torch import load_file, save_file
 
-    small = {"block_out_channels": [8, 16], "norm_num_groups": 4, "attention_head_dim": [1, 2]}
+    small = {"block_out_channels": [8, 16], "norm_num_groups": 4, "attention_head_dim": [1, 2], "layers_per_block": layers_per_block}
     if xl:
         save_xl(folder, seed=seed, **small)
     else:
