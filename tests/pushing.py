@@ -36,6 +36,9 @@ def _in_environment(variables, limits):
             importlib.reload(sys.modules[name])
     if "huggingface_hub.hf_api" in sys.modules:
         sys.modules["huggingface_hub.hf_api"].api.endpoint = sys.modules["huggingface_hub.constants"].ENDPOINT
+    for name in ("diffusers.loaders.lora_base", "diffusers.utils.hub_utils"):  # which have copies of their own
+        if name in sys.modules:
+            sys.modules[name].HF_HUB_OFFLINE = sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE
     from debias_diffusers.hub import client
 
     vars(client).update(limits)
