@@ -71,13 +71,17 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / CHECKPOINTS
 
+    def remove_temporary_files(self) -> None:
+        """Removes what a killed process left half written or half removed."""
+        for folder in (self.folder, *(path for path in self.folder.iterdir() if path.is_dir())):
+            remove_temporary_files(folder)
+
     def begin(self, config: TrainConfig, changes: Sequence[Change] = ()) -> None:
         """Prepares the directory for training: writes config.json, removes temporary files and the metrics of later steps.
 
         With the changes in it, a start that is killed before its first checkpoint has still changed the run.
         """
-        for folder in (self.folder, *(path for path in self.folder.iterdir() if path.is_dir())):
-            remove_temporary_files(folder)
+        self.remove_temporary_files()
         write_file(self.folder / CONFIG, to_json(config, changes).encode())
         step = self.resume.step if self.resume else 0
         self.metrics.begin_after(step, goes_on=step < config.optimization.max_steps)

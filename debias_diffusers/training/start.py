@@ -192,6 +192,7 @@ def _train_in(
     to = dataclasses.replace(config.hub, hub_model_id=client.preflight(config.hub)) if run and config.hub.push_to_hub else None
     optim = config.optimization  # whose max_steps says nothing beside num_epochs
     if run and run.resume and not optim.num_epochs and run.resume.step == optim.max_steps and num_processes == 1:
+        run.remove_temporary_files()  # of a kill while the last save removed older checkpoints
         say(f"{run.folder} is finished at step {run.resume.step}; raise --max_steps to go on")
         if to:
             Publisher(run.folder, to, run.resume.step).finish(run.resume.step, stop)

@@ -516,6 +516,16 @@ def test_a_finished_run_is_left_as_it_is(trained):
     assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in trained.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
+def test_what_a_kill_left_in_a_finished_run_is_removed(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    (older, *_, _newest) = checkpoints.list_checkpoints(folder / "checkpoints")
+    ended = 2**22 + 1  # no process has this number
+    older.rename(older.with_name(f"{TEMPORARY_PREFIX}{ended}-0123abcd-{older.name}"))  # as a save does before it removes it
+    code, _, err = Forked(*train_args(folder)).result()
+    assert code == 0 and "is finished at step 24" in err and not list(folder.rglob(".draft*"))
+
+
 NUMBERS = "other numbers of processes, workers or micro-batches: the same samples, losses to 1e-5"
 
 
