@@ -221,12 +221,8 @@ def folder_name(config: SampleConfig, start: str, fields: Sequence[str], neutral
     fields = ["weights", "timesteps", "sections", *fields, *(["num_images"] if config.format == "npz" else [])]
     values = {name: getattr(config, name) for name in fields if getattr(config, name) != getattr(neutral, name)}
     texts = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
-    return short_name("-".join([start, *(f"{name}-{text}" for name, text in texts.items())]))
-
-
-def short_name(name: str, longest: int = LONGEST_NAME) -> str:
-    """A name of at most so many characters: of a longer one a hash is the end."""
-    return name if len(name) <= longest else f"{name[: longest - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    name = "-".join([start, *(f"{name}-{text}" for name, text in texts.items())])
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------

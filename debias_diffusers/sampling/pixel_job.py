@@ -160,19 +160,18 @@ def trained_labels(pipeline: PixelPipeline) -> list[int]:
     return nonempty_classes(pipeline.class_counts or ()) or list(range(pipeline.num_classes))
 
 
-def open_model(model: str, weights: str = "ema", allow_pickle: bool = False, step: int | None = None) -> PixelPipeline:
+def open_model(model: str, weights: str = "ema", allow_pickle: bool = False) -> PixelPipeline:
     """Loads a model with the wanted weights, from a run, a pipeline folder or a Hub id.
 
     Args:
         model: path or Hub id.
         weights: "ema", "raw", or an EMA rate; for a model that is not a run directory, a rate names a variant of its weights.
         allow_pickle: as in `load_pipeline`.
-        step: load the run's checkpoint at this step; if None, the exported weights or the newest checkpoint.
 
     Raises:
         InputError, HubError: as `load_pipeline`; or the model does not have these weights.
     """
-    pipeline: PixelPipeline = open_weights(_loader(model, allow_pickle), model, weights, step)[0]
+    pipeline: PixelPipeline = open_weights(_loader(model, allow_pickle), model, weights, step=None)[0]
     return pipeline
 
 
