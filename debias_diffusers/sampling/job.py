@@ -187,21 +187,20 @@ def _timesteps(config: SampleConfig, T: int) -> list[int] | None:
     return strided_timesteps(T, config.steps or DEFAULT_STEPS) if config.spacing == "stride" else None
 
 
-def settings_of(config: SampleConfig, own: Mapping[str, Any], fields: Sequence[str], fingerprint: str, step: int | None) -> dict[str, Any]:
+def settings_of(config: SampleConfig, own: Mapping[str, Any], fields: Sequence[str], loaded: LoadedModel) -> dict[str, Any]:
     """What `.sampling.json` says of a command: on this, image k depends.
 
     Args:
         config: the command.
         own: what the kind of model adds.
         fields: of the command.
-        fingerprint: of weights and scheduler of the model.
-        step: of the weights; None if unknown.
+        loaded: the model.
     """
     settings = {
         **own,
         **{field: getattr(config, field) for field in fields},
-        "model_sha256": fingerprint,
-        "model_step": step,  # this and the next are for the user: the hash is compared
+        "model_sha256": loaded.fingerprint,
+        "model_step": loaded.step,  # this and the next are for the user: the hash is compared
         "weights": config.weights,
     }
     if hub_names.is_model_id(config.model):

@@ -131,7 +131,7 @@ def make_pixel_job(config: SampleConfig, device: Any, step: int | None = None, l
     pipeline.scheduler = solver.scheduler
     asked = config.class_labels
     config = replace(config, class_labels=_class_labels(config, pipeline))
-    settings = settings_of(config, solver.settings(), _SETTINGS, loaded.fingerprint, loaded.step)
+    settings = settings_of(config, solver.settings(), _SETTINGS, loaded)
     options = {field: getattr(config, field) for field in _OPTIONS}
     options |= {"num_inference_steps": solver.steps, "timesteps": solver.timesteps}
     name = folder_name(config, f"{solver.name}-{solver.steps}", _SETTINGS, SampleConfig(model="", guidance_scale=1.0))
