@@ -76,7 +76,7 @@ def decode(data: bytes, where: str, least: tuple[int, int] | None = None) -> Ima
     Raises:
         InputError: names `where`; not an image, damaged, of 32-bit values without a known range, or of more than `MAX_PIXELS`.
     """
-    with _told(where):
+    with _explained_errors(where):
         data, found = image_metadata.strip_metadata(data)
         with Image.open(io.BytesIO(data), formats=_READ) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -98,7 +98,7 @@ def extension_of(data: bytes, where: str) -> str:
     Raises:
         InputError: names `where`; it has none of the `FORMATS`.
     """
-    with _told(where), Image.open(io.BytesIO(data), formats=_READ) as image:
+    with _explained_errors(where), Image.open(io.BytesIO(data), formats=_READ) as image:
         kind = str(image.format)
         return {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}.get(kind, kind.lower())
 
@@ -109,7 +109,7 @@ def size_of(data: bytes, where: str) -> tuple[int, int]:
     Raises:
         InputError: names `where`; the file cannot be read.
     """
-    with _told(where):
+    with _explained_errors(where):
         data, found = image_metadata.strip_metadata(data)
         with Image.open(io.BytesIO(data), formats=_READ) as image:
             width, height = image.size
@@ -118,7 +118,7 @@ def size_of(data: bytes, where: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
+def _explained_errors(where: str) -> Iterator[None]:
     """Errors of reading an image as an InputError that names it."""
     try:
         yield
