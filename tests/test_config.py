@@ -172,7 +172,7 @@ def test_an_output_that_is_no_file_is_refused_before_the_work():
 def test_compare_draws_intervals_unless_they_are_off(monkeypatch, flags, bootstrap):
     seen = []
     monkeypatch.setattr(evaluate, "_scored", seen.append)
-    evaluate._compare(["x", *flags])
+    evaluate._compare(["x", *flags], "eval.py compare")
     assert seen[0].bootstrap == bootstrap
 
 

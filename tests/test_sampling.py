@@ -34,9 +34,10 @@ from debias_diffusers.errors import CannotWriteError, InputError, NotFiniteError
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
 from debias_diffusers.pipelines.solvers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
 from debias_diffusers.sampling import generate, image_writer
-from debias_diffusers.sampling.generate import draw, sample
+from debias_diffusers.sampling.generate import sample
 from debias_diffusers.sampling.image_writer import ImageWriter, SampleFolder
 from debias_diffusers.sampling.job import batch_size_of
+from debias_diffusers.sampling.pixel_job import draw
 from debias_diffusers.tasks.unet import build_unet
 from debias_diffusers.utils.files import acquire_lock
 

@@ -16,7 +16,7 @@ from ..config.schema.objective import ObjectiveConfig
 from ..config.schema.types import PredictionType
 from ..diffusion.loss import weight_table
 from ..diffusion.noise_schedule import Schedule, predicted_x_0, prediction_type_of, schedule_of_scheduler
-from ..diffusion.timestep_samplers import final_timestep_sampler
+from ..diffusion.timestep_samplers import objective_density
 from ..utils import seeding
 
 NORMAL_95 = 1.96  # standard errors on either side of a mean that an interval of 95% has
@@ -159,8 +159,7 @@ def weights_of_timesteps(objective: ObjectiveConfig, schedule: Schedule, predict
     """
     if objective.weighting == "variational" or objective.weighting not in WEIGHTINGS or objective.learned_uncertainty:
         return None
-    sampler = final_timestep_sampler(objective, schedule)
-    return weight_table(objective, schedule, prediction_type) * sampler.probabilities * sampler.corrections
+    return weight_table(objective, schedule, prediction_type) * objective_density(objective, schedule)
 
 
 def shares(timesteps: Sequence[int], values: Tensor, weights: Tensor) -> Tensor:

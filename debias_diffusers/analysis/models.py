@@ -21,8 +21,9 @@ from ..hub.model_card import step_of_card
 from ..pipelines.solvers import make_scheduler
 from ..runs.model_folder import bias_model_problems, is_lora, task_of
 from ..runs.run_directory import run_values
-from ..sampling.generate import fingerprint, open_model, pinned_model
+from ..sampling.generate import pinned_model
 from ..sampling.job import LoadedModel
+from ..sampling.pixel_job import fingerprint, open_model
 from ..sampling.text_job import TextJob, load_text_to_image
 from .denoising import Denoiser
 from .run_files import labels_of

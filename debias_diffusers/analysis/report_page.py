@@ -228,10 +228,9 @@ class ReportPage:
         scrolled = f'<div class="table" role="region" tabindex="0" aria-label="{title}">{table}</div>'
         self._add(f"<details><summary>{title}</summary>{scrolled}</details>" if folded else scrolled)
 
-    def preformatted(self, text: str, caption: str = "") -> None:
-        """Adds text with its own line breaks; with a caption it is folded."""
-        made = f"<pre>{html.escape(text)}</pre>"
-        self._add(f"<details><summary>{html.escape(caption)}</summary>{made}</details>" if caption else made)
+    def preformatted(self, text: str, caption: str) -> None:
+        """Adds text with its own line breaks, folded under its caption."""
+        self._add(f"<details><summary>{html.escape(caption)}</summary><pre>{html.escape(text)}</pre></details>")
 
     def legend(self, entries: Iterable[tuple[str, str]]) -> None:
         """Adds a legend of (swatch of `charts`, label)."""

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import InputError
 from ..runs import checkpoints
 from ..runs.metrics_file import METRICS_FILE, step_of_line
-from ..runs.run_directory import CHECKPOINTS, SAMPLES, recorded_changes, run_values
+from ..runs.run_directory import CHECKPOINTS, SAMPLES, no_run, recorded_changes, run_values
 from ..utils.files import is_held_here, read_file, read_json
 
 GRID = re.compile(r"step-([0-9]{8,})\.png")
@@ -77,12 +77,7 @@ def is_number(value: object) -> bool:
 
 def run_problems(runs: Sequence[str]) -> list[str]:
     """Names that are no run directories."""
-    found = []
-    for run in runs:
-        if run_values(run) is None:
-            wrong = "is no run directory (it has no config.json of a training)" if os.path.exists(run) else "does not exist"
-            found.append(f"run {run!r} {wrong}; name the --output_dir of a training that began")
-    return found
+    return [no_run("run", run) for run in runs if run_values(run) is None]
 
 
 def read_runs(runs: Sequence[str]) -> list[RunFiles]:

@@ -130,8 +130,12 @@ def _duration(run: RunFiles) -> str | None:
 
 def _recent(points: Points) -> str | None:
     """The mean of the last tenth."""
-    recent = [value for _, value in points[-max(1, len(points) // LAST) :]]
-    return f"{statistics.fmean(recent):.4g}" if recent else None
+    return f"{statistics.fmean(_latest(points)):.4g}" if points else None
+
+
+def _latest(points: Points) -> list[float]:
+    """The values of the last tenth."""
+    return [value for _, value in points[-max(1, len(points) // LAST) :]]
 
 
 def _last(points: Points) -> str | None:
@@ -301,8 +305,8 @@ def _add_timesteps(page: ReportPage, runs: Sequence[RunFiles]) -> None:
 
 def _profile(parts: Sequence[Points]) -> Curve:
     """The mean of the last tenth of the values of each part, at its middle."""
-    recent = {k: [value for _, value in points[-max(1, len(points) // LAST) :]] for k, points in enumerate(parts) if points}
-    return Curve([(k + 0.5) / len(parts) for k in recent], [statistics.fmean(values) for values in recent.values()])
+    recent = {k: statistics.fmean(_latest(points)) for k, points in enumerate(parts) if points}
+    return Curve([(k + 0.5) / len(parts) for k in recent], [*recent.values()])
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------

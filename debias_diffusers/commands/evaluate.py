@@ -43,7 +43,7 @@ def _score(argv: list[str], program: str) -> None:
     _scored(parsing.parse(ScoreConfig, argv, program))
 
 
-def _compare(argv: list[str], program: str = "eval.py compare") -> None:
+def _compare(argv: list[str], program: str) -> None:
     summary = "Score runs side by side, with confidence intervals (--bootstrap 200 if left out)."
     given = parsing.parse(ScoreConfig, argv, program, summary)
     _scored(dataclasses.replace(given, bootstrap=200 if given.bootstrap is None else given.bootstrap))

@@ -16,7 +16,7 @@ from ..config.schema.training import TrainConfig
 from ..config.validation.objective import named_problems
 from ..config.validation.yielding import yielded
 from ..errors import InputError, raise_all
-from ..runs.run_directory import kept_values, run_values, shown_values
+from ..runs.run_directory import kept_values, no_run, run_values, shown_values
 from ..utils import launcher
 from ..utils.console import say
 from .base import HELP_FLAGS
@@ -101,7 +101,8 @@ def train_command(argv: list[str], launcher_precision: str | None, program: str 
     config = parsing.parse(TrainConfig, flags, program, _train_help(file) if asks_help else "", defaults)
     raise_all(named_problems(config.objective, typed))
     config, notes = yielded(config, defaults, typed, lambda each: configuration.resolved(each, launcher_precision))
-    _say_first(notes)
+    for note in notes if launcher.is_first_process() else ():
+        say(note)
     return configuration.resolved(config, launcher_precision), chosen
 
 
@@ -120,13 +121,6 @@ def _replaced(defaults: TrainConfig, typed: set[str]) -> TrainConfig:
     return defaults
 
 
-def _say_first(sentences: list[str]) -> None:
-    """Prints sentences in the first process only."""
-    if sentences and launcher.is_first_process():
-        for sentence in sentences:
-            say(sentence)
-
-
 def _values_of_run(run: str, typed: set[str]) -> dict[str, Any]:
     """What `--resume RUN` stands for.
 
@@ -137,8 +131,7 @@ def _values_of_run(run: str, typed: set[str]) -> dict[str, Any]:
         raise InputError(f"--resume takes configuration and directory of the run {run}; leave out --{' --'.join(twice)}")
     values = run_values(run)
     if values is None:
-        wrong = f"is no run directory (it has no {configuration.CONFIG} of a training)" if os.path.exists(run) else "does not exist"
-        raise InputError(f"resume {run!r} {wrong}; name the --output_dir of a training that began")
+        raise InputError(no_run("resume", run))
     return values | {"output_dir": run}
 
 

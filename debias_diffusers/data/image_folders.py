@@ -141,8 +141,7 @@ def classes_of(found: Listing, split: str) -> dict[str, str]:
     Raises:
         InputError: there are no class folders, and an image has no "_" in its name.
     """
-    start = len(split) + 1 if split else 0
-    inner = {name: name[start:] for name in found.images}
+    inner = {name: name.removeprefix(f"{split}/") for name in found.images}
     if any("/" in rest for rest in inner.values()):
         return {name: rest.split("/")[0] for name, rest in inner.items() if "/" in rest}
     for name, rest in inner.items():
@@ -156,8 +155,8 @@ def classes_of(found: Listing, split: str) -> dict[str, str]:
 
 def class_folders(found: Listing, split: str) -> list[str]:
     """Names of the first-level folders of a split, with or without images."""
-    start = len(split) + 1 if split else 0
-    return [name[start:] for name in found.folders if len(name) > start and "/" not in name[start:]]
+    inner = (name.removeprefix(f"{split}/") for name in found.folders)
+    return [name for name in inner if "/" not in name]
 
 
 def read_metadata(

@@ -19,6 +19,7 @@ from ..errors import InputError, reason
 from . import image_metadata
 
 SOFTWARE = "debias_diffusers"  # the Software tag of pictures that this package writes
+TILE = 48  # pixels a side of the smallest images in grids
 FONT_SIZE = 14  # pixels, of names in grids
 TEXT_SIZE, LINE, TEXT_WIDTH, TEXT_LINES = 12, 15, 120, 6  # of texts beside or under images: pixels, but for the lines at most
 SMALLEST, LARGEST, MARGIN = 64, 256, 6  # pixels a side of images with texts
@@ -75,7 +76,7 @@ def decode(data: bytes, where: str, least: tuple[int, int] | None = None) -> Ima
     Raises:
         InputError: names `where`; not an image, damaged, of 32-bit values without a known range, or of more than `MAX_PIXELS`.
     """
-    with _told(where):
+    with _explained_errors(where):
         data, found = image_metadata.strip_metadata(data)
         with Image.open(io.BytesIO(data), formats=_READ) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -97,7 +98,7 @@ def extension_of(data: bytes, where: str) -> str:
     Raises:
         InputError: names `where`; it has none of the `FORMATS`.
     """
-    with _told(where), Image.open(io.BytesIO(data), formats=_READ) as image:
+    with _explained_errors(where), Image.open(io.BytesIO(data), formats=_READ) as image:
         kind = str(image.format)
         return {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}.get(kind, kind.lower())
 
@@ -108,7 +109,7 @@ def size_of(data: bytes, where: str) -> tuple[int, int]:
     Raises:
         InputError: names `where`; the file cannot be read.
     """
-    with _told(where):
+    with _explained_errors(where):
         data, found = image_metadata.strip_metadata(data)
         with Image.open(io.BytesIO(data), formats=_READ) as image:
             width, height = image.size
@@ -117,7 +118,7 @@ def size_of(data: bytes, where: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
+def _explained_errors(where: str) -> Iterator[None]:
     """Errors of reading an image as an InputError that names it."""
     try:
         yield
@@ -237,20 +238,20 @@ def from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
 
 
-def grid(images: Sequence[Image.Image], smallest: int = 48, columns: int | None = None) -> Image.Image:
-    """A grid of images of one size, nearly square without `columns`. Images below `smallest` pixels are enlarged without smoothing."""
+def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """A grid of images of one size, nearly square without `columns`. Images below `TILE` pixels are enlarged without smoothing."""
     columns = columns or math.ceil(math.sqrt(len(images)))
-    return _sheet([images[first : first + columns] for first in range(0, len(images), columns)], [], smallest)
+    return _sheet([images[first : first + columns] for first in range(0, len(images), columns)], [])
 
 
-def named_grid(names: Sequence[str], rows: Sequence[Sequence[Image.Image]], smallest: int = 48) -> Image.Image:
+def named_grid(names: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     """A grid with a name beside each row of images; rows may have different lengths. Otherwise as `grid`."""
-    return _sheet(rows, names, smallest)
+    return _sheet(rows, names)
 
 
-def _sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str], smallest: int) -> Image.Image:
+def _sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str]) -> Image.Image:
     width, height = rows[0][0].size
-    scale = max(1, math.ceil(smallest / min(width, height)))
+    scale = max(1, math.ceil(TILE / min(width, height)))
     margin = max(2, scale)
     cell_w, cell_h = scale * width + margin, scale * height + margin
     font = ImageFont.load_default(min(FONT_SIZE, scale * height))

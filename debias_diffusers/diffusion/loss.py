@@ -15,7 +15,7 @@ from ..config.schema.types import PredictionType
 from ..config.validation.objective import unknown_weighting, variance_problems
 from ..errors import InputError, raise_all
 from .noise_schedule import Schedule, at, make_schedule
-from .timestep_samplers import final_timestep_sampler
+from .timestep_samplers import objective_density
 from .uncertainty import Uncertainty
 from .variational_bound import VariationalBound
 from .weighting import weight
@@ -129,9 +129,7 @@ def weight_table(config: ObjectiveConfig, schedule: Schedule, prediction_type: P
         # There an error of x_0 and one of v, or of u, are of the same size: one floor for all three.
         weights[-1] = weights[-1].clamp(min=config.terminal_weight_floor)
     if config.normalize_weights:
-        sampler = final_timestep_sampler(config, schedule)
-        density = sampler.probabilities * sampler.corrections  # of the timesteps in the objective
-        weights = weights / (density * weights).sum()
+        weights = weights / (objective_density(config, schedule) * weights).sum()
     return weights
 
 

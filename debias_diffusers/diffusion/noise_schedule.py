@@ -274,15 +274,15 @@ def schedule_of_scheduler(scheduler: Any) -> Schedule:
     if not hasattr(scheduler, "alphas_cumprod"):
         name = type(scheduler).__name__
         raise InputError(f"{name} has no alphas_cumprod; take a scheduler with a discrete noise schedule, such as DDPMScheduler")
-    # Its own float32 betas are exact enough (1e-5) for schedules that have no formula here.
-    betas = scheduler.betas.double().cpu()
-    defined = config.get("trained_betas") is not None or config.get("beta_schedule") in (*_BETAS, "squaredcos_cap_v2")
+    defined = True
     if config.get("trained_betas") is not None:
         betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
     elif config.get("beta_schedule") in _BETAS:
         betas = _BETAS[config.beta_schedule](config.beta_start, config.beta_end, config.num_train_timesteps)
     elif config.get("beta_schedule") == "squaredcos_cap_v2":
         betas = _cosine(config.num_train_timesteps)
+    else:  # its own float32 betas are exact enough (1e-5) for schedules that have no formula here
+        defined, betas = False, scheduler.betas.double().cpu()
     if betas.ndim != 1 or not len(betas) or not ((betas >= 0) & (betas <= 1)).all():
         raise InputError(
             f"{type(scheduler).__name__} has betas that are no list of numbers from 0 to 1; correct trained_betas, beta_start, beta_end "

@@ -166,12 +166,13 @@ def make_timestep_sampler(config: ObjectiveConfig, schedule: Schedule, batch_siz
     first = _make(config.timestep_sampler, config, schedule, batch_size)
     if config.timestep_sampler_after is None:
         return first
-    return Phases(first, final_timestep_sampler(config, schedule, batch_size), config.timestep_sampler_switch)
+    return Phases(first, _make(config.timestep_sampler_after, config, schedule, batch_size), config.timestep_sampler_switch)
 
 
-def final_timestep_sampler(config: ObjectiveConfig, schedule: Schedule, batch_size: int = 1) -> TimestepSampler:
-    """The sampler of the last steps of a run, by whose density its objective is measured; arguments as of `make_timestep_sampler`."""
-    return _make(config.timestep_sampler_after or config.timestep_sampler, config, schedule, batch_size)
+def objective_density(config: ObjectiveConfig, schedule: Schedule) -> Tensor:
+    """(T,) float64 density of the timesteps in the objective: how often each is drawn in the last steps of a run, with its correction."""
+    sampler = _make(config.timestep_sampler_after or config.timestep_sampler, config, schedule, batch_size=1)
+    return sampler.probabilities * sampler.corrections
 
 
 def _make(name: str, config: ObjectiveConfig, schedule: Schedule, batch_size: int) -> TimestepSampler:

@@ -144,11 +144,7 @@ REPEATED_FUNCTIONS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
     # sd-scripts bound the SNR at 1000. On v this is the uniform error of x_0.
     "debiased_kohya": {"epsilon": lambda snr: snr.clamp(max=1000).rsqrt(), "v_prediction": lambda snr: 1 / (snr.clamp(max=1000) + 1)},
 }
-assert {*WEIGHTING_FUNCTIONS, *REPEATED_FUNCTIONS, "variational"} == WEIGHTINGS.keys(), {
-    *WEIGHTING_FUNCTIONS,
-    *REPEATED_FUNCTIONS,
-    "variational",
-} ^ WEIGHTINGS.keys()
+assert not (apart := {*WEIGHTING_FUNCTIONS, *REPEATED_FUNCTIONS, "variational"} ^ WEIGHTINGS.keys()), apart
 
 
 def register_weighting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

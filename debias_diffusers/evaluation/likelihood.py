@@ -19,8 +19,9 @@ from ..diffusion.ode_likelihood import log_density, negative_log_likelihood
 from ..diffusion.variational_bound import BITS, VariationalBound
 from ..errors import InputError
 from ..pipelines.pixel_pipeline import PixelPipeline
-from ..sampling.generate import fingerprint, open_model, pinned_model, require_same_weights
+from ..sampling.generate import pinned_model, require_same_weights
 from ..sampling.job import batch_size_of
+from ..sampling.pixel_job import fingerprint, open_model
 from ..utils import seeding
 from ..utils.console import say
 from ..utils.distributed import gather_from_all, inference_accelerator, told_by_the_first

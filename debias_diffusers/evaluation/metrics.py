@@ -284,14 +284,13 @@ def redrawn(target: Sample, reference: Sample, layers: Mapping[str, str], seed: 
     return figures(again, reference, layers, seed, KID_SUBSETS_REDRAWN)
 
 
-def intervals(found: Mapping[str, float], rows: Sequence[Mapping[str, float]], level: float = 0.95) -> dict[str, tuple[float, float]]:
-    """Confidence intervals of figures at a level, from those of bootstrap samples.
+def intervals(found: Mapping[str, float], rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
+    """95% confidence intervals of figures, from those of bootstrap samples.
 
     They cover the randomness of the images, not that of the training. Frechet distances of bootstrap samples are too large, as images
     repeat, so the interval is centred on the figure itself.
     """
-    low, high = (1 - level) / 2, (1 + level) / 2
-    ends = {name: np.quantile([row[name] for row in rows], (low, 0.5, high)) for name in found}
+    ends = {name: np.quantile([row[name] for row in rows], (0.025, 0.5, 0.975)) for name in found}
     return {name: (value - ends[name][1] + ends[name][0], value - ends[name][1] + ends[name][2]) for name, value in found.items()}
 
 

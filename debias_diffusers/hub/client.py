@@ -295,11 +295,6 @@ def _without_weights(folder: Path) -> list[str]:
     return [part + parts[part] for part in lacking]
 
 
-def download_lora(name: str, file: str) -> Path:
-    """A folder with a LoRA of a repository: its configuration files, and a file of weights, if there; raises as `pinned`."""
-    return download_files(name, ["*.json", file])
-
-
 def configurations(model: str, *more: str) -> Path:
     """A folder with the configuration files of a model: its own, or what is downloaded of a Hub id; raises as `pinned`.
 

@@ -212,19 +212,12 @@ def _use(num_classes: int, objective: ObjectiveConfig, classes: Mapping[str, int
     """Python code that draws an image with the exported scheduler."""
     T = objective.num_train_timesteps
     steps = f"num_inference_steps={min(50, T) if is_straight(objective) else T}"
-    if not num_classes and needs_own_scheduler(objective):
-        return (
-            f"from debias_diffusers import PixelPipeline\n\npipeline = PixelPipeline.from_pretrained({PLACEHOLDER})\n"
-            f"image = pipeline({steps}).images[0]"
-        )
-    if num_classes:
-        return (
-            "from debias_diffusers import PixelPipeline\n\n"
-            f"pipeline = PixelPipeline.from_pretrained({PLACEHOLDER})\n"
-            f"image = pipeline(class_labels=[{_some_class(classes or {})}], {steps}).images[0]  # labels 0 to {num_classes - 1}"
-        )
+    own = num_classes or needs_own_scheduler(objective)
+    package, kind = ("debias_diffusers", "PixelPipeline") if own else ("diffusers", "DDPMPipeline")
+    labels, note = (f"class_labels=[{_some_class(classes or {})}], ", f"  # labels 0 to {num_classes - 1}") if num_classes else ("", "")
     return (
-        f"from diffusers import DDPMPipeline\n\npipeline = DDPMPipeline.from_pretrained({PLACEHOLDER})\nimage = pipeline({steps}).images[0]"
+        f"from {package} import {kind}\n\npipeline = {kind}.from_pretrained({PLACEHOLDER})\n"
+        f"image = pipeline({labels}{steps}).images[0]{note}"
     )
 
 

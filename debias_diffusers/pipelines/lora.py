@@ -54,7 +54,7 @@ def load_text_model(model: str, variant: str | None = None, base_model: str | No
     if not is_lora(client.configurations(model)):
         return load_text_pipeline(model, variant)
     name = f"{Path(LORA_WEIGHTS).stem}.{variant}.safetensors" if variant else LORA_WEIGHTS
-    folder = client.download_lora(model, name) if is_model_id(model) else Path(model)
+    folder = client.configurations(model, name)
     if not (folder / name).is_file():
         raise InputError(f"model {model} has no {name}; " + ("take --weights ema" if variant else "train it, or name another"))
     base, vae = base_of_lora(folder, model, base_model), vae_of_lora(folder, model)
@@ -100,7 +100,7 @@ def lora_file(field: str, name: str) -> Path:
     if not is_model_id(name):
         path = Path(name).expanduser()
         return path / LORA_WEIGHTS if path.is_dir() else path
-    path = client.download_lora(name, LORA_WEIGHTS) / LORA_WEIGHTS
+    path = client.configurations(name, LORA_WEIGHTS) / LORA_WEIGHTS
     if not path.is_file():
         raise InputError(f"{field} {name} has no {LORA_WEIGHTS}; download its .safetensors file, and name that")
     return path

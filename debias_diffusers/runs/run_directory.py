@@ -111,6 +111,12 @@ def run_values(folder: str | Path) -> dict[str, Any] | None:
     return {name: value for name, value in values.items() if name not in NOT_STORED}
 
 
+def no_run(field: str, run: str) -> str:
+    """What is wrong with a name of which `run_values` has nothing."""
+    wrong = f"is no run directory (it has no {CONFIG} of a training)" if os.path.exists(run) else "does not exist"
+    return f"{field} {run!r} {wrong}; name the --output_dir of a training that began"
+
+
 def kept_values(folder: str | None, names: Collection[str]) -> dict[str, Any]:
     """What a run with checkpoints has for these fields, where a command that does not name them continues it."""
     return shown_values(folder, names) if folder and checkpoints.list_checkpoints(Path(folder) / CHECKPOINTS) else {}

@@ -27,10 +27,7 @@ from ..utils.files import acquire_lock, write_file
 from ..utils.torch_errors import explained_torch_errors
 from .image_writer import ImageWriter, SampleFolder, require_sample_folder
 from .job import Job, LoadedModel, batches, image_seeds, to_bytes
-from .pixel_job import draw as draw
-from .pixel_job import fingerprint as fingerprint
 from .pixel_job import load_pixel_model, make_pixel_job
-from .pixel_job import open_model as open_model
 from .text_job import load_text_to_image, make_text_job
 
 TRAJECTORY_IMAGES, TRAJECTORY_STEPS = 6, 10

@@ -187,21 +187,20 @@ def _timesteps(config: SampleConfig, T: int) -> list[int] | None:
     return strided_timesteps(T, config.steps or DEFAULT_STEPS) if config.spacing == "stride" else None
 
 
-def settings_of(config: SampleConfig, own: Mapping[str, Any], fields: Sequence[str], fingerprint: str, step: int | None) -> dict[str, Any]:
+def settings_of(config: SampleConfig, own: Mapping[str, Any], fields: Sequence[str], loaded: LoadedModel) -> dict[str, Any]:
     """What `.sampling.json` says of a command: on this, image k depends.
 
     Args:
         config: the command.
         own: what the kind of model adds.
         fields: of the command.
-        fingerprint: of weights and scheduler of the model.
-        step: of the weights; None if unknown.
+        loaded: the model.
     """
     settings = {
         **own,
         **{field: getattr(config, field) for field in fields},
-        "model_sha256": fingerprint,
-        "model_step": step,  # this and the next are for the user: the hash is compared
+        "model_sha256": loaded.fingerprint,
+        "model_step": loaded.step,  # this and the next are for the user: the hash is compared
         "weights": config.weights,
     }
     if hub_names.is_model_id(config.model):
@@ -221,12 +220,8 @@ def folder_name(config: SampleConfig, start: str, fields: Sequence[str], neutral
     fields = ["weights", "timesteps", "sections", *fields, *(["num_images"] if config.format == "npz" else [])]
     values = {name: getattr(config, name) for name in fields if getattr(config, name) != getattr(neutral, name)}
     texts = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
-    return short_name("-".join([start, *(f"{name}-{text}" for name, text in texts.items())]))
-
-
-def short_name(name: str, longest: int = LONGEST_NAME) -> str:
-    """A name of at most so many characters: of a longer one a hash is the end."""
-    return name if len(name) <= longest else f"{name[: longest - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    name = "-".join([start, *(f"{name}-{text}" for name, text in texts.items())])
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def make_pixel_job(config: SampleConfig, device: Any, step: int | None = None, l
     pipeline.scheduler = solver.scheduler
     asked = config.class_labels
     config = replace(config, class_labels=_class_labels(config, pipeline))
-    settings = settings_of(config, solver.settings(), _SETTINGS, loaded.fingerprint, loaded.step)
+    settings = settings_of(config, solver.settings(), _SETTINGS, loaded)
     options = {field: getattr(config, field) for field in _OPTIONS}
     options |= {"num_inference_steps": solver.steps, "timesteps": solver.timesteps}
     name = folder_name(config, f"{solver.name}-{solver.steps}", _SETTINGS, SampleConfig(model="", guidance_scale=1.0))
@@ -160,19 +160,18 @@ def trained_labels(pipeline: PixelPipeline) -> list[int]:
     return nonempty_classes(pipeline.class_counts or ()) or list(range(pipeline.num_classes))
 
 
-def open_model(model: str, weights: str = "ema", allow_pickle: bool = False, step: int | None = None) -> PixelPipeline:
+def open_model(model: str, weights: str = "ema", allow_pickle: bool = False) -> PixelPipeline:
     """Loads a model with the wanted weights, from a run, a pipeline folder or a Hub id.
 
     Args:
         model: path or Hub id.
         weights: "ema", "raw", or an EMA rate; for a model that is not a run directory, a rate names a variant of its weights.
         allow_pickle: as in `load_pipeline`.
-        step: load the run's checkpoint at this step; if None, the exported weights or the newest checkpoint.
 
     Raises:
         InputError, HubError: as `load_pipeline`; or the model does not have these weights.
     """
-    pipeline: PixelPipeline = open_weights(_loader(model, allow_pickle), model, weights, step)[0]
+    pipeline: PixelPipeline = open_weights(_loader(model, allow_pickle), model, weights, step=None)[0]
     return pipeline
 
 

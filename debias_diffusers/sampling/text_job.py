@@ -168,7 +168,7 @@ def make_text_job(config: SampleConfig, device: Any, step: int | None = None, lo
     own = {**solver.settings(), "prompts_sha256": prompts_hash(prompts), **({"caption_chunks": chunks} if chunks > 1 else {})}
     if config.lora:
         own["lora"] = _lora_labels(config)
-    settings = settings_of(config, own, _FIELDS, loaded.fingerprint, loaded.step)
+    settings = settings_of(config, own, _FIELDS, loaded)
     steps = (
         {"timesteps": without_last_zero(solver.scheduler, solver.timesteps)} if solver.timesteps else {"num_inference_steps": solver.steps}
     )

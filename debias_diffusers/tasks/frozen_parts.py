@@ -30,6 +30,14 @@ KEPT_SHARE = 0.5  # of the free main memory, which embeddings and latents of all
 MOST_IMAGES, MOST_PIXELS = 64, 1 << 22  # that the VAE encodes at once: four of 1024 pixels
 
 
+def stock_pipeline(base: BaseModel, **parts: Any) -> Any:
+    """The stock pipeline of a base model with these parts alone, and without safety checker and watermark."""
+    given: dict[str, Any] = {**dict.fromkeys(("unet", *base.parts)), **parts}
+    if base.is_xl:
+        return StableDiffusionXLPipeline(**given, add_watermarker=False)
+    return StableDiffusionPipeline(**given, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
 def load_tokenizers(base: BaseModel) -> Any:
     """The stock pipeline with tokenizers alone.
 
@@ -42,15 +50,10 @@ def load_tokenizers(base: BaseModel) -> Any:
     logging.disable_progress_bar()  # one for each of a few files
     names = [name for name in base.parts if name.startswith("tokenizer")]
     try:
-        parts: dict[str, Any] = {name: CLIPTokenizer.from_pretrained(base.folder / name, local_files_only=True) for name in names}
+        parts = {name: CLIPTokenizer.from_pretrained(base.folder / name, local_files_only=True) for name in names}
     except Exception as error:  # a damaged file may provoke any
         raise InputError(f"the tokenizers of base_model {base.folder} cannot be loaded: {reason(error)}") from error
-    parts |= {name: None for name in base.parts if name.startswith("text_encoder")}
-    if base.is_xl:
-        return StableDiffusionXLPipeline(vae=None, unet=None, scheduler=None, add_watermarker=False, **parts)
-    return StableDiffusionPipeline(
-        vae=None, unet=None, scheduler=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts
-    )
+    return stock_pipeline(base, **parts)
 
 
 def load_text_encoders(base: BaseModel, device: torch.device) -> dict[str, Any]:

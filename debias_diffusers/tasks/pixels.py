@@ -26,7 +26,7 @@ from ..hub.model_card import model_card
 from ..pipelines.loading import require_finite
 from ..pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from ..pipelines.solvers import default_scheduler, exported_scheduler, make_scheduler
-from ..sampling import generate
+from ..sampling import pixel_job
 from .base import ONE_FILE, Batch
 from .unet import build_unet, differing_fields, unet_config
 
@@ -212,4 +212,4 @@ class PixelTask:
         steps = min(PREVIEW_STEPS, self.config.objective.num_train_timesteps // 2)
         pipeline.scheduler = make_scheduler(default_scheduler(own), own, "linspace", steps)
         labels = [conditions[k % len(conditions)] for k in indices] if conditions else None
-        return generate.draw(pipeline, indices, 0, labels, num_inference_steps=steps).cpu()
+        return pixel_job.draw(pipeline, indices, 0, labels, num_inference_steps=steps).cpu()

@@ -25,7 +25,7 @@ from ..data.sources.base import Source
 from ..data.sources.checks import map_in_threads
 from ..errors import CannotWriteError, InputError, StoppedError
 from ..utils.console import say
-from ..utils.distributed import broadcast_from_first, gather_from_all, told_by_the_first
+from ..utils.distributed import broadcast_from_first, gather_from_all, in_each_process, told_by_the_first
 from ..utils.files import free_bytes, remove, require_writable
 from ..utils.signals import asked_to_stop
 from .tensor_store import DAMAGED, E, Place, ShardWriter, StoredTensors, TensorStore
@@ -133,14 +133,7 @@ def encoded(
 
 def _gathered(encode: Callable[[], Mapping[str, Tensor]], accelerator: Accelerator) -> dict[str, Tensor]:
     """What all processes encode, one after the other, on the CPU."""
-    tensors = dict[str, Tensor]()
-
-    def done() -> list[None]:
-        tensors.update(encode())
-        return []
-
-    with told_by_the_first(accelerator):
-        gather_from_all(done, accelerator.num_processes)
+    tensors = in_each_process(encode, accelerator)
     if accelerator.num_processes == 1:
         return {name: tensor.cpu() for name, tensor in tensors.items()}
     return {name: accelerator.gather(tensor.to(accelerator.device)).cpu() for name, tensor in tensors.items()}
@@ -199,14 +192,7 @@ class Precomputation(Generic[E]):
 
     def _in_first(self, work: Callable[[], None]) -> None:
         """Does something in the first process; where it fails, all processes end."""
-
-        def done() -> list[None]:
-            if self.accelerator.is_main_process:
-                work()
-            return []
-
-        with told_by_the_first(self.accelerator):
-            gather_from_all(done, self.accelerator.num_processes)
+        in_each_process(lambda: work() if self.accelerator.is_main_process else None, self.accelerator)
 
 
 def say_size(folder: str, missing: Mapping[str, tuple[int, int]], accelerator: Accelerator) -> None:

@@ -410,12 +410,6 @@ class TextToImageTask:
 
     def _pipeline(self, network: nn.Module, vae: Any) -> Any:
         """The stock pipeline with a network and VAE, without text encoders, and with the scheduler class of the base model."""
-        parts = {"vae": vae, "unet": network, "scheduler": self._scheduler(), "tokenizer": None, "text_encoder": None}
-        if self.base.is_xl:
-            more: dict[str, Any] = {"tokenizer_2": None, "text_encoder_2": None, "add_watermarker": False}
-            pipeline: Any = diffusers.StableDiffusionXLPipeline(**parts, **more)
-        else:
-            more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            pipeline = diffusers.StableDiffusionPipeline(**parts, **more)
+        pipeline = frozen_parts.stock_pipeline(self.base, vae=vae, unet=network, scheduler=self._scheduler())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

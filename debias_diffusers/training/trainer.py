@@ -39,9 +39,9 @@ Callback = Callable[[int, dict[str, float]], None]  # with optimizer steps, and 
 class Told:
     """What the processes have told each other in a step, the same in all."""
 
-    signum: int  # the largest of all, or 0
-    out_of_time: bool  # of any
-    skipped: int  # images replaced, of all together
+    signum: int = 0  # the largest of all, or 0
+    out_of_time: bool = False  # of any
+    skipped: int = 0  # images replaced, of all together
 
     @property
     def stop(self) -> bool:
@@ -90,7 +90,7 @@ class Trainer:
             FetchError: a file of the data cannot be fetched.
             DebiasError: a data loader worker was lost.
         """
-        optim, signum, out_of_time = self.config.optimization, 0, False
+        optim, told = self.config.optimization, Told()
         deadline = time.monotonic() + optim.max_hours * 3600 if optim.max_hours else math.inf
         self._settle_ddp()
         batches = micro_batches(self.task.data, self.positions, pin_memory=self.accelerator.device.type == "cuda")
@@ -98,7 +98,7 @@ class Trainer:
         logger = Logger(self.config, self.checkpointer.run, self.accelerator, self.step)
         with contextlib.closing(batches), logger, self.checkpointer:
             with self._saved_where_data_end():
-                while self.step < optim.max_steps and not signum and not out_of_time:
+                while self.step < optim.max_steps and not told.stop:
                     self.checkpointer.check()
                     try:
                         self.task.data.require_few_skipped(self.state.skipped_images, self.positions.first(self.step - len(pending)))
@@ -108,14 +108,14 @@ class Trainer:
                         raise
                     pending.append(newest)
                     while len(pending) > self._max_pending(newest):
-                        signum, out_of_time = self._read(pending.popleft(), logger)
+                        told = self._read(pending.popleft(), logger)
                     with logger.paused():
                         for hook in self.hooks:
                             if due(self.step, hook.every):
                                 hook(self.step, logger)
                 self._read_all(pending, logger)
             self.checkpointer.save(self.step, final=True)
-        return signum
+        return told.signum
 
     @contextlib.contextmanager
     def _saved_where_data_end(self) -> Iterator[None]:
@@ -261,8 +261,8 @@ class Trainer:
         last = self.step == self.config.optimization.max_steps
         return 0 if due_now or last or newest.told.stop else 1
 
-    def _read(self, pending: PendingStep, logger: Logger) -> tuple[int, bool]:
-        """Waits for a step and logs it; returns (signal, whether the time is over), the same in all processes.
+    def _read(self, pending: PendingStep, logger: Logger) -> Told:
+        """Waits for a step and logs it; returns what the processes have told each other in it.
 
         Raises:
             NotFiniteError: its update was not made, nor that of any step that was launched after it.
@@ -277,7 +277,7 @@ class Trainer:
         logger.log_step(pending.step, loss, pending.learning_rate, grad_norm, self.state.statistics, self.state.skipped_images)
         if self.callback:
             self.callback(pending.step, {"loss": loss, "learning_rate": pending.learning_rate, "grad_norm": grad_norm})
-        return pending.told.signum, pending.told.out_of_time
+        return pending.told
 
     def _read_all(self, pending: deque[PendingStep], logger: Logger) -> None:
         while pending:

@@ -36,16 +36,11 @@ class BackgroundTask(Generic[T]):
         if self._future and self._future.done() and self._future.exception():
             self.result()
 
-    def wait(self) -> None:
-        """Waits until no function is running. Raises nothing."""
-        if self._future:
-            wait([self._future])
-
     def __enter__(self) -> BackgroundTask[T]:
         return self
 
     def __exit__(self, error: object = None, *_: object) -> None:
-        if error:  # the first error is the cause; a failure of the function may be its consequence
-            self.wait()
-        else:
+        if not error:
             self.result()
+        elif self._future:  # the first error is the cause; a failure of the function may be its consequence
+            wait([self._future])

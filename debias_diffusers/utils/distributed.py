@@ -169,6 +169,19 @@ def gather_from_all(work: Callable[[], list[T]], processes: int) -> list[T]:
     return [item for part, _ in everyone for item in part]
 
 
+def in_each_process(work: Callable[[], T], accelerator: Accelerator) -> T:
+    """Calls `work` in each process and returns its own result there. Where it fails in one, all end; a DebiasError the first one raises."""
+    found: list[T] = []
+
+    def kept() -> list[None]:
+        found.append(work())
+        return []
+
+    with told_by_the_first(accelerator):
+        gather_from_all(kept, accelerator.num_processes)
+    return found[0]
+
+
 def shared_out(work: Callable[[T], R], items: Sequence[T], accelerator: Accelerator) -> list[R]:
     """What `work` gives of each item, of which each process does its share; the same list in all. Errors as of `gather_from_all`."""
     rank, processes = accelerator.process_index, accelerator.num_processes

@@ -387,11 +387,11 @@ def drawn_by(config):
 
 @pytest.mark.row(61, PROPORTION)
 def test_a_measurement_while_training_has_the_labels_of_the_data(pets, tmp_path, monkeypatch):
-    from debias_diffusers.sampling import generate
+    from debias_diffusers.sampling import pixel_job
 
-    seen, draw = [], generate.draw
+    seen, draw = [], pixel_job.draw
     monkeypatch.setattr(
-        generate, "draw", lambda pipeline, indices, seed, labels, **o: seen.extend(labels) or draw(pipeline, indices, seed, labels, **o)
+        pixel_job, "draw", lambda pipeline, indices, seed, labels, **o: seen.extend(labels) or draw(pipeline, indices, seed, labels, **o)
     )
     every = ("--eval_every", 1, "--eval_metrics", "colour", "--eval_images", 19)
     trained_here(tiny(tmp_path, "--dataset", pets / "data", "--class_conditional", "--max_steps", 1, *every))

@@ -40,7 +40,7 @@ from debias_diffusers.evaluation import measure
 from debias_diffusers.evaluation import metrics as metrics_of_images
 from debias_diffusers.evaluation.monitor import Monitor
 from debias_diffusers.runs import checkpoints
-from debias_diffusers.sampling import generate
+from debias_diffusers.sampling import pixel_job
 from debias_diffusers.training import device, trainer
 from debias_diffusers.training.ema import EMA
 from debias_diffusers.training.saver import Saver
@@ -384,7 +384,7 @@ def _slow(rank, folder):
         time.sleep(1 / 3)
         return torch.randint(256, (len(indices), 1, 8, 8), dtype=torch.uint8)
 
-    generate.draw = draw
+    pixel_job.draw = draw
 
 
 def _first_waits_for_the_second(rank, folder):
@@ -417,14 +417,14 @@ def _slow_to_look_and_to_save(rank, folder):
 
 
 def _failing(error):
-    original = generate.draw
+    original = pixel_job.draw
 
     def draw(pipeline, indices, *args, **kwargs):
         if 5 in indices:  # in one of the processes
             raise error
         return original(pipeline, indices, *args, **kwargs)
 
-    generate.draw = draw
+    pixel_job.draw = draw
 
 
 def _not_finite(rank, folder):

@@ -36,7 +36,7 @@ from debias_diffusers.diffusion.noise_schedule import make_schedule, prediction_
 from debias_diffusers.errors import InputError
 from debias_diffusers.hub.model_card import model_card
 from debias_diffusers.pipelines.solvers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
-from debias_diffusers.sampling.generate import draw
+from debias_diffusers.sampling.pixel_job import draw
 
 STOCK = "stock pipelines of diffusers sample the right distribution with the exported scheduler, or the docs say that they do not"
 SHOWN = "the code and the commands of the README, of every page and of model cards run as shown"

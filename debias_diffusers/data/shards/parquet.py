@@ -24,7 +24,7 @@ KEPT_GROUPS, KEPT_BYTES = 64, 2 * 10**9
 
 def read_schema(file: IO[bytes], where: str) -> pyarrow.Schema:
     """The columns of a file. Raises InputError where it is no parquet file."""
-    with _told(where):
+    with _explained_errors(where):
         return pyarrow.parquet.ParquetFile(file).schema_arrow
 
 
@@ -36,7 +36,7 @@ def row_groups(file: IO[bytes], where: str) -> list[dict[str, tuple[int, int]]]:
     Raises:
         InputError: it is no parquet file.
     """
-    with _told(where):
+    with _explained_errors(where):
         metadata = pyarrow.parquet.ParquetFile(file).metadata
         return [_places(metadata.row_group(group)) for group in range(metadata.num_row_groups)]
 
@@ -65,7 +65,7 @@ def read_rows(file: IO[bytes], name: str, where: str, columns: Columns) -> Part:
         InputError: it is truncated, damaged, lacks a column, or has no images in itself; names it.
     """
     rows, units = Rows(where), list[Unit]()
-    with _told(where):
+    with _explained_errors(where):
         opened = pyarrow.parquet.ParquetFile(file)
         wanted = [column for column in columns if column is not None]
         if absent := [column for column in wanted if column not in opened.schema_arrow.names]:
@@ -104,7 +104,7 @@ def _elsewhere(table: pyarrow.Table, column: str | None, row: int) -> bool:
 
 
 @contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
+def _explained_errors(where: str) -> Iterator[None]:
     """Errors of pyarrow as an InputError that names the shard."""
     try:
         yield
@@ -142,7 +142,7 @@ class RowGroupReader:
 
     def content(self, unit: Unit, offset: int, size: int) -> bytes:
         """As of `source.Reader`; the offset is the number of the row."""
-        with self._lock, _told(self.files.where(unit.name)):
+        with self._lock, _explained_errors(self.files.where(unit.name)):
             cells = self._group(unit.name, unit.group)
             return cells[offset].as_py() or b"" if offset < len(cells) else b""
 

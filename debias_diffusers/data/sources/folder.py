@@ -93,7 +93,7 @@ class ImageFolder:
     def unused_labels(self) -> str | None:
         if self.class_names:
             return None
-        inner = [name.removeprefix(f"{self.split_folder}/" if self.split_folder else "") for name in self.names]
+        inner = [name.removeprefix(f"{self.split_folder}/") for name in self.names]
         found: set[Any] = {name.split("/")[0] for name in inner if "/" in name}
         try:
             given = image_folders.read_metadata(self.root, self.split_folder, None)

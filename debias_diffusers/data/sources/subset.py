@@ -106,7 +106,7 @@ def folder_repeats(source: Source) -> list[int]:
     inner = getattr(source, "source", source)  # of a source with captions
     if not isinstance(inner, ImageFolder):
         raise InputError("folder_repeats is on, but the dataset is no folder of images; leave it out")
-    folders = [name.removeprefix(f"{inner.split_folder}/" if inner.split_folder else "").split("/")[:-1] for name in inner.names]
+    folders = [name.removeprefix(f"{inner.split_folder}/").split("/")[:-1] for name in inner.names]
     found = [re.match(r"([0-9]{1,6})_", folder[0]) if folder else None for folder in folders]
     return [int(match[1]) if match else 1 for match in found]
 

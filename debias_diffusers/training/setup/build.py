@@ -16,7 +16,7 @@ from ...config.schema.hub import HubConfig
 from ...config.schema.training import OptimizationConfig, TrainConfig
 from ...data.dataset import PositionBatchSampler
 from ...diffusion.loss import Objective
-from ...diffusion.timestep_samplers import final_timestep_sampler, make_timestep_sampler
+from ...diffusion.timestep_samplers import make_timestep_sampler, objective_density
 from ...diffusion.uncertainty import Uncertainty
 from ...errors import StoppedError
 from ...hub.publish import Publisher
@@ -228,8 +228,7 @@ def _ema_hooks(
     images = EmaImages(task, averaged, accelerator, batch_size, present)
     hooks: list[Hook] = [SampleGrid(config.run.sample_every, images, run)]
     if task.held_out:
-        sampler = final_timestep_sampler(config.objective, objective.schedule)  # so that the losses of a run can be compared
-        density = sampler.probabilities * sampler.corrections
+        density = objective_density(config.objective, objective.schedule)  # of the last steps, so that losses of a run can be compared
         every = config.run.validation_every
         hooks.append(ValidationLoss(every, task, averaged, objective, density, accelerator, batch_size, present))
     if monitor:

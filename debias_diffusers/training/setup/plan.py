@@ -29,7 +29,7 @@ from ...tasks.pixel_data import open_data, readable
 from ...tasks.pixels import PixelTask
 from ...tasks.text_data import base_of_run, captioned
 from ...utils.console import say
-from ...utils.distributed import broadcast_from_first, gather_from_all, set_threads, told_by_the_first
+from ...utils.distributed import broadcast_from_first, in_each_process, set_threads, told_by_the_first
 
 if TYPE_CHECKING:
     from ...evaluation.monitor import Monitor
@@ -80,9 +80,7 @@ def _prepare_text(
     config, base = base_of_run(config, found, chosen, accelerator)
     objective = _objective(config, found, accelerator)
     source = open_data(config, found, first=accelerator.is_main_process)
-    monitor = _monitor(config, source, accelerator) if config.run.eval_every else None
-    if monitor:
-        config = update(config, {"eval_images": monitor.count})
+    config, monitor = _with_monitor(config, source, accelerator)
     trained, held_out = _split(config, captioned(config, source, found, accelerator), accelerator)
     with told_by_the_first(accelerator):
         require_captions(trained)
@@ -175,9 +173,7 @@ def _open_task(
     config: TrainConfig, source: Source, channels: int | None, found: Checkpoint | None, accelerator: Accelerator
 ) -> tuple[TrainConfig, Task, Monitor | None]:
     """The configuration with what the metrics need, the task with its data, and what measures it; `channels` as typed."""
-    monitor = _monitor(config, source, accelerator) if config.run.eval_every else None  # before the images are read
-    if monitor:
-        config = update(config, {"eval_images": monitor.count})
+    config, monitor = _with_monitor(config, source, accelerator)  # before the images are read
     learned = update(config, {"channels": channels})  # `config` has the run's own value, which may be None
     source, channels = readable(config, source, found, channels, accelerator)
     trained, held_out = _split(config, source, accelerator)
@@ -206,15 +202,12 @@ def _repeated(config: TrainConfig, source: Source, accelerator: Accelerator) -> 
     return repeated
 
 
-def _monitor(config: TrainConfig, source: Source, accelerator: Accelerator) -> Monitor:
+def _with_monitor(config: TrainConfig, source: Source, accelerator: Accelerator) -> tuple[TrainConfig, Monitor | None]:
+    """The configuration with the number of images that the metrics need, and what measures them; None where nothing is measured."""
+    if not config.run.eval_every:
+        return config, None
     from ...evaluation.monitor import Monitor  # with torch-fidelity, whose import takes seconds that a run without figures need not wait
 
-    made: list[Monitor] = []
-
-    def make() -> list[None]:
-        made.append(Monitor(config, source, accelerator.device, accelerator.process_index, accelerator.num_processes))
-        return []
-
-    with told_by_the_first(accelerator):
-        gather_from_all(make, accelerator.num_processes)
-    return made[0]
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    monitor = in_each_process(lambda: Monitor(config, source, accelerator.device, rank, processes), accelerator)
+    return update(config, {"eval_images": monitor.count}), monitor
