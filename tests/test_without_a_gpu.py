@@ -7,16 +7,20 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT
+from conftest import ROOT, sample_config
+from diffusers import UNet2DModel
 from here import tiny
 from text_models import save_xl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from debias_diffusers.cli import train_config
+from debias_diffusers.config.registry import SOLVERS
 from debias_diffusers.data.dataset import load_batch
 from debias_diffusers.errors import InputError
 from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline
-from debias_diffusers.pipelines.solvers import exported_scheduler
+from debias_diffusers.pipelines.solvers import exported_scheduler, make_scheduler
+from debias_diffusers.sampling.generate import sample
+from debias_diffusers.sampling.job import image_generators
 from debias_diffusers.tasks.base import sent
 from debias_diffusers.tasks.unet import build_unet, unet_config
 from debias_diffusers.training import device, dry_run
@@ -93,6 +97,43 @@ def launched_without_waiting(config, monkeypatch):
     assert loss.is_meta and waits.found == []
 
 
+def a_pipeline(flow=False):
+    config = train_config(["--prediction_type", "flow"] if flow else [], None)
+    pipeline = PixelPipeline(build_unet(unet_config(config.model, 8, 1, 0)), exported_scheduler(config.objective))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_no_call_of_the_network_waits_for_the_device_while_images_are_drawn(name, monkeypatch):
+    """Only noise that a step draws is waited for, and what UniPC asks for; nothing is read but whether the images are finite."""
+    pipeline, finite = a_pipeline(SOLVERS[name].flow), torch.Tensor.isfinite
+    pipeline.unet.to("meta")
+    pipeline.scheduler = make_scheduler(name, pipeline.scheduler, "linspace", 5)
+    monkeypatch.setattr(PixelPipeline, "_execution_device", torch.device("meta"))
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda images: torch.tensor(True) if images.is_meta else finite(images))
+    with Waits() as waits:
+        drawn = pipeline(batch_size=3, generator=image_generators(0, range(3)), num_inference_steps=5, clipping="static", output_type="pt")
+    assert drawn.images.is_meta
+    if name != "unipc":
+        assert waits.found == [("_to_copy", (3, 1, 8, 8))] * len(waits.found) and len(waits.found) <= 6
+
+
+def test_a_compiled_network_sees_one_size_of_batch(trained, tmp_path, monkeypatch):
+    seen = set()
+    call = UNet2DModel.forward
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(UNet2DModel, "forward", lambda unet, x_t, *rest, **more: seen.add(len(x_t)) or call(unet, x_t, *rest, **more))
+    options = {"num_images": 9, "batch_size": 4, "steps": 2, "trajectory": True}
+    files = []
+    for name, compiled in (("plain", False), ("compiled", True)):
+        seen.clear()
+        folder = tmp_path / name
+        sample(sample_config(trained, folder, **options, compile=compiled))
+        files.append({path.name: path.read_bytes() for path in folder.rglob("*.png") if path.name[0].isdigit()})
+    assert seen == {4} and len(files[0]) == 9 and files[0] == files[1]
+
+
 def test_a_gpu_is_seeded_without_asking_for_other_accelerators(monkeypatch):
     seeds = []
     monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
@@ -150,9 +191,7 @@ def test_the_benchmark_of_sampling_counts_outside_of_what_is_compiled():
     spec = importlib.util.spec_from_file_location("sampling", ROOT / "benchmarks" / "sampling.py")
     sampling = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sampling)
-    config = train_config([], None)
-    pipeline = PixelPipeline(build_unet(unet_config(config.model, 8, 1, 0)), exported_scheduler(config.objective))
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = a_pipeline()
     clock = sampling.Clock(pipeline)
     pipeline(num_inference_steps=2, output_type="pt")
     assert clock.seconds > 0 and not pipeline.unet._forward_hooks and not pipeline.unet._forward_pre_hooks
