@@ -2,6 +2,7 @@
 
     python benchmarks/text_to_image.py                             # on CPUs the cases tiny and medium, on an accelerator full, too
     python benchmarks/text_to_image.py --cases tiny --rounds 5 --json text.json
+    python benchmarks/text_to_image.py --cases full --rounds 1 --steps 6 --warm 2 --recipes AdamW "LoRA of rank 16, base in bf16"
 
 Case tiny is the packaged base model of the captioned digits at its batch of 64. Medium has a UNet of 31 million parameters at 128x128
 and a VAE that takes a fifth of its FLOPs, as SDXL's takes a quarter (counted: 20.2 and 4.9 TFLOP for an image of 1024x1024). Full is
@@ -249,12 +250,15 @@ class _PlainData:
 
 def case(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Both loops, with latents known and encoded, in turn, several times: the medians."""
+    import torch
+
     make_base(name, folder / name)
+    torch.cuda.empty_cache()  # all of a GPU is for the trainings, which are other processes
     side, batch = (int(CASES[name].split(f"--{flag} ")[1].split()[0]) for flag in ("resolution", "batch_size"))
     make_data(folder / f"{name}-data", IMAGES[name], side)
     flags = f"--base_model {folder / name} --dataset {folder / f'{name}-data'} {CASES[name]} {USUAL}"
     flags += " --num_threads 1" * options.cpu_time
-    variants = {key: (loop, f"{flags} {more}") for key, (loop, more) in rows_of(name).items()}
+    variants = {key: (loop, f"{flags} {more}") for key, (loop, more) in rows_of(name, options.recipes).items()}
     runs: dict[str, list[dict[str, Any]]] = {key: [] for key in variants}
     for _ in range(options.rounds):
         for key, (loop, all_flags) in variants.items():
@@ -277,11 +281,11 @@ def case(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]
     return rows
 
 
-def rows_of(case: str) -> dict[str, tuple[training.Loop, str]]:
-    """Loop and flags of each row of a table."""
+def rows_of(case: str, recipes: list[str]) -> dict[str, tuple[training.Loop, str]]:
+    """Loop and flags of each row of a table; `recipes` are those of the case full."""
     if case == "full":
         first = f"{PLAIN}, Adafactor"
-        return {first: (plain, RECIPES["Adafactor"])} | {f"{OURS}, {key}": (training.ours, flags) for key, flags in RECIPES.items()}
+        return {first: (plain, RECIPES["Adafactor"])} | {f"{OURS}, {key}": (training.ours, RECIPES[key]) for key in recipes}
     loops = ((PLAIN, plain), (OURS, training.ours))
     of_latents = ((KNOWN, ""), (ENCODED, "--crop random"))
     return {f"{name}, {latents}": (loop, flags) for latents, flags in of_latents for name, loop in loops}
@@ -308,6 +312,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES) if gpu else ["tiny", "medium"])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="rows of the case full, beside the plain loop")
     parser.add_argument("--steps", type=int, default=40, help="steps that count, of each run")
     parser.add_argument("--warm", type=int, default=10, help="steps before them")
     training.add_common(parser)

@@ -398,12 +398,16 @@ def measured(name: str, loop: Loop, flags: str, options: argparse.Namespace, **c
     server.set_forkserver_preload(["debias_diffusers.cli", "debias_diffusers.training.setup.build", "debias_diffusers.tasks.text_to_image"])
     with ProcessPoolExecutor(1, mp_context=server) as pool:
         try:
-            return pool.submit(one, argparse.Namespace(**{**vars(options), "wait": False, "trace": None, **changes}), loop, flags).result()
+            run = pool.submit(one, argparse.Namespace(**{**vars(options), "wait": False, "trace": None, **changes}), loop, flags).result()
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
             print(f"{name}: {flags}\n{''.join(traceback.format_exception(error))[-3000:]}", file=sys.stderr, flush=True)
             return None
+    # At once: a machine that is lent for minutes may be gone before the table.
+    seen = f"{1000 * run['seconds']:.1f} ms/step, first step after {run['first_step_s']:.1f} s, peak {run['peak_mb']:.0f} MB"
+    print(f"{name}: {seen}", file=sys.stderr, flush=True)
+    return run
 
 
 def median(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -187,6 +187,13 @@ def test_cuda_graphs_take_a_micro_batch_that_is_the_whole_share_of_a_process():
     assert train_problems(graphs) and not train_problems(graphs, num_processes=2)
 
 
+def test_cuda_graphs_of_single_blocks_take_no_recomputation():
+    changes = {"compile": True, "compile_mode": "reduce-overhead", "gradient_checkpointing": True}
+    assert not train_problems(update(GOOD, changes))  # a pixel model is compiled as one
+    (problem,) = train_problems(update(resolved(layered(read_config("digits_text"), {"output_dir": "runs/x"}), None), changes))
+    assert "compile_mode is reduce-overhead" in problem and "gradient_checkpointing" in problem
+
+
 @pytest.mark.row(34, "weights that grow without bound as the SNR falls to 0 are an error")
 @pytest.mark.parametrize("weighting", ("debiased", "inverse_snr", "truncated_snr", "edm", "debiased_as_is"))
 def test_weights_without_bound_need_a_floor_on_the_cosine_schedule(weighting):

@@ -236,6 +236,7 @@ class PixelPipeline(DiffusionPipeline):
 
     def _call(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """Calls the network in the dtype of its weights; the output has the dtype of x_t."""
+        t = t.to(x_t.device, non_blocking=True)  # which the network would do itself, and wait for the device
         output: Tensor = self.unet(x_t.to(self._dtype), t, labels, return_dict=False)[0]
         return output.to(x_t.dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def _draw_into(samples: SampleFolder, job: Job, accelerator: Accelerator) -> Non
             tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as progress,
         ):
             for indices in mine:
-                writer.put(indices, job.draw(indices))
+                writer.put(indices, job.draw(_filled(job, indices))[: len(indices)])
                 progress.update(len(indices))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -144,6 +145,12 @@ def _draw_into(samples: SampleFolder, job: Job, accelerator: Accelerator) -> Non
 def _with_count(settings: dict[str, Any], samples: SampleFolder) -> dict[str, Any]:
     """Adds num_images for npz: an `.npz` file cannot grow."""
     return settings | ({"num_images": samples.num_images} if samples.kind == "npz" else {})
+
+
+def _filled(job: Job, indices: Sequence[int]) -> list[int]:
+    """A batch of the size that a network is compiled for: of another it would be compiled anew, for minutes."""
+    missing = job.batch_size - len(indices) if job.config.compile else 0
+    return [*indices, *[indices[-1]] * missing]
 
 
 def _finish(samples: SampleFolder, job: Job) -> None:
@@ -163,6 +170,6 @@ def _trajectory(job: Job) -> Any:
     chosen = torch.linspace(0, calls - 1, min(calls, TRAJECTORY_STEPS)).round().int().tolist()
     rows = []
     for indices in batches(min(job.config.num_images, TRAJECTORY_IMAGES), job.batch_size):
-        seen = job.stages(indices, chosen)
+        seen = job.stages(_filled(job, indices), chosen)
         rows += [stage[kind][k] for k in range(len(indices)) for kind in (0, 1) for stage in seen]
     return images.grid([images.from_array(to_bytes(row).numpy()) for row in rows], columns=len(chosen))

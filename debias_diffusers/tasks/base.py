@@ -22,6 +22,15 @@ HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # by mixed_precis
 ONE_FILE = "1TB"
 
 
+def sent(values: Tensor, device: Any) -> Tensor:
+    """Tensors of the CPU on their way to a device, behind what was launched before and without a wait for it.
+
+    A GPU copies larger ones without a wait only from page-locked memory. What the data loader gives is there; what is made of it is not.
+    """
+    pinned = values.pin_memory() if torch.device(device).type == "cuda" and values.device.type == "cpu" else values
+    return pinned.to(device, non_blocking=True)
+
+
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a network that are trained, averaged and saved, by name: all, or those of its adapters."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}

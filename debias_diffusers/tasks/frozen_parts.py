@@ -21,7 +21,7 @@ from ..sampling.job import to_bytes
 from ..utils import memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
-from .base import HALF_DTYPES
+from .base import HALF_DTYPES, sent
 from .base_model import BaseModel
 from .precompute import Group, encoded
 from .tensor_store import E
@@ -136,8 +136,7 @@ class TextConditions:
             table, rows = (known, self._rows) if known else self._encoded(list(wanted))
             places = [rows[None if left_out else caption] for caption, left_out in zip(captions, dropped)]
             found = Embeddings(table.text[places], None if table.pooled is None else table.pooled[places])
-        pooled = None if found.pooled is None else found.pooled.to(device, non_blocking=True)
-        return Embeddings(found.text.to(device, non_blocking=True), pooled)
+        return Embeddings(sent(found.text, device), None if found.pooled is None else sent(found.pooled, device))
 
     def _encoded(self, texts: Sequence[str]) -> tuple[Embeddings, dict[str | None, int]]:
         """The embeddings of "no caption" and of texts, and the row of each."""
@@ -194,13 +193,14 @@ class Latents:
         """Mean and standard deviation (B, C, h, w) float32 of images (B, 3, H, W) uint8, on the device."""
         half = HALF_DTYPES.get(self.precision)
         with self.on_device() as vae, torch.autocast(self.device.type, half, enabled=half is not None):
-            found = vae.encode(images.to(self.device).float() / 127.5 - 1).latent_dist
+            found = vae.encode(images.to(self.device, non_blocking=True).float() / 127.5 - 1).latent_dist
         return found.mean.float(), found.std.float()
 
     def drawn(self, mean: Tensor, std: Tensor, posterior: Tensor) -> Tensor:
         """x_0 (B, C, h, w) float32: the draw mean + std * posterior, scaled as the UNet knows latents."""
         latents = mean + std * posterior
-        x_0: Tensor = (latents - self._shift.to(latents)) * self._scale.to(latents)
+        shift, scale = (factor.to(latents, non_blocking=True) for factor in (self._shift, self._scale))
+        x_0: Tensor = (latents - shift) * scale
         return x_0
 
     def decoded(self, x_0: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
 from ..utils.files import hash_of
 from . import frozen_parts, lora, precompute
-from .base import ONE_FILE, Batch
+from .base import ONE_FILE, Batch, sent
 from .base_model import SIZE_IDS, BaseModel
 
 PREVIEW_PROMPTS = 4  # of the data, where none are named
@@ -270,8 +270,7 @@ class TextToImageTask:
             mean, std = self.latents.posterior(batch["image"])
         else:
             mean, std = (batch["mean"], batch["std"]) if "mean" in batch else self._kept(batch)[:2]
-        parts = (part.to(device, non_blocking=True) for part in (mean, std, batch["posterior"]))
-        return self.latents.drawn(*parts)
+        return self.latents.drawn(*(sent(part, device) for part in (mean, std, batch["posterior"])))
 
     def conditioned(self, model: nn.Module, batch: Batch, device: Any) -> Network:
         """The model as a function of x_t (B, C, h, w) and the timesteps (B,), with the captions and sizes of the batch."""
@@ -288,7 +287,8 @@ class TextToImageTask:
     def _ids(self, captions: Sequence[str], dropped: Tensor, device: Any) -> tuple[list[Tensor], Tensor]:
         """What text encoders with adapters read: ids of captions, or of the empty prompt where they are dropped; and which are."""
         texts = ["" if left_out else caption for caption, left_out in zip(captions, dropped.tolist())]
-        return [ids.to(device) for ids in token_ids(self.texts.pipeline, texts, self.texts.chunks)], dropped.to(device)
+        ids = token_ids(self.texts.pipeline, texts, self.texts.chunks)
+        return [each.to(device, non_blocking=True) for each in ids], dropped.to(device, non_blocking=True)
 
     def _embeddings(self, network: nn.Module, captions: Sequence[str], dropped: Sequence[bool]) -> Embeddings:
         """The embeddings of captions, and of "no caption" where one is dropped, as the network has learned them, too."""

@@ -83,6 +83,7 @@ def _be_deterministic() -> None:
     """Has torch take deterministic algorithms alone, and refuse operations that have none. A CPU has no others."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product is computed
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # else new tensors are written twice
     torch.backends.cudnn.benchmark = False  # of two starts, each could find other kernels the fastest
 
 

@@ -118,7 +118,7 @@ def on_meta(task: Task) -> tuple[nn.Module, int]:
 
 
 def _cost(plan: Plan, network: nn.Module, flops: int, accelerator: Accelerator) -> Iterator[str]:
-    """Memory and time of the training, measured on two optimizer steps where its tensors fit into the free memory."""
+    """Memory and time of the training, measured on optimizer steps where its tensors fit into the free memory."""
     optim, device = plan.config.optimization, accelerator.device
     work = f"{_in_units(flops * optim.batch_size)}FLOP per step, {_in_units(flops)}FLOP per image"
     shards = accelerator.num_processes if sharded(accelerator) else 1
@@ -212,17 +212,19 @@ def _free(device: torch.device) -> int:
 
 
 def measure(trainer: Trainer) -> tuple[float, int]:
-    """Two optimizer steps with the samples of the first.
+    """Some optimizer steps with the samples of the first.
 
     Returns:
-        Seconds of the second one, and the peak memory in bytes: of the GPU's tensors, or the main memory of this process.
+        Seconds of the last one, and the peak memory in bytes: of the GPU's tensors, or the main memory of this process.
     """
     device = trainer.accelerator.device
     parts = [load_batch(trainer.task.data, positions) for positions in trainer.positions.micro_batches(trainer.step)]
     batches = itertools.cycle(parts)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    trainer.step_alone(batches)
+    # In the first, kernels are looked for and compiled; in the second, CUDA graphs are recorded.
+    for _ in range(1 if trainer.config.optimization.compile_mode == "default" else 2):
+        trainer.step_alone(batches)
     began = time.perf_counter()
     trainer.step_alone(batches)
     seconds = time.perf_counter() - began

@@ -31,12 +31,13 @@ def explain_error(error: RuntimeError, flag: str, size: int, limit: int | None =
         limit: --ddp_timeout in seconds, for commands that have it.
     """
     text = _chain(error)
-    # Out of memory on the device, or in main memory.
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in OUT_OF_MEMORY):
         advice = f"add {flag} {size // 2}, which does the same in less memory" if size > 1 else "take a smaller network or resolution"
         return InputError(f"out of memory with {size} images per forward; {advice}")
-    if "CppCompiler" in text or "C++ compiler" in text:
+    if any(words in text for words in ("CppCompiler", "C++ compiler", "C compiler")):
         return InputError("compile needs a C++ compiler, and there is none that works; install one, or leave --compile out")
+    if "triton installation" in text or "supported by the triton" in text:
+        return InputError("compile needs Triton, which is not installed, or does not know this GPU; leave --compile out")
     # A data loader worker cannot write its batch, or is killed by that: Linux allocates shared memory only when it is written to.
     if any(words in text for words in ("Bus error", "(shm)", "shared memory object", "file </torch_")):
         return DebiasError(NO_SHARED_MEMORY)
@@ -63,6 +64,8 @@ def _chain(error: BaseException | None) -> str:
     return "\n".join(text)
 
 
+# Of main memory; of a GPU where the compiler has wrapped the error, or a library that allocates by itself has met it.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED")
 LOST_WORKER = "a process that reads images was killed, perhaps for lack of memory; take fewer --num_workers; the same command continues"
 NO_SHARED_MEMORY = (
     "the processes that read images found no shared memory left in /dev/shm; give more of it (a container has 64 MB unless it is started "

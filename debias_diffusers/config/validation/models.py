@@ -78,6 +78,11 @@ def text_problems(config: TrainConfig) -> list[str]:
         for name in _others(config, fields_of_other_tasks(config) - {"init"})
     ]
     found += _lora_problems(config)
+    if (mode := config.optimization.compile_mode) != "default" and config.optimization.gradient_checkpointing:
+        found.append(  # a pixel model is compiled as one, and what is recomputed with it; here each block is
+            f"compile_mode is {mode}, but with gradient_checkpointing its CUDA graphs would write the blocks that are recomputed over the "
+            f"gradients of those before; leave one of the two out"
+        )
     if config.objective.weighting == "variational":
         found.append("weighting variational needs a learned variance, which text-to-image models do not have; take --weighting debiased")
     if config.objective.prediction_type in ("flow", "sample"):
