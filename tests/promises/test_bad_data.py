@@ -26,6 +26,8 @@ from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation.image_sets import images_of_npz
 from debias_diffusers.utils.files import read_file
 
+ROW_25 = "every unreadable file is named at the start (from 100 000 images on, with `--check_images all`), or skipped and listed"
+
 
 def encoded(image, kind="PNG", **options):
     file = io.BytesIO()
@@ -89,7 +91,7 @@ def spoil(folder, copies=3):
     return {str(p) for p in (*names, folder / "a" / "pipe.png", folder / "b" / "dangling.png")}
 
 
-@pytest.mark.row(25, "every unreadable file is named at the start, or skipped and listed")
+@pytest.mark.row(25, ROW_25)
 def test_all_bad_files_are_found_and_no_good_one(good, trials):
     bad = spoil(good)
     (good / "a" / "folder.png").mkdir()  # its name is no reason to read it
@@ -104,7 +106,7 @@ def test_all_bad_files_are_found_and_no_good_one(good, trials):
         assert sentence.startswith("image ") or " cannot be read" in sentence
 
 
-@pytest.mark.row(25, "every unreadable file is named at the start, or skipped and listed")
+@pytest.mark.row(25, ROW_25)
 def test_by_default_the_run_stops_at_the_start_and_lists_all(good, tmp_path):
     bad = spoil(good)
     code, _, err = run(*train_args(tmp_path / "run", "--dataset", good))
@@ -113,7 +115,7 @@ def test_by_default_the_run_stops_at_the_start_and_lists_all(good, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.row(25, "every unreadable file is named at the start, or skipped and listed")
+@pytest.mark.row(25, ROW_25)
 def test_more_than_a_hundredth_is_not_skipped(good, tmp_path):
     for k in range(3):
         (good / "a" / f"bad{k}.png").write_bytes(b"broken")
@@ -121,7 +123,7 @@ def test_more_than_a_hundredth_is_not_skipped(good, tmp_path):
     assert code == 2 and "3 of 203 images cannot be read, and no more than 1% are skipped; remove them" in err
 
 
-@pytest.mark.row(25, "every unreadable file is named at the start, or skipped and listed")
+@pytest.mark.row(25, ROW_25)
 def test_skipped_images_are_listed_and_the_rest_is_a_data_set_without_them(good, tmp_path):
     """The run over the spoiled folder is that over the sound one, resumed or not, measured or not."""
     sound, spoiled = tmp_path / "sound", tmp_path / "spoiled"
@@ -147,7 +149,7 @@ def test_skipped_images_are_listed_and_the_rest_is_a_data_set_without_them(good,
     assert code == 2 and "202 images then, 201 now" in err
 
 
-@pytest.mark.row(25, "every unreadable file is named at the start, or skipped and listed")
+@pytest.mark.row(25, ROW_25)
 def test_without_some_images_the_order_is_a_function_of_the_position(good):
     source = open_source(DataConfig(dataset=str(good)))
     config = DataConfig(dataset=str(good), resolution=16)

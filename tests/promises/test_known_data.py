@@ -23,7 +23,7 @@ from debias_diffusers.evaluation import reference
 from debias_diffusers.evaluation.image_sets import images_of_source
 from debias_diffusers.hub import client
 
-ROW_79 = "grey or colour, and every label, are checked at the start for all images"
+ROW_79 = "grey or colour, and every label, are checked at the start for all images (from 100 000 on, with `--check_images all`)"
 ROW_80 = "data are identified by their files and not by the text of their path, and the Hub is never asked for a local name"
 
 
