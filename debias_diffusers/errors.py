@@ -64,6 +64,11 @@ def reason(error: BaseException) -> str:
     return shortened(str(error)) or type(error).__name__
 
 
+def no_client(error: BaseException) -> str:
+    """The message of a library that cannot make an HTTP client, before anything is asked for: the environment says with what."""
+    return f"no connection can be made as the environment has it (HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and such): {reason(error)}"
+
+
 def shortened(text: str) -> str:
     """A text on one line, cut to 400 characters."""
     return " ".join(text.split())[:400]

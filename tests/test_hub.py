@@ -17,8 +17,9 @@ from safetensors.torch import load
 from debias_diffusers.cli import train_config
 from debias_diffusers.config import hub_names
 from debias_diffusers.config.loading import differences, layered, stored, update
-from debias_diffusers.errors import HubError
+from debias_diffusers.errors import FetchError, HubError
 from debias_diffusers.hub import client, model_card
+from debias_diffusers.remote import http
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +312,19 @@ def test_a_token_that_cannot_be_one_is_not_quoted(monkeypatch):
     with pytest.raises(HubError, match="characters that no token has") as error:
         client.api()
     assert "blank" not in str(error.value)
+    client.api.cache_clear()
+
+
+@pytest.mark.parametrize("name, value", [("ALL_PROXY", "ftp://localhost:9"), ("SSL_CERT_FILE", "/nothing/here.pem")])
+def test_an_environment_that_no_client_can_be_made_with_is_one_sentence(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    huggingface_hub.close_session()
+    client.api.cache_clear()
+    with pytest.raises(HubError, match=f"no connection can be made as the environment has it .*{name}"):
+        client.api()
+    http._client.cache_clear()
+    with pytest.raises(FetchError, match=f"no connection can be made as the environment has it .*{name}"):
+        http.find("http://127.0.0.1:9/data.tar")
     client.api.cache_clear()
 
 

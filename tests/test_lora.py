@@ -531,6 +531,15 @@ def test_a_lora_starts_from_another(runs, bases, few, tmp_path):
         lora.add_adapters({"unet": other}, dataclasses.replace(config, lora_targets=("to_q",)))
     with pytest.raises(InputError, match=r"adapters of other modules than this run.*--lora_targets to_k to_out.0 to_q to_v"):
         lora.load(other, str(runs["xl"]), config)
+    each = [name.removeprefix("unet.").removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name]
+    save_file(tensors, tmp_path / "converted.safetensors", {"lora_adapter_metadata": json.dumps({**about, "unet.target_modules": each})})
+    with pytest.raises(InputError, match=r"take --lora_targets to_k to_out.0 to_q to_v$"):
+        lora.load(other, str(tmp_path / "converted.safetensors"), config)
+    text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    more = {f"{text}.lora_A.weight": torch.zeros(4, 8), f"{text}.lora_B.weight": torch.zeros(8, 4)}
+    save_file({**tensors, **more}, tmp_path / "text.safetensors", {"lora_adapter_metadata": json.dumps(about)})
+    with pytest.raises(InputError, match=rf"such as {text}; add --lora_text_encoders"):
+        lora.load(network, str(tmp_path / "text.safetensors"), config)
 
 
 @pytest.mark.nightly

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,7 +38,8 @@ FEW = 12
 
 def config_of(*targets, metrics="prompt_accuracy", **options):
     measure = MeasureConfig(metrics=metrics, cache_dir="", num_threads=1, **options.pop("measure", {}))
-    return ScoreConfig(targets=tuple(map(str, targets)), measure=measure, **{"num_images": FEW, "steps": "2", **options})
+    drawn = {"steps": "2"} if any(map(scoring._is_model, map(Path, targets))) else {}
+    return ScoreConfig(targets=tuple(map(str, targets)), measure=measure, **{"num_images": FEW, **drawn, **options})
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(text_models
         (config_of(text_models["xl"]), "images are drawn of the captions of the reference, and there are none"),
         (config_of(text_models["xl"], prompts=str(tmp_path / "cats.txt")), "1 of 1 do not, such as 'a cat'"),
         (config_of(digits / "right", prompts=str(tmp_path / "cats.txt")), "no target is a text-to-image model"),
+        (config_of(digits / "right", guidance_scale=2.0), "guidance_scale is 2.0, but no target is a model"),
         (config_of(trained, metrics="colour", caption_column="text"), "no captions are needed"),
         (config_of(text_models["xl"], reference=DIGITS, class_labels="drawn"), "class_labels is drawn, but .* is a text-to-image model"),
     ):

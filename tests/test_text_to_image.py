@@ -373,6 +373,21 @@ def test_captions_that_cannot_be_read_are_one_sentence(bases, tmp_path):
             plan_of(bases["xl"], tmp_path / "run", "--dataset", folder)
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": ["a", null]}\n')
     assert plan_of(bases["xl"], tmp_path / "run", "--dataset", folder).task.data.captions == [("a",), ()]
+    (folder / "metadata.jsonl").write_text('{"file_name": "images/0.png", "text": "a"}\n')
+    with pytest.raises(InputError, match=r"metadata\.jsonl has no row for any image of dataset .*; its file_name must be a path"):
+        plan_of(bases["xl"], tmp_path / "run", "--dataset", folder)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,a dog,\n1.png,a dog, on grass\n")
+    with pytest.raises(InputError, match=r"metadata\.csv has more values for 1\.png than columns; put texts with commas into quotes"):
+        plan_of(bases["xl"], tmp_path / "run", "--dataset", folder)
+
+
+def test_a_caption_whose_image_is_not_there_is_said(bases, tmp_path, capsys):
+    folder = pictures(tmp_path / "data", sizes=((8, 8),) * 2)
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n{"file_name": "1.PNG", "text": "b"}\n')
+    plan_of(bases["xl"], tmp_path / "run", "--dataset", folder)
+    said = capsys.readouterr().err
+    assert "passed over: 1 in metadata.jsonl without an image\n" in said and "1 images without one" in said
 
 
 def test_training_without_an_image_or_a_caption_is_one_sentence(bases, tmp_path):

@@ -9,7 +9,7 @@ import os
 import posixpath
 import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,15 +224,33 @@ def _by_name(path: Path, place: str, rows: Sequence[tuple[str, Any]], what: str)
     return found
 
 
+def rows_of_split(
+    path: Path, rows: Mapping[str, Any], root: Path, images: Collection[str], split: str
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The rows of a split, and those of them that have no image, as ignored files; other arguments as of `read_metadata`.
+
+    Raises:
+        InputError: none has an image.
+    """
+    found = {name: value for name, value in rows.items() if name.startswith(f"{split}/" if split else "")}
+    there = set(images)
+    if there.isdisjoint(found):
+        raise InputError(f"{path} has no row for any image of dataset {root}; its file_name must be a path relative to {path.parent}")
+    return found, [(name, f"in {path.name} without an image") for name in found if name not in there]
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         text = read_file(path).decode("utf-8-sig")
         lines = csv.DictReader(io.StringIO(text)) if path.suffix == ".csv" else map(json.loads, filter(str.strip, text.split("\n")))
-        rows = list(lines)
+        rows: list[dict[Any, Any]] = list(lines)
     except (ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"{path} cannot be read: {reason(error)}") from error
     if not all(isinstance(row, dict) and isinstance(row.get("file_name"), str) for row in rows):
         raise InputError(f"{path} cannot be read: a row has no file_name")
+    for row in rows:
+        if any(row.pop(None, ())):  # where the module csv puts what is beyond the columns: the end of a text
+            raise InputError(f"{path} has more values for {row['file_name']} than columns; put texts with commas into quotes")
     return rows
 
 

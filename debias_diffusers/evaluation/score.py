@@ -116,6 +116,7 @@ def _require_output(config: ScoreConfig, output: str) -> None:
 
 
 def _scored(config: ScoreConfig, accelerator: Accelerator) -> dict[str, Any]:
+    _require_models(config)
     reference = config.reference
     if reference is not None and not is_reference_file(reference):
         source = open_source(reference_data(config.measure, reference))
@@ -195,6 +196,18 @@ def _targets(
             yield images_of_folder(folder, target, config.num_images, seed=config.seed, prompts=prompts.get(target)), {}
         else:
             yield from _drawn(config, target, compared, prompts.get(target), accelerator)
+
+
+# What says how images are drawn, and of what.
+_OF_MODELS = ("schedulers", "steps", "checkpoints", "weights", "ema", "guidance_scale", "class_labels", "sampling_seeds")
+
+
+def _require_models(config: ScoreConfig) -> None:
+    """Raises InputError for a flag of models where no target is one."""
+    neutral = ScoreConfig(targets=())
+    given = next((name for name in _OF_MODELS if getattr(config, name) != getattr(neutral, name)), None)
+    if given and not any(_is_model(Path(target)) for target in config.targets):
+        raise InputError(f"{given} is {getattr(config, given)}, but no target is a model, which images are drawn with; leave it out")
 
 
 def _require_drawable(config: ScoreConfig, compared: _Compared, prompts: _Prompts, accelerator: Accelerator) -> None:

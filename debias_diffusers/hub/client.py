@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.hub_names import COMMIT, hub_file, is_model_id, split_revision
 from ..config.schema.hub import HubConfig
-from ..errors import HubError, InputError, shortened
+from ..errors import HubError, InputError, no_client, shortened
 from ..runs.model_folder import MODEL_INDEX, task_of
 from ..runs.part_files import HALF
 from ..utils.console import say
@@ -49,12 +49,16 @@ def api() -> HfApi:
     """The client of huggingface_hub, with time limits and without progress bars.
 
     Raises:
-        HubError: the token has characters that no token has. (huggingface_hub would quote it in its error.)
+        HubError: the token has characters that no token has (huggingface_hub would quote it in its error); or a proxy or a file of
+            certificates in the environment is none.
     """
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars
 
-    default = huggingface_hub.get_session()
+    try:
+        default = huggingface_hub.get_session()
+    except Exception as error:  # ImportError of a SOCKS proxy without its package, ValueError, OSError, InvalidURL
+        raise HubError(f"the Hub cannot be asked: {no_client(error)}") from error
     hooks = {**default.event_hooks, "request": [*default.event_hooks["request"], _set_timeout]}
     options: dict[str, Any] = {"event_hooks": hooks, "follow_redirects": True, "timeout": TIMEOUT}
     huggingface_hub.set_client_factory(functools.partial(type(default), **options))

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import IO, Any, TypeVar
 
 from ..config.hub_names import hub_file
-from ..errors import FetchError, InputError, reason
+from ..errors import FetchError, InputError, no_client, reason
 from ..utils.console import say
 
 T = TypeVar("T")
@@ -150,8 +150,11 @@ def _library() -> ModuleType:
 
 @functools.cache
 def _client(process: int) -> Any:
-    """The client of a process: connections must not be shared with one that it forks."""
-    return _library().Client(follow_redirects=True, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"})
+    """The client of a process: connections must not be shared with one that it forks. Raises FetchError as `no_client` says."""
+    try:
+        return _library().Client(follow_redirects=True, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"})
+    except Exception as error:  # ImportError of a SOCKS proxy without its package, ValueError, OSError, InvalidURL
+        raise FetchError(no_client(error)) from error
 
 
 def _address(name: str) -> tuple[str, dict[str, str]]:

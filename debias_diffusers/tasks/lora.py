@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..runs.lora_folder import ADAPTER, LORA_WEIGHTS, exported_name
 from .base import trained_parameters
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the attention of text encoders
+# What the name of a module begins with that has others like it: a converted LoRA names hundreds of modules one by one.
+_PLACE = re.compile(r".*\b(?:attn\d|self_attn|mlp|transformer_blocks\.\d+|attentions\.\d+|resnets\.\d+)\.")
 
 
 class UNetWithTextEncoders(nn.Module):
@@ -133,9 +136,8 @@ def load(network: Any, model: str, config: LoraConfig) -> None:
         raise InputError(f"init {model} has the names of kohya's scripts; convert it with debias_diffusers.convert lora first")
     ours = {exported_name(name): parameter for name, parameter in trained_parameters(network).items()}
     if other := sorted(ours.keys() ^ tensors.keys()):
-        targets = about.get("unet.target_modules")
-        advice = f"take --lora_targets {' '.join(targets)}" if targets else "name its modules with --lora_targets"
-        raise InputError(f"init {model} has adapters of other modules than this run, such as {other[0].split('.lora_')[0]}; {advice}")
+        module, advice = other[0].split(".lora_")[0], _advice(ours, tensors, about)
+        raise InputError(f"init {model} has adapters of other modules than this run, such as {module}; {advice}")
     ranks = {name: len(tensor) for name, tensor in tensors.items() if ".lora_A." in name}
     _require_one(model, "rank", ranks.values(), "lora_rank", config.lora_rank or 0)
     alphas = [alpha_of(name, rank, about) for name, rank in ranks.items()]
@@ -144,6 +146,16 @@ def load(network: Any, model: str, config: LoraConfig) -> None:
         raise InputError(f"init {model} was trained on another base model: its {other[0]} has another shape")
     for name, parameter in ours.items():
         parameter.data.copy_(tensors[name])
+
+
+def _advice(ours: Collection[str], theirs: Collection[str], about: Mapping[str, Any]) -> str:
+    """By which flag a run has the modules of another LoRA, whose header says `about`."""
+    here, there = (any(name.startswith("text_encoder") for name in names) for names in (ours, theirs))
+    if here != there:
+        return f"{'add' if there else 'leave out'} --lora_text_encoders"
+    lists = [value for key, value in about.items() if key.endswith(".target_modules") and isinstance(value, list)]  # else a pattern
+    targets = sorted({_PLACE.sub("", target) for names in lists for target in names}.difference(TEXT_TARGETS))
+    return f"take --lora_targets {' '.join(targets)}" if targets else "name its modules with --lora_targets"
 
 
 def _require_one(model: str, what: str, values: Iterable[float], field: str, wanted: float) -> None:

@@ -58,18 +58,11 @@ class ImageFolder:
                 raise InputError(f"{name} is {value}, but dataset {self.root} is a folder of images; leave {name} out")
 
     def _label_by_metadata(self, path: Path, rows: Mapping[str, Any], split: str, order: ClassOrder) -> None:
-        rows = image_folders.as_labels(
-            {name: label for name, label in rows.items() if name.startswith(f"{split}/" if split else "")}, str(path)
-        )
-        there = set(self.names)
-        self.passed_over += [(name, f"without a row in {path.name}") for name in self.names if name not in rows]
-        self.passed_over += [(name, f"in {path.name} without an image") for name in rows if name not in there]
+        found, without_image = image_folders.rows_of_split(path, rows, self.root, self.names, split)
+        rows = image_folders.as_labels(found, str(path))
+        self.passed_over += [(name, f"without a row in {path.name}") for name in self.names if name not in rows] + without_image
         self.passed_over = [(name, why) for name, why in self.passed_over if self.root / name != path]
         self.names = [name for name in self.names if name in rows]
-        if not self.names:
-            raise InputError(
-                f"{path} has no row for any image of dataset {self.root}; its file_name must be a path relative to {path.parent}"
-            )
         values = [rows[name] for name in self.names]
         self.class_names, number = label_numbers(values, order, str(path))
         self._labels = [number.get(value) for value in values]
