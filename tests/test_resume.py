@@ -194,7 +194,7 @@ def test_a_data_set_of_the_hub_keeps_the_commit_with_which_it_was_changed(run_of
         (run_of_24 / "config.json").write_text(json.dumps({**values, "dataset": config.data.dataset, "changes": noted}))
 
 
-def test_the_refusal_counts_problems_alone_and_names_the_ways_to_go_on(run_of_24):
+def test_the_refusal_counts_problems_alone_and_names_the_ways_to_go_on(run_of_24, tmp_path):
     with pytest.raises(InputError) as refused:
         opened("--resume", run_of_24, "--learning_rate", 1, "--batch_size", 4, "--dropout", 0, "--allow_change", "dropout")
     first, *problems, remedy = str(refused.value).splitlines()
@@ -206,6 +206,9 @@ def test_the_refusal_counts_problems_alone_and_names_the_ways_to_go_on(run_of_24
     # Not where something else cannot change.
     with pytest.raises(InputError, match=r"holds another run: 2 problems[^:]*: [^:]*: [^:]*: --resume \S+, or name another --output_dir$"):
         opened("--resume", run_of_24, "--seed", 5, "--learning_rate", 1)
+    shutil.copytree(run_of_24, tmp_path / "a run")  # a path that a shell would read as two
+    with pytest.raises(InputError, match=r"--resume '\S*/a run', or"):
+        opened("--resume", tmp_path / "a run", "--seed", 5)
 
 
 def test_every_field_changes_with_any_command_on_purpose_or_never():

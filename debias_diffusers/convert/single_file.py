@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def unpack(file: str, out: str, config: str | None = None) -> None:
             open_base(TextConfig(base_model=str(temporary)))  # whether all fits
     if others := sorted(names - used):
         say(f"{len(others)} tensors of {file} are in no part of a pipeline, such as {others[0]}")
-    say(f"{out} is the pipeline folder of {file}; --base_model {out} trains it")
+    say(f"{out} is the pipeline folder of {file}; --base_model {shlex.quote(out)} trains it")
 
 
 def _opened(file: str) -> Any:

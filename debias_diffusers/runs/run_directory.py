@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -265,7 +266,7 @@ def _refuse_differences(
     last = {change["name"]: change for change in changes}
     since = {name: f" (changed from {change['before']} at step {change['step']})" for name, change in last.items()}
     problems = [difference(name, before, now) + since.get(name, "") for name in names]
-    ways = [f"go on with the values of the run: --resume {config.run.output_dir}", "name another --output_dir"]
+    ways = [f"go on with the values of the run: --resume {shlex.quote(str(config.run.output_dir))}", "name another --output_dir"]
     if ON_PURPOSE.issuperset(names):
         ways.insert(1, f"change them on purpose with --allow_change {' '.join([*config.run.allow_change, *names])}")
     if config.optimization.num_epochs is None and config.optimization.max_steps < step:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,7 +174,8 @@ def _check_text(config: TrainConfig, chosen: Collection[str], num_processes: int
     if config.optimization.init:  # of a LoRA, else it is refused
         raise_all(lora_problems("init", config.optimization.init))
     if os.path.realpath(base) == os.path.realpath(folder):  # whose UNet the first export replaces
-        raise InputError(f"base_model {base} is the run directory; name another --output_dir, or resume the run with --resume {folder}")
+        resume = f"resume the run with --resume {shlex.quote(folder)}"
+        raise InputError(f"base_model {base} is the run directory; name another --output_dir, or {resume}")
     if not any(map(is_model_id, filter(None, (base, config.text.vae)))):
         with_objective(config, open_base(config.text), chosen, num_processes)
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import shlex
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def make(config: ShardsMakeConfig) -> None:
         remove(out / LOCK)
     labels = f", labels of {len(source.class_names)} classes" if source.class_names else ""
     what = f"{len(made)} images{labels}{', captions' if captions else ''}"
-    say(f"{what} are in {shards} {'shards' if shards > 1 else 'shard'} in {out}; train with --dataset {name}")
+    say(f"{what} are in {shards} {'shards' if shards > 1 else 'shard'} in {out}; train with --dataset {shlex.quote(name)}")
 
 
 def _made_from(source: Source, captions: Captions | None) -> dict[str, object]:
