@@ -94,7 +94,6 @@ def test_what_goes_wrong_beside_is_raised_where_the_result_is_asked_for():
     assert background.result() is None
     for beside in (True, False):
         background.start(lambda: 1 / 0, beside)
-        background.wait()
         with pytest.raises(ZeroDivisionError):
             background.result()
         assert background.result() is None
