@@ -21,6 +21,7 @@ from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline
 from debias_diffusers.pipelines.solvers import exported_scheduler, make_scheduler
 from debias_diffusers.sampling.generate import sample
 from debias_diffusers.sampling.job import image_generators
+from debias_diffusers.sampling.pixel_job import PixelJob
 from debias_diffusers.tasks.base import sent
 from debias_diffusers.tasks.unet import build_unet, unet_config
 from debias_diffusers.training import device, dry_run
@@ -120,8 +121,15 @@ def test_no_call_of_the_network_waits_for_the_device_while_images_are_drawn(name
 
 
 def test_a_compiled_network_sees_one_size_of_batch(trained, tmp_path, monkeypatch):
-    seen = set()
-    call = UNet2DModel.forward
+    seen, decoded = set(), []
+    call, watch = UNet2DModel.forward, PixelJob.watch
+
+    def watched(*args, **options):
+        drawn, stages = watch(*args, **options)
+        decoded.extend({len(x_t) for x_t, _ in stages})
+        return drawn, stages
+
+    monkeypatch.setattr(PixelJob, "watch", watched)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     monkeypatch.setattr(UNet2DModel, "forward", lambda unet, x_t, *rest, **more: seen.add(len(x_t)) or call(unet, x_t, *rest, **more))
     options = {"num_images": 9, "batch_size": 4, "steps": 2, "trajectory": True}
@@ -132,6 +140,7 @@ def test_a_compiled_network_sees_one_size_of_batch(trained, tmp_path, monkeypatc
         sample(sample_config(trained, folder, **options, compile=compiled))
         files.append({path.name: path.read_bytes() for path in folder.rglob("*.png") if path.name[0].isdigit()})
     assert seen == {4} and len(files[0]) == 9 and files[0] == files[1]
+    assert decoded == [4, 2] * 2  # six images of a trajectory, and none of what fills their batches
 
 
 def test_a_gpu_is_seeded_without_asking_for_other_accelerators(monkeypatch):
