@@ -28,6 +28,7 @@ from debias_diffusers.training import device, dry_run
 from debias_diffusers.training.loss_statistics import LossStatistics
 from debias_diffusers.training.setup.build import make_trainer
 from debias_diffusers.utils import seeding, torch_errors
+from debias_diffusers.utils.distributed import make_accelerator
 
 
 class Waits(TorchDispatchMode):
@@ -149,6 +150,18 @@ def test_a_gpu_is_seeded_without_asking_for_other_accelerators(monkeypatch):
     monkeypatch.setattr(torch.xpu, "manual_seed_all", lambda _: pytest.fail("each call writes down the stack"))
     seeding.seed_device(torch.device("cuda", 0), 7)
     assert seeds == [7] and torch.initial_seed() == 7
+
+
+def test_the_gpu_that_the_environment_names_is_the_current_one(monkeypatch):
+    """Which is seeded, and whose stream the numbers of a step are waited for."""
+    current = []
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:1")
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    AcceleratorState._reset_state(True)
+    try:
+        assert make_accelerator().device == torch.device("cuda", 1) and current == [torch.device("cuda", 1)]
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 def test_deterministic_algorithms_do_not_fill_what_is_written_next():
