@@ -22,13 +22,14 @@ from debias_diffusers.pipelines.solvers import exported_scheduler, make_schedule
 from debias_diffusers.sampling.generate import sample
 from debias_diffusers.sampling.job import image_generators
 from debias_diffusers.sampling.pixel_job import PixelJob
-from debias_diffusers.tasks.base import sent
+from debias_diffusers.tasks.base import sent_locked
 from debias_diffusers.tasks.unet import build_unet, unet_config
 from debias_diffusers.training import device, dry_run
 from debias_diffusers.training.loss_statistics import LossStatistics
 from debias_diffusers.training.setup.build import make_trainer
 from debias_diffusers.utils import seeding, torch_errors
 from debias_diffusers.utils.distributed import make_accelerator
+from debias_diffusers.utils.tensor_memory import sent
 
 
 class Waits(TorchDispatchMode):
@@ -175,11 +176,21 @@ def test_deterministic_algorithms_do_not_fill_what_is_written_next():
 
 def test_tensors_are_sent_to_a_gpu_from_page_locked_memory():
     values = MagicMock(device=torch.device("cpu"))
-    sent(values, "cuda")
+    sent_locked(values, "cuda")
     values.pin_memory().to.assert_called_once_with("cuda", non_blocking=True)
     there = MagicMock(device=torch.device("cuda", 0))  # which cannot be locked
-    assert sent(there, torch.device("cuda", 0)) is there.to.return_value
-    assert torch.equal(sent(torch.ones(2), "cpu"), torch.ones(2))
+    assert sent_locked(there, torch.device("cuda", 0)) is there.to.return_value
+    assert torch.equal(sent_locked(torch.ones(2), "cpu"), torch.ones(2))
+
+
+def test_a_mac_has_read_a_tensor_before_it_is_freed():
+    """MPS copies from memory that is not its own when the queue comes to it, and keeps nothing from being freed until then."""
+    values = MagicMock(device=torch.device("cpu"))
+    for send in (sent, sent_locked):
+        send(values, torch.device("mps"))
+        values.to.assert_called_with(torch.device("mps"), non_blocking=False)
+    here = [path.name for path in (ROOT / "debias_diffusers").rglob("*.py") if "non_blocking=" in path.read_text()]
+    assert sorted(here) == ["device.py", "tensor_memory.py"]  # all others go that way, but for numbers on their way back
 
 
 @pytest.mark.parametrize("mode, steps", [("default", 2), ("reduce-overhead", 3)])
