@@ -194,6 +194,17 @@ def test_cuda_graphs_of_single_blocks_take_no_recomputation():
     assert "compile_mode is reduce-overhead" in problem and "gradient_checkpointing" in problem
 
 
+def test_what_a_preset_has_gives_way_to_cuda_graphs_that_are_typed_and_the_other_way_round(tmp_path, capsys):
+    text = ["--config", "sdxl", "--dataset", "digits", "--output_dir", "runs/x"]
+    config = train_config([*text, "--compile", "--compile_mode", "reduce-overhead"], None)
+    assert not config.optimization.gradient_checkpointing and not train_problems(config)
+    assert "gradient_checkpointing is False, and not as configured: compile_mode is reduce-overhead" in capsys.readouterr().err
+    preset = tmp_path / "graphs.yaml"
+    preset.write_text("base_model: digits\ndataset: digits\nresolution: 64\ncompile: true\ncompile_mode: reduce-overhead\n")
+    config = train_config(["--config", str(preset), "--output_dir", "runs/x", "--gradient_checkpointing"], None)
+    assert config.optimization.compile_mode == "default" and not train_problems(config)
+
+
 @pytest.mark.row(34, "weights that grow without bound as the SNR falls to 0 are an error")
 @pytest.mark.parametrize("weighting", ("debiased", "inverse_snr", "truncated_snr", "edm", "debiased_as_is"))
 def test_weights_without_bound_need_a_floor_on_the_cosine_schedule(weighting):

@@ -775,6 +775,28 @@ def test_shards_are_not_taken_for_those_of_captions_or_labels_that_were_correcte
     assert "has shards of other images, labels or captions" in capsys.readouterr().err and files_of(tmp_path / "made") == before
 
 
+@pytest.mark.parametrize("given", ["folders", "rows"])
+def test_captions_stay_with_their_images_where_some_have_no_class(given, tmp_path, home, capsys):
+    names = {"folders": ["beside.png", "cat/0.png", "dog/1.png"], "rows": ["0.png", "1.png", "2.png"]}[given]
+    for k, name in enumerate(names):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(k))
+        path.with_suffix(".txt").write_text(f"image {k}")
+    flags, why = [], "1 beside the class folders"
+    if given == "rows":
+        rows = [{"file_name": f"{k}.png", "kind": kind, "text": f"image {k}"} for k, kind in ((1, "a"), (2, "b"), (3, "c"))]
+        (tmp_path / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags, why = ["--label_column", "kind"], "1 without a row in metadata.jsonl, 1 in metadata.jsonl without an image"
+    assert cli.shards(["make", str(tmp_path / "data"), str(tmp_path / "made"), *flags]) == 0
+    assert why in capsys.readouterr().err
+    made = CaptionedSource(opened(tmp_path / "made", class_conditional=True), None)
+    assert [(image, caption) for (image, _, _), (caption,) in zip(map(made.read, range(2)), made.captions)] == [
+        (encoded(1), "image 1"),
+        (encoded(2), "image 2"),
+    ]
+
+
 def test_captions_that_cannot_be_read_are_not_left_out_of_shards(tmp_path, home, capsys):
     (tmp_path / "data").mkdir()
     for k, text in enumerate((b"a cat", "a café".encode("latin-1"))):

@@ -122,7 +122,7 @@ def test_packed_images_and_a_trajectory(text_models, tmp_path):
 
 def test_a_trajectory_ends_with_the_images_themselves(text_models):
     job = make_job(config_of(text_models["sd"], scheduler="ddim", steps=3), "cpu")
-    (before, _), (x_t, x_0) = job.stages(range(2), [0, 2])
+    _, ((before, _), (x_t, x_0)) = job.watch(range(2), [0, 2])
     drawn = ((x_t / 2 + 0.5).clamp(0, 1) * 255).round().byte()
     assert torch.equal(drawn, job.draw(range(2))) and not torch.allclose(before, x_t)
     assert x_0.shape == x_t.shape == (2, 3, 8, 8)

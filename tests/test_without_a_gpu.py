@@ -21,12 +21,15 @@ from debias_diffusers.pipelines.pixel_pipeline import PixelPipeline
 from debias_diffusers.pipelines.solvers import exported_scheduler, make_scheduler
 from debias_diffusers.sampling.generate import sample
 from debias_diffusers.sampling.job import image_generators
-from debias_diffusers.tasks.base import sent
+from debias_diffusers.sampling.pixel_job import PixelJob
+from debias_diffusers.tasks.base import sent_locked
 from debias_diffusers.tasks.unet import build_unet, unet_config
 from debias_diffusers.training import device, dry_run
 from debias_diffusers.training.loss_statistics import LossStatistics
 from debias_diffusers.training.setup.build import make_trainer
 from debias_diffusers.utils import seeding, torch_errors
+from debias_diffusers.utils.distributed import make_accelerator
+from debias_diffusers.utils.tensor_memory import sent
 
 
 class Waits(TorchDispatchMode):
@@ -120,8 +123,15 @@ def test_no_call_of_the_network_waits_for_the_device_while_images_are_drawn(name
 
 
 def test_a_compiled_network_sees_one_size_of_batch(trained, tmp_path, monkeypatch):
-    seen = set()
-    call = UNet2DModel.forward
+    seen, decoded = set(), []
+    call, watch = UNet2DModel.forward, PixelJob.watch
+
+    def watched(*args, **options):
+        drawn, stages = watch(*args, **options)
+        decoded.extend({len(x_t) for x_t, _ in stages})
+        return drawn, stages
+
+    monkeypatch.setattr(PixelJob, "watch", watched)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     monkeypatch.setattr(UNet2DModel, "forward", lambda unet, x_t, *rest, **more: seen.add(len(x_t)) or call(unet, x_t, *rest, **more))
     options = {"num_images": 9, "batch_size": 4, "steps": 2, "trajectory": True}
@@ -132,6 +142,7 @@ def test_a_compiled_network_sees_one_size_of_batch(trained, tmp_path, monkeypatc
         sample(sample_config(trained, folder, **options, compile=compiled))
         files.append({path.name: path.read_bytes() for path in folder.rglob("*.png") if path.name[0].isdigit()})
     assert seen == {4} and len(files[0]) == 9 and files[0] == files[1]
+    assert decoded == [4, 2] * 2  # six images of a trajectory, and none of what fills their batches
 
 
 def test_a_gpu_is_seeded_without_asking_for_other_accelerators(monkeypatch):
@@ -140,6 +151,18 @@ def test_a_gpu_is_seeded_without_asking_for_other_accelerators(monkeypatch):
     monkeypatch.setattr(torch.xpu, "manual_seed_all", lambda _: pytest.fail("each call writes down the stack"))
     seeding.seed_device(torch.device("cuda", 0), 7)
     assert seeds == [7] and torch.initial_seed() == 7
+
+
+def test_the_gpu_that_the_environment_names_is_the_current_one(monkeypatch):
+    """Which is seeded, and whose stream the numbers of a step are waited for."""
+    current = []
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:1")
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    AcceleratorState._reset_state(True)
+    try:
+        assert make_accelerator().device == torch.device("cuda", 1) and current == [torch.device("cuda", 1)]
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 def test_deterministic_algorithms_do_not_fill_what_is_written_next():
@@ -153,11 +176,21 @@ def test_deterministic_algorithms_do_not_fill_what_is_written_next():
 
 def test_tensors_are_sent_to_a_gpu_from_page_locked_memory():
     values = MagicMock(device=torch.device("cpu"))
-    sent(values, "cuda")
+    sent_locked(values, "cuda")
     values.pin_memory().to.assert_called_once_with("cuda", non_blocking=True)
     there = MagicMock(device=torch.device("cuda", 0))  # which cannot be locked
-    assert sent(there, torch.device("cuda", 0)) is there.to.return_value
-    assert torch.equal(sent(torch.ones(2), "cpu"), torch.ones(2))
+    assert sent_locked(there, torch.device("cuda", 0)) is there.to.return_value
+    assert torch.equal(sent_locked(torch.ones(2), "cpu"), torch.ones(2))
+
+
+def test_a_mac_has_read_a_tensor_before_it_is_freed():
+    """MPS copies from memory that is not its own when the queue comes to it, and keeps nothing from being freed until then."""
+    values = MagicMock(device=torch.device("cpu"))
+    for send in (sent, sent_locked):
+        send(values, torch.device("mps"))
+        values.to.assert_called_with(torch.device("mps"), non_blocking=False)
+    here = [path.name for path in (ROOT / "debias_diffusers").rglob("*.py") if "non_blocking=" in path.read_text()]
+    assert sorted(here) == ["device.py", "tensor_memory.py"]  # all others go that way, but for numbers on their way back
 
 
 @pytest.mark.parametrize("mode, steps", [("default", 2), ("reduce-overhead", 3)])

@@ -82,7 +82,7 @@ def test_a_trained_one_is_exported_with_its_scheduler_and_draws(tmp_path):
     assert type(pipeline) is PixelPipeline and type(pipeline.scheduler) is SampleFlowMatchEuler
     job = make_job(sample_config(tmp_path / "run", tmp_path / "out", steps=4, clipping="static"), "cpu")
     assert job.settings["scheduler"] == "flow_heun" and job.draw(range(2)).shape == (2, 1, 8, 8)
-    (_, x_0), *_ = job.stages(range(2), [0])
+    _, ((_, x_0), *_) = job.watch(range(2), [0])
     assert x_0.abs().max() <= 1
     card = (tmp_path / "run" / "README.md").read_text()
     assert "from debias_diffusers import PixelPipeline" in card and "take no x_0 on the straight path" in card

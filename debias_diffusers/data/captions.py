@@ -215,7 +215,8 @@ def _of_folder(source: ImageFolder, column: str | None) -> Sequence[Sequence[str
         return _of_folder(source, column)
     path, rows = given
     rows, without_image = image_folders.rows_of_split(path, rows, source.root, source.names, source.split_folder)
-    source.passed_over = [(name, why) for name, why in source.passed_over if source.root / name != path] + without_image
+    others = [(name, why) for name, why in source.passed_over if source.root / name != path]
+    source.passed_over = [*dict.fromkeys(others + without_image)]  # rows that the labels passed over already count once
     return [_checked(rows.get(name), path, name) for name in source.names]
 
 

@@ -14,6 +14,7 @@ from ..config.schema.objective import ObjectiveConfig
 from ..config.schema.types import PredictionType
 from ..config.validation.objective import unknown_weighting, variance_problems
 from ..errors import InputError, raise_all
+from ..utils.tensor_memory import sent
 from .noise_schedule import Schedule, at, make_schedule
 from .timestep_samplers import objective_density
 from .uncertainty import Uncertainty
@@ -74,7 +75,7 @@ class Objective:
             uncertainty: where it is learned.
         """
         x_t = self.schedule.add_noise(x_0, noise if input_noise is None else input_noise, t)
-        prediction = network(x_t, self.schedule.timesteps[t].to(x_t.device, non_blocking=True))
+        prediction = network(x_t, sent(self.schedule.timesteps[t], x_t.device))
         return self.terms(prediction, x_0, noise, t, uncertainty)
 
     def terms(self, prediction: Tensor, x_0: Tensor, noise: Tensor, t: Tensor, uncertainty: Uncertainty | None = None) -> Terms:

@@ -22,6 +22,7 @@ from ..config.schema.objective import BETA_ENDS, ObjectiveConfig, is_straight, n
 from ..config.schema.types import PredictionType
 from ..config.validation.objective import beta_problems
 from ..errors import InputError, raise_all
+from ..utils.tensor_memory import sent
 
 # SNR of the first timestep: less holds hardly an image; more has an alphas_cumprod that is 1 in float32, as solvers keep it.
 MIN_FIRST_SNR, MAX_FIRST_SNR = 0.01, 2.0**23
@@ -121,7 +122,7 @@ def prediction_of_x_0(prediction_type: PredictionType, x_0: Tensor, x_t: Tensor,
 
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """Entries (B,) of a float64 table, shaped (B, 1, ...) to multiply `like`, with its dtype and device."""
-    return table[t].to(like.dtype).view(-1, *[1] * (like.ndim - 1)).to(like.device, non_blocking=True)
+    return sent(table[t].to(like.dtype).view(-1, *[1] * (like.ndim - 1)), like.device)
 
 
 def variance_preserving(snr: Tensor, diffusers: Mapping[str, Any] | None = None) -> Schedule:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..utils.tensor_memory import sent
+
 NAME = "uncertainty"  # of the submodule of a network that is trained with one
 TERMS = 32
 SCALE = 10.0  # at a learning rate of 1e-4 each step of Adam then moves each term of u by 1e-3
@@ -28,5 +30,5 @@ class Uncertainty(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """(B,) u of timesteps (B,) int64, float32 on the device of the coefficients."""
         angles = math.pi * (t + 0.5) / self.T * torch.arange(TERMS).unsqueeze(1)  # (TERMS, B)
-        features = SCALE * angles.cos().float().to(self.coefficients.device, non_blocking=True)
+        features = SCALE * sent(angles.cos().float(), self.coefficients.device)
         return (self.coefficients.float().unsqueeze(1) * features).sum(0)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..utils.tensor_memory import sent
 from .noise_schedule import Schedule, at
 
 MIN_MASS = 1e-12  # probability of a pixel value
@@ -58,7 +59,7 @@ class VariationalBound:
         """
         divergence = self._divergence(x_0_error, values, t)
         likelihood = discretized_gaussian_log_likelihood(x_0, x_0 + x_0_error, self.log_variance(values, t) / 2)
-        first = (t == 0).view(-1, *[1] * (x_0.ndim - 1)).to(x_0.device, non_blocking=True)
+        first = sent((t == 0).view(-1, *[1] * (x_0.ndim - 1)), x_0.device)
         return torch.where(first, -likelihood, divergence).flatten(1).mean(1) * BITS
 
     def _divergence(self, x_0_error: Tensor, values: Tensor, t: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from ..errors import InputError, NotFiniteError
 from ..hub import client
 from ..runs.model_folder import task_of
 from ..runs.part_files import variant_of
+from ..utils.tensor_memory import sent
 from .loading import explained_errors, folder_of_model, require_all_weights, require_variant
 from .solvers import set_timesteps
 
@@ -236,7 +237,7 @@ class PixelPipeline(DiffusionPipeline):
 
     def _call(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """Calls the network in the dtype of its weights; the output has the dtype of x_t."""
-        t = t.to(x_t.device, non_blocking=True)  # which the network would do itself, and wait for the device
+        t = sent(t, x_t.device)  # which the network would do itself, and wait for the device
         output: Tensor = self.unet(x_t.to(self._dtype), t, labels, return_dict=False)[0]
         return output.to(x_t.dtype)
 

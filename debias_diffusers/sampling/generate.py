@@ -170,6 +170,6 @@ def _trajectory(job: Job) -> Any:
     chosen = torch.linspace(0, calls - 1, min(calls, TRAJECTORY_STEPS)).round().int().tolist()
     rows = []
     for indices in batches(min(job.config.num_images, TRAJECTORY_IMAGES), job.batch_size):
-        seen = job.stages(_filled(job, indices), chosen)
+        _, seen = job.watch(_filled(job, indices), chosen, first=len(indices))
         rows += [stage[kind][k] for k in range(len(indices)) for kind in (0, 1) for stage in seen]
     return images.grid([images.from_array(to_bytes(row).numpy()) for row in rows], columns=len(chosen))

@@ -111,10 +111,6 @@ class Job(ABC):
             first: only so many images of each stage are kept; all if None.
         """
 
-    def stages(self, indices: Sequence[int], calls: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """x_t and the predicted x_0, (B, C, H, W) in about [-1, 1], after these calls of the network while images are sampled."""
-        return self.watch(indices, calls)[1]
-
     @abstractmethod
     def conditions(self, indices: Sequence[int]) -> Conditions:
         """What these images show."""

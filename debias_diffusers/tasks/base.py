@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config.schema.training import TrainConfig
 from ..data.dataset import PositionedData
 from ..diffusion.loss import Network
+from ..utils.tensor_memory import sent
 
 Batch = Mapping[str, Tensor]
 
@@ -22,13 +23,10 @@ HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # by mixed_precis
 ONE_FILE = "1TB"
 
 
-def sent(values: Tensor, device: Any) -> Tensor:
-    """Tensors of the CPU on their way to a device, behind what was launched before and without a wait for it.
-
-    A GPU copies larger ones without a wait only from page-locked memory. What the data loader gives is there; what is made of it is not.
-    """
+def sent_locked(values: Tensor, device: Any) -> Tensor:
+    """As `sent`, for what is made of batches: a GPU copies larger tensors without a wait only from page-locked memory, as batches have."""
     pinned = values.pin_memory() if torch.device(device).type == "cuda" and values.device.type == "cpu" else values
-    return pinned.to(device, non_blocking=True)
+    return sent(pinned, device)
 
 
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:

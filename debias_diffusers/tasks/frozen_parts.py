@@ -21,7 +21,8 @@ from ..sampling.job import to_bytes
 from ..utils import memory
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
-from .base import HALF_DTYPES, sent
+from ..utils.tensor_memory import sent
+from .base import HALF_DTYPES, sent_locked
 from .base_model import BaseModel
 from .precompute import Group, encoded
 from .tensor_store import E
@@ -136,7 +137,7 @@ class TextConditions:
             table, rows = (known, self._rows) if known else self._encoded(list(wanted))
             places = [rows[None if left_out else caption] for caption, left_out in zip(captions, dropped)]
             found = Embeddings(table.text[places], None if table.pooled is None else table.pooled[places])
-        return Embeddings(sent(found.text, device), None if found.pooled is None else sent(found.pooled, device))
+        return Embeddings(sent_locked(found.text, device), None if found.pooled is None else sent_locked(found.pooled, device))
 
     def _encoded(self, texts: Sequence[str]) -> tuple[Embeddings, dict[str | None, int]]:
         """The embeddings of "no caption" and of texts, and the row of each."""
@@ -193,13 +194,13 @@ class Latents:
         """Mean and standard deviation (B, C, h, w) float32 of images (B, 3, H, W) uint8, on the device."""
         half = HALF_DTYPES.get(self.precision)
         with self.on_device() as vae, torch.autocast(self.device.type, half, enabled=half is not None):
-            found = vae.encode(images.to(self.device, non_blocking=True).float() / 127.5 - 1).latent_dist
+            found = vae.encode(sent(images, self.device).float() / 127.5 - 1).latent_dist
         return found.mean.float(), found.std.float()
 
     def drawn(self, mean: Tensor, std: Tensor, posterior: Tensor) -> Tensor:
         """x_0 (B, C, h, w) float32: the draw mean + std * posterior, scaled as the UNet knows latents."""
         latents = mean + std * posterior
-        shift, scale = (factor.to(latents, non_blocking=True) for factor in (self._shift, self._scale))
+        shift, scale = (sent(factor.to(latents.dtype), latents.device) for factor in (self._shift, self._scale))
         x_0: Tensor = (latents - shift) * scale
         return x_0
 

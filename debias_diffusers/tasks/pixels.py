@@ -27,6 +27,7 @@ from ..pipelines.loading import require_finite
 from ..pipelines.pixel_pipeline import PixelPipeline, load_pipeline
 from ..pipelines.solvers import default_scheduler, exported_scheduler, make_scheduler
 from ..sampling import pixel_job
+from ..utils.tensor_memory import sent
 from .base import ONE_FILE, Batch
 from .unet import build_unet, differing_fields, unet_config
 
@@ -152,11 +153,11 @@ class PixelTask:
 
     def x_0(self, batch: Batch, device: Any) -> Tensor:
         """(B, C, H, W) float32 in [-1, 1]; the bytes travel to the device and become numbers there."""
-        return batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
+        return sent(batch["image"], device).float() / 127.5 - 1
 
     def conditioned(self, model: nn.Module, batch: Batch, device: Any) -> Network:
         """The model as a function of x_t (B, C, H, W) and the timesteps (B,), with the labels of the batch."""
-        labels = batch["label"].to(device, non_blocking=True) if self.data.num_classes else None
+        labels = sent(batch["label"], device) if self.data.num_classes else None
         return lambda x_t, t: model(x_t, t, labels, return_dict=False)[0]
 
     # ---- what is exported and drawn ----------------------------------------------------------------------------------

@@ -36,8 +36,9 @@ from ..sampling.job import image_generators
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
 from ..utils.files import hash_of
+from ..utils.tensor_memory import sent
 from . import frozen_parts, lora, precompute
-from .base import ONE_FILE, Batch, sent
+from .base import ONE_FILE, Batch, sent_locked
 from .base_model import SIZE_IDS, BaseModel
 
 PREVIEW_PROMPTS = 4  # of the data, where none are named
@@ -270,13 +271,13 @@ class TextToImageTask:
             mean, std = self.latents.posterior(batch["image"])
         else:
             mean, std = (batch["mean"], batch["std"]) if "mean" in batch else self._kept(batch)[:2]
-        return self.latents.drawn(*(sent(part, device) for part in (mean, std, batch["posterior"])))
+        return self.latents.drawn(*(sent_locked(part, device) for part in (mean, std, batch["posterior"])))
 
     def conditioned(self, model: nn.Module, batch: Batch, device: Any) -> Network:
         """The model as a function of x_t (B, C, h, w) and the timesteps (B,), with the captions and sizes of the batch."""
         captions: Any = batch["caption"]
         sizes = batch["time_ids"] if "time_ids" in batch else self._kept(batch)[2]
-        sizes = sizes.to(device, non_blocking=True)  # float32: half precision has no odd numbers above 2048, or 256
+        sizes = sent(sizes, device)  # float32: half precision has no odd numbers above 2048, or 256
         if self.config.lora.lora_text_encoders:
             ids, dropped = self._ids(captions, batch["dropped"], device)
             return lambda x_t, t: model(x_t, t, ids, dropped, sizes)
@@ -288,7 +289,7 @@ class TextToImageTask:
         """What text encoders with adapters read: ids of captions, or of the empty prompt where they are dropped; and which are."""
         texts = ["" if left_out else caption for caption, left_out in zip(captions, dropped.tolist())]
         ids = token_ids(self.texts.pipeline, texts, self.texts.chunks)
-        return [each.to(device, non_blocking=True) for each in ids], dropped.to(device, non_blocking=True)
+        return [sent(each, device) for each in ids], sent(dropped, device)
 
     def _embeddings(self, network: nn.Module, captions: Sequence[str], dropped: Sequence[bool]) -> Embeddings:
         """The embeddings of captions, and of "no caption" where one is dropped, as the network has learned them, too."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..diffusion.loss import Terms
 from ..diffusion.noise_schedule import at
+from ..utils.tensor_memory import sent
 
 BINS = 10  # equal ranges of the timesteps 0 .. T-1
 
@@ -36,7 +37,7 @@ class LossStatistics:
         w = at(weights, t, terms.loss) * (1 if terms.precision is None else terms.precision)
         bound = torch.zeros_like(w) if terms.bound is None else terms.bound
         rows = torch.stack([torch.ones_like(w), terms.loss, terms.mse, bound, w, w.square()]).float()
-        self.sums.index_add_(1, (t * BINS // self.T).to(rows.device, non_blocking=True), rows)
+        self.sums.index_add_(1, sent(t * BINS // self.T, rows.device), rows)
 
     def step(self, clipped: Tensor) -> None:
         """Counts an optimizer step; `clipped` (): whether its gradient was."""

@@ -24,6 +24,7 @@ from ..utils import seeding
 from ..utils.console import say
 from ..utils.distributed import gather_from_all, told_by_the_first
 from ..utils.signals import SignalHandler
+from ..utils.tensor_memory import sent
 from . import device
 from .device import Fetched
 from .hooks import Checkpointer, Hook
@@ -231,7 +232,7 @@ class Trainer:
         """The loss of each sample of a micro-batch, before any correction for how t is drawn."""
         place = self.accelerator.device
         x_0 = self.task.x_0(batch, place)
-        noise, *of_input = (batch[name].to(place, non_blocking=True) for name in ("noise", "input_noise") if name in batch)
+        noise, *of_input = (sent(batch[name], place) for name in ("noise", "input_noise") if name in batch)
         network = self.task.conditioned(self.state.model, batch, place)
         learned: dict[str, Any] = {} if self.state.uncertainty is None else {"uncertainty": self.state.uncertainty}
         return self.objective(network, x_0, noise, t, *of_input, **learned)
@@ -298,7 +299,7 @@ class Trainer:
         told = [float(signum), float(out_of_time), float(self._unread is not None), float(skipped)]
         if self.accelerator.num_processes == 1:
             return lambda: told
-        everyone = self.accelerator.gather(torch.tensor([told]).to(self.accelerator.device, non_blocking=True))
+        everyone = self.accelerator.gather(sent(torch.tensor([told]), self.accelerator.device))
         return Fetched(torch.cat([everyone[:, :-1].amax(0), everyone[:, -1:].sum(0)])).read
 
     def _settle_ddp(self) -> None:

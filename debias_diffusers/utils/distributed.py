@@ -64,6 +64,8 @@ def make_accelerator(sharded: bool = False, **options: Any) -> Accelerator:
     try:
         # As a plugin: an environment variable overrides a plain number, which would divide every gradient.
         accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), **options)
+        if accelerator.device.type == "cuda" and accelerator.device.index is not None:
+            torch.cuda.set_device(accelerator.device)  # accelerate does it for several processes, not for ACCELERATE_TORCH_DEVICE=cuda:1
     except (ValueError, RuntimeError, ImportError) as error:
         precision = options.get("mixed_precision", "no")
         refused = f"mixed_precision is {precision}, but" if precision != "no" and precision in str(error) else "accelerate cannot start:"

@@ -1,4 +1,4 @@
-"""Memory of tensors by counting: what a computation takes at most, on any device, without computing it."""
+"""Memory of tensors by counting: what a computation takes at most, on any device, without computing it; and the way to a device."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ from torch.utils._pytree import tree_map_only
 
 # Layers of UNets that autocast computes in float32 on a GPU, but not on a CPU.
 _FLOAT32_ON_CUDA = ("group_norm", "layer_norm")
+
+
+def sent(values: Tensor, device: Any) -> Tensor:
+    """A tensor of the CPU on its way to a device, behind what was launched before and without a wait for it.
+
+    For MPS it is waited for: that would read the memory when it may have been freed (https://github.com/pytorch/pytorch/issues/189690).
+    """
+    return values.to(device, non_blocking=torch.device(device).type != "mps")
 
 
 class MemoryCounter(TorchDispatchMode):

@@ -14,7 +14,7 @@ YIELDING = (
     "warmup_steps", "label_dropout", "label_column", "attention_resolutions", "attention_head_dim", "channel_mult",
     *parameters_of(WEIGHTINGS), "snr_floor", "snr_ceiling", "terminal_weight_floor", "normalize_weights",
     *parameters_of(TIMESTEP_SAMPLERS), *parameters_of(TIMESTEP_BIASES), "noise_schedule", "learn_sigma", "variance_type",
-    "micro_batch_size", "compile_mode",
+    "micro_batch_size", "gradient_checkpointing", "compile_mode",
     "pyramid_noise_iterations", "validation_every",
     "keep_best", "eval_metrics", "eval_images", "feature_extractor", "feature_extractor_weights",
     "hub_model_id", "hub_private", "hub_every", "hub_tags", "hub_license",

@@ -77,15 +77,18 @@ def _made_from(source: Source, captions: Captions | None) -> dict[str, object]:
 def _with_labels_and_captions(config: ShardsMakeConfig) -> tuple[Source, Captions | None]:
     """The data with labels and captions where they have some; both must be there where their column is named."""
     data = _data_config(config)
-    source = open_source(data)
+    labelled = dataclasses.replace(data, class_conditional=True)
+    source = open_source(data if config.label_column is None else labelled)
+    if source.unused_labels():
+        source = open_source(labelled)
     captions = None
     try:
-        captions = read_captions(source, config.caption_column)
+        captions = read_captions(source, config.caption_column)  # with labels the source leaves images out, which have captions, too
     except NoCaptionsError:
         if config.caption_column is not None:
             raise
-    if config.label_column is not None or source.unused_labels():
-        source = open_source(dataclasses.replace(data, class_conditional=True))
+    for sentence in summary(source, config.data):
+        say(sentence)
     return source, captions
 
 
