@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -421,6 +422,24 @@ def test_a_resumed_run_is_compared_field_by_field():
     lines = loading.differences(before, now)
     assert [line.split(":")[0] for line in lines] == ["seed", "weighting"]
     assert "debiased" in lines[1] and "p2" in lines[1]
+
+
+def test_python_gives_numbers_of_numpy_and_torch():
+    given = {"max_steps": np.int64(5), "random_flip": np.bool_(True), "channel_mult": np.array([1, 2]), "seed": torch.tensor(3)}
+    values = loading.checked_values({**given, "learning_rate": np.float32(0.5)}, "train")
+    assert values == {"max_steps": 5, "random_flip": True, "channel_mult": (1, 2), "seed": 3, "learning_rate": 0.5}
+    assert {type(value) for value in values.values()} == {int, bool, tuple, float}
+    with pytest.raises(InputError, match=r"max_steps is .*but must be a whole number"):
+        loading.checked_values({"max_steps": np.float64(5)}, "train")
+    with pytest.raises(InputError, match=r"max_steps is .*but must be a whole number"):
+        loading.checked_values({"max_steps": np.array([5, 6])}, "train")
+
+
+def test_a_configuration_made_in_python_is_looked_at(tmp_path):
+    made = update(GOOD, {"prediction_type": "v", "max_steps": "5", "output_dir": str(tmp_path / "run")})
+    with pytest.raises(InputError, match=r"train: 2 problems\n.*max_steps is '5'|train: 2 problems\n.*prediction_type is 'v'"):
+        train(made)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_yaml_loader_is_the_safe_one(tmp_path):

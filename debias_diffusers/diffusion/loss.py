@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config.loading import checked_objective
 from ..config.registry import WEIGHTINGS
 from ..config.schema.objective import ObjectiveConfig
 from ..config.schema.types import PredictionType
-from ..config.validation.objective import unknown_weighting, variance_problems
+from ..config.validation.objective import path_problems, repeats_problems, unknown_weighting, variance_problems
 from ..errors import InputError, raise_all
 from .noise_schedule import Schedule, at, make_schedule
 from .timestep_samplers import objective_density
@@ -107,11 +108,13 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     """The objective of a configuration.
 
     Raises:
-        InputError: the weighting is not registered, or needs a learned variance; a timestep has no usable loss weight; or the schedule
-            has no noise that float32 can hold.
+        InputError: a value is of a wrong type or out of range; the weighting is not registered, or needs a learned variance; prediction
+            type and noise schedule or weighting do not go together; a timestep has no usable loss weight; or the schedule has no noise
+            that float32 can hold.
     """
+    config = checked_objective(config)
     unknown = unknown_weighting(config.weighting)
-    raise_all([unknown] if unknown else variance_problems(config))
+    raise_all([unknown] if unknown else path_problems(config) + repeats_problems(config) + variance_problems(config))
     schedule = make_schedule(config)
     weights = None if config.weighting == "variational" else weight_table(config, schedule, config.prediction_type)
     if weights is not None:

@@ -59,7 +59,7 @@ def train(config: TrainConfig | str | Path | None = None, callback: Callback | N
         named = found | given
         chosen = of_base(named.keys()) if named.get("base_model") else ()
         config = layered(found, kept_values(named.get("output_dir"), chosen))
-    config = layered(flatten(config), given)
+    config = layered(checked_values(flatten(config), "train"), given)  # of a TrainConfig, which nothing has looked at
     raise_all(named_problems(config.objective, given))
     train_run(config, chosen, callback)
     if config.run.dry_run or not launcher.is_first_process():
