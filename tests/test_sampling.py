@@ -708,6 +708,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(trained, flags, named):
     assert "error: " in err and named in err
 
 
+def test_an_interval_of_guidance_without_a_step_is_refused(trained_by_class, tmp_path):
+    flags = ["--guidance_scale", 2, "--steps", 2, "--num_images", 2, "--output_dir", tmp_path / "drawn", "--guidance_interval"]
+    code, _, err = run("sample.py", trained_by_class, *flags, 20, 30)
+    assert code == 2 and "guidance_interval is 20 30, but no step is there, but at 999, " in err
+    assert not (tmp_path / "drawn").exists()
+    assert run("sample.py", trained_by_class, *flags, 800, 999)[0] == 0
+
+
 def test_what_is_no_model_is_refused(trained, tmp_path):
     (tmp_path / "empty").mkdir()
     for model, named in ((tmp_path / "empty", "holds no model"), (tmp_path / "missing", "does not exist")):

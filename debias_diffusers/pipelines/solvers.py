@@ -70,7 +70,8 @@ def _require_timesteps(steps: Any, timesteps: Any, levels: float = math.inf) -> 
     except (TypeError, ValueError, RuntimeError):
         chosen = torch.empty(0)
     if chosen.is_floating_point() or chosen.ndim != 1 or not levels > chosen[0] or chosen[-1] < 0 or (chosen.diff() >= 0).any():
-        raise InputError(f"timesteps is {timesteps!r}, but must be descending whole numbers from 0 to below {levels}")
+        below = f" to below {levels}" * (levels < math.inf)
+        raise InputError(f"timesteps is {timesteps!r}, but must be descending whole numbers from 0{below}")
 
 
 class DDPM(DDPMScheduler):
