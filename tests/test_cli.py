@@ -384,6 +384,21 @@ def test_a_number_of_processes_that_is_none_is_said_without_a_traceback(name, mo
     assert launcher.world_size(name) == 1
 
 
+def test_the_home_folder_is_meant_where_the_shell_leaves_it(monkeypatch, tmp_path):
+    """After --flag= it does, and in a configuration or in Python nothing else writes it out: a folder named ~ was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = []
+    for argument in ("--output_dir=~/runs", "~/runs", "--output-dir=/runs", "--prompt=a ~/", "~user/x"):
+        assert cli._run_command(lambda argv, _: seen.extend(argv), [argument], "train.py") == 0
+    assert seen == [f"--output_dir={tmp_path}/runs", f"{tmp_path}/runs", "--output-dir=/runs", "--prompt=a ~/", "~user/x"]
+    given = {"output_dir": Path("~/runs"), "cache_dir": "~/cache", "sample_prompts": ["~"]}
+    assert loading.checked_values(given, "train") == {
+        "output_dir": f"{tmp_path}/runs",
+        "cache_dir": f"{tmp_path}/cache",
+        "sample_prompts": ("~",),
+    }
+
+
 def test_a_rank_that_is_none_hides_no_error(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "x")
     assert cli.sample(["--steps", "0"]) == 2 and "model is missing" in capsys.readouterr().err

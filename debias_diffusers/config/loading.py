@@ -15,7 +15,7 @@ import yaml
 
 from ..errors import InputError, raise_all, reason
 from .aliases import suggestion, written_suggestion
-from .hub_names import PINNED, was_pinned
+from .hub_names import PINNED, at_home, was_pinned
 from .ranges import field_types, range_problems
 from .registry import TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, parameters_of
 from .schema.data import TextConfig
@@ -269,8 +269,8 @@ def _convert(value: Any, hint: Any) -> Any:
         return tuple(
             _convert(v, args[0]) for v in (value if isinstance(value, (list, tuple)) or getattr(value, "ndim", False) else [value])
         )
-    if hint is str and isinstance(value, Path):
-        return str(value)
+    if hint is str and isinstance(value, (str, Path)):
+        return at_home(str(value))
     if hint is float and not isinstance(value, bool):
         return float(value)  # also of a string: YAML 1.1 reads 1e-4 as one
     if hint in (int, bool) and hasattr(value, "dtype"):  # a number of numpy or torch, as notebooks have them
