@@ -372,6 +372,21 @@ def test_values_that_no_command_line_has_looked_at_are_refused_in_python_too(opt
         make_objective(ObjectiveConfig(**options))
 
 
+@pytest.mark.parametrize(
+    "network, images, said",
+    [
+        (lambda x, t: x[:, :1], torch.zeros(2, 3, 4, 4), r"gives \(2, 1, 4, 4\) for images \(2, 3, 4, 4\), but must give \(2, 3, 4, 4\)"),
+        (lambda x, t: x.repeat(1, 2, 1, 1), torch.zeros(2, 3, 4, 4), r"gives \(2, 6, 4, 4\)"),  # a learned variance that nothing learns
+        (lambda x, t: x[:1], torch.zeros(2, 3, 4, 4), r"gives \(1, 3, 4, 4\)"),
+        (lambda x, t: x, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), r"images are torch.uint8, but must be floats"),
+    ],
+)
+def test_what_torch_would_stretch_cut_or_round_to_0_is_refused(network, images, said):
+    objective = make_objective(ObjectiveConfig())
+    with pytest.raises(InputError, match=said):
+        objective(network, images, torch.randn(2, 3, 4, 4), torch.tensor([1, 2]))
+
+
 def test_an_objective_takes_numbers_of_numpy_and_nothing_but_an_objective():
     assert len(make_schedule(ObjectiveConfig(num_train_timesteps=np.int64(500)))) == 500
     for make in (make_schedule, make_objective):

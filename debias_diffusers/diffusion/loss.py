@@ -79,7 +79,17 @@ class Objective:
         return self.terms(prediction, x_0, noise, t, uncertainty)
 
     def terms(self, prediction: Tensor, x_0: Tensor, noise: Tensor, t: Tensor, uncertainty: Uncertainty | None = None) -> Terms:
-        """Loss of each sample, given the network's output for x_t; arguments as of a call."""
+        """Loss of each sample, given the network's output for x_t; arguments as of a call.
+
+        Raises:
+            InputError: the output has not the shape that follows from the images, to which torch would stretch or cut it; or these are no
+                floats.
+        """
+        shape = (len(x_0), (2 if self.bound else 1) * x_0.shape[1], *x_0.shape[2:])
+        if prediction.shape != shape:
+            raise InputError(f"the network gives {tuple(prediction.shape)} for images {tuple(x_0.shape)}, but must give {shape}")
+        if not x_0.is_floating_point():
+            raise InputError(f"images are {x_0.dtype}, but must be floats in [-1, 1], such as images.float() / 127.5 - 1")
         prediction, *values = prediction.to(x_0.dtype).split(x_0.shape[1], dim=1)
         error = prediction - self.schedule.target(self.prediction_type, x_0, noise, t)
         mse = error.square().flatten(1).mean(1)
