@@ -273,6 +273,10 @@ def test_labels_that_the_model_does_not_have_are_refused():
         (small_pipeline(classes=3), {}, "class_labels are missing"),
         (small_pipeline(classes=3), {"class_labels": [3]}, "class_labels has 3"),
         (small_pipeline(classes=3), {"class_labels": [1, 2]}, "one label for each of 1"),
+        (small_pipeline(classes=3), {"class_labels": 1}, r"class_labels is 1, but must have one label for each of 1 images, as \[1\]"),
+        (small_pipeline(classes=3), {"class_labels": "2"}, "class_labels is '2', but must have one label"),
+        (small_pipeline(classes=3), {"class_labels": [1.5]}, r"class_labels has 1\.5, but the model's classes are 0 to 2"),
+        (small_pipeline(classes=3), {"class_labels": torch.tensor([-0.5])}, r"class_labels has -0\.5"),
     ):
         with pytest.raises(InputError, match=named):
             pipeline(**options)

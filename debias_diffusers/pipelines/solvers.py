@@ -409,7 +409,7 @@ def _refuse_other_models(name: SchedulerName, own: Any, spacing: Spacing, timest
         model = "a rectified flow" if is_flow(own) else f"no rectified flow (it predicts {own.config.prediction_type})"
         raise InputError(f"scheduler is {name}, but the model is {model}; take --scheduler {default_scheduler(own)}")
     if name in FLOW and (spacing != "linspace" or timesteps):
-        given = "timesteps are given" if timesteps else f"spacing is {spacing}"
+        given = "timesteps, sections or a stride are given" if timesteps else f"spacing is {spacing}"
         raise InputError(f"{given}, but scheduler {name} has linspace only; leave it out")
 
 
