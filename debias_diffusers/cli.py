@@ -20,6 +20,7 @@ from .commands.play import run_play
 from .commands.sample import run_sample
 from .commands.shards import run_shards
 from .commands.train import run_train, train_command, train_config
+from .config.hub_names import at_home
 from .errors import DebiasError, InputError
 from .utils import console, launcher, text_libraries
 
@@ -129,7 +130,7 @@ def _run_command(main: Command, argv: Sequence[str] | None, program: str) -> int
         if "--version" in argv:
             print(f"debias_diffusers {__version__}")
             return 0
-        main(list(argv), program)
+        main([at_home(argument) for argument in argv], program)
     except DebiasError as error:
         sentence, code = str(error), error.exit_code
     except OSError as error:  # for example, a path that is too long or not permitted

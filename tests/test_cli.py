@@ -27,6 +27,7 @@ from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation.feature_extractors import Extractor
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
+from debias_diffusers.utils import launcher
 from debias_diffusers.utils.files import read_json_object
 
 COMMANDS = (
@@ -369,3 +370,35 @@ def test_data_and_files_of_a_training_that_do_not_exist_are_said_to_not_exist(tm
         read_json_object("model_config", Path("no/such.json"))
     with pytest.raises(InputError, match=r"^feature_extractor_weights no/such\.pt does not exist"):
         Extractor("digits", ["fid"], "no/such.pt")
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+def test_a_number_of_processes_that_is_none_is_said_without_a_traceback(name, monkeypatch, capsys, tmp_path):
+    """As a shell leaves it that set a variable of another program."""
+    command = ["--config", "digits", "--max_steps", "2", "--warmup_steps", "0", "--output_dir", str(tmp_path / "run"), "--dry_run"]
+    for wrong in ("x", "0", "2.5"):
+        monkeypatch.setenv(name, wrong)
+        assert cli.train(command) == 2
+        assert f"error: launcher: {name} is {wrong}, but must be the number of processes; unset it" in capsys.readouterr().err
+    monkeypatch.setenv(name, "")
+    assert launcher.world_size(name) == 1
+
+
+def test_the_home_folder_is_meant_where_the_shell_leaves_it(monkeypatch, tmp_path):
+    """After --flag= it does, and in a configuration or in Python nothing else writes it out: a folder named ~ was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = []
+    for argument in ("--output_dir=~/runs", "~/runs", "--output-dir=/runs", "--prompt=a ~/", "~user/x"):
+        assert cli._run_command(lambda argv, _: seen.extend(argv), [argument], "train.py") == 0
+    assert seen == [f"--output_dir={tmp_path}/runs", f"{tmp_path}/runs", "--output-dir=/runs", "--prompt=a ~/", "~user/x"]
+    given = {"output_dir": Path("~/runs"), "cache_dir": "~/cache", "sample_prompts": ["~"]}
+    assert loading.checked_values(given, "train") == {
+        "output_dir": f"{tmp_path}/runs",
+        "cache_dir": f"{tmp_path}/cache",
+        "sample_prompts": ("~",),
+    }
+
+
+def test_a_rank_that_is_none_hides_no_error(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "x")
+    assert cli.sample(["--steps", "0"]) == 2 and "model is missing" in capsys.readouterr().err

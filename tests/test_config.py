@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,10 +17,10 @@ from debias_diffusers.cli import train_command, train_config
 from debias_diffusers.commands import evaluate
 from debias_diffusers.config import loading
 from debias_diffusers.config.loading import flatten, layered, read_config, resolved, update
-from debias_diffusers.config.schema.evaluation import BitsConfig, ScoreConfig, StatsConfig
+from debias_diffusers.config.schema.evaluation import BiasConfig, BitsConfig, MeasureConfig, ScoreConfig, StatsConfig
 from debias_diffusers.config.schema.training import TrainConfig
 from debias_diffusers.config.schema.types import SchedulerName
-from debias_diffusers.config.validation.evaluation import bits_problems, score_problems, stats_problems
+from debias_diffusers.config.validation.evaluation import bias_problems, bits_problems, score_problems, stats_problems
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.errors import InputError
 from debias_diffusers.pipelines.solvers import SCHEDULERS
@@ -155,12 +156,27 @@ def test_a_wrong_value_is_named_with_one_that_works(change, named):
         ({"output": "."}, "output is '.', but must name a file, such as output.json"),
         ({"output": ""}, "output is '', but must name a file"),
         ({"output": "out/.."}, "output is 'out/..', but must name a file"),
+        (
+            {"measure": MeasureConfig(metrics="colour,swd", feature_extractor="vgg16")},
+            "feature_extractor is vgg16, but metrics colour,swd take no features; add another metric, such as fid",
+        ),
+        (
+            {"measure": MeasureConfig(metrics="colour", feature_extractor_weights="x.pth")},
+            "feature_extractor_weights is x.pth, but metrics colour take no features",
+        ),
     ],
 )
 def test_a_wrong_value_of_a_score_is_named_with_one_that_works(change, named):
     assert score_problems(ScoreConfig(targets=("x",))) == []
     (problem,) = score_problems(ScoreConfig(targets=("x",), **change))
     assert problem.startswith(named)
+
+
+def test_an_extractor_is_refused_in_bias_only_where_metrics_are_named_that_take_no_features():
+    assert bias_problems(BiasConfig(runs=("x",), feature_extractor="digits")) == []  # which then are fid,colour
+    assert bias_problems(BiasConfig(runs=("x",), feature_extractor="digits", metrics="fid,colour")) == []
+    (problem,) = bias_problems(BiasConfig(runs=("x",), feature_extractor="digits", metrics="channel_bias"))
+    assert problem.startswith("feature_extractor is digits, but metrics channel_bias take no features")
 
 
 def test_an_output_that_is_no_file_is_refused_before_the_work():
@@ -432,6 +448,24 @@ def test_a_resumed_run_is_compared_field_by_field():
     lines = loading.differences(before, now)
     assert [line.split(":")[0] for line in lines] == ["seed", "weighting"]
     assert "debiased" in lines[1] and "p2" in lines[1]
+
+
+def test_python_gives_numbers_of_numpy_and_torch():
+    given = {"max_steps": np.int64(5), "random_flip": np.bool_(True), "channel_mult": np.array([1, 2]), "seed": torch.tensor(3)}
+    values = loading.checked_values({**given, "learning_rate": np.float32(0.5)}, "train")
+    assert values == {"max_steps": 5, "random_flip": True, "channel_mult": (1, 2), "seed": 3, "learning_rate": 0.5}
+    assert {type(value) for value in values.values()} == {int, bool, tuple, float}
+    with pytest.raises(InputError, match=r"max_steps is .*but must be a whole number"):
+        loading.checked_values({"max_steps": np.float64(5)}, "train")
+    with pytest.raises(InputError, match=r"max_steps is .*but must be a whole number"):
+        loading.checked_values({"max_steps": np.array([5, 6])}, "train")
+
+
+def test_a_configuration_made_in_python_is_looked_at(tmp_path):
+    made = update(GOOD, {"prediction_type": "v", "max_steps": "5", "output_dir": str(tmp_path / "run")})
+    with pytest.raises(InputError, match=r"train: 2 problems\n.*max_steps is '5'|train: 2 problems\n.*prediction_type is 'v'"):
+        train(made)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_yaml_loader_is_the_safe_one(tmp_path):

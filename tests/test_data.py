@@ -159,6 +159,16 @@ def test_linked_classes_count_and_hidden_files_and_previews_do_not(folder, tmp_p
     assert source.names == ["bird/d.png", "cat/a.png", "cat/b.jpg", "dog/c.png"]
 
 
+def test_a_link_to_a_folder_that_is_read_already_is_said(folder):
+    """Its images are those of the other folder only, which a class of links would lack without a word."""
+    (folder / "pet").mkdir()
+    picture(9).save(folder / "pet" / "d.png")
+    (folder / "pet" / "more").symlink_to(folder / "cat")
+    source = open_source(DataConfig(dataset=str(folder), class_conditional=True))
+    assert source.names == ["cat/a.png", "cat/b.jpg", "dog/c.png", "pet/d.png"]
+    assert "1 link to a folder that is read already" in summary(source, "x")[1]
+
+
 def test_names_that_are_no_text_are_read_like_others(folder):
     os.rename(folder / "cat" / "a.png", os.fsencode(folder / "cat") + b"/\xff\xfe.png")
     source = open_source(DataConfig(dataset=str(folder)))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from accelerate import Accelerator
 from conftest import HANG, ROOT, launched, run
 from PIL import Image
 from safetensors.torch import load, save, save_file
@@ -29,6 +30,7 @@ from debias_diffusers.config.validation.evaluation import score_problems, stats_
 from debias_diffusers.config.validation.training import train_problems
 from debias_diffusers.data.sources.opening import open_source
 from debias_diffusers.data.sources.subset import RepeatedSource, folder_repeats
+from debias_diffusers.data.validation_split import HELD_OUT
 from debias_diffusers.diffusion.loss import make_objective
 from debias_diffusers.errors import InputError
 from debias_diffusers.evaluation import feature_extractors, measure, metrics, monitor, plots, reference, results, score, statistics
@@ -36,6 +38,7 @@ from debias_diffusers.evaluation.feature_extractors import Extractor
 from debias_diffusers.evaluation.measure import Measure
 from debias_diffusers.evaluation.metrics import Sample
 from debias_diffusers.evaluation.statistics import ReferenceFeatures
+from debias_diffusers.runs import checkpoints
 from debias_diffusers.sampling.pixel_job import PixelJob
 from debias_diffusers.training.hooks import Evaluation
 from debias_diffusers.training.state_dicts import MetricHistory
@@ -641,6 +644,30 @@ def test_a_reference_that_is_left_out_is_the_data_of_the_run_but_flags_win(tmp_p
             assert (data.dataset, data.split, data.image_column, data.label_column) == ("faces", split, column, "kind")
             named = reference.reference_data(config, "other", [one])
             assert (named.dataset, named.split, named.image_column) == ("other", "train", given.get("image_column"))
+
+
+def test_the_reference_of_a_run_with_labels_is_the_images_that_it_was_trained_on(tmp_path, monkeypatch):
+    """A training with labels takes the images of a folder that have one, and others may lie beside these."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat/0", "cat/1", "dog/0", "beside"):
+        (tmp_path / "faces" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "faces" / f"{name}.png")
+    with_labels, without = (run_on(tmp_path / str(on), class_conditional=on) for on in (True, False))
+    for targets, images in (((with_labels,), 3), ((without,), 4), ((with_labels, without), 4)):
+        config = score._completed(ScoreConfig(targets=targets), Accelerator(cpu=True))
+        assert ReferenceFeatures(config.reference, Measure(config.measure, "digits", "cpu"), True).count() == images
+    named = ScoreConfig(targets=(with_labels,), reference="faces")
+    assert len(open_source(reference.reference_data(named.measure, named.reference))) == 4
+
+
+@pytest.mark.parametrize("more", [{}, {HELD_OUT: "0"}, {"captions": "0"}, {"skipped": [1]}])
+def test_data_that_moved_with_their_run_are_found_by_the_path_that_was_typed(more, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faces").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "faces" / "0.png")
+    data = open_source(DataConfig(dataset="faces")).fingerprint() | more
+    monkeypatch.setattr(checkpoints, "newest_state", lambda _: {"paths": {"dataset": str(tmp_path / "before" / "faces")}, "data": data})
+    assert reference.reference_data(MeasureConfig(), None, [run_on(tmp_path / "one")]).dataset == "faces"
 
 
 def test_runs_of_different_data_are_not_compared_with_the_data_of_the_first(tmp_path, monkeypatch):

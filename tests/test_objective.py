@@ -353,6 +353,47 @@ def test_weightings_without_a_meaning_are_refused_in_python_too(options, said):
         make_objective(ObjectiveConfig(**options))
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"prediction_type": "v"}, "prediction_type is 'v', but must be one of .*; did you mean v_prediction"),
+        ({"noise_schedule": "squaredcos_cap_v2"}, "noise_schedule is 'squaredcos_cap_v2', but must be .*cosine"),
+        ({"num_train_timesteps": 500.0}, "num_train_timesteps is 500.0, but must be a whole number; did you mean 500"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0, but must be at least 2"),
+        ({"snr_gamma": -5, "weighting": "min_snr"}, "snr_gamma is -5.0, but must be above 0"),
+        ({"prediction_type": "v_prediction", "noise_schedule": "rectified_flow"}, "take --prediction_type sample"),
+        ({"prediction_type": "flow", "noise_schedule": "cosine"}, "prediction_type flow has its own"),
+        ({"prediction_type": "flow", "weighting": "debiased_kohya"}, "knows epsilon, v_prediction only"),
+    ],
+)
+def test_values_that_no_command_line_has_looked_at_are_refused_in_python_too(options, said):
+    """A prediction type by another name had the weights of one, and the target of another."""
+    with pytest.raises(InputError, match=said):
+        make_objective(ObjectiveConfig(**options))
+
+
+@pytest.mark.parametrize(
+    "network, images, said",
+    [
+        (lambda x, t: x[:, :1], torch.zeros(2, 3, 4, 4), r"gives \(2, 1, 4, 4\) for images \(2, 3, 4, 4\), but must give \(2, 3, 4, 4\)"),
+        (lambda x, t: x.repeat(1, 2, 1, 1), torch.zeros(2, 3, 4, 4), r"gives \(2, 6, 4, 4\)"),  # a learned variance that nothing learns
+        (lambda x, t: x[:1], torch.zeros(2, 3, 4, 4), r"gives \(1, 3, 4, 4\)"),
+        (lambda x, t: x, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), r"images are torch.uint8, but must be floats"),
+    ],
+)
+def test_what_torch_would_stretch_cut_or_round_to_0_is_refused(network, images, said):
+    objective = make_objective(ObjectiveConfig())
+    with pytest.raises(InputError, match=said):
+        objective(network, images, torch.randn(2, 3, 4, 4), torch.tensor([1, 2]))
+
+
+def test_an_objective_takes_numbers_of_numpy_and_nothing_but_an_objective():
+    assert len(make_schedule(ObjectiveConfig(num_train_timesteps=np.int64(500)))) == 500
+    for make in (make_schedule, make_objective):
+        with pytest.raises(InputError, match="made of an ObjectiveConfig, and not of DDPMScheduler"):
+            make(DDPMScheduler())
+
+
 def test_parameters_that_overflow_are_refused():
     with pytest.raises(InputError, match=r"weighting p2 on epsilon gives 1\.73e\+39 at t = 293"):
         make_objective(ObjectiveConfig(weighting="p2", p2_k=0.1, p2_gamma=400.0))

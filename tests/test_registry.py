@@ -122,12 +122,13 @@ def test_a_weighting_is_constant_where_its_entry_says_so(name):
 def test_a_timestep_sampler_does_what_its_entry_says(name):
     spec = TIMESTEP_SAMPLERS[name]
     config = ObjectiveConfig(timestep_sampler=name, rescale_betas_zero_snr=True, num_train_timesteps=100)
-    sampler = make_timestep_sampler(config, make_schedule(config), 4)
+    schedule = make_schedule(config)
+    sampler = make_timestep_sampler(config, schedule, 4)
     assert sampler.corrected == spec.corrected
     assert (sampler.probabilities[-1] > 0) == spec.draws_zero_snr
     for parameter in registry.parameters_of(TIMESTEP_SAMPLERS):
         other = dataclasses.replace(config, **{parameter: 2.0})
-        changing = make_timestep_sampler(other, make_schedule(other), 4)
+        changing = make_timestep_sampler(other, schedule, 4)
         changed = not all(torch.equal(getattr(changing, of), getattr(sampler, of)) for of in ("probabilities", "corrections"))
         assert changed == (parameter in spec.parameters)
     assert spec.corrected or not spec.parameters or all(f"{{{parameter}}}" in spec.card for parameter in spec.parameters)

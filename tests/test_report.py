@@ -91,6 +91,16 @@ def test_the_numbers_of_the_page_are_those_of_the_run(runs):
     assert unescape(page).count(CITATION.splitlines()[1]) >= 1
 
 
+def test_the_time_of_the_steps_is_that_of_the_batches_that_each_had(runs, tmp_path):
+    """Two lines of 10 steps at 100 images a second: of 60 images each, 6 seconds, and since a change of 600 each, a minute."""
+    folder = shutil.copytree(runs[1], tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    change = {"step": 10, "name": "batch_size", "before": 60, "after": 600}
+    (folder / "config.json").write_text(json.dumps(config | {"batch_size": 600, "changes": [change]}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "images_per_second": 100}) + "\n" for step in (10, 20)))
+    assert "<th>time of the steps</th><td>1.1 min</td>" in re.sub(r"<th[^>]*>", "<th>", page_of(folder))
+
+
 def test_a_page_needs_no_other_file_and_has_the_grids(runs):
     page = page_of(runs[0])
     assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "@import" not in page and "url(" not in page

@@ -75,6 +75,18 @@ def test_local_data_are_found_from_another_working_directory(tmp_path, monkeypat
     assert run_values(run)["dataset"] == "photos"  # gone: the message is about what was typed
 
 
+def test_a_network_file_is_found_from_another_working_directory(tmp_path, monkeypatch):
+    values = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "norm_num_groups": 8}
+    (tmp_path / "unet.json").write_text(json.dumps(values))
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trained_here(configured("--config", TINY, "--model_config", "unet.json", "--max_steps", 2, "--output_dir", "run"))
+    assert configured("--resume", "run").model.model_config == "unet.json"
+    monkeypatch.chdir(tmp_path / "other")
+    trained_here(configured("--resume", "../run", "--max_steps", 3))
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+
+
 @pytest.mark.parametrize("content", [None, "{}", "[", '{"_class_name": "UNet2DModel"}'])
 def test_what_is_no_run_is_refused(content, tmp_path):
     if content is not None:

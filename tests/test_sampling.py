@@ -273,6 +273,10 @@ def test_labels_that_the_model_does_not_have_are_refused():
         (small_pipeline(classes=3), {}, "class_labels are missing"),
         (small_pipeline(classes=3), {"class_labels": [3]}, "class_labels has 3"),
         (small_pipeline(classes=3), {"class_labels": [1, 2]}, "one label for each of 1"),
+        (small_pipeline(classes=3), {"class_labels": 1}, r"class_labels is 1, but must have one label for each of 1 images, as \[1\]"),
+        (small_pipeline(classes=3), {"class_labels": "2"}, "class_labels is '2', but must have one label"),
+        (small_pipeline(classes=3), {"class_labels": [1.5]}, r"class_labels has 1\.5, but the model's classes are 0 to 2"),
+        (small_pipeline(classes=3), {"class_labels": torch.tensor([-0.5])}, r"class_labels has -0\.5"),
     ):
         with pytest.raises(InputError, match=named):
             pipeline(**options)
@@ -706,6 +710,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(trained, flags, named):
     code, _, err = run("sample.py", trained, *flags)
     assert code == 2 and "Traceback" not in err
     assert "error: " in err and named in err
+
+
+def test_an_interval_of_guidance_without_a_step_is_refused(trained_by_class, tmp_path):
+    flags = ["--guidance_scale", 2, "--steps", 2, "--num_images", 2, "--output_dir", tmp_path / "drawn", "--guidance_interval"]
+    code, _, err = run("sample.py", trained_by_class, *flags, 20, 30)
+    assert code == 2 and "guidance_interval is 20 30, but no step is there, but at 999, " in err
+    assert not (tmp_path / "drawn").exists()
+    assert run("sample.py", trained_by_class, *flags, 800, 999)[0] == 0
 
 
 def test_what_is_no_model_is_refused(trained, tmp_path):

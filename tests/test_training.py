@@ -552,6 +552,18 @@ def test_the_learning_rate_is_a_function_of_the_step():
     assert learning_rate(OptimizationConfig(learning_rate=2.0), 99_999) == 2.0
 
 
+def test_averages_that_depend_on_the_step_are_told_it():
+    """Left out it was 0 in every update: a warm-up averaged at the rate 0.1 for ever."""
+    for options in ({"rates": (0.9,), "warmup": True}, {"rates": (), "sigma_rels": (0.1,)}):
+        ema = EMA({"w": torch.zeros(3)}, **options)
+        ema.update(0)
+        with pytest.raises(InputError, match=r"call update\(step\)"):
+            ema.update()
+    for rate in (1.0, -0.1, 1.5):
+        with pytest.raises(InputError, match=f"a rate of EMA is {rate}"):
+            EMA({"w": torch.zeros(3)}, (0.9, rate))
+
+
 def test_averages_follow_their_closed_form():
     weight = torch.zeros(3)
     ema = EMA({"w": weight}, (0.9, 0.0))

@@ -121,8 +121,10 @@ def _samples(run: RunFiles) -> str:
 def _duration(run: RunFiles) -> str | None:
     """The time of the optimizer steps, by the images per second of each line."""
     rates, before, seconds = run.points("images_per_second"), 0, 0.0
+    changes = [change for change in run.changes if change["name"] == "batch_size"]
     for step, rate in rates:
-        seconds += (step - before) * run.values["batch_size"] / rate if rate > 0 else 0
+        batch_size = next((change["before"] for change in changes if step <= change["step"]), run.values["batch_size"])
+        seconds += (step - before) * batch_size / rate if rate > 0 else 0
         before = step
     minutes = round(seconds / 60)
     return None if not rates else f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{seconds / 60:.1f} min"

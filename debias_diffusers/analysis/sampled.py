@@ -14,13 +14,12 @@ from ..config.registry import METRICS
 from ..config.schema.data import EMBEDDED, DataConfig
 from ..config.schema.evaluation import BiasConfig, MeasureConfig
 from ..config.schema.sampling import SampleConfig
-from ..data.sources.opening import open_source
+from ..data.sources.opening import open_readable, open_source
 from ..errors import InputError
 from ..evaluation import metrics
-from ..evaluation.image_sets import process_batches, to_rgb
+from ..evaluation.image_sets import images_of_source, process_batches, to_rgb
 from ..evaluation.measure import Measure, extractor_of_metrics, usual_extractor
 from ..evaluation.metrics import COLOUR, Sample
-from ..evaluation.reference import open_reference
 from ..sampling.generate import make_job
 from ..sampling.job import Job
 from ..sampling.text_job import shrunk
@@ -48,9 +47,6 @@ def make_bias_measure(config: BiasConfig, chosen: DataConfig, values: Mapping[st
     asked = MeasureConfig(
         metrics=config.metrics or default,
         feature_extractor_weights=file,
-        split=chosen.split,
-        image_column=chosen.image_column,
-        skip_bad=chosen.skip_bad,
         batch_size=config.batch_size,
         cache_dir=config.cache_dir,
     )
@@ -66,8 +62,8 @@ def make_bias_measure(config: BiasConfig, chosen: DataConfig, values: Mapping[st
 
 def features_of_reference(measure: Measure, chosen: DataConfig, side: int, channels: int) -> Sample:
     """Of the images of the reference as the models draw them, with `side` pixels and so many channels."""
-    like = replace(measure.config, channels=1 if channels == 1 else None)
-    return measure.sample(open_reference(str(chosen.dataset), like, side))
+    images = images_of_source(open_readable(chosen), str(chosen.dataset), side, channels=1 if channels == 1 else None)
+    return measure.sample(images)
 
 
 @dataclass(frozen=True)

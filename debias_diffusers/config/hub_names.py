@@ -61,6 +61,15 @@ def absolute_path(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def at_home(text: str) -> str:
+    """A path in the home folder, or `--flag=` with one, written out: shells do so only where ~/ begins a word, and leave `--flag=~/runs`.
+
+    Else a folder of the name ~ would be made in the working directory.
+    """
+    found = re.fullmatch(r"(--[\w-]+=)?(~/.*)", text, re.DOTALL)
+    return (found[1] or "") + os.path.expanduser(found[2]) if found else text
+
+
 def was_pinned(before: str | None, now: str | None) -> bool:
     """Whether the run recorded the commit of the name that the command gives again."""
     if before is None or now is None:

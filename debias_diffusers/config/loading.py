@@ -15,13 +15,13 @@ import yaml
 
 from ..errors import InputError, raise_all, reason
 from .aliases import suggestion, written_suggestion
-from .hub_names import PINNED, was_pinned
-from .ranges import field_types
+from .hub_names import PINNED, at_home, was_pinned
+from .ranges import field_types, range_problems
 from .registry import TIMESTEP_BIASES, TIMESTEP_SAMPLERS, WEIGHTINGS, parameters_of
 from .schema.data import TextConfig
 from .schema.hub import HubConfig
 from .schema.network import SIZE_FIELDS, LoraConfig, ModelConfig, channel_mult, network_of_size
-from .schema.objective import NoiseConfig, noise_schedule
+from .schema.objective import NoiseConfig, ObjectiveConfig, noise_schedule
 from .schema.training import TrainConfig
 
 CONFIG = "config.json"  # of a run directory
@@ -241,6 +241,19 @@ def checked_values(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
     return result
 
 
+def checked_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
+    """An objective made in Python, where nothing has looked at its values, with the types of its fields.
+
+    Raises:
+        InputError: it is something else; or names all values of a wrong type or out of range at once.
+    """
+    if not isinstance(objective, ObjectiveConfig):
+        raise InputError(f"an objective is made of an ObjectiveConfig, and not of {type(objective).__name__}; write ObjectiveConfig(...)")
+    values = checked_values(vars(objective), "objective")
+    raise_all(range_problems(ObjectiveConfig, values), "objective")
+    return ObjectiveConfig(**values)
+
+
 def _convert(value: Any, hint: Any) -> Any:
     """`value` as the type `hint`, without guessing: raises TypeError or ValueError where it does not fit."""
     origin, args = get_origin(hint), get_args(hint)
@@ -253,11 +266,15 @@ def _convert(value: Any, hint: Any) -> Any:
             raise ValueError
         return value
     if origin is tuple:
-        return tuple(_convert(v, args[0]) for v in (value if isinstance(value, (list, tuple)) else [value]))
-    if hint is str and isinstance(value, Path):
-        return str(value)
+        return tuple(
+            _convert(v, args[0]) for v in (value if isinstance(value, (list, tuple)) or getattr(value, "ndim", False) else [value])
+        )
+    if hint is str and isinstance(value, (str, Path)):
+        return at_home(str(value))
     if hint is float and not isinstance(value, bool):
         return float(value)  # also of a string: YAML 1.1 reads 1e-4 as one
+    if hint in (int, bool) and hasattr(value, "dtype"):  # a number of numpy or torch, as notebooks have them
+        value = value.item()
     if type(value) is not hint:
         raise TypeError
     return value

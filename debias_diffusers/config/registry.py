@@ -134,6 +134,7 @@ TIMESTEP_BIASES: dict[str, TimestepBiasSpec] = {
 }
 
 
+PIXEL_LAYERS = ("colour", "projections")  # of metrics, computed of the pixels without an extractor
 Better = Literal["lower", "higher", "near 0", "neither"]  # neither: a spread or a size, which no curve shows
 
 
@@ -150,6 +151,11 @@ class MetricSpec:
     layer_of: str = "fid"  # name of a metric in torch-fidelity
     extractor: str | None = None  # the only extractor with this layer
     of_prompts: bool = False  # it is a mean over images of how well each fits its prompt, which is its layer
+
+    @property
+    def by_features(self) -> bool:
+        """Whether it compares features of an extractor, and neither pixels nor prompts."""
+        return self.layer not in PIXEL_LAYERS and not self.of_prompts
 
 
 METRICS: dict[str, MetricSpec] = {

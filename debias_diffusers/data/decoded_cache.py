@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import zlib
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..utils.launcher import world_size
 from ..utils.memory import free_memory
 
 SHARED_MEMORY = Path("/dev/shm")  # shared memory of Linux; containers often have little of it
@@ -61,4 +61,4 @@ def _free_per_process(shared: bool) -> int:
     free = free_memory()
     if shared and SHARED_MEMORY.is_dir():
         free = min(free, shutil.disk_usage(SHARED_MEMORY).free)
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free // world_size("LOCAL_WORLD_SIZE")

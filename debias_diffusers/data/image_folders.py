@@ -25,6 +25,7 @@ GRID = f"{PREVIEW}/grid.png"
 TRAJECTORY = f"{PREVIEW}/trajectory.png"
 METADATA = "metadata.jsonl"
 HIDDEN = "hidden"  # why files whose names begin with a dot are ignored
+READ_ALREADY = "link to a folder that is read already"
 LABELS = ("label", "class")  # columns of metadata files that are labels
 PACKED = "samples.npz"
 PARTS = "parts"  # images that are not yet in PACKED
@@ -72,7 +73,9 @@ def scan_folder(root: Path) -> Listing:
         for name in sorted(folders):
             if why := _hidden(Path(folder), name, names):
                 found.passed_over.append((here + name, why))
-            elif os.path.realpath(os.path.join(folder, name)) not in seen:
+            elif os.path.realpath(os.path.join(folder, name)) in seen:
+                found.passed_over.append((here + name, READ_ALREADY))
+            else:
                 kept.append(name)
         folders[:] = kept
         found.folders += [here + name for name in kept]

@@ -85,7 +85,7 @@ def label_indices(wanted: Sequence[int | str], names: Sequence[str] | None) -> l
             known = f"the model's classes are {shortened_list(names)}" if names else "the model knows its classes by numbers only"
             apart = f"; separate the values by spaces: {label.replace(',', ' ')}" if "," in label else ""
             raise InputError(f"class_labels has {label}, but {known}{apart}")
-        found.append(by_name[label] if label in by_name else int(label))
+        found.append(by_name[label] if label in by_name else int(label) if isinstance(label, str) else label)
     return found
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config.loading import checked_objective
 from ..config.registry import WEIGHTINGS
 from ..config.schema.objective import ObjectiveConfig
 from ..config.schema.types import PredictionType
-from ..config.validation.objective import unknown_weighting, variance_problems
+from ..config.validation.objective import path_problems, repeats_problems, unknown_weighting, variance_problems
 from ..errors import InputError, raise_all
 from ..utils.tensor_memory import sent
 from .noise_schedule import Schedule, at, make_schedule
@@ -79,7 +80,17 @@ class Objective:
         return self.terms(prediction, x_0, noise, t, uncertainty)
 
     def terms(self, prediction: Tensor, x_0: Tensor, noise: Tensor, t: Tensor, uncertainty: Uncertainty | None = None) -> Terms:
-        """Loss of each sample, given the network's output for x_t; arguments as of a call."""
+        """Loss of each sample, given the network's output for x_t; arguments as of a call.
+
+        Raises:
+            InputError: the output has not the shape that follows from the images, to which torch would stretch or cut it; or these are no
+                floats.
+        """
+        shape = (len(x_0), (2 if self.bound else 1) * x_0.shape[1], *x_0.shape[2:])
+        if prediction.shape != shape:
+            raise InputError(f"the network gives {tuple(prediction.shape)} for images {tuple(x_0.shape)}, but must give {shape}")
+        if not x_0.is_floating_point():
+            raise InputError(f"images are {x_0.dtype}, but must be floats in [-1, 1], such as images.float() / 127.5 - 1")
         prediction, *values = prediction.to(x_0.dtype).split(x_0.shape[1], dim=1)
         error = prediction - self.schedule.target(self.prediction_type, x_0, noise, t)
         mse = error.square().flatten(1).mean(1)
@@ -108,11 +119,13 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     """The objective of a configuration.
 
     Raises:
-        InputError: the weighting is not registered, or needs a learned variance; a timestep has no usable loss weight; or the schedule
-            has no noise that float32 can hold.
+        InputError: a value is of a wrong type or out of range; the weighting is not registered, or needs a learned variance; prediction
+            type and noise schedule or weighting do not go together; a timestep has no usable loss weight; or the schedule has no noise
+            that float32 can hold.
     """
+    config = checked_objective(config)
     unknown = unknown_weighting(config.weighting)
-    raise_all([unknown] if unknown else variance_problems(config))
+    raise_all([unknown] if unknown else path_problems(config) + repeats_problems(config) + variance_problems(config))
     schedule = make_schedule(config)
     weights = None if config.weighting == "variational" else weight_table(config, schedule, config.prediction_type)
     if weights is not None:

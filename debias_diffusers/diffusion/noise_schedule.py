@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.loading import checked_objective
 from ..config.schema.objective import BETA_ENDS, ObjectiveConfig, is_straight, noise_schedule
 from ..config.schema.types import PredictionType
 from ..config.validation.objective import beta_problems
@@ -191,9 +192,10 @@ def make_schedule(config: ObjectiveConfig) -> Schedule:
     """The schedule of a configuration: a named one, its SNR multiplied by `schedule_shift`, perhaps rescaled to zero terminal SNR.
 
     Raises:
-        InputError: the shift leaves no noise that float32 can hold at the first timestep, or nothing but noise; or there are too few
-            timesteps for betas below 1.
+        InputError: a value is of a wrong type or out of range; the shift leaves no noise that float32 can hold at the first timestep, or
+            nothing but noise; or there are too few timesteps for betas below 1.
     """
+    config = checked_objective(config)
     raise_all(beta_problems(config))
     straight = is_straight(config)
     make = _flow if straight else _with_betas

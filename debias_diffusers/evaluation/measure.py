@@ -35,7 +35,7 @@ class Measure:
     ) -> None:
         """Loads the extractor onto a device. Of several processes, each computes its share, and all know the result."""
         wanted = config.metrics.split(",")
-        by_features = [metric for metric in wanted if METRICS[metric].layer not in PIXEL_LAYERS and not METRICS[metric].of_prompts]
+        by_features = [metric for metric in wanted if METRICS[metric].by_features]
         self.of_prompts = {metric: prompt_scorer(metric, clip_model, device) for metric in wanted if METRICS[metric].of_prompts}
         self.config, self.device, self.process, self.processes = config, device, process, processes
         self.extractor = Extractor(extractor, by_features, config.feature_extractor_weights) if by_features else None

@@ -15,6 +15,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from ..config import registry
 from ..config.registry import FIGURES, METRICS
 from ..errors import InputError, reason
 from ..utils import seeding
@@ -34,6 +35,7 @@ PIXEL_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     COLOUR: lambda images: images.float().mean((2, 3)),  # of each channel
     "projections": lambda images: images.float().flatten(1) @ _directions(images[0].numel()).to(images.device),
 }
+assert PIXEL_LAYERS.keys() == set(registry.PIXEL_LAYERS)
 KID_SUBSET, KID_SUBSETS = 1000, 100
 KID_SUBSETS_REDRAWN = 10  # of each redrawn set: there are many of those
 NEIGHBOURS = 3  # of precision and recall (arXiv 1904.06991)

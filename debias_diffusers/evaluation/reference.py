@@ -21,6 +21,7 @@ from ..data.sources.base import Source
 from ..data.sources.folder import ImageFolder
 from ..data.sources.opening import open_readable, open_source
 from ..data.sources.summary import summary
+from ..data.validation_split import HELD_OUT
 from ..errors import InputError
 from ..hub import client
 from ..pipelines.pixel_pipeline import PixelPipeline
@@ -29,6 +30,14 @@ from ..runs.run_directory import CHECKPOINTS, CONFIG
 from ..utils.console import say
 from ..utils.distributed import broadcast_from_first
 from .image_sets import ImageSet, images_of_folder, images_of_npz, images_of_source, npz_shape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedOn(MeasureConfig):
+    """How images are compared with what runs were trained on: of a folder with labels that is what has one, if they have labels, too."""
+
+    class_conditional: bool = False
+    label_column: str | None = None
 
 
 def print_summary(source: Source, name: str | None, accelerator: Accelerator) -> None:
@@ -67,6 +76,8 @@ def reference_data(config: MeasureConfig | BitsConfig | BiasConfig, reference: s
         InputError: no reference is given, and the targets are not runs, or runs on different data.
     """
     data = DataConfig(dataset=reference) if reference is not None else _trained_on(targets)
+    if isinstance(config, TrainedOn):
+        data = dataclasses.replace(data, class_conditional=config.class_conditional, label_column=config.label_column)
     return dataclasses.replace(
         data,
         split=config.split or data.split,
@@ -115,7 +126,8 @@ def _trained_on(targets: Sequence[str]) -> DataConfig:
     grey = all(values.get("channels") == 1 for values in values_of.values())
     return DataConfig(
         **{name: first[name] for name in names},
-        label_column=first.get("label_column"),  # which runs of text-to-image have none of
+        class_conditional=all(values.get("class_conditional") for values in values_of.values()),  # as below, of pixel models only
+        label_column=first.get("label_column"),
         skip_bad=first.get("skip_bad", False),
         channels=1 if grey else None,
     )
@@ -191,7 +203,7 @@ def _with_data(target: str, values: dict[str, Any], state: Mapping[str, Any]) ->
     if typed in EMBEDDED or is_pinned(typed) or shard_names.is_remote(typed):  # for the Hub, a run saves the commit
         return values
     if shard_names.exists(typed):
-        before = {name: value for name, value in state.get("data", {}).items() if name != "skipped"}
+        before = {name: value for name, value in state.get("data", {}).items() if name not in ("skipped", "captions", HELD_OUT)}
         if lay is None or absolute_path(typed) == lay or _fingerprint(values) == before:
             return values
     if lay is None or not shard_names.exists(lay):

@@ -43,7 +43,7 @@ from .image_sets import ImageSet, generated_images, images_of_folder, images_of_
 from .measure import Measure, make_measure
 from .metrics import Sample
 from .plots import is_our_picture
-from .reference import any_run, caption_column, pinned_data, print_summary, reference_data, training_of_run
+from .reference import TrainedOn, any_run, caption_column, pinned_data, print_summary, reference_data, training_of_run
 from .results import Row, as_json, as_row, best_width, draw_curves, has_fields, over_training_seeds, table, table_of_groups, unequal
 from .statistics import NoReference, ReferenceFeatures, require_enough
 
@@ -80,10 +80,8 @@ def _completed(config: ScoreConfig, accelerator: Accelerator) -> ScoreConfig:
     if config.reference is not None or not (needs_reference or any_run(config.targets)):
         return config
     data = reference_data(config.measure, None, config.targets)
-    channels = config.measure.channels or data.channels
-    measure = dataclasses.replace(
-        config.measure, split=data.split, image_column=data.image_column, skip_bad=data.skip_bad, channels=channels
-    )
+    of_run = {name: getattr(data, name) for name in ("split", "image_column", "skip_bad", "class_conditional", "label_column")}
+    measure = TrainedOn(**{**vars(config.measure), **of_run, "channels": config.measure.channels or data.channels})
     column = config.caption_column or caption_column(config.targets)
     return dataclasses.replace(config, reference=data.dataset, measure=measure, caption_column=column)
 

@@ -212,6 +212,10 @@ class PixelPipeline(DiffusionPipeline):
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow matching schedulers have none: their noise has scale 1
 
     def _labels(self, batch_size: int, class_labels: Sequence[int | str] | Tensor | None, guidance_scale: float) -> Tensor | None:
+        if isinstance(class_labels, str) or not (class_labels is None or hasattr(class_labels, "__len__")):
+            raise InputError(
+                f"class_labels is {class_labels!r}, but must have one label for each of {batch_size} images, as [{class_labels!r}]"
+            )
         if class_labels is not None and not isinstance(class_labels, Tensor) and self.num_classes:
             class_labels = label_indices(class_labels, self.class_names)
         check_labels(self, class_labels, guidance_scale)
@@ -308,8 +312,8 @@ def check_labels(pipeline: PixelPipeline, class_labels: Sequence[Any] | Tensor |
         raise InputError("class_labels are given, but the model is unconditional; leave them out")
     if class_labels is None and classes:
         raise InputError(f"class_labels are missing, but the model has {classes} classes; give one from 0 to {classes - 1} for each image")
-    if wrong := sorted({int(k) for k in class_labels if not 0 <= int(k) < classes} if class_labels is not None else ()):
-        raise InputError(f"class_labels has {wrong[0]}, but the model's classes are 0 to {classes - 1}")
+    if wrong := sorted({float(k) for k in class_labels if not (0 <= k < classes and int(k) == k)} if class_labels is not None else ()):
+        raise InputError(f"class_labels has {wrong[0]:g}, but the model's classes are 0 to {classes - 1}")
     if guidance_scale != 1 and pipeline.config.null_label is None:
         raise InputError(f"guidance_scale is {guidance_scale}, but the model was not trained with dropped labels; take --guidance_scale 1")
 

@@ -70,7 +70,8 @@ def _require_timesteps(steps: Any, timesteps: Any, levels: float = math.inf) -> 
     except (TypeError, ValueError, RuntimeError):
         chosen = torch.empty(0)
     if chosen.is_floating_point() or chosen.ndim != 1 or not levels > chosen[0] or chosen[-1] < 0 or (chosen.diff() >= 0).any():
-        raise InputError(f"timesteps is {timesteps!r}, but must be descending whole numbers from 0 to below {levels}")
+        below = f" to below {levels}" * (levels < math.inf)
+        raise InputError(f"timesteps is {timesteps!r}, but must be descending whole numbers from 0{below}")
 
 
 class DDPM(DDPMScheduler):
@@ -408,7 +409,7 @@ def _refuse_other_models(name: SchedulerName, own: Any, spacing: Spacing, timest
         model = "a rectified flow" if is_flow(own) else f"no rectified flow (it predicts {own.config.prediction_type})"
         raise InputError(f"scheduler is {name}, but the model is {model}; take --scheduler {default_scheduler(own)}")
     if name in FLOW and (spacing != "linspace" or timesteps):
-        given = "timesteps are given" if timesteps else f"spacing is {spacing}"
+        given = "timesteps, sections or a stride are given" if timesteps else f"spacing is {spacing}"
         raise InputError(f"{given}, but scheduler {name} has linspace only; leave it out")
 
 

@@ -17,12 +17,14 @@ from ..data.labels import ambiguous_labels, label_indices, nonempty_classes, pro
 from ..errors import InputError
 from ..hub import client
 from ..pipelines.pixel_pipeline import PixelPipeline, check_labels, load_pipeline
+from ..pipelines.solvers import set_timesteps
 from ..runs.model_folder import check_sampling
 from ..utils.seeding import uniform
 from .job import (
     Conditions,
     Job,
     LoadedModel,
+    Solver,
     folder_name,
     image_generators,
     image_seeds,
@@ -129,6 +131,7 @@ def make_pixel_job(config: SampleConfig, device: Any, step: int | None = None, l
     pipeline = loaded.pipeline
     solver = make_solver(config, loaded.scheduler, config.clipping)
     pipeline.scheduler = solver.scheduler
+    _require_guided_steps(config, solver)
     asked = config.class_labels
     config = replace(config, class_labels=_class_labels(config, pipeline))
     settings = settings_of(config, solver.settings(), _SETTINGS, loaded)
@@ -136,6 +139,17 @@ def make_pixel_job(config: SampleConfig, device: Any, step: int | None = None, l
     options |= {"num_inference_steps": solver.steps, "timesteps": solver.timesteps}
     name = folder_name(config, f"{solver.name}-{solver.steps}", _SETTINGS, SampleConfig(model="", guidance_scale=1.0))
     return PixelJob(config, pipeline, name, settings, options, asked)
+
+
+def _require_guided_steps(config: SampleConfig, solver: Solver) -> None:
+    """Raises InputError for an interval of guidance that no step of the solver falls into."""
+    if config.guidance_interval is None:
+        return
+    set_timesteps(solver.scheduler, solver.steps, solver.timesteps)
+    (low, high), timesteps = config.guidance_interval, solver.scheduler.timesteps
+    if not ((timesteps >= low) & (timesteps <= high)).any():
+        there = shortened_list(f"{t:g}" for t in timesteps.tolist())
+        raise InputError(f"guidance_interval is {low} {high}, but no step is there, but at {there}; take another, or leave it out")
 
 
 def _loader(model: str, allow_pickle: bool) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.power_ema import exponent, share_of_step
+from ..errors import InputError
 from ..utils.sharding import local, part_like
 
 
@@ -30,7 +31,14 @@ class EMA:
         on_cpu: bool = False,
         sigma_rels: Iterable[float] = (),
     ) -> None:
-        """`weights` are the trained parameters by name; they are read again at each update. `on_cpu`: averages are in main memory."""
+        """`weights` are the trained parameters by name; they are read again at each update. `on_cpu`: averages are in main memory.
+
+        Raises:
+            InputError: a rate is not at least 0 and below 1.
+        """
+        rates = tuple(rates)
+        if wrong := [rate for rate in rates if not 0 <= rate < 1]:
+            raise InputError(f"a rate of EMA is {wrong[0]}, but must be at least 0 and below 1, such as 0.9999")
         self.warmup = warmup
         self.weights = dict(weights)  # not detached: DistributedDataParallel may give a parameter other storage
         # In float32 whatever the weights are: in bf16 an average at 0.9999 would never move.
@@ -43,8 +51,15 @@ class EMA:
         return self.averages[rate] if rate else {}
 
     @torch.no_grad()
-    def update(self, step: int = 0) -> None:
-        """`step`: the number of updates before this one."""
+    def update(self, step: int | None = None) -> None:
+        """`step`: the number of updates before this one, on which a warm-up and power-function averages depend.
+
+        Raises:
+            InputError: it is left out where something depends on it.
+        """
+        if step is None and (self.warmup or self.power_averages):
+            raise InputError("EMA with a warm-up or sigma_rels depends on the number of updates before each; call update(step)")
+        step = step or 0
         weights = [local(weight) for weight in self.weights.values()]
         for rate, average in self.averages.items():
             if self.warmup:

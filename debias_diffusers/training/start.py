@@ -59,7 +59,7 @@ def train(config: TrainConfig | str | Path | None = None, callback: Callback | N
         named = found | given
         chosen = of_base(named.keys()) if named.get("base_model") else ()
         config = layered(found, kept_values(named.get("output_dir"), chosen))
-    config = layered(flatten(config), given)
+    config = layered(checked_values(flatten(config), "train"), given)  # of a TrainConfig, which nothing has looked at
     raise_all(named_problems(config.objective, given))
     train_run(config, chosen, callback)
     if config.run.dry_run or not launcher.is_first_process():
@@ -75,7 +75,7 @@ def train(config: TrainConfig | str | Path | None = None, callback: Callback | N
 
 def train_run(config: TrainConfig, chosen: Collection[str] = (), callback: Callback | None = None) -> None:
     """`train` without loading the result. `chosen`: fields whose values `config.choices` decides in a new run."""
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = launcher.world_size()
     config = _checked(config, chosen, num_processes)
     if config.run.dry_run:
         from .dry_run import dry_run
@@ -108,7 +108,7 @@ def precompute(config: TrainConfig, chosen: Collection[str] = ()) -> None:
     if config.run.dry_run:
         missing.append("dry_run is on, but this command does nothing else than to compute; leave it out")
     raise_all(missing)
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = launcher.world_size()
     # Neither the directory of the run nor its steps change anything here, where any number of processes may share the work.
     output_dir = config.run.output_dir or text.precompute_dir
     others = {"batch_size": num_processes, "micro_batch_size": 1, "num_epochs": None}

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitPr
 
 from ..errors import DebiasError, InputError, reason
 from .console import say
-from .launcher import is_first_process, is_launched
+from .launcher import is_first_process, is_launched, world_size
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,7 +29,7 @@ SUPPORTED_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedTyp
 def set_threads(asked: int | None) -> int:
     """Sets and returns the number of CPU threads of this process: `asked`, else the user's OMP_NUM_THREADS, else its share of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    share = max(1, cores // world_size("LOCAL_WORLD_SIZE"))
     given = _omp_num_threads()
     threads = asked or given or share
     if not asked and given and given != share and is_first_process():
@@ -192,9 +192,8 @@ def shared_out(work: Callable[[T], R], items: Sequence[T], accelerator: Accelera
 
 
 def _require_all_processes(seen: int) -> None:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if seen != world_size:
+    if seen != (started := world_size()):
         raise InputError(
-            f"the launcher started {world_size} processes, but accelerate sees {seen}; "
+            f"the launcher started {started} processes, but accelerate sees {seen}; "
             f"on a CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu"
         )

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Literal
+
+from ..errors import InputError
 
 SWITCHED_OFF = {"", "n", "no", "f", "false", "off", "0"}  # as accelerate reads them
 
@@ -59,7 +62,20 @@ def environment_problems(environment: Mapping[str, str], training: bool = False)
 
 def is_first_process() -> bool:
     """Whether this is the only process, or the one of rank 0, which prints what all of them find."""
-    return int(os.environ.get("RANK", "0")) == 0
+    rank = os.environ.get("RANK", "")
+    return not rank.isdecimal() or int(rank) == 0  # what is no number is said by the first process, which is then the only one
+
+
+def world_size(name: Literal["WORLD_SIZE", "LOCAL_WORLD_SIZE"] = "WORLD_SIZE") -> int:
+    """The number of processes, of all computers or of this one; 1 where no launcher says it.
+
+    Raises:
+        InputError: the variable is no such number.
+    """
+    value = os.environ.get(name, "").strip()
+    if value and not (value.isdecimal() and int(value)):
+        raise InputError(f"launcher: {name} is {value}, but must be the number of processes; unset it, or start with accelerate launch")
+    return int(value or 1)
 
 
 def is_launched() -> bool:

@@ -110,7 +110,11 @@ def test_all_bad_files_are_found_and_no_good_one(good, trials):
 def test_by_default_the_run_stops_at_the_start_and_lists_all(good, tmp_path):
     bad = spoil(good)
     code, _, err = run(*train_args(tmp_path / "run", "--dataset", good))
-    assert code == 2 and "Traceback" not in err and "41 of 241 images cannot be read; remove them, or add --skip_bad: 41 problems" in err
+    assert (
+        code == 2
+        and "Traceback" not in err
+        and "41 of 241 images cannot be read, and no more than 1% can be skipped; remove them: 41 problems" in err
+    )
     assert all(name in err for name in bad)
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -120,7 +124,7 @@ def test_more_than_a_hundredth_is_not_skipped(good, tmp_path):
     for k in range(3):
         (good / "a" / f"bad{k}.png").write_bytes(b"broken")
     code, _, err = run(*train_args(tmp_path / "run", "--dataset", good, "--skip_bad"))
-    assert code == 2 and "3 of 203 images cannot be read, and no more than 1% are skipped; remove them" in err
+    assert code == 2 and "3 of 203 images cannot be read, and no more than 1% can be skipped; remove them" in err
 
 
 @pytest.mark.row(25, ROW_25)
@@ -173,7 +177,7 @@ def test_a_row_of_a_table_without_an_image_counts_as_unreadable(tmp_path):
     table.to_parquet(tmp_path / "t.parquet")
     source = open_source(DataConfig(dataset=str(tmp_path / "t.parquet")))
     assert list(unreadable_images(source, range(5))) == [3, 4]
-    with pytest.raises(InputError, match="2 of 5 images cannot be read, and no more than 1% are skipped"):
+    with pytest.raises(InputError, match="2 of 5 images cannot be read, and no more than 1% can be skipped"):
         open_readable(DataConfig(dataset=str(tmp_path / "t.parquet"), skip_bad=True))
 
 

@@ -83,6 +83,7 @@ def bias_problems(config: BiasConfig) -> list[str]:
     if config.metrics is not None:
         found += metrics_problems("metrics", config.metrics)
         found += prompt_metrics_problems("metrics", config.metrics, "take it in eval.py score")
+        found += _extractor_problems(config, config.metrics)
     return found
 
 
@@ -99,6 +100,7 @@ def report_problems(config: ReportConfig) -> list[str]:
 def measure_problems(config: MeasureConfig, reference: str | None) -> list[str]:
     """Everything that is wrong with how images are compared."""
     found = range_problems(MeasureConfig, dataclasses.asdict(config)) + metrics_problems("metrics", config.metrics)
+    found += _extractor_problems(config, config.metrics)
     if reference is None or not is_reference_file(reference):
         return found
     of_data_sets = {name: getattr(config, name) for name in ("split", "image_column", "skip_bad", "channels")}
@@ -123,6 +125,17 @@ def prompt_metrics_problems(field: str, metrics: str, advice: str) -> list[str]:
     """Metrics of images and their prompts, where images have none."""
     of_prompts = [name for name in metrics.split(",") if name in METRICS and METRICS[name].of_prompts]
     return [f"{field} has {of_prompts[0]}, which needs the prompt of each image; {advice}"] if of_prompts else []
+
+
+def _extractor_problems(config: MeasureConfig | BiasConfig, metrics: str) -> list[str]:
+    """A feature extractor beside metrics that take no features."""
+    if any(name not in METRICS or METRICS[name].by_features for name in metrics.split(",")):
+        return []
+    return [
+        f"{name} is {value}, but metrics {metrics} take no features; add another metric, such as fid, or leave {name} out"
+        for name in ("feature_extractor", "feature_extractor_weights")
+        if (value := getattr(config, name)) is not None
+    ]
 
 
 def clip_problems(field: str, metrics: str, clip_model: str | None) -> list[str]:

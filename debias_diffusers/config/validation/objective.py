@@ -143,13 +143,8 @@ def _changed(objective: ObjectiveConfig, name: str) -> bool:
 
 def _weighting_problems(objective: ObjectiveConfig) -> list[str]:
     """Weights without bound, or without a meaning for the prediction type."""
-    weighting, predicted, found = objective.weighting, objective.prediction_type, []
+    weighting, predicted, found = objective.weighting, objective.prediction_type, repeats_problems(objective)
     spec = WEIGHTINGS[weighting]
-    if spec.repeats and predicted not in spec.repeats:
-        found.append(
-            f"weighting {weighting} repeats code that knows {', '.join(spec.repeats)} only, but prediction_type is "
-            f"{predicted}; take --weighting debiased"
-        )
     samplers = timestep_samplers(objective)
     if objective.schedule_free_weights and (changing := [name for name in samplers if not TIMESTEP_SAMPLERS[name].corrected]):
         found.append(
@@ -178,8 +173,20 @@ def _weighting_problems(objective: ObjectiveConfig) -> list[str]:
     return found
 
 
-def _schedule_problems(objective: ObjectiveConfig) -> list[str]:
-    predicted, found = objective.prediction_type, beta_problems(objective)
+def repeats_problems(objective: ObjectiveConfig) -> list[str]:
+    """A weighting that repeats other code, with a prediction type that this code does not know."""
+    repeats = WEIGHTINGS[objective.weighting].repeats
+    if not repeats or objective.prediction_type in repeats:
+        return []
+    return [
+        f"weighting {objective.weighting} repeats code that knows {', '.join(repeats)} only, but prediction_type is "
+        f"{objective.prediction_type}; take --weighting debiased"
+    ]
+
+
+def path_problems(objective: ObjectiveConfig) -> list[str]:
+    """A noise schedule and a prediction type that do not go together: no loss weight would be right."""
+    predicted, found = objective.prediction_type, []
     if predicted == "flow" and objective.noise_schedule is not None:
         found.append(
             f"noise_schedule is {objective.noise_schedule}, but prediction_type flow has its own, a = 1 - t and s = t; leave it out"
@@ -189,6 +196,11 @@ def _schedule_problems(objective: ObjectiveConfig) -> list[str]:
             f"noise_schedule is rectified_flow, but prediction_type is {predicted}; take --prediction_type sample, or --prediction_type "
             f"flow, which has it, and leave noise_schedule out"
         )
+    return found
+
+
+def _schedule_problems(objective: ObjectiveConfig) -> list[str]:
+    predicted, found = objective.prediction_type, beta_problems(objective) + path_problems(objective)
     if is_straight(objective) and objective.rescale_betas_zero_snr:
         path = "prediction_type flow" if predicted == "flow" else "noise_schedule rectified_flow"
         found.append(f"rescale_betas_zero_snr is on, but {path} ends at zero SNR as it is; leave it out")

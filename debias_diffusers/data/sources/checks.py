@@ -58,7 +58,7 @@ def require_class(label: int, class_names: Sequence[str] | None, where: str) -> 
 def require_skippable(bad: Mapping[int, str], name: str, total: int, skip: bool) -> None:
     """Raises an InputError that names all bad images, unless `skip` is set and they are at most `MAX_SKIPPED_SHARE` of all."""
     count = f"dataset {name}: {len(bad)} of {total} images cannot be read"
+    if len(bad) > MAX_SKIPPED_SHARE * total:
+        raise_all(bad.values(), f"{count}, and no more than {MAX_SKIPPED_SHARE:.0%} can be skipped; remove them")
     if not skip:
         raise_all(bad.values(), f"{count}; remove them, or add --skip_bad")
-    if len(bad) > MAX_SKIPPED_SHARE * total:
-        raise_all(bad.values(), f"{count}, and no more than {MAX_SKIPPED_SHARE:.0%} are skipped; remove them")

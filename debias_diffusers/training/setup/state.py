@@ -20,6 +20,9 @@ from ...utils.console import say
 from ...utils.distributed import broadcast_from_first
 from .. import device, state_dicts
 
+# Fields of files or folders beside those that may be on the Hub, which a resume in another working directory needs, too.
+FILES = ("model_config", "feature_extractor_weights", "precompute_dir")
+
 
 def constants_of(
     config: TrainConfig, found: Checkpoint | None, accelerator: Accelerator, objective: Objective, task: Task
@@ -43,13 +46,14 @@ def constants_of(
 
 
 def _paths(config: TrainConfig, names: tuple[str, ...] = PINNED) -> dict[str, str]:
-    """Where the data and the first weights of a run are, as far as they are on this disk."""
+    """Where the data, the first weights and the other files that a run reads are, as far as they are on this disk."""
     values = flatten(config)
     ids = {name: is_dataset_id if name == "dataset" else is_model_id for name in names}
     there = {
         name: values[name] for name in names if values[name] and values[name] not in EMBEDDED and not shard_names.is_remote(values[name])
     }
-    return {name: absolute_path(value) for name, value in there.items() if not ids[name](value)}
+    found = {name: value for name, value in there.items() if not ids[name](value)}
+    return {name: absolute_path(value) for name, value in (found | {name: values[name] for name in FILES if values[name]}).items()}
 
 
 def _changes(config: TrainConfig, found: Checkpoint | None, data: dict[str, Any]) -> list[Change]:
