@@ -31,18 +31,15 @@ def reconstructed(run: Path, sigma_rel: float, step: int | None = None) -> tuple
     if step is None:
         there = checkpoints.list_checkpoints(run / CHECKPOINTS)
         step = checkpoints.step_of_folder(there[-1]) if there else 0
-    while steps := ema_snapshots.steps(run, step):
-        try:
-            return _combined(run, steps, sigma_rel, step), step
-        except (InputError, OSError):
-            if ema_snapshots.steps(run, step) == steps:
-                raise
-            # A training that goes on removed one meanwhile.
-    raise InputError(f"sigma_rel is {sigma_rel}, but {run} has no EMA snapshots up to step {step}; train with --post_hoc_ema 32")
+    end = step
+    return checkpoints.read_beside_training(run / ema_snapshots.FOLDER, lambda: _combined(run, sigma_rel, end)), step
 
 
-def _combined(run: Path, steps: Sequence[int], sigma_rel: float, end: int) -> dict[str, Tensor]:
-    """The average of sigma_rel after step `end`, from the snapshots of `steps`."""
+def _combined(run: Path, sigma_rel: float, end: int) -> dict[str, Tensor]:
+    """The average of sigma_rel after step `end`, from the snapshots up to there."""
+    steps = ema_snapshots.steps(run, end)
+    if not steps:
+        raise InputError(f"sigma_rel is {sigma_rel}, but {run} has no EMA snapshots up to step {end}; train with --post_hoc_ema 32")
     coefficients, missing = combination(steps, sigma_rel, end)
     if missing > FAR:
         say(f"warning: from {len(steps)} snapshots of {run} the average of sigma_rel {sigma_rel} can be made to {missing:.0%} only")
