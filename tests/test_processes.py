@@ -20,6 +20,8 @@ from debias_diffusers.evaluation import likelihood, score
 from debias_diffusers.runs.run_directory import Run
 from debias_diffusers.sampling import generate, pixel_job
 from debias_diffusers.tasks import pixel_data, precompute
+from debias_diffusers.training.saver import Saver
+from debias_diffusers.training.setup import build
 from debias_diffusers.training.start import train
 from debias_diffusers.training.trainer import Trainer
 from debias_diffusers.utils.distributed import broadcast_from_first, inference_accelerator
@@ -61,9 +63,27 @@ def there_are_no_such_weights(rank, model, folder):
     generate.sample(sample_config(model, folder / "samples", weights="0.5"))
 
 
+def there_is_no_such_column(rank, model, folder):
+    train(str(TINY), output_dir=str(folder / "run"), image_column="picture")
+
+
+def memory_is_short(rank, model, folder):
+    def full(*_):
+        raise RuntimeError("can't allocate memory")
+
+    if rank:
+        build.make_network = full
+    train(str(TINY), output_dir=str(folder / "run"))
+
+
 def a_run_cannot_begin(rank, model, folder):
     Run.begin = _failing(CannotWriteError("it cannot be"))
     train(str(TINY), output_dir=str(folder / "run"))
+
+
+def the_last_step_cannot_be_saved(rank, model, folder):
+    Saver._write = lambda *_: "it cannot be"
+    train(str(TINY), output_dir=str(folder / "run"), max_steps=5)
 
 
 def a_loss_is_not_finite(rank, model, folder):
@@ -114,7 +134,10 @@ def _rank(rank, port, work, model, folder):
         (bits_are_counted, "InputError: it cannot be", "exit code 2"),
         (too_few_are_scored, "InputError: {} has 8 images, but metrics fid of these features need 65; .*", "exit code 2"),
         (there_are_no_such_weights, "InputError: weights is 0.5, but the run averages at .*", "exit code 2"),
+        (there_is_no_such_column, "InputError: image_column is picture, but .*", "exit code 2"),
+        (memory_is_short, "DebiasError: another process of this command has ended; .*", "InputError: out of memory with 4 images .*"),
         (a_run_cannot_begin, "CannotWriteError: it cannot be", "exit code 4"),
+        (the_last_step_cannot_be_saved, "CannotWriteError: it cannot be", "exit code 4"),
         (a_loss_is_not_finite, "NotFiniteError: .*; not finite: 12 at t = .* and 1 more.*", "exit code 5"),
         (a_run_is_saved_while_it_is_loaded, "InputError: {} was saved anew while the processes loaded it; start again", "exit code 2"),
     ],
@@ -128,7 +151,7 @@ def test_both_end_and_the_first_says_why(trained, tmp_path, work, first, second)
     for rank in ranks:
         rank.join(HANG)
     assert re.fullmatch(first.format(re.escape(str(trained))), (tmp_path / "0").read_text())
-    assert (tmp_path / "1").read_text() == second
+    assert re.fullmatch(second, (tmp_path / "1").read_text())
     assert not (tmp_path / "samples").exists()
 
 

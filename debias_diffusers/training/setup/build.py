@@ -18,7 +18,7 @@ from ...data.dataset import PositionBatchSampler
 from ...diffusion.loss import Objective
 from ...diffusion.timestep_samplers import make_timestep_sampler, objective_density
 from ...diffusion.uncertainty import Uncertainty
-from ...errors import StoppedError
+from ...errors import InputError, StoppedError
 from ...hub.publish import Publisher
 from ...runs.checkpoints import Checkpoint, folder_name
 from ...runs.run_directory import SKIPPED, Run
@@ -72,11 +72,14 @@ def run_training(
 
 @contextlib.contextmanager
 def accelerated(config: TrainConfig) -> Iterator[Accelerator]:
-    """The `Accelerator` of a training, to its end. Errors of torch within become a DebiasError where their cause is known."""
+    """The `Accelerator` of a training, to its end. Errors of torch within become a DebiasError where their cause is known.
+
+    An InputError, which all processes meet as they read the same files, the first one says; memory may be short in one of them.
+    """
     accelerator = device.start_accelerator(config)
     size = micro_batch_size(config.optimization, accelerator.num_processes)
     try:
-        with explained_torch_errors("--micro_batch_size", size, config.run.ddp_timeout):
+        with explained_torch_errors("--micro_batch_size", size, config.run.ddp_timeout), told_by_the_first(InputError):
             yield accelerator
     finally:
         accelerator.end_training()
