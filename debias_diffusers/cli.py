@@ -21,7 +21,7 @@ from .commands.sample import run_sample
 from .commands.shards import run_shards
 from .commands.train import run_train, train_command, train_config
 from .config.hub_names import at_home
-from .errors import DebiasError, InputError
+from .errors import DebiasError, InputError, StoppedError
 from .utils import console, launcher, text_libraries
 
 __all__ = [
@@ -115,7 +115,8 @@ def _main(argv: list[str], program: str) -> None:
 def _run_command(main: Command, argv: Sequence[str] | None, program: str) -> int:
     """Runs a command and returns its exit code. Prints a DebiasError as the last line.
 
-    Errors of the configuration, which all processes find, are printed by the first process only; a later error by its own process.
+    Errors of the configuration, which all processes find, are printed by the first process only, as is that a signal stopped them all; a
+    later error by its own process.
 
     Args:
         main: the command.
@@ -123,6 +124,7 @@ def _run_command(main: Command, argv: Sequence[str] | None, program: str) -> int
         program: its name where it was not called from a shell.
     """
     console.ignore_stream_errors()
+    alone = True  # whether a process may have met this without the others
     try:
         if argv is None:
             argv, program = sys.argv[1:], _called(sys.argv[0], program)
@@ -132,21 +134,19 @@ def _run_command(main: Command, argv: Sequence[str] | None, program: str) -> int
             return 0
         main([at_home(argument) for argument in argv], program)
     except DebiasError as error:
-        sentence, code = str(error), error.exit_code
+        sentence, code, alone = str(error), error.exit_code, not isinstance(error, StoppedError)
     except OSError as error:  # for example, a path that is too long or not permitted
         sentence, code = f"{error.filename or 'a file'}: {error.strerror or error}", InputError.exit_code
     except KeyboardInterrupt:
-        sentence, code = "interrupted", 128 + signal.SIGINT
+        sentence, code, alone = "interrupted", 128 + signal.SIGINT, False
     except SystemExit as done:  # 0 for --help; else of a process that lets the first process print the error
-        if done.code:
-            _wait_for_the_first()
+        if done.code and _outlives_the_first() and isinstance(done.__cause__, DebiasError):
+            console.say(f"error: {done.__cause__}")
         return int(done.code or 0)
     else:
         return 0
-    if launcher.is_first_process() or "torch" in sys.modules:
+    if launcher.is_first_process() or (alone and ("torch" in sys.modules or _outlives_the_first())):
         console.say(f"error: {sentence}")
-    else:
-        _wait_for_the_first()
     return code
 
 
@@ -155,7 +155,13 @@ def _called(script: str, program: str) -> str:
     return program if Path(script).name == "__main__.py" else Path(script).name
 
 
-def _wait_for_the_first() -> None:
-    """Waits until the first process has printed its error: a launcher kills all processes as soon as one has failed."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        time.sleep(ERROR_GRACE_SECONDS)
+def _outlives_the_first() -> bool:
+    """Waits until the first process has printed its error: a launcher kills all processes as soon as one has failed.
+
+    Returns:
+        Whether this one is still there after that, so that the first has not failed.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    time.sleep(ERROR_GRACE_SECONDS)
+    return True

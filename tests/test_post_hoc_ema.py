@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -208,6 +209,20 @@ def test_snapshots_that_the_training_removes_meanwhile_are_not_needed(averaged, 
     assert step == 12 and steps(copy, 12) == there[2:]
     monkeypatch.undo()
     assert all(torch.equal(made[name], tensor) for name, tensor in reconstructed(copy, 0.1)[0].items())
+
+
+def test_the_average_ends_with_the_newest_snapshot(averaged, tmp_path, capsys):
+    """A training makes that of a checkpoint after it, for seconds where the network is large, or has no room for it."""
+    copy = shutil.copytree(averaged[0], tmp_path / "copy")
+    *_, before, newest = steps(copy, 12)
+    kept = load((copy / FOLDER / checkpoints.folder_name(before) / POWERS[1]).read_bytes())
+    remove_folder(copy / FOLDER / checkpoints.folder_name(newest))
+    made, step = reconstructed(copy, 0.1)
+    assert step == before and not capsys.readouterr().err
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, kept[name], rtol=1e-5, atol=1e-6)
+    reconstructed(copy, 0.1, step=12)
+    assert re.search(r"miss the average of sigma_rel 0.1 at step 12 by [0-9]+%", capsys.readouterr().err)
 
 
 def test_a_sweep_names_the_best_width(averaged, tmp_path, capsys, monkeypatch):

@@ -33,13 +33,15 @@ from debias_diffusers.config.schema.objective import ObjectiveConfig
 from debias_diffusers.errors import CannotWriteError, InputError, NotFiniteError
 from debias_diffusers.pipelines.pixel_pipeline import load_pipeline
 from debias_diffusers.pipelines.solvers import FLOW, SCHEDULERS, exported_scheduler, make_scheduler
+from debias_diffusers.runs import checkpoints
+from debias_diffusers.runs.checkpoints import list_checkpoints
 from debias_diffusers.sampling import generate, image_writer
 from debias_diffusers.sampling.generate import sample
 from debias_diffusers.sampling.image_writer import ImageWriter, SampleFolder
 from debias_diffusers.sampling.job import batch_size_of
 from debias_diffusers.sampling.pixel_job import draw
 from debias_diffusers.tasks.unet import build_unet
-from debias_diffusers.utils.files import acquire_lock
+from debias_diffusers.utils.files import acquire_lock, read_json, remove_folder
 
 # ---- a small random model --------------------------------------------------------------------------------------------
 
@@ -526,6 +528,46 @@ def test_raw_and_other_averaged_weights_can_be_drawn(trained, tmp_path):
     assert len({drawn["raw"], drawn["0.9"], drawn["0.99"]}) == 3
     with pytest.raises(InputError, match=r"averages at \[0\.9, 0\.99\] only"):
         sample(sample_config(trained, tmp_path / "other", weights="0.5"))
+
+
+def _pruned(run):
+    """A copy of a run with its older checkpoint alone, and what a training with --keep_checkpoints 1 does to it when it saves."""
+    older, newer = list_checkpoints(run / "checkpoints")
+    later = newer.rename(run / newer.name)
+
+    def save():
+        if older.exists():
+            later.rename(newer)
+            remove_folder(older)
+
+    return run / "checkpoints", save
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_training_may_remove_the_only_checkpoint_while_it_is_read(trained, tmp_path, monkeypatch, when):
+    verify, (there, save) = checkpoints.verify, _pruned(shutil.copytree(trained, tmp_path / "run"))
+
+    def removing(path):
+        if when == "before":
+            save()
+        found = verify(path)
+        save()
+        return found
+
+    monkeypatch.setattr(checkpoints, "verify", removing)
+    folder = sample(sample_config(there.parent, tmp_path / "samples", weights="raw", num_images=1))
+    assert json.loads((folder / ".sampling.json").read_text())["model_step"] == 24
+
+
+def test_a_training_may_remove_the_only_checkpoint_while_its_state_is_read(trained, tmp_path, monkeypatch):
+    there, save = _pruned(shutil.copytree(trained, tmp_path / "run"))
+
+    def removing(path):
+        save()
+        return read_json(path)
+
+    monkeypatch.setattr(checkpoints, "read_json", removing)
+    assert checkpoints.newest_state(there)["step"] == 24
 
 
 def labels_in(folder):

@@ -299,7 +299,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_training(tmp_path, monk
     config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path / "run"), "--max_steps", "4", "--sample_every", "2"], None)
     monkeypatch.setattr(pixels, "make_scheduler", refuse)
     with open_run(config) as held:
-        run_training(config, held, SimpleNamespace(signum=0))
+        run_training(config, held, SimpleNamespace(signum=0, record=lambda: None))
     assert newest_step(tmp_path / "run") == 4
 
 
@@ -580,7 +580,7 @@ def test_out_of_memory_proposes_a_smaller_micro_batch(tmp_path, monkeypatch):
     config = train_config(["--config", str(TINY), "--output_dir", str(tmp_path / "run")], None)
     monkeypatch.setattr(Trainer, "_terms", lambda *_: torch.empty(2**60))
     with open_run(config) as held, pytest.raises(InputError, match="8 images per forward; add --micro_batch_size 4"):
-        run_training(config, held, SimpleNamespace(signum=0))
+        run_training(config, held, SimpleNamespace(signum=0, record=lambda: None))
 
 
 def test_the_averaged_weights_are_measured_while_training_and_the_best_checkpoint_is_kept(tmp_path):

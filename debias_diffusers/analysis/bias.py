@@ -22,7 +22,7 @@ from ..sampling.generate import require_same_weights
 from ..sampling.job import Job, batch_size_of
 from ..utils import seeding
 from ..utils.console import say
-from ..utils.distributed import inference_accelerator, shared_out
+from ..utils.distributed import inference_accelerator, shared_out, told_by_the_first
 from ..utils.torch_errors import explained_torch_errors
 from .bias_report import PAGE, BiasReport, require_output
 from .denoising import Errors, MeanColours, fixed_noise, measure_errors, spread_timesteps
@@ -32,6 +32,7 @@ from .swap import require_swappable
 from .text_models import TextImages, require_same_conditions
 
 
+@told_by_the_first()
 def measure_bias(config: BiasConfig) -> Path:
     """Measures all runs of a command, writes tables (.csv), figures (.png) and a page with both, and returns the page's path.
 

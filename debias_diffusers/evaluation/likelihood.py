@@ -35,6 +35,7 @@ from .results import as_json, has_fields
 FIXED = {"fixed_small": -1.0, "fixed_small_log": -1.0, "fixed_large": 1.0, "fixed_large_log": 1.0}
 
 
+@told_by_the_first()
 def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
     """Computes bits per dimension of a data set, prints them and writes them to a JSON file; returns the JSON object.
 
@@ -71,7 +72,7 @@ def bits_per_dimension(config: BitsConfig) -> dict[str, Any]:
             progress.update(not bound)
             return number, of_bound, of_ode
 
-        with told_by_the_first(accelerator), explained_torch_errors("--batch_size", size):
+        with explained_torch_errors("--batch_size", size):
             parts = gather_from_all(lambda: [measured(*batch) for batch in dealt], accelerator.num_processes)
     parts = sorted(parts, key=lambda part: part[0])
     terms, priors = zip(*(of_bound or (None, None) for _, of_bound, _ in parts))

@@ -35,7 +35,7 @@ from ..sampling.generate import load_model, make_job, pinned_model, require_same
 from ..sampling.job import Job, make_solver
 from ..sampling.pixel_job import PixelJob
 from ..utils.console import say
-from ..utils.distributed import inference_accelerator
+from ..utils.distributed import inference_accelerator, told_by_the_first
 from ..utils.files import require_replaceable, write_file
 from ..utils.torch_errors import explained_torch_errors
 from . import metrics
@@ -51,6 +51,7 @@ MAX_GENERATED = 50_000
 SWEEP = (0.03, 0.05, 0.07, 0.085, 0.1, 0.125, 0.15, 0.2)  # sigma_rel of `--ema sweep`
 
 
+@told_by_the_first()
 def score(config: ScoreConfig) -> dict[str, Any]:
     """Computes the metrics of all targets of a command, prints a table and writes files; returns the JSON object.
 

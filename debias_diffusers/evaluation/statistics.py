@@ -17,7 +17,7 @@ from ..config.schema.evaluation import StatsConfig
 from ..data.sources.opening import open_source
 from ..errors import InputError, reason
 from ..utils.console import say
-from ..utils.distributed import inference_accelerator
+from ..utils.distributed import inference_accelerator, told_by_the_first
 from ..utils.files import read_file, require_replaceable, write_file
 from ..utils.torch_errors import explained_torch_errors
 from . import metrics
@@ -30,6 +30,7 @@ from .reference import open_reference, pinned_data, print_summary, reference_dat
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
+@told_by_the_first()
 def stats(config: StatsConfig) -> None:
     """Writes mean and covariance of the features of each layer of a reference, with metadata.
 

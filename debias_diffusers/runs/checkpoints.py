@@ -18,10 +18,10 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..config.loading import CHANGES
-from ..errors import InputError, NoUsableCheckpointError, reason
+from ..errors import DebiasError, InputError, NoUsableCheckpointError, reason
 from ..utils.files import (
     fsync_file,
     fsync_folder,
@@ -40,6 +40,7 @@ MANIFEST = "manifest.json"
 OWN_HASH = "sha256"  # of the rest of the manifest: a flipped bit in "format" must not look like a newer version
 STATE = "state.json"
 Writer = Callable[[Path], object]
+T = TypeVar("T")
 _NAME = re.compile(r"step-([0-9]{8,})")
 
 
@@ -180,8 +181,26 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def newest_state(folder: Path) -> dict[str, Any]:
     """The newest state.json in a folder of checkpoints that can be read, without verifying the checkpoint; {} where there is none."""
-    states = (read_json(path / STATE) for path in reversed(list_checkpoints(folder)))
-    return next((state for state in states if isinstance(state, dict)), {})
+    there = list_checkpoints(folder)
+    states = (read_json(path / STATE) for path in reversed(there))
+    found: dict[str, Any] = next((state for state in states if isinstance(state, dict)), {})
+    removed = not found and list_checkpoints(folder) != there  # by a training, meanwhile
+    return newest_state(folder) if removed else found
+
+
+def read_beside_training(folder: Path, read: Callable[[], T]) -> T:
+    """What `read` makes of the checkpoints in a folder, tried again where a training has removed or added one meanwhile.
+
+    Raises:
+        DebiasError, OSError: what it raises of a folder that stays as it is.
+    """
+    while True:
+        there = list_checkpoints(folder)
+        try:
+            return read()
+        except (DebiasError, OSError):
+            if list_checkpoints(folder) == there:
+                raise
 
 
 def step_of_folder(path: Path) -> int:

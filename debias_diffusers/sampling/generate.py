@@ -34,6 +34,7 @@ from .text_job import load_text_to_image, make_text_job
 TRAJECTORY_IMAGES, TRAJECTORY_STEPS = 6, 10
 
 
+@told_by_the_first()
 def sample(config: SampleConfig) -> Path:
     """Samples the images of a command into its folder, distributed over all processes, and returns the folder.
 
@@ -116,9 +117,8 @@ def require_same_weights(own: str, model: str, accelerator: Accelerator) -> None
 
     `own` is the fingerprint of those of this process.
     """
-    with told_by_the_first(accelerator):
-        if len(set(gather_from_all(lambda: [own], accelerator.num_processes))) > 1:
-            raise InputError(f"{model} was saved anew while the processes loaded it; start again")
+    if len(set(gather_from_all(lambda: [own], accelerator.num_processes))) > 1:
+        raise InputError(f"{model} was saved anew while the processes loaded it; start again")
 
 
 def _draw_into(samples: SampleFolder, job: Job, accelerator: Accelerator) -> None:

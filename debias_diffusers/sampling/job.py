@@ -253,6 +253,16 @@ def _load_weights(pipeline: Any, run: Path, weights: str, step: int | None = Non
         values, step = reconstructed(run, sigma_rel, step)
         pipeline.unet.load_state_dict(values)
         return step
+    found, values = checkpoints.read_beside_training(run / CHECKPOINTS, lambda: _read_weights(run, weights, step))
+    if is_lora(run):
+        lora.set_weights(pipeline, values, str(run))
+    else:
+        pipeline.unet.load_state_dict(values)
+    return found.step
+
+
+def _read_weights(run: Path, weights: str, step: int | None) -> tuple[checkpoints.Checkpoint, dict[str, torch.Tensor]]:
+    """The checkpoint of a run, and its raw or averaged weights; arguments as of `_load_weights`."""
     found = checkpoints.latest_valid(run / CHECKPOINTS)[0] if step is None else _checkpoint_at(run, step)
     if found is None:
         raise InputError(f"weights is {weights}, but {run} has no checkpoints; take --weights ema")
@@ -261,11 +271,7 @@ def _load_weights(pipeline: Any, run: Path, weights: str, step: int | None = Non
     values = _weights_of(found, name)
     if not values:
         raise InputError(f"weights is {weights}, but the run averages at {rates} only; take one of these, ema or raw")
-    if is_lora(run):
-        lora.set_weights(pipeline, values, str(run))
-    else:
-        pipeline.unet.load_state_dict(values)
-    return found.step
+    return found, values
 
 
 def _weights_of(found: checkpoints.Checkpoint, name: str) -> dict[str, torch.Tensor]:

@@ -23,29 +23,30 @@ FAR = 0.05  # of the norm of an average's weights of the steps that the snapshot
 
 
 def reconstructed(run: Path, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], int]:
-    """The weights of a run averaged with sigma_rel up to a step (that of the newest checkpoint if None), float32, and the step.
+    """The weights of a run averaged with sigma_rel up to a step (that of the newest snapshot if None), float32, and the step.
 
     Raises:
         InputError: there are no snapshots up to there, or one is damaged.
     """
-    if step is None:
-        there = checkpoints.list_checkpoints(run / CHECKPOINTS)
-        step = checkpoints.step_of_folder(there[-1]) if there else 0
-    while steps := ema_snapshots.steps(run, step):
-        try:
-            return _combined(run, steps, sigma_rel, step), step
-        except (InputError, OSError):
-            if ema_snapshots.steps(run, step) == steps:
-                raise
-            # A training that goes on removed one meanwhile.
-    raise InputError(f"sigma_rel is {sigma_rel}, but {run} has no EMA snapshots up to step {step}; train with --post_hoc_ema 32")
+    there = checkpoints.list_checkpoints(run / CHECKPOINTS)
+    newest = checkpoints.step_of_folder(there[-1]) if there else 0  # whose snapshot a training may not have made yet
+
+    def read() -> tuple[dict[str, Tensor], int]:
+        last = newest if step is None else step
+        steps = ema_snapshots.steps(run, last)
+        if not steps:
+            raise InputError(f"sigma_rel is {sigma_rel}, but {run} has no EMA snapshots up to step {last}; train with --post_hoc_ema 32")
+        end = steps[-1] if step is None else step
+        return _combined(run, steps, sigma_rel, end), end
+
+    return checkpoints.read_beside_training(run / ema_snapshots.FOLDER, read)
 
 
 def _combined(run: Path, steps: Sequence[int], sigma_rel: float, end: int) -> dict[str, Tensor]:
     """The average of sigma_rel after step `end`, from the snapshots of `steps`."""
     coefficients, missing = combination(steps, sigma_rel, end)
     if missing > FAR:
-        say(f"warning: from {len(steps)} snapshots of {run} the average of sigma_rel {sigma_rel} can be made to {missing:.0%} only")
+        say(f"warning: the {len(steps)} snapshots of {run} miss the average of sigma_rel {sigma_rel} at step {end} by {missing:.0%}")
     total: dict[str, Tensor] = {}
     for snapshot, row in zip(steps, coefficients.tolist()):
         for name, tensor, factor in _tensors(run / ema_snapshots.FOLDER / checkpoints.folder_name(snapshot), row):

@@ -61,7 +61,7 @@ def readable(
     if known is None:
         known, coloured, count = _look(config, source, accelerator)
         if channels == 1 and typed is None and coloured:
-            with told_by_the_first(accelerator):
+            with told_by_the_first():
                 raise InputError(
                     f"dataset {config.data.dataset}: {coloured} of {count} images have colours, but this run learns grey ones; "
                     f"add --channels 1, which converts them to grey"
@@ -95,7 +95,7 @@ def _look(config: TrainConfig, source: Source, accelerator: Accelerator) -> tupl
     """The images that are skipped in every epoch, how many of the others that were looked at have colours, and how many these are."""
     looked_at = _looked_at(config, source)
     mine = looked_at[accelerator.process_index :: accelerator.num_processes]
-    with told_by_the_first(accelerator):
+    with told_by_the_first():
         parts = gather_from_all(lambda: [check_images(source, mine)], accelerator.num_processes)
         bad = dict(sorted(item for part, _ in parts for item in part.items()))
         require_skippable(bad, str(config.data.dataset), len(looked_at), config.data.skip_bad)

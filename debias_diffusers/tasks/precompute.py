@@ -57,7 +57,7 @@ def shared(work: Callable[[int], T], count: int, at_once: int, accelerator: Acce
     for first in tqdm(range(0, count, at_once * processes), what, leave=False, delay=5, disable=rank > 0):
         _stop_if_asked(accelerator)
         mine = range(first + rank * at_once, min(first + (rank + 1) * at_once, count))
-        with told_by_the_first(accelerator):
+        with told_by_the_first():
             found += gather_from_all(lambda mine=mine: list(map_in_threads(work, mine)), processes)  # type: ignore[misc]
     return found
 
@@ -206,7 +206,7 @@ def say_size(folder: str, missing: Mapping[str, tuple[int, int]], accelerator: A
     Raises:
         CannotWriteError: the folder cannot be written to, or its disk has not enough room.
     """
-    with told_by_the_first(accelerator):
+    with told_by_the_first():
         (free,) = gather_from_all(lambda: [_free_in(folder)] if accelerator.is_main_process else [], accelerator.num_processes)
         needed = sum(count * each for count, each in missing.values())
         parts = " and ".join(f"{count} {what} ({count * each / 1e6:.1f} MB)" for what, (count, each) in missing.items() if count)

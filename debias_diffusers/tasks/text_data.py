@@ -28,7 +28,7 @@ def base_of_run(
         InputError: the base model cannot be used, or does not go with the resolution.
     """
     base = broadcast_from_first(lambda: open_base(config.text), accelerator)
-    with told_by_the_first(accelerator):
+    with told_by_the_first():
         config = with_objective(config, base, () if found else chosen, accelerator.num_processes)
     if found:
         return config, base

@@ -28,7 +28,7 @@ from ..runs import checkpoints
 from ..runs.run_directory import SAMPLES, SKIPPED, Run
 from ..tasks.base import Task
 from ..utils.console import say
-from ..utils.distributed import broadcast_from_first, gather_from_all
+from ..utils.distributed import broadcast_from_first, gather_from_all, told_by_the_first
 from ..utils.files import temporary_path, translate_write_errors, write_file
 from ..utils.sharding import write_shards
 from . import state_dicts
@@ -241,6 +241,7 @@ class Checkpointer:
         if step < self.config.optimization.max_steps:
             self.save(step)
 
+    @told_by_the_first()
     def save(self, step: int, final: bool = False) -> None:
         """Exports the pipeline and writes the checkpoint, with which the step counts as saved; beside the training where memory allows.
 

@@ -49,7 +49,7 @@ class Logger:
         if config.run.report_to:
             problem = broadcast_from_first(lambda: self.trackers.start(config, run) if run else None, accelerator)
             if problem:
-                with told_by_the_first(accelerator):
+                with told_by_the_first():
                     raise InputError(problem)
         self.began, self.images = time.monotonic(), 0
         self.bar = ProgressBar(config.optimization.max_steps, step, shown=run is not None)

@@ -86,8 +86,10 @@ def train_run(config: TrainConfig, chosen: Collection[str] = (), callback: Callb
     from ..utils.signals import SignalHandler, stop_with_launcher
 
     stop_with_launcher()
-    # The signals before torch, which takes seconds to import.
-    with open_run(config) if launcher.is_first_process() else contextlib.nullcontext() as run, SignalHandler() as stop:
+    # The signals before torch, which takes seconds to import. Before several processes are connected, nothing is lost where they end at
+    # once, and those that wait for one that has failed should.
+    opened = open_run(config) if launcher.is_first_process() else contextlib.nullcontext()
+    with opened as run, SignalHandler(at_once=num_processes > 1) as stop:
         _train_in(config, run, stop, num_processes, chosen, callback)
 
 

@@ -130,7 +130,7 @@ class Trainer:
                 raise problem from error
             advice = "" if isinstance(error, FetchError) or self.config.data.skip_bad else ", with --skip_bad past this image"
             saved = f"; step {self.step} is saved, and the same command goes on from it{advice}" if self.step else ""
-            with told_by_the_first(self.accelerator):
+            with told_by_the_first():
                 raise type(error)(f"{error}{saved}") from error
 
     def step_alone(self, batches: Iterator[Batch]) -> None:
@@ -270,7 +270,8 @@ class Trainer:
         """
         loss, grad_norm, aborted = pending.numbers.read()
         if aborted:
-            raise self._not_finite(pending, loss, grad_norm)
+            with told_by_the_first():
+                raise self._not_finite(pending, loss, grad_norm)
         if grad_norm == 0 and self.accelerator.is_main_process and not self._warned_of_zero:
             self._warned_of_zero = True
             say(f"warning: the gradient of step {pending.step} is exactly 0, so that nothing is learned from it; see weighting and data")
@@ -338,12 +339,11 @@ class Trainer:
         )
 
     def _where_not_finite(self, pending: PendingStep, loss: float) -> str:
-        """Which samples of this process have a loss that is not finite, and their timesteps; those of all where none has."""
+        """Which samples have a loss that is not finite, and their timesteps; where none has, the timesteps of this process."""
         timesteps, losses = (torch.cat(parts).tolist() for parts in zip(*pending.losses))
         positions = [position for part in self.positions.micro_batches(pending.step - 1) for position in part]
-        found = [f"{position} at t = {t}" for position, t, value in zip(positions, timesteps, losses) if not math.isfinite(value)]
-        if not found and not math.isfinite(loss):
-            return "not finite: a loss of another process"
+        own = [f"{position} at t = {t}" for position, t, value in zip(positions, timesteps, losses) if not math.isfinite(value)]
+        found = gather_from_all(lambda: own, self.accelerator.num_processes)
         if not found:
             return f"each loss finite, t from {min(timesteps)} to {max(timesteps)}"
         return f"not finite: {', '.join(found[:3])}{f' and {len(found) - 3} more' if found[3:] else ''}"

@@ -139,12 +139,18 @@ def _telling_that_it_goes_on(accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_by_the_first(accelerator: Accelerator) -> Iterator[None]:
-    """For a DebiasError that all processes raise at once: only the first process raises it; the others exit with its exit code."""
+def told_by_the_first(kind: type[DebiasError] = DebiasError) -> Iterator[None]:
+    """For an error that all processes raise at once: only the first process raises it; the others exit with its exit code.
+
+    What another process raises alone, `cli` prints when the first one has had the time for it.
+
+    Args:
+        kind: of the error; others pass.
+    """
     try:
         yield
-    except DebiasError as error:
-        if not accelerator.is_main_process:
+    except kind as error:
+        if not is_first_process():
             raise SystemExit(error.exit_code) from error
         raise
 
@@ -179,7 +185,7 @@ def in_each_process(work: Callable[[], T], accelerator: Accelerator) -> T:
         found.append(work())
         return []
 
-    with told_by_the_first(accelerator):
+    with told_by_the_first():
         gather_from_all(kept, accelerator.num_processes)
     return found[0]
 

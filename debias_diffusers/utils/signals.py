@@ -23,12 +23,19 @@ class SignalHandler:
 
     newest: SignalHandler | None = None  # that is not closed
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: bool = False) -> None:
+        """With `at_once` a signal ends the process until `record` is called, wherever it waits, which no handler of Python would do."""
         self.signum = 0
         SignalHandler.newest = self
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.signal(signum, self._on_signal) for signum in (signal.SIGTERM, signal.SIGINT)}
+            handler = signal.SIG_DFL if at_once else self._on_signal
+            self._before = {signum: signal.signal(signum, handler) for signum in (signal.SIGTERM, signal.SIGINT)}
+
+    def record(self) -> None:
+        """From now on signals are recorded."""
+        for signum in self._before:
+            signal.signal(signum, self._on_signal)
 
     def __enter__(self) -> SignalHandler:
         return self
@@ -39,7 +46,7 @@ class SignalHandler:
     def close(self) -> None:
         """Restores the previous handlers, unless other code has installed its own in the meantime."""
         for signum, handler in self._before.items():
-            if signal.getsignal(signum) == self._on_signal:
+            if signal.getsignal(signum) in (self._on_signal, signal.SIG_DFL):
                 signal.signal(signum, signal.SIG_DFL if handler is None else handler)  # None: not installed from Python
         self._before = {}
         SignalHandler.newest = None

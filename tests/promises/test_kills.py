@@ -453,6 +453,9 @@ class StopAfter:
     def __init__(self, steps):
         self.left = steps
 
+    def record(self):
+        pass
+
     @property
     def signum(self):
         self.left -= 1
@@ -464,7 +467,7 @@ def train_here(folder, flags, stop=None):
     config = tiny(folder, *flags)
     held = open_run(config)
     try:
-        run_training(config, held, StopAfter(stop - 1) if stop else SimpleNamespace(signum=0))
+        run_training(config, held, StopAfter(stop - 1) if stop else SimpleNamespace(signum=0, record=lambda: None))
     except StoppedError:
         assert newest_step(folder) == stop
     finally:

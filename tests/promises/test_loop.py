@@ -218,10 +218,20 @@ def test_what_is_not_built_is_refused_by_name(name, program, args, monkeypatch, 
     assert sentence.startswith(f"error: launcher: {name} is {ASKED[name]}, but ") and not (tmp_path / "out").exists()
 
 
+def told_once(error):
+    """What `told_by_the_first` makes of an error in another process."""
+    end = SystemExit(error.exit_code)
+    end.__cause__ = error
+    return end
+
+
 @pytest.mark.row(65, LAUNCHER)
-@pytest.mark.parametrize("error", [InputError("refused"), SystemExit(2)])
+@pytest.mark.parametrize("error", [InputError("refused"), told_once(InputError("refused")), SystemExit(2)])
 def test_another_process_does_not_end_before_the_first_has_said_it(error, monkeypatch, capfd, trials):
-    """torchrun kills all processes when one has failed: the first, too, which alone says what all of them found."""
+    """torchrun kills all processes when one has failed: the first, too, which alone says what all of them found.
+
+    What another has found alone it says when it has not been killed by then.
+    """
 
     def fail(*_):
         raise error
@@ -233,8 +243,10 @@ def test_another_process_does_not_end_before_the_first_has_said_it(error, monkey
     monkeypatch.setattr(cli.sys, "modules", {name: module for name, module in sys.modules.items() if name != "torch"})
     monkeypatch.setenv("RANK", "1")
     assert cli.train([]) == 2 and not waits  # without a launcher that kills there is nothing to wait for
+    assert not capfd.readouterr().err
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert cli.train([]) == 2 and waits == [cli.ERROR_GRACE_SECONDS] and not capfd.readouterr().err
+    assert cli.train([]) == 2 and waits == [cli.ERROR_GRACE_SECONDS]
+    assert capfd.readouterr().err == ("error: refused\n" if error.args != (2,) or error.__cause__ else "")
 
 
 @pytest.mark.row(65, LAUNCHER)

@@ -382,6 +382,18 @@ def test_a_handler_that_was_installed_meanwhile_stays():
     assert signal.signal(signal.SIGTERM, before) == signal.SIG_IGN
 
 
+@pytest.mark.row(56, GIVEN_BACK)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_before_processes_are_connected_a_signal_ends_one_wherever_it_waits(recorded):
+    before = handlers()
+    with SignalHandler(at_once=True) as stop:
+        assert handlers() == [signal.SIG_DFL] * 2
+        if recorded:
+            stop.record()
+            assert handlers() == [stop._on_signal] * 2
+    assert handlers() == before
+
+
 # ---- the commands ------------------------------------------------------------------------------------------------------
 
 

@@ -101,5 +101,5 @@ class ReconstructConfig:
     run: str  # the run directory
     # width of the average: its standard deviation over the steps, as a share of all steps; 0.05 and 0.1 are those of the snapshots
     sigma_rel: Annotated[float | None, SIGMA_REL] = None
-    step: Annotated[int | None, at_least(1, 1000)] = None  # the step at which the average ends; that of the newest checkpoint if left out
+    step: Annotated[int | None, at_least(1, 1000)] = None  # the step at which the average ends; that of the newest snapshot if left out
     out: str | None = None  # output folder of the pipeline, which must not exist; RUN/sigma_rel-SIGMA_REL if left out

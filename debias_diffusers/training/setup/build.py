@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
@@ -18,13 +18,13 @@ from ...data.dataset import PositionBatchSampler
 from ...diffusion.loss import Objective
 from ...diffusion.timestep_samplers import make_timestep_sampler, objective_density
 from ...diffusion.uncertainty import Uncertainty
-from ...errors import StoppedError
+from ...errors import InputError, StoppedError
 from ...hub.publish import Publisher
 from ...runs.checkpoints import Checkpoint, folder_name
 from ...runs.run_directory import SKIPPED, Run
 from ...tasks.base import Task
 from ...utils.console import say
-from ...utils.distributed import told_by_the_first
+from ...utils.distributed import broadcast_from_first, told_by_the_first
 from ...utils.signals import SignalHandler
 from ...utils.torch_errors import explained_torch_errors
 from .. import device, state_dicts
@@ -64,6 +64,7 @@ def run_training(
         DebiasError: of the kind that tells what stopped it; StoppedError after a signal, saved.
     """
     with accelerated(config) as accelerator:
+        stop.record()
         trainer, publisher = make_trainer(config, run, accelerator, to, chosen)
         trainer.callback = callback if accelerator.is_main_process else None
         _train(trainer, publisher, stop)
@@ -71,11 +72,14 @@ def run_training(
 
 @contextlib.contextmanager
 def accelerated(config: TrainConfig) -> Iterator[Accelerator]:
-    """The `Accelerator` of a training, to its end. Errors of torch within become a DebiasError where their cause is known."""
+    """The `Accelerator` of a training, to its end. Errors of torch within become a DebiasError where their cause is known.
+
+    An InputError, which all processes meet as they read the same files, the first one says; memory may be short in one of them.
+    """
     accelerator = device.start_accelerator(config)
     size = micro_batch_size(config.optimization, accelerator.num_processes)
     try:
-        with explained_torch_errors("--micro_batch_size", size, config.run.ddp_timeout):
+        with explained_torch_errors("--micro_batch_size", size, config.run.ddp_timeout), told_by_the_first(InputError):
             yield accelerator
     finally:
         accelerator.end_training()
@@ -144,13 +148,9 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
     constants = constants_of(config, found, accelerator, objective, task) | {"num_threads": plan.num_threads}
     if found:
         _restore(found, state, constants, config, accelerator)
-    if run:
-        if found:
-            say(f"resuming {run.folder} at step {step} of {config.optimization.max_steps}")
-        run.begin(config, constants.get(CHANGES, ()))
-        device.warn_of_little_space(run.folder, _checkpoint_bytes(state.optimizer_step, config.optimization))
+    broadcast_from_first(lambda: _begin(run, config, constants, state) if run else None, accelerator)
     if monitor:
-        with told_by_the_first(accelerator):
+        with told_by_the_first():
             monitor.read(task.data.source)
     publisher = Publisher(run.folder, to, step) if run and to else None
     saver = Saver(run, config, task, unwrapped, accelerator.device, publisher) if run else None
@@ -169,6 +169,14 @@ def build(plan: Plan, run: Run | None, accelerator: Accelerator, to: HubConfig |
     return trainer, publisher
 
 
+def _begin(run: Run, config: TrainConfig, constants: Mapping[str, Any], state: TrainingState) -> None:
+    """What the first process says and writes before the first step."""
+    if run.resume:
+        say(f"resuming {run.folder} at step {run.resume.step} of {config.optimization.max_steps}")
+    run.begin(config, constants.get(CHANGES, ()))
+    device.warn_of_little_space(run.folder, _checkpoint_bytes(state.optimizer_step, config.optimization))
+
+
 def _restore(found: Checkpoint, state: TrainingState, constants: dict[str, Any], config: TrainConfig, accelerator: Accelerator) -> None:
     """Puts the tensors of a checkpoint back, and what else it has of a training.
 
@@ -176,8 +184,7 @@ def _restore(found: Checkpoint, state: TrainingState, constants: dict[str, Any],
         InputError: it is of another training.
     """
     found = dataclasses.replace(found, state={**found.state, CHANGES: constants.get(CHANGES, [])})
-    if accelerator.is_main_process:
-        require_same_training(found, constants, config)
+    broadcast_from_first(lambda: require_same_training(found, constants, config), accelerator)
     state_dicts.restore(found, state, accelerator.process_index, accelerator.num_processes)
     best = state.measured.best
     if config.run.keep_best and best and not (found.path.parent / folder_name(best["step"])).is_dir():
