@@ -124,6 +124,7 @@ def _run_command(main: Command, argv: Sequence[str] | None, program: str) -> int
         program: its name where it was not called from a shell.
     """
     console.ignore_stream_errors()
+    _wait_for_threads_briefly()
     alone = True  # whether a process may have met this without the others
     try:
         if argv is None:
@@ -148,6 +149,16 @@ def _run_command(main: Command, argv: Sequence[str] | None, program: str) -> int
     if launcher.is_first_process() or (alone and ("torch" in sys.modules or _outlives_the_first())):
         console.say(f"error: {sentence}")
     return code
+
+
+def _wait_for_threads_briefly() -> None:
+    """Has GNU's OpenMP, as torch is built with, put threads to sleep that wait for others, unless the environment says how they wait.
+
+    By default they wait at full speed for some milliseconds at each operation, and take the cores from those that they wait for where
+    another process needs one. Read when torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _called(script: str, program: str) -> str:

@@ -1,5 +1,6 @@
 """What the command line says: help, version, its own name, and what was meant by what it does not know."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -402,3 +403,18 @@ def test_the_home_folder_is_meant_where_the_shell_leaves_it(monkeypatch, tmp_pat
 def test_a_rank_that_is_none_hides_no_error(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "x")
     assert cli.sample(["--steps", "0"]) == 2 and "model is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given, left",
+    [({}, "10000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+    ids=["neither", "policy", "count"],
+)
+def test_threads_that_wait_sleep_soon_unless_the_environment_says_how_they_wait(given, left, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that it is put back, too
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["--version"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == left
