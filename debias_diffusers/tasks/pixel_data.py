@@ -61,11 +61,10 @@ def readable(
     if known is None:
         known, coloured, count = _look(config, source, accelerator)
         if channels == 1 and typed is None and coloured:
-            with told_by_the_first():
-                raise InputError(
-                    f"dataset {config.data.dataset}: {coloured} of {count} images have colours, but this run learns grey ones; "
-                    f"add --channels 1, which converts them to grey"
-                )
+            raise InputError(
+                f"dataset {config.data.dataset}: {coloured} of {count} images have colours, but this run learns grey ones; "
+                f"add --channels 1, which converts them to grey"
+            )
         if count:
             channels = channels or channels_of(coloured, count, say if first else None)
     return SourceSubset(source, known) if known else source, channels

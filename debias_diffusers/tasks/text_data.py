@@ -14,7 +14,7 @@ from ..data.sources.base import Source
 from ..data.sources.summary import summary
 from ..runs.checkpoints import Checkpoint
 from ..utils.console import say
-from ..utils.distributed import broadcast_from_first, told_by_the_first
+from ..utils.distributed import broadcast_from_first
 from .base_model import BaseModel, contradictions, open_base, with_objective
 from .pixel_data import readable
 
@@ -28,8 +28,7 @@ def base_of_run(
         InputError: the base model cannot be used, or does not go with the resolution.
     """
     base = broadcast_from_first(lambda: open_base(config.text), accelerator)
-    with told_by_the_first():
-        config = with_objective(config, base, () if found else chosen, accelerator.num_processes)
+    config = with_objective(config, base, () if found else chosen, accelerator.num_processes)
     if found:
         return config, base
     if accelerator.is_main_process:

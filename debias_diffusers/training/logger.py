@@ -23,7 +23,7 @@ from ..errors import InputError, reason
 from ..runs.metrics_file import LAST
 from ..runs.run_directory import SKIPPED, Run
 from ..utils.console import say
-from ..utils.distributed import broadcast_from_first, told_by_the_first
+from ..utils.distributed import broadcast_from_first
 from ..utils.files import write_file
 from .loss_statistics import BINS, LossStatistics
 
@@ -49,8 +49,7 @@ class Logger:
         if config.run.report_to:
             problem = broadcast_from_first(lambda: self.trackers.start(config, run) if run else None, accelerator)
             if problem:
-                with told_by_the_first():
-                    raise InputError(problem)
+                raise InputError(problem)
         self.began, self.images = time.monotonic(), 0
         self.bar = ProgressBar(config.optimization.max_steps, step, shown=run is not None)
 

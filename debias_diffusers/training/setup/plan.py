@@ -29,7 +29,7 @@ from ...tasks.pixel_data import open_data, readable
 from ...tasks.pixels import PixelTask
 from ...tasks.text_data import base_of_run, captioned
 from ...utils.console import say
-from ...utils.distributed import broadcast_from_first, in_each_process, set_threads, told_by_the_first
+from ...utils.distributed import broadcast_from_first, in_each_process, set_threads
 
 if TYPE_CHECKING:
     from ...evaluation.monitor import Monitor
@@ -82,12 +82,10 @@ def _prepare_text(
     source = open_data(config, found, first=accelerator.is_main_process)
     config, monitor = _with_monitor(config, source, accelerator)
     trained, held_out = _split(config, captioned(config, source, found, accelerator), accelerator)
-    with told_by_the_first():
-        require_captions(trained)
+    require_captions(trained)
     task = TextToImageTask(config, base, trained, accelerator, held_out)
     if monitor:
-        with told_by_the_first():
-            monitor.check(task.conditions(monitor.count, as_in_data=True))
+        monitor.check(task.conditions(monitor.count, as_in_data=True))
     if accelerator.is_main_process:
         task.say_data()
     config = _with_max_steps(config, task, found, accelerator)
@@ -128,8 +126,7 @@ def _objective(config: TrainConfig, found: Checkpoint | None, accelerator: Accel
     """The objective; refused where sampling could not start from noise, but a run of a version without this check is only warned."""
     objective = make_objective(config.objective)
     if found is None:
-        with told_by_the_first():
-            require_noise_at_the_end(config.objective, objective.schedule)
+        require_noise_at_the_end(config.objective, objective.schedule)
     elif accelerator.is_main_process and (problem := terminal_snr_problem(objective.schedule)):
         say(f"warning: {problem}")
     return objective
@@ -162,8 +159,7 @@ def _with_max_steps(config: TrainConfig, task: Task, found: Checkpoint | None, a
     steps = task.data.steps_of_epochs(optim, *((found.step, found.state["position"]) if found else ()))
     config = update(config, {"num_epochs": None, "max_steps": steps})
     said = f"num_epochs {optim.num_epochs:g} of {len(task.data.source)} images"
-    with told_by_the_first():
-        raise_all(train_problems(config, accelerator.num_processes), said)
+    raise_all(train_problems(config, accelerator.num_processes), said)
     if accelerator.is_main_process:
         say(f"{said}: max_steps is {steps}")
     return config
@@ -182,8 +178,7 @@ def _open_task(
 
 def _split(config: TrainConfig, source: Source, accelerator: Accelerator) -> tuple[Source, Source | None]:
     """The images that are trained, and those that are held out; how many is said."""
-    with told_by_the_first():
-        trained, held_out = split_source(source, config.data.validation_split, config.optimization.seed)
+    trained, held_out = split_source(source, config.data.validation_split, config.optimization.seed)
     if held_out and accelerator.is_main_process:
         say(f"validation_split {config.data.validation_split}: {len(held_out)} images are held out, {len(trained)} are trained")
     return _repeated(config, trained, accelerator), held_out
@@ -193,10 +188,9 @@ def _repeated(config: TrainConfig, source: Source, accelerator: Accelerator) -> 
     """The source with the images of folders that name a number of repeats as often; how many there then are is said."""
     if not config.data.folder_repeats:
         return source
-    with told_by_the_first():
-        repeated = RepeatedSource(source, folder_repeats(source))
-        if not len(repeated):
-            raise InputError("folder_repeats is on, and all folders have names that begin with 0_, so that no image is trained; rename one")
+    repeated = RepeatedSource(source, folder_repeats(source))
+    if not len(repeated):
+        raise InputError("folder_repeats is on, and all folders have names that begin with 0_, so that no image is trained; rename one")
     if accelerator.is_main_process:
         say(f"folder_repeats: {len(repeated)} samples an epoch, of {len(source)} images")
     return repeated
